@@ -1,0 +1,46 @@
+# make demo · make test · make check: each sets up what it needs and goes on; a second call starts at once.
+PYTHON ?= python3
+PIP_OPTIONS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo test check format clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY) ## a virtual environment in .venv with all that is needed
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+	  echo "cannot make .venv: on Debian and Ubuntu, install python3-venv first" >&2; exit 1; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed: rm -r .venv; make setup PYTHON=python3.11" >&2; exit 1; }
+	@echo "installing into .venv (once; some minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## the main job: text, tokenizer, shards, training, evaluation, samples, report
+	$(BIN)/python -m data_prep build builtin --out data/demo --vocab-size 4096 --validation-fraction 0.02
+	$(BIN)/python train.py configs/demo.toml --data data/demo --run runs/demo
+	$(BIN)/python evaluate.py runs/demo
+	$(BIN)/python sample.py runs/demo --max-new-tokens 80 --temperature 0.7 --top-p 0.95 \
+	  --prompt "Return the" --prompt "This function computes" --prompt "Parameters"
+	$(BIN)/python sample.py runs/demo --fill "Return the [MASK] of the array." \
+	  --fill "If the argument is [MASK], an exception is raised." --fill "The default value is [MASK]."
+	$(BIN)/kindling report runs/demo
+
+test: setup ## all tests, with the lines they cover
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+check: setup ## style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## put the code into its style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove the environment and everything that was made
+	rm -rf .venv data runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -1,0 +1,259 @@
+"""Every setting of a run, in one place: its meaning, unit, default and limits.
+
+Setting names are unique over all sections, so that the command line needs no prefixes. ``lm.recipes`` reads recipe
+files and command lines into these dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from data_prep.files import write_atomically
+
+OBJECTIVES = ("next_token", "masked_token", "masked_next_token", "hybrid")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with its explanation and limits (both inclusive); the default's type is the setting's type."""
+    return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the transformer."""
+
+    num_layers: int = setting(4, "transformer blocks", minimum=1)
+    hidden_size: int = setting(192, "width of the residual stream", minimum=8)
+    num_heads: int = setting(6, "query heads of each attention", minimum=1)
+    num_key_value_heads: int = setting(0, "key and value heads (grouped-query attention); 0: num_heads", minimum=0)
+    head_size: int = setting(0, "width of one head, even; 0: hidden_size / num_heads", minimum=0)
+    feed_forward_size: int = setting(
+        0, "inner width of the feed-forward; 0: 8/3 (swiglu) or 4 (relu2) x hidden_size", minimum=0
+    )
+    activation: str = setting("swiglu", "feed-forward activation", choices=("swiglu", "relu2"))
+    qk_norm: bool = setting(False, "RMS-normalise each query and key head")
+    tie_embeddings: bool = setting(True, "one matrix for the input embedding and the output head")
+    logit_softcap: float = setting(0.0, "squash logits into (-c, c) by c*tanh(x/c); 0: off", minimum=0)
+    dropout: float = setting(
+        0.0, "share of activations dropped after the embedding, attention and feed-forward", minimum=0, maximum=0.9
+    )
+    rope_theta: float = setting(10_000.0, "base of the rotary position frequencies", minimum=1)
+    norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", minimum=0)
+    vocab_size: int = setting(0, "tokens in the vocabulary; 0: as many as the data's tokenizer has", minimum=0)
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def feed_forward_width(self) -> int:
+        """As set, or the usual multiple of the width, rounded up to a multiple of 32."""
+        multiple = {"swiglu": 8 / 3, "relu2": 4}[self.activation]
+        return self.feed_forward_size or -(-int(multiple * self.hidden_size) // 32) * 32
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tokens, and how many at a time."""
+
+    data: str = setting("", "folder of token shards, made by: python -m data_prep build")
+    context_length: int = setting(256, "tokens of one row", minimum=2)
+    batch_tokens: int = setting(8192, "tokens of one optimizer step, a multiple of context_length", minimum=2)
+    micro_batch_rows: int = setting(0, "rows of one forward pass; 0: the whole batch at once", minimum=0)
+
+    @property
+    def batch_rows(self) -> int:
+        return self.batch_tokens // self.context_length
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the model learns to predict."""
+
+    objective: str = setting("hybrid", "what is predicted", choices=OBJECTIVES)
+    masked_fraction: float = setting(
+        0.5, "hybrid: share of the rows that are masked and read both ways", minimum=0, maximum=1
+    )
+    mask_rate: float = setting(0.2, "share of a masked row's tokens to predict", minimum=0.01, maximum=1)
+    mask_token_share: float = setting(0.8, "share of those that are replaced by the mask token", minimum=0, maximum=1)
+    random_token_share: float = setting(
+        0.1, "share of those that are replaced by a random token; the rest stays as it is", minimum=0, maximum=1
+    )
+    validation_mask_rate: float = setting(
+        0.15, "share of tokens hidden at once when the masked readout is validated", minimum=0.01, maximum=1
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How the weights move."""
+
+    optimizer: str = setting(
+        "muon",
+        "muon: Muon for the matrices inside the blocks, AdamW for the rest; adamw: AdamW for all",
+        choices=("muon", "adamw"),
+    )
+    learning_rate: float = setting(0.003, "peak learning rate of AdamW", minimum=0)
+    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", minimum=0)
+    weight_decay: float = setting(0.1, "decoupled decay of the matrices, per step and unit of learning rate", minimum=0)
+    beta1: float = setting(0.9, "AdamW: decay of the mean of the gradient", minimum=0, maximum=0.9999)
+    beta2: float = setting(0.95, "AdamW: decay of the mean of its square", minimum=0, maximum=0.99999)
+    momentum: float = setting(0.95, "Muon: decay of the momentum", minimum=0, maximum=0.9999)
+    gradient_clip: float = setting(1.0, "largest norm of the whole gradient; 0: off", minimum=0)
+    warmup_fraction: float = setting(
+        0.02, "first share of the steps, over which the learning rate rises linearly", minimum=0, maximum=1
+    )
+    decay_fraction: float = setting(
+        0.7, "last share of the steps, over which the learning rate falls linearly", minimum=0, maximum=1
+    )
+    final_learning_rate_fraction: float = setting(
+        0.0, "learning rate of the last step, as a share of the peak", minimum=0, maximum=1
+    )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how often, and on what."""
+
+    steps: int = setting(1000, "optimizer steps of the whole run", minimum=1)
+    seed: int = setting(0, "of the weights, the order of the data, masking and dropout", minimum=0, maximum=2**63 - 1)
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
+    validate_every: int = setting(250, "steps between validations", minimum=1)
+    validation_rows: int = setting(
+        128, "rows of each validation, the same ones every time; 0: the whole split", minimum=0
+    )
+    checkpoint_every: int = setting(250, "steps between checkpoints", minimum=1)
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", minimum=1)
+    device: str = setting(
+        "auto", "where to compute; auto: a GPU if there is one", choices=("auto", "cpu", "cuda", "mps")
+    )
+    precision: str = setting(
+        "auto",
+        "of the matrix products; auto: bfloat16 on a GPU that has it, else float32",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    threads: int = setting(0, "CPU threads; 0: PyTorch's choice", minimum=0)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What the report shows the model doing."""
+
+    prompts: tuple[str, ...] = setting(
+        (), 'texts to continue in report.html (a list in a recipe, --prompts \'["a", "b"]\' here)'
+    )
+    fills: tuple[str, ...] = setting((), "texts with [MASK] to fill in report.html")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. ``config.toml`` in a run directory is exactly this, as text."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def replace(self, **settings: Any) -> Config:
+        """A copy with some settings changed, by their names: ``config.replace(steps=10, hidden_size=64)``."""
+        owners = {s.name: s.section for s in all_settings()}
+        sections = {owners[name] for name in settings}
+        changed = {
+            section: dataclasses.replace(
+                getattr(self, section), **{name: value for name, value in settings.items() if owners[name] == section}
+            )
+            for section in sections
+        }
+        return dataclasses.replace(self, **changed)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its name."""
+        return {s.name: getattr(getattr(self, s.section), s.name) for s in all_settings()}
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(dataclasses.asdict(self), multiline_strings=False)
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, self.to_toml())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting as the command line and the recipe see it."""
+
+    name: str
+    section: str
+    default: Any
+    help: str
+    minimum: float | None
+    maximum: float | None
+    choices: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """The word for its type in help and messages."""
+        return {bool: "true|false", int: "integer", float: "number", str: "text", tuple: "list of texts"}[
+            type(self.default)
+        ]
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def all_settings() -> Iterator[Setting]:
+    """Every setting, section by section, in the order of the dataclasses."""
+    for section in dataclasses.fields(Config):
+        for f in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
+            yield Setting(f.name, section.name, f.default, **f.metadata)
+
+
+def inconsistencies(config: Config) -> list[str]:
+    """What cannot be true together, one sentence each."""
+    model, data, optimizer = config.model, config.data, config.optimizer
+    problems = []
+    if not model.head_size and model.hidden_size % model.num_heads:
+        problems.append(
+            f"hidden_size {model.hidden_size} is not divisible by num_heads {model.num_heads}: "
+            "change one of them, or set head_size"
+        )
+    elif model.head_width % 2:
+        problems.append(
+            f"a head is {model.head_width} wide, but rotary positions need an even width: change num_heads or head_size"
+        )
+    if model.num_heads % model.key_value_heads:
+        problems.append(
+            f"num_heads {model.num_heads} is not divisible by num_key_value_heads {model.num_key_value_heads}"
+        )
+    if data.batch_tokens % data.context_length:
+        nearest = max(1, round(data.batch_tokens / data.context_length)) * data.context_length
+        problems.append(
+            f"batch_tokens {data.batch_tokens} is not a multiple of context_length {data.context_length}: "
+            f"the nearest is {nearest}"
+        )
+    elif data.micro_batch_rows and data.batch_rows % data.micro_batch_rows:
+        problems.append(f"micro_batch_rows {data.micro_batch_rows} does not divide the batch's {data.batch_rows} rows")
+    if config.objective.mask_token_share + config.objective.random_token_share > 1:
+        problems.append("mask_token_share and random_token_share add up to more than 1")
+    if optimizer.warmup_fraction + optimizer.decay_fraction > 1:
+        problems.append("warmup_fraction and decay_fraction add up to more than 1")
+    return problems

@@ -1,0 +1,124 @@
+"""How good a run is: the loss on the whole validation split, beside floors that anyone can reach."""
+
+from __future__ import annotations
+
+import bz2
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.files import write_atomically
+from data_prep.shards import Dataset, Split, open_dataset
+from lm.run_directory import Run, choose_device
+from lm.trainer import validate_readouts
+from lm.validation import ReadoutLoss
+
+READ_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate.py`` prints.
+
+    ``floors`` maps a name to nats per token (None: it is not a model of tokens) and bits per byte.
+    """
+
+    step: int
+    data: str
+    data_fingerprint: str
+    validation_tokens: int
+    validation_bytes: int
+    readouts: dict[str, ReadoutLoss]
+    floors: dict[str, tuple[float | None, float]]
+    protocol: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "data": self.data,
+            "data_fingerprint": self.data_fingerprint,
+            "validation_tokens": self.validation_tokens,
+            "validation_bytes": self.validation_bytes,
+            "validation": {name: loss.as_dict() for name, loss in self.readouts.items()},
+            "floors": {name: {"nats_per_token": n, "bits_per_byte": b} for name, (n, b) in self.floors.items()},
+            "protocol": self.protocol,
+        }
+
+
+def evaluate(run: Run, data: str = "") -> dict[str, Any]:
+    """Evaluate the newest checkpoint on the validation split of ``data`` ("": the data it was trained on).
+
+    The result is kept in ``evaluation.json`` and read from there when nothing has changed since.
+
+    Raises:
+        UserError: the data is missing, was made with another tokenizer, or has no validation text.
+    """
+    dataset = open_dataset(data or run.config.data.data)
+    if dataset.tokenizer.sha256 != run.tokenizer.sha256:
+        raise UserError(
+            f"{dataset.directory} was made with another tokenizer than {run.path}: "
+            f"prepare it with --tokenizer {run.path}/tokenizer.json"
+        )
+    if not dataset.split("validation").tokens:
+        raise UserError(f"{dataset.directory} has no validation text: build it with --validation-fraction above 0")
+    newest = run.latest()
+    saved = run.path / "evaluation.json"
+    key = {"step": newest.step if newest else None, "data_fingerprint": dataset.fingerprint}
+    if saved.exists():
+        known = json.loads(saved.read_text(encoding="utf-8"))
+        if all(known.get(name) == value for name, value in key.items()):
+            return known
+    model, step = run.load_model(choose_device(run.config.training.device))
+    readouts = validate_readouts(model, dataset, run.config, rows=0, every_token=True)
+    validation = dataset.split("validation")
+    result = Evaluation(
+        step,
+        str(dataset.directory),
+        dataset.fingerprint,
+        validation.tokens,
+        validation.text_bytes,
+        readouts,
+        floors(dataset),
+        f"whole validation split, windows of {run.config.data.context_length} tokens side by side, documents apart; "
+        f"a masked readout hides one token in {round(1 / run.config.objective.validation_mask_rate)} at a time, "
+        "each behind the mask token, until every token was hidden once",
+    ).as_dict()
+    write_atomically(saved, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def floors(dataset: Dataset) -> dict[str, tuple[float | None, float]]:
+    """Losses on the validation split that need no neural network: (nats per token, bits per byte).
+
+    ``unigram`` knows how often each token occurs in the training split (plus one). ``bz2 -9`` compresses the
+    validation text by itself.
+    """
+    validation = dataset.split("validation")
+    counts = token_counts(dataset.split("train"), dataset.vocab_size) + 1
+    costs = math.log(counts.sum()) - np.log(counts)
+    nats = float(token_counts(validation, dataset.vocab_size) @ costs)
+    return {
+        "unigram": (nats / validation.tokens, nats / math.log(2) / validation.text_bytes),
+        "bz2 -9": (None, 8 * compressed_bytes(dataset, validation) / validation.text_bytes),
+    }
+
+
+def token_counts(split: Split, vocab_size: int) -> np.ndarray:
+    """How often each token occurs, int64 (vocab_size,)."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, split.tokens, READ_AT_ONCE):
+        counts += np.bincount(split.read(start, min(start + READ_AT_ONCE, split.tokens)), minlength=vocab_size)
+    return counts
+
+
+def compressed_bytes(dataset: Dataset, split: Split) -> int:
+    """Size of the split's text after ``bz2 -9``, its documents one after another."""
+    compressor, size = bz2.BZ2Compressor(9), 0
+    for start in range(0, split.tokens, READ_AT_ONCE):
+        tokens = split.read(start, min(start + READ_AT_ONCE, split.tokens)).tolist()
+        size += len(compressor.compress(dataset.tokenizer.decode_bytes(tokens)))
+    return size + len(compressor.flush())

@@ -1,0 +1,49 @@
+"""Each kernel in plain PyTorch, as its formula reads: slow, any dtype, the judge of all others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lm import masks
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *, scale: float | None = None, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over key intervals; shapes as in ``lm.kernels.attention``. No visible key: zeros, lse -inf."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = masks.dense(lo, hi, k.shape[1])[:, None]
+    seeing = visible.any(-1, keepdim=True)
+    # Rows that see nothing are computed as if they saw all, then zeroed: no NaN in either direction.
+    scores = scores.masked_fill(~visible & seeing, float("-inf"))
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1) * seeing, v)
+    lse = torch.where(seeing[..., 0], scores.logsumexp(-1), float("-inf")).to(
+        torch.promote_types(q.dtype, torch.float32)
+    )
+    return out, lse.detach()
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    loss_weights: Tensor | None = None,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Weighted sum of cross-entropies, over all logits at once; arguments as in ``lm.kernels.linear_cross_entropy``."""
+    logits = hidden @ weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    lse = logits.logsumexp(-1)
+    kept = targets >= 0
+    losses = lse - logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0] + z_loss * lse**2
+    losses = torch.where(kept, losses, 0.0)
+    return (losses if loss_weights is None else losses * loss_weights).sum()

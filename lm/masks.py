@@ -1,0 +1,88 @@
+"""Key intervals: the one form of every attention mask.
+
+A mask is two int32 tensors ``lo`` and ``hi`` of shape (rows, queries): query ``i`` of row ``b`` sees the keys ``j``
+with ``lo[b, i] <= j < hi[b, i]``. Causal, bidirectional, packed documents, windows, prefixes and padding are all of
+this form, and neither bound ever decreases along a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def causal(
+    rows: int, queries: int, *, past: int = 0, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Query ``i`` sees the ``past`` cached keys and the keys up to its own: ``[0, past + i + 1)``."""
+    hi = torch.arange(past + 1, past + queries + 1, dtype=torch.int32, device=device).expand(rows, queries)
+    return torch.zeros_like(hi), hi
+
+
+def bidirectional(rows: int, queries: int, *, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Every query sees every key."""
+    lo = torch.zeros(rows, queries, dtype=torch.int32, device=device)
+    return lo, torch.full_like(lo, queries)
+
+
+def document_bounds(starts: Tensor) -> tuple[Tensor, Tensor]:
+    """First position, and one past the last, of the document that each position belongs to.
+
+    ``starts`` is bool (rows, T), true where a document begins; position 0 always begins one.
+    """
+    rows, length = starts.shape
+    positions = torch.arange(length, dtype=torch.int32, device=starts.device).expand(rows, length)
+    first = torch.where(starts, positions, 0).cummax(dim=1).values
+    # The next document's start, seen from the right: the smallest start position after this one.
+    next_start = torch.full_like(positions, length)
+    next_start[:, :-1] = torch.where(starts[:, 1:], positions[:, 1:], length)
+    end = next_start.flip(1).cummin(dim=1).values.flip(1)
+    return first, end
+
+
+def packed(starts: Tensor, both_ways: Tensor) -> tuple[Tensor, Tensor]:
+    """Documents packed into rows, none seeing another.
+
+    Args:
+        starts: bool (rows, T), true where a document begins.
+        both_ways: bool (rows,), rows that are read bidirectionally; the others are causal.
+    """
+    first, end = document_bounds(starts)
+    upto = torch.arange(1, starts.shape[1] + 1, dtype=torch.int32, device=starts.device)
+    return first, torch.where(both_ways[:, None], end, upto)
+
+
+def sliding_window(lo: Tensor, hi: Tensor, window: int, *, past: int = 0) -> tuple[Tensor, Tensor]:
+    """Narrow intervals to the keys less than ``window`` positions away, to either side that was visible."""
+    here = torch.arange(past, past + lo.shape[1], dtype=torch.int32, device=lo.device)
+    return torch.maximum(lo, here - (window - 1)), torch.minimum(hi, here + window)
+
+
+def prefix(rows: int, queries: int, prefix_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The first ``prefix_lengths`` (rows,) positions see each other both ways; the rest is causal."""
+    lo, hi = causal(rows, queries, device=prefix_lengths.device)
+    return lo, torch.maximum(hi, prefix_lengths.to(torch.int32)[:, None])
+
+
+def padding(queries: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Bidirectional over the first ``lengths`` (rows,) positions; padding is seen by nobody and sees the same keys."""
+    hi = lengths.to(torch.int32)[:, None].expand(len(lengths), queries)
+    return torch.zeros_like(hi), hi
+
+
+def dense(lo: Tensor, hi: Tensor, keys: int) -> Tensor:
+    """The same mask as bool (rows, queries, keys), true where a query sees a key."""
+    j = torch.arange(keys, dtype=torch.int32, device=lo.device)
+    return (lo[..., None] <= j) & (j < hi[..., None])
+
+
+def transposed(lo: Tensor, hi: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """The mask turned round: the queries ``[q_lo, q_hi)`` that see each key, int32 (rows, keys).
+
+    Because neither bound decreases along a row, those queries are contiguous: the first is the first whose ``hi`` lies
+    beyond the key, the last is the last whose ``lo`` does not.
+    """
+    j = torch.arange(keys, dtype=torch.int32, device=lo.device).expand(lo.shape[0], keys).contiguous()
+    first = torch.searchsorted(hi.contiguous(), j, right=True, out_int32=True)
+    past_last = torch.searchsorted(lo.contiguous(), j, right=True, out_int32=True)
+    return first, torch.maximum(first, past_last)

@@ -1,0 +1,216 @@
+"""The whole transformer.
+
+Llama's shape (Touvron et al. 2023): RMSNorm before each half of a block, rotary positions, grouped-query attention, a
+gated feed-forward, no biases. Which keys a query may see comes with each batch, so the same weights read a text
+causally (GPT) or both ways (BERT).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lm import kernels
+from lm.config import ModelConfig
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens already read, for every layer; filled from the left.
+
+    ``keys`` and ``values`` are (layers, rows, capacity, key-value heads, head width); ``length`` tokens are filled.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, capacity: int, like: Tensor) -> KVCache:
+        shape = (config.num_layers, rows, capacity, config.key_value_heads, config.head_width)
+        return cls(like.new_zeros(shape), like.new_zeros(shape))
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values after the old ones; return all of them."""
+        end = self.length + k.shape[1]
+        self.keys[layer, :, self.length : end], self.values[layer, :, self.length : end] = k, v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, times a learned weight (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (rows, T, 1, width / 2) that turn a head by its position (Su et al. 2021, eq. 34)."""
+    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width)
+    angles = positions[..., None, None].double() * frequencies
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (x[i], x[i + width / 2]) of each head; x is (rows, T, heads, width)."""
+    cos, sin = (table.to(x.dtype) for table in rotary)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, kv_width = config.num_heads * config.head_width, config.key_value_heads * config.head_width
+        self.head_width = config.head_width
+        self.query = nn.Linear(config.hidden_size, width, bias=False)
+        self.key = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.value = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.output = nn.Linear(width, config.hidden_size, bias=False)
+        self.query_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: kernels.AttentionPlan, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_width)
+        q = rotate(self.query_norm(self.query(x).view(heads)), rotary)  # (B, T, H, D)
+        k = rotate(self.key_norm(self.key(x).view(heads)), rotary)  # (B, T, Hkv, D)
+        v = self.value(x).view(heads)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        return self.output(kernels.attend(q, k, v, plan).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020) or squared ReLU (So et al. 2021)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gated = config.activation == "swiglu"
+        if self.gated:
+            self.gate = nn.Linear(config.hidden_size, config.feed_forward_width, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.feed_forward_width, bias=False)
+        self.down = nn.Linear(config.feed_forward_width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x) if self.gated else F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: kernels.AttentionPlan, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, plan, cache, layer))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Transformer(nn.Module):
+    """Token ids in, hidden states out; ``logits`` and ``loss`` are the one head that every objective shares."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def initialise(self, seed: int) -> Transformer:
+        """Draw all weights from ``seed``: the same ones on every device and for every number of threads.
+
+        Matrices are normal with variance 1 / (3 · inputs); those that write into the residual stream are zero, so that
+        every block starts as the identity (Goyal et al. 2017; Zhang et al. 2019, Fixup).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            elif name.endswith((".output.weight", ".down.weight")):
+                nn.init.zeros_(parameter)
+            else:
+                std = 0.02 if name in ("embedding.weight", "head.weight") else (3 * parameter.shape[1]) ** -0.5
+                with torch.no_grad():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        return self
+
+    def forward(
+        self, inputs: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        """Hidden states (rows, T, hidden) of ``inputs``, int64 (rows, T).
+
+        ``positions`` (rows, T) are the rotary positions; ``lo`` and ``hi`` the key intervals. With a ``cache`` the
+        inputs follow what it holds, the intervals count from its first token, and it grows by T.
+        """
+        past = cache.length if cache is not None else 0
+        plan = kernels.plan(lo, hi, past + inputs.shape[1])
+        rotary = rotary_table(positions, self.config.head_width, self.config.rope_theta)
+        x = self.dropout(self.embedding(inputs))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, plan, cache, layer)
+        if cache is not None:
+            cache.length += inputs.shape[1]
+        return self.norm(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores (…, vocab_size) of hidden states (…, hidden). For generation; training uses ``loss``."""
+        logits = (hidden @ self.head_weight.T).float()
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def loss(self, hidden: Tensor, targets: Tensor, loss_weights: Tensor) -> Tensor:
+        """Weighted sum of cross-entropies, in nats; targets and weights (rows, T), -100 where nothing is predicted."""
+        return kernels.linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.head_weight.to(hidden.dtype),
+            targets.flatten(),
+            loss_weights=loss_weights.flatten(),
+            softcap=self.config.logit_softcap,
+        )
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters in all, in the embedding (and untied head), and in the blocks."""
+        total = sum(p.numel() for p in self.parameters())
+        embedding = self.embedding.weight.numel() * (1 if self.head is None else 2)
+        return {"total": total, "embedding": embedding, "blocks": total - embedding - self.norm.weight.numel()}
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Floating-point operations of one training token: 6 for each weight of a product, plus attention's scores.
+
+        A causal query sees half of the keys on average, which is not counted in its favour here.
+        """
+        counts = self.parameter_counts()
+        head = self.config.vocab_size * self.config.hidden_size
+        scores = 12 * self.config.num_layers * self.config.num_heads * self.config.head_width * context_length
+        return 6.0 * (counts["blocks"] + head) + scores
+
+
+def describe(model: Transformer) -> str:
+    """One line: what this model is."""
+    c, counts = model.config, model.parameter_counts()
+    return (
+        f"{counts['total'] / 1e6:.2f}M parameters ({counts['embedding'] / 1e6:.2f}M embedding): "
+        f"{c.num_layers} layers x {c.hidden_size} wide, {c.num_heads} heads of {c.head_width}, "
+        f"{c.activation} {c.feed_forward_width}, vocabulary {c.vocab_size:,}"
+    )

@@ -1,0 +1,203 @@
+"""What the model learns to predict: an objective turns windows of tokens into a batch.
+
+A window is T + 1 consecutive tokens of the stream. Each document in the stream ends with the end-of-text token, which
+also stands at the start of the next document's text, so that its first word is predicted too.
+
+====================  ==============================  ======================  =======================================
+objective             inputs                          keys a query sees       target at position i
+====================  ==============================  ======================  =======================================
+next_token            the window                      its document, up to i   token i + 1
+masked_token          the window, some tokens hidden  its whole document      token i, where it is hidden
+masked_next_token     the window, some tokens hidden  its whole document      token i + 1, where that one is hidden
+hybrid                an exact share of the rows is masked_next_token, the others are next_token
+====================  ==============================  ======================  =======================================
+
+masked_next_token shifts BERT's targets by one (BehnamGhader et al. 2024, LLM2Vec; Charpentier and Samuel 2024,
+GPT-BERT), so that one head serves both readings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lm import masks, randomness
+from lm.config import ObjectiveConfig
+
+IGNORED = -100
+
+# What the model can be asked for after training with each objective.
+READOUTS = {
+    "next_token": ("next_token",),
+    "masked_token": ("masked_token",),
+    "masked_next_token": ("masked_next_token",),
+    "hybrid": ("next_token", "masked_next_token"),
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids that objectives need to know."""
+
+    size: int
+    end_of_text: int
+    mask: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one forward pass; every tensor is (rows, T) except ``masked`` (rows,).
+
+    ``targets`` is -100 where nothing is predicted. ``loss_weights`` already hold the normalisation of the whole
+    optimizer step: the step's loss is the plain sum of weight × cross-entropy over all of its micro-batches.
+    ``masked`` tells the rows that are read both ways, which come last.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    loss_weights: Tensor
+    positions: Tensor
+    lo: Tensor
+    hi: Tensor
+    masked: Tensor
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """A micro-batch: the rows from ``start`` to ``stop``."""
+        return Batch(*(getattr(self, f.name)[start:stop] for f in fields(self)))
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+
+def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
+    """Which rows of the run are masked: of the first n rows exactly floor(n × fraction), evenly spread."""
+    share = Fraction(str(fraction))
+    before = [n * share.numerator // share.denominator for n in numbers.tolist()]
+    after = [(n + 1) * share.numerator // share.denominator for n in numbers.tolist()]
+    return np.array([a > b for a, b in zip(after, before, strict=True)], dtype=bool)
+
+
+def make_batch(
+    windows: NDArray[np.int64], numbers: NDArray[np.int64], config: ObjectiveConfig, vocabulary: Vocabulary, seed: int
+) -> Batch:
+    """The batch of one optimizer step.
+
+    Args:
+        windows: (rows, T + 1) tokens.
+        numbers: (rows,) the rows' numbers in the whole run; with ``seed`` they decide what is hidden.
+
+    Within each kind of row the losses are averaged over its own predicted tokens, then the kinds are mixed by their
+    share of the rows: a masked row predicts fewer tokens, but counts as much as a causal one.
+    """
+    fraction = {"next_token": 0.0, "hybrid": config.masked_fraction}.get(config.objective, 1.0)
+    masked = masked_rows(numbers, fraction)
+    order = np.argsort(masked, kind="stable")
+    windows, numbers, masked = windows[order], numbers[order], masked[order]
+    first_masked = len(masked) - int(masked.sum())
+
+    inputs, targets = windows[:, :-1].copy(), windows[:, 1:].copy()
+    starts = inputs == vocabulary.end_of_text
+    hidden_rows = slice(first_masked, None)
+    inputs[hidden_rows], targets[hidden_rows] = _hide(
+        inputs[hidden_rows], numbers[hidden_rows], config, vocabulary, seed, shifted=config.objective != "masked_token"
+    )
+    weights = np.zeros(targets.shape, dtype=np.float32)
+    for rows in (slice(0, first_masked), hidden_rows):
+        predicted = targets[rows] != IGNORED
+        if predicted.any():
+            weights[rows] = predicted * (len(predicted) / len(masked) / predicted.sum())
+    return assemble(inputs, targets, weights, starts, masked)
+
+
+def _hide(
+    inputs: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+    config: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    seed: int,
+    *,
+    shifted: bool,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Hide tokens as BERT does (Devlin et al. 2019, section 3.1): (inputs with tokens hidden, targets)."""
+    width = inputs.shape[1]
+    chance, fate, other = (randomness.uniform(randomness.key(seed, purpose), numbers, width) for purpose in (1, 2, 3))
+    chance = np.where(_can_hide(inputs, vocabulary, shifted=shifted), chance, 2.0)
+    # At least one token a row, so that no row is idle: the one with the smallest number.
+    chosen = (chance < config.mask_rate) | ((chance == chance.min(axis=1, keepdims=True)) & (chance < 1))
+    to_mask = chosen & (fate < config.mask_token_share)
+    to_random = chosen & ~to_mask & (fate < config.mask_token_share + config.random_token_share)
+    corrupted = np.where(to_mask, vocabulary.mask, inputs)
+    corrupted = np.where(to_random, (other * vocabulary.size).astype(np.int64), corrupted)
+    return corrupted, _targets_of_hidden(inputs, chosen, shifted=shifted)
+
+
+def _can_hide(inputs: NDArray[np.int64], vocabulary: Vocabulary, *, shifted: bool) -> NDArray[np.bool_]:
+    """Ends of text are never hidden, nor, when the neighbour to the left predicts, a first token that has none."""
+    allowed = inputs != vocabulary.end_of_text
+    if shifted:
+        allowed[:, 0] = False
+    return allowed
+
+
+def _targets_of_hidden(tokens: NDArray[np.int64], chosen: NDArray[np.bool_], *, shifted: bool) -> NDArray[np.int64]:
+    targets = np.where(chosen, tokens, IGNORED)
+    if shifted:
+        targets = np.concatenate([targets[:, 1:], np.full_like(targets[:, :1], IGNORED)], axis=1)
+    return targets
+
+
+def validation_batch(
+    windows: NDArray[np.int64],
+    real_tokens: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+    readout: str,
+    vocabulary: Vocabulary,
+    *,
+    fold: int = 0,
+    folds: int = 1,
+) -> Batch:
+    """A batch that measures one readout; each predicted token weighs 1.
+
+    ``real_tokens`` (rows,) of each window's T targets are text, the rest is filling. A masked readout hides one fold of
+    the tokens, each always behind the mask token: over all ``folds`` every token but the ends of text is predicted
+    exactly once. The rows of a masked readout are T + 1 long, so that it predicts the same tokens as the causal one.
+    """
+    within = np.arange(windows.shape[1])[None] <= real_tokens[:, None]
+    if readout == "next_token":
+        inputs, targets = windows[:, :-1], np.where(within[:, 1:], windows[:, 1:], IGNORED)
+    else:
+        draws = randomness.uniform(randomness.key(0, 4), numbers, windows.shape[1])
+        chosen = ((draws * folds).astype(np.int64) == fold) & within & (windows != vocabulary.end_of_text)
+        chosen[:, 0] = False
+        inputs = np.where(chosen, vocabulary.mask, windows)
+        targets = _targets_of_hidden(windows, chosen, shifted=readout == "masked_next_token")
+    starts = windows[:, : inputs.shape[1]] == vocabulary.end_of_text
+    masked = np.full(len(windows), readout != "next_token")
+    return assemble(inputs, targets, (targets != IGNORED).astype(np.float32), starts, masked)
+
+
+def assemble(
+    inputs: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    starts: NDArray[np.bool_],
+    masked: NDArray[np.bool_],
+) -> Batch:
+    """Tensors of a batch whose documents begin where ``starts`` is true; rows in ``masked`` are read both ways."""
+    both_ways = torch.from_numpy(masked)
+    lo, hi = masks.packed(torch.from_numpy(starts), both_ways)
+    positions = torch.arange(inputs.shape[1], dtype=torch.int32).expand(inputs.shape) - lo
+    return Batch(
+        torch.from_numpy(np.ascontiguousarray(inputs)),
+        torch.from_numpy(np.ascontiguousarray(targets)),
+        torch.from_numpy(weights),
+        positions,
+        lo,
+        hi,
+        both_ways,
+    )

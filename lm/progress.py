@@ -1,0 +1,68 @@
+"""How a run is going, in the terminal: a bar with the loss where there is a screen, plain lines where there is not."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class TerminalProgress:
+    """A ``Reporter`` that writes to stderr."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self.console,
+        )
+        self.total, self.began, self.began_at, self.last_line = 0, 0.0, 0, 0.0
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def begin(self, done: int, total: int) -> None:
+        self.total, self.began, self.began_at = total, time.monotonic(), done
+        if self.console.is_terminal:
+            self.bar.start()
+            self.task = self.bar.add_task("", total=total, completed=done, state="")
+
+    def step(self, step: int) -> None:
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=step)
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        if "validation" in line:
+            results = ", ".join(
+                f"{name} {loss['nats_per_token']:.3f} nats/token ({loss['bits_per_byte']:.3f} bits/byte)"
+                for name, loss in line["validation"].items()
+            )
+            self.note(f"step {line['step']:>6}  validation: {results or 'the data has no validation text'}")
+        elif self.console.is_terminal:
+            state = f"loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tokens/s"
+            self.bar.update(self.task, completed=line["step"], state=state)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or line["step"] == self.total:
+            self.last_line = time.monotonic()
+            self.note(
+                f"step {line['step']:>6}/{self.total}  loss {line['loss']:.3f}  "
+                f"learning rate {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tokens/s  "
+                f"{self._left(line['step'])} left"
+            )
+
+    def end(self) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def _left(self, step: int) -> str:
+        seconds = (time.monotonic() - self.began) / (step - self.began_at) * (self.total - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

@@ -1,0 +1,54 @@
+"""Randomness by arithmetic: every draw is a function of named integers, never of what was drawn before.
+
+So any row of any step can be made again, on any rank, after any restart.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_ALL_BITS = (1 << 64) - 1
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble 64-bit integers, one to one (the finaliser of SplitMix64; Steele, Lea and Flood 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def key(*parts: int) -> int:
+    """One 64-bit number from several, for seeding."""
+    state = 0
+    for part in parts:
+        state = int(mix(np.array([(state + _GOLDEN) & _ALL_BITS ^ (part & _ALL_BITS)], dtype=np.uint64))[0])
+    return state
+
+
+def uniform(seed: int, rows: NDArray[np.int64], width: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1), (len(rows), width); each row depends on nothing but ``seed`` and its own row number."""
+    row_keys = mix(rows.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key(seed)))
+    columns = np.arange(1, width + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return (mix(row_keys[:, None] + columns) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permuted(numbers: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
+    """Where a keyed permutation of ``range(size)`` sends ``numbers``, without building the permutation.
+
+    A four-round Feistel network on the smallest even number of bits that covers ``size``, walked along its cycle until
+    it lands inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking).
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = np.uint64((1 << half) - 1)
+    round_keys = [np.uint64(key(seed, r)) for r in range(4)]
+    result = numbers.astype(np.uint64)
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():
+        left, right = result[outside] >> np.uint64(half), result[outside] & low
+        for round_key in round_keys:
+            left, right = right, left ^ (mix(right ^ round_key) & low)
+        result[outside] = left << np.uint64(half) | right
+        outside = result >= size
+    return result.astype(np.int64)

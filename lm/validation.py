@@ -1,0 +1,72 @@
+"""The loss on text the model has not seen, for each way of reading it."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lm.batches import ValidationRows
+from lm.config import Config
+from lm.model import Transformer
+
+
+@dataclass(frozen=True)
+class ReadoutLoss:
+    """``predicted`` tokens were predicted at a mean cost of ``nats_per_token``.
+
+    ``bits_per_byte`` spreads that cost over the text's UTF-8 bytes, which makes tokenizers comparable.
+    """
+
+    nats_per_token: float
+    bits_per_byte: float
+    predicted: int
+
+    def as_dict(self) -> dict[str, float]:
+        return {"nats_per_token": self.nats_per_token, "bits_per_byte": self.bits_per_byte, "predicted": self.predicted}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Products in bfloat16 where that was asked for, or is fast ("auto" on a GPU); float32 otherwise."""
+    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+@torch.no_grad()
+def validate(
+    model: Transformer,
+    rows: ValidationRows,
+    numbers: NDArray[np.int64],
+    readout: str,
+    config: Config,
+    *,
+    every_token: bool,
+) -> ReadoutLoss:
+    """Loss of one readout on the windows ``numbers`` of the validation split.
+
+    A masked readout hides one token in round(1 / validation_mask_rate) at a time. ``every_token`` repeats it until
+    every token has been hidden once; otherwise one pass predicts that share of the tokens, the same ones every time.
+    """
+    device = next(model.parameters()).device
+    folds = 1 if readout == "next_token" else max(1, round(1 / config.objective.validation_mask_rate))
+    chunk = max(1, config.data.micro_batch_rows or min(config.data.batch_rows, 32))
+    model.eval()
+    total, predicted = 0.0, 0
+    for fold in range(folds if every_token else 1):
+        for batch in rows.batches(numbers, readout, fold, folds, chunk):
+            batch = batch.to(device)
+            with autocast(device, config.training.precision):
+                hidden = model(batch.inputs, batch.positions, batch.lo, batch.hi)
+                total += float(model.loss(hidden, batch.targets, batch.loss_weights))
+            predicted += int(batch.loss_weights.sum())
+    model.train()
+    split = rows.split
+    # Ends of text have no bytes; the causal readout predicts them too, the masked ones do not.
+    predictable = split.tokens if readout == "next_token" else split.tokens - split.documents
+    nats = total / max(predicted, 1)
+    return ReadoutLoss(nats, nats * predictable / split.text_bytes / math.log(2), predicted)
