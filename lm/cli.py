@@ -43,7 +43,7 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for setting in reversed(list(all_settings())):
         limits = f"; one of {', '.join(setting.choices)}" if setting.choices else ""
         default = json.dumps(setting.default) if setting.default not in ("", ()) else "none"
-        text = f"[{setting.section}] {setting.help}{limits}. Default: {default}, or the recipe's."
+        text = f"[{setting.section}] {setting.help}{limits}. [default: {default}]"
         function = click.option(setting.option, setting.name, metavar=setting.kind.upper(), default=None, help=text)(
             function
         )
@@ -75,7 +75,8 @@ def train(
 ) -> None:
     """Pretrain a model: RECIPE is a TOML file such as configs/tiny.toml, or the name of one that comes with Kindling.
 
-    Any setting of the recipe can be given here by its name. The same command goes on where a run was stopped.
+    Any setting of the recipe can be given here by its name; the defaults below hold where the recipe says nothing. The
+    same command goes on where a run was stopped.
     """
     if recipe is None and run_path is None:
         raise UserError("name a recipe to train (configs/tiny.toml, say), or a run to go on with: --run RUN --resume")
@@ -98,11 +99,11 @@ def train(
     from lm.trainer import train as train_run
 
     run = train_run(config, run_path, TerminalProgress(), accept_changes=resume)
-    last = [line for line in run.metrics() if "validation" in line][-1:]
-    report = run_path / "report.html"
-    if not report.exists() or last:
+    report, newest = run_path / "report.html", run.latest()
+    if newest and not (report.exists() and report.stat().st_mtime >= newest.path.stat().st_mtime):
         write_report(run, _saved_evaluation(run), run.config.report.prompts, run.config.report.fills)
     if as_json:
+        last = [line for line in run.metrics() if "validation" in line][-1:]
         click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
     click.echo(f"{run_path} is ready, with {report}; next: python evaluate.py {run_path}", err=True)
 

@@ -54,16 +54,16 @@ class RMSNorm(nn.Module):
 
 def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines (rows, T, 1, width / 2) that turn a head by its position (Su et al. 2021, eq. 34)."""
-    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width)
-    angles = positions[..., None, None].double() * frequencies
-    return angles.cos().float(), angles.sin().float()
+    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width)
+    angles = positions[..., None, None] * frequencies
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (x[i], x[i + width / 2]) of each head; x is (rows, T, heads, width)."""
-    cos, sin = (table.to(x.dtype) for table in rotary)
+    """Turn the pairs (x[i], x[i + width / 2]) of each head, in float32 at least; x is (rows, T, heads, width)."""
+    cos, sin = rotary
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
 class Attention(nn.Module):
