@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from data_prep.errors import UserError
 
 
 def sync_directory(directory: Path) -> None:
@@ -33,6 +36,24 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def only_writer_of(directory: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock on a directory; the system frees it when this process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it; ``refusal`` is the sentence.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(refusal) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -1,0 +1,155 @@
+"""The commands ``build``, ``inspect`` and ``verify``. Heavy imports wait until a command runs: --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data_prep.command_line import FriendlyGroup
+
+DIRECTORY = click.Path(path_type=Path)
+
+
+def available_cores() -> int:
+    """The cores that this process may use, which a container can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def main() -> None:
+    """Raw text to token shards: train a tokenizer, encode, and look at the result."""
+
+
+@main.command()
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.option("--out", type=DIRECTORY, required=True, help="Folder for the dataset; it is made if it is not there.")
+@click.option("--vocab-size", type=int, default=8192, show_default=True, help="Tokens in the vocabulary.")
+@click.option(
+    "--tokenizer-kind",
+    type=click.Choice(["bpe", "unigram", "bytes", "characters"]),
+    default="bpe",
+    show_default=True,
+    help="Kind of tokenizer to train: byte-pair encoding, Unigram, one token a byte, or one token a character.",
+)
+@click.option(
+    "--tokenizer",
+    type=DIRECTORY,
+    help="A tokenizer.json to use instead of training one; --vocab-size and --tokenizer-kind then mean nothing.",
+)
+@click.option("--workers", type=int, default=None, help="Processes that encode.  [default: the cores available]")
+@click.option(
+    "--validation-fraction",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Share of the documents kept for validation, from 0 to below 1.",
+)
+@click.option(
+    "--max-document-bytes",
+    type=int,
+    default=65536,
+    show_default=True,
+    help="Longer texts are cut into documents of at most this many bytes, at blank lines where there are any.",
+)
+@click.option("--text-field", default="text", show_default=True, help="Field with the text in .jsonl and datasets.")
+@click.option(
+    "--train-bytes",
+    type=int,
+    default=200_000_000,
+    show_default=True,
+    help="Bytes of training text, from the start, that the tokenizer is trained on.",
+)
+@click.option("--shard-tokens", type=int, default=2**26, show_default=True, help="Most tokens in one file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def build(sources: tuple[str, ...], as_json: bool, workers: int | None, **options: Any) -> None:
+    """Make a dataset from text.
+
+    A SOURCE is a file (.txt, .md, .jsonl, any of them with .gz), a folder of such files, - for standard input,
+    "builtin" for the documentation inside Python and installed packages, or hf:NAME[:SPLIT] for a Hugging Face
+    dataset or a local folder of one.
+
+    A build that was stopped goes on when the same command is called again.
+    """
+    from data_prep.pipeline import BuildSettings
+    from data_prep.pipeline import build as build_dataset
+    from data_prep.progress import ConsoleReporter
+
+    settings = BuildSettings(sources=sources, workers=available_cores() if workers is None else workers, **options)
+    try:
+        manifest = build_dataset(settings, progress=ConsoleReporter())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; call the same command again to go on") from None
+    if as_json:
+        click.echo(json.dumps(_summary(settings.out, manifest), indent=2))
+    else:
+        _print_summary(settings.out, manifest)
+
+
+def _summary(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    counted = ("documents", "tokens", "text_bytes", "words")
+    splits = {name: {key: split[key] for key in counted} for name, split in manifest["splits"].items()}
+    for split in splits.values():
+        split["bytes_per_token"] = split["text_bytes"] / split["tokens"] if split["tokens"] else None
+    return {
+        "out": str(out),
+        "splits": splits,
+        "tokenizer": manifest["tokenizer"],
+        "skipped": manifest["skipped"],
+        "corpus_sha256": manifest["corpus_sha256"],
+    }
+
+
+def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("split", "documents", "tokens", "text MB", "bytes per token"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for name, split in _summary(out, manifest)["splits"].items():
+        ratio = "–" if split["bytes_per_token"] is None else f"{split['bytes_per_token']:.2f}"
+        row = (f"{split['documents']:,}", f"{split['tokens']:,}", f"{split['text_bytes'] / 1e6:,.2f}", ratio)
+        table.add_row(name, *row)
+    Console(highlight=False).print(table)
+    tokenizer = manifest["tokenizer"]
+    click.echo(f"vocabulary: {tokenizer['vocab_size']:,} tokens ({tokenizer['kind']})")
+    skipped = [f"{name.replace('_', ' ')} {count:,}" for name, count in manifest["skipped"].items() if count]
+    if skipped:
+        click.echo(f"skipped: {', '.join(skipped)}")
+    click.echo(f"in: {out}")
+    click.echo(f"next: python train.py configs/tiny.toml --data {out} --run runs/{out.resolve().name}")
+
+
+@main.command()
+@click.argument("directory", type=DIRECTORY)
+@click.option("--documents", type=int, default=3, show_default=True, help="Documents of each split to show.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the documents.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(directory: Path, documents: int, seed: int, as_json: bool) -> None:
+    """Show what a model will see.
+
+    That is: totals, lengths of documents, a few of them, and the most common tokens.
+    """
+    from data_prep.inspect import inspect_dataset, render
+    from data_prep.shards import open_dataset
+
+    found = inspect_dataset(open_dataset(directory), documents=documents, seed=seed)
+    click.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else render(found))
+
+
+@main.command()
+@click.argument("directory", type=DIRECTORY)
+def verify(directory: Path) -> None:
+    """Read a whole dataset and compare it with its checksums."""
+    from data_prep.progress import ConsoleReporter
+    from data_prep.shards import open_dataset
+
+    dataset = open_dataset(directory)
+    total = sum(dataset.split(name).tokens for name in ("train", "validation"))
+    with ConsoleReporter().stage("verifying", None) as advance:
+        dataset.verify(on_file=lambda name, size: advance(size))
+    click.echo(f'"{directory}" is whole: {total:,} tokens, every checksum as it was built')

@@ -1,0 +1,64 @@
+"""Commands that tell a person what to mend, in one sentence and without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from data_prep.errors import UserError
+
+USER_ERROR_STATUS = 2
+MACHINE_ERROR_STATUS = 1
+INTERRUPTED_STATUS = 130
+
+
+@contextmanager
+def friendly_errors(context: click.Context) -> Iterator[None]:
+    """Turn errors into one line on stderr and an exit status.
+
+    What the user can mend (``UserError``) leaves with 2, what the machine did (``OSError``) with 1, Ctrl-C with 130.
+    A reader that went away (``… | head``) is no error worth a word.
+    """
+    try:
+        yield
+    except UserError as error:
+        _leave(context, f"error: {error}", USER_ERROR_STATUS)
+    except KeyboardInterrupt as interrupt:
+        _leave(context, str(interrupt) or "stopped", INTERRUPTED_STATUS)
+    except BrokenPipeError:
+        raise  # click ends quietly
+    except OSError as error:
+        _leave(context, f"error: {_sentence(error)}", MACHINE_ERROR_STATUS)
+
+
+def _sentence(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
+    place = f'"{error.filename}": ' if error.filename is not None else ""
+    return place + error.strerror[:1].lower() + error.strerror[1:]
+
+
+def _leave(context: click.Context, message: str, status: int) -> None:
+    click.echo(message, err=True)
+    context.exit(status)
+
+
+class FriendlyCommand(click.Command):
+    """A command with ``friendly_errors``."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with friendly_errors(ctx):
+            return super().invoke(ctx)
+
+
+class FriendlyGroup(click.Group):
+    """A group whose commands all have ``friendly_errors``."""
+
+    command_class = FriendlyCommand
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with friendly_errors(ctx):
+            return super().invoke(ctx)

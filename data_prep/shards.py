@@ -1,0 +1,364 @@
+"""The shard format, and the only file that knows its bytes. ``docs/shard-format.md`` describes it for other programs.
+
+A dataset is a directory::
+
+    manifest.json       what is there, with a checksum of every file; written last, so it marks a finished dataset
+    tokenizer.json      the tokenizer that made the tokens
+    train-00000.bin     tokens, one after the other; each document ends with the end-of-text token
+    train-00000.idx     where each document begins, in Megatron's index layout
+    validation-…        the same for the validation split
+
+A document lies wholly in one shard. Files appear under their names only when they are complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from array import array
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.files import atomic_file, sha256_of_file
+from data_prep.tokenizers import Tokenizer
+
+FORMAT_NAME = "kindling-shards"
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+MANIFEST = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+# Exists in the directory from a build's first step to its last; see pipeline.py.
+JOURNAL = "build.json"
+
+DEFAULT_SHARD_TOKENS = 2**26
+LARGEST_SHARD_TOKENS = 2**28  # keeps every offset that other readers hold in 32 bits in range
+
+IDX_MAGIC = b"MMIDIDX\x00\x00"
+IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+IDX_VERSION = 1
+MEGATRON_CODES = {"uint16": 8, "int32": 4}
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type that tokens of this vocabulary are stored in: ``uint16``, or ``int32`` for more than 65,536 tokens."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<i4")
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest says of one shard. Documents are numbered from 0 within their split, ``last`` inclusive."""
+
+    name: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    words: int
+    bin_sha256: str
+    idx_sha256: str
+    first_document: int
+    last_document: int
+
+
+class ShardWriter:
+    """Writes one split as a row of shards. A context manager: leaving it without an error finishes the last shard.
+
+    ``finished`` holds the shards that an interrupted build already wrote; writing goes on after them. ``on_finished``
+    is called with each new shard's record, after both of its files are on the disk.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        split: str,
+        *,
+        vocab_size: int,
+        shard_tokens: int = DEFAULT_SHARD_TOKENS,
+        finished: list[ShardRecord] | None = None,
+        on_finished: Callable[[ShardRecord], None] = lambda record: None,
+    ) -> None:
+        self.records = list(finished or [])
+        self._directory = directory
+        self._split = split
+        self._vocab_size = vocab_size
+        self._dtype = token_dtype(vocab_size)
+        self._shard_tokens = shard_tokens
+        self._on_finished = on_finished
+        self._next_document = sum(record.documents for record in self.records)
+        self._open: _OpenShard | None = None
+
+    def add(self, tokens: np.ndarray, *, text_bytes: int, words: int) -> None:
+        """Append one document: its tokens, the end-of-text token included; its size in bytes of UTF-8 and in words."""
+        if tokens.size == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
+            raise ValueError(f"a document needs tokens, each at least 0 and below the vocabulary of {self._vocab_size}")
+        if self._open is not None and self._open.tokens + tokens.size > self._shard_tokens:
+            self._finish_shard()
+        if self._open is None:
+            name = f"{self._split}-{len(self.records):05d}"
+            self._open = _OpenShard(self._directory, name, self._dtype, self._next_document)
+        self._open.add(tokens.astype(self._dtype, copy=False), text_bytes, words)
+        self._next_document += 1
+
+    def _finish_shard(self) -> None:
+        assert self._open is not None
+        record = self._open.finish()
+        self._open = None
+        self.records.append(record)
+        self._on_finished(record)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._open is None:
+            return
+        if kind is None:
+            self._finish_shard()
+        else:
+            self._open.abandon(kind, error, traceback)
+
+
+class _OpenShard:
+    """The shard being written: its tokens go straight to the disk, only four bytes a document stay in memory."""
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], first_document: int) -> None:
+        self.tokens = 0
+        self._directory = directory
+        self._name = name
+        self._dtype = dtype
+        self._first_document = first_document
+        self._lengths = array("i")
+        self._text_bytes = 0
+        self._words = 0
+        self._hash = hashlib.sha256()
+        self._stack = ExitStack()
+        self._file: IO[bytes] = self._stack.enter_context(atomic_file(directory / f"{name}.bin"))
+
+    def add(self, tokens: np.ndarray, text_bytes: int, words: int) -> None:
+        content = tokens.tobytes()
+        self._hash.update(content)
+        self._file.write(content)
+        self._lengths.append(tokens.size)
+        self.tokens += tokens.size
+        self._text_bytes += text_bytes
+        self._words += words
+
+    def finish(self) -> ShardRecord:
+        self._stack.close()
+        index = index_bytes(np.frombuffer(self._lengths, dtype=np.int32), self._dtype)
+        with atomic_file(self._directory / f"{self._name}.idx") as file:
+            file.write(index)
+        return ShardRecord(
+            name=self._name,
+            tokens=self.tokens,
+            documents=len(self._lengths),
+            text_bytes=self._text_bytes,
+            words=self._words,
+            bin_sha256=self._hash.hexdigest(),
+            idx_sha256=hashlib.sha256(index).hexdigest(),
+            first_document=self._first_document,
+            last_document=self._first_document + len(self._lengths) - 1,
+        )
+
+    def abandon(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+
+def index_bytes(lengths: np.ndarray, dtype: np.dtype[Any]) -> bytes:
+    """A shard's ``.idx`` file, from the number of tokens of each of its documents."""
+    count = len(lengths)
+    starts = np.zeros(count, dtype="<i8")
+    np.cumsum(lengths[:-1], out=starts[1:])
+    return b"".join(
+        [
+            IDX_HEADER.pack(IDX_MAGIC, IDX_VERSION, MEGATRON_CODES[dtype.name], count, count + 1),
+            lengths.astype("<i4").tobytes(),
+            (starts * dtype.itemsize).tobytes(),
+            np.arange(count + 1, dtype="<i8").tobytes(),  # every sequence is a document
+        ]
+    )
+
+
+def index_size(documents: int) -> int:
+    """The bytes of an ``.idx`` file."""
+    return IDX_HEADER.size + 12 * documents + 8 * (documents + 1)
+
+
+def split_totals(records: list[ShardRecord]) -> dict[str, Any]:
+    """A split's entry in the manifest: its totals, then its shards."""
+    counted = ("tokens", "documents", "text_bytes", "words")
+    totals: dict[str, Any] = {name: sum(getattr(record, name) for record in records) for name in counted}
+    return totals | {"shards": [asdict(record) for record in records]}
+
+
+class Split:
+    """One split of a dataset, read as one stream of tokens across its shards."""
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], totals: dict[str, Any]) -> None:
+        self.name = name
+        self.tokens: int = totals["tokens"]
+        self.documents: int = totals["documents"]
+        self.text_bytes: int = totals["text_bytes"]
+        self.words: int = totals["words"]
+        self.records = [ShardRecord(**record) for record in totals["shards"]]
+        self._directory = directory
+        self._dtype = dtype
+        self._ends = np.cumsum([record.tokens for record in self.records], dtype=np.int64)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop`` (exclusive) of the stream, ``uint16`` or ``int32``, shape ``(stop - start,)``.
+
+        The array may be a read-only view of the file; copy it before you change it.
+        """
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop} of a split of {self.tokens}")
+        parts = []
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            shard_start = int(self._ends[shard]) - self.records[shard].tokens
+            shard_stop = min(stop, int(self._ends[shard]))
+            parts.append(self._shards[shard][start - shard_start : shard_stop - shard_start])
+            start = shard_stop
+            shard += 1
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+
+    def document_lengths(self) -> np.ndarray:
+        """The tokens of each document, its end-of-text token included: ``int32``, shape ``(documents,)``."""
+        lengths = [self.shard_lengths(record) for record in self.records]
+        return np.concatenate(lengths) if lengths else np.empty(0, np.int32)
+
+    def shard_lengths(self, record: ShardRecord) -> np.ndarray:
+        """``document_lengths`` of one shard."""
+        path = self._directory / f"{record.name}.idx"
+        return np.fromfile(path, dtype="<i4", count=record.documents, offset=IDX_HEADER.size)
+
+    @cached_property
+    def _shards(self) -> list[np.ndarray]:
+        paths = [self._directory / f"{record.name}.bin" for record in self.records]
+        # A plain array around the map: slicing np.memmap itself costs microseconds each time.
+        return [np.asarray(np.memmap(path, dtype=self._dtype, mode="r")) for path in paths]
+
+
+class Dataset:
+    """A finished dataset, checked when it was opened. Get one from ``open_dataset``."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], fingerprint: str) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        #: SHA-256 of manifest.json. The manifest holds every file's checksum, so this names the whole content.
+        self.fingerprint = fingerprint
+        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
+        self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        self._splits = {name: Split(directory, name, self._dtype, manifest["splits"][name]) for name in SPLITS}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.directory / TOKENIZER_FILE)
+
+    def split(self, name: str) -> Split:
+        """The split called ``train`` or ``validation``; an empty one has no tokens."""
+        if name not in self._splits:
+            raise UserError(f'there is no split "{name}": choose {" or ".join(SPLITS)}')
+        return self._splits[name]
+
+    def check_files(self) -> None:
+        """Raise ``UserError`` unless every file is there in its size, with its header. Reads no tokens."""
+        path = self.directory / TOKENIZER_FILE
+        if not path.is_file() or sha256_of_file(path) != self.manifest["tokenizer"]["sha256"]:
+            raise UserError(f'"{path}" is missing or not the tokenizer that made these tokens: build the dataset again')
+        for split in self._splits.values():
+            for record in split.records:
+                self._check_size(f"{record.name}.bin", record.tokens * self._dtype.itemsize)
+                self._check_size(f"{record.name}.idx", index_size(record.documents))
+                self._check_header(record)
+
+    def _check_size(self, name: str, expected: int) -> None:
+        path = self.directory / name
+        if not path.is_file():
+            raise UserError(f'"{path}" is missing: copy the whole dataset again, or build it again')
+        size = path.stat().st_size
+        if size != expected:
+            raise UserError(f'"{path}" has {size:,} bytes where {expected:,} belong: copy it again, or build it again')
+
+    def _check_header(self, record: ShardRecord) -> None:
+        path = self.directory / f"{record.name}.idx"
+        with path.open("rb") as file:
+            header = file.read(IDX_HEADER.size)
+        code = MEGATRON_CODES[self._dtype.name]
+        if header != IDX_HEADER.pack(IDX_MAGIC, IDX_VERSION, code, record.documents, record.documents + 1):
+            raise UserError(f'"{path}" is not the index that the manifest describes: build the dataset again')
+
+    def verify(self, on_file: Callable[[str, int], None] = lambda name, size: None) -> None:
+        """Read everything and raise ``UserError`` at the first file that is not what it was when it was built.
+
+        ``on_file`` is called with the name and the bytes of each file that proved to be good.
+        """
+        for split in self._splits.values():
+            for record in split.records:
+                self._verify_shard(split, record)
+                on_file(f"{record.name}.bin", record.tokens * self._dtype.itemsize)
+                on_file(f"{record.name}.idx", index_size(record.documents))
+
+    def _verify_shard(self, split: Split, record: ShardRecord) -> None:
+        for suffix, expected in ((".bin", record.bin_sha256), (".idx", record.idx_sha256)):
+            path = self.directory / (record.name + suffix)
+            if sha256_of_file(path) != expected:
+                raise UserError(f'"{path}" is damaged: its checksum is not the one in {MANIFEST}')
+        lengths = split.shard_lengths(record)
+        index = (self.directory / f"{record.name}.idx").read_bytes()
+        if int(lengths.sum()) != record.tokens or index != index_bytes(lengths, self._dtype):
+            raise UserError(f'"{self.directory / record.name}.idx" contradicts itself: build the dataset again')
+        tokens = np.memmap(self.directory / f"{record.name}.bin", dtype=self._dtype, mode="r")
+        ends = np.cumsum(lengths, dtype=np.int64) - 1
+        if int(tokens.max()) >= self.vocab_size or np.any(tokens[ends] != self.tokenizer.end_of_text_id):
+            raise UserError(f'"{self.directory / record.name}.bin" holds tokens that its tokenizer cannot have made')
+
+
+def open_dataset(directory: str | Path) -> Dataset:
+    """Open a finished dataset. Looks at sizes and headers only, so it is quick however large the dataset is.
+
+    Raises ``UserError`` if the directory holds no finished dataset or if a file is missing or has the wrong size.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f'"{directory}" is not a directory')
+    path = directory / MANIFEST
+    if not path.is_file() and (directory / JOURNAL).is_file():
+        raise UserError(f'the build of "{directory}" is not finished: call the same "prep build" again and it goes on')
+    if not path.is_file():
+        raise UserError(
+            f'"{directory}" is not a Kindling dataset: it has no {MANIFEST}; '
+            f"make one with: python -m data_prep build YOUR_TEXT --out {directory}"
+        )
+    content = path.read_bytes()
+    dataset = _parse_manifest(directory, content)
+    dataset.check_files()
+    return dataset
+
+
+def _parse_manifest(directory: Path, content: bytes) -> Dataset:
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(content)
+        if manifest["format"] != FORMAT_NAME:
+            raise ValueError
+        version = manifest["version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f'"{path}" has version {version}, this program reads {FORMAT_VERSION}: build it again')
+        return Dataset(directory, manifest, hashlib.sha256(content).hexdigest())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'"{path}" is damaged or not a manifest of {FORMAT_NAME}: build the dataset again') from None
