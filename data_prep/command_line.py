@@ -25,7 +25,7 @@ def friendly_errors(context: click.Context) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _leave(context, f"error: {error}", USER_ERROR_STATUS)
+        _leave(context, "\n".join(f"error: {line}" for line in str(error).splitlines()), USER_ERROR_STATUS)
     except KeyboardInterrupt as interrupt:
         _leave(context, str(interrupt) or "stopped", INTERRUPTED_STATUS)
     except BrokenPipeError:

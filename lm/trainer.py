@@ -10,6 +10,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomically
+from data_prep.files import only_writer_of, write_atomically
 from data_prep.shards import Dataset, open_dataset
 from lm import checkpoint, randomness
 from lm.batches import TrainingBatches, ValidationRows
@@ -114,7 +116,24 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     run, start = _open_or_create(config, path, dataset, reporter, accept_changes=accept_changes)
+    with (
+        only_writer_of(path, f"another process is training {path}: wait for it, or choose another --run"),
+        told_memory(),
+    ):
+        _train_steps(config, path, dataset, batches, device, start, reporter)
+    return run
 
+
+def _train_steps(
+    config: Config,
+    path: Path,
+    dataset: Dataset,
+    batches: TrainingBatches,
+    device: torch.device,
+    start: checkpoint.Checkpoint | None,
+    reporter: Reporter,
+) -> None:
+    """The loop, from the checkpoint ``start`` to the last step."""
     model = Transformer(config.model).initialise(config.training.seed).to(device)
     optimizer = Optimizer(model, config.optimizer)
     interval, step = Interval(), 0
@@ -125,8 +144,8 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
         interval = Interval(**start.state["interval"])
     _cut_metrics(path / "metrics.jsonl", step)
     if step >= config.training.steps:
-        reporter.note(f"{path} is trained: {step} of {config.training.steps} steps are done")
-        return run
+        reporter.note(f"{path} is trained: {step:,} of {config.training.steps:,} steps are done")
+        return
     for sentence in _introduction(config, dataset, model, batches, device):
         reporter.note(sentence)
     if step:
@@ -170,7 +189,20 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
                 reporter.note(f"stopped at step {step}, which is saved: the same command goes on from there")
                 raise SystemExit(128 + stop.received)
     reporter.end()
-    return run
+
+
+@contextmanager
+def told_memory() -> Iterator[None]:
+    """Tell an allocation that failed, on any device, in one sentence."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error) and "out of memory" not in str(error):
+            raise
+        raise UserError(
+            "not enough memory for this model and batch: set micro_batch_rows lower (the result stays the same), "
+            "or choose a smaller model"
+        ) from None
 
 
 def _gradients(

@@ -1,0 +1,130 @@
+"""One small text, one dataset and one trained model that many tests look at; none of them changes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from data_prep.pipeline import BuildSettings, build
+from data_prep.shards import Dataset, open_dataset
+from lm.config import Config
+from lm.run_directory import Run
+from lm.trainer import train
+
+torch.set_num_threads(1)
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+settings.register_profile("kindling", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("kindling")
+
+SUBJECTS = "the old miller|a young fox|my grandmother|the captain|every sparrow|nobody|the clever weaver|a tired horse"
+VERBS = "found|carried|watched|remembered|painted|lost|sold|followed|wanted|forgot"
+OBJECTS = "a silver key|the long river|seven apples|the winter coat|a small boat|her brother's letter|the café|an owl"
+PLACES = "behind the barn|in the morning|before the rain came|at the market|under a wide sky|without a word|again"
+
+
+def sentences(count: int, seed: int) -> str:
+    """English-like text, the same for the same seed."""
+    draw = random.Random(seed)
+    parts = [list.split("|") for list in (SUBJECTS, VERBS, OBJECTS, PLACES)]
+    made = (" ".join(draw.choice(part) for part in parts) for _ in range(count))
+    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in made)
+
+
+class Recorder:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.lines: list[dict[str, Any]] = []
+        self.ended = 0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def begin(self, done: int, total: int) -> None:
+        self.began = (done, total)
+
+    def step(self, step: int) -> None:
+        self.last_step = step
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(scope="session")
+def quietly() -> Callable[..., Run]:
+    """``train`` without anybody watching: (config, path) → the run."""
+    return lambda config, path, **arguments: train(config, path, Recorder(), **arguments)
+
+
+@pytest.fixture(scope="session")
+def make_dataset() -> Callable[..., Dataset]:
+    """Build a dataset: (source, folder, **settings of the build) → the dataset."""
+    return build_dataset
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three hundred short documents."""
+    folder = tmp_path_factory.mktemp("text")
+    with (folder / "stories.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(300):
+            file.write(json.dumps({"text": sentences(3 + number % 5, number)}) + "\n")
+    return folder
+
+
+def build_dataset(source: Path, out: Path, **changes: Any) -> Dataset:
+    build(BuildSettings(**{"sources": (str(source),), "out": out, "validation_fraction": 0.1} | changes))
+    return open_dataset(out)
+
+
+@pytest.fixture(scope="session")
+def dataset(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The documents as tokens of a byte-level BPE, in several shards."""
+    return build_dataset(text_folder, tmp_path_factory.mktemp("data") / "bpe", vocab_size=400, shard_tokens=5000)
+
+
+@pytest.fixture(scope="session")
+def byte_dataset(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same documents, one token a byte."""
+    return build_dataset(text_folder, tmp_path_factory.mktemp("data") / "bytes", tokenizer_kind="bytes")
+
+
+@pytest.fixture(scope="session")
+def small(dataset: Dataset) -> Config:
+    """The settings of a run that takes a second."""
+    return Config().replace(
+        num_layers=2,
+        hidden_size=32,
+        num_heads=2,
+        context_length=32,
+        batch_tokens=256,
+        data=str(dataset.directory),
+        steps=20,
+        validation_rows=8,
+        device="cpu",
+        threads=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(small: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of the hybrid objective that has learnt a little."""
+    config = small.replace(steps=100, learning_rate=0.01, validate_every=50, checkpoint_every=50)
+    return train(config, tmp_path_factory.mktemp("runs") / "trained", Recorder())

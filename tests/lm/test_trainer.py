@@ -1,0 +1,427 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from data_prep.files import only_writer_of
+from lm import checkpoint
+from lm.batches import TrainingBatches
+from lm.config import all_settings
+from lm.model import Transformer
+from lm.objectives import Batch
+from lm.recipes import load_config
+from lm.run_directory import Run
+from lm.trainer import FIXED_SETTINGS, FREE_SETTINGS, Interval, _gradients, told_memory, train
+
+TRAIN = """
+import sys
+from pathlib import Path
+from lm.progress import TerminalProgress
+from lm.recipes import load_config
+from lm.trainer import train
+train(load_config(Path(sys.argv[1])), Path(sys.argv[2]), TerminalProgress())
+"""
+
+
+@pytest.fixture(scope="module")
+def long(small):
+    """A run with all that could remember something: dropout, random masks, sums between lines of the log."""
+    return small.replace(
+        dropout=0.1, steps=60, log_every=7, validate_every=25, checkpoint_every=4, micro_batch_rows=4, seed=3
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(long, quietly, tmp_path_factory) -> Run:
+    return quietly(long, tmp_path_factory.mktemp("undisturbed") / "run")
+
+
+def weights_of(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints"
+    newest = checkpoint.latest(folder, pytest.fail) if step is None else checkpoint.read(folder / f"step_{step:08d}")
+    return {f"model {n}": t for n, t in newest.model().items()} | {
+        f"optimizer {n}": t for n, t in newest.optimizer().items()
+    }
+
+
+def metrics_of(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl without the one thing that may differ, how fast it went."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    first, second = weights_of(a), weights_of(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert metrics_of(a) == metrics_of(b)
+    assert (a / "config.toml").read_bytes() == (b / "config.toml").read_bytes()
+    assert (a / "tokenizer.json").read_bytes() == (b / "tokenizer.json").read_bytes()
+
+
+def in_a_process(config, run: Path, folder: Path) -> subprocess.Popen:
+    config.save(folder / "config.toml")
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAIN, str(folder / "config.toml"), str(run)], stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("objective", ["next_token", "masked_token", "masked_next_token", "hybrid"])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(dataset, small, objective):
+    """Although each has another number of hidden tokens, and one may be causal and the next masked."""
+    config = small.replace(objective=objective, masked_fraction=0.3, vocab_size=400)
+    batch = TrainingBatches(dataset, config).batch(1)
+    model = Transformer(config.model).initialise(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.05)
+    found = []
+    for rows in (0, 4, 2, 1):
+        losses, shares = _gradients(model, batch, config.replace(micro_batch_rows=rows), 1)
+        found.append((losses, shares, [p.grad.clone() for p in model.parameters()]))
+    for losses, shares, gradients in found[1:]:
+        assert shares == found[0][1]
+        assert losses.keys() == found[0][0].keys()
+        for name in losses:
+            torch.testing.assert_close(losses[name], found[0][0][name], rtol=1e-5, atol=1e-5)
+        for a, b in zip(gradients, found[0][2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert sum(found[0][1].values()) == 1
+
+
+def test_the_gradient_is_that_of_the_mean_loss(dataset, small):
+    """Computed once more from all logits, each kind of row averaged over its own predictions."""
+    config = small.replace(masked_fraction=0.25, vocab_size=400)
+    batch = TrainingBatches(dataset, config).batch(0)
+    model = Transformer(config.model).initialise(0)
+    losses, shares = _gradients(model, batch, config, 0)
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    logits = model.logits(model(batch.inputs, batch.positions, batch.lo, batch.hi))
+    total = 0.0
+    for masked, name in ((False, "next_token"), (True, "masked_next_token")):
+        rows = batch.masked == masked
+        mean = torch.nn.functional.cross_entropy(logits[rows].flatten(0, 1), batch.targets[rows].flatten())
+        share = float(rows.float().mean())
+        assert shares[name] == share
+        assert float(losses[name]) == pytest.approx(share * float(mean.detach()), rel=1e-5)
+        total = total + share * mean
+    total.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_drawn_anew_for_each_step_and_micro_batch_and_the_same_again(dataset, small):
+    config = small.replace(objective="next_token", vocab_size=400, dropout=0.3, micro_batch_rows=1)
+    one = TrainingBatches(dataset, config).batch(0).rows(0, 1)
+    twice = Batch(*(torch.cat([tensor, tensor]) for tensor in vars(one).values()))
+    model = Transformer(config.model).initialise(0).train()
+
+    def loss(batch: Batch, step: int, seed: int = 0) -> float:
+        torch.manual_seed(123)  # the global stream has no say
+        return float(_gradients(model, batch, config.replace(seed=seed), step)[0]["next_token"])
+
+    assert loss(one, 5) == loss(one, 5)
+    assert len({loss(one, 5), loss(one, 6), loss(one, 5, seed=1)}) == 3
+    assert loss(twice, 5) != pytest.approx(2 * loss(one, 5), rel=1e-6)
+
+
+def test_a_run_does_not_depend_on_its_micro_batches(small, quietly, tmp_path):
+    lines = []
+    for rows in (0, 2):
+        run = quietly(small.replace(steps=8, log_every=1, micro_batch_rows=rows), tmp_path / str(rows))
+        lines.append([line["loss"] for line in run.metrics() if "loss" in line])
+    assert lines[0] == pytest.approx(lines[1], abs=1e-4)
+
+
+def test_an_interval_holds_means_over_its_steps():
+    interval = Interval()
+    interval.add({"a": torch.tensor(1.0), "b": torch.tensor(4.0)}, {"a": 0.25, "b": 0.75}, torch.tensor(2.0))
+    interval.add({"a": torch.tensor(3.0)}, {"a": 1.0}, torch.tensor(4.0))
+    assert interval.means() == pytest.approx({"loss": 4.0, "loss_a": 3.2, "loss_b": 4 / 0.75, "gradient_norm": 3.0})
+
+
+def test_the_loss_falls(trained):
+    losses = [line["loss"] for line in trained.metrics() if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    first, last = [line["validation"] for line in trained.metrics() if "validation" in line]
+    for name in ("next_token", "masked_next_token"):
+        assert last[name]["nats_per_token"] < first[name]["nats_per_token"]
+
+
+def test_metrics_have_their_schema(trained):
+    lines = list(trained.metrics())
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(10, 101, 10))
+    for line in training:
+        assert list(line) == [
+            "step", "tokens", "epoch", "loss", "loss_next_token", "loss_masked_next_token", "gradient_norm",
+            "learning_rate", "tokens_per_second",
+        ]  # fmt: skip
+        assert line["tokens"] == line["step"] * 256
+        assert line["loss"] == pytest.approx((line["loss_next_token"] + line["loss_masked_next_token"]) / 2, rel=1e-5)
+    validated = [line for line in lines if "validation" in line]
+    assert [line["step"] for line in validated] == [50, 100]
+    for line in validated:
+        assert list(line["validation"]) == ["next_token", "masked_next_token"]
+        for loss in line["validation"].values():
+            assert list(loss) == ["nats_per_token", "bits_per_byte", "predicted"]
+
+
+def test_the_run_directory_holds_all_that_was_asked_for(trained, dataset, small):
+    assert sorted(path.name for path in trained.path.iterdir()) == [
+        "checkpoints", "config.toml", "metrics.jsonl", "tokenizer.json"
+    ]  # fmt: skip
+    assert load_config(trained.path / "config.toml") == trained.config
+    assert trained.config == small.replace(
+        steps=100, learning_rate=0.01, validate_every=50, checkpoint_every=50, vocab_size=400
+    )
+    assert trained.tokenizer.sha256 == dataset.tokenizer.sha256
+    state = trained.latest().state
+    assert state["data_fingerprint"] == dataset.fingerprint
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(long, undisturbed, quietly, tmp_path):
+    run, draw = tmp_path / "run", random.Random(5)
+    for kill in range(2):
+        process = in_a_process(long, run, tmp_path)
+        logged = run / "metrics.jsonl"
+        size = logged.stat().st_size if kill else 0
+        wait_for(lambda: logged.exists() and logged.stat().st_size != size, process)  # noqa: B023
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    quietly(long, run)
+    assert_same_run(run, undisturbed.path)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(long, undisturbed, recorder, tmp_path, number, status):
+    run = tmp_path / "run"
+    process = in_a_process(long, run, tmp_path)
+    wait_for(lambda: (run / "checkpoints").exists() and any((run / "checkpoints").glob("step_????????")), process)
+    process.send_signal(number)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == status
+    assert "Traceback" not in told
+    stopped = checkpoint.latest(run / "checkpoints", pytest.fail).step
+    assert f"stopped at step {stopped}, which is saved" in told
+    assert stopped < 60
+    train(long, run, recorder)
+    assert recorder.began == (stopped, 60)
+    assert_same_run(run, undisturbed.path)
+
+
+class StopAt:
+    """A reporter that sends this process a signal when it is told of a step's metrics."""
+
+    def __init__(self, step: int) -> None:
+        self.at = step
+
+    def note(self, text: str) -> None: ...
+    def begin(self, done: int, total: int) -> None: ...
+    def step(self, step: int) -> None: ...
+    def end(self) -> None: ...
+    def metrics(self, line: dict) -> None:
+        if line["step"] == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [7, 25, 56])
+def test_a_run_stopped_beside_its_checkpoints_ends_as_if_undisturbed(long, undisturbed, quietly, tmp_path, step):
+    run, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        train(long, run, StopAt(step))
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before  # the process has its own handlers back
+    assert checkpoint.latest(run / "checkpoints", pytest.fail).step == step
+    quietly(long, run)
+    assert_same_run(run, undisturbed.path)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(long, undisturbed, recorder, tmp_path):
+    run = shutil.copytree(undisturbed.path, tmp_path / "run")
+    newest = run / "checkpoints" / "step_00000060" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    train(long, run, recorder)
+    assert any("step_00000060" in note and "optimizer.safetensors" in note for note in recorder.notes)
+    assert "going on at step 56" in recorder.notes
+    assert recorder.began == (56, 60)
+    assert_same_run(run, undisturbed.path)
+
+
+def test_lines_of_the_log_after_the_checkpoint_are_written_anew(long, undisturbed, quietly, tmp_path):
+    run = shutil.copytree(undisturbed.path, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step_00000060")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 61, "lo')  # cut off
+    quietly(long, run)
+    assert_same_run(run, undisturbed.path)
+
+
+def test_a_finished_run_returns_at_once_and_stays_as_it_is(long, undisturbed, recorder, tmp_path):
+    run = shutil.copytree(undisturbed.path, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    train(long, run, recorder)
+    assert recorder.lines == []
+    assert recorder.notes == [f"{run} is trained: 60 of 60 steps are done"]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_more_steps_can_be_added_to_a_finished_run(small, quietly, recorder, tmp_path):
+    quietly(small.replace(steps=4), tmp_path / "run")
+    train(small.replace(steps=6, log_every=1, micro_batch_rows=2, prompts=("a",)), tmp_path / "run", recorder)
+    assert recorder.began == (4, 6)
+    assert [line["step"] for line in recorder.lines if "loss" in line] == [5, 6]
+
+
+def test_no_setting_is_both_free_and_fixed_and_all_exist():
+    assert not FREE_SETTINGS & FIXED_SETTINGS
+    assert {setting.name for setting in all_settings()} >= FREE_SETTINGS | FIXED_SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": 0.5}, ["learning_rate 0.003 (now 0.5)", "add --resume to change it"]),
+        ({"mask_rate": 0.4}, ["mask_rate 0.2 (now 0.4)", "--resume"]),
+        ({"hidden_size": 64}, ["hidden_size 32 (now 64)", "choose another --run"]),
+        ({"seed": 9, "context_length": 16}, ["seed 0 (now 9)", "context_length 32 (now 16)", "choose another --run"]),
+        ({"learning_rate": 0.5, "num_layers": 3}, ["learning_rate 0.003 (now 0.5)", "num_layers 2 (now 3)"]),
+    ],
+)
+def test_a_run_is_not_continued_with_other_settings_unawares(small, quietly, tmp_path, changes, words):
+    quietly(small.replace(steps=2), tmp_path / "run")
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    with pytest.raises(UserError) as refused:
+        quietly(small.replace(steps=4, **changes), tmp_path / "run")
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+    if changes.keys() & FIXED_SETTINGS:
+        assert "--resume" not in str(refused.value)
+        with pytest.raises(UserError, match="choose another --run"):
+            quietly(small.replace(steps=4, **changes), tmp_path / "run", accept_changes=True)
+    else:
+        run = quietly(small.replace(steps=4, **changes), tmp_path / "run", accept_changes=True)
+        assert run.latest().step == 4
+        assert load_config(run.path / "config.toml") == small.replace(steps=4, vocab_size=400, **changes)
+
+
+def test_a_run_is_not_continued_with_other_data(small, quietly, text_folder, make_dataset, tmp_path):
+    quietly(small.replace(steps=2), tmp_path / "run")
+    other = make_dataset(text_folder, tmp_path / "other", vocab_size=400, validation_fraction=0.2)
+    with pytest.raises(UserError, match="was trained on other data"):
+        quietly(small.replace(steps=4, data=str(other.directory)), tmp_path / "run", accept_changes=True)
+
+
+def test_the_same_data_may_lie_elsewhere(small, dataset, quietly, tmp_path):
+    quietly(small.replace(steps=2), tmp_path / "run")
+    moved = shutil.copytree(dataset.directory, tmp_path / "moved")
+    run = quietly(small.replace(steps=3, data=str(moved)), tmp_path / "run")
+    assert run.latest().step == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": ""}, "no data: name a folder"),
+        ({"data": "nowhere"}, '"nowhere" is not a directory'),
+        ({"vocab_size": 300}, "vocab_size 300 is smaller than the tokenizer of .* which has 400"),
+        ({"context_length": 10**6, "batch_tokens": 10**6}, "context_length 1000000 is longer"),
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_nothing_behind(small, quietly, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        quietly(small.replace(**changes), tmp_path / "runs" / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_other_things_is_not_made_a_run(small, quietly, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not empty and is not a run directory"):
+        quietly(small, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_begun_anew(small, quietly, tmp_path):
+    run = quietly(small.replace(steps=2), tmp_path / "run")
+    (run.path / "checkpoints" / "step_00000002" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        quietly(small.replace(steps=4), tmp_path / "run")
+
+
+def test_a_loss_that_is_no_longer_finite_ends_the_run_and_is_not_saved(small, recorder, tmp_path):
+    config = small.replace(learning_rate=1e30, muon_learning_rate=1e30, log_every=1, checkpoint_every=3)
+    with pytest.raises(UserError, match=r"no longer finite \(step \d+\): lower learning_rate"):
+        train(config, tmp_path / "run", recorder)
+    for path in (tmp_path / "run").glob("checkpoints/*"):
+        for tensor in checkpoint.read(path).model().values():
+            assert torch.isfinite(tensor).all()
+
+
+def test_a_run_in_a_thread_trains_without_handling_signals(small, quietly, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(quietly, small.replace(steps=2), tmp_path / "run").result()
+    assert run.latest().step == 2
+
+
+def test_two_processes_do_not_train_one_run(small, quietly, tmp_path):
+    quietly(small.replace(steps=2), tmp_path / "run")
+    with (
+        only_writer_of(tmp_path / "run", "mine"),
+        pytest.raises(UserError, match=r"another process is training .*run: wait for it"),
+    ):
+        quietly(small.replace(steps=4), tmp_path / "run")
+    assert quietly(small.replace(steps=4), tmp_path / "run").latest().step == 4
+
+
+def test_an_allocation_that_fails_is_told_in_one_sentence_and_other_failures_as_they_are():
+    with pytest.raises(UserError, match="set micro_batch_rows lower"), told_memory():
+        torch.empty(2**60)
+    with pytest.raises(UserError, match="not enough memory"), told_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="size of tensor"), told_memory():
+        torch.empty(2) + torch.empty(3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "num_key_value_heads": 1},
+        {"tie_embeddings": False, "activation": "relu2", "logit_softcap": 10.0},
+        {"objective": "masked_token", "qk_norm": True},
+        {"precision": "bfloat16", "objective": "masked_next_token"},
+        {"vocab_size": 512, "objective": "next_token"},
+    ],
+)
+def test_every_kind_of_model_learns(small, quietly, tmp_path, changes):
+    run = quietly(small.replace(steps=25, learning_rate=0.01, log_every=5, **changes), tmp_path / "run")
+    losses = [line["loss"] for line in run.metrics() if "loss" in line]
+    assert losses[-1] < losses[0] - 0.4
+    model, step = run.load_model(torch.device("cpu"))
+    assert step == 25
+    assert all(torch.isfinite(p).all() for p in model.parameters())

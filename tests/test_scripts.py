@@ -1,0 +1,168 @@
+"""The scripts as a person calls them, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lm.config import all_settings
+
+ROOT = Path(__file__).parent.parent
+LONG = ("--context-length", "65536")
+SMALL = (
+    *("--num-layers", 1, "--hidden-size", 32, "--num-heads", 2, "--context-length", 32, "--batch-tokens", 256),
+    *("--steps", 30, "--learning-rate", 0.01, "--threads", 1, "--device", "cpu"),
+)
+
+
+def call(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``python …`` in the root of the checkout."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONUTF8": "1"},
+        check=False,
+    )
+
+
+def succeed(*arguments: object) -> subprocess.CompletedProcess[str]:
+    done = call(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def data(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scripts") / "data"
+    done = succeed(
+        *("-m", "data_prep", "build", text_folder, "--out", out),
+        *("--vocab-size", 400, "--validation-fraction", 0.1, "--workers", 1),
+    )
+    assert "train.py configs/tiny.toml" in done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scripts") / "run"
+    done = succeed("train.py", "configs/tiny.toml", "--data", data, "--run", path, *SMALL)
+    assert done.stdout == ""
+    return path
+
+
+def test_training_leaves_a_run_directory_with_a_report(run):
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoints", "config.toml", "metrics.jsonl", "report.html", "tokenizer.json"
+    }  # fmt: skip
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000030"]
+
+
+def test_sampling_writes_text_alone_and_the_same_for_the_same_seed(run):
+    command = ["sample.py", run, "--prompt", "The captain", "--max-new-tokens", 20, "--seed", 4]
+    done = succeed(*command)
+    assert done.stdout.startswith("The captain")
+    assert done.stderr == ""
+    assert succeed(*command).stdout == done.stdout
+
+
+def test_sampling_fills_masks_and_speaks_json(run):
+    done = succeed("sample.py", run, "--prompt", "An owl", "--fill", "The old [MASK] found an owl.", "--json")
+    continued, filled = map(json.loads, done.stdout.splitlines())
+    assert continued["prompt"] == "An owl"
+    assert filled["filled"].startswith("The old ")
+    assert "[MASK]" not in filled["filled"]
+
+
+def test_evaluation_and_report_follow(run):
+    answer = json.loads(succeed("evaluate.py", run, "--json").stdout)
+    assert answer["step"] == 30
+    table = succeed("evaluate.py", run).stdout
+    assert f"{answer['validation']['next_token']['bits_per_byte']:.4f}" in table
+    told = succeed("-c", "from lm.cli import main; main()", "report", run)
+    assert told.stdout.strip() == str(run / "report.html")
+    assert "Loss on the validation split" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["sample.py", "{empty}", "--prompt", "a"], ["{empty} is not a run directory"]),
+        (["evaluate.py", "{empty}"], ["{empty} is not a run directory"]),
+        (["sample.py", "{new}", "--prompt", "a"], ["there is no run directory {new}"]),
+        (["train.py", "{recipe}", "--run", "{new}"], ['"hidden_sise"', 'did you mean "hidden_size"?']),
+        (["train.py", "configs/tiny.toml", "--run", "{new}", "--hiden-size", "64"], ['did you mean "--hidden-size"?']),
+        (["train.py", "configs/tiny.toml", "--run", "{new}", "--num-heads", "5"], ["hidden_size 192", "num_heads 5"]),
+        (["train.py", "configs/tiny.toml", "--run", "{new}"], ["no data"]),
+        (["train.py", "configs/tiny.toml", "--run", "{new}", "--data", "{empty}"], ["is not a Kindling dataset"]),
+        (
+            ["train.py", "tiny", "--run", "{new}", "--data", "{data}", "--batch-tokens", "65536", *LONG],
+            ["context_length 65536 is longer than the training text"],
+        ),
+        (["train.py", "configs/tinny.toml"], ['no recipe "configs/tinny.toml"', 'did you mean "tiny.toml"?']),
+        (
+            ["train.py", "{recipe}", "--run", "{new}", "--dropout", "7", "--stpes", "3"],
+            ['"hidden_sise"', "--dropout must be at most 0.9", "--stpes"],
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_clear_message_and_leave_nothing_behind(data, tmp_path, command, words):
+    places = {"empty": tmp_path / "empty", "new": tmp_path / "new", "recipe": tmp_path / "bad.toml", "data": data}
+    places["empty"].mkdir()
+    places["recipe"].write_text("[model]\nhidden_sise = 64\n")
+    done = call(*(part.format(**places) for part in command))
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word.format(**places) in done.stderr
+    assert len(done.stderr.splitlines()) <= len(words)  # a line a mistake
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "empty"]
+    assert list(places["empty"].iterdir()) == []
+
+
+PROGRAMS = {
+    "train": ["train.py"],
+    "sample": ["sample.py"],
+    "evaluate": ["evaluate.py"],
+    "build": ["-m", "data_prep", "build"],
+    "kindling": ["-c", "from lm.cli import main; main()"],
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_is_quick(name):
+    seconds = []
+    while not seconds or (min(seconds) > 1.5 and len(seconds) < 4):  # again, should the machine have been busy
+        began = time.monotonic()
+        done = succeed(*PROGRAMS[name], "--help")
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 1.5
+    assert "Usage:" in done.stdout
+    if name == "train":
+        assert all(setting.option in done.stdout for setting in all_settings())
+
+
+def test_help_and_mistakes_do_not_wait_for_torch():
+    code = """
+import sys
+from lm.cli import main
+for arguments in (["train", "--help"], ["sample", "--help"], ["evaluate", "--help"], ["train", "tiny", "--stpes", "3"]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+heavy = {"torch", "numpy", "tokenizers", "matplotlib", "jinja2", "datasets", "triton"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    succeed("-c", code)
