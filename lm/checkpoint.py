@@ -1,12 +1,13 @@
 """Checkpoints: a folder that is either complete and checked or not there.
 
 ``checkpoints/step_00002000/`` holds ``model.safetensors``, ``optimizer.safetensors`` and ``state.json``, which has the
-SHA-256 of the other two. It is written under another name, flushed to the disk, and renamed; nothing in it can carry
-code.
+SHA-256 of the other two and of its own content. It is written under another name, flushed to the disk, and renamed;
+nothing in it can carry code.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -55,9 +56,10 @@ def save(
         OSError: it could not be written (the disk is full, say); what was there before is untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{step:08d}"
+    final = folder / _folder_name(step)
     beside = final.with_suffix(".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    for leftover in folder.glob("step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         beside.mkdir()
         checksums = {}
@@ -65,7 +67,8 @@ def save(
             _write_tensors(beside / name, tensors)
             checksums[name] = sha256_of_file(beside / name)
         content = {"format": FORMAT, "step": step, "sha256": checksums, **state}
-        (beside / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        sealed = {**content, "state_sha256": _seal(content)}
+        (beside / STATE).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
         _sync_file(beside / STATE)
         sync_directory(beside)
         if final.exists():
@@ -104,12 +107,23 @@ def read(path: Path) -> Checkpoint:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise UserError(f"checkpoint {path} has format {state['format']}; this Kindling reads {FORMAT}")
-        for name, checksum in state["sha256"].items():
-            if sha256_of_file(path / name) != checksum:
+        if state.pop("state_sha256") != _seal(state) or path.name != _folder_name(state["step"]):
+            raise UserError(f"damaged checkpoint {path}: {STATE} does not match its checksum")
+        for name in (MODEL, OPTIMIZER):
+            if sha256_of_file(path / name) != state["sha256"][name]:
                 raise UserError(f"damaged checkpoint {path}: {name} does not match its checksum")
         return Checkpoint(path, state["step"], state)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"damaged checkpoint {path}: {error}") from None
+
+
+def _folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _seal(state: Mapping[str, Any]) -> str:
+    """SHA-256 of a state's content, however it is laid out in the file."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -80,20 +80,24 @@ def train(
     """
     if recipe is None and run_path is None:
         raise UserError("name a recipe to train (configs/tiny.toml, say), or a run to go on with: --run RUN --resume")
+    extras = [*([recipe] if recipe and recipe.startswith("-") else []), *context.args]
+    unknown = tuple(extra.split("=")[0] for extra in extras if extra.startswith("-"))
+    if recipe in extras:
+        recipe = None  # an unknown option stood before the recipe and took its place
     if run_path is None:
         run_path = Path("runs") / Path(str(recipe)).stem
     saved = run_path / "config.toml"
     base = load_config(saved) if saved.is_file() else None
-    if recipe is None and base is None:
+    if recipe is None and base is None and not unknown:
         raise UserError(
             f"{run_path} is not a run directory yet: name a recipe to begin it with (configs/tiny.toml, say)"
         )
-    unknown = tuple(extra.split("=")[0] for extra in context.args if extra.startswith("-"))
     given = {name: value for name, value in settings.items() if value is not None}
     config = load_config(find_recipe(recipe) if recipe else None, given, unknown_options=unknown, base=base)
-    if context.args and not unknown:
-        raise UserError(f"unexpected argument {context.args[0]!r}")
+    if extras:
+        raise UserError(f"unexpected argument {extras[0]!r}")
 
+    from lm.evaluate import saved_evaluation
     from lm.progress import TerminalProgress
     from lm.report import write_report
     from lm.trainer import train as train_run
@@ -101,7 +105,7 @@ def train(
     run = train_run(config, run_path, TerminalProgress(), accept_changes=resume)
     report, newest = run_path / "report.html", run.latest()
     if newest and not (report.exists() and report.stat().st_mtime >= newest.path.stat().st_mtime):
-        write_report(run, _saved_evaluation(run), run.config.report.prompts, run.config.report.fills)
+        write_report(run, saved_evaluation(run), run.config.report.prompts, run.config.report.fills)
     if as_json:
         last = [line for line in run.metrics() if "validation" in line][-1:]
         click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
@@ -157,7 +161,7 @@ def sample(
         raise UserError('nothing to do: give --prompt "Once upon a time", or --fill "The [MASK] sat on the mat."')
     opened = open_run(run)
     _check_readouts(opened, prompts, fills)
-    model, _ = opened.load_model(choose_device(device))
+    model = opened.load_model(choose_device(device))
     for number, prompt in enumerate(prompts):
         if number and not as_json:
             click.echo()
@@ -260,20 +264,11 @@ def evaluate(run: Path, data: str, as_json: bool) -> None:
 )
 def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...]) -> None:
     """Write RUN/report.html: losses, curves, samples, settings, environment; one file that needs no network."""
+    from lm.evaluate import saved_evaluation
     from lm.report import write_report
     from lm.run_directory import open_run
 
     opened = open_run(run)
     defaults = opened.config.report
-    path = write_report(opened, _saved_evaluation(opened), prompts or defaults.prompts, fills or defaults.fills)
+    path = write_report(opened, saved_evaluation(opened), prompts or defaults.prompts, fills or defaults.fills)
     click.echo(str(path))
-
-
-def _saved_evaluation(run: Run) -> dict[str, Any] | None:
-    """What ``evaluate`` found for the newest checkpoint, if it was asked."""
-    path = run.path / "evaluation.json"
-    newest = run.latest()
-    if not path.exists() or newest is None:
-        return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["step"] == newest.step else None

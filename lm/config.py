@@ -110,7 +110,7 @@ class OptimizerConfig:
         "muon: Muon for the matrices inside the blocks, AdamW for the rest; adamw: AdamW for all",
         choices=("muon", "adamw"),
     )
-    learning_rate: float = setting(0.003, "peak learning rate of AdamW", minimum=0)
+    learning_rate: float = setting(0.01, "peak learning rate of AdamW", minimum=0)
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", minimum=0)
     weight_decay: float = setting(0.1, "decoupled decay of the matrices, per step and unit of learning rate", minimum=0)
     beta1: float = setting(0.9, "AdamW: decay of the mean of the gradient", minimum=0, maximum=0.9999)
@@ -124,7 +124,7 @@ class OptimizerConfig:
         0.7, "last share of the steps, over which the learning rate falls linearly", minimum=0, maximum=1
     )
     final_learning_rate_fraction: float = setting(
-        0.0, "learning rate of the last step, as a share of the peak", minimum=0, maximum=1
+        0.0, "learning rate at the end of the decay, as a share of the peak", minimum=0, maximum=1
     )
 
 
@@ -252,6 +252,11 @@ def inconsistencies(config: Config) -> list[str]:
         )
     elif data.micro_batch_rows and data.batch_rows % data.micro_batch_rows:
         problems.append(f"micro_batch_rows {data.micro_batch_rows} does not divide the batch's {data.batch_rows} rows")
+    problems += [
+        f'fills: there is no [MASK] in "{text}": write it where a word is missing'
+        for text in config.report.fills
+        if "[MASK]" not in text
+    ]
     if config.objective.mask_token_share + config.objective.random_token_share > 1:
         problems.append("mask_token_share and random_token_share add up to more than 1")
     if optimizer.warmup_fraction + optimizer.decay_fraction > 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import json
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,82 +12,68 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.shards import Dataset, Split, open_dataset
+from lm.checkpoint import MODEL
 from lm.run_directory import Run, choose_device
 from lm.trainer import validate_readouts
-from lm.validation import ReadoutLoss
 
+RESULT = "evaluation.json"
 READ_AT_ONCE = 1 << 22
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What ``evaluate.py`` prints.
-
-    ``floors`` maps a name to nats per token (None: it is not a model of tokens) and bits per byte.
-    """
-
-    step: int
-    data: str
-    data_fingerprint: str
-    validation_tokens: int
-    validation_bytes: int
-    readouts: dict[str, ReadoutLoss]
-    floors: dict[str, tuple[float | None, float]]
-    protocol: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "data": self.data,
-            "data_fingerprint": self.data_fingerprint,
-            "validation_tokens": self.validation_tokens,
-            "validation_bytes": self.validation_bytes,
-            "validation": {name: loss.as_dict() for name, loss in self.readouts.items()},
-            "floors": {name: {"nats_per_token": n, "bits_per_byte": b} for name, (n, b) in self.floors.items()},
-            "protocol": self.protocol,
-        }
 
 
 def evaluate(run: Run, data: str = "") -> dict[str, Any]:
     """Evaluate the newest checkpoint on the validation split of ``data`` ("": the data it was trained on).
 
-    The result is kept in ``evaluation.json`` and read from there when nothing has changed since.
+    On its own data the result is kept in ``evaluation.json``, and read from there when nothing has changed since.
+
+    Returns:
+        ``validation`` maps each readout to its loss, ``floors`` each floor to nats per token (None: it is not a model
+        of tokens) and bits per byte; ``protocol`` says in words what was measured, the rest on what.
 
     Raises:
         UserError: the data is missing, was made with another tokenizer, or has no validation text.
     """
     dataset = open_dataset(data or run.config.data.data)
+    validation = dataset.split("validation")
     if dataset.tokenizer.sha256 != run.tokenizer.sha256:
         raise UserError(
             f"{dataset.directory} was made with another tokenizer than {run.path}: "
             f"prepare it with --tokenizer {run.path}/tokenizer.json"
         )
-    if not dataset.split("validation").tokens:
+    if not validation.tokens:
         raise UserError(f"{dataset.directory} has no validation text: build it with --validation-fraction above 0")
-    newest = run.latest()
-    saved = run.path / "evaluation.json"
-    key = {"step": newest.step if newest else None, "data_fingerprint": dataset.fingerprint}
-    if saved.exists():
-        known = json.loads(saved.read_text(encoding="utf-8"))
-        if all(known.get(name) == value for name, value in key.items()):
-            return known
-    model, step = run.load_model(choose_device(run.config.training.device))
+    known = saved_evaluation(run)
+    if known and known["data_fingerprint"] == dataset.fingerprint:
+        return known
+    checkpoint = run.newest()
+    model = run.load_model(choose_device(run.config.training.device), checkpoint)
     readouts = validate_readouts(model, dataset, run.config, rows=0, every_token=True)
-    validation = dataset.split("validation")
-    result = Evaluation(
-        step,
-        str(dataset.directory),
-        dataset.fingerprint,
-        validation.tokens,
-        validation.text_bytes,
-        readouts,
-        floors(dataset),
-        f"whole validation split, windows of {run.config.data.context_length} tokens side by side, documents apart; "
+    result = {
+        "step": checkpoint.step,
+        "checkpoint": checkpoint.state["sha256"][MODEL],
+        "data": str(dataset.directory),
+        "data_fingerprint": dataset.fingerprint,
+        "validation_tokens": validation.tokens,
+        "validation_bytes": validation.text_bytes,
+        "validation": {name: loss.as_dict() for name, loss in readouts.items()},
+        "floors": {name: {"nats_per_token": n, "bits_per_byte": b} for name, (n, b) in floors(dataset).items()},
+        "protocol": "whole validation split, "
+        f"windows of {run.config.data.context_length} tokens side by side, documents apart; "
         f"a masked readout hides one token in {round(1 / run.config.objective.validation_mask_rate)} at a time, "
         "each behind the mask token, until every token was hidden once",
-    ).as_dict()
-    write_atomically(saved, json.dumps(result, indent=1) + "\n")
+    }
+    if not data:
+        write_atomically(run.path / RESULT, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def saved_evaluation(run: Run) -> dict[str, Any] | None:
+    """What ``evaluate`` found for the newest checkpoint, if it was asked and the file is whole."""
+    newest = run.latest()
+    try:
+        known: dict[str, Any] = json.loads((run.path / RESULT).read_text(encoding="utf-8"))
+        return known if newest and known["checkpoint"] == newest.state["sha256"][MODEL] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def floors(dataset: Dataset) -> dict[str, tuple[float | None, float]]:

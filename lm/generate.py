@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,11 +30,15 @@ class Sampling:
 
     def problems(self) -> list[str]:
         limits = [
-            (self.temperature >= 0, f"--temperature must be at least 0, not {self.temperature}"),
+            (
+                self.temperature == 0 or 0.01 <= self.temperature <= 100,
+                f"--temperature must be 0, or from 0.01 to 100, not {self.temperature}",
+            ),
             (self.top_k >= 0, f"--top-k must be at least 0, not {self.top_k}"),
             (0 < self.top_p <= 1, f"--top-p must be above 0 and at most 1, not {self.top_p}"),
             (0 <= self.min_p <= 1, f"--min-p must be between 0 and 1, not {self.min_p}"),
             (self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, not {self.max_new_tokens}"),
+            (0 <= self.seed < 2**63, f"--seed must be at least 0 and below 2^63, not {self.seed}"),
         ]
         return [sentence for holds, sentence in limits if not holds]
 
@@ -83,8 +88,7 @@ def continue_tokens(
         lo, hi = masks.causal(1, len(fresh), past=cache.length, device=device)
         lo, hi = masks.sliding_window(lo, hi, context_length, past=cache.length)
         hidden = model(inputs, positions, lo, hi, cache)
-        logits = model.logits(hidden[0, -1]).cpu()
-        logits[[tokenizer.padding_id, tokenizer.mask_id]] = float("-inf")
+        logits = _writable(model.logits(hidden[0, -1]).cpu(), tokenizer)
         choices = filtered(logits, sampling).softmax(-1)
         token = int(torch.multinomial(choices, 1, generator=generator))
         if token == tokenizer.end_of_text_id:
@@ -93,22 +97,21 @@ def continue_tokens(
         fresh = [token]
 
 
+def _writable(logits: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Logits (…, vocabulary) without the tokens that are no text: padding, masks, rows that only fill the matrix."""
+    logits[..., [tokenizer.padding_id, tokenizer.mask_id]] = float("-inf")
+    logits[..., tokenizer.vocab_size :] = float("-inf")
+    return logits
+
+
 def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
     """Pieces of text as tokens arrive, each a whole number of characters."""
-    waiting = b""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        waiting += tokenizer.decode_bytes([token])
-        try:
-            text, waiting = waiting.decode("utf-8"), b""
-        except UnicodeDecodeError as error:
-            if error.reason != "unexpected end of data":  # the model wrote bytes that are no character
-                text, waiting = waiting.decode("utf-8", "replace"), b""
-            else:
-                text, waiting = waiting[: error.start].decode("utf-8"), waiting[error.start :]
-        if text:
+        if text := decoder.decode(tokenizer.decode_bytes([token])):
             yield text
-    if waiting:
-        yield waiting.decode("utf-8", "replace")
+    if text := decoder.decode(b"", final=True):
+        yield text
 
 
 def continue_text(
@@ -121,9 +124,13 @@ def continue_text(
 
 @dataclass(frozen=True)
 class Filled:
-    """A text with its masks filled, and for each mask the likeliest tokens with their probabilities."""
+    """A text with its masks filled, and for each mask the likeliest tokens with their probabilities.
+
+    ``pieces`` is the text in parts, each with whether it was filled in.
+    """
 
     text: str
+    pieces: list[tuple[str, bool]]
     candidates: list[list[tuple[str, float]]]
 
 
@@ -150,11 +157,10 @@ def fill_masks(
     positions = torch.arange(len(tokens), device=device)[None]
     open_masks = [i for i, token in enumerate(tokens) if token == tokenizer.mask_id]
     candidates: dict[int, list[tuple[str, float]]] = {}
-    special = [tokenizer.end_of_text_id, tokenizer.padding_id, tokenizer.mask_id]
     while open_masks:
         hidden = model(torch.tensor([tokens], device=device), positions, lo, hi)[0]
-        logits = model.logits(hidden[[i - shift for i in open_masks]]).cpu()
-        logits[:, special] = float("-inf")
+        logits = _writable(model.logits(hidden[[i - shift for i in open_masks]]).cpu(), tokenizer)
+        logits[:, tokenizer.end_of_text_id] = float("-inf")
         likeliest = logits.softmax(-1).topk(min(top, logits.shape[-1]))
         surest = int(likeliest.values[:, 0].argmax())
         place = open_masks.pop(surest)
@@ -165,7 +171,14 @@ def fill_masks(
                 likeliest.indices[surest].tolist(), likeliest.values[surest].tolist(), strict=True
             )
         ]
-    return Filled(tokenizer.decode(tokens[1:]), [candidates[place] for place in sorted(candidates)])
+    places = sorted(candidates)
+    pieces = [(tokenizer.decode(tokens[1 : places[0]]), False)]
+    for place, following in zip(places, [*places[1:], len(tokens)], strict=True):
+        pieces += [
+            (tokenizer.decode([tokens[place]]), True),
+            (tokenizer.decode(tokens[place + 1 : following]), False),
+        ]
+    return Filled(tokenizer.decode(tokens[1:]), pieces, [candidates[place] for place in places])
 
 
 def _encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:

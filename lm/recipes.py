@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import sys
 import tomllib
@@ -81,7 +82,7 @@ def _recipe_values(
         return
     try:
         content = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the recipe {recipe}: {error}") from None
     sections = [f.name for f in dataclasses.fields(Config)]
     for section, settings in content.items():
@@ -112,10 +113,7 @@ def _convert(setting: Setting, value: Any) -> Any:
     wanted = type(setting.default)
     if wanted is tuple:
         if isinstance(value, str):
-            try:
-                value = tomllib.loads(f"v = {value}")["v"]
-            except tomllib.TOMLDecodeError:
-                value = [value]
+            value = _texts(value)
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"must be a list of texts, not {value!r}")
         return tuple(value)
@@ -127,7 +125,7 @@ def _convert(setting: Setting, value: Any) -> Any:
         except ValueError:
             raise ValueError(f"must be {_article(setting.kind)}, not {value!r}") from None
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 10**300 else math.inf  # told below
     if wanted is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not wanted:
@@ -142,6 +140,15 @@ def _convert(setting: Setting, value: Any) -> Any:
         if value in (float("inf"), float("-inf")):
             raise ValueError(f"must be finite, not {value!r}")
     return value
+
+
+def _texts(text: str) -> Any:
+    """What the command line says for a list: one as in a recipe, or a single text."""
+    try:
+        value = tomllib.loads(f"texts = {text}")["texts"]
+    except ValueError:
+        return [text]
+    return value if isinstance(value, list) else [value if isinstance(value, str) else text]
 
 
 def _article(kind: str) -> str:

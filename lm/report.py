@@ -13,10 +13,11 @@ from typing import Any
 import jinja2
 import torch
 
+from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from lm import __version__
 from lm.config import all_settings
-from lm.generate import MASK_WORD, Filled, Sampling, continue_text, fill_masks
+from lm.generate import Sampling, continue_text, fill_masks
 from lm.model import Transformer, describe
 from lm.objectives import READOUTS
 from lm.run_directory import Run, choose_device
@@ -32,17 +33,15 @@ def write_report(
     ``prompts`` are continued and ``fills`` filled, as far as the run's objective has taught it; ``evaluation`` is what
     ``lm.evaluate.evaluate`` returned, or None.
     """
-    model, step = run.load_model(choose_device(run.config.training.device))
+    checkpoint = run.newest()
+    model = run.load_model(choose_device(run.config.training.device), checkpoint)
     readouts = READOUTS[run.config.objective.objective]
     context = run.config.data.context_length
     continued = [
         (prompt, "".join(continue_text(model, run.tokenizer, prompt, SAMPLE, context)))
         for prompt in (prompts if "next_token" in readouts else ())
     ]
-    filled = [
-        _filled_pieces(text, fill_masks(model, run.tokenizer, text, readouts[-1], context))
-        for text in (fills if readouts[-1] != "next_token" else ())
-    ]
+    filled = [_shown(model, run, text, readouts[-1]) for text in (fills if readouts[-1] != "next_token" else ())]
     page = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -51,7 +50,7 @@ def write_report(
     html = page.render(
         name=run.path.name,
         lead=f"{describe(model)}; trained with {run.config.objective.objective} "
-        f"to step {step:,} of {run.config.training.steps:,}.",
+        f"to step {checkpoint.step:,} of {run.config.training.steps:,}.",
         evaluation=_evaluation_rows(evaluation),
         curves=_curves(run),
         continued=continued,
@@ -100,14 +99,13 @@ def _evaluation_rows(evaluation: dict[str, Any] | None) -> dict[str, Any] | None
     }
 
 
-def _filled_pieces(text: str, filled: Filled) -> dict[str, Any]:
-    """The text cut into what was given and what was filled in."""
-    parts = text.split(MASK_WORD)
-    pieces = [(parts[0].rstrip(" "), False)]
-    for candidates, part in zip(filled.candidates, parts[1:], strict=True):
-        pieces += [(candidates[0][0], True), (part, False)]
+def _shown(model: Transformer, run: Run, text: str, readout: str) -> dict[str, Any]:
+    try:
+        filled = fill_masks(model, run.tokenizer, text, readout, run.config.data.context_length)
+    except UserError as problem:  # one text that cannot be filled is no reason to go without a report
+        return {"pieces": [(f"{text} ({problem})", False)], "candidates": []}
     told = [[(token.strip(), f"{probability:.0%}") for token, probability in each] for each in filled.candidates]
-    return {"pieces": pieces, "candidates": told}
+    return {"pieces": filled.pieces, "candidates": told}
 
 
 def _settings(run: Run) -> dict[str, list[dict[str, Any]]]:
@@ -129,9 +127,12 @@ def _curves(run: Run) -> list[str]:
     curves = {key.removeprefix("loss_"): [(li["step"], li[key]) for li in training if key in li] for key in losses}
     validated = [line for line in lines if line.get("validation")]
     points = {
-        f"{name}, validation": [(line["step"], line["validation"][name]["nats_per_token"]) for line in validated]
-        for name in READOUTS[run.config.objective.objective]
-        if validated
+        f"{name}, validation": [
+            (line["step"], line["validation"][name]["nats_per_token"])
+            for line in validated
+            if name in line["validation"]
+        ]
+        for name in sorted({name for line in validated for name in line["validation"]})
     }
     rates = {"learning rate": [(line["step"], line["learning_rate"]) for line in training]}
     speeds = {"tokens per second": [(line["step"], line["tokens_per_second"]) for line in training]}

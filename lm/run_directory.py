@@ -42,18 +42,23 @@ class Run:
     def latest(self, warn: Callable[[str], None] = warn) -> checkpoint.Checkpoint | None:
         return checkpoint.latest(self.path / "checkpoints", warn)
 
-    def load_model(self, device: torch.device) -> tuple[Transformer, int]:
-        """The model of the newest good checkpoint, ready to be read from, and its step."""
-        newest = self.latest()
-        if newest is None:
+    def newest(self) -> checkpoint.Checkpoint:
+        """The newest good checkpoint; UserError if the run has none yet."""
+        found = self.latest()
+        if found is None:
             raise UserError(f"{self.path} has no checkpoint yet: train it first, with train.py … --run {self.path}")
+        return found
+
+    def load_model(self, device: torch.device, saved: checkpoint.Checkpoint | None = None) -> Transformer:
+        """The model of a checkpoint (None: the newest good one), ready to be read from."""
+        saved = saved or self.newest()
         with torch.device("meta"):
             model = Transformer(self.config.model)
         try:
-            model.load_state_dict(newest.model(), assign=True)
+            model.load_state_dict(saved.model(), assign=True)
         except RuntimeError as error:
-            raise UserError(f"checkpoint {newest.path} does not fit config.toml: {error}".split("\n")[0]) from None
-        return model.to(device).eval(), newest.step
+            raise UserError(f"checkpoint {saved.path} does not fit config.toml: {error}".split("\n")[0]) from None
+        return model.to(device).eval()
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that was cut off by a crash is left out."""

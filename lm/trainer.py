@@ -37,7 +37,9 @@ FREE_SETTINGS = {
     *("device", "precision", "threads", "micro_batch_rows", "prompts", "fills", "data"),
 }
 # Settings that can never change: the weights, or the meaning of a step, depend on them.
-FIXED_SETTINGS = {s.name for s in all_settings() if s.section == "model"} | {"context_length", "batch_tokens", "seed"}
+FIXED_SETTINGS = {s.name for s in all_settings() if s.section == "model"} | {
+    *("context_length", "batch_tokens", "seed", "optimizer")
+}
 
 
 class Reporter(Protocol):
@@ -106,6 +108,7 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
     Raises:
         UserError: the data, the settings and the run directory do not fit together, or the loss is no longer finite.
         SystemExit: stopped by SIGINT or SIGTERM (status 130 or 143), with a checkpoint written.
+        OSError: a file could not be written (the disk is full, say); finished checkpoints are untouched.
     """
     if not config.data.data:
         raise UserError("no data: name a folder of token shards with --data (python -m data_prep build makes one)")
@@ -115,13 +118,15 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
     device = choose_device(config.training.device)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    run, start = _open_or_create(config, path, dataset, reporter, accept_changes=accept_changes)
+    _refuse_other_directories(path)
+    path.mkdir(parents=True, exist_ok=True)
     with (
         only_writer_of(path, f"another process is training {path}: wait for it, or choose another --run"),
         told_memory(),
     ):
+        start = _open_or_create(config, path, dataset, reporter, accept_changes=accept_changes)
         _train_steps(config, path, dataset, batches, device, start, reporter)
-    return run
+    return Run(path, config)
 
 
 def _train_steps(
@@ -151,44 +156,54 @@ def _train_steps(
     if step:
         reporter.note(f"going on at step {step:,}")
 
-    metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
     reporter.begin(step, config.training.steps)
     seconds = 0.0
-    with metrics, StopSignal() as stop:
-        while step < config.training.steps:
-            began = time.perf_counter()
-            factor = learning_rate_factor(step, config.training.steps, config.optimizer)
-            losses, weights = _gradients(model, batches.batch(step), config, step)
-            gradient_norm = optimizer.clip()
-            optimizer.step(factor)
-            interval.add(losses, weights, gradient_norm)
-            step += 1
-            seconds += time.perf_counter() - began
+    try:
+        with (path / "metrics.jsonl").open("a", encoding="utf-8") as metrics, StopSignal() as stop:
+            while step < config.training.steps:
+                began = time.perf_counter()
+                factor = learning_rate_factor(step, config.training.steps, config.optimizer)
+                losses, weights = _gradients(model, batches.batch(step), config, step)
+                gradient_norm = optimizer.clip()
+                _refuse_non_finite([*losses.values(), gradient_norm], step, path)
+                optimizer.step(factor)
+                interval.add(losses, weights, gradient_norm)
+                step += 1
+                seconds += time.perf_counter() - began
 
-            last = step == config.training.steps
-            if step % config.training.log_every == 0 or last:
-                line = _metrics_line(config, batches, step, factor, interval, seconds)
-                _write_line(metrics, line, reporter)
-                interval, seconds = Interval(), 0.0
-                if not all(map(torch.isfinite, map(torch.tensor, (line["loss"], line["gradient_norm"])))):
-                    raise UserError(
-                        f"the loss is no longer finite (step {step}): lower learning_rate or muon_learning_rate; "
-                        f"the last checkpoint in {path} is from before"
-                    )
-            if step % config.training.validate_every == 0 or last:
-                results = validate_readouts(model, dataset, config)
-                _write_line(
-                    metrics, {"step": step, "validation": {n: r.as_dict() for n, r in results.items()}}, reporter
-                )
-            if step % config.training.checkpoint_every == 0 or last or stop.received:
-                os.fsync(metrics.fileno())
-                _save(path, step, model, optimizer, interval, config, dataset)
-            reporter.step(step)
-            if stop.received and not last:
-                reporter.end()
-                reporter.note(f"stopped at step {step}, which is saved: the same command goes on from there")
-                raise SystemExit(128 + stop.received)
-    reporter.end()
+                last = step == config.training.steps
+                if step % config.training.log_every == 0 or last:
+                    _write_line(metrics, _metrics_line(config, batches, step, factor, interval, seconds), reporter)
+                    interval, seconds = Interval(), 0.0
+                if step % config.training.validate_every == 0 or last:
+                    results = validate_readouts(model, dataset, config)
+                    validation = {name: result.as_dict() for name, result in results.items()}
+                    _write_line(metrics, {"step": step, "validation": validation}, reporter)
+                stopping = stop.received  # asked once, so that what is told below is what was saved
+                if step % config.training.checkpoint_every == 0 or last or stopping:
+                    _refuse_non_finite(list(model.parameters()), step, path)
+                    os.fsync(metrics.fileno())
+                    _save(path, step, model, optimizer, interval, config, dataset)
+                reporter.step(step)
+                if stopping:
+                    break
+    finally:
+        reporter.end()
+    if stopping and not last:
+        reporter.note(f"stopped at step {step:,}, which is saved: the same command goes on from there")
+        raise SystemExit(128 + stopping)
+
+
+def _refuse_non_finite(values: list[torch.Tensor], step: int, path: Path) -> None:
+    """Stop before NaN or infinity reaches the weights, the log or a checkpoint."""
+    if all(torch.isfinite(value).all() for value in values):
+        return
+    newest = checkpoint.latest(path / "checkpoints", warn=lambda _: None)
+    kept = f"the newest checkpoint is of step {newest.step:,}" if newest else "no checkpoint was written before it"
+    raise UserError(
+        f"the loss is no longer finite at step {step:,}: begin another run with a lower learning_rate or "
+        f"muon_learning_rate; {kept}"
+    )
 
 
 @contextmanager
@@ -268,22 +283,28 @@ def _with_vocabulary(config: Config, dataset: Dataset) -> Config:
     return config.replace(vocab_size=asked or dataset.vocab_size)
 
 
+def _refuse_other_directories(path: Path) -> None:
+    """A run goes into a new or empty directory, or into its own (which may have been killed while it was made)."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: choose another --run")
+    own = {f"{name}{ending}" for name in ("config.toml", "tokenizer.json") for ending in ("", ".tmp")}
+    if path.exists() and not (path / "config.toml").exists() and {p.name for p in path.iterdir()} - own:
+        raise UserError(f"{path} is not empty and is not a run directory: choose another --run")
+
+
 def _open_or_create(
     config: Config, path: Path, dataset: Dataset, reporter: Reporter, *, accept_changes: bool
-) -> tuple[Run, checkpoint.Checkpoint | None]:
-    """The run directory and the checkpoint to go on from; files are only written when everything fits."""
+) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, if there is one; the directory's files are only written when everything fits."""
     newest = None
     if (path / "config.toml").exists():
         before = open_run(path)
         newest = before.latest(reporter.note)
         if newest is not None:
             _check_continuation(before.config, config, newest.state, dataset, path, accept_changes=accept_changes)
-    elif path.exists() and any(path.iterdir()):
-        raise UserError(f"{path} is not empty and is not a run directory: choose another --run")
-    path.mkdir(parents=True, exist_ok=True)
     dataset.tokenizer.save(path / "tokenizer.json")
     config.save(path / "config.toml")
-    return Run(path, config), newest
+    return newest
 
 
 def _check_continuation(

@@ -19,10 +19,16 @@ CHUNK_LOGITS = 1 << 22
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor, softcap: float, z_loss: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        loss_weights: Tensor,
+        softcap: float,
+        z_loss: float,
+        needs_grad: bool,
     ) -> Tensor:
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        needs_grad = hidden.requires_grad or weight.requires_grad
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if needs_grad else None
@@ -61,10 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             grad_hidden * scale.to(grad_hidden.dtype),
             (grad_weight * scale).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
@@ -96,4 +99,5 @@ def linear_cross_entropy(
         # Rows without a target cost nothing: a masked batch predicts only a fifth of its tokens.
         chosen = kept.nonzero()[:, 0]
         hidden, targets, loss_weights = hidden[chosen], targets[chosen], loss_weights[chosen]
-    return _LinearCrossEntropy.apply(hidden, weight, targets, loss_weights, float(softcap), float(z_loss))
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, loss_weights, float(softcap), float(z_loss), needs_grad)

@@ -151,3 +151,22 @@ def test_files_can_be_read_by_whom_the_umask_says(tmp_path, umask):
         os.umask(before)
     for file in path.iterdir():
         assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def _saved(tmp_path):
+    return checkpoint.save(tmp_path, 2, {"a": torch.ones(2)}, {"b": torch.ones(2)}, {}, 5)
+
+
+@pytest.mark.parametrize("change", [{"step": 3}, {"sha256": {}}, {"sha256": "x"}])
+def test_a_state_that_contradicts_its_folder_is_damaged(tmp_path, change):
+    path = _saved(tmp_path)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.read(path)
+
+
+def test_leftovers_of_other_steps_are_cleaned_too(tmp_path):
+    (tmp_path / "step_00000001.tmp").mkdir()
+    _saved(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]

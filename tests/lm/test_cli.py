@@ -206,7 +206,7 @@ def test_report_shows_the_evaluation_only_while_it_is_of_the_newest_checkpoint(r
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Loss on the validation split" in page
     assert "The owl" in page
-    (run / "evaluation.json").write_text(json.dumps(answer | {"step": 50}))
+    (run / "evaluation.json").write_text(json.dumps(answer | {"checkpoint": "of another step"}))
     kindling("report", run)
     assert "Loss on the validation split" not in (run / "report.html").read_text(encoding="utf-8")
     (run / "evaluation.json").unlink()
@@ -216,3 +216,33 @@ def test_prep_is_the_other_package(text_folder, tmp_path):
     result = kindling("prep", "build", text_folder, "--out", tmp_path / "d", "--vocab-size", 300, "--workers", 1)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "d" / "manifest.json").is_file()
+
+
+def test_an_unknown_option_before_the_recipe_is_told_as_such(tmp_path):
+    result = CliRunner().invoke(main, ["train", "--stpes", "5", "tiny", "--run", str(tmp_path / "r")])
+    assert 'unknown option --stpes: did you mean "--steps"?' in result.stderr
+
+
+def test_a_run_that_is_a_file_is_the_persons_mistake(dataset, tmp_path):
+    (tmp_path / "f").write_text("x")
+    result = CliRunner().invoke(main, ["train", "tiny", "--data", str(dataset.directory), "--run", str(tmp_path / "f")])
+    assert result.exit_code == 2
+
+
+def test_a_fill_that_cannot_be_filled_is_told_before_training(dataset, tmp_path):
+    arguments = "--num-layers 1 --hidden-size 32 --num-heads 2 --context-length 32 --batch-tokens 128 --steps 2"
+    result = CliRunner().invoke(
+        main,
+        [
+            "train",
+            "tiny",
+            "--data",
+            str(dataset.directory),
+            "--run",
+            str(tmp_path / "r"),
+            *arguments.split(),
+            "--fills",
+            '["no mask here"]',
+        ],
+    )
+    assert result.exit_code == 0 or not (tmp_path / "r").exists()

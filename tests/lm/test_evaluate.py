@@ -25,11 +25,11 @@ def run(trained, tmp_path):
 
 def test_an_evaluation_is_over_the_whole_split_and_every_token(run, dataset):
     result = evaluate(run)
-    model, step = run.load_model(torch.device("cpu"))
+    model = run.load_model(torch.device("cpu"))
     losses = validate_readouts(model, dataset, run.config, rows=0, every_token=True)
     split = dataset.split("validation")
     assert result["validation"] == {name: loss.as_dict() for name, loss in losses.items()}
-    assert result["step"] == step == 100
+    assert result["step"] == run.newest().step == 100
     assert (result["validation_tokens"], result["validation_bytes"]) == (split.tokens, split.text_bytes)
     assert result["validation"]["next_token"]["predicted"] == split.tokens
     assert result["validation"]["masked_next_token"]["predicted"] == split.tokens - split.documents
@@ -82,14 +82,14 @@ def test_an_evaluation_is_kept_until_the_checkpoint_or_the_data_changes(run, tex
     first = evaluate(run)
     saved.write_text(json.dumps(first | {"protocol": "kept"}))
     assert evaluate(run)["protocol"] == "kept"
-    saved.write_text(json.dumps(first | {"protocol": "kept", "step": 50}))
+    saved.write_text(json.dumps(first | {"protocol": "kept", "checkpoint": "another"}))
     assert evaluate(run) == first
     tokenizer = run.path / "tokenizer.json"
     other = make_dataset(text_folder, tmp_path / "other", tokenizer=tokenizer, validation_fraction=0.2)
     second = evaluate(run, str(other.directory))
     assert second["data_fingerprint"] != first["data_fingerprint"]
     assert second["validation_tokens"] > first["validation_tokens"]
-    assert json.loads(saved.read_text()) == second
+    assert json.loads(saved.read_text()) == first  # other data does not take its place
     assert evaluate(run) == first
 
 
@@ -118,3 +118,13 @@ def test_bits_per_byte_make_tokenizers_comparable(dataset, byte_dataset):
     assert a.split("validation").text_bytes == b.split("validation").text_bytes
     assert floors(a)["bz2 -9"] == floors(b)["bz2 -9"]
     assert floors(a)["unigram"][1] < floors(b)["unigram"][1]  # longer tokens know more
+
+
+def test_a_damaged_evaluation_is_made_again(trained, tmp_path):
+    import shutil
+
+    from lm.run_directory import open_run
+
+    run = open_run(shutil.copytree(trained.path, tmp_path / "run"))
+    (run.path / "evaluation.json").write_text("garbage")
+    assert evaluate(run)["step"] == 100

@@ -24,7 +24,7 @@ SCORES = st.permutations(range(12)).flatmap(
 
 @pytest.fixture(scope="module")
 def model(trained) -> Transformer:
-    return trained.load_model(torch.device("cpu"))[0]
+    return trained.load_model(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +237,31 @@ def test_every_impossible_sampling_setting_is_told():
     ]  # fmt: skip
     assert Sampling(temperature=math.nan).problems()
     assert Sampling().problems() == []
+
+
+def test_unreadable_bytes_do_not_swallow_the_character_after_them():
+    tokenizer = train_tokenizer(iter([]), "bytes", 0)
+    of_byte = {tokenizer.decode_bytes([i]): i for i in range(3, tokenizer.vocab_size)}
+    for content in (b"\xf0\x9f" + "😀".encode(), b"a\xc3" + "é".encode() + b"\xff", b"\xe2\x82b"):
+        tokens = [of_byte[bytes([byte])] for byte in content]
+        assert "".join(stream_text(tokenizer, iter(tokens))) == content.decode("utf-8", "replace")
+
+
+def test_only_tokens_that_the_tokenizer_has_are_written(small, quietly, tmp_path):
+    run = quietly(small.replace(vocab_size=1000, steps=1), tmp_path / "run")
+    model = run.load_model(torch.device("cpu"))
+    "".join(continue_text(model, run.tokenizer, "The", Sampling(temperature=1.0, max_new_tokens=60), 32))
+    for token, _ in fill_masks(model, run.tokenizer, "The [MASK]", "masked_next_token", 32, top=50).candidates[0]:
+        assert token
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-38, float("inf")])
+def test_any_temperature_samples_or_is_told(trained, temperature):
+    sampling = Sampling(temperature=temperature, max_new_tokens=3)
+    if not sampling.problems():
+        model = trained.load_model(torch.device("cpu"))
+        "".join(continue_text(model, trained.tokenizer, "The", sampling, 32))
+
+
+def test_a_seed_out_of_range_is_told():
+    assert Sampling(seed=2**70).problems()

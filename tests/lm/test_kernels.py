@@ -271,3 +271,13 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(monkeypatch):
     with LargestTensor() as largest:
         reference.linear_cross_entropy(hidden, weight, targets)
     assert largest.elements == 200 * 100  # the probe does see what the reference makes
+
+
+def test_no_gradient_is_computed_where_none_is_asked_for(monkeypatch):
+    made = []
+    real = torch.zeros
+    monkeypatch.setattr(cross_entropy.torch, "zeros", lambda *a, **k: made.append(a) or real(*a, **k))
+    weight = torch.nn.Parameter(torch.randn(5, 3))
+    with torch.no_grad():
+        kernels.linear_cross_entropy(torch.randn(4, 3), weight, torch.arange(4))
+    assert (5, 3) not in [tuple(a[0]) for a in made if a and len(a[0])]

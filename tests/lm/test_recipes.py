@@ -217,3 +217,15 @@ def test_sections_of_the_file_are_the_fields_of_the_config():
     text = Config().to_toml()
     for field in dataclasses.fields(Config):
         assert f"[{field.name}]" in text
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("2024", ("2024",)), ("true", ("true",)), ('"a"', ("a",))])
+def test_a_single_text_is_a_list_of_one_whatever_it_looks_like(text, wanted):
+    assert load_config(None, {"prompts": text}).report.prompts == wanted
+
+
+def test_an_endless_number_is_told(tmp_path):
+    for text in ("[optimizer]\nlearning_rate = 1" + "0" * 400, "[training]\nsteps = 1" + "0" * 5000):
+        (tmp_path / "r.toml").write_text(text)
+        with pytest.raises(UserError):
+            load_config(tmp_path / "r.toml")

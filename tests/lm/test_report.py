@@ -4,10 +4,12 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 from data_prep.errors import UserError
 from lm.config import all_settings
 from lm.evaluate import evaluate
+from lm.generate import fill_masks
 from lm.report import draw, write_report
 from lm.run_directory import open_run
 
@@ -151,3 +153,16 @@ def test_a_drawing_has_its_titles_labels_and_no_date():
     assert svg.startswith("<svg")
     assert svg == draw({"a loss": ({"one": [(1, 2.0), (2, 1.0)]}, {"two": [(2, 1.5)]})}, height=2)
     Page(svg)
+
+
+def test_a_report_can_be_written_after_the_objective_was_changed(small, quietly, tmp_path):
+    quietly(small.replace(objective="next_token", steps=2), tmp_path / "run")
+    run = quietly(small.replace(objective="hybrid", steps=4), tmp_path / "run", accept_changes=True)
+    write_report(run, None)
+
+
+def test_a_filled_text_is_shown_as_it_is(trained):
+    model = trained.load_model(torch.device("cpu"))
+    text = "The [MASK] found the [MASK]."
+    filled = fill_masks(model, trained.tokenizer, text, "masked_next_token", 32)
+    assert "".join(piece for piece, _ in filled.pieces) == filled.text

@@ -19,8 +19,8 @@ def test_a_run_directory_is_all_that_a_model_needs(path, trained):
     run = open_run(str(path))
     assert run.config == trained.config
     assert run.tokenizer.sha256 == trained.tokenizer.sha256
-    model, step = run.load_model(torch.device("cpu"))
-    assert step == 100
+    model = run.load_model(torch.device("cpu"))
+    assert run.newest().step == 100
     assert not model.training
     newest = run.latest()
     for name, tensor in model.state_dict().items():
@@ -42,7 +42,7 @@ def test_a_run_without_a_checkpoint_has_no_model(path):
 
 def test_a_damaged_newest_checkpoint_is_named_on_stderr_and_the_one_before_loaded(path, capsys):
     (path / "checkpoints" / "step_00000100" / "model.safetensors").write_bytes(b"")
-    assert open_run(path).load_model(torch.device("cpu"))[1] == 50
+    assert open_run(path).newest().step == 50
     warning = capsys.readouterr().err
     assert warning.startswith("warning: damaged checkpoint ")
     assert "step_00000100" in warning

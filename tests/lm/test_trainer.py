@@ -374,7 +374,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_begun_anew(small, quietly, 
 
 def test_a_loss_that_is_no_longer_finite_ends_the_run_and_is_not_saved(small, recorder, tmp_path):
     config = small.replace(learning_rate=1e30, muon_learning_rate=1e30, log_every=1, checkpoint_every=3)
-    with pytest.raises(UserError, match=r"no longer finite \(step \d+\): lower learning_rate"):
+    with pytest.raises(UserError, match=r"no longer finite at step \d+: begin another run with a lower learning_rate"):
         train(config, tmp_path / "run", recorder)
     for path in (tmp_path / "run").glob("checkpoints/*"):
         for tensor in checkpoint.read(path).model().values():
@@ -422,6 +422,71 @@ def test_every_kind_of_model_learns(small, quietly, tmp_path, changes):
     run = quietly(small.replace(steps=25, learning_rate=0.01, log_every=5, **changes), tmp_path / "run")
     losses = [line["loss"] for line in run.metrics() if "loss" in line]
     assert losses[-1] < losses[0] - 0.4
-    model, step = run.load_model(torch.device("cpu"))
-    assert step == 25
+    model = run.load_model(torch.device("cpu"))
+    assert run.newest().step == 25
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_nothing_that_is_not_finite_is_ever_saved(small, recorder, tmp_path):
+    config = small.replace(learning_rate=1e30, muon_learning_rate=1e30, log_every=10, checkpoint_every=2)
+    with pytest.raises(UserError, match="no longer finite"):
+        train(config, tmp_path / "run", recorder)
+    for path in (tmp_path / "run").glob("checkpoints/*"):
+        assert all(torch.isfinite(t).all() for t in checkpoint.read(path).model().values())
+
+
+def test_the_screen_is_given_back_when_a_run_fails(small, recorder, tmp_path):
+    with pytest.raises(UserError):
+        train(small.replace(learning_rate=1e30, muon_learning_rate=1e30), tmp_path / "run", recorder)
+    assert recorder.ended == 1
+
+
+@pytest.mark.parametrize(("first", "then"), [("adamw", "muon"), ("muon", "adamw")])
+def test_the_optimizer_may_be_changed_with_resume_or_is_refused(small, quietly, tmp_path, first, then):
+    quietly(small.replace(optimizer=first, steps=2), tmp_path / "run")
+    try:
+        run = quietly(small.replace(optimizer=then, steps=4), tmp_path / "run", accept_changes=True)
+    except UserError:
+        return
+    assert run.latest().step == 4
+
+
+class StopIn:
+    def __init__(self, step):
+        self.at, self.notes = step, []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def begin(self, done, total): ...
+    def metrics(self, line): ...
+    def end(self): ...
+    def step(self, step):
+        if step == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_after_the_save_of_a_step_stops_only_after_another_save(small, tmp_path):
+    reporter = StopIn(3)
+    with pytest.raises(SystemExit):
+        train(small, tmp_path / "run", reporter)
+    saved = checkpoint.latest(tmp_path / "run" / "checkpoints", pytest.fail)
+    assert saved is not None
+    assert f"stopped at step {saved.step}, which is saved" in reporter.notes[-1]
+
+
+@pytest.mark.parametrize("left", ["tokenizer.json", "tokenizer.json.tmp", "config.toml.tmp"])
+def test_a_run_killed_while_its_directory_is_made_begins_anew(small, quietly, dataset, tmp_path, left):
+    (tmp_path / "run").mkdir()
+    dataset.tokenizer.save(tmp_path / "run" / left)
+    assert quietly(small.replace(steps=1), tmp_path / "run").latest().step == 1
+
+
+def test_a_run_that_is_being_trained_keeps_its_config(small, quietly, tmp_path):
+    from data_prep.files import only_writer_of
+
+    quietly(small.replace(steps=2), tmp_path / "run")
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    with only_writer_of(tmp_path / "run", "mine"), pytest.raises(UserError):
+        quietly(small.replace(steps=4), tmp_path / "run")
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before

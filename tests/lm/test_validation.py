@@ -14,7 +14,7 @@ from lm.validation import autocast, validate
 
 @pytest.fixture(scope="module")
 def model(trained):
-    return trained.load_model(torch.device("cpu"))[0]
+    return trained.load_model(torch.device("cpu"))
 
 
 def causal_loss_by_hand(model, dataset, context: int) -> tuple[float, int]:
