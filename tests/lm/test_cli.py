@@ -86,7 +86,7 @@ def test_the_same_command_goes_on_and_a_finished_run_stays(begin, tmp_path):
 
 def test_resume_needs_no_recipe_and_accepts_other_training_settings(begin, tmp_path):
     assert begin("--steps", 2).exit_code == 0
-    assert_refused(begin("--steps", 4, "--learning-rate", "0.1"), "learning_rate 0.003 (now 0.1)", "--resume")
+    assert_refused(begin("--steps", 4, "--learning-rate", "0.1"), "learning_rate 0.01 (now 0.1)", "--resume")
     result = kindling("train", "--run", tmp_path / "run", "--resume", "--steps", 3, "--learning-rate", "0.1")
     assert result.exit_code == 0, result.output
     assert load_config(tmp_path / "run" / "config.toml").optimizer.learning_rate == 0.1
