@@ -45,7 +45,7 @@ def evaluate(run: Run, data: str = "") -> dict[str, Any]:
     if known and known["data_fingerprint"] == dataset.fingerprint:
         return known
     checkpoint = run.newest()
-    model = run.load_model(choose_device(run.config.training.device), checkpoint)
+    model = run.load_model(choose_device("auto"), checkpoint)
     readouts = validate_readouts(model, dataset, run.config, rows=0, every_token=True)
     result = {
         "step": checkpoint.step,

@@ -91,10 +91,6 @@ class Optimizer:
             [group for group in groups if group["params"]], lr=0.0, betas=(config.beta1, config.beta2), fused=True
         )
 
-    def zero_grad(self) -> None:
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
     def clip(self) -> Tensor:
         """Scale the whole gradient down to ``gradient_clip``; return its norm before."""
         limit = self.config.gradient_clip or float("inf")

@@ -34,7 +34,7 @@ def write_report(
     ``lm.evaluate.evaluate`` returned, or None.
     """
     checkpoint = run.newest()
-    model = run.load_model(choose_device(run.config.training.device), checkpoint)
+    model = run.load_model(choose_device("auto"), checkpoint)
     readouts = READOUTS[run.config.objective.objective]
     context = run.config.data.context_length
     continued = [

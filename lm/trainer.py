@@ -157,7 +157,7 @@ def _train_steps(
         reporter.note(f"going on at step {step:,}")
 
     reporter.begin(step, config.training.steps)
-    seconds = 0.0
+    seconds, timed_steps = 0.0, 0
     try:
         with (path / "metrics.jsonl").open("a", encoding="utf-8") as metrics, StopSignal() as stop:
             while step < config.training.steps:
@@ -167,14 +167,16 @@ def _train_steps(
                 gradient_norm = optimizer.clip()
                 _refuse_non_finite([*losses.values(), gradient_norm], step, path)
                 optimizer.step(factor)
+                timed_steps += 1
                 interval.add(losses, weights, gradient_norm)
                 step += 1
                 seconds += time.perf_counter() - began
 
                 last = step == config.training.steps
                 if step % config.training.log_every == 0 or last:
-                    _write_line(metrics, _metrics_line(config, batches, step, factor, interval, seconds), reporter)
-                    interval, seconds = Interval(), 0.0
+                    speed = timed_steps * config.data.batch_tokens / seconds
+                    _write_line(metrics, _metrics_line(config, batches, step, factor, interval, speed), reporter)
+                    interval, seconds, timed_steps = Interval(), 0.0, 0
                 if step % config.training.validate_every == 0 or last:
                     results = validate_readouts(model, dataset, config)
                     validation = {name: result.as_dict() for name, result in results.items()}
@@ -223,13 +225,12 @@ def told_memory() -> Iterator[None]:
 def _gradients(
     model: Transformer, batch: Batch, config: Config, step: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Add the gradient of one step's loss, micro-batch by micro-batch; return each objective's loss and its share.
+    """Compute the gradient of one step's loss, micro-batch by micro-batch; return each objective's loss and its share.
 
     The batch's weights are normalised over the whole step, so the parts' gradients simply add up: k micro-batches give
     what one big batch gives.
     """
-    for parameter in model.parameters():
-        parameter.grad = None
+    model.zero_grad()
     device = next(model.parameters()).device
     readouts = READOUTS[config.objective.objective]
     names = {False: readouts[0], True: readouts[-1]}
@@ -367,7 +368,7 @@ def _introduction(
 
 
 def _metrics_line(
-    config: Config, batches: TrainingBatches, step: int, factor: float, interval: Interval, seconds: float
+    config: Config, batches: TrainingBatches, step: int, factor: float, interval: Interval, speed: float
 ) -> dict[str, Any]:
     return {
         "step": step,
@@ -375,7 +376,7 @@ def _metrics_line(
         "epoch": round(batches.epochs(step), 6),
         **interval.means(),
         "learning_rate": factor * config.optimizer.learning_rate,
-        "tokens_per_second": round(interval.steps * config.data.batch_tokens / max(seconds, 1e-9), 1),
+        "tokens_per_second": round(speed, 1),
     }
 
 

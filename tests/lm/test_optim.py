@@ -191,10 +191,3 @@ def test_a_clip_of_zero_leaves_the_gradient_as_it_is():
     before = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert float(Optimizer(model, OptimizerConfig(gradient_clip=0.0)).clip()) == pytest.approx(float(before.norm()))
     assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), before)
-
-
-def test_zero_grad_forgets_all_gradients():
-    model = tiny_model()
-    give_gradients(model, 0)
-    Optimizer(model, OptimizerConfig()).zero_grad()
-    assert all(p.grad is None for p in model.parameters())
