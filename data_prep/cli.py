@@ -143,7 +143,8 @@ def inspect(directory: Path, documents: int, seed: int, as_json: bool) -> None:
 
 @main.command()
 @click.argument("directory", type=DIRECTORY)
-def verify(directory: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(directory: Path, as_json: bool) -> None:
     """Read a whole dataset and compare it with its checksums."""
     from data_prep.progress import ConsoleReporter
     from data_prep.shards import open_dataset
@@ -152,4 +153,7 @@ def verify(directory: Path) -> None:
     total = sum(dataset.split(name).tokens for name in ("train", "validation"))
     with ConsoleReporter().stage("verifying", None) as advance:
         dataset.verify(on_file=lambda name, size: advance(size))
-    click.echo(f'"{directory}" is whole: {total:,} tokens, every checksum as it was built')
+    if as_json:
+        click.echo(json.dumps({"directory": str(directory), "whole": True, "tokens": total}))
+    else:
+        click.echo(f'"{directory}" is whole: {total:,} tokens, every checksum as it was built')

@@ -130,6 +130,7 @@ def test_verify_says_that_all_is_well_or_names_the_file(prep: Prep, novel: Path,
     prep("build", novel, "--out", out, *SMALL)
     result = prep("verify", out)
     assert (result.exit_code, "is whole" in result.stdout) == (0, True)
+    assert json.loads(prep("verify", out, "--json").stdout)["whole"] is True
     content = bytearray((out / "train-00000.bin").read_bytes())
     content[100] ^= 4
     (out / "train-00000.bin").write_bytes(content)
