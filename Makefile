@@ -31,7 +31,7 @@ demo: setup ## the main job: text, tokenizer, shards, training, evaluation, samp
 	$(BIN)/kindling report runs/demo
 
 test: setup ## all tests, with the lines they cover
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=85
 
 check: setup ## style and types
 	$(BIN)/ruff format --check .
