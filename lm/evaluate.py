@@ -14,7 +14,7 @@ from data_prep.files import write_atomically
 from data_prep.shards import Dataset, Split, open_dataset
 from lm.checkpoint import MODEL
 from lm.run_directory import Run, choose_device
-from lm.trainer import validate_readouts
+from lm.validation import validate_readouts
 
 RESULT = "evaluation.json"
 READ_AT_ONCE = 1 << 22

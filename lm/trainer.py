@@ -23,13 +23,13 @@ from data_prep.errors import UserError
 from data_prep.files import only_writer_of, write_atomically
 from data_prep.shards import Dataset, open_dataset
 from lm import checkpoint, randomness
-from lm.batches import TrainingBatches, ValidationRows
+from lm.batches import TrainingBatches
 from lm.config import Config, all_settings
 from lm.model import Transformer, describe
 from lm.objectives import READOUTS, Batch
 from lm.optim import Optimizer, learning_rate_factor
 from lm.run_directory import Run, choose_device, open_run
-from lm.validation import ReadoutLoss, autocast, validate
+from lm.validation import autocast, validate_readouts
 
 # Settings that a run may be continued with changed: they alter neither the model nor the order of its data.
 FREE_SETTINGS = {
@@ -254,25 +254,6 @@ def _gradients(
         for name, loss in parts:
             losses[name] += loss.detach()
     return losses, shares
-
-
-def validate_readouts(
-    model: Transformer, dataset: Dataset, config: Config, *, rows: int | None = None, every_token: bool = False
-) -> dict[str, ReadoutLoss]:
-    """The validation loss of each way the model was trained to read; empty if the dataset has no validation text.
-
-    ``rows`` windows are taken (None: as the config says; 0: the whole split); ``every_token`` as in ``validate``.
-    """
-    split = dataset.split("validation")
-    if not split.tokens:
-        return {}
-    batches = TrainingBatches(dataset, config)
-    windows = ValidationRows(split, batches.vocabulary, config.data.context_length)
-    numbers = windows.choose(config.training.validation_rows if rows is None else rows)
-    return {
-        readout: validate(model, windows, numbers, readout, config, every_token=every_token)
-        for readout in READOUTS[config.objective.objective]
-    }
 
 
 def _with_vocabulary(config: Config, dataset: Dataset) -> Config:

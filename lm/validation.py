@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lm.batches import ValidationRows
+from data_prep.shards import Dataset
+from lm.batches import ValidationRows, vocabulary_of
 from lm.config import Config
 from lm.model import Transformer
+from lm.objectives import READOUTS
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,21 @@ def validate(
     predictable = split.tokens if readout == "next_token" else split.tokens - split.documents
     nats = total / max(predicted, 1)
     return ReadoutLoss(nats, nats * predictable / split.text_bytes / math.log(2), predicted)
+
+
+def validate_readouts(
+    model: Transformer, dataset: Dataset, config: Config, *, rows: int | None = None, every_token: bool = False
+) -> dict[str, ReadoutLoss]:
+    """The validation loss of each way the model was trained to read; empty if the dataset has no validation text.
+
+    ``rows`` windows are taken (None: as the config says; 0: the whole split); ``every_token`` as in ``validate``.
+    """
+    split = dataset.split("validation")
+    if not split.tokens:
+        return {}
+    windows = ValidationRows(split, vocabulary_of(dataset), config.data.context_length)
+    numbers = windows.choose(config.training.validation_rows if rows is None else rows)
+    return {
+        readout: validate(model, windows, numbers, readout, config, every_token=every_token)
+        for readout in READOUTS[config.objective.objective]
+    }

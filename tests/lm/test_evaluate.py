@@ -14,7 +14,7 @@ from data_prep.shards import open_dataset
 from lm import evaluate as evaluation
 from lm.evaluate import compressed_bytes, evaluate, floors, token_counts
 from lm.run_directory import open_run
-from lm.trainer import validate_readouts
+from lm.validation import validate_readouts
 
 
 @pytest.fixture
@@ -128,3 +128,12 @@ def test_a_damaged_evaluation_is_made_again(trained, tmp_path):
     run = open_run(shutil.copytree(trained.path, tmp_path / "run"))
     (run.path / "evaluation.json").write_text("garbage")
     assert evaluate(run)["step"] == 100
+
+
+def test_data_too_short_to_train_on_can_be_evaluated(run, make_dataset, tmp_path):
+    (tmp_path / "few").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "few" / f"{name}.txt").write_text(f"The {name} owl.")
+    few = make_dataset(tmp_path / "few", tmp_path / "few_data", tokenizer=run.path / "tokenizer.json")
+    assert few.split("train").tokens <= run.config.data.context_length
+    assert evaluate(run, str(few.directory))["validation"]["next_token"]["predicted"] == few.split("validation").tokens

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from lm.batches import ValidationRows, vocabulary_of
-from lm.trainer import validate_readouts
-from lm.validation import autocast, validate
+from lm.validation import autocast, validate, validate_readouts
 
 
 @pytest.fixture(scope="module")
