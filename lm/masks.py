@@ -74,15 +74,3 @@ def dense(lo: Tensor, hi: Tensor, keys: int) -> Tensor:
     """The same mask as bool (rows, queries, keys), true where a query sees a key."""
     j = torch.arange(keys, dtype=torch.int32, device=lo.device)
     return (lo[..., None] <= j) & (j < hi[..., None])
-
-
-def transposed(lo: Tensor, hi: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """The mask turned round: the queries ``[q_lo, q_hi)`` that see each key, int32 (rows, keys).
-
-    Because neither bound decreases along a row, those queries are contiguous: the first is the first whose ``hi`` lies
-    beyond the key, the last is the last whose ``lo`` does not.
-    """
-    j = torch.arange(keys, dtype=torch.int32, device=lo.device).expand(lo.shape[0], keys).contiguous()
-    first = torch.searchsorted(hi.contiguous(), j, right=True, out_int32=True)
-    past_last = torch.searchsorted(lo.contiguous(), j, right=True, out_int32=True)
-    return first, torch.maximum(first, past_last)

@@ -82,7 +82,12 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: kernels.AttentionPlan, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        intervals: tuple[Tensor, Tensor],
+        cache: KVCache | None,
+        layer: int,
     ) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_width)
         q = rotate(self.query_norm(self.query(x).view(heads)), rotary)  # (B, T, H, D)
@@ -90,7 +95,8 @@ class Attention(nn.Module):
         v = self.value(x).view(heads)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        return self.output(kernels.attend(q, k, v, plan).flatten(2))
+        out, _ = kernels.attention(q, k, v, *intervals)
+        return self.output(out.flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -118,9 +124,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], plan: kernels.AttentionPlan, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        intervals: tuple[Tensor, Tensor],
+        cache: KVCache | None,
+        layer: int,
     ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, plan, cache, layer))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, intervals, cache, layer))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -162,12 +173,10 @@ class Transformer(nn.Module):
         ``positions`` (rows, T) are the rotary positions; ``lo`` and ``hi`` the key intervals. With a ``cache`` the
         inputs follow what it holds, the intervals count from its first token, and it grows by T.
         """
-        past = cache.length if cache is not None else 0
-        plan = kernels.plan(lo, hi, past + inputs.shape[1])
         rotary = rotary_table(positions, self.config.head_width, self.config.rope_theta)
         x = self.dropout(self.embedding(inputs))
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, plan, cache, layer)
+            x = block(x, rotary, (lo, hi), cache, layer)
         if cache is not None:
             cache.length += inputs.shape[1]
         return self.norm(x)

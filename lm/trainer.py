@@ -22,7 +22,7 @@ import torch
 from data_prep.errors import UserError
 from data_prep.files import only_writer_of, write_atomically
 from data_prep.shards import Dataset, open_dataset
-from lm import checkpoint, randomness
+from lm import checkpoint, kernels, randomness
 from lm.batches import TrainingBatches
 from lm.config import Config, all_settings
 from lm.model import Transformer, describe
@@ -116,6 +116,7 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
     config = _with_vocabulary(config, dataset)
     batches = TrainingBatches(dataset, config)
     device = choose_device(config.training.device)
+    kernels.describe(device)  # refuses a KINDLING_KERNELS that cannot be had, before anything is written
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     _refuse_other_directories(path)
@@ -344,7 +345,7 @@ def _introduction(
         f"{config.objective.objective} on {batches.split.tokens:,} tokens of {dataset.directory}: "
         f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {tokens / 1e6:.1f}M tokens, "
         f"{batches.epochs(training.steps):.2f} epochs, {flops / 1e12:.1f} TFLOP",
-        f"on {where}; attention: PyTorch's scaled_dot_product_attention",
+        f"on {where}; {kernels.describe(device)}",
     ]
 
 

@@ -1,6 +1,10 @@
-"""The few operations in which a model spends its time. ``reference`` has the plain PyTorch of each."""
+"""The few operations in which a model spends its time. ``reference`` has the plain PyTorch of each.
 
-from lm.kernels.attention import AttentionPlan, attend, plan
+``paths`` chooses how they are computed: by Triton's kernels on a CUDA GPU, by PyTorch's operations elsewhere.
+"""
+
 from lm.kernels.cross_entropy import linear_cross_entropy
+from lm.kernels.interval_attention import attention
+from lm.kernels.paths import describe
 
-__all__ = ["AttentionPlan", "attend", "linear_cross_entropy", "plan"]
+__all__ = ["attention", "describe", "linear_cross_entropy"]

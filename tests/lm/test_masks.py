@@ -94,16 +94,3 @@ def test_padding_is_seen_by_nobody(queries, lengths):
     for row, length in enumerate(lengths):
         assert visible[row, :, :length].all()
         assert not visible[row, :, length:].any()
-
-
-@given(tables_of(st.integers(0, 12)), st.integers(1, 12), st.randoms(use_true_random=False))
-def test_transposed_gives_the_queries_that_see_each_key(table, keys, random):
-    """Also where some queries see nothing: the bounds only need to be monotone."""
-    lo = table.sort(dim=1).values.int()
-    hi = torch.tensor([[random.randint(0, 12) for _ in row] for row in table]).sort(dim=1).values.int()
-    visible = masks.dense(lo, hi, keys)
-    turned = masks.dense(*masks.transposed(lo, hi, keys), table.shape[1])
-    assert torch.equal(turned, visible.transpose(1, 2))
-    first, past_last = masks.transposed(lo, hi, keys)
-    assert (first <= past_last).all()
-    assert first.dtype == past_last.dtype == torch.int32

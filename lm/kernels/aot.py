@@ -1,0 +1,250 @@
+"""Compile every kernel for GPUs that are not here, and look at what the compiler made: ``python -m lm.kernels.aot``.
+
+The launchers themselves are called, on small CPU tensors, with a driver that claims to be the GPU and with launches
+turned into compilations. So what is compiled is what a real call would compile, with the same specialisations, for each
+entry of the table of configurations. The result is compared with ``aot.json``, which ``--update`` rewrites: a change of
+registers or tensor-core instructions is then a line in a diff, not a surprise on somebody's GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from lm import masks
+from lm.kernels import paths
+
+SNAPSHOT = Path(__file__).with_name("aot.json")
+ARCHITECTURES = (80, 90, 120)
+# The most shared memory a block may ask for. Triton compiles past it, and the launch then fails.
+SHARED_MEMORY_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}
+# What most models run in: these may not spill, and must use the tensor cores (on Hopper, its own instructions).
+MAIN_WIDTHS, MAIN_KERNELS = (64, 128), ("attention_forward", "attention_query_gradient", "attention_key_gradient")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one kernel: registers a thread, bytes, and numbers of instructions in the machine code."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    warps: int
+    wgmma: int
+    mma: int
+    tma: int
+
+
+class PretendedDriver:
+    """As much of Triton's driver as compiling asks for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps what it has compiled by device
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def compiling_for(architecture: int) -> Iterator[list[tuple[str, Any]]]:
+    """Make launches compile for ``architecture`` and run nothing; yields the list of (name, compiled kernel)."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    made: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        made.append((self.__name__, kernel))
+        return kernel
+
+    before = driver._active
+    driver.set_active(PretendedDriver(architecture))
+    JITFunction.run = compile_only
+    try:
+        yield made
+    finally:
+        JITFunction.run = run
+        driver._active = before
+
+
+def look_at(kernel: Any) -> Compiled:
+    """Read the machine code with the tools that Triton brings."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, options in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", ["-c"]))
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
+    registers, stack = map(int, found.groups())
+    counts = (len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "UTMALDG"))
+    return Compiled(registers, stack, kernel.metadata.shared, kernel.metadata.num_warps, *counts)
+
+
+def attention_case(dtype: torch.dtype, width: int, heads: int, kv_heads: int, softcap: float) -> None:
+    """Forward and backward over a batch, then a step of decoding."""
+    from lm.kernels import attention_triton, decoding_triton
+
+    q, k, v = (torch.zeros(2, 128, count, width, dtype=dtype) for count in (heads, kv_heads, kv_heads))
+    lo, hi = masks.causal(2, 128)
+    out, lse = attention_triton.forward(q, k, v, lo, hi, 0.1, softcap)
+    attention_triton.backward(out, q, k, v, out, lse, lo, hi, 0.1, softcap)
+    cache = torch.zeros(2, 1024, kv_heads, width, dtype=dtype)
+    lo, hi = masks.causal(2, 1, past=1023)
+    decoding_triton.forward(q[:, :1], cache, cache, lo, hi, 0.1, softcap)
+
+
+def cross_entropy_case(dtype: torch.dtype, softcap: float, needs_grad: bool) -> None:
+    from lm.kernels import cross_entropy_triton
+
+    logits, targets = torch.zeros(2, 32768, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    cross_entropy_triton.differentiate(logits, targets, torch.ones(2), softcap, 0.0, needs_grad)
+
+
+Case = tuple[str, Callable[..., None], tuple[Any, ...]]
+
+
+def cases() -> list[Case]:
+    """(name, function, arguments): every entry of the table, and each branch of a kernel once."""
+    every: list[Case] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for width in (16, 32, 64, 128, 256):
+            every.append((f"{name} {width}", attention_case, (dtype, width, 8, 8, 0.0)))
+    every += [
+        ("float16 64", attention_case, (torch.float16, 64, 8, 8, 0.0)),
+        ("bfloat16 80", attention_case, (torch.bfloat16, 80, 8, 8, 0.0)),
+        ("bfloat16 64 grouped", attention_case, (torch.bfloat16, 64, 8, 2, 0.0)),
+        ("bfloat16 64 softcap", attention_case, (torch.bfloat16, 64, 8, 8, 30.0)),
+        ("bfloat16 128 softcap", attention_case, (torch.bfloat16, 128, 8, 8, 30.0)),
+        ("bfloat16 loss", cross_entropy_case, (torch.bfloat16, 0.0, True)),
+        ("bfloat16 loss softcap", cross_entropy_case, (torch.bfloat16, 30.0, True)),
+        ("bfloat16 loss only", cross_entropy_case, (torch.bfloat16, 0.0, False)),
+        ("float32 loss", cross_entropy_case, (torch.float32, 0.0, True)),
+    ]
+    return every
+
+
+def compile_case(architecture: int, case: Case) -> dict[str, Compiled]:
+    """ "sm_90 bfloat16 64 attention_forward" → what became of it."""
+    name, function, arguments = case
+    with compiling_for(architecture) as made:
+        function(*arguments)
+    return {f"sm_{architecture} {name} {kernel}": look_at(compiled) for kernel, compiled in made}
+
+
+def problems(result: dict[str, Compiled]) -> list[str]:
+    """What must not be, one sentence each."""
+    found = []
+    for name, compiled in result.items():
+        architecture, dtype, width, *variant, kernel = name.split()
+        limit = SHARED_MEMORY_BYTES[int(architecture.removeprefix("sm_"))]
+        if compiled.shared_bytes > limit:
+            found.append(f"{name} asks for {compiled.shared_bytes:,} bytes of shared memory; a block has {limit:,}")
+        if kernel in MAIN_KERNELS and dtype != "float32" and int(width) in MAIN_WIDTHS and not variant:
+            if compiled.spilled_bytes:
+                found.append(f"{name} spills {compiled.spilled_bytes} bytes of registers")
+            if not (compiled.wgmma if architecture == "sm_90" else compiled.mma):
+                found.append(f"{name} does not use the tensor cores")
+    return found
+
+
+def changes(result: dict[str, Compiled], snapshot: dict[str, Any]) -> list[str]:
+    """How the result differs from the snapshot, one line each; nothing is said of another version of Triton."""
+    import triton
+
+    if snapshot["triton"] != triton.__version__:
+        return []
+    before = {name: Compiled(*numbers) for name, numbers in snapshot["kernels"].items()}
+    told = [f"{name} is new" for name in sorted(result.keys() - before.keys())]
+    told += [f"{name} is gone" for name in sorted(before.keys() - result.keys())]
+    for name in sorted(result.keys() & before.keys()):
+        now, then = asdict(result[name]), asdict(before[name])
+        told += [f"{name}: {what} {then[what]} → {now[what]}" for what in now if now[what] != then[what]]
+    return told
+
+
+def table(result: dict[str, Compiled]) -> str:
+    width = max(map(len, result))
+    titles = [f.name.replace("_", " ") for f in fields(Compiled)]
+    lines = [f"{'':{width}}  " + "  ".join(titles)]
+    for name, compiled in result.items():
+        cells = (f"{value:>{len(title)},}" for value, title in zip(astuple(compiled), titles, strict=True))
+        lines.append(f"{name:{width}}  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def to_json(result: dict[str, Compiled]) -> str:
+    """The text of ``aot.json``, a line for each kernel, so that a change shows as one."""
+    import triton
+
+    lines = (f"  {json.dumps(name)}: {json.dumps(astuple(compiled))}" for name, compiled in result.items())
+    head = {"triton": triton.__version__, "columns": [f.name for f in fields(Compiled)]}
+    return f'{{{json.dumps(head)[1:-1]},\n "kernels": {{\n' + ",\n".join(lines) + "\n }\n}\n"
+
+
+@click.command()
+@click.option("--update", is_flag=True, help="Write the result into the snapshot instead of comparing it.")
+@click.option("--arch", "architectures", multiple=True, type=click.Choice([str(a) for a in ARCHITECTURES]))
+@click.option("--only", default="", help="Only cases whose name begins so; nothing is compared.")
+def main(update: bool, architectures: tuple[str, ...], only: str) -> None:
+    """Compile every kernel for sm_80, sm_90 and sm_120, without a GPU."""
+    import triton
+
+    if paths.interpreted():
+        raise click.UsageError("unset TRITON_INTERPRET: interpreted kernels are not compiled")
+    tasks = [
+        (int(architecture), case)
+        for architecture in architectures or map(str, ARCHITECTURES)
+        for case in cases()
+        if case[0].startswith(only)
+    ]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        result = {name: made for part in pool.starmap(compile_case, tasks, chunksize=1) for name, made in part.items()}
+    click.echo(f"triton {triton.__version__}")
+    click.echo(table(result))
+    wrong = problems(result)
+    if update and not wrong:
+        SNAPSHOT.write_text(to_json(result), encoding="utf-8")
+    elif not (update or only or architectures):
+        wrong += changes(result, json.loads(SNAPSHOT.read_text(encoding="utf-8")))
+    for sentence in wrong:
+        click.echo(sentence, err=True)
+    if wrong:
+        raise SystemExit("the kernels are not as they should be, or were: see above; --update accepts changes")
+    click.echo(f"{len(result)} kernels compiled")
+
+
+if __name__ == "__main__":
+    main()

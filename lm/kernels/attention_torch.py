@@ -1,0 +1,450 @@
+"""Attention over key intervals by PyTorch's own operations: the path of every device without Triton, above all the CPU.
+
+PyTorch's CPU kernel computes every pair of the queries and keys it is given, seen or not. So the work is cut first:
+
+    lo, hi -> plan: pieces of (some rows) x (a run of queries) x (the keys they see) -> one kernel call a piece
+
+A dynamic programme over a grid of places to cut, and a model of what a call costs, choose the pieces: packed documents
+come apart, long causal ones are cut into blocks of queries with the keys up to them, tiny ones share a masked piece,
+rows with equal intervals share a call, and where nothing pays the whole batch is one call. A plan depends only on the
+numbers in ``lo`` and ``hi`` and on shapes, and is kept by them: all layers of a model share it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# What a call costs forward and backward, in microseconds of one AVX2 core; fitted to 1,222 pieces of widths 16 to 128,
+# and only the ratios matter. Each head and each of the kernel's blocks of queries has its own matrix products.
+CALL_COST = 100.0
+BLOCK_COST, BLOCK_COST_PER_KEY = 1.7, 0.0008  # the second for each number of a key: its gradient is read and written
+PAIR_COST, PAIR_COST_PER_WIDTH = 0.00255, 0.0002
+MASK_COST = 0.00045  # of a pair
+TOKEN_COST_PER_WIDTH = 0.0043  # copies in and out, and fresh memory
+# Cutting must promise to save this much over one call for everything, or it is not done.
+LEAST_SAVING = 0.135
+# Places to cut: one in each run of this many queries, and no more than so many in a row.
+FINEST_GRAIN, MOST_CUTS = 16, 64
+# Numbers in one result of a call. Rows are split beyond it: fresh pages from the system cost more than another call.
+LARGEST_RESULT = 1 << 19
+
+Kind = Literal["full", "causal", "masked"]
+Span = tuple[int, int]
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One call: the queries ``[queries[0], queries[1])`` of ``rows`` with the keys ``[keys[0], keys[1])``.
+
+    ``kind`` says what they see of each other: "full" all, "causal" the last query all and each before it one key less,
+    "masked" what ``bias`` says. ``bias`` holds 0 and -inf, (1 or rows, 1, queries, keys); None where no mask is needed
+    ("full", and "causal" with as many queries as keys). ``first_on_keys``: no piece before it has any of its keys.
+    """
+
+    rows: range
+    queries: Span
+    keys: Span
+    kind: Kind
+    first_on_keys: bool
+    bias: Tensor | None
+
+    @property
+    def causal_flag(self) -> bool:
+        """Whether the kernel's own causal flag is the mask: it counts from the first query and the first key."""
+        return self.kind == "causal" and self.bias is None
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """A view of (B, Tq, H, D), what belongs to this piece, as (R, H, queries, D)."""
+        return _part(x, self.rows, self.queries)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """A view of (B, Tk, Hkv, D), what belongs to this piece, as (R, Hkv, keys, D)."""
+        return _part(x, self.rows, self.keys)
+
+    def of_lse(self, lse: Tensor) -> Tensor:
+        """A view of (B, H, Tq) as (R, H, queries)."""
+        return lse[self.rows.start : self.rows.stop : self.rows.step, :, slice(*self.queries)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pieces of a batch, and what they leave out: ``blind`` is bool (rows, 1, Tq), None if every query sees a key;
+    ``all_keys`` is true if every key of every row is in a piece that is ``first_on_keys``."""
+
+    pieces: tuple[Piece, ...]
+    blind: Tensor | None
+    all_keys: bool
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether one call takes all rows, queries and keys: its results are the whole result."""
+        return len(self.pieces) == 1 and self.blind is None and self.all_keys
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan depends on besides the intervals. ``heads`` are those of the keys, ``groups`` queries' heads to each;
+    ``threads`` of them are computed at a time."""
+
+    rows: int
+    queries: int
+    keys: int
+    heads: int
+    groups: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+    threads: int
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention in which query ``i`` of row ``b`` sees the keys ``lo[b, i] <= j < hi[b, i]``.
+
+    Args:
+        q: (B, Tq, H, D). k, v: (B, Tk, Hkv, D), of the same dtype; H is a multiple of Hkv. Strided views are fine, as
+            long as the last dimension is dense.
+        lo, hi: int32 (B, Tq), any values.
+        scale: factor of the scores. softcap: scores are squashed into (-softcap, softcap) by tanh; 0: off.
+
+    Returns:
+        out (B, Tq, H, D) in q's dtype, contiguous, and the natural logarithm of each softmax's denominator, (B, H, Tq)
+        in float32 (float64 for float64). A query that sees nothing has zeros and -inf.
+    """
+    plan = plan_for(q, k, lo, hi)
+    if plan.is_one_call:
+        queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+        part_out, part_lse = _attend(queries, keys, values, plan.pieces[0], scale, softcap)
+        return part_out.transpose(1, 2).contiguous(), part_lse.contiguous()
+    out = _fresh(q, plan.blind is None)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=_accumulator(q.dtype), device=q.device)
+    for piece in plan.pieces:
+        queries, keys, values = piece.of_queries(q), piece.of_keys(k), piece.of_keys(v)
+        part_out, part_lse = _attend(queries, keys, values, piece, scale, softcap)
+        piece.of_queries(out).copy_(part_out)
+        piece.of_lse(lse).copy_(part_lse)
+    if plan.blind is not None:
+        lse.masked_fill_(plan.blind, -math.inf)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by q, k and v, each contiguous and of its shape and dtype; arguments as in and from ``forward``."""
+    plan = plan_for(q, k, lo, hi)
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    if plan.is_one_call:
+        grad, queries, keys, values, outputs = (x.transpose(1, 2) for x in (grad_out, q, k, v, out))
+        parts = _differentiate(grad, queries, keys, values, outputs, lse, plan.pieces[0], scale, softcap)
+        grad_q, grad_k, grad_v = (part.transpose(1, 2).contiguous() for part in parts)
+        return grad_q, grad_k, grad_v
+    if plan.blind is not None:
+        lse = lse.masked_fill(plan.blind, 0.0)  # exp(-inf - 0) is 0, exp(-inf + inf) is not
+    grad_q, grad_k, grad_v = _fresh(q, plan.blind is None), _fresh(k, plan.all_keys), _fresh(v, plan.all_keys)
+    for piece in plan.pieces:
+        grad, queries, outputs = (piece.of_queries(x) for x in (grad_out, q, out))
+        keys, values, log_sums = piece.of_keys(k), piece.of_keys(v), piece.of_lse(lse)
+        part_q, part_k, part_v = _differentiate(grad, queries, keys, values, outputs, log_sums, piece, scale, softcap)
+        piece.of_queries(grad_q).copy_(part_q)
+        for whole, part in ((grad_k, part_k), (grad_v, part_v)):
+            target = piece.of_keys(whole)
+            target.copy_(part) if piece.first_on_keys else target.add_(part)
+    return grad_q, grad_k, grad_v
+
+
+def plan_for(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor) -> Plan:
+    """The plan of these intervals for tensors like q and k, made once for all calls with equal ones."""
+    # A GPU is taken for many cores, so that it gets few and large calls.
+    threads = torch.get_num_threads() if q.device.type == "cpu" else 64
+    rows, queries, heads, width = q.shape
+    groups = heads // k.shape[2]
+    shape = Shape(rows, queries, k.shape[1], k.shape[2], groups, width, q.dtype, q.device, threads)
+    lo_bytes, hi_bytes = (x.to("cpu", torch.int32).contiguous().numpy().tobytes() for x in (lo, hi))
+    return make_plan(lo_bytes, hi_bytes, shape)
+
+
+# A plan may hold masks, so only a few are kept: a training step uses one, then never again.
+@lru_cache(maxsize=8)
+def make_plan(lo_bytes: bytes, hi_bytes: bytes, shape: Shape) -> Plan:
+    """The plan of intervals given as the bytes of int32 (rows, queries)."""
+    if not shape.rows * shape.queries:
+        return Plan((), None, all_keys=False)
+    lo, hi = (np.frombuffer(x, np.int32).reshape(shape.rows, shape.queries) for x in (lo_bytes, hi_bytes))
+    lo, hi = lo.clip(0, shape.keys), hi.clip(0, shape.keys)
+    blind = lo >= hi
+    # An empty interval that widens no other's piece, and makes the piece masked.
+    lo, hi = np.where(blind, shape.keys, lo), np.where(blind, 0, hi)
+    pieces, fresh_keys = [], 0
+    for rows, queries, keys, kind, first_on_keys in _cut(lo, hi, shape):
+        part = slice(rows.start, rows.stop, rows.step), slice(*queries)
+        bias = _bias(lo[part], hi[part], keys, kind, shape)
+        pieces.append(Piece(rows, queries, keys, kind, first_on_keys, bias))
+        fresh_keys += first_on_keys * len(rows) * (keys[1] - keys[0])
+    blind_queries = torch.from_numpy(blind).to(shape.device)[:, None] if blind.any() else None
+    return Plan(tuple(pieces), blind_queries, fresh_keys == shape.rows * shape.keys)
+
+
+def _runs_of_equal_rows(lo: np.ndarray, hi: np.ndarray) -> list[range]:
+    """The rows in runs of equal intervals, each run evenly spaced."""
+    alike: dict[bytes, list[int]] = {}
+    for row, interval in enumerate(np.concatenate((lo, hi), axis=1)):
+        alike.setdefault(interval.tobytes(), []).append(row)
+    runs: list[range] = []
+    for rows in alike.values():
+        run = range(rows[0], rows[0] + 1)
+        for row in rows[1:]:
+            if len(run) == 1 or row == run[-1] + run.step:
+                run = range(run.start, row + 1, row - run[-1])
+            else:
+                runs.append(run)
+                run = range(row, row + 1)
+        runs.append(run)
+    return runs
+
+
+def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span, Span, Kind, bool]]:
+    """The first five fields of the cheapest pieces: each run of equal rows is cut for itself, or all rows at the same
+    places, or nothing at all. From the last queries to the first, so that of a causal document's blocks the one with
+    the keys of all others comes first."""
+    runs = _runs_of_equal_rows(lo, hi)
+    candidates, first = [*runs, range(shape.rows)], [run.start for run in runs]
+    # What a candidate's rows see, at least and at most, (candidates, Tq); the rows of a run are equal.
+    lo_min, lo_max, hi_min, hi_max = (
+        np.concatenate((bound[first], extreme(bound, axis=0, keepdims=True)))
+        for bound, extreme in ((lo, np.min), (lo, np.max), (hi, np.min), (hi, np.max))
+    )
+    places = _places_to_cut(lo_min, hi_max, shape)
+    # [c, i, j]: the first key and one past the last that candidate c's queries from place i to place j + 1 see.
+    seen_from, seen_to = _over_cells(np.minimum, lo_min, places), _over_cells(np.maximum, hi_max, places)
+    queries = places[:, None, 1:] - places[:, :-1, None]
+    cost = _cost(queries, seen_to - seen_from, np.array([len(rows) for rows in candidates])[:, None, None], shape)
+    best, came_from = _cheapest_ways(cost)
+
+    # Queries that do not go on as the one before: a run of others is full, or causal.
+    unlike = (lo_min != lo_max) | (hi_min != hi_max)
+    moved = (np.diff(lo_min, axis=1, prepend=lo_min[:, :1]) != 0) | unlike
+    step = np.diff(hi_min, axis=1, prepend=hi_min[:, :1])
+    breaks_full, breaks_causal = ((moved | (step != by)).cumsum(axis=1) for by in (0, 1))
+    is_full = not unlike[-1].any() and lo_min[-1, 0] == 0 and hi_min[-1, 0] == shape.keys and breaks_full[-1, -1] == 0
+    is_causal = (
+        bool((lo == 0).all() and (hi == np.arange(1, shape.keys + 1)).all()) if lo.shape[1] == shape.keys else False
+    )
+    everything = _cost_of_one_call(shape, causal=is_causal, masked=not (is_full or is_causal))
+    one_call = everything * (1 - LEAST_SAVING) <= min(best[:-1].sum(), best[-1])
+    if one_call:
+        came_from[-1][-1] = 0
+
+    chosen = []
+    for c in [len(runs)] if one_call or best[-1] <= best[:-1].sum() else range(len(runs)):
+        end = len(came_from[c]) - 1
+        while end:
+            chosen.append((c, came_from[c][end], end))
+            end = came_from[c][end]
+    c, begin, end = np.array(chosen).T
+    start, stop, seen = places[c, begin], places[c, end], (seen_from[c, begin, end - 1], seen_to[c, begin, end - 1])
+    full, causal = (
+        (breaks[c, stop - 1] == breaks[c, start]) & ~unlike[c, start] for breaks in (breaks_full, breaks_causal)
+    )
+    kinds = np.where(full, "full", np.where(causal, "causal", "masked"))
+    at_once = (
+        np.full_like(c, shape.rows) if one_call else _rows_at_once(np.maximum(stop - start, seen[1] - seen[0]), shape)
+    )
+    columns = (x.tolist() for x in (c, start, stop, *seen, kinds, at_once))
+    lowest = dict.fromkeys(range(len(candidates)), shape.keys)
+    cuts: list[tuple[range, Span, Span, Kind, bool]] = []
+    for c, start, stop, seen_from, seen_to, kind, at_once in zip(*columns, strict=True):
+        if seen_from >= seen_to:
+            continue  # blind queries only
+        rows, first_on_keys = candidates[c], seen_to <= lowest[c]
+        lowest[c] = min(lowest[c], seen_from)
+        for i in range(0, len(rows), at_once):
+            cuts.append((rows[i : i + at_once], (start, stop), (seen_from, seen_to), kind, first_on_keys))
+    return cuts
+
+
+def _over_cells(extreme: np.ufunc, bound: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """[c, i, j]: the extreme of candidate c's bounds (candidates, Tq) from place i to place j + 1; 0 where j < i."""
+    count, cells = len(places), places.shape[1] - 1
+    begins = places[:, :-1] + bound.shape[1] * np.arange(count)[:, None]
+    values = extreme.reduceat(bound.ravel(), begins.ravel()).reshape(count, 1, cells)
+    later = np.tri(cells, dtype=bool).T
+    neutral = np.iinfo(values.dtype).max if extreme is np.minimum else 0
+    return extreme.accumulate(np.where(later, values, neutral), axis=2) * later
+
+
+def _cheapest_ways(cost: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
+    """For each candidate of ``cost`` (candidates, i, j): the least sum of costs that leads from the first place to the
+    last, and for each place the one before it on the cheapest way there."""
+    count, cells, _ = cost.shape
+    best, came_from = np.zeros((count, cells + 1)), np.zeros((count, cells + 1), np.int64)
+    each = np.arange(count)
+    for end in range(1, cells + 1):
+        total = best[:, :end] + cost[:, :end, end - 1]
+        came_from[:, end] = total.argmin(1)
+        best[:, end] = total[each, came_from[:, end]]
+    return best[:, -1], came_from.tolist()
+
+
+def _places_to_cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> np.ndarray:
+    """(candidates, cells + 1): 0, a rising grid of queries, Tq. Nearby places that no key's queries straddle win."""
+    grain = max(FINEST_GRAIN, -(-shape.queries // MOST_CUTS))
+    cells = max(1, shape.queries // grain)
+    seen_before = np.maximum.accumulate(hi, axis=1)[:, :-1]
+    needed_after = np.minimum.accumulate(lo[:, ::-1], axis=1)[:, ::-1][:, 1:]
+    clean = np.zeros((len(lo), (cells + 1) * grain), bool)
+    clean[:, 1 : shape.queries] = seen_before <= needed_after
+    # Interior place n lies in the window of one grain around n * grain.
+    windows = clean[:, grain // 2 : grain // 2 + (cells - 1) * grain].reshape(len(lo), cells - 1, grain)
+    grid = np.arange(1, cells) * grain
+    inside = np.where(windows.any(2), grid - grain + grain // 2 + windows.argmax(2), grid)
+    return np.pad(inside, ((0, 0), (1, 1)), constant_values=((0, 0), (0, shape.queries)))
+
+
+def _cost(queries: np.ndarray, keys: np.ndarray, rows: np.ndarray, shape: Shape) -> np.ndarray:
+    """What pieces are thought to cost, copies included; nothing where there are no keys."""
+    keys = np.maximum(keys, 0)
+    calls = -(-rows // _rows_at_once(np.maximum(queries, keys), shape))
+    tokens = (queries + keys) * (TOKEN_COST_PER_WIDTH * shape.width)
+    cost = CALL_COST * calls + _head_calls(rows, shape) * (tokens + _cost_of_head(queries, keys, queries * keys, shape))
+    return np.where(keys > 0, cost, 0.0)
+
+
+def _cost_of_one_call(shape: Shape, *, causal: bool, masked: bool) -> float:
+    """What one call for everything is thought to cost; its results need not be copied."""
+    # The causal flag skips what lies beyond the kernel's blocks of 512 keys.
+    share = min(1.0, 0.5 + 256 / max(1, shape.keys)) if causal else 1.0
+    queries, keys, pairs = (np.array(x) for x in (shape.queries, shape.keys, share * shape.queries * shape.keys))
+    cost = _cost_of_head(queries, keys, pairs, shape) + masked * MASK_COST * pairs
+    return float(CALL_COST + _head_calls(np.array(shape.rows), shape) * cost)
+
+
+def _cost_of_head(queries: np.ndarray, keys: np.ndarray, pairs: np.ndarray, shape: Shape) -> np.ndarray:
+    block = np.where(queries < 192, 32, np.where(queries < 768, 64, 256))  # as PyTorch's kernel chooses
+    blocks = -(-queries // block) * (BLOCK_COST + BLOCK_COST_PER_KEY * shape.width * keys)
+    return blocks + pairs * (PAIR_COST + PAIR_COST_PER_WIDTH * shape.width)
+
+
+def _head_calls(rows: np.ndarray, shape: Shape) -> np.ndarray:
+    """How many queries' heads a thread computes, one after the other."""
+    return -(-rows * shape.heads // shape.threads) * shape.groups
+
+
+def _rows_at_once(longest: np.ndarray | int, shape: Shape) -> np.ndarray:
+    return np.maximum(1, LARGEST_RESULT // np.maximum(1, longest * shape.heads * shape.groups * shape.width))
+
+
+def _bias(lo: np.ndarray, hi: np.ndarray, keys: Span, kind: Kind, shape: Shape) -> Tensor | None:
+    """The mask of a piece with the intervals lo, hi (rows, queries), as PyTorch's kernel adds it to the scores."""
+    count, seen = lo.shape[1], keys[1] - keys[0]
+    if kind == "full" or (kind == "causal" and count == seen):
+        return None
+    if kind == "causal":
+        return _causal_bias(count, seen, shape.dtype, shape.device)
+    key = np.arange(*keys, dtype=np.int32)
+    hidden = (key < lo[..., None]) | (hi[..., None] <= key)
+    bias = torch.zeros(hidden.shape, dtype=shape.dtype).masked_fill_(torch.from_numpy(hidden), -math.inf)
+    return bias[:, None].to(shape.device)
+
+
+def _causal_bias(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1, 1, queries, keys) in which the last query sees all keys, and each before it one less: a view of a strip."""
+    earlier = keys - queries
+    height, width = (1 << (x - 1).bit_length() for x in (queries, max(earlier, 1)))
+    return _strip(height, width, dtype, device).as_strided(
+        (1, 1, queries, keys), (0, 0, width + height, 1), width - earlier
+    )
+
+
+@lru_cache(maxsize=8)
+def _strip(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(height, width + height): row ``i`` is 0 up to column ``width + i``, then -inf."""
+    return torch.full((height, width + height), -math.inf, dtype=dtype, device=device).triu_(width + 1)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _fresh(like: Tensor, filled_later: bool) -> Tensor:
+    make = torch.empty if filled_later else torch.zeros
+    return make(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _part(x: Tensor, rows: range, span: Span) -> Tensor:
+    row, position, head, _ = x.stride()
+    size = (len(rows), x.shape[2], span[1] - span[0], x.shape[3])
+    offset = x.storage_offset() + rows.start * row + span[0] * position
+    return x.as_strided(size, (row * rows.step, head, position, 1), offset)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """out (R, H, n, D) and lse (R, H, n) of one piece: q (R, H, n, D) with k, v (R, Hkv, m, D)."""
+    if q.device.type == "cpu" and not softcap:
+        return _aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, piece.causal_flag, attn_mask=piece.bias, scale=scale
+        )
+    queries, keys, values = _grouped(k.shape[1], q, k, v)
+    scores, _ = _scores(queries, keys, piece, scale, softcap)
+    lse = scores.logsumexp(-1, keepdim=True)
+    out = scores.sub_(lse.masked_fill(lse.isneginf(), 0.0)).exp_() @ values
+    return out.view(q.shape).to(q.dtype), lse.view(q.shape[:-1])
+
+
+def _differentiate(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: Piece, scale: float, cap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by q, k and v of one piece, shaped as in ``_attend`` (Dao et al. 2022, FlashAttention, B.2)."""
+    if q.device.type == "cpu" and not cap:
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, lse, 0.0, piece.causal_flag, attn_mask=piece.bias, scale=scale
+        )
+    grad, queries, keys, values, outputs = _grouped(k.shape[1], grad_out, q, k, v, out)
+    scores, slope = _scores(queries, keys, piece, scale, cap)
+    probabilities = scores.sub_(lse.reshape(*queries.shape[:-1], 1)).exp_()
+    grad_v = probabilities.transpose(-1, -2) @ grad
+    grad_scores = (grad @ values.transpose(-1, -2)).sub_((grad * outputs).sum(-1, keepdim=True)).mul_(probabilities)
+    if slope is not None:
+        grad_scores.mul_(slope)
+    grad_q = (grad_scores.mul_(scale) @ keys).view(q.shape)
+    grad_k = grad_scores.transpose(-1, -2) @ queries
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _grouped(heads: int, *tensors: Tensor) -> list[Tensor]:
+    """(R, heads * G, n, D) as (R, heads, G * n, D), in float32 at least: the queries that share a head's keys in a row,
+    so that one product serves them and sums the gradients over them."""
+    return [x.to(_accumulator(x.dtype)).reshape(x.shape[0], heads, -1, x.shape[-1]) for x in tensors]
+
+
+def _scores(q: Tensor, k: Tensor, piece: Piece, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """Masked scores (R, Hkv, G * n, m), and their derivative by the scores before the softcap, if there is one."""
+    scores, slope = (q @ k.transpose(-1, -2)).mul_(scale), None
+    if softcap:
+        squashed = torch.tanh(scores / softcap)
+        scores, slope = squashed * softcap, 1 - squashed * squashed
+    bias, count = piece.bias, piece.queries[1] - piece.queries[0]
+    if piece.causal_flag:
+        bias = _causal_bias(count, count, scores.dtype, scores.device)
+    if bias is not None:
+        scores.unflatten(2, (-1, count)).add_(bias[:, :, None])
+    return scores, slope

@@ -1,0 +1,118 @@
+"""Attention over key intervals: the public function, and its operators, which a compiled model calls as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm.kernels import paths, reference
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *, scale: float | None = None, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention in which each query sees one contiguous run of keys, ``lo <= key < hi``.
+
+    Any intervals give the right result. Work is proportional to what is visible where neither bound decreases along a
+    row, as in all masks of ``lm.masks``. The same inputs give the same bits, gradients included.
+
+    Args:
+        q: (B, Tq, H, D), float32, bfloat16 or float16 (float64 too, but not by Triton on a GPU). Under autocast all
+            three are taken in its dtype.
+        k, v: (B, Tk, Hkv, D), H a multiple of Hkv (grouped-query attention, Ainslie et al. 2023).
+        lo, hi: int32 (B, Tq); bounds beyond [0, Tk] count as these.
+        scale: factor of the scores, above 0; None: 1 / sqrt(D).
+        softcap: squash scores into (-softcap, softcap) by tanh; 0: off.
+
+    Returns:
+        The output (B, Tq, H, D), zeros for a query that sees nothing, and the natural log-sum-exp of the scores
+        (B, H, Tq), -inf for such a query, in float32 (float64 for float64); it carries no gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check(q, k, v, lo, hi, scale, softcap)
+    if paths.reference_is_asked_for():
+        return reference.attention(q, k, v, lo, hi, scale=scale, softcap=softcap)
+    return _forward(q, k, v, lo, hi, scale, float(softcap))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not (B, Tq, H, D) and (B, Tk, Hkv, D)"
+        )
+    if q.shape[2] % max(k.shape[2], 1):
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key-value heads")
+    if not 1 <= q.shape[3] <= 256:
+        raise ValueError(f"heads of {q.shape[3]} dimensions: 256 is the most")
+    if lo.shape != q.shape[:2] or hi.shape != q.shape[:2]:
+        raise ValueError(f"lo {tuple(lo.shape)} and hi {tuple(hi.shape)} are not {tuple(q.shape[:2])}, (B, Tq)")
+    if lo.dtype != torch.int32 or hi.dtype != torch.int32:
+        raise ValueError(f"lo is {lo.dtype} and hi {hi.dtype}: they must be int32")
+    if not q.dtype.is_floating_point or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: they must be of one floating dtype")
+    if any(x.device != q.device for x in (k, v, lo, hi)):
+        raise ValueError("q, k, v, lo and hi must be on one device")
+    if scale <= 0 or softcap < 0:
+        raise ValueError(f"scale {scale} must be above 0, and softcap {softcap} at least 0")
+
+
+@torch.library.custom_op("kindling::attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    if paths.choose(q) == "triton":
+        from lm.kernels import attention_triton, decoding_triton
+
+        forward = decoding_triton.forward if decoding_triton.serves(q, k) else attention_triton.forward
+    else:
+        from lm.kernels.attention_torch import forward
+    return forward(q, k, v, lo, hi, scale, softcap)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    rows, queries, heads, _ = q.shape
+    lse = q.new_empty(rows, heads, queries, dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op("kindling::attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
+    scale: float, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if paths.choose(q) == "triton":
+        from lm.kernels.attention_triton import backward
+    else:
+        from lm.kernels.attention_torch import backward
+    return backward(grad_out, q, k, v, out, lse, lo, hi, scale, softcap)
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
+    scale: float, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, lo, hi, ctx.scale, ctx.softcap = inputs
+    ctx.save_for_backward(q, k, v, *output, lo, hi)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, lo, hi = ctx.saved_tensors
+    gradients = _backward(grad_out, q, k, v, out, lse, lo, hi, ctx.scale, ctx.softcap)
+    return (*gradients, None, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from click.testing import CliRunner
+
+from lm import masks
+from lm.kernels import aot, attention_triton
+from lm.kernels.aot import Compiled
+
+GOOD = Compiled(registers=128, spilled_bytes=0, shared_bytes=65536, warps=8, wgmma=24, mma=0, tma=0)
+MAIN = "sm_90 bfloat16 64 attention_forward"
+
+
+@triton.jit
+def doubled(X, N: tl.constexpr):  # noqa: N803
+    i = tl.arange(0, N)
+    tl.store(X + i, 2 * tl.load(X + i))
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_a_launch_compiles_for_a_gpu_that_is_not_there(architecture):
+    before = triton.runtime.driver._active
+    x = torch.ones(64)
+    with aot.compiling_for(architecture) as made:
+        doubled[(1,)](x, 64)
+    assert [name for name, _ in made] == ["doubled"]
+    assert (x == 1).all()
+    assert f"sm_{architecture}" in made[0][1].asm["ptx"]
+    compiled = aot.look_at(made[0][1])
+    assert compiled.registers > 0
+    assert (compiled.spilled_bytes, compiled.wgmma, compiled.mma) == (0, 0, 0)
+    assert triton.runtime.driver._active is before
+
+
+def test_other_lengths_and_documents_compile_nothing_new():
+    with aot.compiling_for(90) as made:
+        for rows, queries, keys in ((2, 128, 128), (1, 1, 1), (3, 1000, 1000), (2, 999, 999), (5, 33, 80)):
+            q, k = (torch.zeros(rows, length, 2, 16, dtype=torch.bfloat16) for length in (queries, keys))
+            lo, hi = masks.causal(rows, queries, past=keys - queries)
+            out, lse = attention_triton.forward(q, k, k, lo, hi, 0.25, 0.0)
+            attention_triton.backward(out, q, k, k, out, lse, lo, hi, 0.25, 0.0)
+    assert len(made) == 20
+    assert len({id(kernel) for _, kernel in made}) == 4
+
+
+def test_shared_memory_over_the_chips_limit_is_a_problem():
+    assert aot.problems({MAIN: replace(GOOD, shared_bytes=300_000)}) == [
+        f"{MAIN} asks for 300,000 bytes of shared memory; a block has 232,448"
+    ]
+
+
+def test_main_configurations_may_not_spill_or_lose_their_tensor_cores():
+    assert aot.problems({MAIN: GOOD}) == []
+    assert "spills 8 bytes" in aot.problems({MAIN: replace(GOOD, spilled_bytes=8)})[0]
+    assert "does not use the tensor cores" in aot.problems({MAIN: replace(GOOD, wgmma=0, mma=64)})[0]
+    on_ampere = MAIN.replace("sm_90", "sm_80")
+    assert aot.problems({on_ampere: replace(GOOD, wgmma=0, mma=64)}) == []
+    assert aot.problems({on_ampere: GOOD.__class__(128, 0, 1, 8, 0, 0, 0)}) != []
+    for other in ("sm_90 float32 64 attention_forward", "sm_90 bfloat16 256 attention_forward", "sm_90 x loss row"):
+        assert aot.problems({other: replace(GOOD, spilled_bytes=8, wgmma=0)}) == []
+
+
+def test_a_change_against_the_snapshot_is_told_line_by_line():
+    snapshot = json.loads(aot.to_json({MAIN: GOOD, "sm_80 old kernel": GOOD}))
+    told = aot.changes({MAIN: replace(GOOD, registers=200, wgmma=0), "sm_80 new kernel": GOOD}, snapshot)
+    assert told == [
+        "sm_80 new kernel is new",
+        "sm_80 old kernel is gone",
+        f"{MAIN}: registers 128 → 200",
+        f"{MAIN}: wgmma 24 → 0",
+    ]
+    assert aot.changes({}, snapshot | {"triton": "2.0.0"}) == []
+
+
+def test_the_snapshot_names_every_case():
+    kernels = json.loads(aot.SNAPSHOT.read_text(encoding="utf-8"))["kernels"]
+    for name, _, _ in aot.cases():
+        for architecture in aot.ARCHITECTURES:
+            assert any(kernel.rsplit(" ", 1)[0] == f"sm_{architecture} {name}" for kernel in kernels)
+
+
+def test_the_snapshot_itself_has_no_problems():
+    kernels = json.loads(aot.SNAPSHOT.read_text(encoding="utf-8"))["kernels"]
+    assert aot.problems({name: Compiled(*numbers) for name, numbers in kernels.items()}) == []
+
+
+def test_the_command_prints_a_table_and_refuses_the_interpreter(monkeypatch):
+    result = CliRunner().invoke(aot.main, ["--arch", "90", "--only", "bfloat16 loss only"])
+    assert result.exit_code == 0, result.output
+    assert "sm_90 bfloat16 loss only cross_entropy_row" in result.output
+    assert "1 kernels compiled" in result.output
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = CliRunner().invoke(aot.main, [])
+    assert result.exit_code == 2
+    assert "unset TRITON_INTERPRET" in result.output

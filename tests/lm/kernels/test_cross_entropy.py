@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lm.kernels import cross_entropy, linear_cross_entropy, reference
+
+
+def head_inputs(tokens: int = 11, hidden: int = 5, vocabulary: int = 7, dtype=torch.float64, seed: int = 0):
+    torch.manual_seed(seed)
+    return (
+        torch.randn(tokens, hidden, dtype=dtype, requires_grad=True),
+        torch.randn(vocabulary, hidden, dtype=dtype, requires_grad=True),
+        torch.randint(0, vocabulary, (tokens,)),
+    )
+
+
+@given(
+    st.integers(1, 20),
+    st.sampled_from([0.0, 1.5]),
+    st.sampled_from([0.0, 0.1]),
+    st.booleans(),
+    st.floats(0, 1),
+    st.integers(1, 40),
+)
+def test_loss_and_gradients_equal_the_reference(tokens, softcap, z_loss, weighted, ignored, chunk):
+    hidden, weight, targets = head_inputs(tokens)
+    targets[torch.rand(tokens) < ignored] = -100
+    weights = torch.rand(tokens, dtype=torch.float64) if weighted else None
+    arguments = {"loss_weights": weights, "softcap": softcap, "z_loss": z_loss}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "CHUNK_LOGITS_CPU", chunk)
+        ours = linear_cross_entropy(hidden, weight, targets, **arguments)
+        our_gradients = torch.autograd.grad(3 * ours, (hidden, weight))
+    theirs = reference.linear_cross_entropy(hidden, weight, targets, **arguments)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for a, b in zip(our_gradients, torch.autograd.grad(3 * theirs, (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_plain_loss_is_torchs_cross_entropy():
+    hidden, weight, targets = head_inputs()
+    targets[3] = -100
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), expected)
+    torch.testing.assert_close(reference.linear_cross_entropy(hidden, weight, targets), expected)
+
+
+@pytest.mark.parametrize(("softcap", "z_loss"), [(0.0, 0.0), (2.0, 0.0), (0.0, 0.3), (2.0, 0.3)])
+def test_gradients_pass_gradcheck(softcap, z_loss, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS_CPU", 20)
+    hidden, weight, targets = head_inputs()
+    targets[1] = -100
+    weights = torch.rand(len(targets), dtype=torch.float64)
+
+    def loss(hidden, weight):
+        return linear_cross_entropy(hidden, weight, targets, loss_weights=weights, softcap=softcap, z_loss=z_loss)
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+
+
+def test_nothing_to_predict_costs_nothing():
+    hidden, weight, targets = head_inputs()
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    loss.backward()
+    assert loss == 0
+    assert (hidden.grad == 0).all()
+    assert (weight.grad == 0).all()
+
+
+def test_the_loss_is_the_same_where_no_gradient_is_asked_for():
+    hidden, weight, targets = head_inputs()
+    loss = linear_cross_entropy(hidden.detach(), weight.detach(), targets, softcap=2.0)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, reference.linear_cross_entropy(hidden, weight, targets, softcap=2.0).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_is_summed_in_float32(dtype):
+    hidden, weight, targets = head_inputs(dtype=dtype)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert hidden.grad.dtype == weight.grad.dtype == dtype
+    exact = reference.linear_cross_entropy(hidden.double(), weight.double(), targets)
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_no_tensor_grows_with_tokens_times_vocabulary(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS_CPU", 1000)
+    hidden, weight, targets = head_inputs(tokens=200, hidden=4, vocabulary=100)
+    with LargestTensor() as largest, torch.no_grad():
+        cross_entropy.compute(hidden, weight, targets, None, 2.0, 0.1, True, True)
+    assert largest.elements == 1000  # the probe sees the chunks
+    with LargestTensor() as largest:
+        reference.linear_cross_entropy(hidden, weight, targets)
+    assert largest.elements == 200 * 100  # the probe does see what the reference makes
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_gradient_that_is_not_needed_is_not_made(frozen):
+    hidden, weight, targets = head_inputs(tokens=50, hidden=4, vocabulary=30)
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert (hidden.grad is None) == (frozen == "hidden")
+    assert (weight.grad is None) == (frozen == "weight")
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return function(*args, **(kwargs or {}))
+
+
+def test_evaluation_makes_no_gradients():
+    hidden, weight, targets = head_inputs()
+    sizes = {}
+    for needs in (False, True):
+        # The operator hides from a dispatch mode what it does inside, so its function is called.
+        with Products() as products, torch.no_grad():
+            made = cross_entropy.compute(hidden, weight, targets, None, 0.0, 0.0, needs, needs)
+        sizes[products.count] = [x.numel() for x in made]
+    assert sizes == {1: [1, 0, 0, 1], 3: [1, hidden.numel(), weight.numel(), 1]}
+
+
+def test_the_gradient_can_be_taken_twice():
+    hidden, weight, targets = head_inputs()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(2 * loss, (hidden, weight))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(2 * a, b)
+
+
+def test_improbable_targets_keep_their_loss_and_gradient():
+    hidden = torch.tensor([[200.0], [-300.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
+    targets = torch.tensor([1, 0])
+    loss = linear_cross_entropy(hidden, weight, targets)
+    assert loss.item() == pytest.approx(1000.0)
+    loss.backward()
+    assert torch.isfinite(weight.grad).all()
+    torch.testing.assert_close(hidden.grad, torch.tensor([[2.0], [-2.0]]))
+
+
+def test_small_weights_do_not_vanish_in_float16():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8), torch.randn(10, 8)
+    targets, weights = torch.randint(0, 10, (6,)), torch.full((6,), 1e-9)
+    halves = [x.half().requires_grad_() for x in (hidden, weight)]
+    # What comes from behind brings the gradient back into float16's range, as a loss scale does.
+    (1e9 * linear_cross_entropy(*halves, targets, loss_weights=weights)).backward()
+    exact = [x.detach().double().requires_grad_() for x in halves]
+    reference.linear_cross_entropy(*exact, targets).backward()
+    for half, double in zip(halves, exact, strict=True):
+        torch.testing.assert_close(half.grad.double(), double.grad, rtol=1e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_the_operator_passes_opcheck(softcap):
+    hidden, weight, targets = head_inputs(dtype=torch.float32)
+    targets[2] = -100
+    operator = torch.ops.kindling.linear_cross_entropy.default
+    for needs in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(operator, (hidden, weight, targets, None, softcap, 0.1, *needs))
+
+
+def test_a_compiled_loss_has_no_graph_break_and_the_same_gradients():
+    hidden, weight, targets = head_inputs(dtype=torch.float32)
+    targets[2] = -100
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    ours = torch.autograd.grad(compiled(hidden, weight, targets), (hidden, weight))
+    expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"weight": torch.zeros(7, 4)}, "are not"),
+        ({"weight": torch.zeros(7, 5, dtype=torch.float64)}, "one floating dtype"),
+        ({"targets": torch.zeros(10, dtype=torch.int64)}, r"targets \(10,\) is not \(11,\)"),
+        ({"targets": torch.zeros(11, dtype=torch.int32)}, "they must be int64"),
+        ({"loss_weights": torch.zeros(3)}, "loss_weights"),
+        ({"targets": torch.full((11,), 7)}, "target 7 is not in a vocabulary of 7"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_in_a_sentence(change, sentence):
+    hidden, weight, targets = head_inputs(dtype=torch.float32)
+    arguments = {"hidden": hidden, "weight": weight, "targets": targets} | change
+    with pytest.raises(ValueError, match=sentence):
+        linear_cross_entropy(**arguments)
+
+
+def test_the_reference_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("KINDLING_KERNELS", "reference")
+    hidden, weight, targets = head_inputs()
+    with LargestTensor() as largest:
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert torch.equal(loss, reference.linear_cross_entropy(hidden, weight, targets))
+    assert largest.elements == 11 * 7
