@@ -62,11 +62,9 @@ def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, T
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (x[i], x[i + width / 2]) of each head, in float32 at least; x is (rows, T, heads, width)."""
-    cos, sin = rotary
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+def turned(heads: Tensor, rotary: tuple[Tensor, Tensor], norm: RMSNorm | None) -> Tensor:
+    """Heads (rows, T, heads, width), normalised if there is a norm, turned by their position."""
+    return kernels.rotary(heads, *rotary) if norm is None else kernels.rotary(heads, *rotary, norm.weight, norm.epsilon)
 
 
 class Attention(nn.Module):
@@ -78,8 +76,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.value = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.output = nn.Linear(width, config.hidden_size, bias=False)
-        self.query_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else nn.Identity()
+        self.query_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
 
     def forward(
         self,
@@ -90,8 +88,8 @@ class Attention(nn.Module):
         layer: int,
     ) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_width)
-        q = rotate(self.query_norm(self.query(x).view(heads)), rotary)  # (B, T, H, D)
-        k = rotate(self.key_norm(self.key(x).view(heads)), rotary)  # (B, T, Hkv, D)
+        q = turned(self.query(x).view(heads), rotary, self.query_norm)  # (B, T, H, D)
+        k = turned(self.key(x).view(heads), rotary, self.key_norm)  # (B, T, Hkv, D)
         v = self.value(x).view(heads)
         if cache is not None:
             k, v = cache.extend(layer, k, v)

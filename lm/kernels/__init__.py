@@ -6,5 +6,6 @@
 from lm.kernels.cross_entropy import linear_cross_entropy
 from lm.kernels.interval_attention import attention
 from lm.kernels.paths import describe
+from lm.kernels.rotary import rotary
 
-__all__ = ["attention", "describe", "linear_cross_entropy"]
+__all__ = ["attention", "describe", "linear_cross_entropy", "rotary"]

@@ -132,6 +132,15 @@ def cross_entropy_case(dtype: torch.dtype, softcap: float, needs_grad: bool) -> 
     cross_entropy_triton.differentiate(logits, targets, torch.ones(2), softcap, 0.0, needs_grad)
 
 
+def rotary_case(dtype: torch.dtype, width: int, normed: bool) -> None:
+    from lm.kernels import rotary_triton
+
+    x, table = torch.zeros(2, 128, 8, width, dtype=dtype), torch.zeros(2, 128, 1, width // 2)
+    weight = torch.ones(width) if normed else None
+    rotary_triton.forward(x, table, table, weight, 1e-6)
+    rotary_triton.backward(x, x, table, table, weight, 1e-6)
+
+
 Case = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 
@@ -152,6 +161,10 @@ def cases() -> list[Case]:
         ("bfloat16 loss softcap", cross_entropy_case, (torch.bfloat16, 30.0, True)),
         ("bfloat16 loss only", cross_entropy_case, (torch.bfloat16, 0.0, False)),
         ("float32 loss", cross_entropy_case, (torch.float32, 0.0, True)),
+        ("bfloat16 64 plain", rotary_case, (torch.bfloat16, 64, False)),
+        ("bfloat16 64 normed", rotary_case, (torch.bfloat16, 64, True)),
+        ("bfloat16 256 normed", rotary_case, (torch.bfloat16, 256, True)),
+        ("float32 64 normed", rotary_case, (torch.float32, 64, True)),
     ]
     return every
 

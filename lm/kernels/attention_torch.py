@@ -31,7 +31,7 @@ TOKEN_COST_PER_WIDTH = 0.0043  # copies in and out, and fresh memory
 # Cutting must promise to save this much over one call for everything, or it is not done.
 LEAST_SAVING = 0.135
 # Places to cut: one in each run of this many queries, and no more than so many in a row.
-FINEST_GRAIN, MOST_CUTS = 16, 64
+FINEST_GRAIN, MOST_CUTS = 32, 64
 # Numbers in one result of a call. Rows are split beyond it: fresh pages from the system cost more than another call.
 LARGEST_RESULT = 1 << 19
 
@@ -227,59 +227,64 @@ def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span
     places, or nothing at all. From the last queries to the first, so that of a causal document's blocks the one with
     the keys of all others comes first."""
     runs = _runs_of_equal_rows(lo, hi)
-    candidates, first = [*runs, range(shape.rows)], [run.start for run in runs]
+    candidates, together, first = [*runs, range(shape.rows)], len(runs), [run.start for run in runs]
     # What a candidate's rows see, at least and at most, (candidates, Tq); the rows of a run are equal.
-    lo_min, lo_max, hi_min, hi_max = (
+    bounds = [
         np.concatenate((bound[first], extreme(bound, axis=0, keepdims=True)))
         for bound, extreme in ((lo, np.min), (lo, np.max), (hi, np.min), (hi, np.max))
-    )
+    ]
+    lo_min, _, _, hi_max = bounds
     places = _places_to_cut(lo_min, hi_max, shape)
     # [c, i, j]: the first key and one past the last that candidate c's queries from place i to place j + 1 see.
     seen_from, seen_to = _over_cells(np.minimum, lo_min, places), _over_cells(np.maximum, hi_max, places)
     queries = places[:, None, 1:] - places[:, :-1, None]
     cost = _cost(queries, seen_to - seen_from, np.array([len(rows) for rows in candidates])[:, None, None], shape)
     best, came_from = _cheapest_ways(cost)
-
-    # Queries that do not go on as the one before: a run of others is full, or causal.
-    unlike = (lo_min != lo_max) | (hi_min != hi_max)
-    moved = (np.diff(lo_min, axis=1, prepend=lo_min[:, :1]) != 0) | unlike
-    step = np.diff(hi_min, axis=1, prepend=hi_min[:, :1])
-    breaks_full, breaks_causal = ((moved | (step != by)).cumsum(axis=1) for by in (0, 1))
-    is_full = not unlike[-1].any() and lo_min[-1, 0] == 0 and hi_min[-1, 0] == shape.keys and breaks_full[-1, -1] == 0
-    is_causal = (
-        bool((lo == 0).all() and (hi == np.arange(1, shape.keys + 1)).all()) if lo.shape[1] == shape.keys else False
-    )
-    everything = _cost_of_one_call(shape, causal=is_causal, masked=not (is_full or is_causal))
-    one_call = everything * (1 - LEAST_SAVING) <= min(best[:-1].sum(), best[-1])
+    kind_of_all: Kind = "masked"
+    if len(runs) == 1:
+        kind_of_all = _kinds(bounds, *np.array([[together], [0], [shape.queries]])).item()
+    one_call = _cost_of_one_call(kind_of_all, shape) * (1 - LEAST_SAVING) <= min(best[:-1].sum(), best[-1])
     if one_call:
-        came_from[-1][-1] = 0
+        came_from[together][-1] = 0
 
     chosen = []
-    for c in [len(runs)] if one_call or best[-1] <= best[:-1].sum() else range(len(runs)):
+    for c in [together] if one_call or best[-1] <= best[:-1].sum() else range(together):
         end = len(came_from[c]) - 1
         while end:
             chosen.append((c, came_from[c][end], end))
             end = came_from[c][end]
-    c, begin, end = np.array(chosen).T
-    start, stop, seen = places[c, begin], places[c, end], (seen_from[c, begin, end - 1], seen_to[c, begin, end - 1])
-    full, causal = (
-        (breaks[c, stop - 1] == breaks[c, start]) & ~unlike[c, start] for breaks in (breaks_full, breaks_causal)
+    of, begins, ends = np.array(chosen).T
+    starts, stops = places[of, begins], places[of, ends]
+    columns = (
+        starts,
+        stops,
+        seen_from[of, begins, ends - 1],
+        seen_to[of, begins, ends - 1],
+        _kinds(bounds, of, starts, stops),
     )
-    kinds = np.where(full, "full", np.where(causal, "causal", "masked"))
-    at_once = (
-        np.full_like(c, shape.rows) if one_call else _rows_at_once(np.maximum(stop - start, seen[1] - seen[0]), shape)
-    )
-    columns = (x.tolist() for x in (c, start, stop, *seen, kinds, at_once))
-    lowest = dict.fromkeys(range(len(candidates)), shape.keys)
+    lowest_key = [shape.keys] * len(candidates)
     cuts: list[tuple[range, Span, Span, Kind, bool]] = []
-    for c, start, stop, seen_from, seen_to, kind, at_once in zip(*columns, strict=True):
-        if seen_from >= seen_to:
+    for (c, _, _), start, stop, key, last_key, kind in zip(chosen, *(x.tolist() for x in columns), strict=True):
+        if key >= last_key:
             continue  # blind queries only
-        rows, first_on_keys = candidates[c], seen_to <= lowest[c]
-        lowest[c] = min(lowest[c], seen_from)
+        rows, first_on_keys = candidates[c], last_key <= lowest_key[c]
+        lowest_key[c] = min(lowest_key[c], key)
+        at_once = len(rows) if one_call else int(_rows_at_once(max(stop - start, last_key - key), shape))
         for i in range(0, len(rows), at_once):
-            cuts.append((rows[i : i + at_once], (start, stop), (seen_from, seen_to), kind, first_on_keys))
+            cuts.append((rows[i : i + at_once], (start, stop), (key, last_key), kind, first_on_keys))
     return cuts
+
+
+def _kinds(bounds: list[np.ndarray], of: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """The kind of each of some runs of queries ``[starts, stops)`` of the candidates ``of``; see ``Piece``."""
+    lo_min, lo_max, hi_min, hi_max = bounds
+    unlike = (lo_min != lo_max) | (hi_min != hi_max)
+    moved = (np.diff(lo_min, axis=1, prepend=lo_min[:, :1]) != 0) | unlike
+    step = np.diff(hi_min, axis=1, prepend=hi_min[:, :1])
+    # So many queries, up to each, do not go on from the one before it as in a full piece, or in a causal one.
+    full, causal = ((moved | (step != by)).cumsum(axis=1) for by in (0, 1))
+    full, causal = ((breaks[of, stops - 1] == breaks[of, starts]) & ~unlike[of, starts] for breaks in (full, causal))
+    return np.where(full, "full", np.where(causal, "causal", "masked"))
 
 
 def _over_cells(extreme: np.ufunc, bound: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -329,13 +334,16 @@ def _cost(queries: np.ndarray, keys: np.ndarray, rows: np.ndarray, shape: Shape)
     return np.where(keys > 0, cost, 0.0)
 
 
-def _cost_of_one_call(shape: Shape, *, causal: bool, masked: bool) -> float:
+def _cost_of_one_call(kind: Kind, shape: Shape) -> float:
     """What one call for everything is thought to cost; its results need not be copied."""
-    # The causal flag skips what lies beyond the kernel's blocks of 512 keys.
-    share = min(1.0, 0.5 + 256 / max(1, shape.keys)) if causal else 1.0
-    queries, keys, pairs = (np.array(x) for x in (shape.queries, shape.keys, share * shape.queries * shape.keys))
-    cost = _cost_of_head(queries, keys, pairs, shape) + masked * MASK_COST * pairs
-    return float(CALL_COST + _head_calls(np.array(shape.rows), shape) * cost)
+    queries, keys, pairs = (np.array(float(x)) for x in (shape.queries, shape.keys, shape.queries * shape.keys))
+    causal = kind == "causal" and queries == keys
+    if causal:  # the flag skips what lies beyond the kernel's blocks of 512 keys
+        pairs *= min(1.0, 0.5 + 256 / shape.keys)
+    mask = 0.0 if causal or kind == "full" else MASK_COST * pairs
+    return float(
+        CALL_COST + _head_calls(np.array(shape.rows), shape) * (_cost_of_head(queries, keys, pairs, shape) + mask)
+    )
 
 
 def _cost_of_head(queries: np.ndarray, keys: np.ndarray, pairs: np.ndarray, shape: Shape) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lm import masks
@@ -47,3 +48,11 @@ def linear_cross_entropy(
     losses = lse - logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0] + z_loss * lse**2
     losses = torch.where(kept, losses, 0.0)
     return (losses if loss_weights is None else losses * loss_weights).sum()
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, epsilon: float = 0.0) -> Tensor:
+    """Normalise each head (with a ``weight``) and turn it by its position; arguments as in ``lm.kernels.rotary``."""
+    if weight is not None:
+        x = F.rms_norm(x, weight.shape, weight.to(x.dtype), epsilon)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)

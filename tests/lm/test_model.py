@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lm import masks
 from lm.config import ModelConfig
-from lm.model import KVCache, Transformer, describe, rotary_table, rotate
+from lm.kernels import rotary
+from lm.model import KVCache, Transformer, describe, rotary_table
 
 BASE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 23}
 VARIANTS = {
@@ -243,16 +244,16 @@ def test_rotated_heads_meet_at_their_distance_alone(a, b, shift):
 
     def score(first, second):
         tables = [rotary_table(torch.tensor([[place]]), 16, 10_000.0) for place in (first, second)]
-        return float((rotate(q, tables[0]) * rotate(k, tables[1])).sum())
+        return float((rotary(q, *tables[0]) * rotary(k, *tables[1])).sum())
 
     assert score(a, b) == pytest.approx(score(a + shift, b + shift), abs=1e-4)
     at = rotary_table(torch.tensor([[a]]), 16, 10_000.0)
-    assert float(rotate(q, at).norm()) == pytest.approx(float(q.norm()), rel=1e-6)
+    assert float(rotary(q, *at).norm()) == pytest.approx(float(q.norm()), rel=1e-6)
 
 
 def test_position_zero_is_not_turned():
     x = torch.randn(1, 1, 2, 8)
-    assert torch.equal(rotate(x, rotary_table(torch.zeros(1, 1, dtype=torch.long), 8, 10_000.0)), x)
+    assert torch.equal(rotary(x, *rotary_table(torch.zeros(1, 1, dtype=torch.long), 8, 10_000.0)), x)
 
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "logit_softcap": 2.0, "num_key_value_heads": 1}])
