@@ -1,13 +1,13 @@
-# make demo · make test · make check: each sets up what it needs and goes on; a second call starts at once.
+# make demo · make test · make bench · make check: each sets up what it needs and goes on; a second call starts at once.
 PYTHON ?= python3
 PIP_OPTIONS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test bench kernels-aot check format clean
 
 help: ## what there is to make
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY) ## a virtual environment in .venv with all that is needed
 
@@ -31,7 +31,15 @@ demo: setup ## the main job: text, tokenizer, shards, training, evaluation, samp
 	$(BIN)/kindling report runs/demo
 
 test: setup ## all tests, with the lines they cover
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=85
+	$(BIN)/python -m pytest --cov --cov-report=
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton --cov --cov-append --cov-report=term --cov-fail-under=85
+
+bench: setup ## side by side with the peers, on the CPU (python -m benchmarks.gpu on a GPU)
+	$(BIN)/python -m benchmarks.cpu_attention
+	$(BIN)/python -m benchmarks.cpu_cross_entropy
+
+kernels-aot: setup ## compile every kernel for GPUs that are not here; UPDATE=--update accepts what changed
+	$(BIN)/python -m lm.kernels.aot $(UPDATE)
 
 check: setup ## style and types
 	$(BIN)/ruff format --check .

@@ -370,8 +370,8 @@ def _bias(lo: np.ndarray, hi: np.ndarray, keys: Span, kind: Kind, shape: Shape) 
         return _causal_bias(count, seen, shape.dtype, shape.device)
     key = np.arange(*keys, dtype=np.int32)
     hidden = (key < lo[..., None]) | (hi[..., None] <= key)
-    bias = torch.zeros(hidden.shape, dtype=shape.dtype).masked_fill_(torch.from_numpy(hidden), -math.inf)
-    return bias[:, None].to(shape.device)
+    bias = np.where(hidden, np.float32(-np.inf), np.float32(0.0))
+    return torch.from_numpy(bias)[:, None].to(shape.device, shape.dtype)
 
 
 def _causal_bias(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:

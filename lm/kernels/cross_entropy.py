@@ -34,7 +34,7 @@ def linear_cross_entropy(
     """Weighted sum of the cross-entropies of ``softcap(hidden @ weight.T)`` against the targets.
 
     Args:
-        hidden: (N, D). weight: (V, D), of the same floating dtype.
+        hidden: (N, D). weight: (V, D), of the same floating dtype. Under autocast both are taken in its dtype.
         targets: int64 (N,), -100 (or any negative number) where there is nothing to predict.
         loss_weights: (N,), one number a target; None: all 1. They carry no gradient.
         softcap: squash logits into (-softcap, softcap) by tanh; 0: off.
@@ -46,6 +46,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} are not (N, D) and (V, D)")
     if not hidden.dtype.is_floating_point or hidden.dtype != weight.dtype:
@@ -61,7 +63,8 @@ def linear_cross_entropy(
         )
     asked = torch.is_grad_enabled()
     needs = (asked and hidden.requires_grad, asked and weight.requires_grad)
-    return _operator(hidden, weight, targets, loss_weights, float(softcap), float(z_loss), *needs)[0]
+    with torch.autocast(hidden.device.type, enabled=False):  # what is summed in float32 stays there
+        return _operator(hidden, weight, targets, loss_weights, float(softcap), float(z_loss), *needs)[0]
 
 
 def compute(

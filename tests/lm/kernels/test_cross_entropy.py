@@ -176,6 +176,19 @@ def test_small_weights_do_not_vanish_in_float16():
         torch.testing.assert_close(half.grad.double(), double.grad, rtol=1e-2, atol=5e-3)
 
 
+def test_autocast_multiplies_in_its_dtype_and_sums_in_float32():
+    hidden, weight, targets = head_inputs(tokens=300, hidden=16, vocabulary=50, dtype=torch.float32)
+    weights = torch.rand(300)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets, loss_weights=weights)
+    in_bfloat16 = [x.detach().bfloat16() for x in (hidden, weight)]
+    logits = (in_bfloat16[0] @ in_bfloat16[1].T).float()
+    expected = (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    loss.backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_the_operator_passes_opcheck(softcap):
     hidden, weight, targets = head_inputs(dtype=torch.float32)

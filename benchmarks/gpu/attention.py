@@ -1,0 +1,143 @@
+"""Attention: correctness against float64, determinism, and TFLOP/s beside PyTorch's attentions on the same card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from benchmarks.gpu.timing import milliseconds
+from lm import masks
+from lm.kernels import attention, reference
+
+MASKS = ("causal", "full", "packed", "hybrid")
+TOKENS_IN_ALL = 16384  # rows × length: 32 rows of 512 up to one of 16,384, as in FlashAttention's figures
+HIDDEN = 2048  # heads × head dimension, likewise
+MEAN_DOCUMENT = 512
+compiled_flex = torch.compile(flex_attention)
+
+
+def intervals(kind: str, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """lo, hi and the number of each token's document, (rows, length). Packed rows are causal; hybrid: half of each."""
+    starts = torch.zeros(rows, length, dtype=torch.bool)
+    if kind == "packed":
+        starts = torch.rand(rows, length, generator=torch.Generator().manual_seed(0)) < 1 / MEAN_DOCUMENT
+    both_ways = torch.full((rows,), kind == "full")
+    if kind == "hybrid":
+        both_ways[rows // 2 :] = True
+    lo, hi = masks.packed(starts, both_ways)
+    return lo.to(device), hi.to(device), starts.cumsum(1).to(device)
+
+
+def inputs(rows: int, length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    shape = (rows, length, heads, width)
+    return [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
+
+
+def worst_errors(device: torch.device, lengths: tuple[int, ...] = (200, 1024)) -> list[dict[str, Any]]:
+    """The largest error against float64 of output and gradients, ours and PyTorch's in the same dtype, twice alike."""
+    found = []
+    for length in lengths:
+        for width in (64, 128):
+            for kind in MASKS:
+                for fill in ("random", "ones"):
+                    q, k, v = inputs(2, length, 2, width, torch.bfloat16, device)
+                    if fill == "ones":
+                        q, k, v = (torch.ones_like(x).requires_grad_() for x in (q, k, v))
+                    lo, hi, _ = intervals(kind, 2, length, device)
+                    direction = torch.randn_like(q)
+                    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+                    truth, _ = reference.attention(*exact, lo, hi)
+                    truths = [truth, *torch.autograd.grad(truth, exact, direction.double())]
+                    visible = masks.dense(lo, hi, length)[:, None]
+                    pytorchs = F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=visible).transpose(1, 2)
+                    results = {}
+                    for name, out in (("ours", attention(q, k, v, lo, hi)[0]), ("pytorch", pytorchs)):
+                        got = [out, *torch.autograd.grad(out, (q, k, v), direction)]
+                        results[name] = [
+                            float((a.double() - b).abs().max()) for a, b in zip(got, truths, strict=True)
+                        ]
+                    twice = [
+                        [out, *torch.autograd.grad(out, (q, k, v), direction)]
+                        for out in (attention(q, k, v, lo, hi)[0] for _ in range(2))
+                    ]
+                    same = all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
+                    found.append(
+                        {"length": length, "width": width, "mask": kind, "inputs": fill, **results, "same_bits": same}
+                    )
+    return found
+
+
+def heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def candidates(
+    kind: str, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, documents: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    """Each way to compute this attention, as a function without arguments that gives (B, T, H, D)."""
+    rows, length = lo.shape
+    half = rows // 2 if kind == "hybrid" else rows if kind != "full" else 0
+
+    def seen(b: Tensor, _: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (documents[b, i] == documents[b, j]) & ((i >= j) | (b >= half))
+
+    block_mask = create_block_mask(seen, rows, None, length, length, device=str(q.device))
+
+    def by_sdpa(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            if kind == "hybrid":
+                first = F.scaled_dot_product_attention(*heads_first(q[:half], k[:half], v[:half]), is_causal=True)
+                second = F.scaled_dot_product_attention(*heads_first(q[half:], k[half:], v[half:]))
+                return torch.cat((first, second)).transpose(1, 2)
+            if kind == "packed":
+                mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+                return F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=mask).transpose(1, 2)
+            return F.scaled_dot_product_attention(*heads_first(q, k, v), is_causal=kind == "causal").transpose(1, 2)
+
+    ways = {
+        "kindling": lambda: attention(q, k, v, lo, hi)[0],
+        "flex": lambda: compiled_flex(*heads_first(q, k, v), block_mask=block_mask).transpose(1, 2),
+    }
+    if kind == "packed":  # the only ones of PyTorch's that take a mask
+        return ways | {"sdpa efficient, dense mask": partial(by_sdpa, SDPBackend.EFFICIENT_ATTENTION)}
+    return ways | {
+        "sdpa flash": partial(by_sdpa, SDPBackend.FLASH_ATTENTION),
+        "sdpa cudnn": partial(by_sdpa, SDPBackend.CUDNN_ATTENTION),
+    }
+
+
+def speeds(
+    device: torch.device, widths: tuple[int, ...], lengths: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
+) -> list[dict[str, Any]]:
+    """TFLOP/s forward and backward, over what is visible: 4 (forward) and 10 (backward) × pairs × heads × width."""
+    found = []
+    for width in widths:
+        for length in lengths:
+            for kind in MASKS:
+                rows, heads = max(TOKENS_IN_ALL // length, 2 if kind == "hybrid" else 1), HIDDEN // width
+                q, k, v = inputs(rows, length, heads, width, dtype, device)
+                lo, hi, documents = intervals(kind, rows, length, device)
+                flops = 4 * float((hi - lo).sum()) * heads * width
+                ways = candidates(kind, q, k, v, lo, hi, documents)
+                line: dict[str, Any] = {"width": width, "length": length, "rows": rows, "heads": heads, "mask": kind}
+                with torch.no_grad():
+                    forward = milliseconds(ways)
+                direction = torch.randn_like(q)
+                backwards = {}
+                for name, way in ways.items():
+                    if forward[name] is not None:
+                        grad = partial(torch.autograd.grad, way(), (q, k, v), direction, retain_graph=True)
+                        backwards[name] = grad
+                backward = milliseconds(backwards)
+                line["forward_tflops"] = {n: t and round(flops / t / 1e9, 1) for n, t in forward.items()}
+                line["backward_tflops"] = {n: t and round(2.5 * flops / t / 1e9, 1) for n, t in backward.items()}
+                found.append(line)
+                print(f"  {line}", flush=True)
+    return found

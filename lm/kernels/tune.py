@@ -1,0 +1,121 @@
+"""Find the fastest tile sizes on the GPU that is here and write them into the table: ``python -m lm.kernels.tune``.
+
+Training never tunes: it looks up ``configurations.json``, so that every run and every rank computes alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+import torch
+
+from lm import masks
+from lm.kernels import configurations, paths
+from lm.kernels.configurations import Configuration
+
+WIDTHS = (16, 32, 64, 128, 256)
+DTYPES = {"16": torch.bfloat16, "32": torch.float32}
+# Another configuration must be this much faster than the one that stands, or noise would rewrite the table.
+WORTHWHILE = 1.02
+
+Timer = Callable[[Callable[[], object]], float]
+
+
+def candidates(kernel: str, bits: str) -> Iterator[Configuration]:
+    """What is worth trying. float32 multiplies without tensor cores and needs small tiles; decoding has few queries."""
+    sizes = (64, 128) if bits == "16" else (16, 32, 64)
+    queries = (16,) if kernel == "decoding_part" else sizes
+    keys = (32, 64, 128) if bits == "16" else (16, 32, 64)
+    for numbers in itertools.product(queries, keys, (4, 8), (1, 2, 3, 4)):
+        yield Configuration(*numbers)
+
+
+def workloads(width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
+    """For each kernel of the table, a call whose time it decides: packed causal rows of 2,048, or a cache of 16,384."""
+    from lm.kernels import attention_triton, decoding_triton
+
+    rows, length, heads, scale = 4, 2048, max(1, 1024 // width), width**-0.5
+    q, k, v = (torch.randn(rows, length, heads, width, dtype=dtype, device=device) for _ in range(3))
+    starts = torch.rand(rows, length, generator=torch.Generator().manual_seed(0)) < 1 / 1024
+    lo, hi = (bound.to(device) for bound in masks.packed(starts, torch.zeros(rows, dtype=torch.bool)))
+    out, lse = attention_triton.forward(q, k, v, lo, hi, scale, 0.0)
+    cache = torch.randn(rows, 16384, heads, width, dtype=dtype, device=device)
+    cached = masks.causal(rows, 1, past=16383, device=device)
+
+    def backward() -> object:
+        return attention_triton.backward(out, q, k, v, out, lse, lo, hi, scale, 0.0)
+
+    return {
+        "attention_forward": lambda: attention_triton.forward(q, k, v, lo, hi, scale, 0.0),
+        "attention_query_gradient": backward,
+        "attention_key_gradient": backward,
+        "decoding_part": lambda: decoding_triton.forward(q[:, :1], cache, cache, *cached, scale, 0.0),
+    }
+
+
+@contextmanager
+def using(kernel: str, configuration: Configuration) -> Iterator[None]:
+    """Let one kernel run in another configuration than the table's."""
+    choose = configurations.choose
+    configurations.choose = lambda name, *rest: configuration if name == kernel else choose(name, *rest)
+    try:
+        yield
+    finally:
+        configurations.choose = choose
+
+
+def fastest(
+    kernel: str, standing: Configuration, choices: Iterator[Configuration], call: Callable[[], object], time: Timer
+) -> tuple[Configuration, dict[Configuration, float]]:
+    """The configuration to keep, and the milliseconds of all that ran; ``standing`` stays unless clearly beaten."""
+    times: dict[Configuration, float] = {}
+    for choice in dict.fromkeys([standing, *choices]):
+        try:
+            with using(kernel, choice):
+                times[choice] = time(call)
+        except Exception as error:  # what a GPU cannot run, Triton tells with errors of many kinds
+            click.echo(f"  {choice}: {str(error).splitlines()[0][:80]}", err=True)
+    best = min(times, key=times.__getitem__)
+    kept = standing if standing in times and times[standing] < WORTHWHILE * times[best] else best
+    return kept, times
+
+
+@click.command()
+@click.option("--kernel", "kernels", multiple=True, help="Only this kernel of the table (may be repeated).")
+@click.option("--width", "widths", multiple=True, type=click.Choice([str(w) for w in WIDTHS]))
+@click.option("--bits", "sizes", multiple=True, type=click.Choice(list(DTYPES)))
+def main(kernels: tuple[str, ...], widths: tuple[str, ...], sizes: tuple[str, ...]) -> None:
+    """Time the kernels of the table in other configurations, and keep what is at least 2 % faster."""
+    if not torch.cuda.is_available() or paths.obstacle_to_triton(torch.device("cuda")):
+        raise click.UsageError("there is no CUDA GPU here that the kernels run on: the table can only be tuned on one")
+    import triton.testing
+
+    device = torch.device("cuda")
+    architecture = "".join(map(str, torch.cuda.get_device_capability(device)))
+    table = configurations.table()
+    mine = table.setdefault(architecture, copy.deepcopy(table[configurations.nearest(architecture)]))
+    for bits, width in itertools.product(sizes or DTYPES, map(int, widths or map(str, WIDTHS))):
+        for kernel, call in workloads(width, DTYPES[bits], device).items():
+            if kernels and kernel not in kernels:
+                continue
+            before = mine[kernel][bits][width]
+            kept, times = fastest(
+                kernel,
+                before,
+                candidates(kernel, bits),
+                call,
+                lambda call: triton.testing.do_bench(call, warmup=10, rep=30, return_mode="median"),
+            )
+            mine[kernel][bits][width] = kept
+            told = f"{before} {times.get(before, float('nan')):.3f} ms"
+            click.echo(f"{kernel} {bits} bits, heads of {width}: {told} → {kept} {times[kept]:.3f} ms")
+            configurations.TABLE.write_text(configurations.to_json(table), encoding="utf-8")
+    click.echo("now: make kernels-aot UPDATE=--update, and look at what changed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from lm.kernels import configurations, tune
+from lm.kernels.configurations import Configuration
+
+STANDING, OTHER, BROKEN = Configuration(64, 64, 4, 2), Configuration(128, 64, 4, 2), Configuration(128, 128, 4, 4)
+
+
+def timer(milliseconds: dict[Configuration, float]):
+    """Pretends that a call takes what its configuration is said to take."""
+
+    def time(call) -> float:
+        chosen = call()
+        if chosen not in milliseconds:
+            raise RuntimeError("out of resource: shared memory")
+        return milliseconds[chosen]
+
+    return time
+
+
+def call() -> Configuration:
+    return configurations.choose("attention_forward", torch.bfloat16, 64)
+
+
+@pytest.mark.parametrize(("faster", "kept"), [(0.5, OTHER), (0.99, STANDING), (2.0, STANDING)])
+def test_the_fastest_is_kept_if_it_is_clearly_faster(faster, kept):
+    choices = iter([OTHER, BROKEN])
+    found, times = tune.fastest("attention_forward", STANDING, choices, call, timer({STANDING: 1.0, OTHER: faster}))
+    assert found == kept
+    assert times == {STANDING: 1.0, OTHER: faster}
+
+
+def test_what_cannot_run_here_is_passed_over_even_if_it_stands_in_the_table():
+    found, times = tune.fastest("attention_forward", BROKEN, iter([OTHER]), call, timer({OTHER: 1.0}))
+    assert found == OTHER
+    assert BROKEN not in times
+
+
+def test_only_the_tuned_kernel_runs_in_the_other_configuration(monkeypatch):
+    monkeypatch.setattr(configurations, "choose", lambda *_: STANDING)
+    with tune.using("attention_forward", OTHER):
+        assert call() == OTHER
+        assert configurations.choose("decoding_part", torch.bfloat16, 64) == STANDING
+    assert call() == STANDING
+
+
+def test_candidates_are_tiles_that_the_kernels_take():
+    for kernel in configurations.table()["90"]:
+        for bits in tune.DTYPES:
+            for choice in tune.candidates(kernel, bits):
+                assert min(choice.block_m, choice.block_n) >= 16
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(tune.main, [])
+    assert result.exit_code == 2
+    assert "no CUDA GPU" in result.output
