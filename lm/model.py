@@ -193,7 +193,7 @@ class Transformer(nn.Module):
         """Weighted sum of cross-entropies, in nats; targets and weights (rows, T), -100 where nothing is predicted."""
         return kernels.linear_cross_entropy(
             hidden.flatten(0, 1),
-            self.head_weight.to(hidden.dtype),
+            self.head_weight,
             targets.flatten(),
             loss_weights=loss_weights.flatten(),
             softcap=self.config.logit_softcap,

@@ -60,9 +60,7 @@ def worst_errors(device: torch.device, lengths: tuple[int, ...] = (200, 1024)) -
                     results = {}
                     for name, out in (("ours", attention(q, k, v, lo, hi)[0]), ("pytorch", pytorchs)):
                         got = [out, *torch.autograd.grad(out, (q, k, v), direction)]
-                        results[name] = [
-                            float((a.double() - b).abs().max()) for a, b in zip(got, truths, strict=True)
-                        ]
+                        results[name] = [float((a.double() - b).abs().max()) for a, b in zip(got, truths, strict=True)]
                     twice = [
                         [out, *torch.autograd.grad(out, (q, k, v), direction)]
                         for out in (attention(q, k, v, lo, hi)[0] for _ in range(2))
@@ -74,8 +72,8 @@ def worst_errors(device: torch.device, lengths: tuple[int, ...] = (200, 1024)) -
     return found
 
 
-def heads_first(*tensors: Tensor) -> list[Tensor]:
-    return [x.transpose(1, 2) for x in tensors]
+def heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def candidates(

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from lm.kernels import paths, reference
 
-# Logits held at once. On a CPU 2^21 float32 are 8 MiB, which stay in its caches, and the products are still large; a
-# GPU wants thousands of rows a product (2^27 bfloat16 are 256 MiB: 2,700 rows of a vocabulary of 50,000).
-CHUNK_LOGITS_CPU = 1 << 21
-CHUNK_LOGITS_GPU = 1 << 27
-# Below this a float32 probability may have lost digits, so the loss is not taken from its logarithm.
-SMALLEST_PROBABILITY = 1e-30
+# Tokens and logits of a chunk, at most. Each chunk reads all of the head's weight and writes all of its gradient, so
+# the products want many rows: at 2^21 logits (64 tokens, with 32,768 words) the head takes twice as long on a CPU as at
+# 2^24 (512 tokens, 64 MiB), and a GPU wants thousands (2^27 bfloat16 are 256 MiB: 2,700 tokens with 50,000 words).
+CHUNK_TOKENS = {"cpu": 1024, "gpu": 8192}
+CHUNK_LOGITS = {"cpu": 1 << 24, "gpu": 1 << 27}
+# Between the products, PyTorch's operations take a chunk block by block: 2^20 float32 stay in a CPU's caches from one
+# operation to the next.
+BLOCK_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 25}
 
 
 def linear_cross_entropy(
@@ -34,7 +36,8 @@ def linear_cross_entropy(
     """Weighted sum of the cross-entropies of ``softcap(hidden @ weight.T)`` against the targets.
 
     Args:
-        hidden: (N, D). weight: (V, D), of the same floating dtype. Under autocast both are taken in its dtype.
+        hidden: (N, D), rounded to the dtype of ``torch.autocast`` where that is on.
+        weight: (V, D), of the same floating dtype or float32; its gradient is never rounded to less than its own dtype.
         targets: int64 (N,), -100 (or any negative number) where there is nothing to predict.
         loss_weights: (N,), one number a target; None: all 1. They carry no gradient.
         softcap: squash logits into (-softcap, softcap) by tanh; 0: off.
@@ -44,27 +47,36 @@ def linear_cross_entropy(
         A scalar in float32 (float64 for float64 inputs), differentiable once by ``hidden`` and ``weight``.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together, or (on a CPU) a target is not in the vocabulary. On a
+            GPU such a target makes the loss NaN.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    _check(hidden, weight, targets, loss_weights)
+    if paths.reference_is_asked_for():
+        return reference.linear_cross_entropy(
+            hidden, weight.to(hidden.dtype), targets, loss_weights=loss_weights, softcap=softcap, z_loss=z_loss
+        )
+    asked = torch.is_grad_enabled()
+    needs = (asked and hidden.requires_grad, asked and weight.requires_grad)
+    return _operator(hidden, weight, targets, loss_weights, float(softcap), float(z_loss), *needs)[0]
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor | None) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} are not (N, D) and (V, D)")
-    if not hidden.dtype.is_floating_point or hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: they must be of one floating dtype")
+    if not hidden.dtype.is_floating_point or weight.dtype not in (hidden.dtype, torch.float32):
+        raise ValueError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}: they must be of one floating dtype, or weight float32"
+        )
     for name, given in (("targets", targets), ("loss_weights", loss_weights)):
         if given is not None and given.shape != hidden.shape[:1]:
             raise ValueError(f"{name} {tuple(given.shape)} is not {tuple(hidden.shape[:1])}, (N,)")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets are {targets.dtype}: they must be int64")
-    if paths.reference_is_asked_for():
-        return reference.linear_cross_entropy(
-            hidden, weight, targets, loss_weights=loss_weights, softcap=softcap, z_loss=z_loss
-        )
-    asked = torch.is_grad_enabled()
-    needs = (asked and hidden.requires_grad, asked and weight.requires_grad)
-    with torch.autocast(hidden.device.type, enabled=False):  # what is summed in float32 stays there
-        return _operator(hidden, weight, targets, loss_weights, float(softcap), float(z_loss), *needs)[0]
+    if any(x is not None and x.device != hidden.device for x in (weight, targets, loss_weights)):
+        raise ValueError("hidden, weight, targets and loss_weights must be on one device")
 
 
 def compute(
@@ -75,29 +87,41 @@ def compute(
 
     The scalar is the largest loss weight: the gradients are kept relative to it, so that none vanishes in float16.
     """
+    path = paths.choose(hidden)
     precise = torch.promote_types(hidden.dtype, torch.float32)
+    # A CPU multiplies 16-bit numbers 5 to 80 times as slowly as float32, unless it is of a recent kind.
+    factors = precise if path == "torch" and hidden.device.type == "cpu" else hidden.dtype
     total = torch.zeros((), dtype=precise, device=hidden.device)
     grad_hidden = hidden.new_zeros(hidden.shape if hidden_needs_grad else (0,))
     grad_weight = torch.zeros(weight.shape if weight_needs_grad else (0,), dtype=precise, device=weight.device)
-    if loss_weights is None:
-        loss_weights = torch.ones(len(targets), dtype=precise, device=hidden.device)
     # Rows without a target cost nothing: a masked batch predicts only a fifth of its tokens.
     kept = (targets >= 0).nonzero()[:, 0]
     if not len(kept):
         return total, grad_hidden, grad_weight, total.clone()
+    if loss_weights is None:
+        loss_weights = torch.ones(len(targets), dtype=precise, device=hidden.device)
     loss_weights = loss_weights.to(precise)
     heaviest = loss_weights[kept].abs().max().clamp(min=torch.finfo(precise).tiny)
     needs_grad = hidden_needs_grad or weight_needs_grad
-    differentiate = _chunk_by_triton if paths.choose(hidden) == "triton" else _chunk_by_torch
-    most = CHUNK_LOGITS_GPU if hidden.is_cuda else CHUNK_LOGITS_CPU
-    for part in kept.split(max(1, most // weight.shape[0])):
-        rows, shares = hidden[part], loss_weights[part] / heaviest
-        losses, grad = differentiate(rows @ weight.T, targets[part], shares, softcap, z_loss, needs_grad)
-        total += losses @ loss_weights[part]
-        if hidden_needs_grad:
-            grad_hidden[part] = grad.to(weight.dtype) @ weight
-        if weight_needs_grad:
-            _add_product(grad_weight, grad.T, rows)
+    differentiate = _chunk_by_triton if path == "triton" else _chunk_by_torch
+    kind = _kind(hidden)
+    rows = min(len(kept), CHUNK_TOKENS[kind], max(1, CHUNK_LOGITS[kind] // weight.shape[0]))
+    # One buffer for all chunks: memory fresh from the system costs as much as a pass over it.
+    buffer = torch.empty(rows, weight.shape[0], dtype=factors, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes have been chosen above
+        weight = weight.to(factors)
+        for part in kept.split(rows):
+            inputs, shares = hidden[part].to(factors), loss_weights[part] / heaviest
+            logits = torch.mm(inputs, weight.T, out=buffer[: len(part)])
+            losses, grad, row_factors = differentiate(logits, targets[part], shares, softcap, z_loss, needs_grad)
+            total += losses @ loss_weights[part]
+            if hidden_needs_grad:
+                by_inputs = torch.mm(grad, weight)
+                if row_factors is not None:
+                    by_inputs.mul_(row_factors)
+                grad_hidden[part] = by_inputs.to(grad_hidden.dtype)
+            if weight_needs_grad:
+                _add_product(grad_weight, grad.T, inputs if row_factors is None else inputs.mul_(row_factors))
     return total, grad_hidden, grad_weight, heaviest
 
 
@@ -123,69 +147,99 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.weight_dtype = weight.dtype
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros as large as the head come with every backward pass
 
 
-def _differentiate(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_hidden, grad_weight, heaviest = ctx.saved_tensors
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_cross_entropy can be differentiated once only: leave out create_graph=True")
+    by_hidden, by_weight, heaviest = ctx.saved_tensors
+    if grad_loss is None:
+        return (None,) * 8
     factor = grad_loss * heaviest
-    by_hidden = (grad_hidden * factor).to(grad_hidden.dtype) if ctx.hidden_needs_grad else None
-    by_weight = (grad_weight * factor).to(ctx.weight_dtype) if ctx.weight_needs_grad else None
-    return by_hidden, by_weight, None, None, None, None, None, None
+    return (
+        (by_hidden * factor).to(by_hidden.dtype) if ctx.hidden_needs_grad else None,
+        (by_weight * factor).to(ctx.weight_dtype) if ctx.weight_needs_grad else None,
+        *(None,) * 6,
+    )
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)
 
 
+def _kind(tensor: Tensor) -> str:
+    return "cpu" if tensor.device.type == "cpu" else "gpu"
+
+
 def _chunk_by_torch(
     logits: Tensor, targets: Tensor, shares: Tensor, softcap: float, z_loss: float, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses (n,) of a chunk of logits (n, V), and shares (n,) × their gradient by the logits (n, V).
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses (n,) of a chunk of logits (n, V), and two factors, (n, V) and (n, 1) or None, of their gradient.
 
-    Consumes the logits.
+    The gradient of each row is taken times its ``shares`` (n,). The first factor stands in the logits' place.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if int(targets.max()) >= logits.shape[1]:
+    if logits.device.type == "cpu" and int(targets.max()) >= logits.shape[1]:
         raise ValueError(f"target {int(targets.max())} is not in a vocabulary of {logits.shape[1]}")
+    rows = max(1, BLOCK_LOGITS[_kind(logits)] // logits.shape[1])
+    losses, sums = torch.empty((2, len(logits), 1), dtype=shares.dtype, device=logits.device)
+    narrow = logits.dtype != shares.dtype
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        block = logits[part].to(shares.dtype)
+        losses[part], sums[part] = _block_by_torch(block, targets[part, None], softcap, z_loss, needs_grad)
+        if needs_grad and narrow:
+            # In 16 bits the sums of a large vocabulary could overflow.
+            logits[part] = block.mul_(shares[part, None] / sums[part])
+    return losses[:, 0], logits, None if narrow else shares[:, None] / sums
+
+
+def _block_by_torch(
+    logits: Tensor, targets: Tensor, softcap: float, z_loss: float, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses (n, 1) of logits (n, V), and numbers (n, 1) by which to divide what then stands in the logits' place.
+
+    As few passes over the logits as can be: what is one number a row is left out of them.
+    """
     slope = None
     if softcap:
-        squashed = logits.div_(softcap).tanh_()
-        slope = 1 - squashed**2 if needs_grad else None
-        logits = squashed.mul_(softcap)
-    at_target = logits.gather(1, targets[:, None])[:, 0]
+        # c tanh(x / c) = c (2 s - 1) with s = sigmoid(2 x / c), its slope 4 (s - s²): PyTorch's sigmoid takes a quarter
+        # of the time of its tanh.
+        sigmoid = logits.mul_(2 / softcap).sigmoid_()
+        slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1) if needs_grad else None
+        logits = sigmoid.mul_(2 * softcap).sub_(softcap)
+    top = logits.amax(1, keepdim=True)
+    at_target = logits.gather(1, targets)
+    exponentials = logits.sub_(top).exp_()
+    sums = exponentials.sum(1, keepdim=True)
+    log_sums = sums.log()
+    lse = top + log_sums
+    # Added up in this order, the logarithm does not lose its digits to a large maximum.
+    losses = (top - at_target) + log_sums + z_loss * lse**2
     if not needs_grad:
-        lse = logits.logsumexp(1)
-        return lse - at_target + z_loss * lse**2, logits
-    probabilities = logits.softmax(1)
-    likelihood = probabilities.gather(1, targets[:, None])[:, 0]
-    losses = -likelihood.log()
-    faint = (likelihood < SMALLEST_PROBABILITY).nonzero()[:, 0]
-    if len(faint):
-        losses[faint] = logits[faint].logsumexp(1) - at_target[faint]
-    # d loss / d logits = softmax · (1 + 2 z lse) − onehot
+        return losses, sums
+    # d loss / d logits = exponentials / sums · (1 + 2 z lse) − onehot, here times sums
     if z_loss:
-        lse = losses + at_target
-        losses = losses + z_loss * lse**2
-        probabilities.mul_(1 + 2 * z_loss * lse[:, None])
-    probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
-    if slope is not None:
-        probabilities.mul_(slope)
-    # Mostly all tokens weigh the same: then a pass over the widest tensor there is can be left out.
-    return losses, probabilities if (shares == 1).all() else probabilities.mul_(shares[:, None])
+        exponentials.mul_(1 + 2 * z_loss * lse)
+    exponentials.scatter_add_(1, targets, -sums)
+    if slope is None:
+        return losses, sums
+    exponentials.mul_(slope)
+    return losses, sums / 4
 
 
 def _chunk_by_triton(
     logits: Tensor, targets: Tensor, shares: Tensor, softcap: float, z_loss: float, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """As ``_chunk_by_torch``; the gradient takes the place of the logits, in their dtype."""
     from lm.kernels import cross_entropy_triton
 
-    return cross_entropy_triton.differentiate(logits, targets, shares, softcap, z_loss, needs_grad), logits
+    return cross_entropy_triton.differentiate(logits, targets, shares, softcap, z_loss, needs_grad), logits, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, summed in the dtype of ``total`` whatever the factors' is."""
     if a.is_cuda and b.dtype != total.dtype:
         # The tensor cores multiply in 16 bits and add in 32, straight into the total.
-        torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))

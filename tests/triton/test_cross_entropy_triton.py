@@ -19,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide b
 def small_blocks(monkeypatch):
     """Rows of several blocks, batches of several chunks."""
     monkeypatch.setattr(cross_entropy_triton, "BLOCK", 16)
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS_CPU", 100)
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS_GPU", 100)
+    monkeypatch.setitem(cross_entropy.CHUNK_LOGITS, "cpu", 100)
+    monkeypatch.setitem(cross_entropy.CHUNK_LOGITS, "gpu", 100)
 
 
 def head(tokens=7, hidden=6, vocabulary=37, dtype=EXACT):

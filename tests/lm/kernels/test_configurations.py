@@ -47,8 +47,10 @@ def test_hoppers_wgmma_wants_64_queries_for_each_four_warps():
 
 @pytest.mark.parametrize(
     ("architecture", "stands_for_it"),
-    [("80", "80"), ("86", "120"), ("87", "120"), ("89", "120"), ("90", "90"), ("100", "90"), ("103", "90")]
-    + [("120", "120"), ("121", "120")],
+    [
+        *[("80", "80"), ("90", "90"), ("100", "90"), ("103", "90")],
+        *[(consumer, "120") for consumer in ("86", "87", "89", "120", "121")],
+    ],
 )
 def test_an_architecture_without_an_entry_takes_one_with_no_more_shared_memory(architecture, stands_for_it):
     assert configurations.nearest(architecture) == stands_for_it

@@ -25,14 +25,16 @@ def head_inputs(tokens: int = 11, hidden: int = 5, vocabulary: int = 7, dtype=to
     st.booleans(),
     st.floats(0, 1),
     st.integers(1, 40),
+    st.integers(1, 40),
 )
-def test_loss_and_gradients_equal_the_reference(tokens, softcap, z_loss, weighted, ignored, chunk):
+def test_loss_and_gradients_equal_the_reference(tokens, softcap, z_loss, weighted, ignored, chunk, block):
     hidden, weight, targets = head_inputs(tokens)
     targets[torch.rand(tokens) < ignored] = -100
     weights = torch.rand(tokens, dtype=torch.float64) if weighted else None
     arguments = {"loss_weights": weights, "softcap": softcap, "z_loss": z_loss}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_entropy, "CHUNK_LOGITS_CPU", chunk)
+        patch.setitem(cross_entropy.CHUNK_LOGITS, "cpu", chunk)
+        patch.setitem(cross_entropy.BLOCK_LOGITS, "cpu", block)
         ours = linear_cross_entropy(hidden, weight, targets, **arguments)
         our_gradients = torch.autograd.grad(3 * ours, (hidden, weight))
     theirs = reference.linear_cross_entropy(hidden, weight, targets, **arguments)
@@ -51,7 +53,7 @@ def test_the_plain_loss_is_torchs_cross_entropy():
 
 @pytest.mark.parametrize(("softcap", "z_loss"), [(0.0, 0.0), (2.0, 0.0), (0.0, 0.3), (2.0, 0.3)])
 def test_gradients_pass_gradcheck(softcap, z_loss, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS_CPU", 20)
+    monkeypatch.setitem(cross_entropy.CHUNK_LOGITS, "cpu", 20)
     hidden, weight, targets = head_inputs()
     targets[1] = -100
     weights = torch.rand(len(targets), dtype=torch.float64)
@@ -102,11 +104,15 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_grows_with_tokens_times_vocabulary(monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS_CPU", 1000)
+    monkeypatch.setitem(cross_entropy.CHUNK_LOGITS, "cpu", 1000)
     hidden, weight, targets = head_inputs(tokens=200, hidden=4, vocabulary=100)
     with LargestTensor() as largest, torch.no_grad():
         cross_entropy.compute(hidden, weight, targets, None, 2.0, 0.1, True, True)
     assert largest.elements == 1000  # the probe sees the chunks
+    monkeypatch.setitem(cross_entropy.CHUNK_TOKENS, "cpu", 5)
+    with LargestTensor() as largest, torch.no_grad():
+        cross_entropy.compute(hidden, weight, targets, None, 2.0, 0.1, True, True)
+    assert largest.elements == 800  # the gradient of hidden: chunks of 5 tokens are smaller
     with LargestTensor() as largest:
         reference.linear_cross_entropy(hidden, weight, targets)
     assert largest.elements == 200 * 100  # the probe does see what the reference makes
@@ -152,6 +158,44 @@ def test_the_gradient_can_be_taken_twice():
         torch.testing.assert_close(2 * a, b)
 
 
+def test_a_gradient_of_the_gradient_is_refused():
+    hidden, weight, targets = head_inputs()
+    with pytest.raises(RuntimeError, match="once only"):
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_under_autocast_the_products_are_in_its_dtype_and_the_gradients_float32(compiled):
+    hidden, weight, targets = head_inputs(tokens=40, hidden=16, vocabulary=60, dtype=torch.float32)
+    head = (
+        torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager") if compiled else linear_cross_entropy
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head(hidden, weight, targets)
+    ours = (loss, *torch.autograd.grad(loss, (hidden, weight)))
+    rounded = hidden.detach().bfloat16().float().requires_grad_()
+    exact = reference.linear_cross_entropy(rounded, weight, targets)
+    for mine, theirs in zip(ours, (exact, *torch.autograd.grad(exact, (rounded, weight))), strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+    # No bfloat16 tensor stands between the sum and the weight.
+    assert not torch.equal(ours[2], ours[2].bfloat16().float())
+
+
+def test_sixteen_bit_logits_keep_their_dtype_and_their_loss(monkeypatch):
+    monkeypatch.setitem(cross_entropy.BLOCK_LOGITS, "cpu", 100)
+    torch.manual_seed(0)
+    logits, targets, shares = torch.randn(7, 40).half(), torch.randint(0, 40, (7,)), torch.rand(7)
+    exact = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected, exact, shares.double())
+    losses, grad, row_factors = cross_entropy._chunk_by_torch(logits, targets, shares, 0.0, 0.0, True)
+    assert row_factors is None
+    assert grad.dtype == torch.float16
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad.double(), gradient, rtol=1e-3, atol=1e-6)
+
+
 def test_improbable_targets_keep_their_loss_and_gradient():
     hidden = torch.tensor([[200.0], [-300.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
@@ -174,19 +218,6 @@ def test_small_weights_do_not_vanish_in_float16():
     reference.linear_cross_entropy(*exact, targets).backward()
     for half, double in zip(halves, exact, strict=True):
         torch.testing.assert_close(half.grad.double(), double.grad, rtol=1e-2, atol=5e-3)
-
-
-def test_autocast_multiplies_in_its_dtype_and_sums_in_float32():
-    hidden, weight, targets = head_inputs(tokens=300, hidden=16, vocabulary=50, dtype=torch.float32)
-    weights = torch.rand(300)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(hidden, weight, targets, loss_weights=weights)
-    in_bfloat16 = [x.detach().bfloat16() for x in (hidden, weight)]
-    logits = (in_bfloat16[0] @ in_bfloat16[1].T).float()
-    expected = (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    loss.backward()
-    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])

@@ -144,7 +144,7 @@ def test_a_whole_model_and_its_loss_compile_without_a_graph_break(activation, qk
         ({"q": (1, 3, 2, 8)}, "are not"),
         ({"v": (1, 4, 2, 16)}, "are not"),
         ({"lo": (1, 4)}, r"are not \(1, 3\)"),
-        ({name: (1, 3, 2, 512) for name in "qkv"}, "256 is the most"),
+        (dict.fromkeys("qkv", (1, 3, 2, 512)), "256 is the most"),
         ({"scale": -1.0}, "must be above 0"),
         ({"softcap": -1.0}, "at least 0"),
         ({"hi": torch.zeros(1, 3)}, "must be int32"),
