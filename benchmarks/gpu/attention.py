@@ -53,7 +53,7 @@ def worst_errors(device: torch.device, lengths: tuple[int, ...] = (200, 1024)) -
                     lo, hi, _ = intervals(kind, 2, length, device)
                     direction = torch.randn_like(q)
                     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-                    truth, _ = reference.attention(*exact, lo, hi)
+                    truth, _ = reference.attention(exact[0], exact[1], exact[2], lo, hi)
                     truths = [truth, *torch.autograd.grad(truth, exact, direction.double())]
                     visible = masks.dense(lo, hi, length)[:, None]
                     pytorchs = F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=visible).transpose(1, 2)
