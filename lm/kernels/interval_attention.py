@@ -73,7 +73,8 @@ def _forward(
         forward = decoding_triton.forward if decoding_triton.serves(q, k) else attention_triton.forward
     else:
         from lm.kernels.attention_torch import forward
-    return forward(q, k, v, lo, hi, scale, softcap)
+    with torch.autocast(q.device.type, enabled=False):  # the dtype has been chosen; sums stay in float32
+        return forward(q, k, v, lo, hi, scale, softcap)
 
 
 @_forward.register_fake

@@ -326,3 +326,13 @@ def test_packed_rows_never_make_a_mask_of_the_whole():
     with LargestTensor() as largest:
         ours(*inputs, lo, hi)
     assert largest.elements < 2048 * 2048 // 8
+
+
+def test_a_generated_token_is_one_call_over_what_it_sees(monkeypatch):
+    monkeypatch.setattr(attention_torch, "_cut", None)  # nothing to cut, so nobody may try
+    q, k = torch.zeros(3, 1, 2, 4), torch.zeros(3, 40, 2, 4)
+    plan = attention_torch.plan_for(q, k, *masks.causal(3, 1, past=39))
+    assert plan.is_one_call
+    windowed = attention_torch.plan_for(q, k, *masks.sliding_window(*masks.causal(3, 1, past=39), 8, past=39))
+    assert [(piece.keys, piece.kind) for piece in windowed.pieces] == [((32, 40), "full")]
+    assert not windowed.is_one_call

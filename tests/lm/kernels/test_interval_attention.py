@@ -114,6 +114,15 @@ def test_autocast_brings_all_three_to_its_dtype():
     assert q.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_the_sums_inside_alone():
+    q, k, v = (x.detach().bfloat16() for x in heads(1, 9, 9, (2, 1), 8, torch.float32))
+    lo, hi = masks.causal(1, 9)
+    plain = attention(q, k, v, lo, hi, softcap=2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = attention(q, k, v, lo, hi, softcap=2.0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_whole_model_and_its_loss_compile_without_a_graph_break(activation, qk_norm):
