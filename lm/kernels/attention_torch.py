@@ -24,7 +24,7 @@ from torch import Tensor
 # What a call costs forward and backward, in microseconds of one AVX2 core; fitted to 1,222 pieces of widths 16 to 128,
 # and only the ratios matter. Each head and each of the kernel's blocks of queries has its own matrix products.
 CALL_COST = 100.0
-BLOCK_COST, BLOCK_COST_PER_KEY = 1.7, 0.0008  # the second for each number of a key: its gradient is read and written
+BLOCK_COST, BLOCK_COST_PER_KEY = 1.7, 0.0004  # the second for each number of a key: its gradient is read and written
 PAIR_COST, PAIR_COST_PER_WIDTH = 0.00255, 0.0002
 MASK_COST = 0.00045  # of a pair
 TOKEN_COST_PER_WIDTH = 0.0043  # copies in and out, and fresh memory
