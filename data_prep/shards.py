@@ -8,7 +8,9 @@ A dataset is a directory::
     train-00000.idx     where each document begins, in Megatron's index layout
     validation-…        the same for the validation split
 
-A document lies wholly in one shard. Files appear under their names only when they are complete.
+The number is that of the part of the input that the shard was made of; a part that fills several shards calls the
+further ones ``train-00000-01`` and so on. A document lies wholly in one shard. Files appear under their names only when
+they are complete.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import hashlib
 import json
 import struct
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,12 +34,13 @@ from data_prep.files import atomic_file, sha256_of_file
 from data_prep.tokenizers import Tokenizer
 
 FORMAT_NAME = "kindling-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
-# Exists in the directory from a build's first step to its last; see pipeline.py.
+# Exist in the directory from a build's first step to its last; see journal.py.
 JOURNAL = "build.json"
+WORK = "work"
 
 DEFAULT_SHARD_TOKENS = 2**26
 LARGEST_SHARD_TOKENS = 2**28  # keeps every offset that other readers hold in 32 bits in range
@@ -55,23 +58,29 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of one shard. Documents are numbered from 0 within their split, ``last`` inclusive."""
+    """What the manifest says of one shard.
+
+    ``source`` counts the manifest's sources from 0. ``first`` and ``last`` are the places of its first and last
+    document in that source, such as ``folder/book.txt:65536``.
+    """
 
     name: str
+    source: int
     tokens: int
     documents: int
     text_bytes: int
     words: int
     bin_sha256: str
     idx_sha256: str
-    first_document: int
-    last_document: int
+    first: str
+    last: str
 
 
 class ShardWriter:
-    """Writes one split as a row of shards. A context manager: leaving it without an error finishes the last shard.
+    """Writes a part's documents of one split as shards. A context manager: leaving it without an error finishes the
+    last shard.
 
-    ``finished`` holds the shards that an interrupted build already wrote; writing goes on after them. ``on_finished``
+    ``finished`` holds the shards that an interrupted call already wrote; writing goes on after them. ``on_finished``
     is called with each new shard's record, after both of its files are on the disk.
     """
 
@@ -81,31 +90,33 @@ class ShardWriter:
         split: str,
         *,
         vocab_size: int,
+        part: int = 0,
+        source: int = 0,
         shard_tokens: int = DEFAULT_SHARD_TOKENS,
-        finished: list[ShardRecord] | None = None,
+        finished: Sequence[ShardRecord] = (),
         on_finished: Callable[[ShardRecord], None] = lambda record: None,
     ) -> None:
-        self.records = list(finished or [])
+        self.records = list(finished)
         self._directory = directory
-        self._split = split
+        self._stem = f"{split}-{part:05d}"
+        self._source = source
         self._vocab_size = vocab_size
         self._dtype = token_dtype(vocab_size)
         self._shard_tokens = shard_tokens
         self._on_finished = on_finished
-        self._next_document = sum(record.documents for record in self.records)
         self._open: _OpenShard | None = None
 
-    def add(self, tokens: np.ndarray, *, text_bytes: int, words: int) -> None:
-        """Append one document: its tokens, the end-of-text token included; its size in bytes of UTF-8 and in words."""
+    def add(self, tokens: np.ndarray, *, text_bytes: int, words: int, place: str = "") -> None:
+        """Append one document: its tokens, the end-of-text token included; its size in bytes of UTF-8 and in words;
+        its place in the source."""
         if tokens.size == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
             raise ValueError(f"a document needs tokens, each at least 0 and below the vocabulary of {self._vocab_size}")
         if self._open is not None and self._open.tokens + tokens.size > self._shard_tokens:
             self._finish_shard()
         if self._open is None:
-            name = f"{self._split}-{len(self.records):05d}"
-            self._open = _OpenShard(self._directory, name, self._dtype, self._next_document)
-        self._open.add(tokens.astype(self._dtype, copy=False), text_bytes, words)
-        self._next_document += 1
+            name = f"{self._stem}-{len(self.records):02d}" if self.records else self._stem
+            self._open = _OpenShard(self._directory, name, self._dtype, self._source)
+        self._open.add(tokens.astype(self._dtype, copy=False), text_bytes, words, place)
 
     def _finish_shard(self) -> None:
         assert self._open is not None
@@ -131,23 +142,27 @@ class ShardWriter:
 class _OpenShard:
     """The shard being written: its tokens go straight to the disk, only four bytes a document stay in memory."""
 
-    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], first_document: int) -> None:
+    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], source: int) -> None:
         self.tokens = 0
         self._directory = directory
         self._name = name
         self._dtype = dtype
-        self._first_document = first_document
+        self._source = source
         self._lengths = array("i")
         self._text_bytes = 0
         self._words = 0
+        self._first = self._last = ""
         self._hash = hashlib.sha256()
         self._stack = ExitStack()
         self._file: IO[bytes] = self._stack.enter_context(atomic_file(directory / f"{name}.bin"))
 
-    def add(self, tokens: np.ndarray, text_bytes: int, words: int) -> None:
+    def add(self, tokens: np.ndarray, text_bytes: int, words: int, place: str) -> None:
         content = tokens.tobytes()
         self._hash.update(content)
         self._file.write(content)
+        if not self._lengths:
+            self._first = place
+        self._last = place
         self._lengths.append(tokens.size)
         self.tokens += tokens.size
         self._text_bytes += text_bytes
@@ -160,14 +175,15 @@ class _OpenShard:
             file.write(index)
         return ShardRecord(
             name=self._name,
+            source=self._source,
             tokens=self.tokens,
             documents=len(self._lengths),
             text_bytes=self._text_bytes,
             words=self._words,
             bin_sha256=self._hash.hexdigest(),
             idx_sha256=hashlib.sha256(index).hexdigest(),
-            first_document=self._first_document,
-            last_document=self._first_document + len(self._lengths) - 1,
+            first=self._first,
+            last=self._last,
         )
 
     def abandon(

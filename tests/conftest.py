@@ -90,7 +90,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build_dataset(source: Path, out: Path, **changes: Any) -> Dataset:
-    build(BuildSettings(**{"sources": (str(source),), "out": out, "validation_fraction": 0.1} | changes))
+    build(BuildSettings.from_options((str(source),), out, **{"validation_fraction": 0.1} | changes))
     return open_dataset(out)
 
 
@@ -103,7 +103,7 @@ def dataset(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Data
 @pytest.fixture(scope="session")
 def byte_dataset(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The same documents, one token a byte."""
-    return build_dataset(text_folder, tmp_path_factory.mktemp("data") / "bytes", tokenizer_kind="bytes")
+    return build_dataset(text_folder, tmp_path_factory.mktemp("data") / "bytes", kind="bytes")
 
 
 @pytest.fixture(scope="session")
