@@ -31,7 +31,7 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 class EvaluationTexts:
     """The runs of ``ngram`` words of all texts in the files, ready to be looked for.
 
-    A text of fewer words, but at least ``FEWEST_WORDS``, is looked for as a whole. Takes about 30 bytes a run.
+    A text of fewer words, but at least ``FEWEST_WORDS``, is looked for as a whole. Takes about 40 bytes a run.
     Raises ``UserError`` for a file that cannot be read as text, and for one without any text long enough.
     """
 
@@ -93,8 +93,7 @@ def evaluation_texts(path: Path) -> Iterator[str]:
     if name.endswith(".jsonl"):
         return _texts_of_records(path, content)
     if name.endswith((".csv", ".tsv")):
-        rows = csv.reader(io.StringIO(content), delimiter="\t" if name.endswith(".tsv") else ",")
-        return (field for row in rows for field in row)
+        return _texts_of_table(path, content, "\t" if name.endswith(".tsv") else ",")
     return iter(_BLANK_LINES.split(content) if _BLANK_LINES.search(content.strip()) else content.split("\n"))
 
 
@@ -119,6 +118,15 @@ def _texts_of_records(path: Path, content: str) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             raise UserError(f'"{path}", line {number} is no JSON ({error}): mend the line, or leave it out') from None
         yield from _strings_in(record)
+
+
+def _texts_of_table(path: Path, content: str, delimiter: str) -> Iterator[str]:
+    rows = csv.reader(io.StringIO(content), delimiter=delimiter)
+    try:
+        for row in rows:
+            yield from row
+    except csv.Error as error:
+        raise UserError(f'"{path}", line {rows.line_num} is no table ({error}): mend it, or leave it out') from None
 
 
 def _strings_in(value: Any) -> Iterator[str]:

@@ -38,9 +38,9 @@ EXACT_RECORD = np.dtype([("hash", "<u8", (2,))])
 NEAR_RECORD = np.dtype([("hash", "<u8", (2,)), ("minhash", "<u4", (MINHASH_VALUES,))])
 # What one pass over the records may hold; a larger corpus takes more passes.
 PASS_BYTES = 512 << 20
-_EXACT_BYTES_A_DOCUMENT = 64  # record, order, place and their sorted copies
-_BLOCK_RECORDS = 1 << 16
-_PAIRS_AT_ONCE = 1 << 14
+_EXACT_BYTES_A_DOCUMENT = 80  # measured: record, place, order and their sorted copies
+_BLOCK_RECORDS = 1 << 14
+_PAIRS_AT_ONCE = 1 << 12
 _BAND_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 Places = npt.NDArray[np.int64]
@@ -93,7 +93,7 @@ def find_duplicates(files: Sequence[Path], how: str, settings: CleaningSettings)
 
     The order is that of the files and of the records in them. Exact: memory is ``PASS_BYTES`` and 1 byte a document,
     in as many passes as that takes. Near: a group is all that a chain of pairs joins whose estimated similarity
-    reaches ``settings.near_threshold``; 42 bytes a document, and each band is one pass over the records.
+    reaches ``settings.near_threshold``; memory is about 70 bytes a document, and each band is a pass of its own.
     Raises ``UserError`` for a file that is no whole number of records.
     """
     parts = [_records(file, how) for file in files]

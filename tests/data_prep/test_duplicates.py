@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,21 @@ def test_records_have_a_fixed_size_and_do_not_depend_on_company_or_process() -> 
     )
     command = [sys.executable, "-c", program, *texts]
     assert subprocess.run(command, check=True, capture_output=True).stdout == signatures(texts, "near", NEAR)
+
+
+def test_memory_for_exact_duplicates_is_bounded_by_more_passes(tmp_path: Path, monkeypatch) -> None:
+    documents = 100_000
+    hashes = np.random.default_rng(0).integers(0, 2**63, (documents, 2), dtype=np.uint64)
+    hashes[-1] = hashes[0]
+    (tmp_path / "part").write_bytes(hashes.tobytes())
+    monkeypatch.setattr(duplicates, "PASS_BYTES", 1 << 20)
+    monkeypatch.setattr(duplicates, "_BLOCK_RECORDS", 1 << 10)
+    tracemalloc.start()
+    (flags,) = find_duplicates([tmp_path / "part"], "exact", EXACT)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.flatnonzero(flags).tolist() == [documents - 1]
+    assert peak < (1 << 20) + documents + (1 << 19)
 
 
 def test_a_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
