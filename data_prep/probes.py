@@ -56,7 +56,7 @@ PROBES: tuple[str, ...] = (
     "!!! ... ??? --- *** ___ \"'`~ @#$%^&*()[]{}<>|\\/+=-_;:,.",
     "if (a[i] != b->c) { return &x / *y; } // done\n#include <stdio.h>\n",
     "https://example.org/a?b=c&d=%20#e user.name+tag@example.co.uk C:\\dir\\file.txt",
-    "## heading\n\n* item\n- [ ] todo\n```py\nprint('x')\n```\n",
+    "## heading\n### third\n###### sixth\n\n* item\n- [ ] todo\n```py\nprint('x')\n```\n",
     # what other tokenizers write inside their own files
     "▁a ▁▁b▁ Ġc Ċd ĉ ##e #f ⁀g </w> <0x41><0xE6><0x0A> @@ Â Ã",
     # spellings of special tokens

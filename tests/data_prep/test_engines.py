@@ -202,8 +202,16 @@ def test_an_engine_that_is_wrong_for_the_sample_alone_is_not_chosen(monkeypatch:
     assert chosen.tried[0] == ("forgetful 1.0", f"token 2 of 'a 7' is the end and should be {token}")
 
 
-def test_the_probes_reveal_such_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "ENGINES", {"forgetful": Forgetful, "tokenizers": ENGINES["tokenizers"]})
+class Mistaken(Forgetful):
+    """Reads every 7 as an 8: other tokens, as many."""
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return self._engine.encode([text.replace("7", "8") for text in texts])
+
+
+@pytest.mark.parametrize("wrong", [Forgetful, Mistaken])
+def test_the_probes_reveal_such_an_engine(wrong: type[Forgetful], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "ENGINES", {"wrong": wrong, "tokenizers": ENGINES["tokenizers"]})
     assert choose_engine(trained("bpe"), []).engine.short_name == "tokenizers"
 
 
