@@ -215,13 +215,18 @@ class GigatokenEngine:
 
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._tokenizer = gigatoken.Tokenizer.from_json(_json_without_special_tokens(tokenizer))
-        self._parallel = threads > 1
+        self._threads = threads
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """See ``Engine.encode``."""
-        rows = self._tokenizer.encode_batch(list(texts), parallel=self._parallel).layout.to_ListOffsetArray64(True)
-        offsets = np.asarray(rows.offsets.data)
-        return np.asarray(rows.content.data)[: offsets[-1]].astype(self._dtype), np.diff(offsets)
+        if self._threads > 1:
+            rows = self._tokenizer.encode_batch(list(texts), parallel=True).layout.to_ListOffsetArray64(True)
+            offsets = np.asarray(rows.offsets.data)
+            return np.asarray(rows.content.data)[: offsets[-1]].astype(self._dtype), np.diff(offsets)
+        # A batch would load the package awkward, which costs as much as encoding 50 MB.
+        encoded = [self._tokenizer.encode(text) for text in texts]
+        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+        return np.concatenate([np.empty(0, np.uint32), *encoded]).astype(self._dtype), lengths
 
 
 class SplintrEngine:

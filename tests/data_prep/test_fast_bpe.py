@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from data_prep import fast_bpe, tokenizer_training
-from data_prep.fast_bpe import _last_occurs, fast_merges, is_installed
+from data_prep.fast_bpe import _last_occurs, _train, fast_merges, is_installed
 from data_prep.probes import PROBES
 from data_prep.text_spool import TextSpool
 from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
@@ -39,6 +39,17 @@ def test_both_trainers_give_the_same_file(vocab_size: int, monkeypatch: pytest.M
     fast = train_tokenizer(iter(texts()), settings)
     monkeypatch.setattr(tokenizer_training, "is_installed", lambda: False)
     assert train_tokenizer(iter(texts()), settings).to_json() == fast.to_json()
+
+
+@needs_gigatoken
+def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    with TextSpool(texts()) as spool:
+        for threads in ("1", "2", "3"):
+            monkeypatch.setenv("RAYON_NUM_THREADS", threads)
+            found.append(_train(spool.path, 1500))
+    assert found[0]
+    assert found[0] == found[1] == found[2]
 
 
 @needs_gigatoken
