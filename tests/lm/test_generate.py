@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 from data_prep.tokenizers import Tokenizer
 from lm import masks
 from lm.config import ModelConfig
