@@ -1,4 +1,4 @@
-"""The commands ``build``, ``inspect`` and ``verify``. Heavy imports wait until a command runs: --help is quick."""
+"""The commands of data preparation. Heavy imports wait until a command runs: --help is quick."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 import click
 
 from data_prep.command_line import FriendlyGroup
+from data_prep.errors import UserError
 
 DIRECTORY = click.Path(path_type=Path)
+EXPORTED = ("nanogpt", "llmc", "datatrove", "olmo")
+IMPORTED = (*EXPORTED, "megatron")
 
 
 def available_cores() -> int:
@@ -157,3 +160,54 @@ def verify(directory: Path, as_json: bool) -> None:
         click.echo(json.dumps({"directory": str(directory), "whole": True, "tokens": total}))
     else:
         click.echo(f'"{directory}" is whole: {total:,} tokens, every checksum as it was built')
+
+
+@main.command()
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=DIRECTORY)
+@click.option("--to", "target", type=click.Choice(EXPORTED), help="Layout to write SOURCE, a dataset, in.")
+@click.option("--from", "origin", type=click.Choice(IMPORTED), help="Layout that SOURCE, files or folders, has.")
+@click.option("--tokenizer", type=DIRECTORY, help="With --from: the tokenizer.json that made the tokens.")
+@click.option("--out", type=DIRECTORY, required=True, help="New folder for the result.")
+@click.option("--copy", is_flag=True, help="With --to: copy the tokens where a hard link would do.")
+@click.option(
+    "--shard-tokens", type=int, default=2**26, show_default=True, help="With --from: most tokens in one file."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def convert(
+    sources: tuple[Path, ...],
+    target: str | None,
+    origin: str | None,
+    tokenizer: Path | None,
+    out: Path,
+    copy: bool,
+    shard_tokens: int,
+    as_json: bool,
+) -> None:
+    """Take a dataset to the token files of another program, or bring such files in.
+
+    With --to, SOURCE is a dataset. With --from, each SOURCE is a file or a folder of them; those with the word val,
+    valid or validation in their name become the validation split.
+    """
+    from data_prep.convert import export_dataset, import_dataset
+    from data_prep.progress import ConsoleReporter
+    from data_prep.shards import open_dataset
+    from data_prep.tokenizers import Tokenizer
+
+    if (target is None) == (origin is None):
+        raise UserError("give either --to LAYOUT for a dataset, or --from LAYOUT for other files")
+    if target is not None:
+        if len(sources) > 1:
+            raise UserError("--to takes one dataset at a time")
+        written = export_dataset(open_dataset(sources[0]), target, out, copy=copy, progress=ConsoleReporter())
+        found = {"out": str(out), "layout": target, "files": written}
+        click.echo(json.dumps(found, indent=2) if as_json else f"in: {out} ({len(written)} files)")
+        return
+    assert origin is not None
+    if tokenizer is None:
+        raise UserError("--from needs the --tokenizer that made the tokens")
+    loaded = Tokenizer.load(tokenizer)
+    manifest = import_dataset(sources, origin, loaded, out, shard_tokens=shard_tokens, progress=ConsoleReporter())
+    if as_json:
+        click.echo(json.dumps(_summary(out, manifest), indent=2))
+    else:
+        _print_summary(out, manifest)
