@@ -131,17 +131,28 @@ def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
 @click.argument("directory", type=DIRECTORY)
 @click.option("--documents", type=int, default=3, show_default=True, help="Documents of each split to show.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the documents.")
+@click.option("--ids", is_flag=True, help="Show texts as single tokens with their ids.")
+@click.option("--page", type=DIRECTORY, help="Write a page with pictures to this .html file instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(directory: Path, documents: int, seed: int, as_json: bool) -> None:
+def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | None, as_json: bool) -> None:
     """Show what a model will see.
 
-    That is: totals, lengths of documents, a few of them, and the most common tokens.
+    That is: totals, lengths of documents, a few of them, a window over a document's end, the most common tokens and
+    those never used, and bytes per token by source.
     """
     from data_prep.inspect import inspect_dataset, render
     from data_prep.shards import open_dataset
 
     found = inspect_dataset(open_dataset(directory), documents=documents, seed=seed)
-    click.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else render(found))
+    if page is not None:
+        from data_prep.files import write_atomically
+        from data_prep.inspect_page import render_page
+
+        write_atomically(page, render_page(found))
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        click.echo(render(found, ids=ids) if page is None else f"in: {page}")
 
 
 @main.command()
