@@ -333,6 +333,19 @@ def test_megatrons_own_reader_reads_a_dataset_and_we_read_what_its_own_writer_wr
     assert (tmp_path / "own.idx").read_bytes() == (tmp_path / "data" / "train-00000.idx").read_bytes()
 
 
+@pytest.mark.parametrize("block", [1, 4, 7])
+def test_borders_and_wrong_ids_are_found_in_every_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(layouts, "BLOCK_TOKENS", block)
+    texts = ["ab", "", "a longer one", "c"]
+    (tmp_path / "train.bin").write_bytes(u16(*ids(*texts)))
+    assert documents_of(bring(tmp_path, "nanogpt", tmp_path / "train.bin"), "train") == [ids(text) for text in texts]
+    (tmp_path / "wrong.bin").write_bytes(u16(*ids(*texts), 999, END))
+    with pytest.raises(UserError, match=rf"token {len(ids(*texts))} of .* is 999"):
+        import_dataset([tmp_path / "wrong.bin"], "nanogpt", BYTES, tmp_path / "none")
+
+
 def test_text_is_measured_across_pieces_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "  été and\u2003words, \n two "
     tokens = np.array(ids(text))
@@ -387,6 +400,20 @@ def test_a_damaged_file_has_its_sentence_and_nothing_is_left_behind(prep: Prep, 
     assert len(result.stderr.splitlines()) == 1
     assert re.search(sentence, result.stderr)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["files", "tokenizer.json"]
+
+
+def test_a_full_disk_leaves_nothing_behind(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    before = set(tmp_path.iterdir())
+    monkeypatch.setattr("data_prep.convert.write_manifest", full)
+    with pytest.raises(OSError, match="No space left"):
+        import_dataset([dataset.directory], "megatron", BYTES, tmp_path / "back")
+    monkeypatch.setattr(layouts, "olmo_borders", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_dataset(dataset, "olmo", tmp_path / "out")
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_a_folder_in_use_is_refused_and_what_a_killed_conversion_left_is_not(dataset: Dataset, tmp_path: Path) -> None:
