@@ -1,4 +1,4 @@
-"""The commands ``build``, ``inspect`` and ``verify``. Heavy imports wait until a command runs: --help is quick."""
+"""The commands of data preparation. Heavy imports wait until a command runs: --help is quick."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 
 from data_prep.build_options import cleaning_options, reading_options, tokenizer_options
 from data_prep.command_line import FriendlyGroup
+from data_prep.errors import UserError
 
 if TYPE_CHECKING:
     from data_prep.pipeline import BuildSettings
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 DIRECTORY = click.Path(path_type=Path)
 LEFT_OUT_STATUS = 3
 EMPTY = "empty document"  # the one thing left out that nobody misses
+EXPORTED = ("nanogpt", "llmc", "datatrove", "olmo")
+IMPORTED = (*EXPORTED, "megatron")
 
 
 def available_cores() -> int:
@@ -144,17 +147,28 @@ def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
 @click.argument("directory", type=DIRECTORY)
 @click.option("--documents", type=int, default=3, show_default=True, help="Documents of each split to show.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the documents.")
+@click.option("--ids", is_flag=True, help="Show texts as single tokens with their ids.")
+@click.option("--page", type=DIRECTORY, help="Write a page with pictures to this .html file instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(directory: Path, documents: int, seed: int, as_json: bool) -> None:
+def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | None, as_json: bool) -> None:
     """Show what a model will see.
 
-    That is: totals, lengths of documents, a few of them, and the most common tokens.
+    That is: totals, lengths of documents, a few of them, a window over a document's end, the most common tokens and
+    those never used, and bytes per token by source.
     """
     from data_prep.inspect import inspect_dataset, render
     from data_prep.shards import open_dataset
 
     found = inspect_dataset(open_dataset(directory), documents=documents, seed=seed)
-    click.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else render(found))
+    if page is not None:
+        from data_prep.files import write_atomically
+        from data_prep.inspect_page import render_page
+
+        write_atomically(page, render_page(found))
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        click.echo(render(found, ids=ids) if page is None else f"in: {page}")
 
 
 @main.command()
@@ -173,3 +187,54 @@ def verify(directory: Path, as_json: bool) -> None:
         click.echo(json.dumps({"directory": str(directory), "whole": True, "tokens": total}))
     else:
         click.echo(f'"{directory}" is whole: {total:,} tokens, every checksum as it was built')
+
+
+@main.command()
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=DIRECTORY)
+@click.option("--to", "target", type=click.Choice(EXPORTED), help="Layout to write SOURCE, a dataset, in.")
+@click.option("--from", "origin", type=click.Choice(IMPORTED), help="Layout that SOURCE, files or folders, has.")
+@click.option("--tokenizer", type=DIRECTORY, help="With --from: the tokenizer.json that made the tokens.")
+@click.option("--out", type=DIRECTORY, required=True, help="New folder for the result.")
+@click.option("--copy", is_flag=True, help="With --to: copy the tokens where a hard link would do.")
+@click.option(
+    "--shard-tokens", type=int, default=2**26, show_default=True, help="With --from: most tokens in one file."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def convert(
+    sources: tuple[Path, ...],
+    target: str | None,
+    origin: str | None,
+    tokenizer: Path | None,
+    out: Path,
+    copy: bool,
+    shard_tokens: int,
+    as_json: bool,
+) -> None:
+    """Take a dataset to the token files of another program, or bring such files in.
+
+    With --to, SOURCE is a dataset. With --from, each SOURCE is a file or a folder of them; those with the word val,
+    valid or validation in their name become the validation split.
+    """
+    from data_prep.convert import export_dataset, import_dataset
+    from data_prep.progress import ConsoleReporter
+    from data_prep.shards import open_dataset
+    from data_prep.tokenizers import Tokenizer
+
+    if (target is None) == (origin is None):
+        raise UserError("give either --to LAYOUT for a dataset, or --from LAYOUT for other files")
+    if target is not None:
+        if len(sources) > 1:
+            raise UserError("--to takes one dataset at a time")
+        written = export_dataset(open_dataset(sources[0]), target, out, copy=copy, progress=ConsoleReporter())
+        found = {"out": str(out), "layout": target, "files": written}
+        click.echo(json.dumps(found, indent=2) if as_json else f"in: {out} ({len(written)} files)")
+        return
+    assert origin is not None
+    if tokenizer is None:
+        raise UserError("--from needs the --tokenizer that made the tokens")
+    loaded = Tokenizer.load(tokenizer)
+    manifest = import_dataset(sources, origin, loaded, out, shard_tokens=shard_tokens, progress=ConsoleReporter())
+    if as_json:
+        click.echo(json.dumps(_summary(out, manifest), indent=2))
+    else:
+        _print_summary(out, manifest)

@@ -22,7 +22,7 @@ from data_prep.duplicates import signatures
 from data_prep.engines import Engine, make_engine, recheck
 from data_prep.files import atomic_file
 from data_prep.journal import PartRecord
-from data_prep.shards import SPLITS, TOKENIZER_FILE, WORK, ShardWriter, token_dtype
+from data_prep.shards import SPLITS, TOKENIZER_FILE, WORK, ShardWriter, count_words, token_dtype
 from data_prep.sources import Document, Part, ReadReport, ReadSettings, Source, read_part
 from data_prep.splitting import PartDigest, hash_of
 from data_prep.tokenizers import Tokenizer
@@ -88,7 +88,7 @@ def survey_part(job: Job, number: int, part: Part, advance: Advance) -> None:
     cleaner = Cleaner(job.cleaning)
     with atomic_file(path) as file:
         for batch in _batches(cleaned_documents(job, part, advance, ReadReport(), cleaner)):
-            file.write(signatures([document.text for document in batch], job.cleaning))
+            file.write(signatures([document.text for document in batch], job.cleaning.duplicates, job.cleaning))
 
 
 def build_part(job: Job, number: int, part: Part, advance: Advance) -> PartRecord:
@@ -178,12 +178,6 @@ class _BatchEncoder:
             stop = start + length * size
             yield np.frombuffer(b"".join((content[start:stop], self._end_of_text)), self._dtype)
             start = stop
-
-
-def count_words(content: bytes) -> int:
-    """The runs of bytes above the space, so that spaces and control characters part words."""
-    above = np.frombuffer(content, np.uint8) > 32
-    return int(np.count_nonzero(above[1:] > above[:-1])) + int(above[:1].sum())
 
 
 def digest_of_parts(summaries: list[dict[str, Any]]) -> str:

@@ -13,9 +13,7 @@ The steps, each of which a later call skips if it is done:
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -29,6 +27,7 @@ from data_prep.engines import choose_engine
 from data_prep.errors import UserError
 from data_prep.files import atomic_file, only_writer_of, write_atomically
 from data_prep.journal import Journal, PartRecord, differences
+from data_prep.manifest import make_manifest, save_manifest
 from data_prep.parts import (
     Job,
     build_part,
@@ -42,8 +41,6 @@ from data_prep.parts import (
 from data_prep.progress import Reporter, SilentReporter
 from data_prep.shards import (
     DEFAULT_SHARD_TOKENS,
-    FORMAT_NAME,
-    FORMAT_VERSION,
     JOURNAL,
     LARGEST_SHARD_TOKENS,
     MANIFEST,
@@ -51,8 +48,6 @@ from data_prep.shards import (
     TOKENIZER_FILE,
     WORK,
     open_dataset,
-    split_totals,
-    token_dtype,
 )
 from data_prep.sources import (
     STDIN,
@@ -68,7 +63,7 @@ from data_prep.sources import (
 from data_prep.splitting import SplitRule, hash_of
 from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 from data_prep.tokenizers import Tokenizer
-from data_prep.workers import ENGINES, Engine, run_calls
+from data_prep.workers import EXECUTORS, Executor, run_calls
 
 STDIN_COPY = "stdin.txt"
 # The encoders are compared on so many documents, and no more than so many bytes of them.
@@ -94,7 +89,7 @@ class BuildSettings:
     #: Most tokens in one shard.
     shard_tokens: int = DEFAULT_SHARD_TOKENS
     workers: int = 1
-    engine: Engine = "local"
+    engine: Executor = "local"
     #: The encoder to use: "auto", or the short name of one, which must be exact for the tokenizer.
     encoder: str = "auto"
 
@@ -121,8 +116,8 @@ class BuildSettings:
             problems.append(f"--shard-tokens must be from 1 to {LARGEST_SHARD_TOKENS}")
         if self.workers < 1:
             problems.append("--workers must be at least 1")
-        if self.engine not in ENGINES:
-            problems.append(f'unknown engine "{self.engine}": choose {" or ".join(ENGINES)}')
+        if self.engine not in EXECUTORS:
+            problems.append(f'unknown engine "{self.engine}": choose {" or ".join(EXECUTORS)}')
         if problems:
             raise UserError("\n".join(problems))
 
@@ -280,7 +275,7 @@ class _Build:
         records = self._build_parts()
         _refuse_changed_sources(self.plan, self.journal)
         manifest = self._manifest(tokenizer, records)
-        write_atomically(out / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        save_manifest(out, manifest)
         _remove_work(out)
         return manifest
 
@@ -297,7 +292,7 @@ class _Build:
             return
         self._run("looking for duplicates", survey_part)
         paths = [signatures_path(out, number) for number in numbers]
-        for number, duplicates in enumerate(find_duplicates(paths, self.plan.settings.cleaning)):
+        for number, duplicates in enumerate(find_duplicates(paths, how, self.plan.settings.cleaning)):
             write_atomically(duplicates_path(out, number), duplicates.astype("u1").tobytes())
 
     def _run(self, stage: str, function: Callable[..., Any]) -> list[Any]:
@@ -369,7 +364,7 @@ class _Build:
             if len(sample) == PROVED_DOCUMENTS or size >= PROVED_BYTES:
                 break
         chosen = choose_engine(tokenizer, sample, self.plan.settings.encoder)
-        self.journal.encoder = chosen.short_name
+        self.journal.encoder = chosen.engine.short_name
         self.journal.encoders = dict(chosen.tried)
         self.journal.save()
         self.progress.note(f"encoder: {chosen.engine.name} ({'; '.join(f'{k}: {v}' for k, v in chosen.tried)})")
@@ -384,44 +379,20 @@ class _Build:
 
     def _manifest(self, tokenizer: Tokenizer, records: list[PartRecord]) -> dict[str, Any]:
         """Step 6: nothing in it depends on the time, the place, or the number of workers."""
-        identity = self.journal.identity
         summaries = [record.summary for record in records if record.summary is not None]
         reading, cleaning = merged_reports(summaries)
-        return {
-            "format": FORMAT_NAME,
-            "version": FORMAT_VERSION,
-            "tokenizer": {
-                "file": TOKENIZER_FILE,
-                "sha256": tokenizer.sha256,
-                "kind": tokenizer.kind,
-                "vocab_size": tokenizer.vocab_size,
-                "end_of_text_id": tokenizer.end_of_text_id,
-            },
-            "dtype": token_dtype(tokenizer.vocab_size).name,
-            "split_rule": {
+        settings = dict(self.journal.identity)
+        return make_manifest(
+            tokenizer,
+            {split: [shard for record in records for shard in record.shards[split]] for split in SPLITS},
+            split_rule={
                 "validation_if": "the first 8 bytes of BLAKE2b (digest size 8) of the text, big-endian, are below",
                 "threshold": f"0x{self.journal.threshold:016x}",
             },
-            "sources": identity["sources"],
-            "settings": {name: value for name, value in identity.items() if name != "sources"},
-            "left_out": reading.to_json()["counts"],
-            "cleaning": cleaning.to_json(),
-            "corpus_sha256": digest_of_parts(summaries),
-            "splits": {
-                split: split_totals([shard for record in records for shard in record.shards[split]]) for split in SPLITS
-            },
-            "versions": {
-                "kindling": _version_of("kindling-lm"),
-                "tokenizers": _version_of("tokenizers"),
-                "sentencepiece": _version_of("sentencepiece"),
-                "python": platform.python_version(),
-                "encoder": self.journal.encoders,
-            },
-        }
-
-
-def _version_of(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"
+            sources=settings.pop("sources"),
+            settings=settings,
+            left_out=reading.counts,
+            cleaning=cleaning.to_json(),
+            corpus_sha256=digest_of_parts(summaries),
+            encoders=self.journal.encoders,
+        )

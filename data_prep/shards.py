@@ -192,6 +192,12 @@ class _OpenShard:
         self._stack.__exit__(kind, error, traceback)
 
 
+def count_words(content: bytes) -> int:
+    """The runs of bytes above the space, so that spaces and control characters part words."""
+    above = np.frombuffer(content, np.uint8) > 32
+    return int(np.count_nonzero(above[1:] > above[:-1])) + int(above[:1].sum())
+
+
 def index_bytes(lengths: np.ndarray, dtype: np.dtype[Any]) -> bytes:
     """A shard's ``.idx`` file, from the number of tokens of each of its documents."""
     count = len(lengths)

@@ -19,8 +19,8 @@ from typing import Any, Literal
 from data_prep.errors import UserError
 
 Advance = Callable[[int], None]
-Engine = Literal["local", "ray"]
-ENGINES: tuple[Engine, ...] = ("local", "ray")
+Executor = Literal["local", "ray"]
+EXECUTORS: tuple[Executor, ...] = ("local", "ray")
 LOOK_EVERY_SECONDS = 0.1
 RAY_RETRIES = 3  # of a call whose machine or process died
 
@@ -29,7 +29,7 @@ def run_calls(
     function: Callable[..., Any],
     calls: Sequence[tuple[Any, ...]],
     *,
-    engine: Engine = "local",
+    engine: Executor = "local",
     workers: int = 1,
     advance: Advance = lambda size: None,
 ) -> list[Any]:

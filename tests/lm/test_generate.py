@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
