@@ -50,9 +50,9 @@ def is_installed() -> bool:
 def fast_merges(spool: TextSpool, vocab_size: int, min_pair_count: int) -> list[Merge] | None:
     """The merges, in byte characters, of a vocabulary of the 256 bytes and ``vocab_size - 256`` tokens more.
 
-    None if the text is too small to gain from it or a check fails; then ``tokenizers`` must do the training.
+    None if a check fails; then ``tokenizers`` must do the training.
     """
-    if spool.size < SMALLEST_TEXT_BYTES or not _agree_on_a_sample(spool):
+    if not _agree_on_a_sample(spool):
         return None
     merges = _train(spool.path, vocab_size)
     if merges is None or len({left + right for left, right in merges}) != vocab_size - len(BYTE_CHARACTERS):

@@ -13,13 +13,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 
 from data_prep.errors import UserError
-from data_prep.fast_bpe import fast_merges, is_installed
+from data_prep.fast_bpe import SMALLEST_TEXT_BYTES, fast_merges, is_installed
 from data_prep.text_spool import TextSpool
 from data_prep.tokenizers import BYTE_CHARACTERS, SPECIAL_TOKENS, Tokenizer
 
@@ -189,11 +190,16 @@ def _train_characters(texts: Iterator[str], settings: TokenizerSettings) -> Toke
 def _train_bpe(texts: Iterator[str], settings: TokenizerSettings) -> Tokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016).
 
-    For GPT-2's words a faster library makes the same merges if it is installed; see ``fast_bpe`` for what is checked.
+    For GPT-2's words and more than a little text a faster library makes the same merges if it is installed; see
+    ``fast_bpe`` for what is checked. It reads the texts from a temporary file.
     """
     if (settings.split, settings.digits) != ("gpt2", "together") or not is_installed():
         return _train_bpe_with_tokenizers(texts, settings)
-    with TextSpool(texts) as spool:
+    head = list(_first_bytes(texts, SMALLEST_TEXT_BYTES))
+    following = list(islice(texts, 1))
+    if not following:
+        return _train_bpe_with_tokenizers(iter(head), settings)
+    with TextSpool(chain(head, following, texts)) as spool:
         merges = fast_merges(spool, settings.vocab_size - len(settings.special_tokens), MIN_PAIR_COUNT)
         if merges is None:
             return _train_bpe_with_tokenizers(spool.texts(), settings)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -27,7 +26,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def small_texts_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_bpe, "SMALLEST_TEXT_BYTES", 1)
+    monkeypatch.setattr(tokenizer_training, "SMALLEST_TEXT_BYTES", 1)
 
 
 @needs_gigatoken
@@ -86,12 +85,14 @@ def test_a_child_that_dies_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None
         assert fast_merges(spool, 300, 2) is None
 
 
-def test_small_texts_are_left_to_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_bpe, "SMALLEST_TEXT_BYTES", 1 << 22)
-
-    def never(texts: Iterator[str], size: int) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(fast_bpe, "_train", never)
-    with TextSpool(texts()) as spool:
-        assert fast_merges(spool, 300, 2) is None
+def test_small_texts_are_left_to_tokenizers_and_need_no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(len(text.encode()) for text in texts())
+    asked = []
+    monkeypatch.setattr(tokenizer_training, "is_installed", lambda: True)
+    monkeypatch.setattr(tokenizer_training, "fast_merges", lambda spool, *_: asked.append(list(spool.texts())))
+    hashes = set()
+    for smallest in (size + 1, size, size - len(texts()[-1].encode())):
+        monkeypatch.setattr(tokenizer_training, "SMALLEST_TEXT_BYTES", smallest)
+        hashes.add(train_tokenizer(iter(texts()), TokenizerSettings(vocab_size=300)).sha256)
+    assert asked == [texts()]  # only the last time was there a text beyond
+    assert len(hashes) == 1
