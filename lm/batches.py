@@ -112,7 +112,7 @@ class Documents:
     def read(found: list[tuple[Documents, int]], context_length: int, vocabulary: Vocabulary) -> Rows:
         """These rows of these plans; places that no document fills hold ends of text."""
         shape = (len(found), context_length)
-        inputs, targets = np.full((2, *shape), vocabulary.end_of_text, dtype=np.int64)
+        inputs, targets = np.empty((2, *shape), dtype=np.int64)
         starts, lengths = np.zeros(shape, dtype=bool), np.empty(len(found), dtype=np.int64)
         fragment = np.empty(context_length + 1, dtype=np.int64)
         for row, (text, place) in enumerate(found):
@@ -128,6 +128,7 @@ class Documents:
                 starts[row, begin] = True
                 begin = end
             lengths[row] = begin
+            inputs[row, begin:] = targets[row, begin:] = vocabulary.end_of_text
         return Rows(inputs, targets, starts, lengths)
 
 

@@ -41,7 +41,9 @@ def _document_bounds(starts: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDAr
     flags = starts.copy()
     flags[:, :1] = True
     begins = np.flatnonzero(flags)  # over all rows, laid end to end
-    lengths = np.diff(begins, append=flags.size)
+    lengths = np.empty_like(begins)
+    lengths[:-1] = begins[1:] - begins[:-1]
+    lengths[-1:] = flags.size - begins[-1:]
     within = (begins % flags.shape[1]).astype(np.int32)
     first = np.repeat(within, lengths).reshape(flags.shape)
     end = np.repeat(within + lengths.astype(np.int32), lengths).reshape(flags.shape)

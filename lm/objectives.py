@@ -232,7 +232,7 @@ def assemble(
     """
     both_ways = torch.from_numpy(masked)
     lo, hi = masks.packed(torch.from_numpy(starts), both_ways, None if lengths is None else torch.from_numpy(lengths))
-    positions = torch.arange(inputs.shape[1], dtype=torch.int32) - lo
+    positions = torch.from_numpy(np.arange(inputs.shape[1], dtype=np.int32) - lo.numpy())
     return Batch(
         torch.from_numpy(np.ascontiguousarray(inputs)),
         torch.from_numpy(np.ascontiguousarray(targets)),
