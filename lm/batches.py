@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,6 +132,17 @@ class Documents:
         return Rows(inputs, targets, starts, lengths)
 
 
+class Located(NamedTuple):
+    """Rows of the run: which text each comes from, how many rows that text has had before, and its place in the text.
+
+    All are int64 (rows,).
+    """
+
+    texts: NDArray[np.int64]
+    turns: NDArray[np.int64]
+    places: NDArray[np.int64]
+
+
 class TrainingBatches:
     """The training texts, as one batch for each step.
 
@@ -148,14 +159,14 @@ class TrainingBatches:
         self.texts = [self._kind(text, config.data.context_length) for text in corpora.training_texts()]
         self._block = lru_cache(maxsize=4)(self._locate_block)
 
-    def locate(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For rows of the run, which text each comes from and its place there; both (rows,) int64."""
-        texts, befores = self.schedule.place(numbers)
+    def locate(self, numbers: NDArray[np.int64]) -> Located:
+        """Where these rows of the run are."""
+        texts, turns = self.schedule.place(numbers)
         places = np.empty_like(numbers)
         for t in np.unique(texts).tolist():
             text, of_text = self.texts[t], texts == t
             seed = randomness.key(self.config.training.seed, 6, t) if t else self.config.training.seed
-            epochs, rows = np.divmod(befores[of_text], text.per_epoch)
+            epochs, rows = np.divmod(turns[of_text], text.per_epoch)
             found = np.empty_like(rows)
             for epoch in np.unique(epochs).tolist():
                 of_epoch = epochs == epoch
@@ -163,22 +174,28 @@ class TrainingBatches:
                 order = randomness.permuted(rows[of_epoch], text.per_epoch, epoch_key)
                 found[of_epoch] = text.places(order, epoch_key)
             places[of_text] = found
-        return texts, places
+        return Located(texts, turns, places)
 
-    def _locate_block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _locate_block(self, block: int) -> Located:
         return self.locate(np.arange(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS))
 
     def rows(self, step: int) -> Rows:
         """The tokens of all rows of optimizer step ``step`` (from 0), before an objective prepares them."""
+        return self._read(self._of_step(step))
+
+    def _of_step(self, step: int) -> Located:
         count = self.config.data.batch_rows
-        first, stop = step * count, (step + 1) * count
-        found: list[tuple[Any, int]] = []
+        first, stop, parts = step * count, (step + 1) * count, []
         while first < stop:
             block, begin = divmod(first, BLOCK_ROWS)
             end = min(begin + stop - first, BLOCK_ROWS)
-            texts, places = (part[begin:end].tolist() for part in self._block(block))
-            found += zip((self.texts[t] for t in texts), places, strict=True)
+            parts.append([array[begin:end] for array in self._block(block)])
             first += end - begin
+        return Located(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def _read(self, located: Located) -> Rows:
+        pairs = zip(located.texts.tolist(), located.places.tolist(), strict=True)
+        found: list[Any] = [(self.texts[text], place) for text, place in pairs]
         return self._kind.read(found, self.config.data.context_length, self.vocabulary)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
@@ -196,8 +213,9 @@ class TrainingBatches:
                 f"the batch's {count} rows do not divide among {world} ranks: change batch_tokens or the ranks"
             )
         numbers = np.arange(step * count, (step + 1) * count, dtype=np.int64)
-        config = self.config
-        batch = make_batch(self.rows(step), numbers, config.objective, self.vocabulary, config.training.seed)
+        config, located = self.config, self._of_step(step)
+        rows = self._read(located)
+        batch = make_batch(rows, numbers, located.turns, config.objective, self.vocabulary, config.training.seed)
         return batch if world == 1 else batch.every(rank, world)
 
     def epochs(self, steps: int) -> float:

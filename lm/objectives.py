@@ -80,7 +80,7 @@ class Batch:
 
 
 def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
-    """Which rows of the run are masked: of the first n rows exactly floor(n × fraction), evenly spread."""
+    """Which rows of a text are masked: of the first n rows exactly floor(n × fraction), evenly spread."""
     if fraction in (0, 1):
         return np.full(len(numbers), bool(fraction))
     share = Fraction(str(fraction))
@@ -113,17 +113,25 @@ def rows_of_windows(windows: NDArray[np.int64], vocabulary: Vocabulary) -> Rows:
 
 
 def make_batch(
-    rows: Rows, numbers: NDArray[np.int64], config: ObjectiveConfig, vocabulary: Vocabulary, seed: int
+    rows: Rows,
+    numbers: NDArray[np.int64],
+    turns: NDArray[np.int64],
+    config: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    seed: int,
 ) -> Batch:
     """The batch of one optimizer step.
 
-    ``numbers`` (rows,) are the rows' numbers in the whole run; with ``seed`` they decide what is hidden.
+    Args:
+        numbers: (rows,) the rows' numbers in the whole run; with ``seed`` they decide what is hidden.
+        turns: (rows,) the rows' numbers among those of their own text; they decide which rows are masked, so that each
+            text has the same share of masked rows.
 
     Within each kind of row the losses are averaged over its own predicted tokens, then the kinds are mixed by their
     share of the rows: a masked row predicts fewer tokens, but counts as much as a causal one.
     """
     fraction = {"next_token": 0.0, "hybrid": config.masked_fraction}.get(config.objective, 1.0)
-    masked = masked_rows(numbers, fraction)
+    masked = masked_rows(turns, fraction)
     order = np.argsort(masked, kind="stable")
     numbers, masked = numbers[order], masked[order]
     inputs, targets, starts, lengths = rows.inputs[order], rows.targets[order], rows.starts[order], rows.lengths[order]

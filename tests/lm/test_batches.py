@@ -62,7 +62,7 @@ def test_every_epoch_visits_each_window_once_in_an_order_of_its_own(dataset, cau
     assert windows == tokens // context
     orders = []
     for epoch in range(3):
-        _, starts = batches.locate(np.arange(epoch * windows, (epoch + 1) * windows))
+        *_, starts = batches.locate(np.arange(epoch * windows, (epoch + 1) * windows))
         covered = Counter(((starts[:, None] + np.arange(context)) % tokens).ravel().tolist())
         assert len(covered) == windows * context  # no token twice
         assert max(covered.values()) == 1
@@ -74,7 +74,7 @@ def test_every_epoch_visits_each_window_once_in_an_order_of_its_own(dataset, cau
 def test_a_row_holds_the_tokens_from_its_start_and_the_one_before(dataset, causal, stream):
     batches = TrainingBatches(Corpora([dataset]), causal)
     batch = batches.batch(3)
-    _, starts = batches.locate(np.arange(24, 32))
+    *_, starts = batches.locate(np.arange(24, 32))
     for row, start in enumerate(starts.tolist()):
         assert np.array_equal(batch.targets[row], np.take(stream, np.arange(start, start + 32), mode="wrap"))
         assert np.array_equal(batch.inputs[row], np.take(stream, np.arange(start - 1, start + 31), mode="wrap"))
@@ -245,7 +245,7 @@ def test_corpora_share_the_rows_by_weight_and_each_has_its_own_epochs(dataset, o
     batches = TrainingBatches(corpora, config)
     alone = [TrainingBatches(Corpora([d]), config) for d in (dataset, other_dataset)]
     size = batches.texts[1].per_epoch
-    texts, places = batches.locate(np.arange(3 * 2 * size))
+    texts, _, places = batches.locate(np.arange(3 * 2 * size))
     assert Counter(texts.tolist()) == {0: 4 * size, 1: 2 * size}
     of_second = places[texts == 1]
     for epoch in (of_second[:size], of_second[size:]):
@@ -254,8 +254,19 @@ def test_corpora_share_the_rows_by_weight_and_each_has_its_own_epochs(dataset, o
         assert sorted(of_second[:size].tolist()) == list(range(size))
     assert of_second[:size].tolist() != of_second[size:].tolist()
     # The first corpus is visited in the order that it has by itself.
-    assert np.array_equal(places[texts == 0], alone[0].locate(np.arange(4 * size))[1])
+    assert np.array_equal(places[texts == 0], alone[0].locate(np.arange(4 * size)).places)
     assert "66.7% of the rows" in batches.introduction(1)[0]
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.25])
+def test_each_corpus_has_its_own_share_of_masked_rows(dataset, other_dataset, small, fraction):
+    """Two corpora by turns and every second row masked must not mean that one of them is never masked."""
+    corpora = Corpora([dataset, other_dataset], [Fraction(1), Fraction(1)])
+    config = small.replace(objective="hybrid", masked_fraction=fraction, batch_tokens=32)
+    batches = TrainingBatches(corpora, config)
+    texts = batches.locate(np.arange(80)).texts
+    masked = np.array([bool(batches.batch(step).masked[0]) for step in range(80)])
+    assert [int(masked[texts == text].sum()) for text in (0, 1)] == [40 * fraction, 40 * fraction]
 
 
 def test_sources_of_unequal_weight_take_turns_and_equal_ones_are_one_stream(dataset, causal, monkeypatch):
@@ -271,7 +282,7 @@ def test_sources_of_unequal_weight_take_turns_and_equal_ones_are_one_stream(data
     monkeypatch.setattr(Split, "source_spans", spans(3.0))
     batches = TrainingBatches(Corpora([dataset]), causal)
     assert batches.names == [f"{name} in {dataset.directory}" for name in "ab"]
-    texts, _ = batches.locate(np.arange(400))
+    texts, *_ = batches.locate(np.arange(400))
     assert (texts == 1).sum() == 300
     first = split.read(0, middle)
     of_first = [row for row, text in zip(batches.rows(0).targets, texts[:8], strict=True) if text == 0]
