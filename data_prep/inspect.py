@@ -135,19 +135,10 @@ def _rank_frequency(counts: np.ndarray) -> list[list[int]]:
     return [[int(rank), int(descending[rank - 1])] for rank in ranks]
 
 
-def source_of(record: ShardRecord, sources: list[dict[str, Any]]) -> str:
-    """The name of the source that a shard's documents come from, of the manifest's ``sources``.
-
-    Shards of a manifest that does not tell them apart all have one name.
-    """
-    number = getattr(record, "source", None)
-    return "all sources" if number is None else str(sources[number]["name"])
-
-
 def _by_source(dataset: Dataset, split: Split) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for record in split.records:
-        name = source_of(record, dataset.manifest["sources"])
+        name = dataset.manifest["sources"][record.source]["name"]
         row = found.setdefault(name, {"name": name, "documents": 0, "tokens": 0, "text_bytes": 0})
         for key in ("documents", "tokens", "text_bytes"):
             row[key] += getattr(record, key)
