@@ -22,10 +22,11 @@ import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -46,6 +47,7 @@ JOURNAL = "build.json"
 WORK = "work"
 
 DEFAULT_SHARD_TOKENS = 2**26
+VERIFYING_THREADS = 4
 LARGEST_SHARD_TOKENS = 2**28  # keeps every offset that other readers hold in 32 bits in range
 MOST_OPEN_SHARDS = 4096  # a process may have 65,530 maps on Linux
 
@@ -246,7 +248,14 @@ class Split:
     from several threads.
     """
 
-    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], totals: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        dtype: np.dtype[Any],
+        totals: dict[str, Any],
+        sources: Sequence[dict[str, Any]],
+    ) -> None:
         self.name = name
         self.tokens: int = totals["tokens"]
         self.documents: int = totals["documents"]
@@ -255,13 +264,19 @@ class Split:
         self.records = [ShardRecord(**record) for record in totals["shards"]]
         self._directory = directory
         self._dtype = dtype
+        self._sources = sources
         self._ends = list(accumulate(record.tokens for record in self.records))
         self._tokens_of = lru_cache(maxsize=MOST_OPEN_SHARDS)(self._map)
 
     @property
     def source_spans(self) -> list[SourceSpan]:
-        """The split's sources in the order of the stream; one span over everything if the manifest tells none apart."""
-        return [SourceSpan("", 1.0, 0, self.tokens)]
+        """Where each source's tokens stand in the stream, in its order; sources without tokens here are left out."""
+        spans: list[SourceSpan] = []
+        stop = 0
+        for number, records in groupby(self.records, lambda record: record.source):
+            start, stop = stop, stop + sum(record.tokens for record in records)
+            spans.append(SourceSpan(self._sources[number]["name"], self._sources[number]["weight"], start, stop))
+        return spans
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens ``start`` to ``stop`` (exclusive) of the stream, ``uint16`` or ``int32``, shape ``(stop - start,)``.
@@ -321,7 +336,7 @@ class Dataset:
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._code = MEGATRON_CODES[self._dtype.name]
-        self._splits = {name: Split(directory, name, self._dtype, manifest["splits"][name]) for name in SPLITS}
+        self._splits = {name: Split(directory, name, self._dtype, manifest["splits"][name], manifest["sources"]) for name in SPLITS}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -368,11 +383,16 @@ class Dataset:
 
         ``on_file`` is called with the name and the bytes of each file that proved to be good.
         """
-        for split in self._splits.values():
-            for record in split.records:
-                self._verify_shard(split, record)
-                on_file(f"{record.name}.bin", record.tokens * self._dtype.itemsize)
-                on_file(f"{record.name}.idx", index_size(record.documents))
+        shards = [(split, record) for split in self._splits.values() for record in split.records]
+        with ThreadPoolExecutor(VERIFYING_THREADS) as threads:  # hashing lets other threads run
+            checks = [threads.submit(self._verify_shard, split, record) for split, record in shards]
+            try:
+                for (_, record), check in zip(shards, checks, strict=True):
+                    check.result()
+                    on_file(f"{record.name}.bin", record.tokens * self._dtype.itemsize)
+                    on_file(f"{record.name}.idx", index_size(record.documents))
+            finally:
+                threads.shutdown(cancel_futures=True)
 
     def _verify_shard(self, split: Split, record: ShardRecord) -> None:
         for suffix, expected in ((".bin", record.bin_sha256), (".idx", record.idx_sha256)):

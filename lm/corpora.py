@@ -100,6 +100,11 @@ class Corpora:
         named = [[dataset.fingerprint, str(weight / total)] for dataset, weight in parts]
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
+    def verify(self) -> None:
+        """Read everything; raises ``UserError`` at the first file that is not what it was when it was built."""
+        for dataset in self.datasets:
+            dataset.verify()
+
     def split(self, name: str) -> Split | JoinedSplit:
         """The split called ``train`` or ``validation``, one dataset's after the other's."""
         parts = [dataset.split(name) for dataset in self.datasets]

@@ -36,6 +36,7 @@ from lm.validation import autocast, validate_readouts
 FREE_SETTINGS = {
     *("steps", "log_every", "validate_every", "validation_rows", "checkpoint_every", "keep_checkpoints"),
     *("device", "precision", "threads", "micro_batch_rows", "prompts", "fills", "data"),
+    "verify_data",
 }
 # Settings that can never change: the weights, or the meaning of a step, depend on them.
 FIXED_SETTINGS = {s.name for s in all_settings() if s.section == "model"} | {
@@ -112,6 +113,8 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
         OSError: a file could not be written (the disk is full, say); finished checkpoints are untouched.
     """
     corpora = open_corpora(config.data.data)
+    if config.data.verify_data:
+        corpora.verify()
     config = _with_vocabulary(config, corpora)
     batches = TrainingBatches(corpora, config)
     device = choose_device(config.training.device)
