@@ -113,6 +113,16 @@ def parse_separator(document_per: str) -> bytes | None:
     return b"\n" if document_per == "line" else document_per.encode("utf-8")
 
 
+def why_no_text(first_block: bytes) -> tuple[str, str] | None:
+    """The reason, and the sentence after the file's name, if a file that begins so is no UTF-8 text."""
+    wide, nul = wide_encoding(first_block), first_block.find(b"\0")
+    if wide:
+        return UTF16_FILE, f"is {wide}, not UTF-8: convert it, as with `iconv -f {wide} -t UTF-8 OLD > NEW`"
+    if nul >= 0:
+        return BINARY_FILE, f"is not UTF-8 text (byte 0x00 at offset {nul}): {CONVERT}"
+    return None
+
+
 @dataclass
 class _SpanReader:
     source: Source
@@ -195,21 +205,17 @@ class _SpanReader:
 
     def _is_text(self, first: bytes, stream: Stream) -> bool:
         """Whether a file may be text by its first block. Every span looks, and only the first one tells."""
-        wide, nul = wide_encoding(first), first.find(b"\0")
-        if first and not wide and nul < 0:
+        refused = why_no_text(first)
+        if first and not refused:
             return True
         if self.span.start > 0:
             return False
-        if wide:
-            command = f"iconv -f {wide} -t UTF-8 {self.name} > converted.txt"
-            problem = f"is {wide}, not UTF-8: convert it, as with `{command}`"
-            self._leave_out(UTF16_FILE, f'"{self.name}" {problem}', problem)
-        elif nul >= 0:
-            found = f"is not UTF-8 text (byte 0x00 at offset {nul})"
-            self._leave_out(BINARY_FILE, f'"{self.name}" {found}', f"{found}: {CONVERT}")
+        if refused:
+            reason, problem = refused
+            self._leave_out(reason, f'"{self.name}" {problem}', problem)
         elif stream.damage:
-            found = f"is damaged ({stream.damage})"
-            self._leave_out(DAMAGED_FILE, f'"{self.name}" {found}', f"{found}: {WHOLE_COPY}")
+            problem = f"is damaged ({stream.damage}): {WHOLE_COPY}"
+            self._leave_out(DAMAGED_FILE, f'"{self.name}" {problem}', problem)
         else:
             self._leave_out(EMPTY_FILE, f'"{self.name}" is empty', "is empty")
         return False

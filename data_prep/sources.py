@@ -30,7 +30,6 @@ from data_prep.documents import (
 from data_prep.errors import UserError
 from data_prep.reading import (
     BUILTIN,
-    CONVERT,
     CSV,
     JSON_LINES,
     PARQUET,
@@ -41,6 +40,7 @@ from data_prep.reading import (
     place_of,
     read_part,
     unpacked_name,
+    why_no_text,
 )
 from data_prep.records import HUGGING_FACE, parse_hugging_face, row_groups
 from data_prep.storage import (
@@ -58,7 +58,7 @@ from data_prep.storage import (
     root_of_glob,
     size_of,
 )
-from data_prep.textfiles import is_local, wide_encoding
+from data_prep.textfiles import is_local
 
 __all__ = [
     "BUILTIN",
@@ -281,12 +281,10 @@ def _refuse_no_text(path: str, size: int | None) -> None:
         _refuse_binary(f'"{one_line(path)}"', first)
 
 
-def _refuse_binary(name: str, first: bytes) -> None:
-    wide = wide_encoding(first)
-    if wide:
-        raise UserError(f"{name} is {wide}, not UTF-8: convert it, as with `iconv -f {wide} -t UTF-8 OLD > NEW`")
-    if b"\0" in first:
-        raise UserError(f"{name} is not UTF-8 text (byte 0x00 at offset {first.index(0)}): {CONVERT}")
+def _refuse_binary(name: str, first_block: bytes) -> None:
+    refused = why_no_text(first_block)
+    if refused:
+        raise UserError(f"{name} {refused[1]}")
 
 
 def describe(sources: Sequence[Source], parts: Sequence[Part]) -> list[dict[str, Any]]:

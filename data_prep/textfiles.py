@@ -120,7 +120,7 @@ def cut_at_separators(
     inside = start == 0
     for block in blocks:
         held = held + block if held else block
-        has_returns = b"\r" in held
+        has_returns = b"\n" in separator and b"\r" in held
         while True:
             begin, end = _find(held, max(at, scanned), separator, find if has_returns else None)
             if begin < 0:

@@ -68,6 +68,7 @@ def test_the_cut_is_at_blank_line_then_line_end_then_character() -> None:
     assert cut("one\n\ntwo\nthree\n\nfour and", 20) == ["one\n\ntwo\nthree\n\n", "four and"]
     assert cut("one\r\n\r\ntwo\r\nthree\r\n\r\nfour", 20) == ["one\r\n\r\n", "two\r\nthree\r\n\r\nfour"]
     assert cut("one\r\rtwo\rthree three", 16) == ["one\r\r", "two\rthree three"]
+    assert cut("one\rtwo and three\r\nx", 18) == ["one\r", "two and three\r\nx"]
     assert cut("one\ntwo three four", 16) == ["one\n", "two three four"]
     assert cut("日本語日本語", 16) == ["日本語日本", "語"]
 
