@@ -108,8 +108,6 @@ class BuildSettings:
         problems = [*self.reading.check(), *self.cleaning.check()]
         if self.tokenizer is None:
             problems += self.training.check()
-        if not self.sources:
-            problems.append("no source is named: give a file, a folder, - or builtin")
         if not 0 <= self.validation_fraction < 1:
             problems.append(f"--validation-fraction {self.validation_fraction} must be at least 0 and below 1")
         if not 1 <= self.shard_tokens <= LARGEST_SHARD_TOKENS:
@@ -136,11 +134,13 @@ class Plan:
     identity: dict[str, Any]
 
     @classmethod
-    def of(cls, settings: BuildSettings) -> Plan:
-        """Raises ``UserError`` for settings that cannot be, and for sources that are not there."""
+    def of(cls, settings: BuildSettings, stdin_copy: Path | None = None) -> Plan:
+        """Raises ``UserError`` for settings that cannot be, and for sources that are not there.
+
+        Without ``stdin_copy``, a file that holds it, standard input has no parts yet.
+        """
         settings.check()
         sources = tuple(parse_sources(settings.sources))
-        stdin_copy = settings.out / STDIN_COPY
         parts = parts_of(sources, settings.reading, stdin_copy)
         # The size of parts follows from the size of the corpus, never from the number of workers.
         share = sum(part.bytes for part in parts) // LEAST_PARTS
@@ -282,7 +282,7 @@ class _Build:
     def _keep_stdin(self) -> None:
         with atomic_file(self.plan.settings.out / STDIN_COPY) as file:
             copy_stdin(file)
-        self.plan = Plan.of(self.plan.settings)  # now its size is known
+        self.plan = Plan.of(self.plan.settings, self.plan.settings.out / STDIN_COPY)
 
     def _find_duplicates(self) -> None:
         """Step 2. Its results are files beside the parts' records."""
