@@ -44,7 +44,7 @@ def dataset_in(folder: Path, write: Callable[[Path], Sequence[ShardRecord]]) -> 
     """A dataset whose training shards ``write`` makes, with a tokenizer of 256 bytes and a few marks."""
     source = folder / "text.txt"
     source.write_text("a text\n" * 100, encoding="utf-8")
-    build(BuildSettings(sources=(str(source),), out=folder / "data", tokenizer_kind="bytes", validation_fraction=0.0))
+    build(BuildSettings.from_options((str(source),), folder / "data", kind="bytes", validation_fraction=0.0))
     for shard in (folder / "data").glob("train-*"):
         shard.unlink()
     path = folder / "data" / MANIFEST
@@ -80,7 +80,7 @@ def many_shards(directory: Path) -> Sequence[ShardRecord]:
         name = f"train-{number:05d}"
         (directory / f"{name}.bin").write_bytes(content)
         (directory / f"{name}.idx").write_bytes(index)
-        records.append(ShardRecord(name, 1000, 10, 1000, 10, "", "", number * 10, number * 10 + 9))
+        records.append(ShardRecord(name, 0, 1000, 10, 1000, 10, "", "", "", ""))
     return records
 
 
@@ -135,8 +135,8 @@ class Lengths(Split):
     """A split of which only the documents' lengths are there."""
 
     def __init__(self, lengths: np.ndarray) -> None:
-        record = ShardRecord("train-00000", int(lengths.sum()), len(lengths), 0, 0, "", "", 0, len(lengths) - 1)
-        super().__init__(Path(), "train", np.dtype("<u2"), split_totals([record]))
+        record = ShardRecord("train-00000", 0, int(lengths.sum()), len(lengths), 0, 0, "", "", "", "")
+        super().__init__(Path(), "train", np.dtype("<u2"), split_totals([record]), [{"name": "", "weight": 1.0}])
         self._lengths = lengths
 
     def shard_lengths(self, record: ShardRecord) -> np.ndarray:

@@ -29,7 +29,6 @@ from data_prep.shards import (
     SPLITS,
     TOKENIZER_FILE,
     Dataset,
-    ShardRecord,
     ShardWriter,
     Split,
     count_words,
@@ -175,7 +174,8 @@ def import_dataset(
 
     A file whose name, or whose folder's name below the source, has the word val, valid or validation becomes
     validation, every other one train; files come in the order of their names. Returns the manifest, whose
-    ``left_out`` counts what could not stay as it was. Raises ``UserError`` for a damaged file or a token that ``tokenizer`` lacks.
+    ``left_out`` counts what could not stay as it was. Raises ``UserError`` for a damaged file, or a token that
+    ``tokenizer`` lacks.
     """
     progress = progress or SilentReporter()
     if not 1 <= shard_tokens <= LARGEST_SHARD_TOKENS:

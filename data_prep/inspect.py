@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.shards import SPLITS, Dataset, ShardRecord, Split
+from data_prep.shards import SPLITS, Dataset, Split
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 COMMON_TOKENS = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from data_prep.tokenizers import Tokenizer
 
 def make_manifest(
     tokenizer: Tokenizer,
-    shards: dict[str, Sequence[ShardRecord]],
+    shards: Mapping[str, Sequence[ShardRecord]],
     *,
     split_rule: dict[str, str],
     sources: list[dict[str, Any]],

@@ -336,7 +336,9 @@ class Dataset:
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._code = MEGATRON_CODES[self._dtype.name]
-        self._splits = {name: Split(directory, name, self._dtype, manifest["splits"][name], manifest["sources"]) for name in SPLITS}
+        self._splits = {
+            name: Split(directory, name, self._dtype, manifest["splits"][name], manifest["sources"]) for name in SPLITS
+        }
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from data_prep.documents import SMALLEST_MAX_DOCUMENT_BYTES
 from data_prep.errors import UserError
-from data_prep.sources import SMALLEST_MAX_DOCUMENT_BYTES
 
 HASH_RANGE = 2**64
 

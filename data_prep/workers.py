@@ -6,6 +6,7 @@ done. Calls may end in any order, so a function leaves its result on the disk or
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -141,7 +142,7 @@ def _run_on_ray(
             address=address,
             num_cpus=None if address else workers,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             include_dashboard=False,
         )
     try:

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from data_prep import layouts
 from data_prep.cli import EXPORTED, IMPORTED
-from data_prep.convert import export_dataset, import_dataset, text_size, write_manifest
+from data_prep.convert import export_dataset, import_dataset, text_size
 from data_prep.errors import UserError
 from data_prep.shards import SPLITS, Dataset, ShardWriter, open_dataset
-from data_prep.tokenizers import Tokenizer, train_tokenizer
+from data_prep.tokenizers import Tokenizer
+from tests.data_prep.handmade import BYTES, finish_dataset
 
 Prep = Callable[..., Result]
-BYTES = train_tokenizer(iter([]), "bytes", 0)
 END = BYTES.end_of_text_id
 TEXTS = {"train": ["ab", "c", "two words\nand été", ""], "validation": ["held out", "é"]}
 
@@ -52,8 +52,7 @@ def make_dataset(
                 tokens = np.array([*tokenizer.encode(text), tokenizer.end_of_text_id])
                 writer.add(tokens, text_bytes=len(text.encode()), words=len(text.split()))
         records[split] = writer.records
-    tokenizer.save(directory / "tokenizer.json")
-    write_manifest(directory, tokenizer, records, sources=[], settings={}, skipped={})
+    finish_dataset(directory, tokenizer, records)
     return open_dataset(directory)
 
 
@@ -258,7 +257,7 @@ def test_a_last_document_without_an_end_gets_one_and_it_is_counted(tmp_path: Pat
     (tmp_path / "train.bin").write_bytes(u16(*ids("ab"), *BYTES.encode("cd")))
     data = bring(tmp_path, "nanogpt", tmp_path / "train.bin")
     assert documents_of(data, "train") == [ids("ab"), ids("cd")]
-    assert data.manifest["skipped"] == {"empty_documents": 0, "ends_added": 1, "ends_moved": 0}
+    assert data.manifest["left_out"] == {"empty_documents": 0, "ends_added": 1, "ends_moved": 0}
 
 
 def test_a_document_may_begin_in_one_file_and_end_in_the_next(tmp_path: Path) -> None:
@@ -268,7 +267,7 @@ def test_a_document_may_begin_in_one_file_and_end_in_the_next(tmp_path: Path) ->
         (tmp_path / f"x_train_{number:06d}.bin").write_bytes(header + u16(*part))
     data = bring(tmp_path, "llmc", tmp_path / "x_train_000001.bin", tmp_path / "x_train_000002.bin")
     assert documents_of(data, "train") == [ids("first"), ids("second over the border"), ids("third")]
-    assert sum(data.manifest["skipped"].values()) == 0
+    assert sum(data.manifest["left_out"].values()) == 0
 
 
 def test_documents_that_begin_with_the_end_of_text_token_as_llmc_writes_them_keep_their_borders(tmp_path: Path) -> None:
@@ -285,7 +284,7 @@ def test_borders_that_the_index_tells_need_no_end_of_text_token(tmp_path: Path) 
     (tmp_path / "a.ds.index").write_bytes(struct.pack("<4Q", 2, 2, 5, 7))
     data = bring(tmp_path, "datatrove", tmp_path / "a.ds")
     assert documents_of(data, "train") == [ids("ab"), ids("cde"), ids("f")]
-    assert data.manifest["skipped"] == {"empty_documents": 1, "ends_added": 2, "ends_moved": 0}
+    assert data.manifest["left_out"] == {"empty_documents": 1, "ends_added": 2, "ends_moved": 0}
     assert totals(data, "train") == (9, 3, 6, 3)
 
 
@@ -407,7 +406,7 @@ def test_a_full_disk_leaves_nothing_behind(dataset: Dataset, tmp_path: Path, mon
         raise OSError(28, os.strerror(28))
 
     before = set(tmp_path.iterdir())
-    monkeypatch.setattr("data_prep.convert.write_manifest", full)
+    monkeypatch.setattr("data_prep.convert.save_manifest", full)
     with pytest.raises(OSError, match="No space left"):
         import_dataset([dataset.directory], "megatron", BYTES, tmp_path / "back")
     monkeypatch.setattr(layouts, "olmo_borders", full)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 from click.testing import Result
 
-from data_prep.inspect import SHOWN_TOKENS, UNUSED_SHOWN, count_tokens, source_of
-from data_prep.shards import Dataset, ShardRecord, open_dataset
+from data_prep.inspect import SHOWN_TOKENS, UNUSED_SHOWN, count_tokens
+from data_prep.shards import Dataset, open_dataset
 
 Prep = Callable[..., Result]
 DOCUMENTS = [f"document {n} " + "word " * n for n in range(60)]
@@ -122,15 +121,14 @@ def test_ids_show_every_token_apart(prep: Prep, dataset: Dataset) -> None:
     assert " ".join(f"{i}·{dataset.tokenizer.token_text(i)}" for i in shown["ids"]) in text
 
 
-def test_bytes_per_token_are_grouped_by_the_source_where_shards_tell_it() -> None:
-    @dataclass(frozen=True)
-    class Told(ShardRecord):
-        source: int
-
-    old = ShardRecord("train-00000", 1, 1, 1, 1, "", "", 0, 0)
-    told = Told(**asdict(old), source=1)
-    assert source_of(told, [{"name": "books"}, {"name": "web"}]) == "web"
-    assert source_of(old, [{"name": "books"}]) == "all sources"
+def test_bytes_per_token_are_told_by_source(prep: Prep, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc " * 500)
+    (tmp_path / "b.txt").write_text("été " * 300)
+    sources = [f"books={tmp_path / 'a.txt'}", f"web={tmp_path / 'b.txt'}"]
+    arguments = ["--out", tmp_path / "out", "--tokenizer-kind", "bytes", "--validation-fraction", "0"]
+    assert prep("build", *sources, *arguments).exit_code == 0
+    rows = json.loads(prep("inspect", tmp_path / "out", "--json").stdout)["splits"]["train"]["sources"]
+    assert [(row["name"], row["text_bytes"]) for row in rows] == [("books", 2000), ("web", 1800)]
 
 
 def test_bytes_per_token_of_all_sources_are_the_splits(prep: Prep, dataset: Dataset) -> None:

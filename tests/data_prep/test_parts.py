@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from data_prep.engines import make_engine
-from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import parts
+from data_prep.engines import make_engine
 from data_prep.parts import _BatchEncoder, count_words
+from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 
 
 @given(st.lists(st.sampled_from(["a", "é", " ", "\n", "\t", "語", "\r", "bc"])).map("".join))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 
 from data_prep import parts, pipeline
 from data_prep.errors import UserError
@@ -19,6 +18,7 @@ from data_prep.pipeline import BuildSettings, build
 from data_prep.progress import SilentReporter
 from data_prep.shards import open_dataset
 from data_prep.splitting import hash_of
+from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 
 Tree = Callable[[Path], dict[str, bytes]]
 

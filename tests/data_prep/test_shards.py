@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.shards import ShardRecord, ShardWriter, open_dataset, split_totals, token_dtype
+from data_prep.shards import ShardRecord, ShardWriter, open_dataset, token_dtype
 from data_prep.tokenizers import Tokenizer
+from tests.data_prep.handmade import BYTES, finish_dataset
 
 END = 0
-BYTES = train_tokenizer(iter([]), TokenizerSettings("bytes"))
 
 
 def write_split(
@@ -41,21 +40,11 @@ def write_dataset(
 ) -> None:
     """A dataset from the format's description, without the pipeline."""
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(directory / "tokenizer.json")
-    splits = {
-        name: split_totals(
-            write_split(directory, name, documents, shard_tokens=shard_tokens, vocab_size=tokenizer.vocab_size)
-        )
+    records = {
+        name: write_split(directory, name, documents, shard_tokens=shard_tokens, vocab_size=tokenizer.vocab_size)
         for name, documents in (("train", train), ("validation", validation))
     }
-    manifest = {
-        "format": "kindling-shards",
-        "version": 2,
-        "tokenizer": {"file": "tokenizer.json", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
-        "dtype": token_dtype(tokenizer.vocab_size).name,
-        "splits": splits,
-    }
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    finish_dataset(directory, tokenizer, records)
 
 
 def test_a_tiny_shard_has_exactly_these_bytes(tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.convert import write_manifest
 from data_prep.errors import UserError
 from data_prep.shards import IDX_HEADER, SPLITS, ShardWriter, open_dataset
-from data_prep.tokenizers import train_tokenizer
 from lm.config import Config
+from tests.data_prep.handmade import BYTES, finish_dataset
 
 Prep = Callable[..., Result]
 
@@ -26,17 +25,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of several shards in both splits."""
     directory = tmp_path_factory.mktemp("verify") / "data"
     directory.mkdir()
-    tokenizer = train_tokenizer(iter([]), "bytes", 0)
     rng = np.random.default_rng(0)
     records = {}
     for split in SPLITS:
-        with ShardWriter(directory, split, vocab_size=tokenizer.vocab_size, shard_tokens=400) as writer:
+        with ShardWriter(directory, split, vocab_size=BYTES.vocab_size, shard_tokens=400) as writer:
             for length in rng.integers(1, 60, size=30):
-                ids = tokenizer.encode("".join(rng.choice(list("abc "), size=length)))
-                writer.add(np.array([*ids, tokenizer.end_of_text_id]), text_bytes=len(ids), words=1)
+                ids = BYTES.encode("".join(rng.choice(list("abc "), size=length)))
+                writer.add(np.array([*ids, BYTES.end_of_text_id]), text_bytes=len(ids), words=1)
         records[split] = writer.records
-    tokenizer.save(directory / "tokenizer.json")
-    write_manifest(directory, tokenizer, records, sources=[], settings={}, skipped={})
+    finish_dataset(directory, BYTES, records)
     return directory
 
 
