@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -129,12 +130,33 @@ def records_of_csv(stream: Stream, text_field: str, errors: str) -> Iterator[Rec
 
 
 def _csv_lines(stream: Stream, skipped: list[Record]) -> Iterator[str]:
-    for number, (offset, line) in enumerate(owned_lines(stream, 0, -1), start=1):
-        if line is None:
+    for number, lines in _runs_of_lines(stream):
+        if lines is None:
             skipped.append(_too_long(number))
             continue
         # Bytes that are no UTF-8 pass as half surrogates: they may be in another field than the text's.
-        yield (line.removeprefix(UTF8_MARK) if offset == 0 else line).decode("utf-8", "surrogateescape") + "\n"
+        text = (lines.removeprefix(UTF8_MARK) if number == 1 else lines).decode("utf-8", "surrogateescape")
+        yield from io.StringIO(text, newline="\n")
+
+
+def _runs_of_lines(stream: Stream) -> Iterator[tuple[int, bytes | None]]:
+    """The lines that ``owned_lines`` gives for all of a file, many at a time, with the number of the first from 1."""
+    held: list[bytes] = []
+    length, number = 0, 1
+    for block in stream.blocks():
+        first, newline, rest = block.partition(b"\n")
+        length += len(first)
+        held = [*held, first] if length <= MAX_RECORD_BYTES else []
+        if not newline:
+            continue
+        yield number, b"".join((*held, newline)) if length <= MAX_RECORD_BYTES else None
+        end = rest.rfind(b"\n") + 1
+        if end:
+            yield number + 1, rest[:end]
+        number += 1 + rest.count(b"\n")
+        held, length = [rest[end:]], len(rest) - end
+    if length and not stream.damage:
+        yield number, b"".join((*held, b"\n")) if length <= MAX_RECORD_BYTES else None
 
 
 def _record_of_field(line: int, field: str, text_field: str, errors: str) -> Record:

@@ -19,8 +19,10 @@ from data_prep.storage import Stream, open_raw, open_stream
 
 
 def csv_records(path: Path, text_field: str = "text") -> list[Record]:
-    with open_stream(str(path)) as stream:
-        return list(records_of_csv(stream, text_field, "skip"))
+    with open_stream(str(path)) as stream, path.open("rb") as file:
+        found = list(records_of_csv(stream, text_field, "skip"))
+        assert list(records_of_csv(SmallBlocks(file, "x"), text_field, "skip")) == found
+        return found
 
 
 def parquet_records(path: Path, start: int = 0, stop: int = -1, text_field: str = "text") -> list[Record]:
