@@ -74,12 +74,14 @@ def _minhashes(texts: Sequence[str]) -> npt.NDArray[np.uint32]:
         from rensa import RMinHash  # an extra
     except ImportError:
         raise UserError('near duplicates need the package rensa: pip install "kindling-lm[cleaning]"') from None
-    if not texts:
-        return np.zeros((0, MINHASH_VALUES), np.uint32)
-    sets = [_shingles(text) for text in texts]
-    starts = np.cumsum([0, *map(len, sets)]).astype(np.uint64)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(sets), starts, MINHASH_VALUES, MINHASH_SEED)
-    return np.array(matrix.to_rows(), np.uint32)
+    values = np.empty((len(texts), MINHASH_VALUES), np.uint32)
+    for row, text in zip(values, texts, strict=True):
+        # One text a call, and as a set: else rensa starts threads of its own for large inputs, and a worker process
+        # that is forked after that waits for them for ever.
+        row[:] = RMinHash.digest_matrix_from_token_hash_sets([_shingles(text)], MINHASH_VALUES, MINHASH_SEED).to_rows()[
+            0
+        ]
+    return values
 
 
 def _shingles(text: str) -> Hashes:
