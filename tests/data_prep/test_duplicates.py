@@ -175,6 +175,13 @@ def test_records_have_a_fixed_size_and_do_not_depend_on_company_or_process() -> 
     assert subprocess.run(command, check=True, capture_output=True).stdout == signatures(texts, "near", NEAR)
 
 
+def test_both_ways_to_hash_a_set_give_the_same_values(monkeypatch) -> None:
+    texts = ["", "one", *families(seed=9, number=10, members=1), " ".join(f"w{number}" for number in range(20_000))]
+    as_arrays = signatures(texts, "near", NEAR)
+    monkeypatch.setattr(duplicates, "_MOST_SHINGLES_OF_AN_ARRAY", 0)
+    assert signatures(texts, "near", NEAR) == as_arrays
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
 def test_no_threads_are_started_that_a_forked_worker_would_wait_for() -> None:
     texts = [" ".join(f"w{number * place % 997}" for place in range(100)) for number in range(500)]
