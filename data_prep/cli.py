@@ -1,17 +1,27 @@
-"""The commands ``build``, ``inspect`` and ``verify``. Heavy imports wait until a command runs: --help is quick."""
+"""The commands of data preparation. Heavy imports wait until a command runs: --help is quick."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from data_prep.build_options import cleaning_options, reading_options, tokenizer_options
 from data_prep.command_line import FriendlyGroup
+from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from data_prep.pipeline import BuildSettings
 
 DIRECTORY = click.Path(path_type=Path)
+LEFT_OUT_STATUS = 3
+EMPTY = "empty document"  # the one thing left out that nobody misses
+EXPORTED = ("nanogpt", "llmc", "datatrove", "olmo")
+IMPORTED = (*EXPORTED, "megatron")
 
 
 def available_cores() -> int:
@@ -27,20 +37,9 @@ def main() -> None:
 @main.command()
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @click.option("--out", type=DIRECTORY, required=True, help="Folder for the dataset; it is made if it is not there.")
-@click.option("--vocab-size", type=int, default=8192, show_default=True, help="Tokens in the vocabulary.")
-@click.option(
-    "--tokenizer-kind",
-    type=click.Choice(["bpe", "unigram", "bytes", "characters"]),
-    default="bpe",
-    show_default=True,
-    help="Kind of tokenizer to train: byte-pair encoding, Unigram, one token a byte, or one token a character.",
-)
-@click.option(
-    "--tokenizer",
-    type=DIRECTORY,
-    help="A tokenizer.json to use instead of training one; --vocab-size and --tokenizer-kind then mean nothing.",
-)
-@click.option("--workers", type=int, default=None, help="Processes that encode.  [default: the cores available]")
+@reading_options
+@cleaning_options
+@tokenizer_options
 @click.option(
     "--validation-fraction",
     type=float,
@@ -48,37 +47,37 @@ def main() -> None:
     show_default=True,
     help="Share of the documents kept for validation, from 0 to below 1.",
 )
-@click.option(
-    "--max-document-bytes",
-    type=int,
-    default=65536,
-    show_default=True,
-    help="Longer texts are cut into documents of at most this many bytes, at blank lines where there are any.",
-)
-@click.option("--text-field", default="text", show_default=True, help="Field with the text in .jsonl and datasets.")
-@click.option(
-    "--train-bytes",
-    type=int,
-    default=200_000_000,
-    show_default=True,
-    help="Bytes of training text, from the start, that the tokenizer is trained on.",
-)
 @click.option("--shard-tokens", type=int, default=2**26, show_default=True, help="Most tokens in one file.")
+@click.option("--workers", type=int, default=None, help="Processes that work.  [default: the cores available]")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where they work: on this machine, or on the Ray cluster that RAY_ADDRESS names.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def build(sources: tuple[str, ...], as_json: bool, workers: int | None, **options: Any) -> None:
+@click.pass_context
+def build(context: click.Context, dry_run: bool, as_json: bool, workers: int | None, **options: Any) -> None:
     """Make a dataset from text.
 
-    A SOURCE is a file (.txt, .md, .jsonl, any of them with .gz), a folder of such files, - for standard input,
-    "builtin" for the documentation inside Python and installed packages, or hf:NAME[:SPLIT] for a Hugging Face
-    dataset or a local folder of one.
+    A SOURCE is a file (.txt, .md, .jsonl, .csv, .parquet, any but the last with .gz, .zst, .bz2 or .xz), a folder of
+    such files, a pattern ("texts/**/*.md"), - for standard input, "builtin" for the documentation inside Python and
+    installed packages, hf:NAME[:SPLIT] for a Hugging Face dataset or a local folder of one, or an address that fsspec
+    knows (s3://…). NAME=SOURCE gives it a name, SOURCE@2 a weight in training.
 
-    A build that was stopped goes on when the same command is called again.
+    A build that was stopped goes on when the same command is called again. Exit status 3 says that the dataset is
+    whole, but that something damaged or unreadable was left out.
     """
     from data_prep.pipeline import BuildSettings
     from data_prep.pipeline import build as build_dataset
     from data_prep.progress import ConsoleReporter
 
-    settings = BuildSettings(sources=sources, workers=available_cores() if workers is None else workers, **options)
+    settings = BuildSettings.from_options(workers=workers or available_cores(), **options)
+    if dry_run:
+        _tell_estimate(settings, as_json)
+        return
     try:
         manifest = build_dataset(settings, progress=ConsoleReporter())
     except KeyboardInterrupt:
@@ -87,6 +86,25 @@ def build(sources: tuple[str, ...], as_json: bool, workers: int | None, **option
         click.echo(json.dumps(_summary(settings.out, manifest), indent=2))
     else:
         _print_summary(settings.out, manifest)
+    if any(count for reason, count in manifest["left_out"].items() if reason != EMPTY):
+        context.exit(LEFT_OUT_STATUS)
+
+
+def _tell_estimate(settings: BuildSettings, as_json: bool) -> None:
+    from data_prep.estimate import estimate
+
+    found = estimate(settings)
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=2))
+        return
+    click.echo(f"{found.files:,} files, {found.file_bytes / 1e6:,.1f} MB, in {found.parts:,} parts")
+    about = "very roughly" if found.guessed else "about"
+    click.echo(
+        f"{about} {found.text_bytes / 1e6:,.1f} MB of text in {found.documents:,} documents, {found.tokens:,} tokens"
+    )
+    click.echo(f"{about} {found.seconds:,.0f} s with {settings.workers} workers, encoded by {found.encoder}")
+    click.echo(f"{about} {found.disk_bytes / 1e6:,.1f} MB on the disk, in {settings.out}")
+    click.echo("nothing was written")
 
 
 def _summary(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +116,8 @@ def _summary(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         "out": str(out),
         "splits": splits,
         "tokenizer": manifest["tokenizer"],
-        "skipped": manifest["skipped"],
+        "left_out": manifest["left_out"],
+        "cleaning": manifest["cleaning"],
         "corpus_sha256": manifest["corpus_sha256"],
     }
 
@@ -117,9 +136,9 @@ def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
     Console(highlight=False).print(table)
     tokenizer = manifest["tokenizer"]
     click.echo(f"vocabulary: {tokenizer['vocab_size']:,} tokens ({tokenizer['kind']})")
-    skipped = [f"{name.replace('_', ' ')} {count:,}" for name, count in manifest["skipped"].items() if count]
-    if skipped:
-        click.echo(f"skipped: {', '.join(skipped)}")
+    left_out = [f"{reason} {count:,}" for reason, count in manifest["left_out"].items() if count]
+    if left_out:
+        click.echo(f"left out: {', '.join(left_out)}")
     click.echo(f"in: {out}")
     click.echo(f"next: python train.py configs/tiny.toml --data {out} --run runs/{out.resolve().name}")
 
@@ -128,17 +147,28 @@ def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
 @click.argument("directory", type=DIRECTORY)
 @click.option("--documents", type=int, default=3, show_default=True, help="Documents of each split to show.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the documents.")
+@click.option("--ids", is_flag=True, help="Show texts as single tokens with their ids.")
+@click.option("--page", type=DIRECTORY, help="Write a page with pictures to this .html file instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(directory: Path, documents: int, seed: int, as_json: bool) -> None:
+def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | None, as_json: bool) -> None:
     """Show what a model will see.
 
-    That is: totals, lengths of documents, a few of them, and the most common tokens.
+    That is: totals, lengths of documents, a few of them, a window over a document's end, the most common tokens and
+    those never used, and bytes per token by source.
     """
     from data_prep.inspect import inspect_dataset, render
     from data_prep.shards import open_dataset
 
     found = inspect_dataset(open_dataset(directory), documents=documents, seed=seed)
-    click.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else render(found))
+    if page is not None:
+        from data_prep.files import write_atomically
+        from data_prep.inspect_page import render_page
+
+        write_atomically(page, render_page(found))
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        click.echo(render(found, ids=ids) if page is None else f"in: {page}")
 
 
 @main.command()
@@ -157,3 +187,54 @@ def verify(directory: Path, as_json: bool) -> None:
         click.echo(json.dumps({"directory": str(directory), "whole": True, "tokens": total}))
     else:
         click.echo(f'"{directory}" is whole: {total:,} tokens, every checksum as it was built')
+
+
+@main.command()
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=DIRECTORY)
+@click.option("--to", "target", type=click.Choice(EXPORTED), help="Layout to write SOURCE, a dataset, in.")
+@click.option("--from", "origin", type=click.Choice(IMPORTED), help="Layout that SOURCE, files or folders, has.")
+@click.option("--tokenizer", type=DIRECTORY, help="With --from: the tokenizer.json that made the tokens.")
+@click.option("--out", type=DIRECTORY, required=True, help="New folder for the result.")
+@click.option("--copy", is_flag=True, help="With --to: copy the tokens where a hard link would do.")
+@click.option(
+    "--shard-tokens", type=int, default=2**26, show_default=True, help="With --from: most tokens in one file."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def convert(
+    sources: tuple[Path, ...],
+    target: str | None,
+    origin: str | None,
+    tokenizer: Path | None,
+    out: Path,
+    copy: bool,
+    shard_tokens: int,
+    as_json: bool,
+) -> None:
+    """Take a dataset to the token files of another program, or bring such files in.
+
+    With --to, SOURCE is a dataset. With --from, each SOURCE is a file or a folder of them; those with the word val,
+    valid or validation in their name become the validation split.
+    """
+    from data_prep.convert import export_dataset, import_dataset
+    from data_prep.progress import ConsoleReporter
+    from data_prep.shards import open_dataset
+    from data_prep.tokenizers import Tokenizer
+
+    if (target is None) == (origin is None):
+        raise UserError("give either --to LAYOUT for a dataset, or --from LAYOUT for other files")
+    if target is not None:
+        if len(sources) > 1:
+            raise UserError("--to takes one dataset at a time")
+        written = export_dataset(open_dataset(sources[0]), target, out, copy=copy, progress=ConsoleReporter())
+        found = {"out": str(out), "layout": target, "files": written}
+        click.echo(json.dumps(found, indent=2) if as_json else f"in: {out} ({len(written)} files)")
+        return
+    assert origin is not None
+    if tokenizer is None:
+        raise UserError("--from needs the --tokenizer that made the tokens")
+    loaded = Tokenizer.load(tokenizer)
+    manifest = import_dataset(sources, origin, loaded, out, shard_tokens=shard_tokens, progress=ConsoleReporter())
+    if as_json:
+        click.echo(json.dumps(_summary(out, manifest), indent=2))
+    else:
+        _print_summary(out, manifest)

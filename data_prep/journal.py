@@ -1,4 +1,8 @@
-"""What an unfinished build has done so far. It lies beside the shards, and a later call reads it and goes on."""
+"""What an unfinished build has done so far, so that a later call can go on.
+
+``build.json`` holds what decides the result and what was found before the first shard. Each part of the input has a
+record of its own in the folder ``work``, written by whoever works on it. Every file is whole or not there.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +14,27 @@ from typing import Any, Self
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
-from data_prep.shards import JOURNAL, SPLITS, ShardRecord
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the first reading of all documents found.
-
-    A document belongs to validation if its hash is below ``threshold``.
-    """
-
-    documents: int
-    text_bytes: int
-    corpus_sha256: str
-    threshold: int
-    skipped: dict[str, int]
+from data_prep.shards import JOURNAL, SPLITS, WORK, ShardRecord
 
 
 @dataclass
 class Journal:
-    """``identity`` is all that decides the result: sources and settings. A change is on the disk when it returns."""
+    """The state of a build before its parts.
+
+    Attributes:
+        identity: all that decides the result, sources and settings.
+        stamp: a fingerprint of the sources' files and their times of change.
+        threshold: a document belongs to validation if its hash is below it; None: not known yet.
+        encoder: the short name of the encoder that was chosen; empty: not chosen yet.
+        encoders: each encoder that was tried, and what came of it.
+    """
 
     path: Path
     identity: dict[str, Any]
-    reading: Reading | None = None
-    shards: dict[str, list[ShardRecord]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    stamp: str
+    threshold: int | None = None
+    encoder: str = ""
+    encoders: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, directory: Path) -> Self | None:
@@ -43,28 +43,56 @@ class Journal:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_bytes())
-            reading = Reading(**content["reading"]) if content["reading"] else None
-            shards = {split: [ShardRecord(**record) for record in content["shards"][split]] for split in SPLITS}
-            return cls(path, content["identity"], reading, shards)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'"{path}" is damaged: remove "{directory}" and build again') from None
+            return cls(path, **json.loads(path.read_bytes()))
+        except (ValueError, TypeError):
+            raise _damaged(path) from None
 
     def save(self) -> None:
-        content = {
-            "identity": self.identity,
-            "reading": asdict(self.reading) if self.reading else None,
-            "shards": {split: [asdict(record) for record in records] for split, records in self.shards.items()},
-        }
+        content = {name: value for name, value in vars(self).items() if name != "path"}
         write_atomically(self.path, json.dumps(content, indent=2))
 
-    def finish_reading(self, reading: Reading) -> None:
-        self.reading = reading
-        self.save()
+
+@dataclass
+class PartRecord:
+    """What has been made of one part.
+
+    ``summary`` is there when the part is finished: ``documents``, ``text_bytes``, ``digest``, and the reports of
+    reading and cleaning. A change is on the disk when it returns.
+    """
+
+    path: Path
+    shards: dict[str, list[ShardRecord]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    summary: dict[str, Any] | None = None
+
+    @classmethod
+    def open(cls, directory: Path, number: int) -> Self:
+        """The record of part ``number``, empty if the part has not been begun."""
+        path = directory / WORK / f"part-{number:05d}.json"
+        if not path.is_file():
+            return cls(path)
+        try:
+            content = json.loads(path.read_bytes())
+            shards = {split: [ShardRecord(**record) for record in content["shards"][split]] for split in SPLITS}
+            return cls(path, shards, content["summary"])
+        except (ValueError, KeyError, TypeError):
+            raise _damaged(path) from None
 
     def finish_shard(self, split: str, record: ShardRecord) -> None:
         self.shards[split].append(record)
-        self.save()
+        self._save()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self.summary = summary
+        self._save()
+
+    def _save(self) -> None:
+        shards = {split: [asdict(record) for record in records] for split, records in self.shards.items()}
+        write_atomically(self.path, json.dumps({"shards": shards, "summary": self.summary}))
+
+
+def _damaged(path: Path) -> UserError:
+    directory = path.parent if path.name == JOURNAL else path.parent.parent
+    return UserError(f'"{path}" is damaged: remove "{directory}" and build again')
 
 
 def differences(there: dict[str, Any], asked: dict[str, Any]) -> Iterator[str]:

@@ -1,149 +1,213 @@
-"""Build a dataset: read the sources, train a tokenizer, encode, write shards. Killed at any moment, it can go on.
+"""Build a dataset: sources → parts → cleaning → tokenizer → shards. Killed at any moment, it can go on.
 
 The steps, each of which a later call skips if it is done:
 
-1. Read everything once: count, hash, and fix the border between training and validation.
-2. Train the tokenizer on training documents only.
-3. Read again, encode in worker processes, write shards; the journal notes each finished shard.
-4. Write the manifest and remove the journal.
+1. Cut the sources into parts, by names and sizes only.
+2. Where duplicates are to go: read all parts, and find them over the whole corpus.
+3. Fix the border between training and validation: the first documents tell, unless the corpus is tiny.
+4. Train the tokenizer on training documents, and prove the fastest encoder that is exact for it.
+5. Make the shards of every part, in worker processes or on a Ray cluster.
+6. Write the manifest and remove everything else.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import hashlib
 import json
-import platform
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.encoding import encode_in_order
+from data_prep.cleaning import Cleaner, CleaningSettings
+from data_prep.duplicates import find_duplicates
+from data_prep.engines import choose_engine
 from data_prep.errors import UserError
 from data_prep.files import atomic_file, only_writer_of, write_atomically
-from data_prep.journal import Journal, Reading, differences
+from data_prep.journal import Journal, PartRecord, differences
+from data_prep.manifest import make_manifest, save_manifest
+from data_prep.parts import (
+    Job,
+    build_part,
+    digest_of_parts,
+    duplicates_path,
+    kept_documents,
+    merged_reports,
+    signatures_path,
+    survey_part,
+)
 from data_prep.progress import Reporter, SilentReporter
 from data_prep.shards import (
     DEFAULT_SHARD_TOKENS,
-    FORMAT_NAME,
-    FORMAT_VERSION,
     JOURNAL,
     LARGEST_SHARD_TOKENS,
     MANIFEST,
     SPLITS,
     TOKENIZER_FILE,
-    ShardWriter,
+    WORK,
     open_dataset,
-    split_totals,
-    token_dtype,
 )
 from data_prep.sources import (
-    DEFAULT_MAX_DOCUMENT_BYTES,
-    SMALLEST_MAX_DOCUMENT_BYTES,
     STDIN,
-    Document,
+    Part,
     ReadReport,
+    ReadSettings,
+    Source,
     copy_stdin,
-    describe_sources,
-    read_documents,
+    describe,
+    parse_sources,
+    parts_of,
 )
-from data_prep.splitting import CorpusDigest, SplitRule, hash_of
-from data_prep.tokenizers import KINDS, Tokenizer, train_tokenizer
+from data_prep.splitting import SplitRule, hash_of
+from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
+from data_prep.tokenizers import Tokenizer
+from data_prep.workers import EXECUTORS, Executor, run_calls
 
-BATCH_BYTES = 1 << 18  # text that a worker encodes at a time
 STDIN_COPY = "stdin.txt"
+# The encoders are compared on so many documents, and no more than so many bytes of them.
+PROVED_DOCUMENTS, PROVED_BYTES = 300, 1 << 19
+SMALLEST_PART_BYTES = 1 << 20
+# A corpus has at least so many parts, if each can be that large: work for several processes.
+LEAST_PARTS = 16
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """All that a build can be told. Only ``workers`` does not change the result."""
+    """All that a build can be told. ``workers``, ``engine`` and ``encoder`` do not change the result."""
 
     sources: tuple[str, ...]
     out: Path
-    vocab_size: int = 8192
-    tokenizer_kind: str = "bpe"
-    #: A tokenizer.json to use instead of training one of ``tokenizer_kind``.
-    tokenizer: Path | None = None
-    workers: int = 1
+    reading: ReadSettings = field(default_factory=ReadSettings)
+    cleaning: CleaningSettings = field(default_factory=CleaningSettings)
+    training: TokenizerSettings = field(default_factory=TokenizerSettings)
+    #: A tokenizer to use instead of training one: a tokenizer.json, a sentencepiece .model, a folder, a hub name.
+    tokenizer: str | None = None
     #: The share of documents that is kept for validation, at least 0 and below 1.
     validation_fraction: float = 0.05
-    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES
-    text_field: str = "text"
-    #: The tokenizer is trained on the first training documents up to this many bytes.
-    train_bytes: int = 200_000_000
+    #: Most tokens in one shard.
     shard_tokens: int = DEFAULT_SHARD_TOKENS
+    workers: int = 1
+    engine: Executor = "local"
+    #: The encoder to use: "auto", or the short name of one, which must be exact for the tokenizer.
+    encoder: str = "auto"
+
+    @classmethod
+    def from_options(cls, sources: Sequence[str], out: Path, **options: Any) -> BuildSettings:
+        """Settings of which each option names a field here, or of reading, cleaning or training."""
+
+        def taken(kind: Any) -> Any:
+            return kind(**{name.name: options.pop(name.name) for name in fields(kind) if name.name in options})
+
+        parts = {"reading": taken(ReadSettings), "cleaning": taken(CleaningSettings)}
+        return cls(tuple(sources), out, training=taken(TokenizerSettings), **parts, **options)
 
     def check(self) -> None:
         """Raise ``UserError`` with a line for each setting that cannot be."""
-        problems = []
-        if not self.sources:
-            problems.append("no source is named: give a file, a folder, - or builtin")
-        if list(self.sources).count(STDIN) > 1:
-            problems.append("standard input (-) can be read only once")
-        if self.tokenizer_kind not in KINDS:
-            problems.append(f'unknown tokenizer kind "{self.tokenizer_kind}": choose one of {", ".join(KINDS)}')
+        problems = [*self.reading.check(), *self.cleaning.check()]
+        if self.tokenizer is None:
+            problems += self.training.check()
         if not 0 <= self.validation_fraction < 1:
             problems.append(f"--validation-fraction {self.validation_fraction} must be at least 0 and below 1")
-        if self.max_document_bytes < SMALLEST_MAX_DOCUMENT_BYTES:
-            problems.append(f"--max-document-bytes must be at least {SMALLEST_MAX_DOCUMENT_BYTES}")
         if not 1 <= self.shard_tokens <= LARGEST_SHARD_TOKENS:
             problems.append(f"--shard-tokens must be from 1 to {LARGEST_SHARD_TOKENS}")
-        if self.workers < 1 or self.train_bytes < 1:
-            problems.append("--workers and --train-bytes must be at least 1")
+        if self.workers < 1:
+            problems.append("--workers must be at least 1")
+        if self.engine not in EXECUTORS:
+            problems.append(f'unknown engine "{self.engine}": choose {" or ".join(EXECUTORS)}')
         if problems:
             raise UserError("\n".join(problems))
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the result, without the places where files lie. Raises ``UserError`` for a missing file."""
-        if self.tokenizer is not None:
-            tokenizer: dict[str, Any] = {"tokenizer_sha256": Tokenizer.load(self.tokenizer).sha256}
-        elif self.tokenizer_kind == "bytes":
-            tokenizer = {"tokenizer_kind": "bytes"}
-        else:
-            tokenizer = {
-                "tokenizer_kind": self.tokenizer_kind,
-                "vocab_size": self.vocab_size,
-                "train_bytes": self.train_bytes,
-            }
-        return tokenizer | {
-            "sources": describe_sources(self.sources),
-            "validation_fraction": self.validation_fraction,
-            "max_document_bytes": self.max_document_bytes,
-            "text_field": self.text_field,
-            "shard_tokens": self.shard_tokens,
+    @cached_property
+    def given_tokenizer(self) -> Tokenizer | None:
+        return None if self.tokenizer is None else Tokenizer.load(self.tokenizer)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sources of a build and its parts, and what decides its result."""
+
+    settings: BuildSettings
+    sources: tuple[Source, ...]
+    parts: tuple[Part, ...]
+    identity: dict[str, Any]
+
+    @classmethod
+    def of(cls, settings: BuildSettings, stdin_copy: Path | None = None) -> Plan:
+        """Raises ``UserError`` for settings that cannot be, and for sources that are not there.
+
+        Without ``stdin_copy``, a file that holds it, standard input has no parts yet.
+        """
+        settings.check()
+        sources = tuple(parse_sources(settings.sources))
+        parts = parts_of(sources, settings.reading, stdin_copy)
+        # The size of parts follows from the size of the corpus, never from the number of workers.
+        share = sum(part.bytes for part in parts) // LEAST_PARTS
+        reading = replace(
+            settings.reading, part_bytes=min(settings.reading.part_bytes, max(share, SMALLEST_PART_BYTES))
+        )
+        settings = replace(settings, reading=reading)
+        parts = parts_of(sources, reading, stdin_copy)
+        tokenizer = settings.given_tokenizer
+        identity = {
+            **(settings.training.identity() if tokenizer is None else {"tokenizer_sha256": tokenizer.sha256}),
+            **asdict(reading),
+            **settings.cleaning.identity(),
+            "sources": describe(sources, parts),
+            "validation_fraction": settings.validation_fraction,
+            "shard_tokens": settings.shard_tokens,
         }
+        return cls(settings, sources, tuple(parts), json.loads(json.dumps(identity)))
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Bytes of all files, None if one is of unknown size."""
+        return None if any(not part.bytes for part in self.parts) else sum(part.bytes for part in self.parts)
+
+    def stamp(self) -> str:
+        """A fingerprint of names, sizes and times of change of all local files."""
+        digest = hashlib.sha256()
+        for path in sorted({span.path for part in self.parts for span in part.spans}):
+            if Path(path).is_file() and not path.endswith(STDIN_COPY):
+                status = Path(path).stat()
+                digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def job(self, **found: Any) -> Job:
+        settings = self.settings
+        return Job(settings.out, self.sources, settings.reading, settings.cleaning, settings.shard_tokens, **found)
 
 
 def build(settings: BuildSettings, *, progress: Reporter | None = None) -> dict[str, Any]:
     """Build the dataset in ``settings.out``, or go on with an interrupted build there; returns its manifest.
 
     A dataset that is already there with the same settings is left as it is. Raises ``UserError``; a new build that
-    fails so leaves nothing behind.
+    fails before its first part is done leaves nothing behind.
     """
     progress = progress or SilentReporter()
-    settings.check()
-    identity = settings.identity()
+    plan = Plan.of(settings)
     out = settings.out
     if out.exists() and not out.is_dir():
         raise UserError(f'"{out}" is a file: choose another --out')
     created = _make_directories(out)
     with only_writer_of(out, f'another build is writing "{out}": wait for it, or choose another --out'):
         if (out / MANIFEST).is_file():
-            return _finished(out, identity, progress)
+            return _finished(out, plan.identity, progress)
         journal = Journal.load(out)
         if journal is not None:
-            _refuse_other_settings(out, journal.identity, identity)
+            _refuse_other_settings(out, journal.identity, plan.identity)
+            _refuse_changed_sources(plan, journal)
             progress.note(f'going on with the build in "{out}"')
-            return _Build(settings, journal, progress).run()
+            return _Build(plan, journal, progress).run()
         _refuse_other_files(out)
         try:
-            return _Build(settings, Journal(out / JOURNAL, identity), progress).run()
+            return _Build(plan, Journal(out / JOURNAL, plan.identity, plan.stamp()), progress).run()
         except UserError:
-            for path in out.iterdir():
-                path.unlink()
-            for directory in created:
-                directory.rmdir()
+            if not any(out.glob(f"{WORK}/part-*.json")):
+                _empty(out)
+                for directory in created:
+                    directory.rmdir()
             raise
 
 
@@ -154,19 +218,35 @@ def _make_directories(directory: Path) -> list[Path]:
     return created
 
 
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _finished(out: Path, identity: dict[str, Any], progress: Reporter) -> dict[str, Any]:
     manifest = open_dataset(out).manifest
     _refuse_other_settings(out, {"sources": manifest["sources"]} | manifest["settings"], identity)
-    (out / JOURNAL).unlink(missing_ok=True)  # a build killed between its last two steps leaves it
-    (out / STDIN_COPY).unlink(missing_ok=True)
+    _remove_work(out)  # a build killed between its last two steps leaves it
     progress.note(f'"{out}" is already built with these settings: nothing to do')
     return manifest
+
+
+def _remove_work(out: Path) -> None:
+    (out / STDIN_COPY).unlink(missing_ok=True)
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    (out / JOURNAL).unlink(missing_ok=True)
 
 
 def _refuse_other_settings(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
     changes = "; ".join(differences(there, asked))
     if changes:
         raise UserError(f'"{out}" holds a build with other settings ({changes}): choose another --out')
+
+
+def _refuse_changed_sources(plan: Plan, journal: Journal) -> None:
+    if plan.stamp() != journal.stamp:
+        out = plan.settings.out
+        raise UserError(f'the sources changed since the build in "{out}" began: remove "{out}" and build again')
 
 
 def _refuse_other_files(out: Path) -> None:
@@ -178,179 +258,141 @@ def _refuse_other_files(out: Path) -> None:
 
 @dataclass
 class _Build:
-    settings: BuildSettings
+    plan: Plan
     journal: Journal
     progress: Reporter
 
     def run(self) -> dict[str, Any]:
-        out = self.settings.out
+        out = self.plan.settings.out
         self.journal.save()
-        if STDIN in self.settings.sources:
-            with atomic_file(out / STDIN_COPY) as file:
-                copy_stdin(file)
-        reading = self.journal.reading or self._read_all()
-        tokenizer = self._tokenizer(reading)
-        self._write_shards(reading, tokenizer)
-        manifest = self._manifest(reading, tokenizer)
-        write_atomically(out / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-        self.journal.path.unlink()
-        (out / STDIN_COPY).unlink(missing_ok=True)
+        (out / WORK).mkdir(exist_ok=True)
+        if any(source.location == STDIN for source in self.plan.sources):
+            self._keep_stdin()
+        self._find_duplicates()
+        self._settle_split()
+        tokenizer = self._tokenizer()
+        self._choose_encoder(tokenizer)
+        records = self._build_parts()
+        _refuse_changed_sources(self.plan, self.journal)
+        manifest = self._manifest(tokenizer, records)
+        save_manifest(out, manifest)
+        _remove_work(out)
         return manifest
 
-    def _documents(self, report: ReadReport | None = None) -> Iterator[Document]:
-        stdin_copy = str(self.settings.out / STDIN_COPY)
-        return read_documents(
-            [stdin_copy if source == STDIN else source for source in self.settings.sources],
-            max_document_bytes=self.settings.max_document_bytes,
-            text_field=self.settings.text_field,
-            report=report or ReadReport(),
-        )
+    def _keep_stdin(self) -> None:
+        with atomic_file(self.plan.settings.out / STDIN_COPY) as file:
+            copy_stdin(file)
+        self.plan = Plan.of(self.plan.settings, self.plan.settings.out / STDIN_COPY)
 
-    def _read_all(self) -> Reading:
-        """Step 1: count and hash all documents, and choose the threshold between the splits."""
-        report = ReadReport()
-        digest = CorpusDigest()
-        split = SplitRule(self.settings.validation_fraction)
-        sizes = [source.get("bytes") for source in self.journal.identity["sources"]]
-        total = None if None in sizes else sum(size for size in sizes if size)
-        with self.progress.stage("reading", total) as advance:
-            for document in self._documents(report):
-                content = document.text.encode("utf-8")
-                digest.update(content)
-                split.add(hash_of(content))
-                advance(len(content))
-        for message in report.messages:
-            self.progress.note(f"skipped: {message}")
-        if report.documents == 0:
-            raise UserError("the sources hold no text: every document is empty or white space")
-        skipped = {
-            "empty_documents": report.skipped_empty_documents,
-            "binary_files": report.skipped_binary_files,
-            "lines": report.skipped_lines,
-        }
-        threshold = split.threshold(report.text_bytes)
-        reading = Reading(report.documents, report.text_bytes, digest.hexdigest(), threshold, skipped)
-        self.journal.finish_reading(reading)
-        return reading
+    def _find_duplicates(self) -> None:
+        """Step 2. Its results are files beside the parts' records."""
+        how, out = self.plan.settings.cleaning.duplicates, self.plan.settings.out
+        numbers = range(len(self.plan.parts))
+        if how == "keep" or all(duplicates_path(out, number).is_file() for number in numbers):
+            return
+        self._run("looking for duplicates", survey_part)
+        paths = [signatures_path(out, number) for number in numbers]
+        for number, duplicates in enumerate(find_duplicates(paths, how, self.plan.settings.cleaning)):
+            write_atomically(duplicates_path(out, number), duplicates.astype("u1").tobytes())
 
-    def _tokenizer(self, reading: Reading) -> Tokenizer:
-        """Step 2: the tokenizer that is there, was given, or is trained now."""
-        path = self.settings.out / TOKENIZER_FILE
+    def _run(self, stage: str, function: Callable[..., Any]) -> list[Any]:
+        settings = self.plan.settings
+        job = self.plan.job(threshold=self.journal.threshold or 0, encoder=self.journal.encoder)
+        calls = [(job, number, part) for number, part in enumerate(self.plan.parts)]
+        with self.progress.stage(stage, self.plan.total_bytes) as advance:
+            return run_calls(function, calls, engine=settings.engine, workers=settings.workers, advance=advance)
+
+    def _texts(self) -> Iterator[str]:
+        """All documents to learn from, in order."""
+        job = self.plan.job()
+        cleaner = Cleaner(job.cleaning)
+        for number, part in enumerate(self.plan.parts):
+            for document in kept_documents(job, number, part, lambda size: None, ReadReport(), cleaner):
+                yield document.text
+
+    def _training_texts(self) -> Iterator[str]:
+        assert self.journal.threshold is not None
+        return (text for text in self._texts() if hash_of(text.encode("utf-8")) >= self.journal.threshold)
+
+    def _settle_split(self) -> None:
+        """Step 3: read until a document has been seen on each side of the border, or all of them."""
+        if self.journal.threshold is not None:
+            return
+        split, text_bytes, any_text = SplitRule(self.plan.settings.validation_fraction), 0, False
+        for text in self._texts():
+            content = text.encode("utf-8")
+            split.add(hash_of(content))
+            text_bytes += len(content)
+            any_text = True
+            if split.settled:
+                break
+        if not any_text:
+            raise UserError("the sources hold no text: every document is empty, white space, or was left out")
+        self.journal.threshold = split.threshold(text_bytes)
+        self.journal.save()
+
+    def _tokenizer(self) -> Tokenizer:
+        """Step 4: the tokenizer that is there, was given, or is trained now."""
+        path = self.plan.settings.out / TOKENIZER_FILE
         if path.is_file():
             return Tokenizer.load(path)
-        if self.settings.tokenizer is not None:
-            tokenizer = Tokenizer.load(self.settings.tokenizer)
-        else:
+        tokenizer = self.plan.settings.given_tokenizer
+        if tokenizer is None:
             # The stage ends when the texts are read; the training proper comes after and is short beside it.
-            with self.progress.stage(
-                "training tokenizer", min(self.settings.train_bytes, reading.text_bytes)
-            ) as advance:
-                texts = self._training_texts(reading.threshold, advance)
-                tokenizer = train_tokenizer(texts, self.settings.tokenizer_kind, self.settings.vocab_size)
+            with self.progress.stage("training tokenizer", None) as advance:
+                tokenizer = train_tokenizer(self._first_training_texts(advance), self.plan.settings.training)
         tokenizer.save(path)
         return tokenizer
 
-    def _training_texts(self, threshold: int, advance: Callable[[int], None]) -> Iterator[str]:
-        left = self.settings.train_bytes
-        for document in self._documents():
-            content = document.text.encode("utf-8")
-            if hash_of(content) < threshold:
-                continue
-            yield document.text
-            advance(len(content))
-            left -= len(content)
+    def _first_training_texts(self, advance: Callable[[int], None]) -> Iterator[str]:
+        left = self.plan.settings.training.train_bytes
+        for text in self._training_texts():
+            size = len(text.encode("utf-8"))
+            yield text
+            advance(size)
+            left -= size
             if left <= 0:
                 return
 
-    def _write_shards(self, reading: Reading, tokenizer: Tokenizer) -> None:
-        """Step 3: encode what no finished shard holds, and write it."""
-        workers = min(self.settings.workers, 1 + reading.text_bytes // BATCH_BYTES)
-        digest = CorpusDigest()
-        with ExitStack() as stack:
-            advance = stack.enter_context(self.progress.stage("encoding", reading.text_bytes))
-            writers = {split: stack.enter_context(self._writer(split, tokenizer)) for split in SPLITS}
-            batches = self._batches(reading.threshold, digest, advance)
-            encoded_batches = stack.enter_context(closing(encode_in_order(batches, tokenizer, workers)))
-            for splits_and_sizes, encoded in encoded_batches:
-                stop = 0
-                for (split, size), length, words in zip(splits_and_sizes, encoded.lengths, encoded.words, strict=True):
-                    start, stop = stop, stop + int(length)
-                    writers[split].add(encoded.tokens[start:stop], text_bytes=size, words=words)
-                    advance(size)
-            if digest.hexdigest() != reading.corpus_sha256:
-                out = self.settings.out
-                raise UserError(f'the sources changed while this build read them: remove "{out}" and build again')
+    def _choose_encoder(self, tokenizer: Tokenizer) -> None:
+        if self.journal.encoder:
+            return
+        sample, size = [], 0
+        for text in self._training_texts():
+            sample.append(text)
+            size += len(text)
+            if len(sample) == PROVED_DOCUMENTS or size >= PROVED_BYTES:
+                break
+        chosen = choose_engine(tokenizer, sample, self.plan.settings.encoder)
+        self.journal.encoder = chosen.engine.short_name
+        self.journal.encoders = dict(chosen.tried)
+        self.journal.save()
+        self.progress.note(f"encoder: {chosen.engine.name} ({'; '.join(f'{k}: {v}' for k, v in chosen.tried)})")
 
-    def _writer(self, split: str, tokenizer: Tokenizer) -> ShardWriter:
-        return ShardWriter(
-            self.settings.out,
-            split,
-            vocab_size=tokenizer.vocab_size,
-            shard_tokens=self.settings.shard_tokens,
-            finished=self.journal.shards[split],
-            on_finished=lambda record: self.journal.finish_shard(split, record),
-        )
+    def _build_parts(self) -> list[PartRecord]:
+        """Step 5."""
+        records: list[PartRecord] = self._run("encoding", build_part)
+        reading, _ = merged_reports([record.summary for record in records if record.summary])
+        for message in reading.messages:
+            self.progress.note(f"left out: {message}")
+        return records
 
-    def _batches(
-        self, threshold: int, digest: CorpusDigest, advance: Callable[[int], None]
-    ) -> Iterator[tuple[list[tuple[str, int]], list[str]]]:
-        """Batches of texts with the split and the size of each; documents of finished shards are only hashed."""
-        finished = {split: sum(record.documents for record in self.journal.shards[split]) for split in SPLITS}
-        labels: list[tuple[str, int]] = []
-        texts: list[str] = []
-        waiting_bytes = 0
-        for document in self._documents():
-            content = document.text.encode("utf-8")
-            digest.update(content)
-            split = "validation" if hash_of(content) < threshold else "train"
-            if finished[split] > 0:
-                finished[split] -= 1
-                advance(len(content))
-                continue
-            labels.append((split, len(content)))
-            texts.append(document.text)
-            waiting_bytes += len(content)
-            if waiting_bytes >= BATCH_BYTES:
-                yield labels, texts
-                labels, texts, waiting_bytes = [], [], 0
-        if texts:
-            yield labels, texts
-
-    def _manifest(self, reading: Reading, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Step 4: nothing in it depends on the time, the place, or the number of workers."""
-        identity = self.journal.identity
-        return {
-            "format": FORMAT_NAME,
-            "version": FORMAT_VERSION,
-            "tokenizer": {
-                "file": TOKENIZER_FILE,
-                "sha256": tokenizer.sha256,
-                "kind": tokenizer.kind,
-                "vocab_size": tokenizer.vocab_size,
-                "end_of_text_id": tokenizer.end_of_text_id,
-            },
-            "dtype": token_dtype(tokenizer.vocab_size).name,
-            "split_rule": {
+    def _manifest(self, tokenizer: Tokenizer, records: list[PartRecord]) -> dict[str, Any]:
+        """Step 6: nothing in it depends on the time, the place, or the number of workers."""
+        summaries = [record.summary for record in records if record.summary is not None]
+        reading, cleaning = merged_reports(summaries)
+        settings = dict(self.journal.identity)
+        return make_manifest(
+            tokenizer,
+            {split: [shard for record in records for shard in record.shards[split]] for split in SPLITS},
+            split_rule={
                 "validation_if": "the first 8 bytes of BLAKE2b (digest size 8) of the text, big-endian, are below",
-                "threshold": f"0x{reading.threshold:016x}",
+                "threshold": f"0x{self.journal.threshold:016x}",
             },
-            "normalisation": "newlines to \\n, byte-order mark removed; nothing else",
-            "sources": identity["sources"],
-            "settings": {name: value for name, value in identity.items() if name != "sources"},
-            "skipped": reading.skipped,
-            "corpus_sha256": reading.corpus_sha256,
-            "splits": {split: split_totals(self.journal.shards[split]) for split in SPLITS},
-            "versions": {
-                "kindling": _version_of("kindling-lm"),
-                "tokenizers": _version_of("tokenizers"),
-                "sentencepiece": _version_of("sentencepiece"),
-                "python": platform.python_version(),
-            },
-        }
-
-
-def _version_of(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"
+            sources=settings.pop("sources"),
+            settings=settings,
+            left_out=reading.counts,
+            cleaning=cleaning.to_json(),
+            corpus_sha256=digest_of_parts(summaries),
+            encoders=self.journal.encoders,
+        )

@@ -1,303 +1,316 @@
-"""Documents out of whatever the user names: files, folders, standard input, the built-in corpus, Hugging Face datasets.
+"""Whatever the user names, as sources, and the sources as parts that workers read, each by itself.
 
-Everything is read a block at a time, in an order that depends on names only, and may be read again with the same
-result. Text is passed on as it is, except that newlines become ``\\n`` and long texts are cut into several documents.
+``parse_sources`` understands the names, ``parts_of`` lists the files and divides them into parts of about equal size,
+and ``read_part`` gives a part's documents. A part is a function of its range of files only: read anywhere and in any
+order, it gives the same documents. Nothing but sizes is looked at before a part is read.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import itertools
+import math
+import re
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.builtin_corpus import builtin_documents
-from data_prep.errors import UserError
-from data_prep.textfiles import (
-    NotTextError,
-    check_text_file,
-    checked,
-    cut_text,
-    read_blocks,
-    read_lines,
-    read_text_blocks,
-    with_equal_newlines,
+from data_prep.documents import (
+    DEFAULT_MAX_DOCUMENT_BYTES,
+    DEFAULT_PART_BYTES,
+    Document,
+    Part,
+    ReadReport,
+    ReadSettings,
+    Source,
+    Span,
+    one_line,
 )
+from data_prep.errors import UserError
+from data_prep.reading import (
+    BUILTIN,
+    CSV,
+    JSON_LINES,
+    PARQUET,
+    STDIN,
+    is_packed,
+    kind_of,
+    parse_separator,
+    place_of,
+    read_part,
+    unpacked_name,
+    why_no_text,
+)
+from data_prep.records import HUGGING_FACE, parse_hugging_face, row_groups
+from data_prep.storage import (
+    BLOCK_BYTES,
+    PACKED_SUFFIXES,
+    UnreadableError,
+    is_folder,
+    is_glob,
+    is_remote,
+    last_name,
+    list_folder,
+    list_glob,
+    open_raw,
+    open_stream,
+    root_of_glob,
+    size_of,
+)
+from data_prep.textfiles import is_local
+
+__all__ = [
+    "BUILTIN",
+    "DEFAULT_MAX_DOCUMENT_BYTES",
+    "DEFAULT_PART_BYTES",
+    "STDIN",
+    "Document",
+    "Part",
+    "ReadReport",
+    "ReadSettings",
+    "Source",
+    "Span",
+    "copy_stdin",
+    "describe",
+    "parse_sources",
+    "parts_of",
+    "place_of",
+    "read_part",
+]
 
 TEXT_SUFFIXES = (".txt", ".md")
-RECORD_SUFFIXES = (".jsonl",)
-BUILTIN = "builtin"
-STDIN = "-"
-HUGGING_FACE = "hf:"
-DEFAULT_MAX_DOCUMENT_BYTES = 65536
-SMALLEST_MAX_DOCUMENT_BYTES = 16  # room for any character, and a line or two
-MOST_MESSAGES = 20
+RECORD_SUFFIXES = (JSON_LINES, CSV)
+NAME = re.compile(r"(?P<name>[^=/\\:@*?]+)=(?P<location>.+)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text to learn from; ``number`` counts the documents of its file from 0."""
+def parse_sources(sources: Sequence[str]) -> list[Source]:
+    """The sources named as ``[NAME=]LOCATION[@WEIGHT]``.
 
-    text: str
-    source: str
-    number: int
-
-
-@dataclass
-class ReadReport:
-    """What was read and what was skipped. ``messages`` tells of the first skipped things, one line each."""
-
-    files: int = 0
-    documents: int = 0
-    text_bytes: int = 0
-    skipped_empty_documents: int = 0
-    skipped_binary_files: int = 0
-    skipped_lines: int = 0
-    messages: list[str] = field(default_factory=list)
-
-    def tell(self, message: str) -> None:
-        if len(self.messages) < MOST_MESSAGES:
-            self.messages.append(message)
-
-
-def read_documents(
-    sources: Sequence[str],
-    *,
-    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
-    text_field: str = "text",
-    report: ReadReport,
-) -> Iterator[Document]:
-    """The documents of all sources in order; ``report`` is filled while they are read.
-
-    A source is a file, a folder, ``-`` for standard input, ``builtin``, or ``hf:NAME[:SPLIT]``. ``text_field`` names
-    the text in records. Raises ``UserError`` for what cannot be read; in a folder, binary files are skipped instead.
+    A location is a file, a folder, a glob, a URL, ``-`` for standard input, ``builtin``, or ``hf:NAME[:SPLIT]``. What
+    exists under the whole text is taken for a location, whatever signs it holds. Raises ``UserError`` for what is not
+    there, two sources of one name, and weights that are not above 0.
     """
-    reader = _Reader(max_document_bytes, text_field, report)
-    for source in sources:
-        yield from reader.read(source)
+    if not sources:
+        raise UserError("no source is named: give a file, a folder, - or builtin")
+    parsed = [_parse(text) for text in sources]
+    if sum(source.location == STDIN for source in parsed) > 1:
+        raise UserError("standard input (-) can be read only once")
+    name, times = Counter(source.name for source in parsed).most_common(1)[0]
+    if times > 1:
+        location = next(source.location for source in parsed if source.name == name)
+        raise UserError(
+            f'{times} sources are called "{one_line(name)}": give each a name of its own, as in "other={location}"'
+        )
+    return parsed
 
 
-@dataclass(frozen=True)
-class _Reader:
-    max_document_bytes: int
-    text_field: str
-    report: ReadReport
-
-    def read(self, source: str) -> Iterator[Document]:
-        if source == BUILTIN:
-            yield from self._builtin()
-        elif source == STDIN:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "stdin.txt"
-                with path.open("wb") as file:
-                    copy_stdin(file)
-                yield from self._text_file(path, "stdin")
-        elif source.startswith(HUGGING_FACE):
-            yield from self._hugging_face(source)
-        elif Path(source).is_dir():
-            yield from self._folder(Path(source))
-        else:
-            yield from self._named_file(_existing_file(source))
-
-    def _documents(self, texts: Iterable[Iterable[str]], source: str) -> Iterator[Document]:
-        """Cut each text (given in blocks) into documents, count them, and leave out those that are white space."""
-        number = 0
-        for blocks in texts:
-            for piece in cut_text(blocks, self.max_document_bytes):
-                if not piece.strip():
-                    self.report.skipped_empty_documents += 1
-                    continue
-                self.report.documents += 1
-                self.report.text_bytes += len(piece.encode("utf-8"))
-                yield Document(piece, source, number)
-                number += 1
-
-    def _builtin(self) -> Iterator[Document]:
-        for name, text in builtin_documents():
-            self.report.files += 1
-            yield from self._documents([[text]], name)
-
-    def _named_file(self, path: Path) -> Iterator[Document]:
-        if path.stat().st_size == 0:
-            raise UserError(f'"{path}" is empty')
-        try:
-            check_text_file(path)
-        except NotTextError as error:
-            raise UserError(f'"{path}" {error}: {error.mend}') from None
-        yield from self._file(path, str(path))
-
-    def _folder(self, folder: Path) -> Iterator[Document]:
-        before = self.report.documents
-        for path in text_files_of_folder(folder):
-            try:
-                check_text_file(path)
-            except NotTextError as error:
-                self.report.skipped_binary_files += 1
-                self.report.tell(f'"{path}" {error}')
-                continue
-            yield from self._file(path, path.relative_to(folder).as_posix())
-        if self.report.documents == before:
-            raise _no_text_in(folder)
-
-    def _file(self, path: Path, name: str) -> Iterator[Document]:
-        return self._record_file(path, name) if _is_record_file(path) else self._text_file(path, name)
-
-    def _text_file(self, path: Path, name: str) -> Iterator[Document]:
-        self.report.files += 1
-        return self._documents([read_text_blocks(path)], name)
-
-    def _record_file(self, path: Path, name: str) -> Iterator[Document]:
-        self.report.files += 1
-        return self._documents(([text] for text in self._texts_of_records(path)), name)
-
-    def _texts_of_records(self, path: Path) -> Iterator[str]:
-        """The text of each good line. Bad lines are counted; a file with bad lines only raises ``UserError``."""
-        any_text = False
-        fields: dict[str, None] = {}
-        problem = ""
-        for number, line in enumerate(read_lines(path), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    fields.update(dict.fromkeys(record))
-                yield with_equal_newlines(_text_of_record(record, self.text_field))
-                any_text = True
-            except (ValueError, RecursionError) as error:
-                problem = f'"{path}", line {number}: {error}'
-                self.report.skipped_lines += 1
-                self.report.tell(problem)
-        if fields and not any_text:
-            raise UserError(_no_such_field(f'"{path}"', self.text_field, fields))
-        if problem and not any_text:
-            raise UserError(f'no line of "{path}" is a JSON record; the last problem: {problem}')
-
-    def _hugging_face(self, source: str) -> Iterator[Document]:
-        name, split = _parse_hugging_face(source)
-        self.report.files += 1
-        yield from self._documents(([text] for text in self._texts_of_dataset(name, split)), source)
-
-    def _texts_of_dataset(self, name: str, split: str) -> Iterator[str]:
-        any_text = False
-        for number, row in enumerate(_rows_of_dataset(name, split)):
-            try:
-                yield with_equal_newlines(_text_of_record(row, self.text_field))
-                any_text = True
-            except ValueError as error:
-                if not any_text and self.text_field not in row:
-                    raise UserError(_no_such_field(f'the dataset "{name}"', self.text_field, row)) from None
-                self.report.skipped_lines += 1
-                self.report.tell(f'"{name}", row {number}: {error}')
+def _parse(text: str) -> Source:
+    location, weight = text, 1.0
+    before, sign, after = text.rpartition("@")
+    if sign and before and "/" not in after and not _is_there(text):
+        location, weight = before, _parse_weight(text, after)
+    named = None if _is_there(location) else NAME.fullmatch(location)
+    if named:
+        location = named["location"]
+    if not _is_there(location):
+        _refuse_missing(location)
+    return Source(named["name"] if named else _default_name(location), location, weight)
 
 
-def _rows_of_dataset(name: str, split: str) -> Iterator[dict[str, Any]]:
-    import datasets  # here, because it takes seconds
-
+def _parse_weight(text: str, number: str) -> float:
     try:
-        yield from datasets.load_dataset(name, split=split, streaming=True)
-    except Exception as error:  # the library raises anything, from ValueError to errors of its network client
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f'cannot read the dataset "{name}", split "{split}": {reason}') from error
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise UserError(f'the weight "{one_line(number)}" of "{one_line(text)}" is not a number above 0')
+    return weight
 
 
-def _no_such_field(where: str, text_field: str, fields: Iterable[str]) -> str:
-    names = ", ".join(f'"{name}"' for name in list(fields)[:MOST_MESSAGES])
-    return f'{where} has no text in the field "{text_field}": its fields are {names}; choose one with --text-field'
+def _is_there(location: str) -> bool:
+    """Whether the whole of a text is a location; of globs and what lies elsewhere, going by how it is written."""
+    if location in (BUILTIN, STDIN) or Path(location).is_file() or Path(location).is_dir():
+        return True
+    if location.startswith(HUGGING_FACE):
+        return "@" not in location or Path(parse_hugging_face(location)[0]).exists()
+    if is_remote(location):
+        return NAME.match(location) is None and "@" not in location.rpartition("/")[2]
+    return is_glob(location) and Path(root_of_glob(location)).is_dir() and "@" not in Path(location).name
 
 
-def _text_of_record(record: Any, text_field: str) -> str:
-    """The text in a record's field; raises ``ValueError`` with the reason if there is none."""
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    text = record.get(text_field)
-    if not isinstance(text, str):
-        raise ValueError(f'no text in the field "{text_field}"')
+def _refuse_missing(location: str) -> None:
+    if is_glob(location) or is_remote(location):
+        return  # parts_of says what is wrong
+    if Path(location).exists():
+        raise UserError(
+            f'"{one_line(location)}" is neither a file nor a folder: pipe a program\'s text in and name the source "-"'
+        )
+    raise UserError(f'there is no file or folder "{one_line(location)}"')
+
+
+def _default_name(location: str) -> str:
+    if location in (BUILTIN, STDIN):
+        return location
+    if location.startswith(HUGGING_FACE):
+        name, split = parse_hugging_face(location)
+        return f"{HUGGING_FACE}{last_name(name) if Path(name).exists() else name}:{split}"
+    if is_glob(location):
+        return last_name(root_of_glob(location) or ".")
+    return last_name(location)
+
+
+def parts_of(sources: Sequence[Source], settings: ReadSettings, stdin_copy: Path | None = None) -> list[Part]:
+    """All parts in order: by source, then by path, then by place in a file. Lists files and their sizes.
+
+    ``stdin_copy`` is where ``copy_stdin`` put standard input; without it that source gives no part yet. Raises
+    ``UserError`` for a source in which there is nothing to read, and a named file that is empty or not text.
+    """
+    parts: list[Part] = []
+    for index, source in enumerate(sources):
+        parts.extend(_gathered(index, _spans_of_source(source, settings, stdin_copy), settings.part_bytes))
+    return parts
+
+
+def _gathered(source: int, spans: Iterator[tuple[Span, int]], part_bytes: int) -> Iterator[Part]:
+    """Spans in a row as parts of up to ``part_bytes``, and at least one span."""
+    waiting: list[Span] = []
+    total = 0
+    for span, size in spans:
+        if waiting and total + size > part_bytes:
+            yield Part(source, tuple(waiting), total)
+            waiting, total = [], 0
+        waiting.append(span)
+        total += size
+    if waiting:
+        yield Part(source, tuple(waiting), total)
+
+
+def _spans_of_source(source: Source, settings: ReadSettings, stdin_copy: Path | None) -> Iterator[tuple[Span, int]]:
+    location = source.location
+    if location == STDIN:
+        if stdin_copy is not None:
+            yield from _spans_of_file(str(stdin_copy), stdin_copy.stat().st_size, settings)
+    elif location == BUILTIN or location.startswith(HUGGING_FACE):
+        yield Span(location), 0
+    elif is_glob(location):
+        files = list_glob(location)
+        if not files:
+            raise UserError(f'no file matches "{one_line(location)}"')
+        for path, size in files:
+            yield from _spans_of_file(path, size, settings)
+    elif is_folder(location):
+        files = [(path, size) for path, size in list_folder(location) if _is_known(path)]
+        if not files:
+            raise _no_text_in(location)
+        for path, size in files:
+            yield from _spans_of_file(path, size, settings)
+    else:
+        known_size = size_of(location)
+        _refuse_no_text(location, known_size)
+        yield from _spans_of_file(location, known_size, settings)
+
+
+def _spans_of_file(path: str, size: int | None, settings: ReadSettings) -> Iterator[tuple[Span, int]]:
+    """The file's spans, of about equal size and at most ``part_bytes`` where it may come apart."""
+    if not size:
+        yield Span(path), 0
+    elif kind_of(path) == PARQUET and size > settings.part_bytes:
+        yield from _spans_of_parquet(path, size, settings.part_bytes)
+    elif not _comes_apart(path, settings):
+        # A packed file is read to its end, one that is not up to where it ended when it was listed.
+        yield Span(path, 0, -1 if is_packed(path) or kind_of(path) in (CSV, PARQUET) else size), size
+    else:
+        count = -(-size // settings.part_bytes)
+        borders = [size * number // count for number in range(count + 1)]
+        for start, stop in itertools.pairwise(borders):
+            yield Span(path, start, stop), stop - start
+
+
+def _comes_apart(path: str, settings: ReadSettings) -> bool:
+    if is_packed(path) or kind_of(path) in (CSV, PARQUET):
+        return False
+    if kind_of(path) == JSON_LINES:
+        return True
+    separator = parse_separator(settings.document_per)
+    return settings.document_per != "file" if separator is None else is_local(separator)
+
+
+def _spans_of_parquet(path: str, size: int, part_bytes: int) -> Iterator[tuple[Span, int]]:
+    """Runs of row groups of up to ``part_bytes``; all of a file that cannot be opened, which its reader tells."""
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("the text holds half of a surrogate pair") from None
-    return text
+        with open_raw(path) as file:
+            groups = row_groups(file)
+    except UnreadableError:
+        groups = []
+    if not groups:
+        yield Span(path), size
+        return
+    start, total, left = 0, 0, size
+    for number, group in enumerate(groups):
+        if number > start and total + group > part_bytes:
+            yield Span(path, start, number), total
+            start, total, left = number, 0, left - total
+        total += group
+    yield Span(path, start, len(groups)), max(0, left)
 
 
-def _existing_file(source: str) -> Path:
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.exists():
-        raise UserError(f'"{source}" is neither a file nor a folder: pipe a program\'s text in and name the source "-"')
-    raise UserError(f'there is no file or folder "{source}"')
+def _is_known(path: str) -> bool:
+    return unpacked_name(path).endswith(TEXT_SUFFIXES + RECORD_SUFFIXES) or path.endswith(PARQUET)
 
 
-def _no_text_in(folder: Path) -> UserError:
+def _no_text_in(folder: str) -> UserError:
     looked_for = ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
-    return UserError(f'no text in "{folder}": looked for {looked_for} (also with .gz) in it and the folders below')
+    packed = ", ".join(PACKED_SUFFIXES)
+    return UserError(
+        f'no text in "{one_line(folder)}": looked for {looked_for} (also with {packed}) and {PARQUET} in it and the '
+        "folders below"
+    )
 
 
-def _is_record_file(path: Path) -> bool:
-    return path.name.removesuffix(".gz").endswith(RECORD_SUFFIXES)
+def _refuse_no_text(path: str, size: int | None) -> None:
+    """Raise ``UserError`` early for a file that was named itself and is empty, unreadable or binary."""
+    if size == 0:
+        raise UserError(f'"{one_line(path)}" is empty')
+    try:
+        with open_stream(path) as stream:
+            first = stream.peek()
+    except UnreadableError as error:
+        raise UserError(f'"{one_line(path)}" {error}: make it readable') from None
+    if kind_of(path) != PARQUET:
+        _refuse_binary(f'"{one_line(path)}"', first)
 
 
-def text_files_of_folder(folder: Path) -> list[Path]:
-    """The text and record files below a folder, by relative path, without hidden ones; links to folders are ignored."""
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            known = name.removesuffix(".gz").endswith(TEXT_SUFFIXES + RECORD_SUFFIXES)
-            path = Path(parent) / name
-            if known and not name.startswith(".") and path.is_file():
-                found.append(path)
-    return sorted(found, key=lambda path: path.relative_to(folder).parts)
+def _refuse_binary(name: str, first_block: bytes) -> None:
+    refused = why_no_text(first_block)
+    if refused:
+        raise UserError(f"{name} {refused[1]}")
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def describe(sources: Sequence[Source], parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """What identifies each source without reading it: name, weight and, where files are known, their number and size.
+
+    Names are the last parts of paths, so that a dataset does not tell where on a machine it was made.
+    """
+    return [_describe(source, [part for part in parts if part.source == i]) for i, source in enumerate(sources)]
 
 
-def _parse_hugging_face(source: str) -> tuple[str, str]:
-    """Name and split of ``hf:NAME[:SPLIT]``; the split is ``train`` unless given."""
-    name = source.removeprefix(HUGGING_FACE)
-    if ":" not in name or Path(name).exists():
-        return name, "train"
-    name, _, split = name.rpartition(":")
-    return name, split
+def _describe(source: Source, parts: Sequence[Part]) -> dict[str, Any]:
+    described = {"name": source.name, "weight": source.weight}
+    if source.location in (BUILTIN, STDIN) or source.location.startswith(HUGGING_FACE):
+        return described
+    files = {span.path for part in parts for span in part.spans}
+    return described | {"files": len(files), "bytes": sum(part.bytes for part in parts)}
 
 
 def copy_stdin(file: IO[bytes]) -> None:
-    """Copy standard input into an open file; raises ``UserError`` if it is not UTF-8 text or is empty."""
-    try:
-        for block in checked(read_blocks(sys.stdin.buffer)):
-            file.write(block)
-    except NotTextError as error:
-        raise UserError(f"standard input {error}: {error.mend}") from None
+    """Copy standard input into an open file; raises ``UserError`` if it is empty or begins like no UTF-8 text."""
+    first = True
+    while block := sys.stdin.buffer.read(BLOCK_BYTES):
+        if first:
+            _refuse_binary("standard input", block)
+        first = False
+        file.write(block)
     file.flush()
-    if file.tell() == 0:
+    if first:
         raise UserError("standard input is empty")
-
-
-def describe_sources(sources: Sequence[str]) -> list[dict[str, Any]]:
-    """What identifies each source without reading it: its name and, where files are known, their number and size.
-
-    Names are the last parts of paths, so that a dataset does not tell where on a machine it was made. Raises
-    ``UserError`` for a source that is not there.
-    """
-    return [_describe(source) for source in sources]
-
-
-def _describe(source: str) -> dict[str, Any]:
-    if source in (BUILTIN, STDIN):
-        return {"name": source}
-    if source.startswith(HUGGING_FACE):
-        name, split = _parse_hugging_face(source)
-        shown = Path(name).resolve().name if Path(name).exists() else name
-        return {"name": f"{HUGGING_FACE}{shown}:{split}"}
-    path = Path(source)
-    files = text_files_of_folder(path) if path.is_dir() else [_existing_file(source)]
-    if not files:
-        raise _no_text_in(path)
-    return {"name": path.resolve().name, "files": len(files), "bytes": sum(file.stat().st_size for file in files)}

@@ -1,8 +1,9 @@
-"""Which documents are kept for validation, and the checksum of a whole corpus."""
+"""Which documents are kept for validation, and the checksum of a part of the corpus."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from data_prep.errors import UserError
 from data_prep.sources import SMALLEST_MAX_DOCUMENT_BYTES
@@ -15,15 +16,21 @@ def hash_of(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
-class CorpusDigest:
-    """SHA-256 over all documents in order: of each, its length in bytes (8 bytes, little-endian), then its UTF-8."""
+class PartDigest:
+    """SHA-256 over the documents of a part in order: of each, its length in bytes and its 64-bit hash (8 bytes each,
+    little-endian)."""
 
     def __init__(self) -> None:
+        self.documents = 0
+        self.text_bytes = 0
         self._hash = hashlib.sha256()
 
-    def update(self, content: bytes) -> None:
-        self._hash.update(len(content).to_bytes(8, "little"))
-        self._hash.update(content)
+    def update(self, contents: Sequence[bytes], hashes: Sequence[int]) -> None:
+        """Add documents, each with its ``hash_of``."""
+        self.documents += len(contents)
+        for content, document_hash in zip(contents, hashes, strict=True):
+            self.text_bytes += len(content)
+            self._hash.update(len(content).to_bytes(8, "little") + document_hash.to_bytes(8, "little"))
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -33,6 +40,7 @@ class SplitRule:
     """Chooses the hash below which documents are validation, once all hashes have been seen.
 
     It is the fraction of the hash range. Small corpora get a border that leaves at least one document on each side.
+    ``settled`` says that further hashes can change nothing.
     """
 
     def __init__(self, validation_fraction: float) -> None:
@@ -41,6 +49,10 @@ class SplitRule:
         self._below = 0
         self._smallest = HASH_RANGE
         self._largest = -1
+
+    @property
+    def settled(self) -> bool:
+        return self._border == 0 or 0 < self._below < self._documents
 
     def add(self, document_hash: int) -> None:
         self._documents += 1

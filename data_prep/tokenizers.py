@@ -1,7 +1,6 @@
-"""Train, load and use tokenizers. Each is a plain ``tokenizer.json`` that other programs read as well.
+"""Load and use tokenizers. Each is a plain ``tokenizer.json`` that other programs read as well.
 
-Every tokenizer trained here is lossless: ``decode(encode(text)) == text`` for any Unicode text. Ids 0, 1 and 2 are
-the special tokens below; no text ever becomes one of them, not even a text that spells it.
+No text ever becomes a special token, not even a text that spells it. ``data_prep.tokenizer_training`` makes new ones.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from data_prep.errors import UserError
@@ -25,7 +24,6 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 MASK = "<|mask|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING, MASK)
-KINDS = ("bpe", "unigram", "bytes", "characters")
 
 # How tokenizers from elsewhere spell the three; the first one present is taken.
 END_OF_TEXT_SPELLINGS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
@@ -55,7 +53,8 @@ class Tokenizer:
     Attributes:
         end_of_text_id, padding_id, mask_id: the three special tokens that training needs.
         vocab_size: the number of ids, that is the largest id plus one.
-        kind: ``bpe``, ``unigram``, ``bytes`` or ``characters``; for loaded ones any other model's name in lower case.
+        kind: ``bpe``, ``wordpiece``, ``unigram``, ``bytes`` or ``characters``; for loaded ones any other model's name
+            in lower case.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -70,13 +69,22 @@ class Tokenizer:
         self.vocab_size: int = max(engine.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read any ``tokenizer.json``. Special tokens that it lacks are added after its last id."""
+    def load(cls, source: str | Path) -> Tokenizer:
+        """Read a ``tokenizer.json``, a sentencepiece ``.model``, a folder that holds one, or a name on the hub.
+
+        Special tokens that it lacks are added after its last id. A ``.model`` becomes an equal ``tokenizer.json``, or
+        is refused if none gives the same ids.
+        """
+        from data_prep.tokenizer_files import find_tokenizer_file
+
+        path = find_tokenizer_file(source)
+        if path.suffix == ".model":
+            from data_prep.sentencepiece_models import convert_model
+
+            return cls.from_json(convert_model(path), name=str(path))
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UserError(f'there is no tokenizer file "{path}"') from None
-        except (UnicodeDecodeError, IsADirectoryError):
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
             raise UserError(f'"{path}" is not a tokenizer.json file') from None
         return cls.from_json(text, name=str(path))
 
@@ -147,6 +155,21 @@ class Tokenizer:
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
     @cached_property
+    def unknown_id(self) -> int | None:
+        """The id for text that the vocabulary cannot spell, or None: the tokenizers trained here have none."""
+        model = self._description["model"]
+        if model["type"] == "Unigram":
+            unknown: int | None = model["unk_id"]
+            return unknown
+        name = model.get("unk_token")
+        return None if name is None else self._engine.token_to_id(name)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The names of the special tokens with their ids, by id."""
+        return {name: token_id for token_id, name in sorted(self._special_names.items())}
+
+    @cached_property
     def _special_names(self) -> dict[int, str]:
         return {i: token.content for i, token in self._engine.get_added_tokens_decoder().items() if token.special}
 
@@ -154,6 +177,10 @@ class Tokenizer:
     def _token_bytes(self) -> list[bytes] | None:
         """The bytes of every id, or None if this tokenizer's tokens have no bytes of their own."""
         kinds = _decoder_types(self._description["decoder"])
+        prefix = _prefix_that_decoding_drops(self._description) if kinds == {"Replace", "ByteLevel"} else ""
+        byte_level = kinds == {"ByteLevel"} or bool(prefix)
+        if not byte_level and kinds != {"ByteFallback", "Fuse"}:
+            return None
         added = {i: token.content for i, token in self._engine.get_added_tokens_decoder().items()}
         table = []
         for token_id in range(self.vocab_size):
@@ -162,13 +189,11 @@ class Tokenizer:
                 table.append(b"")
             elif token_id in added:
                 table.append(added[token_id].encode("utf-8"))
-            elif kinds == {"ByteLevel"}:
-                table.append(bytes(BYTE_OF_CHARACTER[character] for character in token))
-            elif kinds == {"ByteFallback", "Fuse"}:
+            elif byte_level:
+                table.append(_bytes_of_byte_characters(token.removeprefix(prefix)))
+            else:
                 byte = BYTE_TOKEN.fullmatch(token)
                 table.append(bytes([int(byte[1], 16)]) if byte else token.encode("utf-8"))
-            else:
-                return None
         return table
 
 
@@ -190,6 +215,22 @@ def _decoder_types(decoder: dict[str, Any] | None) -> set[str]:
     return {part["type"] for part in decoder.get("decoders", [decoder])}
 
 
+def _prefix_that_decoding_drops(description: dict[str, Any]) -> str:
+    """The mark of a WordPiece token inside a word, if all that the decoder replaces is that mark, else nothing."""
+    prefix = str(description["model"].get("continuing_subword_prefix") or "")
+    replacements = [part for part in description["decoder"].get("decoders", []) if part["type"] == "Replace"]
+    dropped = [{"type": "Replace", "pattern": {"String": prefix}, "content": ""}]
+    return prefix if prefix and replacements == dropped else ""
+
+
+def _bytes_of_byte_characters(token: str) -> bytes:
+    """The bytes that a byte-level token stands for; as in the engine, a token with other characters is its own text."""
+    try:
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
+    except KeyError:
+        return token.encode("utf-8")
+
+
 def _find_or_add(engine: Engine, spellings: Sequence[str]) -> int:
     """The id of the first spelling that the vocabulary has, marked as special; else the first is added at the end."""
     vocabulary = engine.get_vocab(with_added_tokens=True)
@@ -198,141 +239,50 @@ def _find_or_add(engine: Engine, spellings: Sequence[str]) -> int:
     return int(engine.get_vocab(with_added_tokens=True)[name])
 
 
-def train_tokenizer(texts: Iterator[str], kind: str, vocab_size: int) -> Tokenizer:
-    """Train a tokenizer of one of ``KINDS`` on ``texts``; the same texts give the same tokenizer in every run.
+def tokenizer_report(tokenizer: Tokenizer, texts: Iterable[str], *, longest: int = 10) -> dict[str, Any]:
+    """What a tokenizer makes of some texts, which are read once.
 
-    ``vocab_size`` counts the three special tokens and the 256 single bytes. It is met exactly for ``bpe`` and
-    ``unigram``, is an upper bound for ``characters`` (the most frequent are kept) and means nothing for ``bytes``.
+    Returns ``texts``, ``text_bytes``, ``words`` (split at white space), ``tokens``, ``bytes_per_token`` and
+    ``tokens_per_word`` (None without tokens or words), ``unused_tokens`` (ids that are not special and never occurred)
+    and their share ``unused_share``, ``longest_tokens`` (the used ones with the most bytes), ``fallback_bytes`` (bytes
+    in tokens that cut a character apart) with ``fallback_share`` of the text, ``unknown_tokens`` (text that was
+    lost), and ``special_tokens`` with their ids.
     """
-    if kind not in KINDS:
-        raise UserError(f'unknown tokenizer kind "{kind}": choose one of {", ".join(KINDS)}')
-    if kind == "bytes":
-        return _bytes_tokenizer()
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"--vocab-size {vocab_size} is too small: {len(BYTE_CHARACTERS)} bytes and {len(SPECIAL_TOKENS)} special "
-            f"tokens need at least {SMALLEST_VOCABULARY}"
-        )
-    if kind == "characters":
-        return _train_characters(texts, vocab_size)
-    tokenizer = _train_bpe(texts, vocab_size) if kind == "bpe" else _train_unigram(texts, vocab_size)
-    if tokenizer.vocab_size < vocab_size:
-        raise UserError(
-            f"--vocab-size {vocab_size} is more than this text can give: it has {tokenizer.vocab_size:,} distinct "
-            f"tokens; choose at most {tokenizer.vocab_size}, or add text"
-        )
-    return tokenizer
-
-
-def _byte_level(engine: Engine, *, split_words: bool = True) -> Tokenizer:
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
-    engine.decoder = decoders.ByteLevel()
-    return Tokenizer(engine)
-
-
-def _numbered(tokens: Iterable[str]) -> dict[str, int]:
-    return {token: number for number, token in enumerate(tokens)}
-
-
-def _bytes_tokenizer() -> Tokenizer:
-    """One token a byte: the ids are 3 plus the rank of the byte's visible character."""
-    vocabulary = _numbered([*SPECIAL_TOKENS, *BYTE_CHARACTERS])
-    return _byte_level(Engine(models.BPE(vocab=vocabulary, merges=[])), split_words=False)
-
-
-def _train_characters(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """One token a character; characters outside the vocabulary become the bytes of their UTF-8."""
-    counts: Counter[str] = Counter()
+    counts: Counter[int] = Counter()
+    read = text_bytes = words = 0
     for text in texts:
-        counts.update(text)
-    by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
-    kept = sorted(by_frequency[: vocab_size - SMALLEST_VOCABULARY])
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    vocabulary = _numbered([*SPECIAL_TOKENS, *byte_tokens, *kept])
-    engine = Engine(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    engine.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    return Tokenizer(engine)
+        counts.update(tokenizer.encode(text))
+        read += 1
+        text_bytes += len(text.encode("utf-8"))
+        words += len(text.split())
+    tokens = counts.total()
+    special = tokenizer.special_tokens
+    ordinary = tokenizer.vocab_size - len(special)
+    unused = ordinary - len(counts.keys() - special.values())
+    size = {token: len(tokenizer.decode_bytes([token])) for token in counts}
+    fallback_bytes = sum(count * size[token] for token, count in counts.items() if _is_part(tokenizer, token))
+    by_length = sorted(counts, key=lambda token: (-size[token], token))
+    return {
+        "texts": read,
+        "text_bytes": text_bytes,
+        "words": words,
+        "tokens": tokens,
+        "bytes_per_token": text_bytes / tokens if tokens else None,
+        "tokens_per_word": tokens / words if words else None,
+        "unused_tokens": unused,
+        "unused_share": unused / ordinary if ordinary else 0.0,
+        "longest_tokens": [tokenizer.token_text(token) for token in by_length[:longest]],
+        "fallback_bytes": fallback_bytes,
+        "fallback_share": fallback_bytes / text_bytes if text_bytes else 0.0,
+        "unknown_tokens": counts[tokenizer.unknown_id] if tokenizer.unknown_id is not None else 0,
+        "special_tokens": special,
+    }
 
 
-def _train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes and word pattern of GPT-2, Radford et al. 2019)."""
-    engine = Engine(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,  # a pair seen once is no pattern
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=list(BYTE_CHARACTERS),
-        show_progress=False,
-    )
-    engine.train_from_iterator(texts, trainer)
-    return _byte_level(engine)
-
-
-def _train_unigram(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Unigram language model (Kudo 2018) over byte-level words.
-
-    The vocabulary comes from sentencepiece, whose trainer gives the same result in every run; the trainer of
-    ``tokenizers`` does not. Bytes that the text lacks get a score below all others, so nothing is unknown.
-    """
-    words = _count_words(texts)
-    seen = {character for word in words for character in word}
-    unseen = [character for character in BYTE_CHARACTERS if character not in seen]
-    pieces = _sentencepiece_pieces(words, vocab_size - len(SPECIAL_TOKENS) - len(unseen)) if words else []
-    lowest = min((score for _, score in pieces), default=0.0) - 1.0
-    # The special tokens' scores are never used: their names span several words, and only words are looked up.
-    specials = [(token, lowest) for token in SPECIAL_TOKENS]
-    scored = [*specials, *pieces, *((character, lowest) for character in unseen)]
-    return Tokenizer.from_json(_byte_level(Engine(models.Unigram(scored))).to_json())
-
-
-def _count_words(texts: Iterator[str], longest: int = 256) -> Counter[str]:
-    """Count the byte-level words of GPT-2's pattern; words above ``longest`` characters are counted in parts.
-
-    Python's fast pattern first finds runs that the byte-level pattern never crosses, so only distinct runs pay for it.
-    """
-    runs: Counter[str] = Counter()
-    for text in texts:
-        runs.update(re.findall(r" ?\S+|\s+(?!\S)|\s+", text))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words: Counter[str] = Counter()
-    for run, count in runs.items():
-        for word, _ in byte_level.pre_tokenize_str(run):
-            for start in range(0, len(word), longest):
-                words[word[start : start + longest]] += count
-    return words
-
-
-def _sentencepiece_pieces(words: Counter[str], size: int) -> list[tuple[str, float]]:
-    """At most ``size`` pieces with their log-probabilities, best first."""
-    import io
-    import tempfile
-
-    import sentencepiece
-
-    model = io.BytesIO()
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".tsv") as table:
-        table.writelines(f"{word}\t{count}\n" for word, count in sorted(words.items()))
-        table.flush()
-        sentencepiece.SentencePieceTrainer.train(
-            input=table.name,
-            input_format="tsv",
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=size + 1,  # one more for <unk>, which is dropped below
-            hard_vocab_limit=False,
-            character_coverage=1.0,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_by_unicode_script=False,
-            split_by_number=False,
-            split_by_whitespace=False,
-            bos_id=-1,
-            eos_id=-1,
-            num_threads=4,  # fixed, not the machine's: the order of its floating-point sums depends on it
-            minloglevel=2,
-        )
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    ids = [i for i in range(processor.get_piece_size()) if not processor.is_unknown(i)]
-    return [(processor.id_to_piece(i), processor.get_score(i)) for i in ids]
+def _is_part(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether a token is a piece of a character: its bytes alone are no UTF-8."""
+    try:
+        tokenizer.decode_bytes([token]).decode("utf-8")
+    except UnicodeDecodeError:
+        return True
+    return False

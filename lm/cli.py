@@ -44,9 +44,15 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
         limits = f"; one of {', '.join(setting.choices)}" if setting.choices else ""
         default = json.dumps(setting.default) if setting.default not in ("", ()) else "none"
         text = f"[{setting.section}] {setting.help}{limits}. [default: {default}]"
-        function = click.option(setting.option, setting.name, metavar=setting.kind.upper(), default=None, help=text)(
-            function
-        )
+        repeated = " May be repeated." if setting.kind == "list of texts" else ""
+        function = click.option(
+            setting.option,
+            setting.name,
+            metavar=setting.kind.upper(),
+            default=None,
+            multiple=bool(repeated),
+            help=text + repeated,
+        )(function)
     return function
 
 
@@ -92,7 +98,11 @@ def train(
         raise UserError(
             f"{run_path} is not a run directory yet: name a recipe to begin it with (configs/tiny.toml, say)"
         )
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {
+        name: value[0] if isinstance(value, tuple) and len(value) == 1 else value
+        for name, value in settings.items()
+        if value not in (None, ())
+    }
     config = load_config(find_recipe(recipe) if recipe else None, given, unknown_options=unknown, base=base)
     if extras:
         raise UserError(f"unexpected argument {extras[0]!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,21 @@ class ModelConfig:
 class DataConfig:
     """Which tokens, and how many at a time."""
 
-    data: str = setting("", "folder of token shards, made by: python -m data_prep build")
+    data: tuple[str, ...] = setting(
+        (),
+        "folders of token shards, made by: python -m data_prep build; FOLDER@WEIGHT gives several their shares of the "
+        "rows (weight 1 if not said)",
+    )
+    packing: str = setting(
+        "windows",
+        "windows: rows are cut from the stream side by side; documents: whole documents are packed into rows, and only "
+        "those longer than a row are cut",
+        choices=("windows", "documents"),
+    )
     context_length: int = setting(256, "tokens of one row", minimum=2)
     batch_tokens: int = setting(8192, "tokens of one optimizer step, a multiple of context_length", minimum=2)
     micro_batch_rows: int = setting(0, "rows of one forward pass; 0: the whole batch at once", minimum=0)
+    verify_data: bool = setting(True, "compare all of the data with its checksums before the first step")
 
     @property
     def batch_rows(self) -> int:
@@ -227,6 +239,15 @@ def all_settings() -> Iterator[Setting]:
             yield Setting(f.name, section.name, f.default, **f.metadata)
 
 
+def corpus_of(text: str) -> tuple[str, Fraction]:
+    """Path and weight of one entry of the setting ``data``: ``PATH`` (weight 1) or ``PATH@WEIGHT``."""
+    path, at, weight = text.rpartition("@")
+    try:
+        return (path, Fraction(weight)) if at else (text, Fraction(1))
+    except (ValueError, ZeroDivisionError):
+        return text, Fraction(1)  # the "@" belongs to the path
+
+
 def inconsistencies(config: Config) -> list[str]:
     """What cannot be true together, one sentence each."""
     model, data, optimizer = config.model, config.data, config.optimizer
@@ -252,6 +273,7 @@ def inconsistencies(config: Config) -> list[str]:
         )
     elif data.micro_batch_rows and data.batch_rows % data.micro_batch_rows:
         problems.append(f"micro_batch_rows {data.micro_batch_rows} does not divide the batch's {data.batch_rows} rows")
+    problems += [f'data: the weight of "{text}" must be above 0' for text in data.data if corpus_of(text)[1] <= 0]
     problems += [
         f'fills: there is no [MASK] in "{text}": write it where a word is missing'
         for text in config.report.fills

@@ -11,8 +11,9 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
-from data_prep.shards import Dataset, Split, open_dataset
+from data_prep.shards import Dataset, Split
 from lm.checkpoint import MODEL
+from lm.corpora import Corpora, JoinedSplit, open_corpora
 from lm.run_directory import Run, choose_device
 from lm.validation import validate_readouts
 
@@ -32,15 +33,15 @@ def evaluate(run: Run, data: str = "") -> dict[str, Any]:
     Raises:
         UserError: the data is missing, was made with another tokenizer, or has no validation text.
     """
-    dataset = open_dataset(data or run.config.data.data)
+    dataset = open_corpora((data,) if data else run.config.data.data)
     validation = dataset.split("validation")
     if dataset.tokenizer.sha256 != run.tokenizer.sha256:
         raise UserError(
-            f"{dataset.directory} was made with another tokenizer than {run.path}: "
+            f"{dataset.name} was made with another tokenizer than {run.path}: "
             f"prepare it with --tokenizer {run.path}/tokenizer.json"
         )
     if not validation.tokens:
-        raise UserError(f"{dataset.directory} has no validation text: build it with --validation-fraction above 0")
+        raise UserError(f"{dataset.name} has no validation text: build it with --validation-fraction above 0")
     known = saved_evaluation(run)
     if known and known["data_fingerprint"] == dataset.fingerprint:
         return known
@@ -50,7 +51,7 @@ def evaluate(run: Run, data: str = "") -> dict[str, Any]:
     result = {
         "step": checkpoint.step,
         "checkpoint": checkpoint.state["sha256"][MODEL],
-        "data": str(dataset.directory),
+        "data": str(dataset.name),
         "data_fingerprint": dataset.fingerprint,
         "validation_tokens": validation.tokens,
         "validation_bytes": validation.text_bytes,
@@ -76,7 +77,7 @@ def saved_evaluation(run: Run) -> dict[str, Any] | None:
         return None
 
 
-def floors(dataset: Dataset) -> dict[str, tuple[float | None, float]]:
+def floors(dataset: Dataset | Corpora) -> dict[str, tuple[float | None, float]]:
     """Losses on the validation split that need no neural network: (nats per token, bits per byte).
 
     ``unigram`` knows how often each token occurs in the training split (plus one). ``bz2 -9`` compresses the
@@ -92,7 +93,7 @@ def floors(dataset: Dataset) -> dict[str, tuple[float | None, float]]:
     }
 
 
-def token_counts(split: Split, vocab_size: int) -> np.ndarray:
+def token_counts(split: Split | JoinedSplit, vocab_size: int) -> np.ndarray:
     """How often each token occurs, int64 (vocab_size,)."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, split.tokens, READ_AT_ONCE):
@@ -100,7 +101,7 @@ def token_counts(split: Split, vocab_size: int) -> np.ndarray:
     return counts
 
 
-def compressed_bytes(dataset: Dataset, split: Split) -> int:
+def compressed_bytes(dataset: Dataset | Corpora, split: Split | JoinedSplit) -> int:
     """Size of the split's text after ``bz2 -9``, its documents one after another."""
     compressor, size = bz2.BZ2Compressor(9), 0
     for start in range(0, split.tokens, READ_AT_ONCE):

@@ -7,7 +7,9 @@ this form, and neither bound ever decreases along a row.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -30,26 +32,43 @@ def document_bounds(starts: Tensor) -> tuple[Tensor, Tensor]:
 
     ``starts`` is bool (rows, T), true where a document begins; position 0 always begins one.
     """
-    rows, length = starts.shape
-    positions = torch.arange(length, dtype=torch.int32, device=starts.device).expand(rows, length)
-    first = torch.where(starts, positions, 0).cummax(dim=1).values
-    # The next document's start, seen from the right: the smallest start position after this one.
-    next_start = torch.full_like(positions, length)
-    next_start[:, :-1] = torch.where(starts[:, 1:], positions[:, 1:], length)
-    end = next_start.flip(1).cummin(dim=1).values.flip(1)
+    first, end = _document_bounds(starts.cpu().numpy())
+    return torch.from_numpy(first).to(starts.device), torch.from_numpy(end).to(starts.device)
+
+
+def _document_bounds(starts: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """In NumPy: quicker than PyTorch's scans, and the loader's thread keeps off the threads that compute."""
+    flags = starts.copy()
+    flags[:, :1] = True
+    begins = np.flatnonzero(flags)  # over all rows, laid end to end
+    lengths = np.empty_like(begins)
+    lengths[:-1] = begins[1:] - begins[:-1]
+    lengths[-1:] = flags.size - begins[-1:]
+    within = (begins % flags.shape[1]).astype(np.int32)
+    first = np.repeat(within, lengths).reshape(flags.shape)
+    end = np.repeat(within + lengths.astype(np.int32), lengths).reshape(flags.shape)
     return first, end
 
 
-def packed(starts: Tensor, both_ways: Tensor) -> tuple[Tensor, Tensor]:
+def packed(starts: Tensor, both_ways: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Documents packed into rows, none seeing another.
 
     Args:
         starts: bool (rows, T), true where a document begins.
         both_ways: bool (rows,), rows that are read bidirectionally; the others are causal.
+        lengths: (rows,) positions that hold documents; the ones after them see nothing and are seen by nobody. None:
+            all do.
     """
-    first, end = document_bounds(starts)
-    upto = torch.arange(1, starts.shape[1] + 1, dtype=torch.int32, device=starts.device)
-    return first, torch.where(both_ways[:, None], end, upto)
+    both = both_ways.cpu().numpy()
+    lo, end = _document_bounds(starts.cpu().numpy())
+    places = np.arange(starts.shape[1], dtype=np.int32)
+    hi = np.empty_like(lo)
+    hi[:] = places + 1
+    hi[both] = end[both]
+    if lengths is not None:
+        limit = lengths.cpu().numpy().astype(np.int32)[:, None]
+        lo, hi = np.where(places < limit, lo, limit), np.minimum(hi, limit)
+    return torch.from_numpy(lo).to(starts.device), torch.from_numpy(hi).to(starts.device)
 
 
 def sliding_window(lo: Tensor, hi: Tensor, window: int, *, past: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """What the model learns to predict: an objective turns windows of tokens into a batch.
 
-A window is T + 1 consecutive tokens of the stream. Each document in the stream ends with the end-of-text token, which
-also stands at the start of the next document's text, so that its first word is predicted too.
+A row is T targets and the tokens before them: a window of T + 1 tokens of the stream, or whole documents. Each document
+in the stream ends with the end-of-text token, which also stands at the start of the next document's text, so that its
+first word is predicted too.
 
 ====================  ==============================  ======================  =======================================
 objective             inputs                          keys a query sees       target at position i
@@ -70,52 +71,97 @@ class Batch:
         """A micro-batch: the rows from ``start`` to ``stop``."""
         return Batch(*(getattr(self, f.name)[start:stop] for f in fields(self)))
 
+    def every(self, first: int, step: int) -> Batch:
+        """One rank's part: every ``step``-th row from ``first`` on, so that the kinds of rows are shared out evenly."""
+        return Batch(*(getattr(self, f.name)[first::step].contiguous() for f in fields(self)))
+
     def to(self, device: torch.device) -> Batch:
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
 def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
-    """Which rows of the run are masked: of the first n rows exactly floor(n × fraction), evenly spread."""
+    """Which rows of a text are masked: of the first n rows exactly floor(n × fraction), evenly spread."""
+    if fraction in (0, 1):
+        return np.full(len(numbers), bool(fraction))
     share = Fraction(str(fraction))
     before = [n * share.numerator // share.denominator for n in numbers.tolist()]
     after = [(n + 1) * share.numerator // share.denominator for n in numbers.tolist()]
     return np.array([a > b for a, b in zip(after, before, strict=True)], dtype=bool)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What the loader read, before an objective prepares it: rows of T places, each token the target of its place.
+
+    ``inputs`` and ``targets`` are int64 (rows, T), the input being the token before the target; ``starts`` is bool
+    (rows, T), true where a document or a part of one begins; ``lengths`` (rows,) says how many places are used, the
+    places after them hold ends of text.
+    """
+
+    inputs: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    starts: NDArray[np.bool_]
+    lengths: NDArray[np.int64]
+
+
+def rows_of_windows(windows: NDArray[np.int64], vocabulary: Vocabulary) -> Rows:
+    """Rows that are windows of the stream, (rows, T + 1) tokens, with a document beginning at each end of text."""
+    inputs = windows[:, :-1]
+    starts = inputs == vocabulary.end_of_text
+    starts[:, 0] = True
+    return Rows(inputs, windows[:, 1:], starts, np.full(len(inputs), inputs.shape[1]))
+
+
 def make_batch(
-    windows: NDArray[np.int64], numbers: NDArray[np.int64], config: ObjectiveConfig, vocabulary: Vocabulary, seed: int
+    rows: Rows,
+    numbers: NDArray[np.int64],
+    turns: NDArray[np.int64],
+    config: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    seed: int,
 ) -> Batch:
     """The batch of one optimizer step.
 
     Args:
-        windows: (rows, T + 1) tokens.
         numbers: (rows,) the rows' numbers in the whole run; with ``seed`` they decide what is hidden.
+        turns: (rows,) the rows' numbers among those of their own text; they decide which rows are masked, so that each
+            text has the same share of masked rows.
 
     Within each kind of row the losses are averaged over its own predicted tokens, then the kinds are mixed by their
     share of the rows: a masked row predicts fewer tokens, but counts as much as a causal one.
     """
     fraction = {"next_token": 0.0, "hybrid": config.masked_fraction}.get(config.objective, 1.0)
-    masked = masked_rows(numbers, fraction)
+    masked = masked_rows(turns, fraction)
     order = np.argsort(masked, kind="stable")
-    windows, numbers, masked = windows[order], numbers[order], masked[order]
+    numbers, masked = numbers[order], masked[order]
+    inputs, targets, starts, lengths = rows.inputs[order], rows.targets[order], rows.starts[order], rows.lengths[order]
     first_masked = len(masked) - int(masked.sum())
+    padded = bool((lengths < inputs.shape[1]).any())
+    if padded:
+        targets[np.arange(inputs.shape[1]) >= lengths[:, None]] = IGNORED
 
-    inputs, targets = windows[:, :-1].copy(), windows[:, 1:].copy()
-    starts = inputs == vocabulary.end_of_text
-    hidden_rows = slice(first_masked, None)
-    inputs[hidden_rows], targets[hidden_rows] = _hide(
-        inputs[hidden_rows], numbers[hidden_rows], config, vocabulary, seed, shifted=config.objective != "masked_token"
-    )
+    if first_masked < len(masked):
+        shifted = config.objective != "masked_token"
+        inputs[first_masked:], targets[first_masked:] = _hide(
+            inputs[first_masked:],
+            starts[first_masked:],
+            numbers[first_masked:],
+            config,
+            vocabulary,
+            seed,
+            shifted=shifted,
+        )
     weights = np.zeros(targets.shape, dtype=np.float32)
-    for rows in (slice(0, first_masked), hidden_rows):
-        predicted = targets[rows] != IGNORED
+    for some in (slice(0, first_masked), slice(first_masked, None)):
+        predicted = targets[some] != IGNORED
         if predicted.any():
-            weights[rows] = predicted * (len(predicted) / len(masked) / predicted.sum())
-    return assemble(inputs, targets, weights, starts, masked)
+            weights[some] = predicted * np.float32(len(predicted) / len(masked) / np.count_nonzero(predicted))
+    return assemble(inputs, targets, weights, starts, masked, lengths if padded else None)
 
 
 def _hide(
     inputs: NDArray[np.int64],
+    starts: NDArray[np.bool_],
     numbers: NDArray[np.int64],
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
@@ -123,25 +169,24 @@ def _hide(
     *,
     shifted: bool,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Hide tokens as BERT does (Devlin et al. 2019, section 3.1): (inputs with tokens hidden, targets)."""
-    width = inputs.shape[1]
-    chance, fate, other = (randomness.uniform(randomness.key(seed, purpose), numbers, width) for purpose in (1, 2, 3))
-    chance = np.where(_can_hide(inputs, vocabulary, shifted=shifted), chance, 2.0)
+    """Hide tokens as BERT does (Devlin et al. 2019, section 3.1): (inputs with tokens hidden, targets).
+
+    Ends of text are never hidden, nor, when the neighbour to the left predicts, a first token that has none.
+    """
+    chance = randomness.uniform(randomness.key(seed, 1), numbers, inputs.shape[1])
+    kept = inputs == vocabulary.end_of_text
+    chance[kept | starts if shifted else kept] = 2.0
     # At least one token a row, so that no row is idle: the one with the smallest number.
     chosen = (chance < config.mask_rate) | ((chance == chance.min(axis=1, keepdims=True)) & (chance < 1))
-    to_mask = chosen & (fate < config.mask_token_share)
-    to_random = chosen & ~to_mask & (fate < config.mask_token_share + config.random_token_share)
-    corrupted = np.where(to_mask, vocabulary.mask, inputs)
-    corrupted = np.where(to_random, (other * vocabulary.size).astype(np.int64), corrupted)
+    at = np.flatnonzero(chosen)
+    row, column = np.divmod(at, inputs.shape[1])
+    fate, other = (randomness.uniform_at(randomness.key(seed, p), numbers[row], column) for p in (2, 3))
+    corrupted = inputs.copy()
+    shown = corrupted.ravel()[at]
+    random_limit = config.mask_token_share + config.random_token_share
+    shown = np.where(fate < random_limit, (other * vocabulary.size).astype(np.int64), shown)
+    corrupted.ravel()[at] = np.where(fate < config.mask_token_share, vocabulary.mask, shown)
     return corrupted, _targets_of_hidden(inputs, chosen, shifted=shifted)
-
-
-def _can_hide(inputs: NDArray[np.int64], vocabulary: Vocabulary, *, shifted: bool) -> NDArray[np.bool_]:
-    """Ends of text are never hidden, nor, when the neighbour to the left predicts, a first token that has none."""
-    allowed = inputs != vocabulary.end_of_text
-    if shifted:
-        allowed[:, 0] = False
-    return allowed
 
 
 def _targets_of_hidden(tokens: NDArray[np.int64], chosen: NDArray[np.bool_], *, shifted: bool) -> NDArray[np.int64]:
@@ -187,11 +232,15 @@ def assemble(
     weights: NDArray[np.float32],
     starts: NDArray[np.bool_],
     masked: NDArray[np.bool_],
+    lengths: NDArray[np.int64] | None = None,
 ) -> Batch:
-    """Tensors of a batch whose documents begin where ``starts`` is true; rows in ``masked`` are read both ways."""
+    """Tensors of a batch whose documents begin where ``starts`` is true; rows in ``masked`` are read both ways.
+
+    Places from a row's ``lengths`` on (None: no row has any) see nothing and are seen by nobody.
+    """
     both_ways = torch.from_numpy(masked)
-    lo, hi = masks.packed(torch.from_numpy(starts), both_ways)
-    positions = torch.arange(inputs.shape[1], dtype=torch.int32).expand(inputs.shape) - lo
+    lo, hi = masks.packed(torch.from_numpy(starts), both_ways, None if lengths is None else torch.from_numpy(lengths))
+    positions = torch.from_numpy(np.arange(inputs.shape[1], dtype=np.int32) - lo.numpy())
     return Batch(
         torch.from_numpy(np.ascontiguousarray(inputs)),
         torch.from_numpy(np.ascontiguousarray(targets)),

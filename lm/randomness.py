@@ -23,15 +23,23 @@ def key(*parts: int) -> int:
     """One 64-bit number from several, for seeding."""
     state = 0
     for part in parts:
-        state = int(mix(np.array([(state + _GOLDEN) & _ALL_BITS ^ (part & _ALL_BITS)], dtype=np.uint64))[0])
+        state = (state + _GOLDEN) & _ALL_BITS ^ (part & _ALL_BITS)
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _ALL_BITS
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _ALL_BITS
+        state ^= state >> 31
     return state
 
 
 def uniform(seed: int, rows: NDArray[np.int64], width: int) -> NDArray[np.float64]:
     """Numbers in [0, 1), (len(rows), width); each row depends on nothing but ``seed`` and its own row number."""
+    return uniform_at(seed, rows[:, None], np.arange(width))
+
+
+def uniform_at(seed: int, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The numbers that ``uniform`` has at these rows and columns (which are broadcast), without the others."""
     row_keys = mix(rows.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key(seed)))
-    columns = np.arange(1, width + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    return (mix(row_keys[:, None] + columns) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    steps = (columns + 1).astype(np.uint64) * np.uint64(_GOLDEN)
+    return (mix(row_keys + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permuted(numbers: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:

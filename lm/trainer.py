@@ -21,13 +21,14 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.files import only_writer_of, write_atomically
-from data_prep.shards import Dataset, open_dataset
 from lm import checkpoint, kernels, randomness
 from lm.batches import TrainingBatches
 from lm.config import Config, all_settings
+from lm.corpora import Corpora, open_corpora
 from lm.model import Transformer, describe
 from lm.objectives import READOUTS, Batch
 from lm.optim import Optimizer, learning_rate_factor
+from lm.prefetch import Prefetch
 from lm.run_directory import Run, choose_device, open_run
 from lm.validation import autocast, validate_readouts
 
@@ -35,10 +36,11 @@ from lm.validation import autocast, validate_readouts
 FREE_SETTINGS = {
     *("steps", "log_every", "validate_every", "validation_rows", "checkpoint_every", "keep_checkpoints"),
     *("device", "precision", "threads", "micro_batch_rows", "prompts", "fills", "data"),
+    "verify_data",
 }
 # Settings that can never change: the weights, or the meaning of a step, depend on them.
 FIXED_SETTINGS = {s.name for s in all_settings() if s.section == "model"} | {
-    *("context_length", "batch_tokens", "seed", "optimizer")
+    *("context_length", "batch_tokens", "packing", "seed", "optimizer")
 }
 
 
@@ -110,11 +112,11 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
         SystemExit: stopped by SIGINT or SIGTERM (status 130 or 143), with a checkpoint written.
         OSError: a file could not be written (the disk is full, say); finished checkpoints are untouched.
     """
-    if not config.data.data:
-        raise UserError("no data: name a folder of token shards with --data (python -m data_prep build makes one)")
-    dataset = open_dataset(config.data.data)
-    config = _with_vocabulary(config, dataset)
-    batches = TrainingBatches(dataset, config)
+    corpora = open_corpora(config.data.data)
+    if config.data.verify_data:
+        corpora.verify()
+    config = _with_vocabulary(config, corpora)
+    batches = TrainingBatches(corpora, config)
     device = choose_device(config.training.device)
     kernels.describe(device)  # refuses a KINDLING_KERNELS that cannot be had, before anything is written
     if config.training.threads:
@@ -125,15 +127,15 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
         only_writer_of(path, f"another process is training {path}: wait for it, or choose another --run"),
         told_memory(),
     ):
-        start = _open_or_create(config, path, dataset, reporter, accept_changes=accept_changes)
-        _train_steps(config, path, dataset, batches, device, start, reporter)
+        start = _open_or_create(config, path, corpora, reporter, accept_changes=accept_changes)
+        _train_steps(config, path, corpora, batches, device, start, reporter)
     return Run(path, config)
 
 
 def _train_steps(
     config: Config,
     path: Path,
-    dataset: Dataset,
+    corpora: Corpora,
     batches: TrainingBatches,
     device: torch.device,
     start: checkpoint.Checkpoint | None,
@@ -152,7 +154,7 @@ def _train_steps(
     if step >= config.training.steps:
         reporter.note(f"{path} is trained: {step:,} of {config.training.steps:,} steps are done")
         return
-    for sentence in _introduction(config, dataset, model, batches, device):
+    for sentence in _introduction(config, corpora, model, batches, device):
         reporter.note(sentence)
     if step:
         reporter.note(f"going on at step {step:,}")
@@ -160,11 +162,16 @@ def _train_steps(
     reporter.begin(step, config.training.steps)
     seconds, timed_steps = 0.0, 0
     try:
-        with (path / "metrics.jsonl").open("a", encoding="utf-8") as metrics, StopSignal() as stop:
+        with (
+            (path / "metrics.jsonl").open("a", encoding="utf-8") as metrics,
+            StopSignal() as stop,
+            Prefetch(batches.batch, range(step, config.training.steps)) as upcoming,
+        ):
             while step < config.training.steps:
                 began = time.perf_counter()
+                batch = next(upcoming)
                 factor = learning_rate_factor(step, config.training.steps, config.optimizer)
-                losses, weights = _gradients(model, batches.batch(step), config, step)
+                losses, weights = _gradients(model, batch, config, step)
                 gradient_norm = optimizer.clip()
                 _refuse_non_finite([*losses.values(), gradient_norm], step, path)
                 optimizer.step(factor)
@@ -179,14 +186,14 @@ def _train_steps(
                     _write_line(metrics, _metrics_line(config, batches, step, factor, interval, speed), reporter)
                     interval, seconds, timed_steps = Interval(), 0.0, 0
                 if step % config.training.validate_every == 0 or last:
-                    results = validate_readouts(model, dataset, config)
+                    results = validate_readouts(model, corpora, config)
                     validation = {name: result.as_dict() for name, result in results.items()}
                     _write_line(metrics, {"step": step, "validation": validation}, reporter)
                 stopping = stop.received  # asked once, so that what is told below is what was saved
                 if step % config.training.checkpoint_every == 0 or last or stopping:
                     _refuse_non_finite(list(model.parameters()), step, path)
                     os.fsync(metrics.fileno())
-                    _save(path, step, model, optimizer, interval, config, dataset)
+                    _save(path, step, model, optimizer, interval, config, corpora)
                 reporter.step(step)
                 if stopping:
                     break
@@ -257,13 +264,13 @@ def _gradients(
     return losses, shares
 
 
-def _with_vocabulary(config: Config, dataset: Dataset) -> Config:
+def _with_vocabulary(config: Config, corpora: Corpora) -> Config:
     asked = config.model.vocab_size
-    if asked and asked < dataset.vocab_size:
+    if asked and asked < corpora.vocab_size:
         raise UserError(
-            f"vocab_size {asked} is smaller than the tokenizer of {dataset.directory}, which has {dataset.vocab_size}"
+            f"vocab_size {asked} is smaller than the tokenizer of {corpora.name}, which has {corpora.vocab_size}"
         )
-    return config.replace(vocab_size=asked or dataset.vocab_size)
+    return config.replace(vocab_size=asked or corpora.vocab_size)
 
 
 def _refuse_other_directories(path: Path) -> None:
@@ -276,7 +283,7 @@ def _refuse_other_directories(path: Path) -> None:
 
 
 def _open_or_create(
-    config: Config, path: Path, dataset: Dataset, reporter: Reporter, *, accept_changes: bool
+    config: Config, path: Path, corpora: Corpora, reporter: Reporter, *, accept_changes: bool
 ) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from, if there is one; the directory's files are only written when everything fits."""
     newest = None
@@ -284,19 +291,18 @@ def _open_or_create(
         before = open_run(path)
         newest = before.latest(reporter.note)
         if newest is not None:
-            _check_continuation(before.config, config, newest.state, dataset, path, accept_changes=accept_changes)
-    dataset.tokenizer.save(path / "tokenizer.json")
+            _check_continuation(before.config, config, newest.state, corpora, path, accept_changes=accept_changes)
+    corpora.tokenizer.save(path / "tokenizer.json")
     config.save(path / "config.toml")
     return newest
 
 
 def _check_continuation(
-    old: Config, new: Config, state: dict[str, Any], dataset: Dataset, path: Path, *, accept_changes: bool
+    old: Config, new: Config, state: dict[str, Any], corpora: Corpora, path: Path, *, accept_changes: bool
 ) -> None:
-    if state["data_fingerprint"] != dataset.fingerprint:
+    if state["data_fingerprint"] != corpora.fingerprint:
         raise UserError(
-            f"{path} was trained on other data than {dataset.directory} holds now: "
-            "choose another --run, or restore the data"
+            f"{path} was trained on other data than {corpora.name} holds now: choose another --run, or restore the data"
         )
     before, now = old.flat(), new.flat()
     blocking = {name for name in before if before[name] != now[name]} - FREE_SETTINGS
@@ -319,12 +325,12 @@ def _save(
     optimizer: Optimizer,
     interval: Interval,
     config: Config,
-    dataset: Dataset,
+    corpora: Corpora,
 ) -> None:
     state = {
         "interval": asdict(interval),
-        "data_fingerprint": dataset.fingerprint,
-        "tokenizer_sha256": dataset.tokenizer.sha256,
+        "data_fingerprint": corpora.fingerprint,
+        "tokenizer_sha256": corpora.tokenizer.sha256,
         "torch": torch.__version__,
     }
     checkpoint.save(
@@ -333,7 +339,7 @@ def _save(
 
 
 def _introduction(
-    config: Config, dataset: Dataset, model: Transformer, batches: TrainingBatches, device: torch.device
+    config: Config, corpora: Corpora, model: Transformer, batches: TrainingBatches, device: torch.device
 ) -> list[str]:
     """What a person wants to know before the first step."""
     training, data = config.training, config.data
@@ -342,9 +348,10 @@ def _introduction(
     where = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return [
         describe(model),
-        f"{config.objective.objective} on {batches.split.tokens:,} tokens of {dataset.directory}: "
+        f"{config.objective.objective} on {batches.tokens:,} tokens of {corpora.name}: "
         f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {tokens / 1e6:.1f}M tokens, "
         f"{batches.epochs(training.steps):.2f} epochs, {flops / 1e12:.1f} TFLOP",
+        *batches.introduction(training.steps),
         f"on {where}; {kernels.describe(device)}",
     ]
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from data_prep.shards import Dataset
 from lm.batches import ValidationRows, vocabulary_of
 from lm.config import Config
+from lm.corpora import Corpora
 from lm.model import Transformer
 from lm.objectives import READOUTS
 
@@ -75,7 +76,12 @@ def validate(
 
 
 def validate_readouts(
-    model: Transformer, dataset: Dataset, config: Config, *, rows: int | None = None, every_token: bool = False
+    model: Transformer,
+    dataset: Dataset | Corpora,
+    config: Config,
+    *,
+    rows: int | None = None,
+    every_token: bool = False,
 ) -> dict[str, ReadoutLoss]:
     """The validation loss of each way the model was trained to read; empty if the dataset has no validation text.
 

@@ -90,7 +90,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build_dataset(source: Path, out: Path, **changes: Any) -> Dataset:
-    build(BuildSettings(**{"sources": (str(source),), "out": out, "validation_fraction": 0.1} | changes))
+    build(BuildSettings.from_options((str(source),), out, **{"validation_fraction": 0.1} | changes))
     return open_dataset(out)
 
 
@@ -101,9 +101,18 @@ def dataset(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Data
 
 
 @pytest.fixture(scope="session")
+def other_dataset(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Other, fewer documents as tokens of the same tokenizer."""
+    folder = tmp_path_factory.mktemp("other")
+    lines = (json.dumps({"text": sentences(2 + number % 4, 1000 + number)}) + "\n" for number in range(80))
+    (folder / "other.jsonl").write_text("".join(lines), encoding="utf-8")
+    return build_dataset(folder, folder / "out", tokenizer=str(dataset.directory / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
 def byte_dataset(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The same documents, one token a byte."""
-    return build_dataset(text_folder, tmp_path_factory.mktemp("data") / "bytes", tokenizer_kind="bytes")
+    return build_dataset(text_folder, tmp_path_factory.mktemp("data") / "bytes", kind="bytes")
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +124,7 @@ def small(dataset: Dataset) -> Config:
         num_heads=2,
         context_length=32,
         batch_tokens=256,
-        data=str(dataset.directory),
+        data=(str(dataset.directory),),
         steps=20,
         validation_rows=8,
         device="cpu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,3 +49,9 @@ def content_of(directory: Path) -> dict[str, bytes]:
 def tree() -> Callable[[Path], dict[str, bytes]]:
     """The bytes of every file in a folder."""
     return content_of
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Make an installed package look as if it were not."""
+    return lambda name: monkeypatch.setitem(sys.modules, name, None)

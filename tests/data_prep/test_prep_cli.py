@@ -31,9 +31,9 @@ def novel(make_text: Callable[[int, int], str], tmp_path_factory: pytest.TempPat
 
 
 def test_help_names_every_command_and_every_option_with_its_default(prep: Prep) -> None:
-    assert all(command in prep("--help").stdout for command in ("build", "inspect", "verify"))
+    assert all(command in prep("--help").stdout for command in ("build", "convert", "inspect", "verify"))
     shown = " ".join(prep("build", "--help").stdout.split())
-    for default in ("8192", "bpe", "the cores available", "0.05", "65536", "text", "200000000", "67108864"):
+    for default in ("8192", "bpe", "the cores available", "0.05", "65536", "text", "100000000", "67108864", "skip"):
         assert f"[default: {default}]" in shown
     assert "[required]" in shown
 
@@ -66,15 +66,25 @@ def test_json_is_all_that_is_on_stdout(prep: Prep, novel: Path, tmp_path: Path) 
     assert summary["splits"]["validation"]["bytes_per_token"] is None
 
 
-def test_skipped_things_are_told(prep: Prep, novel: Path, tmp_path: Path) -> None:
+def test_what_is_left_out_is_told_and_changes_the_exit_status(prep: Prep, novel: Path, tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.txt").write_bytes(novel.read_bytes())
-    (folder / "b.txt").write_bytes(b"\xff")
+    (folder / "b.jsonl").write_text('{"text": "good"}\n{"text": ')
     result = prep("build", folder, "--out", tmp_path / "out", "--validation-fraction", "0", *SMALL)
-    assert "skipped: binary files 1\n" in result.stdout
-    assert 'b.txt" is not UTF-8 text (byte 0xff at offset 0)' in result.stderr
+    assert result.exit_code == 3
+    assert "left out: broken record 1\n" in result.stdout
+    assert 'b.jsonl", line 2' in result.stderr
     assert "–" in result.stdout
+
+
+def test_a_dry_run_writes_nothing(prep: Prep, novel: Path, tmp_path: Path) -> None:
+    result = prep("build", novel, "--out", tmp_path / "out", "--dry-run", *SMALL)
+    assert result.exit_code == 0, result.stderr
+    assert "nothing was written" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+    found = json.loads(prep("build", novel, "--out", tmp_path / "out", "--dry-run", "--json", *SMALL).stdout)
+    assert found["text_bytes"] == pytest.approx(novel.stat().st_size, rel=0.1)
 
 
 def test_text_can_be_piped_in(prep: Prep, novel: Path, tmp_path: Path, tree: Tree) -> None:
@@ -83,7 +93,9 @@ def test_text_can_be_piped_in(prep: Prep, novel: Path, tmp_path: Path, tree: Tre
     assert not any("stdin" in name for name in tree(tmp_path / "out"))
     prep("build", novel, "--out", tmp_path / "same", *SMALL)
     piped, named = open_dataset(tmp_path / "out").manifest, open_dataset(tmp_path / "same").manifest
-    assert piped["splits"] == named["splits"]
+    for name, split in piped["splits"].items():
+        for one, other in zip(split["shards"], named["splits"][name]["shards"], strict=True):
+            assert one["bin_sha256"] == other["bin_sha256"]
     bad = prep("build", "-", "--out", tmp_path / "bad", *SMALL, stdin=b"\xff")
     assert (bad.exit_code, (tmp_path / "bad").exists()) == (2, False)
 
@@ -160,7 +172,7 @@ def slow_build(
     for n in range(6):
         (folder / "texts" / f"{n}.txt").write_text(make_text(n, 1000), encoding="utf-8")
     arguments: list[object] = ["build", folder / "texts", "--vocab-size", 500, "--shard-tokens", 12_000]
-    arguments += ["--max-document-bytes", 4000]
+    arguments += ["--max-document-bytes", 4000, "--part-bytes", 120_000]
     subprocess.run(prep_command(*arguments, "--out", folder / "out", "--workers", 1), check=True, capture_output=True)
     content = {path.name: path.read_bytes() for path in sorted((folder / "out").iterdir())}
     assert len(content) > 30
@@ -200,7 +212,7 @@ def stop_when(path: Path, number: signal.Signals, command: list[str], delay: flo
 
 @pytest.mark.parametrize(
     ("moment", "workers"),
-    [("build.json", 1), ("tokenizer.json", 2), ("train-00000.idx", 1), ("train-00009.bin", 2)],
+    [("build.json", 1), ("tokenizer.json", 2), ("train-00000.idx", 1), ("train-00003.bin", 2)],
 )
 def test_killed_outright_it_goes_on_to_the_same_bytes(
     slow_build: tuple[list[object], dict[str, bytes]], prep: Prep, tmp_path: Path, tree: Tree, moment: str, workers: int
@@ -221,7 +233,7 @@ def test_killed_outright_it_goes_on_to_the_same_bytes(
 # The delays meet the worker processes while they start.
 @pytest.mark.parametrize(
     ("moment", "workers", "delay"),
-    [("build.json", 1, 0), ("tokenizer.json", 2, 0.02), ("tokenizer.json", 2, 0.08), ("train-00002.idx", 2, 0)],
+    [("build.json", 1, 0), ("tokenizer.json", 2, 0.02), ("tokenizer.json", 2, 0.08), ("train-00001.idx", 2, 0)],
 )
 def test_ctrl_c_is_one_line_and_keeps_what_is_finished(
     slow_build: tuple[list[object], dict[str, bytes]],

@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardRecord, ShardWriter, open_dataset, split_totals, token_dtype
-from data_prep.tokenizers import Tokenizer, train_tokenizer
+from data_prep.tokenizers import Tokenizer
 
 END = 0
-BYTES = train_tokenizer(iter([]), "bytes", 0)
+BYTES = train_tokenizer(iter([]), TokenizerSettings("bytes"))
 
 
 def write_split(
@@ -26,7 +27,7 @@ def write_split(
 ) -> list[ShardRecord]:
     with ShardWriter(directory, split, vocab_size=vocab_size, shard_tokens=shard_tokens) as writer:
         for document in documents:
-            writer.add(np.array([*document, END]), text_bytes=len(document), words=1)
+            writer.add(np.array([*document, END]), text_bytes=len(document), words=1, place=f"a.txt:{len(document)}")
     return writer.records
 
 
@@ -49,7 +50,7 @@ def write_dataset(
     }
     manifest = {
         "format": "kindling-shards",
-        "version": 1,
+        "version": 2,
         "tokenizer": {"file": "tokenizer.json", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "splits": splits,
@@ -102,7 +103,8 @@ def test_every_document_is_whole_in_one_shard_that_megatron_reads(
     for shard, record in zip(read, records, strict=True):
         assert record.tokens == sum(map(len, shard))
         assert record.tokens <= shard_tokens or len(shard) == 1, "only a document above the limit may pass it"
-        assert record.documents == len(shard) == record.last_document - record.first_document + 1
+        assert record.documents == len(shard)
+        assert (record.first, record.last) == (f"a.txt:{len(shard[0]) - 1}", f"a.txt:{len(shard[-1]) - 1}")
         assert record.bin_sha256 == hashlib.sha256((directory / f"{record.name}.bin").read_bytes()).hexdigest()
         assert record.idx_sha256 == hashlib.sha256((directory / f"{record.name}.idx").read_bytes()).hexdigest()
     for shard, following in itertools.pairwise(read):
@@ -170,7 +172,7 @@ def test_writing_goes_on_after_finished_shards(tmp_path: Path) -> None:
     first = write_split(tmp_path / "parts", "train", documents[:2], shard_tokens=6)
     with ShardWriter(tmp_path / "parts", "train", vocab_size=259, shard_tokens=6, finished=first) as writer:
         for document in documents[2:]:
-            writer.add(np.array([*document, END]), text_bytes=2, words=1)
+            writer.add(np.array([*document, END]), text_bytes=2, words=1, place="a.txt:2")
     assert writer.records == whole
 
 
@@ -214,14 +216,14 @@ def flip_byte(name: str, at: int) -> Callable[[Path], None]:
 
 
 DAMAGES = {
-    "missing bin": (lambda d: (d / "train-00001.bin").unlink(), r"train-00001\.bin.* is missing"),
+    "missing bin": (lambda d: (d / "train-00000-01.bin").unlink(), r"train-00000-01\.bin.* is missing"),
     "missing idx": (lambda d: (d / "train-00000.idx").unlink(), r"train-00000\.idx.* is missing"),
     "short bin": (overwrite("train-00000.bin", b"1234"), r"train-00000\.bin.* has 4 bytes where 6 belong"),
     "short idx": (overwrite("train-00000.idx", b""), r"train-00000\.idx.* has 0 bytes"),
     "other index": (flip_byte("train-00000.idx", 17), r"train-00000\.idx.* is not the index"),
     "other tokenizer": (overwrite("tokenizer.json", b"{}"), r"tokenizer\.json.* is missing or not the tokenizer"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), r"tokenizer\.json.* is missing"),
-    "newer version": (edit_manifest(version=2), r"manifest\.json.* has version 2, this program reads 1"),
+    "newer version": (edit_manifest(version=3), r"manifest\.json.* has version 3, this program reads 2"),
     "other format": (edit_manifest(format="parquet"), r"manifest\.json.* is damaged"),
     "no splits": (edit_manifest(splits={}), r"manifest\.json.* is damaged"),
     "broken manifest": (overwrite("manifest.json", b'{"format": '), r"manifest\.json.* is damaged"),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.splitting import HASH_RANGE, CorpusDigest, SplitRule, hash_of
+from data_prep.splitting import HASH_RANGE, PartDigest, SplitRule, hash_of
 
 hashes = st.lists(st.integers(0, HASH_RANGE - 1), min_size=2).filter(lambda found: len(set(found)) > 1)
 
@@ -60,8 +60,20 @@ def test_the_share_of_validation_is_near_the_fraction() -> None:
 
 def test_hashes_and_digests_are_those_of_the_description() -> None:
     assert hash_of(b"abc") == int(hashlib.blake2b(b"abc", digest_size=8).hexdigest(), 16)
-    digest = CorpusDigest()
-    digest.update(b"ab")
-    digest.update(b"c")
-    expected = b"\2\0\0\0\0\0\0\0ab\1\0\0\0\0\0\0\0c"
+    digest = PartDigest()
+    digest.update([b"ab"], [hash_of(b"ab")])
+    digest.update([b"c"], [hash_of(b"c")])
+    expected = b"\2\0\0\0\0\0\0\0" + hash_of(b"ab").to_bytes(8, "little")
+    expected += b"\1\0\0\0\0\0\0\0" + hash_of(b"c").to_bytes(8, "little")
     assert digest.hexdigest() == hashlib.sha256(expected).hexdigest()
+    assert (digest.documents, digest.text_bytes) == (2, 3)
+
+
+@given(found=hashes, fraction=st.floats(1e-6, 0.999999))
+def test_once_settled_no_further_document_moves_the_border(found: list[int], fraction: float) -> None:
+    rule = SplitRule(fraction)
+    for number, document_hash in enumerate(found):
+        rule.add(document_hash)
+        if rule.settled:
+            assert threshold_for(found[: number + 1], fraction) == threshold_for(found, fraction)
+            return

@@ -1,12 +1,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -17,16 +13,15 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers
 
 from data_prep.errors import UserError
+from data_prep.tokenizer_training import KINDS, TokenizerSettings, train_tokenizer
 from data_prep.tokenizers import (
     BYTE_CHARACTERS,
     BYTE_OF_CHARACTER,
     END_OF_TEXT,
-    KINDS,
     MASK,
     PADDING,
-    SMALLEST_VOCABULARY,
     Tokenizer,
-    train_tokenizer,
+    tokenizer_report,
 )
 
 STEMS = ["cat", "mat", "the", "other", "there", "walk", "talk", "sing", "onset", "mathematic", "wander", "light"]
@@ -42,7 +37,8 @@ awkward_text = st.text(st.sampled_from(list(" \t\n\r\x0b\x1c\x1f\x85\xa0\u2028\u
 
 @cache
 def trained(kind: str) -> Tokenizer:
-    return train_tokenizer(iter(TEXTS), kind, VOCABULARY)
+    size = 256 + VOCABULARY if kind == "wordpiece" else VOCABULARY  # it has every byte twice
+    return train_tokenizer(iter(TEXTS), TokenizerSettings(kind=kind, vocab_size=size))
 
 
 @pytest.fixture(params=KINDS)
@@ -54,13 +50,6 @@ def test_special_tokens_have_the_first_ids_and_the_kind_is_known(tokenizer: Toke
     assert (tokenizer.end_of_text_id, tokenizer.padding_id, tokenizer.mask_id) == (0, 1, 2)
     assert tokenizer.decode([0, 1, 2]) == END_OF_TEXT + PADDING + MASK
     assert tokenizer.decode_bytes([0, 1, 2]) == b""
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_kind_and_size_are_as_asked(kind: str) -> None:
-    assert trained(kind).kind == kind
-    expected = {"bpe": VOCABULARY, "unigram": VOCABULARY, "bytes": 259, "characters": 259 + len(set("".join(TEXTS)))}
-    assert trained(kind).vocab_size == min(expected[kind], VOCABULARY)
 
 
 @given(text=st.one_of(any_text, awkward_text), kind=st.sampled_from(KINDS))
@@ -115,48 +104,6 @@ def test_byte_characters_are_those_of_the_engine() -> None:
     assert sorted(BYTE_OF_CHARACTER.values()) == list(range(256))
 
 
-def test_bpe_applies_its_merges_in_the_order_they_were_learned() -> None:
-    tokenizer = trained("bpe")
-    model = json.loads(tokenizer.to_json())["model"]
-    rank = {tuple(merge): i for i, merge in enumerate(model["merges"])}
-    for word in ("cats", "there", "other", "mathematics", "onset"):
-        parts = list(word)
-        while True:
-            pairs = [(rank[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in rank]
-            if not pairs:
-                break
-            i = min(pairs)[1]
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        assert tokenizer.encode(word) == [model["vocab"][part] for part in parts]
-
-
-def test_unigram_takes_the_most_probable_segmentation() -> None:
-    tokenizer = trained("unigram")
-    pieces = json.loads(tokenizer.to_json())["model"]["vocab"]
-    score = dict(pieces[3:])
-    for word in ("cats", "there", "other", "mathematics", "zzz"):
-        best = [0.0]
-        for stop in range(1, len(word) + 1):
-            best.append(max(best[a] + score[word[a:stop]] for a in range(stop) if word[a:stop] in score))
-        assert sum(pieces[token][1] for token in tokenizer.encode(word)) == pytest.approx(best[-1])
-
-
-def test_training_never_varies_with_threads_or_hash_seeds() -> None:
-    program = (
-        "from data_prep.tokenizers import train_tokenizer\n"
-        "texts = [f'{w} {w[::-1]} is {n*n} to {w}s' for n, w in enumerate(['alpha', 'beta', 'gamma', 'delta'] * 50)]\n"
-        "for kind in ('bpe', 'unigram', 'characters'):\n"
-        "    print(train_tokenizer(iter(texts), kind, 300).sha256)\n"
-    )
-    outputs = set()
-    for threads, seed in (("1", "1"), ("3", "2")):
-        environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", program]
-        outputs.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-    assert len(outputs) == 1
-    assert len(set(outputs.pop().split())) == 3
-
-
 def test_a_saved_tokenizer_loads_as_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
@@ -172,33 +119,6 @@ def test_scores_are_rounded_to_what_the_engine_reads_exactly() -> None:
     tokenizer = Tokenizer.from_json(Engine(models.Unigram(pieces, unk_id=0)).to_str())
     kept = json.loads(tokenizer.to_json())["model"]["vocab"]
     assert [score for _, score in kept] == [round(score, 9) for _, score in pieces]
-
-
-def test_characters_keep_the_most_frequent_ones() -> None:
-    tokenizer = train_tokenizer(iter(["aaabbc日日日日"]), "characters", SMALLEST_VOCABULARY + 2)
-    assert [len(tokenizer.encode(c)) for c in "a日bc"] == [1, 1, 1, 1]  # b and c fall back to their one byte
-    assert tokenizer.decode_bytes([259, 260]) == "a日".encode()
-    assert tokenizer.decode(tokenizer.encode("日b語")) == "日b語"
-
-
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_too_large_a_vocabulary_is_refused_with_one_that_works(kind: str) -> None:
-    with pytest.raises(UserError, match="--vocab-size 8192 is more than this text can give") as caught:
-        train_tokenizer(iter(TEXTS), kind, 8192)
-    proposed = int(str(caught.value).split("choose at most ")[1].split(",")[0])
-    assert train_tokenizer(iter(TEXTS), kind, proposed).vocab_size == proposed
-
-
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "characters"])
-def test_a_vocabulary_below_the_bytes_is_refused(kind: str) -> None:
-    with pytest.raises(UserError, match="at least 259"):
-        train_tokenizer(iter(TEXTS), kind, 258)
-    assert train_tokenizer(iter([]), kind, 259).decode(train_tokenizer(iter([]), kind, 259).encode("é")) == "é"
-
-
-def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(UserError, match='unknown tokenizer kind "wordpiece"'):
-        train_tokenizer(iter(TEXTS), "wordpiece", 300)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"model": {"type": "BPE"}}', b"\xff\xfe", b"not json"])
@@ -258,3 +178,42 @@ def test_token_text_is_readable_on_one_line() -> None:
     shown = [tokenizer.token_text(tokenizer.encode(c)[0]) for c in ("a", " ", "\n", "é")]
     assert shown == ["a", " ", "\\n", "\\xc3"]
     assert tokenizer.token_text(2) == MASK
+
+
+def test_bytes_cut_from_any_text_decode_to_themselves() -> None:
+    for kind in KINDS:
+        tokenizer = trained(kind)
+        table = {tokenizer.decode_bytes([token]): token for token in reversed(range(tokenizer.vocab_size))}
+        assert {bytes([byte]) for byte in range(256)} <= table.keys()
+        content = bytes(range(256)) + b"\xff\xfe\xed\xa0\x80"  # no UTF-8 in any way
+        assert tokenizer.decode_bytes([table[bytes([byte])] for byte in content]) == content
+
+
+def test_tokens_of_other_characters_in_a_byte_level_file_are_their_own_text() -> None:
+    vocabulary = {c: i for i, c in enumerate([*BYTE_CHARACTERS, "日本"])}
+    engine = Engine(models.BPE(vocab=vocabulary, merges=[]))
+    engine.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer.from_json(engine.to_str())
+    assert tokenizer.decode_bytes([256]) == "日本".encode() == tokenizer.decode([256]).encode()
+
+
+def test_the_report_counts_what_can_be_counted_by_hand() -> None:
+    tokenizer = train_tokenizer(iter(["ab日"]), TokenizerSettings(kind="characters", vocab_size=262))
+    found = tokenizer_report(tokenizer, ["ab ba", "日é"])
+    assert found["special_tokens"] == {END_OF_TEXT: 0, PADDING: 1, MASK: 2}
+    assert (found["texts"], found["words"], found["text_bytes"]) == (2, 3, 10)
+    # a, b and 日 are tokens; the space and the two halves of é are bytes
+    assert found["tokens"] == 8
+    assert found["bytes_per_token"] == 10 / 8
+    assert found["tokens_per_word"] == 8 / 3
+    assert (found["fallback_bytes"], found["fallback_share"]) == (2, 0.2)
+    assert found["unused_tokens"] == 259 - 6
+    assert found["unused_share"] == 253 / 259
+    assert found["longest_tokens"][0] == "日"
+    assert found["unknown_tokens"] == 0
+
+
+def test_the_report_counts_what_a_foreign_tokenizer_loses() -> None:
+    tokenizer = Tokenizer.from_json(foreign(["[UNK]", "[PAD]", "hello", "[SEP]", "[MASK]"]))
+    assert tokenizer_report(tokenizer, ["hello you there"])["unknown_tokens"] == 2
+    assert tokenizer_report(tokenizer, [])["bytes_per_token"] is None

@@ -9,7 +9,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.tokenizers import Tokenizer, train_tokenizer
+from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
+from data_prep.tokenizers import Tokenizer
 from lm import masks
 from lm.config import ModelConfig
 from lm.generate import Sampling, continue_text, continue_tokens, fill_masks, filtered, stream_text
@@ -29,7 +30,7 @@ def model(trained) -> Transformer:
 
 @pytest.fixture(scope="module")
 def byte_tokenizer() -> Tokenizer:
-    return train_tokenizer(iter([]), "bytes", 0)
+    return train_tokenizer(iter([]), TokenizerSettings("bytes"))
 
 
 def restless_model(vocab_size: int, seed: int = 0) -> Transformer:
@@ -240,7 +241,7 @@ def test_every_impossible_sampling_setting_is_told():
 
 
 def test_unreadable_bytes_do_not_swallow_the_character_after_them():
-    tokenizer = train_tokenizer(iter([]), "bytes", 0)
+    tokenizer = train_tokenizer(iter([]), TokenizerSettings("bytes"))
     of_byte = {tokenizer.decode_bytes([i]): i for i in range(3, tokenizer.vocab_size)}
     for content in (b"\xf0\x9f" + "😀".encode(), b"a\xc3" + "é".encode() + b"\xff", b"\xe2\x82b"):
         tokens = [of_byte[bytes([byte])] for byte in content]

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from lm import masks
 from lm.config import ObjectiveConfig
-from lm.objectives import IGNORED, READOUTS, Batch, Vocabulary, make_batch, masked_rows, validation_batch
+from lm.objectives import (
+    IGNORED,
+    READOUTS,
+    Batch,
+    Vocabulary,
+    make_batch,
+    masked_rows,
+    rows_of_windows,
+    validation_batch,
+)
 
 VOCABULARY = Vocabulary(size=50, end_of_text=0, mask=2)
 
@@ -25,7 +34,8 @@ def windows_of(rows: int, length: int, seed: int = 0, *, ends: float = 0.1) -> n
 
 def batch_of(windows: np.ndarray, objective: str, seed: int = 0, first: int = 0, **changes) -> Batch:
     numbers = np.arange(first, first + len(windows))
-    return make_batch(windows, numbers, ObjectiveConfig(objective=objective, **changes), VOCABULARY, seed)
+    config = ObjectiveConfig(objective=objective, **changes)
+    return make_batch(rows_of_windows(windows, VOCABULARY), numbers, numbers, config, VOCABULARY, seed)
 
 
 def assert_same(a: Batch, b: Batch) -> None:
@@ -221,6 +231,7 @@ def test_the_vocabulary_is_all_an_objective_knows_of_the_tokenizer():
     """Other ids for the special tokens: nothing is hard-wired."""
     other = replace(VOCABULARY, end_of_text=49, mask=48)
     windows = np.where(windows_of(3, 16) == 0, 49, windows_of(3, 16))
-    batch = make_batch(windows, np.arange(3), ObjectiveConfig(objective="masked_token", mask_rate=1.0), other, 0)
+    config, numbers = ObjectiveConfig(objective="masked_token", mask_rate=1.0), np.arange(3)
+    batch = make_batch(rows_of_windows(windows, other), numbers, numbers, config, other, 0)
     assert (batch.inputs == 48).any()
     assert not (batch.targets == 49).any()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from data_prep.files import only_writer_of
 from lm import checkpoint
 from lm.batches import TrainingBatches
 from lm.config import all_settings
+from lm.corpora import Corpora
 from lm.model import Transformer
 from lm.objectives import Batch
 from lm.recipes import load_config
@@ -91,7 +93,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 def test_micro_batches_give_the_gradient_of_the_whole_batch(dataset, small, objective):
     """Although each has another number of hidden tokens, and one may be causal and the next masked."""
     config = small.replace(objective=objective, masked_fraction=0.3, vocab_size=400)
-    batch = TrainingBatches(dataset, config).batch(1)
+    batch = TrainingBatches(Corpora([dataset]), config).batch(1)
     model = Transformer(config.model).initialise(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -113,7 +115,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(dataset, small, obje
 def test_the_gradient_is_that_of_the_mean_loss(dataset, small):
     """Computed once more from all logits, each kind of row averaged over its own predictions."""
     config = small.replace(masked_fraction=0.25, vocab_size=400)
-    batch = TrainingBatches(dataset, config).batch(0)
+    batch = TrainingBatches(Corpora([dataset]), config).batch(0)
     model = Transformer(config.model).initialise(0)
     losses, shares = _gradients(model, batch, config, 0)
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -132,9 +134,27 @@ def test_the_gradient_is_that_of_the_mean_loss(dataset, small):
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("breaks", [None, 3])
+def test_no_thread_of_the_loader_outlives_training(small, quietly, tmp_path, monkeypatch, breaks):
+    batch = TrainingBatches.batch
+
+    def broken(self: TrainingBatches, step: int) -> Batch:
+        if step == breaks:
+            raise OSError("the disk went away")
+        return batch(self, step)
+
+    monkeypatch.setattr(TrainingBatches, "batch", broken)
+    if breaks is None:
+        quietly(small.replace(steps=5), tmp_path / "run")
+    else:
+        with pytest.raises(OSError, match="the disk went away"):
+            quietly(small.replace(steps=5), tmp_path / "run")
+    assert "kindling-prefetch" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_dropout_is_drawn_anew_for_each_step_and_micro_batch_and_the_same_again(dataset, small):
     config = small.replace(objective="next_token", vocab_size=400, dropout=0.3, micro_batch_rows=1)
-    one = TrainingBatches(dataset, config).batch(0).rows(0, 1)
+    one = TrainingBatches(Corpora([dataset]), config).batch(0).rows(0, 1)
     twice = Batch(*(torch.cat([tensor, tensor]) for tensor in vars(one).values()))
     model = Transformer(config.model).initialise(0).train()
 
@@ -333,21 +353,21 @@ def test_a_run_is_not_continued_with_other_data(small, quietly, text_folder, mak
     quietly(small.replace(steps=2), tmp_path / "run")
     other = make_dataset(text_folder, tmp_path / "other", vocab_size=400, validation_fraction=0.2)
     with pytest.raises(UserError, match="was trained on other data"):
-        quietly(small.replace(steps=4, data=str(other.directory)), tmp_path / "run", accept_changes=True)
+        quietly(small.replace(steps=4, data=(str(other.directory),)), tmp_path / "run", accept_changes=True)
 
 
 def test_the_same_data_may_lie_elsewhere(small, dataset, quietly, tmp_path):
     quietly(small.replace(steps=2), tmp_path / "run")
     moved = shutil.copytree(dataset.directory, tmp_path / "moved")
-    run = quietly(small.replace(steps=3, data=str(moved)), tmp_path / "run")
+    run = quietly(small.replace(steps=3, data=(str(moved),)), tmp_path / "run")
     assert run.latest().step == 3
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data": ""}, "no data: name a folder"),
-        ({"data": "nowhere"}, '"nowhere" is not a directory'),
+        ({"data": ()}, "no data: name a folder"),
+        ({"data": ("nowhere",)}, '"nowhere" is not a directory'),
         ({"vocab_size": 300}, "vocab_size 300 is smaller than the tokenizer of .* which has 400"),
         ({"context_length": 10**6, "batch_tokens": 10**6}, "context_length 1000000 is longer"),
     ],

@@ -1,0 +1,172 @@
+"""The same function over many calls: in this process, in worker processes, or on a Ray cluster.
+
+A function here is called as ``function(*arguments, advance)``; ``advance(bytes)`` tells how much of its input it has
+done. Calls may end in any order, so a function leaves its result on the disk or in what it returns.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from typing import Any, Literal
+
+from data_prep.errors import UserError
+
+Advance = Callable[[int], None]
+Executor = Literal["local", "ray"]
+EXECUTORS: tuple[Executor, ...] = ("local", "ray")
+LOOK_EVERY_SECONDS = 0.1
+RAY_RETRIES = 3  # of a call whose machine or process died
+
+
+def run_calls(
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    *,
+    engine: Executor = "local",
+    workers: int = 1,
+    advance: Advance = lambda size: None,
+) -> list[Any]:
+    """Call ``function(*call, advance)`` for each of ``calls``; the results in the order of the calls.
+
+    With one worker, all happens in this process. With ``engine="ray"`` the calls are tasks of the Ray cluster that
+    ``RAY_ADDRESS`` names, or of one on this machine with ``workers`` processes.
+
+    Raises:
+        ChildProcessError: a worker process died. What a call raises is raised here too, and ends the others.
+    """
+    if engine == "ray":
+        return _run_on_ray(function, calls, workers, advance)
+    if workers == 1 or len(calls) < 2:
+        return [function(*call, advance) for call in calls]
+    return _run_in_processes(function, calls, min(workers, len(calls)), advance)
+
+
+def _run_in_processes(
+    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: int, advance: Advance
+) -> list[Any]:
+    # A server that forks, not this process: an engine may have threads here, and a fork would copy their locks.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    done = context.Value("q", 0)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (done,))
+    told = 0
+    try:
+        with _interrupts_held():  # submitting starts processes
+            futures: list[Future[Any]] = [pool.submit(_call_in_worker, function, call) for call in calls]
+        waiting = set(futures)
+        while waiting:
+            finished, waiting = wait(waiting, LOOK_EVERY_SECONDS, FIRST_COMPLETED)
+            for future in finished:
+                future.result()  # an error ends all
+            advance(done.value - told)
+            told = done.value
+        return [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "a worker process was killed, perhaps for want of memory: try fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back for a moment. Processes started meanwhile never see it: only the parent decides to stop.
+
+    They inherit the mask. For this process a mask is not enough, since any of its threads may receive the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C never interrupts another thread
+        yield
+        return
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if held and callable(handler):
+        handler(signal.SIGINT, None)
+
+
+# The state of a worker process, set when it starts: the bytes done by all workers together.
+_done: Any
+
+
+def _start_worker(done: Any) -> None:
+    global _done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _done = done
+
+
+def _leave_with_parent() -> None:
+    """End this worker when its parent is gone; a parent killed outright cannot tell it to."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _call_in_worker(function: Callable[..., Any], call: tuple[Any, ...]) -> Any:
+    return function(*call, _advance)
+
+
+def _advance(size: int) -> None:
+    with _done.get_lock():
+        _done.value += size
+
+
+def _run_on_ray(
+    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: int, advance: Advance
+) -> list[Any]:
+    try:
+        import ray
+    except ImportError:
+        raise UserError('--engine ray needs the package "ray": pip install "kindling-lm[ray]"') from None
+
+    started = not ray.is_initialized()
+    if started:
+        address = os.environ.get("RAY_ADDRESS")
+        ray.init(
+            address=address,
+            num_cpus=None if address else workers,
+            log_to_driver=False,
+            logging_level="ERROR",
+            include_dashboard=False,
+        )
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(_call_on_ray)
+        references = [remote.remote(function, call) for call in calls]
+        for reference in _as_they_end(ray, references):
+            _, size = ray.get(reference)
+            advance(size)
+        return [result for result, _ in ray.get(references)]
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise ChildProcessError(f"Ray gave up: {str(error).splitlines()[0]}") from None
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _as_they_end(ray: Any, references: Sequence[Any]) -> Iterable[Any]:
+    waiting = list(references)
+    while waiting:
+        ended, waiting = ray.wait(waiting)
+        yield from ended
+
+
+def _call_on_ray(function: Callable[..., Any], call: tuple[Any, ...]) -> tuple[Any, int]:
+    sizes: list[int] = []
+    return function(*call, sizes.append), sum(sizes)
