@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from data_prep.errors import UserError
 from data_prep.ngrams import Hashes, WordHashes, ngram_hashes, ngram_hashes_of_lengths, plain_words
-from data_prep.textfiles import NotTextError, open_binary, read_blocks, with_equal_newlines
+from data_prep.reading import unpacked_name
+from data_prep.storage import UnreadableError, open_stream
+from data_prep.textfiles import with_equal_newlines
 
 FEWEST_WORDS = 5  # a text of fewer words is everywhere, and tells nothing
 SHOWN_WORDS = 10
@@ -83,13 +85,13 @@ class EvaluationTexts:
 
 
 def evaluation_texts(path: Path) -> Iterator[str]:
-    """The texts of an evaluation file, which may be packed with gzip.
+    """The texts of an evaluation file, which may be packed as a source may be.
 
     In .jsonl each string of a record, however deep, is a text, and in .csv and .tsv each field. Any other file is
     text: its paragraphs, which blank lines separate, or its lines if there is no blank line.
     """
-    content = with_equal_newlines(_read_text(path))
-    name = path.name.removesuffix(".gz")
+    content = _read_text(path)
+    name = unpacked_name(path.name)
     if name.endswith(".jsonl"):
         return _texts_of_records(path, content)
     if name.endswith((".csv", ".tsv")):
@@ -99,14 +101,16 @@ def evaluation_texts(path: Path) -> Iterator[str]:
 
 def _read_text(path: Path) -> str:
     try:
-        with open_binary(path) as file:
-            return b"".join(read_blocks(file)).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f'there is no evaluation file "{path}"') from None
+        with open_stream(str(path)) as stream:
+            content = b"".join(stream.blocks())
+    except UnreadableError as error:
+        raise UserError(f'the evaluation file "{path}" {error}: name one that can be read') from None
+    if stream.damage:
+        raise UserError(f'"{path}" is damaged ({stream.damage}): get a whole copy, or leave it out')
+    try:
+        return with_equal_newlines(content).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f'"{path}" is not UTF-8 text (offset {error.start}): convert it, or leave it out') from None
-    except NotTextError as error:
-        raise UserError(f'"{path}" {error}: {error.mend}') from None
+        raise UserError(f'"{path}" is not UTF-8 text ({error.reason}): convert it, or leave it out') from None
 
 
 def _texts_of_records(path: Path, content: str) -> Iterator[str]:
