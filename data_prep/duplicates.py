@@ -41,6 +41,7 @@ PASS_BYTES = 512 << 20
 _EXACT_BYTES_A_DOCUMENT = 80  # measured: record, place, order and their sorted copies
 _BLOCK_RECORDS = 1 << 14
 _PAIRS_AT_ONCE = 1 << 12
+_MOST_SHINGLES_OF_AN_ARRAY = 1 << 15
 _BAND_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 Places = npt.NDArray[np.int64]
@@ -70,16 +71,28 @@ def _record_type(how: str) -> np.dtype[np.void]:
 
 def _minhashes(texts: Sequence[str]) -> npt.NDArray[np.uint32]:
     """The MinHash values of each text's shingles, ``(texts, MINHASH_VALUES)``."""
+    values = np.empty((len(texts), MINHASH_VALUES), np.uint32)
+    for row, text in zip(values, texts, strict=True):
+        row[:] = _minhash(_shingles(text))
+    return values
+
+
+def _minhash(shingles: Hashes) -> list[int]:
+    """The MinHash values of one set, without a thread: a worker process forked after rensa started some would hang.
+
+    rensa starts them for arrays of 65,536 hashes and more, of one text or of many; for sets never, but is slower then.
+    """
     try:
         from rensa import RMinHash  # an extra
     except ImportError:
         raise UserError('near duplicates need the package rensa: pip install "kindling-lm[cleaning]"') from None
-    if not texts:
-        return np.zeros((0, MINHASH_VALUES), np.uint32)
-    sets = [_shingles(text) for text in texts]
-    starts = np.cumsum([0, *map(len, sets)]).astype(np.uint64)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(sets), starts, MINHASH_VALUES, MINHASH_SEED)
-    return np.array(matrix.to_rows(), np.uint32)
+    if len(shingles) > _MOST_SHINGLES_OF_AN_ARRAY:
+        matrix = RMinHash.digest_matrix_from_token_hash_sets([shingles], MINHASH_VALUES, MINHASH_SEED)
+    else:
+        ends = np.array((0, len(shingles)), np.uint64)
+        matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, ends, MINHASH_VALUES, MINHASH_SEED)
+    values: list[int] = matrix.to_rows()[0]
+    return values
 
 
 def _shingles(text: str) -> Hashes:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import re
 from pathlib import Path
 
@@ -78,15 +80,16 @@ def test_each_of_many_texts_is_found_and_named(tmp_path: Path) -> None:
 )
 def test_every_kind_of_file_gives_its_texts_packed_or_not(tmp_path: Path, name: str, content: str, texts: list) -> None:
     assert list(evaluation_texts(written(tmp_path, name, "\ufeff" + content))) == texts
-    packed = tmp_path / f"{name}.gz"
-    packed.write_bytes(gzip.compress(content.encode()))
-    assert list(evaluation_texts(packed)) == texts
+    for suffix, pack in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)):
+        packed = tmp_path / f"{name}.{suffix}"
+        packed.write_bytes(pack(content.encode()))
+        assert list(evaluation_texts(packed)) == texts
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bad.txt", b"abc\xff", r"bad\.txt\" is not UTF-8 text \(offset 3\)"),
+        ("bad.txt", b"abc\xff", r"bad\.txt\" is not UTF-8 text \(invalid start byte\)"),
         ("bad.jsonl", b'{"a": "x"}\n{broken\n', r"bad\.jsonl\", line 2 is no JSON"),
         ("bad.csv", b"a,b\n" + b"x" * 200_000, r"bad\.csv\", line 2 is no table"),
         ("few.txt", b"one two three four\n", r"few\.txt\" has no text of 5 words or more"),
@@ -101,5 +104,5 @@ def test_a_file_that_is_no_use_is_named(tmp_path: Path, name: str, content: byte
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'there is no evaluation file ".*gone\.txt"'):
+    with pytest.raises(UserError, match=r'the evaluation file ".*gone\.txt" cannot be opened \(No such file'):
         texts_of(tmp_path / "gone.txt")

@@ -175,6 +175,31 @@ def test_records_have_a_fixed_size_and_do_not_depend_on_company_or_process() -> 
     assert subprocess.run(command, check=True, capture_output=True).stdout == signatures(texts, "near", NEAR)
 
 
+def test_both_ways_to_hash_a_set_give_the_same_values(monkeypatch) -> None:
+    texts = ["", "one", *families(seed=9, number=10, members=1), " ".join(f"w{number}" for number in range(20_000))]
+    as_arrays = signatures(texts, "near", NEAR)
+    monkeypatch.setattr(duplicates, "_MOST_SHINGLES_OF_AN_ARRAY", 0)
+    assert signatures(texts, "near", NEAR) == as_arrays
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
+def test_no_threads_are_started_that_a_forked_worker_would_wait_for() -> None:
+    texts = [" ".join(f"w{number * place % 997}" for place in range(100)) for number in range(500)]
+    texts.append(" ".join(f"w{number}" for number in range(100_000)))
+    program = """
+import os, sys
+from data_prep.cleaning import CleaningSettings
+from data_prep.duplicates import signatures
+texts, near = sys.stdin.read().split(chr(10)), CleaningSettings(duplicates="near")
+signatures(texts[:1], "near", near)
+threads = len(os.listdir("/proc/self/task"))
+signatures(texts, "near", near)
+print(len(os.listdir("/proc/self/task")) - threads)
+"""
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, check=True, capture_output=True, text=True, input="\n".join(texts)).stdout == "0\n"
+
+
 def test_memory_for_exact_duplicates_is_bounded_by_more_passes(tmp_path: Path, monkeypatch) -> None:
     documents = 100_000
     hashes = np.random.default_rng(0).integers(0, 2**63, (documents, 2), dtype=np.uint64)
