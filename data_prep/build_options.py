@@ -54,8 +54,9 @@ reading_options = _all(
 cleaning_options = _all(
     click.option(
         "--unicode-form",
-        type=click.Choice(["NFC", "NFKC", "NFD", "NFKD"]),
+        type=click.Choice(["", "NFC", "NFKC", "NFD", "NFKD"]),
         default="",
+        metavar="[NFC|NFKC|NFD|NFKD]",
         help="Bring text into this form.",
     ),
     click.option("--control-characters", is_flag=True, help="Remove control characters, save newlines and tabs."),
@@ -104,20 +105,25 @@ tokenizer_options = _all(
         help="Bytes of training text, from the start, that the tokenizer is trained on.",
     ),
     click.option(
-        "--word-pattern", "split", default="gpt2", show_default=True, help="How text is split before merging bytes."
+        "--word-split",
+        "split",
+        type=click.Choice(["gpt2", "llama3", "qwen2"]),
+        default="gpt2",
+        show_default=True,
+        help="How bpe cuts text into words.",
     ),
     click.option(
         "--digits",
         type=click.Choice(["together", "single"]),
         default="together",
         show_default=True,
-        help="Whether digits may merge.",
+        help="single: each digit a token.",
     ),
     click.option(
         "--extra-token",
         "extra_tokens",
         multiple=True,
-        help='A further special token, or "chat" or "infill" for theirs; may be repeated.',
+        help="A further special token <|name|>, or chat or infill for theirs; may be repeated.",
     ),
     click.option(
         "--encoder",

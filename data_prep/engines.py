@@ -72,7 +72,7 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str], wanted: str = "au
     Raises ``UserError`` if the one wanted is unknown, not installed or not exact.
     """
     if wanted != "auto" and wanted not in ENGINES:
-        raise UserError(f'unknown engine "{wanted}": choose auto or one of {", ".join(ENGINES)}')
+        raise UserError(f'unknown encoder "{wanted}": choose auto or one of {", ".join(ENGINES)}')
     texts = [*PROBES, *_probes_for(tokenizer), *sample]
     expected = tokenizer.encode_batch(texts)
     tried: list[tuple[str, str]] = []
@@ -82,7 +82,7 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str], wanted: str = "au
         if engine is not None and outcome == "exact":
             return Chosen(engine, tried)
     raise UserError(
-        f'the engine "{wanted}" cannot be used here: {tried[-1][1]}; choose auto to take the fastest that can'
+        f'the encoder "{wanted}" cannot be used here: {tried[-1][1]}; choose auto to take the fastest that can'
     )
 
 
@@ -104,7 +104,7 @@ def recheck(engine: Engine, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     if difference:
         raise EngineError(
             f"the engine {engine.name} was exact before the build and is not for a text in it: {difference}; "
-            "build again with --engine tokenizers, and please report that text to the engine's makers"
+            "build again with --encoder tokenizers, and please report that text to the engine's makers"
         )
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.shards import ShardRecord, ShardWriter, open_dataset, token_dtype
+from data_prep.shards import ShardRecord, ShardWriter, SourceSpan, open_dataset, token_dtype
 from data_prep.tokenizers import Tokenizer
 from tests.data_prep.handmade import BYTES, finish_dataset
 
@@ -113,6 +113,13 @@ def test_reading_gives_any_stretch_of_the_stream(
     stop = data.draw(st.integers(start, len(stream)))
     assert split.read(start, stop).tolist() == stream[start:stop]
     assert split.read(start, stop).dtype == np.uint16
+    filled = np.full(stop - start, -1)
+    split.read_into(start, filled)
+    assert filled.tolist() == stream[start:stop]
+    assert split.source_spans == [SourceSpan("", 1.0, 0, len(stream))]
+    for beyond in (-1, len(stream) + 1 - len(filled)):
+        with pytest.raises(IndexError):
+            split.read_into(beyond, filled)
     assert split.document_lengths().tolist() == [len(document) + 1 for document in documents]
     assert (split.tokens, split.documents, split.words) == (len(stream), len(documents), len(documents))
     open_dataset(directory).verify()

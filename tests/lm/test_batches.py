@@ -269,6 +269,11 @@ def test_each_corpus_has_its_own_share_of_masked_rows(dataset, other_dataset, sm
     assert [int(masked[texts == text].sum()) for text in (0, 1)] == [40 * fraction, 40 * fraction]
 
 
+def test_corpora_of_one_size_have_orders_of_their_own(dataset, causal):
+    located = TrainingBatches(Corpora([dataset] * 2, [Fraction(1)] * 2), causal).locate(np.arange(200))
+    assert located.places[located.texts == 0].tolist() != located.places[located.texts == 1].tolist()
+
+
 def test_sources_of_unequal_weight_take_turns_and_equal_ones_are_one_stream(dataset, causal, monkeypatch):
     split = dataset.split("train")
     middle = int(np.flatnonzero(split.read(0, split.tokens) == 0)[100]) + 1

@@ -58,6 +58,14 @@ def test_help_lists_the_commands_and_every_setting():
     assert __version__ in kindling("--version").stdout
 
 
+def test_data_may_be_repeated_with_weights(begin, dataset, other_dataset, tmp_path):
+    result = begin("--data", f"{other_dataset.directory}@2", "--steps", 2)
+    assert result.exit_code == 0, result.output
+    saved = load_config(tmp_path / "run" / "config.toml")
+    assert saved.data.data == (str(dataset.directory), f"{other_dataset.directory}@2")
+    assert "66.7% of the rows" in result.stderr
+
+
 def test_train_trains_reports_and_tells_what_is_next(begin, tmp_path):
     result = begin("--steps", 3, "--json", "--prompts", '["The captain"]')
     assert result.exit_code == 0, result.output
