@@ -78,7 +78,7 @@ def texts_of(engine: Engine, texts: Sequence[str]) -> list[list[int]]:
     texts=st.lists(st.one_of(any_text, awkward_text, st.sampled_from(TEXTS))),
     choice=st.sampled_from(sorted(CHOICES)),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_engine_that_was_proven_gives_the_ids_of_tokenizers(texts: list[str], choice: str) -> None:
     expected = [trained(choice).encode(text) for text in texts]
     assert exact_engines(choice).keys() >= {"tokenizers"}
@@ -218,6 +218,7 @@ def test_the_probes_reveal_such_an_engine(wrong: type[Forgetful], monkeypatch: p
 def test_a_difference_on_the_way_is_told_with_engine_and_place() -> None:
     tokenizer = trained("bpe")
     recheck(make_engine("words", tokenizer), tokenizer, TEXTS)
+    recheck(make_engine("words", tokenizer), tokenizer, [])
     recheck(Forgetful(tokenizer, 1), tokenizer, ["no seven here"])
     with pytest.raises(EngineError, match=r"forgetful 1\.0 .* token 1 of '77' is the end .* --engine tokenizers"):
         recheck(Forgetful(tokenizer, 1), tokenizer, ["fine", "77"])

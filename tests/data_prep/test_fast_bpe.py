@@ -21,7 +21,7 @@ def texts() -> list[str]:
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 5))) for _ in range(3000)]
     weights = [1 / (rank + 1) for rank in range(len(words))]
     spelled = ["<|mask|> and <|endoftext|>, <|endoftext|><|pad|>"] * 50  # special tokens are only text in training
-    return [" ".join(rng.choices(words, weights, k=300)) for _ in range(300)] + spelled + list(PROBES)
+    return [" ".join(rng.choices(words, weights, k=300)) for _ in range(120)] + spelled + list(PROBES)
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def small_texts_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_gigatoken
-@pytest.mark.parametrize("vocab_size", [259, 260, 2000])
+@pytest.mark.parametrize("vocab_size", [259, 1200])
 def test_both_trainers_give_the_same_file(vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TokenizerSettings(vocab_size=vocab_size, extra_tokens=("<|x|>",) if vocab_size > 259 else ())
     with TextSpool(texts()) as spool:
@@ -46,7 +46,7 @@ def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
     with TextSpool(texts()) as spool:
         for threads in ("1", "2", "3"):
             monkeypatch.setenv("RAYON_NUM_THREADS", threads)
-            found.append(_train(spool.path, 1500))
+            found.append(_train(spool.path, 1200))
     assert found[0]
     assert found[0] == found[1] == found[2]
 
