@@ -282,8 +282,8 @@ def text_size(tokenizer: Tokenizer, tokens: np.ndarray) -> tuple[int, int]:
 
 def _notes(changes: dict[str, int]) -> list[str]:
     sentences = {
-        "empty_documents": "documents without any token were left out",
-        "ends_added": "documents had no end-of-text token and got one: the tokens are the file's and these",
-        "ends_moved": "files that begin documents with the end-of-text token: each now stands behind its document",
+        "empty_documents": "documents without any token, left out",
+        "ends_added": "documents without an end-of-text token, which got one, so the tokens are not only the file's",
+        "ends_moved": "splits whose documents began with the end-of-text token, which stands behind them now",
     }
-    return [f"{changes[name]:,} {sentence}" for name, sentence in sentences.items() if changes[name]]
+    return [f"{sentence}: {changes[name]:,}" for name, sentence in sentences.items() if changes[name]]

@@ -163,7 +163,7 @@ def test_foreign_tokenizers_get_an_exact_engine_too(change: str) -> None:
     chosen = choose_engine(tokenizer, TEXTS)
     assert texts_of(chosen.engine, [*PROBES, *TEXTS]) == tokenizer.encode_batch([*PROBES, *TEXTS])
     assert not splits_at_words(tokenizer)
-    with pytest.raises(UserError, match='the engine "words" cannot be used here: this tokenizer does not cut'):
+    with pytest.raises(UserError, match='the encoder "words" cannot be used here: this tokenizer does not cut'):
         choose_engine(tokenizer, TEXTS, "words")
 
 
@@ -175,7 +175,7 @@ def test_gigatoken_is_caught_where_it_is_silently_wrong() -> None:
     merged_over_words.model = models.BPE(
         vocab=merged_over_words.get_vocab() | {"aĠ": 265, "aĠb": 266}, merges=[("a", "Ġ"), ("aĠ", "b")]
     )
-    with pytest.raises(UserError, match=r'the engine "gigatoken" cannot be used here: token \d+ of .* should be'):
+    with pytest.raises(UserError, match=r'the encoder "gigatoken" cannot be used here: token \d+ of .* should be'):
         choose_engine(Tokenizer(merged_over_words), [], "gigatoken")
 
 
@@ -220,7 +220,7 @@ def test_a_difference_on_the_way_is_told_with_engine_and_place() -> None:
     recheck(make_engine("words", tokenizer), tokenizer, TEXTS)
     recheck(make_engine("words", tokenizer), tokenizer, [])
     recheck(Forgetful(tokenizer, 1), tokenizer, ["no seven here"])
-    with pytest.raises(EngineError, match=r"forgetful 1\.0 .* token 1 of '77' is the end .* --engine tokenizers"):
+    with pytest.raises(EngineError, match=r"forgetful 1\.0 .* token 1 of '77' is the end .* --encoder tokenizers"):
         recheck(Forgetful(tokenizer, 1), tokenizer, ["fine", "77"])
 
 
@@ -244,14 +244,14 @@ def test_an_engine_that_panics_or_is_missing_is_passed_over(monkeypatch: pytest.
         ("panicking", "it refuses: index out of bounds"),
         ("missing", 'it is not installed ("pip install missing")'),
     ]
-    with pytest.raises(UserError, match='the engine "missing" cannot be used here: it is not installed'):
+    with pytest.raises(UserError, match='the encoder "missing" cannot be used here: it is not installed'):
         choose_engine(trained("bpe"), [], "missing")
-    with pytest.raises(UserError, match='the engine "missing" cannot be used'):
+    with pytest.raises(UserError, match='the encoder "missing" cannot be used'):
         make_engine("missing", trained("bpe"))
 
 
 def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(UserError, match='unknown engine "fast": choose auto or one of gigatoken, splintr, words'):
+    with pytest.raises(UserError, match='unknown encoder "fast": choose auto or one of gigatoken, splintr, words'):
         choose_engine(trained("bpe"), TEXTS, "fast")
 
 

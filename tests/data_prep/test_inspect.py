@@ -114,6 +114,15 @@ def test_the_window_is_the_stream_around_a_documents_end(prep: Prep, dataset: Da
             assert len(part["ids"]) == lengths[part["document"]]
 
 
+def test_a_window_that_begins_where_a_document_does_has_no_empty_part(prep: Prep, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"document{n:02}"[-9:]}) for n in range(60)))
+    arguments = ["--tokenizer-kind", "bytes", "--validation-fraction", "0"]
+    prep("build", tmp_path / "a.jsonl", "--out", tmp_path / "even", *arguments)
+    for seed in range(3):
+        found = json.loads(prep("inspect", tmp_path / "even", "--seed", seed, "--json").stdout)
+        assert {len(part["ids"]) for part in found["splits"]["train"]["window"]} == {10}
+
+
 def test_ids_show_every_token_apart(prep: Prep, dataset: Dataset) -> None:
     text = prep("inspect", dataset.directory, "--documents", 1, "--ids").stdout
     sample = json.loads(prep("inspect", dataset.directory, "--documents", 1, "--json").stdout)["splits"]["train"]

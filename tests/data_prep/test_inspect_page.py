@@ -5,12 +5,14 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
 
+from data_prep.tokenizers import train_tokenizer
+
 Prep = Callable[..., Result]
-EVIL = "</script><img src=x onerror=alert(1)> & \"quoted\" 'too' <!-- <b>bold\n"
 
 
 class Reader(HTMLParser):
@@ -39,12 +41,14 @@ class Reader(HTMLParser):
             self.tokens[-1] = (self._token, self.tokens[-1][1] + data)
 
 
-def page_of(prep: Prep, tmp_path: Path, texts: list[str], *arguments: object) -> tuple[Reader, str, dict[str, object]]:
+def page_of(
+    prep: Prep, tmp_path: Path, texts: list[str], *arguments: object, out: str = "out"
+) -> tuple[Reader, str, dict[str, Any]]:
+    """A page of a dataset of ``texts``: what a browser reads, the HTML, and the JSON that it shows."""
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    out = tmp_path / "out"
     settings = ["--tokenizer-kind", "bytes", *arguments]
-    assert prep("build", tmp_path / "a.jsonl", "--out", out, *settings).exit_code == 0
-    result = prep("inspect", out, "--page", tmp_path / "page.html", "--json")
+    assert prep("build", tmp_path / "a.jsonl", "--out", tmp_path / out, *settings).exit_code == 0
+    result = prep("inspect", tmp_path / out, "--page", tmp_path / "page.html", "--json")
     assert result.exit_code == 0, result.stderr
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     reader = Reader()
@@ -53,18 +57,24 @@ def page_of(prep: Prep, tmp_path: Path, texts: list[str], *arguments: object) ->
 
 
 def test_evil_text_is_shown_as_text(prep: Prep, tmp_path: Path) -> None:
-    reader, _, found = page_of(prep, tmp_path, [EVIL], "--validation-fraction", "0")
-    assert not {"script", "img", "b", "a", "link"} & set(reader.tags)
+    description = json.loads(train_tokenizer(iter([]), "bytes", 0).to_json())
+    evil = "<img src=x onerror=alert(1)>"  # a token of its own, so that no tag of the page's comes between its letters
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    description["added_tokens"].append({"id": 259, "content": evil} | flags)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    arguments = ["--tokenizer", tmp_path / "tokenizer.json", "--validation-fraction", "0"]
+    reader, _, _ = page_of(prep, tmp_path, ["</script>" + evil + ' & "too" <!-- bold\n' + evil], *arguments)
+    assert (259, evil) in reader.tokens
+    assert not {"script", "img"} & set(reader.tags)
     assert not [name for name, _ in reader.attributes if name.startswith("on")]
-    shown = "".join(text for _, text in reader.tokens)
-    assert EVIL.strip() in shown
-    assert found
 
 
 def test_evil_names_of_folders_are_shown_as_text(prep: Prep, tmp_path: Path) -> None:
-    (tmp_path / "<img src=x onerror=alert(1)>").mkdir()
-    reader, _, _ = page_of(prep, tmp_path / "<img src=x onerror=alert(1)>", ["text"], "--validation-fraction", "0")
+    reader, html, _ = page_of(
+        prep, tmp_path, ["text"], "--validation-fraction", "0", out="<img src=x onerror=alert(1)>"
+    )
     assert "img" not in reader.tags
+    assert "&lt;img src=x" in html
 
 
 @pytest.mark.parametrize("fraction", ["0", "0.3"])
@@ -73,7 +83,7 @@ def test_every_token_of_the_samples_is_a_span_with_its_id(prep: Prep, tmp_path: 
     reader, _, found = page_of(prep, tmp_path, texts, "--validation-fraction", fraction)
     expected = [
         pair
-        for split in found["splits"].values()  # type: ignore[attr-defined]
+        for split in found["splits"].values()
         for part in [*split.get("samples", []), *split.get("window", [])]
         for pair in zip(part["ids"], part["token_texts"], strict=True)
     ]
