@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -120,7 +120,17 @@ class TokenizerSettings:
 
     def identity(self) -> dict[str, Any]:
         """What decides the tokenizer beside the texts, ready for JSON; sets of tokens are spelled out."""
-        return asdict(self) | {"extra_tokens": list(self.special_tokens[len(SPECIAL_TOKENS) :])}
+        extra_tokens = list(self.special_tokens[len(SPECIAL_TOKENS) :])
+        if self.kind == "bytes":
+            return {"tokenizer_kind": self.kind, "extra_tokens": extra_tokens}
+        return {
+            "tokenizer_kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "train_bytes": self.train_bytes,
+            "word_split": self.split,
+            "digits": self.digits,
+            "extra_tokens": extra_tokens,
+        }
 
 
 def train_tokenizer(texts: Iterator[str], settings: TokenizerSettings) -> Tokenizer:

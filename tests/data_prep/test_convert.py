@@ -21,7 +21,7 @@ from data_prep import layouts
 from data_prep.cli import EXPORTED, IMPORTED
 from data_prep.convert import export_dataset, import_dataset, text_size
 from data_prep.errors import UserError
-from data_prep.shards import SPLITS, Dataset, ShardWriter, open_dataset
+from data_prep.shards import SPLITS, Dataset, ShardWriter, count_words, open_dataset
 from data_prep.tokenizers import Tokenizer
 from tests.data_prep.handmade import BYTES, finish_dataset
 
@@ -50,7 +50,7 @@ def make_dataset(
         with ShardWriter(directory, split, vocab_size=tokenizer.vocab_size, shard_tokens=shard_tokens) as writer:
             for text in texts[split]:
                 tokens = np.array([*tokenizer.encode(text), tokenizer.end_of_text_id])
-                writer.add(tokens, text_bytes=len(text.encode()), words=len(text.split()))
+                writer.add(tokens, text_bytes=len(text.encode()), words=count_words(text.encode()))
         records[split] = writer.records
     finish_dataset(directory, tokenizer, records)
     return open_dataset(directory)
@@ -351,7 +351,7 @@ def test_text_is_measured_across_pieces_as_in_one(monkeypatch: pytest.MonkeyPatc
     tokens = np.array(ids(text))
     for piece in range(1, 12):
         monkeypatch.setattr("data_prep.convert.PIECE_TOKENS", piece)
-        assert text_size(BYTES, tokens) == (len(text.encode()), len(text.split()))
+        assert text_size(BYTES, tokens) == (len(text.encode()), count_words(text.encode()))
 
 
 # --- what is refused ---

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from data_prep.tokenizers import train_tokenizer
+from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 
 Prep = Callable[..., Result]
 
@@ -57,7 +57,7 @@ def page_of(
 
 
 def test_evil_text_is_shown_as_text(prep: Prep, tmp_path: Path) -> None:
-    description = json.loads(train_tokenizer(iter([]), "bytes", 0).to_json())
+    description = json.loads(train_tokenizer(iter([]), TokenizerSettings("bytes")).to_json())
     evil = "<img src=x onerror=alert(1)>"  # a token of its own, so that no tag of the page's comes between its letters
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     description["added_tokens"].append({"id": 259, "content": evil} | flags)

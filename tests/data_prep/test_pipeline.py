@@ -343,7 +343,7 @@ def test_all_wrong_settings_are_told_at_once(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(UserError) as caught:
         build(settings)
-    assert len(str(caught.value).splitlines()) == 9
+    assert len(str(caught.value).splitlines()) == 8
     with pytest.raises(UserError, match="only once"):
         build(BuildSettings(("-", "-"), tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

@@ -116,7 +116,7 @@ def test_reading_gives_any_stretch_of_the_stream(
     filled = np.full(stop - start, -1)
     split.read_into(start, filled)
     assert filled.tolist() == stream[start:stop]
-    assert split.source_spans == [SourceSpan("", 1.0, 0, len(stream))]
+    assert split.source_spans == [SourceSpan("texts", 1.0, 0, len(stream))]
     for beyond in (-1, len(stream) + 1 - len(filled)):
         with pytest.raises(IndexError):
             split.read_into(beyond, filled)
