@@ -85,7 +85,7 @@ class EvaluationTexts:
 
 
 def evaluation_texts(path: Path) -> Iterator[str]:
-    """The texts of an evaluation file, which may be packed.
+    """The texts of an evaluation file, which may be packed as a source may be.
 
     In .jsonl each string of a record, however deep, is a text, and in .csv and .tsv each field. Any other file is
     text: its paragraphs, which blank lines separate, or its lines if there is no blank line.
@@ -100,18 +100,17 @@ def evaluation_texts(path: Path) -> Iterator[str]:
 
 
 def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f'there is no evaluation file "{path}"')
     try:
         with open_stream(str(path)) as stream:
-            content = with_equal_newlines(b"".join(stream.blocks())).decode("utf-8-sig")
-            if stream.damage:
-                raise UnreadableError(f"is damaged ({stream.damage})")
-            return content
-    except UnicodeDecodeError as error:
-        raise UserError(f'"{path}" is not UTF-8 text (offset {error.start}): convert it, or leave it out') from None
+            content = b"".join(stream.blocks())
     except UnreadableError as error:
-        raise UserError(f'"{path}" {error}: get a whole copy, or leave it out') from None
+        raise UserError(f'the evaluation file "{path}" {error}: name one that can be read') from None
+    if stream.damage:
+        raise UserError(f'"{path}" is damaged ({stream.damage}): get a whole copy, or leave it out')
+    try:
+        return with_equal_newlines(content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f'"{path}" is not UTF-8 text ({error.reason}): convert it, or leave it out') from None
 
 
 def _texts_of_records(path: Path, content: str) -> Iterator[str]:

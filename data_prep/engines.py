@@ -95,7 +95,7 @@ def make_engine(short_name: str, tokenizer: Tokenizer, threads: int = 1) -> Engi
     try:
         return ENGINES[short_name](tokenizer, threads)
     except UnsuitableError as problem:
-        raise UserError(f'the engine "{short_name}" cannot be used with this tokenizer: {problem}') from None
+        raise UserError(f'the encoder "{short_name}" cannot be used with this tokenizer: {problem}') from None
 
 
 def recheck(engine: Engine, tokenizer: Tokenizer, texts: Sequence[str]) -> None:

@@ -18,7 +18,6 @@ from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 from data_prep.tokenizers import Tokenizer
 
 SAMPLED_PARTS, SAMPLED_BYTES = 8, 1 << 18  # from so many parts, so much text of each
-SMALLEST_VOCABULARY = 512
 PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".parquet")
 GUESSED_EXPANSION = 3.0  # of packed files, whose text cannot be measured without unpacking all of it
 
@@ -125,6 +124,6 @@ def _rough_tokenizer(texts: Sequence[str], settings: TokenizerSettings) -> Token
         try:
             return train_tokenizer(iter(texts), settings)
         except UserError:
-            if settings.vocab_size // 2 < SMALLEST_VOCABULARY:
+            if settings.vocab_size // 2 < settings.smallest_vocabulary:
                 raise
             settings = replace(settings, vocab_size=settings.vocab_size // 2)

@@ -9,7 +9,7 @@ A dataset is a directory::
     validation-…        the same for the validation split
 
 The number is that of the part of the input that the shard was made of; a part that fills several shards calls the
-further ones ``train-00000-01`` and so on. A document lies wholly in one shard. Files appear under their names only when
+further ones ``train-00000_01`` and so on. A document lies wholly in one shard. Files appear under their names only when
 they are complete.
 """
 
@@ -120,7 +120,7 @@ class ShardWriter:
         if self._open is not None and self._open.tokens + tokens.size > self._shard_tokens:
             self._finish_shard()
         if self._open is None:
-            name = f"{self._stem}-{len(self.records):02d}" if self.records else self._stem
+            name = f"{self._stem}_{len(self.records):02d}" if self.records else self._stem
             self._open = _OpenShard(self._directory, name, self._dtype, self._source)
         self._open.add(tokens.astype(self._dtype, copy=False), text_bytes, words, place)
 

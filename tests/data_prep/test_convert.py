@@ -275,7 +275,7 @@ def test_documents_that_begin_with_the_end_of_text_token_as_llmc_writes_them_kee
     header = struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253)
     (tmp_path / "x_train_000001.bin").write_bytes(header + u16(*tokens))
     data = bring(tmp_path, "llmc", tmp_path / "x_train_000001.bin")
-    assert data.manifest["skipped"] == {"empty_documents": 0, "ends_added": 0, "ends_moved": 1}
+    assert data.manifest["left_out"] == {"empty_documents": 0, "ends_added": 0, "ends_moved": 1}
     assert documents_of(data, "train") == [ids("ab"), ids("cd")]
 
 

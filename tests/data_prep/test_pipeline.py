@@ -88,7 +88,7 @@ def test_the_manifest_counts_what_is_there(undisturbed: Path, corpus: Path) -> N
         assert split.words == sum(len(text.encode().split()) for text in texts)
         assert split.tokens == sum(map(len, dataset.tokenizer.encode_batch(texts))) + len(texts)
     names = [record.name for record in dataset.split("train").records]
-    assert {"train-00000", "train-00000-01", "train-00001"} <= set(names)
+    assert {"train-00000", "train-00000_01", "train-00001"} <= set(names)
     assert names == sorted(names)
     assert dataset.manifest["left_out"] == {"broken record": 1}
     size = sum(path.stat().st_size for path in corpus.iterdir())
@@ -147,7 +147,7 @@ def test_stopped_before_any_file_it_goes_on_to_the_same_bytes(
         build(settings)
         assert tree(settings.out) == expected, f"stopped before file {count}"
     shards = (len(expected) - 2) // 2
-    parts = 1 + int(max(open_dataset(undisturbed).split("train").records[-1].name.split("-")[1]))
+    parts = 1 + int(open_dataset(undisturbed).split("train").records[-1].name.split("-")[1][:5])
     assert count == 3 * shards + parts + 5, "every file of a shard and each state of a journal was a point to stop at"
 
 

@@ -74,7 +74,7 @@ def test_what_is_left_out_is_told_and_changes_the_exit_status(prep: Prep, novel:
     result = prep("build", folder, "--out", tmp_path / "out", "--validation-fraction", "0", *SMALL)
     assert result.exit_code == 3
     assert "left out: broken record 1\n" in result.stdout
-    assert 'b.jsonl", line 2' in result.stderr
+    assert 'left out: "texts/b.jsonl", byte 17: no JSON' in result.stderr
     assert "–" in result.stdout
 
 

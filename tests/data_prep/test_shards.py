@@ -212,7 +212,7 @@ def flip_byte(name: str, at: int) -> Callable[[Path], None]:
 
 
 DAMAGES = {
-    "missing bin": (lambda d: (d / "train-00000-01.bin").unlink(), r"train-00000-01\.bin.* is missing"),
+    "missing bin": (lambda d: (d / "train-00000_01.bin").unlink(), r"train-00000_01\.bin.* is missing"),
     "missing idx": (lambda d: (d / "train-00000.idx").unlink(), r"train-00000\.idx.* is missing"),
     "short bin": (overwrite("train-00000.bin", b"1234"), r"train-00000\.bin.* has 4 bytes where 6 belong"),
     "short idx": (overwrite("train-00000.idx", b""), r"train-00000\.idx.* has 0 bytes"),

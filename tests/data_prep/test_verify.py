@@ -68,7 +68,7 @@ def test_the_command_names_the_file_and_its_status_says_so(
     prep: Prep, whole: Path, tmp_path: Path, suffix: str
 ) -> None:
     directory = Path(shutil.copytree(whole, tmp_path / "data"))
-    path = directory / f"validation-00001{suffix}"
+    path = directory / f"validation-00000_01{suffix}"
     flip(path, 8 * path.stat().st_size - 1)
     result = prep("verify", directory)
     assert result.exit_code == 2
@@ -90,12 +90,12 @@ def alter_header(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "name"),
     [
-        (harm, f"{split}-00001{suffix}")
+        (harm, f"{split}-00000_01{suffix}")
         for harm in (cut, lengthen, Path.unlink)
         for split in SPLITS
         for suffix in (".bin", ".idx")
     ]
-    + [(alter_header, "train-00001.idx"), (cut, "tokenizer.json"), (Path.unlink, "tokenizer.json")],
+    + [(alter_header, "train-00000_01.idx"), (cut, "tokenizer.json"), (Path.unlink, "tokenizer.json")],
 )
 def test_training_refuses_an_altered_file_before_it_makes_a_run(
     whole: Path,
@@ -108,6 +108,6 @@ def test_training_refuses_an_altered_file_before_it_makes_a_run(
     directory = Path(shutil.copytree(whole, tmp_path / "data"))
     harm(directory / name)
     with pytest.raises(UserError) as told:
-        quietly(small.replace(data=str(directory)), tmp_path / "run")
+        quietly(small.replace(data=(str(directory),)), tmp_path / "run")
     assert f'"{directory / name}"' in str(told.value)
     assert not (tmp_path / "run").exists()
