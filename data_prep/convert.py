@@ -7,7 +7,6 @@ the name is finished. Nothing is held in memory but one document at a time.
 from __future__ import annotations
 
 import errno
-import pickle
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -71,7 +70,7 @@ def export_dataset(
                 _export_olmo(dataset, split, folder, copy)
         if layout == "nanogpt" and dataset.vocab_size > NANOGPT_VOCAB_SIZE:
             # nanoGPT has no other way to learn of a vocabulary above its default.
-            write_atomically(folder / "meta.pkl", pickle.dumps({"vocab_size": dataset.vocab_size}, protocol=4))
+            write_atomically(folder / "meta.pkl", layouts.nanogpt_meta(dataset.vocab_size))
     return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
 
 

@@ -247,6 +247,11 @@ def _ends(tokens: np.ndarray, end_of_text_id: int) -> Iterator[int]:
         yield from (found + start + 1).tolist()
 
 
+def nanogpt_meta(vocab_size: int) -> bytes:
+    """``meta.pkl``: the dictionary ``{"vocab_size": …}`` in the first protocol of pickle, which is text."""
+    return f"(dVvocab_size\nI{vocab_size}\ns.".encode("ascii")
+
+
 def llmc_header(tokens: int, dtype: np.dtype[Any]) -> bytes:
     """The 1,024 bytes before ``tokens`` tokens in a file of llm.c."""
     magic = LLMC_MAGIC_OF_SIZE[dtype.itemsize]
