@@ -7,17 +7,18 @@ The text is that of the folder, repeated with changed words until it is long eno
 (.jsonl) and as plain text (.txt). A byte-level BPE of 32,768 tokens is trained on it once, outside the timing, and
 given to all. Each candidate is a process of its own, timed whole, imports included, in turn A B A B:
 
-- kindling: ``python -m data_prep build … --workers 2`` and then ``data_prep verify``;
+- kindling: ``python -m data_prep build …`` with one worker and with two, and then ``data_prep verify``;
 - datatrove: its reader and tokenizer stages, two local tasks;
 - nanoGPT's way: ``datasets.map`` over two processes with tiktoken, then a memory-mapped file of uint16.
 
 The peers take a shorter text, being slower; rates are what is compared. CPU seconds are those of all processes; memory
-is the most that they held together (proportional set size, looked at every 50 ms).
+is the most that they held together (proportional set size, looked at every 200 ms).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -38,16 +39,13 @@ import sys
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
-text, tokenizer, out = sys.argv[1:]
-LocalPipelineExecutor(
-    [
-        JsonlReader(text, glob_pattern="*.jsonl"),
-        DocumentTokenizer(out, tokenizer_name_or_path=tokenizer, eos_token="<|endoftext|>", shuffle_documents=False),
-    ],
-    tasks=2,
-    workers=2,
-    logging_dir=out + "/logs",
-).run()
+
+if __name__ == "__main__":
+    text, tokenizer, out = sys.argv[1:]
+    end = "<|endoftext|>"
+    tokens = DocumentTokenizer(out, tokenizer_name_or_path=tokenizer, eos_token=end, shuffle_documents=False)
+    steps = [JsonlReader(text, glob_pattern="*.jsonl"), tokens]
+    LocalPipelineExecutor(steps, tasks=2, workers=2, logging_dir=out + "/logs").run()
 """
 
 NANOGPT = """
@@ -77,6 +75,7 @@ if __name__ == "__main__":
         at += len(ids)
     tokens.flush()
 """
+PR_SET_CHILD_SUBREAPER = 36
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -109,6 +108,19 @@ def changed_text(folder: Path, size: int) -> Iterator[str]:
                     return
 
 
+def adopt_orphans() -> None:
+    """Become the parent of processes whose parent ends, so that their CPU seconds are counted here."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def wait_for_orphans() -> None:
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
+
+
 def measured(command: list[str]) -> Cost:
     """Run a command with all the processes it starts."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -123,12 +135,13 @@ def measured(command: list[str]) -> Cost:
     peak = 0
     while process.poll() is None:
         peak = max(peak, memory_of_group(process.pid))
-        time.sleep(0.05)
+        time.sleep(0.2)
     seconds = time.perf_counter() - began
     assert process.stderr is not None
     said = process.stderr.read().decode()
     if process.returncode:
         raise SystemExit(f"{' '.join(command[:4])} failed:\n{said[-2000:]}")
+    wait_for_orphans()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Cost(seconds, cpu, peak / 1e6)
@@ -154,6 +167,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--without-peers", action="store_true")
     arguments = parser.parse_args()
+    adopt_orphans()
     with tempfile.TemporaryDirectory() as name:
         compare(arguments, Path(name))
 
@@ -183,8 +197,8 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
     subprocess.run([*first, "--workers", "2"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     tokenizer = trained / "tokenizer.json"
     write_ranks(tokenizer, work / "ranks.json")
-    (work / "datatrove.py").write_text(DATATROVE)
-    (work / "nanogpt.py").write_text(NANOGPT)
+    (work / "with_datatrove.py").write_text(DATATROVE)
+    (work / "as_nanogpt.py").write_text(NANOGPT)
 
     def build(text: str) -> list[str]:
         command = (
@@ -193,18 +207,19 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
         return ["bash", "-c", f'{command} && "{python}" -m data_prep verify {work / "out"}']
 
     candidates = {
-        "kindling, .txt": (build("large-txt"), sizes["large"]),
-        "kindling, .jsonl": (build("large-jsonl"), sizes["large"]),
+        f"kindling, .{kind}, {workers} worker{'s' * (workers > 1)}": (build(f"large-{kind}", workers), sizes["large"])
+        for kind in ("txt", "jsonl")
+        for workers in (1, 2)
     }
     if not arguments.without_peers:
         small = str(work / "small-jsonl")
         candidates |= {
             "datatrove, .jsonl": (
-                [python, str(work / "datatrove.py"), small, str(tokenizer), str(work / "out")],
+                [python, str(work / "with_datatrove.py"), small, str(tokenizer), str(work / "out")],
                 sizes["small"],
             ),
             "nanoGPT's way, .jsonl": (
-                [python, str(work / "nanogpt.py"), small, str(work / "ranks.json"), str(work / "out")],
+                [python, str(work / "as_nanogpt.py"), small, str(work / "ranks.json"), str(work / "out")],
                 sizes["small"],
             ),
         }

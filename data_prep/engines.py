@@ -144,7 +144,7 @@ def _excerpt(text: str) -> str:
 
 def _probes_for(tokenizer: Tokenizer) -> list[str]:
     """Texts that spell what this tokenizer looks for before anything else."""
-    names = [token["content"] for token in json.loads(tokenizer.to_json())["added_tokens"]]
+    names = [token["content"] for token in tokenizer.description["added_tokens"]]
     return [text for name in names for text in (name, f"a {name} b{name}{name}\n{name[:-1]}")]
 
 
@@ -265,7 +265,7 @@ ENGINES: dict[str, Callable[[Tokenizer, int], Engine]] = {
 
 def splits_at_words(tokenizer: Tokenizer) -> bool:
     """Whether the tokens of a text are the tokens of its ``RUNS`` one after the other."""
-    description = json.loads(tokenizer.to_json())
+    description = tokenizer.description
     if description["normalizer"] is not None or not all(token["special"] for token in description["added_tokens"]):
         return False
     pre_tokenizer = description["pre_tokenizer"]
@@ -291,6 +291,5 @@ def _installed(module: str, package: str) -> str:
 
 def _json_without_special_tokens(tokenizer: Tokenizer) -> str:
     """The tokenizer for engines that would turn a text that spells a special token into that token."""
-    description = json.loads(tokenizer.to_json())
-    description["added_tokens"] = [token for token in description["added_tokens"] if not token["special"]]
-    return json.dumps(description, ensure_ascii=False)
+    ordinary = [token for token in tokenizer.description["added_tokens"] if not token["special"]]
+    return json.dumps(tokenizer.description | {"added_tokens": ordinary}, ensure_ascii=False)

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from data_prep.cleaning import Cleaner, CleaningReport, CleaningSettings
 from data_prep.duplicates import signatures
-from data_prep.engines import Engine, make_engine, recheck
+from data_prep.engines import Engine, EngineError, make_engine, recheck
 from data_prep.files import atomic_file
 from data_prep.journal import PartRecord
 from data_prep.shards import SPLITS, TOKENIZER_FILE, WORK, ShardWriter, count_words, token_dtype
@@ -156,10 +155,21 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-@lru_cache(maxsize=1)
+# The encoder of the build that this process works on: loading one costs as much as encoding 20 MB.
+_encoders: dict[tuple[Path, str], tuple[Tokenizer, Engine]] = {}
+
+
+def keep_encoder(directory: Path, tokenizer: Tokenizer, engine: Engine) -> None:
+    """Let the parts of a build in this process use what has been loaded already."""
+    _encoders.clear()
+    _encoders[directory, engine.short_name] = tokenizer, engine
+
+
 def _encoder(directory: Path, name: str) -> tuple[Tokenizer, Engine]:
-    tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
-    return tokenizer, make_engine(name, tokenizer)
+    if (directory, name) not in _encoders:
+        tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
+        keep_encoder(directory, tokenizer, make_engine(name, tokenizer))
+    return _encoders[directory, name]
 
 
 class _BatchEncoder:
@@ -171,13 +181,24 @@ class _BatchEncoder:
         self._end_of_text = np.array([tokenizer.end_of_text_id], self._dtype).tobytes()
 
     def __call__(self, texts: list[str]) -> Iterator[np.ndarray]:
-        ids, lengths = self._engine.encode(texts)
+        ids, lengths = self._encode(texts)
         content, size = memoryview(ids.tobytes()), self._dtype.itemsize
         start = 0
         for length in lengths.tolist():
             stop = start + length * size
             yield np.frombuffer(b"".join((content[start:stop], self._end_of_text)), self._dtype)
             start = stop
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return self._engine.encode(texts)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic in Rust is no Exception
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise EngineError(
+                f"the encoder {self._engine.name} failed ({reason}): call again with --encoder tokenizers"
+            ) from error
 
 
 def digest_of_parts(summaries: list[dict[str, Any]]) -> str:

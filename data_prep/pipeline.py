@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from data_prep.parts import (
     build_part,
     digest_of_parts,
     duplicates_path,
+    keep_encoder,
     kept_documents,
     merged_reports,
     signatures_path,
@@ -66,8 +68,8 @@ from data_prep.tokenizers import Tokenizer
 from data_prep.workers import EXECUTORS, Executor, run_calls
 
 STDIN_COPY = "stdin.txt"
-# The encoders are compared on so many documents, and no more than so many bytes of them.
-PROVED_DOCUMENTS, PROVED_BYTES = 300, 1 << 19
+# The encoders are compared on the beginnings of so many documents, in characters.
+PROVED_DOCUMENTS, PROVED_CHARACTERS = 300, 1000
 SMALLEST_PART_BYTES = 1 << 20
 # A corpus has at least so many parts, if each can be that large: work for several processes.
 LEAST_PARTS = 16
@@ -355,15 +357,11 @@ class _Build:
                 return
 
     def _choose_encoder(self, tokenizer: Tokenizer) -> None:
-        if self.journal.encoder:
+        if self.journal.encoder and self.plan.settings.encoder in ("auto", self.journal.encoder):
             return
-        sample, size = [], 0
-        for text in self._training_texts():
-            sample.append(text)
-            size += len(text)
-            if len(sample) == PROVED_DOCUMENTS or size >= PROVED_BYTES:
-                break
+        sample = [text[:PROVED_CHARACTERS] for text in islice(self._training_texts(), PROVED_DOCUMENTS)]
         chosen = choose_engine(tokenizer, sample, self.plan.settings.encoder)
+        keep_encoder(self.plan.settings.out, tokenizer, chosen.engine)
         self.journal.encoder = chosen.engine.short_name
         self.journal.encoders = dict(chosen.tried)
         self.journal.save()

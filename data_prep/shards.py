@@ -115,7 +115,8 @@ class ShardWriter:
     def add(self, tokens: np.ndarray, *, text_bytes: int, words: int, place: str = "") -> None:
         """Append one document: its tokens, the end-of-text token included; its size in bytes of UTF-8 and in words;
         its place in the source."""
-        if tokens.size == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
+        signed = tokens.dtype.kind != "u"
+        if tokens.size == 0 or (signed and int(tokens.min()) < 0) or int(tokens.max()) >= self._vocab_size:
             raise ValueError(f"a document needs tokens, each at least 0 and below the vocabulary of {self._vocab_size}")
         if self._open is not None and self._open.tokens + tokens.size > self._shard_tokens:
             self._finish_shard()
@@ -407,7 +408,7 @@ class Dataset:
             raise UserError(f'"{self.directory / record.name}.idx" contradicts itself: build the dataset again')
         tokens = np.memmap(self.directory / f"{record.name}.bin", dtype=self._dtype, mode="r")
         ends = np.cumsum(lengths, dtype=np.int64) - 1
-        if int(tokens.max()) >= self.vocab_size or np.any(tokens[ends] != self.tokenizer.end_of_text_id):
+        if int(tokens.max()) >= self.vocab_size or np.any(tokens[ends] != self.manifest["tokenizer"]["end_of_text_id"]):
             raise UserError(f'"{self.directory / record.name}.bin" holds tokens that its tokenizer cannot have made')
 
 

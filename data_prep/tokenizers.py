@@ -113,13 +113,14 @@ class Tokenizer:
         return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
 
     @cached_property
-    def _description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
+        """``to_json()`` as objects, to be read only."""
         description: dict[str, Any] = json.loads(self.to_json())
         return description
 
     @cached_property
     def kind(self) -> str:
-        model = self._description["model"]
+        model = self.description["model"]
         if model["type"] != "BPE" or model["merges"]:
             return str(model["type"]).lower()
         return "characters" if model["byte_fallback"] else "bytes"
@@ -157,7 +158,7 @@ class Tokenizer:
     @cached_property
     def unknown_id(self) -> int | None:
         """The id for text that the vocabulary cannot spell, or None: the tokenizers trained here have none."""
-        model = self._description["model"]
+        model = self.description["model"]
         if model["type"] == "Unigram":
             unknown: int | None = model["unk_id"]
             return unknown
@@ -176,8 +177,8 @@ class Tokenizer:
     @cached_property
     def _token_bytes(self) -> list[bytes] | None:
         """The bytes of every id, or None if this tokenizer's tokens have no bytes of their own."""
-        kinds = _decoder_types(self._description["decoder"])
-        prefix = _prefix_that_decoding_drops(self._description) if kinds == {"Replace", "ByteLevel"} else ""
+        kinds = _decoder_types(self.description["decoder"])
+        prefix = _prefix_that_decoding_drops(self.description) if kinds == {"Replace", "ByteLevel"} else ""
         byte_level = kinds == {"ByteLevel"} or bool(prefix)
         if not byte_level and kinds != {"ByteFallback", "Fuse"}:
             return None
@@ -202,6 +203,8 @@ def _with_short_scores(text: str) -> str:
 
     The engine reads longer numbers with an error in the last bit, so the text would change with every save and load.
     """
+    if '"Unigram"' not in text:
+        return text
     description = json.loads(text)
     if description["model"].get("type") != "Unigram":
         return text
@@ -233,10 +236,11 @@ def _bytes_of_byte_characters(token: str) -> bytes:
 
 def _find_or_add(engine: Engine, spellings: Sequence[str]) -> int:
     """The id of the first spelling that the vocabulary has, marked as special; else the first is added at the end."""
-    vocabulary = engine.get_vocab(with_added_tokens=True)
-    name = next((spelling for spelling in spellings if spelling in vocabulary), spellings[0])
+    name = next((spelling for spelling in spellings if engine.token_to_id(spelling) is not None), spellings[0])
     engine.add_special_tokens([AddedToken(name, special=True, normalized=False)])
-    return int(engine.get_vocab(with_added_tokens=True)[name])
+    token_id = engine.token_to_id(name)
+    assert token_id is not None
+    return token_id
 
 
 def tokenizer_report(tokenizer: Tokenizer, texts: Iterable[str], *, longest: int = 10) -> dict[str, Any]:

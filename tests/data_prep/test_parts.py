@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import parts
-from data_prep.engines import make_engine
+from data_prep.engines import EngineError, make_engine
 from data_prep.parts import _BatchEncoder, count_words
 from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 
@@ -33,3 +35,17 @@ def test_batches_hold_all_documents_in_order_and_are_bounded(monkeypatch: pytest
     batches = list(parts._batches(iter(documents)))
     assert [document for batch in batches for document in batch] == documents
     assert [len(batch) for batch in batches] == [4, 1, 1]
+
+
+class Panicking:
+    short_name = "panicking"
+    name = "panicking 1.0"
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        raise BaseException("index out of bounds\nat line 7")
+
+
+def test_an_encoder_that_panics_is_told_in_a_sentence() -> None:
+    tokenizer = train_tokenizer(iter([]), TokenizerSettings("bytes"))
+    with pytest.raises(EngineError, match=r"panicking 1\.0 failed \(index out of bounds\): call again with --encoder"):
+        list(_BatchEncoder(tokenizer, Panicking())(["text"]))
