@@ -339,7 +339,9 @@ class _Build:
         if path.is_file():
             return Tokenizer.load(path)
         tokenizer = self.plan.settings.given_tokenizer
-        if tokenizer is None:
+        if tokenizer is None and self.plan.settings.training.kind == "bytes":
+            tokenizer = train_tokenizer(iter(()), self.plan.settings.training)
+        elif tokenizer is None:
             # The stage ends when the texts are read; the training proper comes after and is short beside it.
             with self.progress.stage("training tokenizer", None) as advance:
                 tokenizer = train_tokenizer(self._first_training_texts(advance), self.plan.settings.training)
