@@ -200,11 +200,10 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
     (work / "with_datatrove.py").write_text(DATATROVE)
     (work / "as_nanogpt.py").write_text(NANOGPT)
 
-    def build(text: str) -> list[str]:
-        command = (
-            f'"{python}" -m data_prep build {work / text} --out {work / "out"} --tokenizer {tokenizer} --workers 2'
-        )
-        return ["bash", "-c", f'{command} && "{python}" -m data_prep verify {work / "out"}']
+    def build(text: str, workers: int) -> list[str]:
+        out = work / "out"
+        command = f'"{python}" -m data_prep build {work / text} --out {out} --tokenizer {tokenizer} --workers {workers}'
+        return ["bash", "-c", f'{command} && "{python}" -m data_prep verify {out}']
 
     candidates = {
         f"kindling, .{kind}, {workers} worker{'s' * (workers > 1)}": (build(f"large-{kind}", workers), sizes["large"])
