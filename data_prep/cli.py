@@ -136,6 +136,10 @@ def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
     Console(highlight=False).print(table)
     tokenizer = manifest["tokenizer"]
     click.echo(f"vocabulary: {tokenizer['vocab_size']:,} tokens ({tokenizer['kind']})")
+    for step, report in manifest["cleaning"].items():
+        changed, removed = report["changed_documents"], report["removed_documents"]
+        example = f" ({report['examples'][0]['reason']})" if report["examples"] else ""
+        click.echo(f"{step}: changed {changed:,}, removed {removed:,} documents{example}")
     left_out = [f"{reason} {count:,}" for reason, count in manifest["left_out"].items() if count]
     if left_out:
         click.echo(f"left out: {', '.join(left_out)}")
@@ -169,6 +173,30 @@ def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | 
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         click.echo(render(found, ids=ids) if page is None else f"in: {page}")
+
+
+@main.command()
+@click.argument("name", metavar="TOKENIZER")
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@reading_options
+@click.option("--most-bytes", type=int, default=10_000_000, show_default=True, help="Bytes of text to look at.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def tokenizer(name: str, sources: tuple[str, ...], most_bytes: int, as_json: bool, **options: Any) -> None:
+    """Tell what a tokenizer makes of some text.
+
+    TOKENIZER is a tokenizer.json, a sentencepiece .model, a folder that holds one (a dataset, a run), or a hub name.
+    Each SOURCE is one as of build. Told are bytes per token, tokens never used, the longest ones, and what was lost.
+    """
+    from data_prep.sources import ReadSettings, first_texts
+    from data_prep.tokenizers import Tokenizer, tokenizer_report
+
+    found = tokenizer_report(Tokenizer.load(name), first_texts(sources, most_bytes, ReadSettings(**options)))
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    for key, value in found.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        click.echo(f"{key.replace('_', ' ')}: {shown}")
 
 
 @main.command()

@@ -72,10 +72,16 @@ def kept_documents(
 ) -> Iterator[Document]:
     """The documents of part ``number`` that a model learns from."""
     documents = cleaned_documents(job, part, advance, reading, cleaner)
-    if job.cleaning.duplicates == "keep":
-        return documents
+    how = job.cleaning.duplicates
+    if how == "keep":
+        yield from documents
+        return
     left_out = np.fromfile(duplicates_path(job.directory, number), np.uint8)
-    return (document for document, duplicate in zip(documents, left_out, strict=True) if not duplicate)
+    for document, duplicate in zip(documents, left_out, strict=True):
+        if duplicate:
+            cleaner.report.step(f"{how} duplicates").remove(document.text, f"was there before ({how})")
+        else:
+            yield document
 
 
 def survey_part(job: Job, number: int, part: Part, advance: Advance) -> None:

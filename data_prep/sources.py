@@ -73,6 +73,7 @@ __all__ = [
     "Span",
     "copy_stdin",
     "describe",
+    "first_texts",
     "parse_sources",
     "parts_of",
     "place_of",
@@ -301,6 +302,25 @@ def _describe(source: Source, parts: Sequence[Part]) -> dict[str, Any]:
         return described
     files = {span.path for part in parts for span in part.spans}
     return described | {"files": len(files), "bytes": sum(part.bytes for part in parts)}
+
+
+def first_texts(names: Sequence[str], most_bytes: int, reading: ReadSettings) -> Iterator[str]:
+    """The first documents of some sources, up to ``most_bytes`` or a little more.
+
+    Raises ``UserError`` as a build would, and for standard input.
+    """
+    problems = list(reading.check())
+    if STDIN in names:
+        problems.append("standard input (-) cannot be looked at here: name a file")
+    if problems:
+        raise UserError("\n".join(problems))
+    sources = parse_sources(names)
+    for part in parts_of(sources, reading):
+        for document in read_part(part, sources, reading, ReadReport()):
+            yield document.text
+            most_bytes -= len(document.text)
+            if most_bytes <= 0:
+                return
 
 
 def copy_stdin(file: IO[bytes]) -> None:

@@ -364,13 +364,14 @@ def test_the_checksum_of_the_corpus_is_that_of_its_documents(corpus: Path, tmp_p
 
 
 def test_duplicates_are_left_out_wherever_they_are(corpus: Path, tmp_path: Path) -> None:
-    build(settings_for(corpus, tmp_path / "out", duplicates="exact", part_bytes=20_000, document_per="file"))
+    manifest = build(settings_for(corpus, tmp_path / "out", duplicates="exact", part_bytes=20_000, document_per="file"))
     build(settings_for(corpus, tmp_path / "all", part_bytes=20_000, document_per="file"))
     kept, there = (
         [*decoded(out, "train"), *decoded(out, "validation")] for out in (tmp_path / "out", tmp_path / "all")
     )
     assert len(kept) == len(set(kept)) < len(there)
     assert set(kept) == set(there)
+    assert manifest["cleaning"]["exact duplicates"]["removed_documents"] == len(there) - len(kept)
 
 
 def test_cleaning_is_done_before_anything_else(corpus: Path, tmp_path: Path) -> None:

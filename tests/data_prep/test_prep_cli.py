@@ -31,7 +31,7 @@ def novel(make_text: Callable[[int, int], str], tmp_path_factory: pytest.TempPat
 
 
 def test_help_names_every_command_and_every_option_with_its_default(prep: Prep) -> None:
-    assert all(command in prep("--help").stdout for command in ("build", "convert", "inspect", "verify"))
+    assert all(command in prep("--help").stdout for command in ("build", "convert", "inspect", "tokenizer", "verify"))
     shown = " ".join(prep("build", "--help").stdout.split())
     for default in ("8192", "bpe", "the cores available", "0.05", "65536", "text", "100000000", "67108864", "skip"):
         assert f"[default: {default}]" in shown
@@ -98,6 +98,17 @@ def test_text_can_be_piped_in(prep: Prep, novel: Path, tmp_path: Path, tree: Tre
             assert one["bin_sha256"] == other["bin_sha256"]
     bad = prep("build", "-", "--out", tmp_path / "bad", *SMALL, stdin=b"\xff")
     assert (bad.exit_code, (tmp_path / "bad").exists()) == (2, False)
+
+
+def test_a_tokenizer_can_be_judged_by_any_text(prep: Prep, novel: Path, tmp_path: Path) -> None:
+    prep("build", novel, "--out", tmp_path / "out", *SMALL)
+    result = prep("tokenizer", tmp_path / "out", novel, "--most-bytes", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "bytes per token: " in result.stdout
+    found = json.loads(prep("tokenizer", tmp_path / "out", novel, "--json").stdout)
+    split = open_dataset(tmp_path / "out").split("train")
+    assert found["bytes_per_token"] == pytest.approx(split.text_bytes / (split.tokens - split.documents), rel=0.05)
+    assert "cannot be looked at here" in prep("tokenizer", tmp_path / "out", "-").stderr
 
 
 MISTAKES = {
