@@ -188,7 +188,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
         "-m",
         "data_prep",
         "build",
-        str(work / "small-txt"),
+        str(work / "large-txt"),
         "--out",
         str(trained),
         "--vocab-size",
