@@ -147,7 +147,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
             sync_directory(beside)
             beside.replace(name)
             sync_directory(name.parent)
-        except BaseException:
+        except BaseException:  # of whatever kind, it goes on up
             shutil.rmtree(beside, ignore_errors=True)
             raise
 

@@ -90,14 +90,6 @@ class Part:
     spans: tuple[Span, ...]
     bytes: int
 
-    def to_json(self) -> dict[str, Any]:
-        spans = [[span.path, span.start, span.stop] for span in self.spans]
-        return {"source": self.source, "spans": spans, "bytes": self.bytes}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Part:
-        return cls(record["source"], tuple(Span(*span) for span in record["spans"]), record["bytes"])
-
 
 @dataclass(frozen=True, slots=True)
 class Document:

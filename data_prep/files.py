@@ -33,7 +33,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         beside.replace(path)
         sync_directory(path.parent)
-    except BaseException:
+    except BaseException:  # of whatever kind, it goes on up
         beside.unlink(missing_ok=True)
         raise
 

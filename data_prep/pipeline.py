@@ -146,15 +146,14 @@ class Plan:
         parts = parts_of(sources, settings.reading, stdin_copy)
         # The size of parts follows from the size of the corpus, never from the number of workers.
         share = sum(part.bytes for part in parts) // LEAST_PARTS
-        reading = replace(
-            settings.reading, part_bytes=min(settings.reading.part_bytes, max(share, SMALLEST_PART_BYTES))
-        )
-        settings = replace(settings, reading=reading)
-        parts = parts_of(sources, reading, stdin_copy)
+        part_bytes = max(share, SMALLEST_PART_BYTES)
+        if part_bytes < settings.reading.part_bytes:
+            settings = replace(settings, reading=replace(settings.reading, part_bytes=part_bytes))
+            parts = parts_of(sources, settings.reading, stdin_copy)
         tokenizer = settings.given_tokenizer
         identity = {
             **(settings.training.identity() if tokenizer is None else {"tokenizer_sha256": tokenizer.sha256}),
-            **asdict(reading),
+            **asdict(settings.reading),
             **settings.cleaning.identity(),
             "sources": describe(sources, parts),
             "validation_fraction": settings.validation_fraction,

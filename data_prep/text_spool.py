@@ -28,7 +28,7 @@ class TextSpool:
             for text in texts:
                 self.size += self._file.write(text.encode("utf-8") + SEPARATOR)
             self._file.flush()
-        except BaseException:
+        except BaseException:  # of whatever kind, it goes on up
             self._file.close()
             raise
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.documents import MOST_MESSAGES, Part, ReadReport, ReadSettings, Span, one_line
+from data_prep.documents import MOST_MESSAGES, ReadReport, ReadSettings, one_line
 
 
 def test_the_default_settings_are_good_and_each_bad_one_has_its_sentence() -> None:
@@ -39,11 +39,6 @@ def test_merging_reports_adds_and_is_associative(first: ReadReport, second: Read
     assert total.documents == first.documents + second.documents + third.documents
     assert sum(total.counts.values()) == sum(sum(r.counts.values()) for r in (first, second, third))
     assert total.messages == (first.messages + second.messages + third.messages)[:MOST_MESSAGES]
-
-
-def test_a_part_survives_json_whatever_its_names() -> None:
-    part = Part(3, (Span("a\n\udcff.txt", 5, 9), Span("b")), 12)
-    assert Part.from_json(json.loads(json.dumps(part.to_json()))) == part
 
 
 @pytest.mark.parametrize(

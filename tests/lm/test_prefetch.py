@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+from lm.batches import TrainingBatches
+from lm.objectives import Batch
 from lm.prefetch import Prefetch
 
 
@@ -63,3 +65,21 @@ def test_the_thread_does_not_outlive_an_error_of_its_user(error, taken):
 def test_things_are_made_in_another_thread():
     with Prefetch(lambda _: threading.get_ident(), [0]) as threads:
         assert next(threads) != threading.get_ident()
+
+
+@pytest.mark.parametrize("breaks", [None, 3])
+def test_no_thread_of_the_loader_outlives_training(small, quietly, tmp_path, monkeypatch, breaks):
+    batch = TrainingBatches.batch
+
+    def broken(self: TrainingBatches, step: int) -> Batch:
+        if step == breaks:
+            raise OSError("the disk went away")
+        return batch(self, step)
+
+    monkeypatch.setattr(TrainingBatches, "batch", broken)
+    if breaks is None:
+        quietly(small.replace(steps=5), tmp_path / "run")
+    else:
+        with pytest.raises(OSError, match="the disk went away"):
+            quietly(small.replace(steps=5), tmp_path / "run")
+    assert not thread_is_running()

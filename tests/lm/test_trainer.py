@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,24 +131,6 @@ def test_the_gradient_is_that_of_the_mean_loss(dataset, small):
     total.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("breaks", [None, 3])
-def test_no_thread_of_the_loader_outlives_training(small, quietly, tmp_path, monkeypatch, breaks):
-    batch = TrainingBatches.batch
-
-    def broken(self: TrainingBatches, step: int) -> Batch:
-        if step == breaks:
-            raise OSError("the disk went away")
-        return batch(self, step)
-
-    monkeypatch.setattr(TrainingBatches, "batch", broken)
-    if breaks is None:
-        quietly(small.replace(steps=5), tmp_path / "run")
-    else:
-        with pytest.raises(OSError, match="the disk went away"):
-            quietly(small.replace(steps=5), tmp_path / "run")
-    assert "kindling-prefetch" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_dropout_is_drawn_anew_for_each_step_and_micro_batch_and_the_same_again(dataset, small):
