@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep import layouts
 from data_prep.errors import UserError
-from data_prep.files import atomic_file, only_writer_of, sync_directory, write_atomically
+from data_prep.files import atomic_file, empty_directory, only_writer_of, sync_directory, write_atomically
 from data_prep.layouts import TokenFile
 from data_prep.manifest import make_manifest, save_manifest
 from data_prep.progress import Reporter, SilentReporter
@@ -139,7 +139,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
     beside = name.parent / f".{name.name}.partial"
     beside.mkdir(exist_ok=True)
     with only_writer_of(beside, f'another process is writing "{out}": wait for it, or choose another --out'):
-        _empty(beside)  # what a conversion that was killed left
+        empty_directory(beside)  # what a conversion that was killed left
         try:
             yield beside
             for directory in [path for path in beside.rglob("*") if path.is_dir()]:
@@ -150,14 +150,6 @@ def _new_folder(out: Path) -> Iterator[Path]:
         except BaseException:  # of whatever kind, it goes on up
             shutil.rmtree(beside, ignore_errors=True)
             raise
-
-
-def _empty(directory: Path) -> None:
-    for path in directory.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def import_dataset(

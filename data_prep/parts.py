@@ -126,8 +126,8 @@ def build_part(job: Job, number: int, part: Part, advance: Advance) -> PartRecor
                     tokens, text_bytes=len(content), words=count_words(content), place=batch[place].place
                 )
             recheck(engine, tokenizer, [batch[place].text for place in wanted if not hashes[place] % RECHECKED])
-    summary = {"documents": digest.documents, "text_bytes": digest.text_bytes, "digest": digest.hexdigest()}
-    record.finish(summary | {"reading": reading.to_json(), "cleaning": cleaner.report.to_json()})
+    reports = {"reading": reading.to_json(), "cleaning": cleaner.report.to_json()}
+    record.finish({"digest": digest.hexdigest()} | reports)
     return record
 
 

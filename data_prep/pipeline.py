@@ -26,7 +26,7 @@ from data_prep.cleaning import Cleaner, CleaningSettings
 from data_prep.duplicates import find_duplicates
 from data_prep.engines import choose_engine
 from data_prep.errors import UserError
-from data_prep.files import atomic_file, only_writer_of, write_atomically
+from data_prep.files import atomic_file, empty_directory, only_writer_of, write_atomically
 from data_prep.journal import Journal, PartRecord, differences
 from data_prep.manifest import make_manifest, save_manifest
 from data_prep.parts import (
@@ -206,7 +206,7 @@ def build(settings: BuildSettings, *, progress: Reporter | None = None) -> dict[
             return _Build(plan, Journal(out / JOURNAL, plan.identity, plan.stamp()), progress).run()
         except UserError:
             if not any(out.glob(f"{WORK}/part-*.json")):
-                _empty(out)
+                empty_directory(out)
                 for directory in created:
                     directory.rmdir()
             raise
@@ -217,11 +217,6 @@ def _make_directories(directory: Path) -> list[Path]:
     created = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return created
-
-
-def _empty(directory: Path) -> None:
-    for path in directory.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _finished(out: Path, identity: dict[str, Any], progress: Reporter) -> dict[str, Any]:

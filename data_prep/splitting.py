@@ -21,15 +21,11 @@ class PartDigest:
     little-endian)."""
 
     def __init__(self) -> None:
-        self.documents = 0
-        self.text_bytes = 0
         self._hash = hashlib.sha256()
 
     def update(self, contents: Sequence[bytes], hashes: Sequence[int]) -> None:
         """Add documents, each with its ``hash_of``."""
-        self.documents += len(contents)
         for content, document_hash in zip(contents, hashes, strict=True):
-            self.text_bytes += len(content)
             self._hash.update(len(content).to_bytes(8, "little") + document_hash.to_bytes(8, "little"))
 
     def hexdigest(self) -> str:
