@@ -56,8 +56,8 @@ class Journal:
 class PartRecord:
     """What has been made of one part.
 
-    ``summary`` is there when the part is finished: ``digest``, and the reports of ``reading`` and ``cleaning``. A change
-    is on the disk when it returns.
+    ``summary`` is there when the part is finished: ``digest``, and the reports of ``reading`` and ``cleaning``. A
+    change is on the disk when it returns.
     """
 
     path: Path
