@@ -40,7 +40,7 @@ def read(*names: object, **options: Any) -> tuple[list[Document], ReadReport]:
         documents.append(list(read_part(part, sources, read_settings, of_part)))
         report.merge(of_part)
     for number in reversed(range(len(parts))):
-        part = Part.from_json(json.loads(json.dumps(parts[number].to_json())))
+        part = parts[number]
         assert list(read_part(part, sources, read_settings, ReadReport())) == documents[number]
     found = [document for of_part in documents for document in of_part]
     assert (report.documents, report.text_bytes) == (len(found), sum(len(d.text.encode()) for d in found))
