@@ -84,13 +84,17 @@ def save(
     return final
 
 
-def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def latest(folder: Path, warn: Callable[[str], None], *, before: int | None = None) -> Checkpoint | None:
     """The newest checkpoint whose checksums hold; each damaged one before it is named to ``warn``. None: there is none.
+
+    ``before``: of those before this step, if there are any.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
     """
     folders = _folders(folder)
+    if before is not None:
+        folders = [path for path in folders if path.name < _folder_name(before)] or folders[-1:]
     for path in folders:
         try:
             return read(path)
@@ -99,6 +103,13 @@ def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     if folders:
         raise UserError(f"every checkpoint in {folder} is damaged: nothing to go on from")
     return None
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps than ``step``."""
+    for path in _folders(folder):
+        if path.name > _folder_name(step):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read(path: Path) -> Checkpoint:

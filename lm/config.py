@@ -129,6 +129,11 @@ class OptimizerConfig:
     beta2: float = setting(0.95, "AdamW: decay of the mean of its square", minimum=0, maximum=0.99999)
     momentum: float = setting(0.95, "Muon: decay of the momentum", minimum=0, maximum=0.9999)
     gradient_clip: float = setting(1.0, "largest norm of the whole gradient; 0: off", minimum=0)
+    spike_threshold: float = setting(
+        8.0,
+        "a step whose loss is this many standard deviations above the running mean is left out; 0: none is",
+        minimum=0,
+    )
     warmup_fraction: float = setting(
         0.02, "first share of the steps, over which the learning rate rises linearly", minimum=0, maximum=1
     )

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,10 +17,12 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
-from lm import checkpoint
+from lm import checkpoint, metrics
 from lm.config import Config
 from lm.model import Transformer
 from lm.recipes import load_config
+
+METRICS = "metrics.jsonl"
 
 
 def warn(message: str) -> None:
@@ -61,15 +62,8 @@ class Run:
         return model.to(device).eval()
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that was cut off by a crash is left out."""
-        path = self.path / "metrics.jsonl"
-        if path.exists():
-            with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    try:
-                        yield json.loads(line)
-                    except ValueError:
-                        return
+        """The lines of metrics.jsonl (``lm.metrics``)."""
+        return metrics.read(self.path / METRICS)
 
 
 def open_run(path: str | Path) -> Run:

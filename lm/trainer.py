@@ -6,8 +6,6 @@ and the step, so a run that was killed goes on from its newest checkpoint and en
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -20,62 +18,31 @@ from typing import Any, Protocol
 import torch
 
 from data_prep.errors import UserError
-from data_prep.files import only_writer_of, write_atomically
-from lm import checkpoint, kernels, randomness
+from data_prep.files import only_writer_of
+from lm import checkpoint, kernels
 from lm.batches import TrainingBatches
-from lm.config import Config, all_settings
+from lm.config import Config
+from lm.continuation import open_or_create, refuse_other_directories
 from lm.corpora import Corpora, open_corpora
+from lm.gradients import step_gradients
+from lm.metrics import Interval, MetricsLog
 from lm.model import Transformer, describe
-from lm.objectives import READOUTS, Batch
+from lm.objectives import Batch
 from lm.optim import Optimizer, learning_rate_factor
 from lm.prefetch import Prefetch
-from lm.run_directory import Run, choose_device, open_run
-from lm.validation import autocast, validate_readouts
-
-# Settings that a run may be continued with changed: they alter neither the model nor the order of its data.
-FREE_SETTINGS = {
-    *("steps", "log_every", "validate_every", "validation_rows", "checkpoint_every", "keep_checkpoints"),
-    *("device", "precision", "threads", "micro_batch_rows", "prompts", "fills", "data"),
-    "verify_data",
-}
-# Settings that can never change: the weights, or the meaning of a step, depend on them.
-FIXED_SETTINGS = {s.name for s in all_settings() if s.section == "model"} | {
-    *("context_length", "batch_tokens", "packing", "seed", "optimizer")
-}
+from lm.run_directory import METRICS, Run, choose_device
+from lm.trouble import OVERFITTING, ROLL_BACKS, Best, Ladder, Verdict
+from lm.validation import validate_readouts
 
 
 class Reporter(Protocol):
-    """Who is told how it goes (``lm.report.Progress`` on a terminal)."""
+    """Who is told how it goes (``lm.progress.TerminalProgress`` on a terminal)."""
 
     def note(self, text: str) -> None: ...
     def begin(self, done: int, total: int) -> None: ...
     def step(self, step: int) -> None: ...
     def metrics(self, line: dict[str, Any]) -> None: ...
     def end(self) -> None: ...
-
-
-@dataclass
-class Interval:
-    """Sums since the last line of metrics.jsonl; saved with a checkpoint, so that a continued run logs the same."""
-
-    steps: int = 0
-    losses: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-    gradient_norm: float = 0.0
-
-    def add(self, losses: dict[str, torch.Tensor], weights: dict[str, float], gradient_norm: torch.Tensor) -> None:
-        self.steps += 1
-        for name, loss in losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + float(loss)
-            self.weights[name] = self.weights.get(name, 0.0) + weights[name]
-        self.gradient_norm += float(gradient_norm)
-
-    def means(self) -> dict[str, float]:
-        """The mean loss, the mean of each objective, and the mean norm of the gradient."""
-        line = {"loss": sum(self.losses.values()) / self.steps}
-        if len(self.losses) > 1:
-            line |= {f"loss_{name}": loss / self.weights[name] for name, loss in self.losses.items()}
-        return line | {"gradient_norm": self.gradient_norm / self.steps}
 
 
 class StopSignal:
@@ -121,99 +88,15 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
     kernels.describe(device)  # refuses a KINDLING_KERNELS that cannot be had, before anything is written
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    _refuse_other_directories(path)
+    refuse_other_directories(path)
     path.mkdir(parents=True, exist_ok=True)
     with (
         only_writer_of(path, f"another process is training {path}: wait for it, or choose another --run"),
         told_memory(),
     ):
-        start = _open_or_create(config, path, corpora, reporter, accept_changes=accept_changes)
-        _train_steps(config, path, corpora, batches, device, start, reporter)
+        start = open_or_create(config, path, corpora, reporter.note, accept_changes=accept_changes)
+        Training(config, path, corpora, batches, device, reporter).run(start)
     return Run(path, config)
-
-
-def _train_steps(
-    config: Config,
-    path: Path,
-    corpora: Corpora,
-    batches: TrainingBatches,
-    device: torch.device,
-    start: checkpoint.Checkpoint | None,
-    reporter: Reporter,
-) -> None:
-    """The loop, from the checkpoint ``start`` to the last step."""
-    model = Transformer(config.model).initialise(config.training.seed).to(device)
-    optimizer = Optimizer(model, config.optimizer)
-    interval, step = Interval(), 0
-    if start is not None:
-        step = start.step
-        model.load_state_dict(start.model())
-        optimizer.load_state(start.optimizer())
-        interval = Interval(**start.state["interval"])
-    _cut_metrics(path / "metrics.jsonl", step)
-    if step >= config.training.steps:
-        reporter.note(f"{path} is trained: {step:,} of {config.training.steps:,} steps are done")
-        return
-    for sentence in _introduction(config, corpora, model, batches, device):
-        reporter.note(sentence)
-    if step:
-        reporter.note(f"going on at step {step:,}")
-
-    reporter.begin(step, config.training.steps)
-    seconds, timed_steps = 0.0, 0
-    try:
-        with (
-            (path / "metrics.jsonl").open("a", encoding="utf-8") as metrics,
-            StopSignal() as stop,
-            Prefetch(batches.batch, range(step, config.training.steps)) as upcoming,
-        ):
-            while step < config.training.steps:
-                began = time.perf_counter()
-                batch = next(upcoming)
-                factor = learning_rate_factor(step, config.training.steps, config.optimizer)
-                losses, weights = _gradients(model, batch, config, step)
-                gradient_norm = optimizer.clip()
-                _refuse_non_finite([*losses.values(), gradient_norm], step, path)
-                optimizer.step(factor)
-                timed_steps += 1
-                interval.add(losses, weights, gradient_norm)
-                step += 1
-                seconds += time.perf_counter() - began
-
-                last = step == config.training.steps
-                if step % config.training.log_every == 0 or last:
-                    speed = timed_steps * config.data.batch_tokens / seconds
-                    _write_line(metrics, _metrics_line(config, batches, step, factor, interval, speed), reporter)
-                    interval, seconds, timed_steps = Interval(), 0.0, 0
-                if step % config.training.validate_every == 0 or last:
-                    results = validate_readouts(model, corpora, config)
-                    validation = {name: result.as_dict() for name, result in results.items()}
-                    _write_line(metrics, {"step": step, "validation": validation}, reporter)
-                stopping = stop.received  # asked once, so that what is told below is what was saved
-                if step % config.training.checkpoint_every == 0 or last or stopping:
-                    _refuse_non_finite(list(model.parameters()), step, path)
-                    os.fsync(metrics.fileno())
-                    _save(path, step, model, optimizer, interval, config, corpora)
-                reporter.step(step)
-                if stopping:
-                    break
-    finally:
-        reporter.end()
-    if stopping and not last:
-        reporter.note(f"stopped at step {step:,}, which is saved: the same command goes on from there")
-        raise SystemExit(128 + stopping)
-
-
-def _refuse_non_finite(values: list[torch.Tensor], step: int, path: Path) -> None:
-    """Stop before NaN or infinity reaches the weights, the log or a checkpoint."""
-    if all(torch.isfinite(value).all() for value in values):
-        return
-    newest = checkpoint.latest(path / "checkpoints", warn=lambda _: None)
-    kept = f"the newest checkpoint is of step {newest.step:,}" if newest else "no checkpoint was written before it"
-    raise UserError(
-        f"the loss is no longer finite at step {step:,}: begin another run with a lower learning_rate or "
-        f"muon_learning_rate; {kept}"
-    )
 
 
 @contextmanager
@@ -230,38 +113,231 @@ def told_memory() -> Iterator[None]:
         ) from None
 
 
-def _gradients(
-    model: Transformer, batch: Batch, config: Config, step: int
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Compute the gradient of one step's loss, micro-batch by micro-batch; return each objective's loss and its share.
+@dataclass
+class State:
+    """All that changes while a run trains, beside weights and optimizer; saved as JSON with every checkpoint."""
 
-    The batch's weights are normalised over the whole step, so the parts' gradients simply add up: k micro-batches give
-    what one big batch gives.
-    """
-    model.zero_grad()
-    device = next(model.parameters()).device
-    readouts = READOUTS[config.objective.objective]
-    names = {False: readouts[0], True: readouts[-1]}
-    rows = len(batch.masked)
-    shares = {names[m]: float((batch.masked == m).sum()) / rows for m in (False, True) if (batch.masked == m).any()}
-    losses = {name: torch.zeros((), device=device) for name in shares}
-    for first in range(0, rows, config.data.micro_batch_rows or rows):
-        part = batch.rows(first, first + (config.data.micro_batch_rows or rows))
-        if config.model.dropout:
-            torch.manual_seed(randomness.key(config.training.seed, 5, step, first) >> 1)
-        causal = int((~part.masked).sum())  # the causal rows come first
-        part = part.to(device)
-        with autocast(device, config.training.precision):
-            hidden = model(part.inputs, part.positions, part.lo, part.hi)
-            parts = [
-                (names[is_masked], model.loss(hidden[which], part.targets[which], part.loss_weights[which]))
-                for is_masked, which in ((False, slice(0, causal)), (True, slice(causal, None)))
-                if len(part.masked[which])
-            ]
-        torch.stack([loss for _, loss in parts]).sum().backward()
-        for name, loss in parts:
-            losses[name] += loss.detach()
-    return losses, shares
+    step: int = 0
+    interval: Interval = field(default_factory=Interval)
+    ladder: Ladder = field(default_factory=Ladder)
+    best: Best = field(default_factory=Best)
+
+    @classmethod
+    def of(cls, saved: checkpoint.Checkpoint) -> State:
+        parts = saved.state["training"]
+        return cls(saved.step, Interval(**parts["interval"]), Ladder(**parts["ladder"]), Best(**parts["best"]))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: part for name, part in asdict(self).items() if name != "step"}
+
+
+class StepClock:
+    """Measures steps, and leaves out what lies between them."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds = 0, 0.0
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self.began
+        self.steps += 1
+
+    def seconds_per_step(self) -> float:
+        """The mean since it was last asked."""
+        mean = self.seconds / self.steps
+        self.steps, self.seconds = 0, 0.0
+        return mean
+
+
+class Training:
+    """A run under way: the loop and what it works on."""
+
+    def __init__(
+        self,
+        config: Config,
+        path: Path,
+        corpora: Corpora,
+        batches: TrainingBatches,
+        device: torch.device,
+        reporter: Reporter,
+    ) -> None:
+        self.config, self.path, self.corpora, self.batches, self.reporter = config, path, corpora, batches, reporter
+        self.device = device
+        self.model = Transformer(config.model).to(device)
+        self.clock = StepClock()
+
+    def run(self, start: checkpoint.Checkpoint | None) -> None:
+        """Train from the checkpoint ``start`` (None: from nothing) to the last step."""
+        self._restore(start)
+        steps = self.config.training.steps
+        if self.state.step >= steps:
+            self.reporter.note(f"{self.path} is trained: {self.state.step:,} of {steps:,} steps are done")
+            return
+        for sentence in _introduction(self.config, self.corpora, self.model, self.batches, self.device):
+            self.reporter.note(sentence)
+        if self.state.step:
+            self.reporter.note(f"going on at step {self.state.step:,}")
+        self.reporter.begin(self.state.step, steps)
+        try:
+            with MetricsLog(self.path / METRICS, self.state.step) as self.log, StopSignal() as self.stop:
+                while self.state.step < steps:
+                    self._train_on()
+        finally:
+            self.reporter.end()
+
+    def _restore(self, saved: checkpoint.Checkpoint | None) -> None:
+        """Weights, optimizer and state of a checkpoint; None: those of step 0, which follow from the seed."""
+        self.model.initialise(self.config.training.seed)
+        self.optimizer = Optimizer(self.model, self.config.optimizer)
+        self.state = State()
+        if saved is not None:
+            self.model.load_state_dict(saved.model())
+            self.optimizer.load_state(saved.optimizer())
+            self.state = State.of(saved)
+
+    def _train_on(self) -> None:
+        """Steps, until the last one or until the run was taken back and needs its batches again."""
+        with Prefetch(self.batches.batch, range(self.state.step, self.config.training.steps)) as upcoming:
+            self.clock.start()
+            for batch in upcoming:
+                if not (self._step(batch) and self._after_step()):
+                    return
+                self.reporter.step(self.state.step)
+                self.clock.start()
+
+    def _step(self, batch: Batch) -> bool:
+        """One optimizer step; False: the run was taken back instead."""
+        config, state = self.config, self.state
+        losses, shares = step_gradients(self.model, batch, config, state.step)
+        gradient_norm = self.optimizer.clip()
+        loss = sum(float(loss) for loss in losses.values())
+        verdict = state.ladder.judge(loss, float(gradient_norm), config.optimizer.spike_threshold)
+        if verdict in (Verdict.ROLL_BACK, Verdict.GIVE_UP):
+            self._go_back(verdict)
+            return False
+        if verdict is Verdict.APPLY:
+            self.optimizer.step(self._rate(state.step))
+            state.interval.add(losses, shares, gradient_norm)
+        else:
+            state.interval.skipped += 1
+            self._tell(verdict, f"loss {loss:.3f}, gradient norm {float(gradient_norm):.3g}")
+        state.step += 1
+        self.clock.stop()
+        return True
+
+    def _after_step(self) -> bool:
+        """What is due after a step: a line of the log, a validation, a checkpoint, an end; False as in ``_step``."""
+        training, step = self.config.training, self.state.step
+        last, best = step == training.steps, False
+        if (step % training.log_every == 0 or last) and self.state.interval.steps:
+            self._write(self._metrics_line())
+            self.state.interval = Interval()
+        if step % training.validate_every == 0 or last:
+            best = self._validate()
+        stopping = self.stop.received  # asked once, so that what is told below is what was saved
+        due = step % training.checkpoint_every == 0 or best
+        if last or stopping or (due and not self.state.ladder.in_trouble):
+            if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+                self._go_back(self.state.ladder.broken())
+                return False
+            self._save()
+        if stopping and not last:
+            self.reporter.step(step)
+            self.reporter.note(f"stopped at step {step:,}, which is saved: the same command goes on from there")
+            raise SystemExit(128 + stopping)
+        return True
+
+    def _rate(self, step: int) -> float:
+        """Learning rate of a step as a share of its peak."""
+        schedule = learning_rate_factor(step, self.config.training.steps, self.config.optimizer)
+        return schedule * self.state.ladder.rate
+
+    def _metrics_line(self) -> dict[str, Any]:
+        config, step = self.config, self.state.step
+        return {
+            "step": step,
+            "tokens": step * config.data.batch_tokens,
+            "epoch": round(self.batches.epochs(step), 6),
+            **self.state.interval.means(),
+            "learning_rate": self._rate(step - 1) * config.optimizer.learning_rate,
+            "tokens_per_second": round(config.data.batch_tokens / self.clock.seconds_per_step(), 1),
+        }
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.log.write(line)
+        self.reporter.metrics(line)
+
+    def _validate(self) -> bool:
+        """Log a validation; is it the best so far?"""
+        results = validate_readouts(self.model, self.corpora, self.config)
+        self._write(
+            {"step": self.state.step, "validation": {name: result.as_dict() for name, result in results.items()}}
+        )
+        if not results:
+            return False
+        best = self.state.best
+        improved = best.add(self.state.step, sum(result.nats_per_token for result in results.values()) / len(results))
+        if best.worse == OVERFITTING:
+            self.reporter.note(
+                f"the validation loss has been rising since step {best.step:,}: the model begins to know its text by "
+                f"heart. That step's checkpoint is kept; more text, dropout or fewer steps would help"
+            )
+        return improved
+
+    def _save(self) -> None:
+        """Write a checkpoint."""
+        self.log.sync()
+        state = {
+            "training": self.state.as_dict(),
+            "data_fingerprint": self.corpora.fingerprint,
+            "tokenizer_sha256": self.corpora.tokenizer.sha256,
+            "torch": torch.__version__,
+        }
+        checkpoint.save(
+            self.path / "checkpoints",
+            self.state.step,
+            self.model.state_dict(),
+            self.optimizer.state(),
+            state,
+            self.config.training.keep_checkpoints,
+        )
+
+    def _go_back(self, verdict: Verdict) -> None:
+        """Take the run back to a checkpoint from before the trouble, each time to an earlier one, or end it.
+
+        Raises:
+            UserError: it was taken back too often.
+        """
+        folder, ladder, reached = self.path / "checkpoints", self.state.ladder, self.state.step + 1
+        target = checkpoint.latest(
+            folder, self.reporter.note, before=ladder.went_back_to if ladder.went_back_to >= 0 else None
+        )
+        if verdict is Verdict.GIVE_UP:
+            kept = f"the newest checkpoint is of step {target.step:,}" if target else "there is no checkpoint before it"
+            raise UserError(
+                f"the loss is no longer finite, or far too high, at step {reached:,}, also after going back "
+                f"{ROLL_BACKS} times with lower rates: begin another run with a lower learning_rate or "
+                f"muon_learning_rate; {kept}"
+            )
+        self._restore(target)
+        self.state.ladder = ladder
+        ladder.went_back_to = self.state.step
+        checkpoint.remove_after(folder, self.state.step)
+        self.log.go_back(self.state.step)
+        self._tell(verdict, f"the steps up to {reached:,} went wrong")
+
+    def _tell(self, verdict: Verdict, why: str) -> None:
+        """Log trouble, as an event of the step under way."""
+        step, rate = self.state.step + 1, self.state.ladder.rate
+        words = {
+            Verdict.SKIP: f"step {step:,} is left out ({why})",
+            Verdict.LOWER: f"step {step:,} is left out too ({why}); the learning rate goes on at {rate:g} of its plan",
+            Verdict.ROLL_BACK: f"back to step {step - 1:,}, with {rate:g} of the planned learning rate: {why}",
+        }
+        self.log.write({"step": step, "event": verdict.value, "rate": rate, "reason": why})
+        self.reporter.note(words[verdict])
 
 
 def _with_vocabulary(config: Config, corpora: Corpora) -> Config:
@@ -271,71 +347,6 @@ def _with_vocabulary(config: Config, corpora: Corpora) -> Config:
             f"vocab_size {asked} is smaller than the tokenizer of {corpora.name}, which has {corpora.vocab_size}"
         )
     return config.replace(vocab_size=asked or corpora.vocab_size)
-
-
-def _refuse_other_directories(path: Path) -> None:
-    """A run goes into a new or empty directory, or into its own (which may have been killed while it was made)."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file: choose another --run")
-    own = {f"{name}{ending}" for name in ("config.toml", "tokenizer.json") for ending in ("", ".tmp")}
-    if path.exists() and not (path / "config.toml").exists() and {p.name for p in path.iterdir()} - own:
-        raise UserError(f"{path} is not empty and is not a run directory: choose another --run")
-
-
-def _open_or_create(
-    config: Config, path: Path, corpora: Corpora, reporter: Reporter, *, accept_changes: bool
-) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, if there is one; the directory's files are only written when everything fits."""
-    newest = None
-    if (path / "config.toml").exists():
-        before = open_run(path)
-        newest = before.latest(reporter.note)
-        if newest is not None:
-            _check_continuation(before.config, config, newest.state, corpora, path, accept_changes=accept_changes)
-    corpora.tokenizer.save(path / "tokenizer.json")
-    config.save(path / "config.toml")
-    return newest
-
-
-def _check_continuation(
-    old: Config, new: Config, state: dict[str, Any], corpora: Corpora, path: Path, *, accept_changes: bool
-) -> None:
-    if state["data_fingerprint"] != corpora.fingerprint:
-        raise UserError(
-            f"{path} was trained on other data than {corpora.name} holds now: choose another --run, or restore the data"
-        )
-    before, now = old.flat(), new.flat()
-    blocking = {name for name in before if before[name] != now[name]} - FREE_SETTINGS
-    if accept_changes:
-        blocking &= FIXED_SETTINGS
-    if blocking:
-        told = ", ".join(f"{name} {before[name]!r} (now {now[name]!r})" for name in sorted(blocking))
-        mend = (
-            "choose another --run"
-            if blocking & FIXED_SETTINGS
-            else "choose another --run, or add --resume to change it"
-        )
-        raise UserError(f"{path} was begun with {told}: {mend}")
-
-
-def _save(
-    path: Path,
-    step: int,
-    model: Transformer,
-    optimizer: Optimizer,
-    interval: Interval,
-    config: Config,
-    corpora: Corpora,
-) -> None:
-    state = {
-        "interval": asdict(interval),
-        "data_fingerprint": corpora.fingerprint,
-        "tokenizer_sha256": corpora.tokenizer.sha256,
-        "torch": torch.__version__,
-    }
-    checkpoint.save(
-        path / "checkpoints", step, model.state_dict(), optimizer.state(), state, config.training.keep_checkpoints
-    )
 
 
 def _introduction(
@@ -354,36 +365,3 @@ def _introduction(
         *batches.introduction(training.steps),
         f"on {where}; {kernels.describe(device)}",
     ]
-
-
-def _metrics_line(
-    config: Config, batches: TrainingBatches, step: int, factor: float, interval: Interval, speed: float
-) -> dict[str, Any]:
-    return {
-        "step": step,
-        "tokens": step * config.data.batch_tokens,
-        "epoch": round(batches.epochs(step), 6),
-        **interval.means(),
-        "learning_rate": factor * config.optimizer.learning_rate,
-        "tokens_per_second": round(speed, 1),
-    }
-
-
-def _write_line(file: Any, line: dict[str, Any], reporter: Reporter) -> None:
-    file.write(json.dumps(line) + "\n")
-    file.flush()
-    reporter.metrics(line)
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines after ``step``: the steps they tell of will be done again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            break
-    write_atomically(path, "".join(kept))
