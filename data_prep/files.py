@@ -24,8 +24,11 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open ``path`` for writing; it appears, complete and on the disk, only when the block ends without an error."""
+def atomic_file(path: Path, *, sync_name: bool = True) -> Iterator[IO[bytes]]:
+    """Open ``path`` for writing; it appears, complete and on the disk, only when the block ends without an error.
+
+    Without ``sync_name`` its name survives a power cut only after another file of its directory has been written.
+    """
     beside = path.with_name(path.name + ".tmp")
     try:
         with beside.open("wb") as file:
@@ -33,7 +36,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-        sync_directory(path.parent)
+        if sync_name:
+            sync_directory(path.parent)
     except BaseException:  # of whatever kind, it goes on up
         beside.unlink(missing_ok=True)
         raise

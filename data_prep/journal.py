@@ -57,7 +57,7 @@ class PartRecord:
     """What has been made of one part.
 
     ``summary`` is there when the part is finished: ``digest``, and the reports of ``reading`` and ``cleaning``. A
-    change is on the disk when it returns.
+    change is on the disk when it returns, but for the shards that end with the part: they come with the summary.
     """
 
     path: Path
@@ -77,9 +77,10 @@ class PartRecord:
         except (ValueError, KeyError, TypeError):
             raise _damaged(path) from None
 
-    def finish_shard(self, split: str, record: ShardRecord) -> None:
+    def finish_shard(self, split: str, record: ShardRecord, *, is_last: bool) -> None:
         self.shards[split].append(record)
-        self._save()
+        if not is_last:
+            self._save()
 
     def finish(self, summary: dict[str, Any]) -> None:
         self.summary = summary

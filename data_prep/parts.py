@@ -28,8 +28,8 @@ from data_prep.tokenizers import Tokenizer
 from data_prep.workers import Advance
 
 BATCH_BYTES = 1 << 20  # text that is encoded at a time
-# One document in so many, chosen by its hash, is encoded by the slow engine as well.
-RECHECKED = 1000
+# Of one document in so many, chosen by its hash, the slow engine encodes the beginning as well.
+RECHECKED, RECHECKED_CHARACTERS = 1000, 10_000
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,22 @@ def build_part(job: Job, number: int, part: Part, advance: Advance) -> PartRecor
     encode = _BatchEncoder(tokenizer, engine)
     cleaner, reading, digest = Cleaner(job.cleaning), ReadReport(), PartDigest()
     finished = {split: sum(shard.documents for shard in record.shards[split]) for split in SPLITS}
+    ended = False
+
+    def writer(split: str) -> ShardWriter:
+        return ShardWriter(
+            job.directory,
+            split,
+            vocab_size=tokenizer.vocab_size,
+            part=number,
+            source=part.source,
+            shard_tokens=job.shard_tokens,
+            finished=record.shards[split],
+            on_finished=lambda shard: record.finish_shard(split, shard, is_last=ended),
+        )
+
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(_writer(job, split, number, part, tokenizer, record)) for split in SPLITS}
+        writers = {split: stack.enter_context(writer(split)) for split in SPLITS}
         for batch in _batches(kept_documents(job, number, part, advance, reading, cleaner)):
             contents = [document.text.encode("utf-8") for document in batch]
             hashes = [hash_of(content) for content in contents]
@@ -125,7 +139,9 @@ def build_part(job: Job, number: int, part: Part, advance: Advance) -> PartRecor
                 writers[_split_of(hashes[place], job.threshold)].add(
                     tokens, text_bytes=len(content), words=count_words(content), place=batch[place].place
                 )
-            recheck(engine, tokenizer, [batch[place].text for place in wanted if not hashes[place] % RECHECKED])
+            again = [batch[place].text for place in wanted if not hashes[place] % RECHECKED]
+            recheck(engine, tokenizer, [text[:RECHECKED_CHARACTERS] for text in again])
+        ended = True
     reports = {"reading": reading.to_json(), "cleaning": cleaner.report.to_json()}
     record.finish({"digest": digest.hexdigest()} | reports)
     return record
@@ -133,19 +149,6 @@ def build_part(job: Job, number: int, part: Part, advance: Advance) -> PartRecor
 
 def _split_of(document_hash: int, threshold: int) -> str:
     return "validation" if document_hash < threshold else "train"
-
-
-def _writer(job: Job, split: str, number: int, part: Part, tokenizer: Tokenizer, record: PartRecord) -> ShardWriter:
-    return ShardWriter(
-        job.directory,
-        split,
-        vocab_size=tokenizer.vocab_size,
-        part=number,
-        source=part.source,
-        shard_tokens=job.shard_tokens,
-        finished=record.shards[split],
-        on_finished=lambda shard: record.finish_shard(split, shard),
-    )
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

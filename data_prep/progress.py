@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class Reporter(Protocol):
@@ -35,30 +36,18 @@ class SilentReporter:
 class ConsoleReporter:
     """Tells a person: a bar with speed and time left on a terminal, plain lines in a log file."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-
     @contextmanager
     def stage(self, name: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
         started = time.monotonic()
         done = 0
-        bar = Progress(
-            TextColumn("{task.description:24}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        with bar:
-            task = bar.add_task(name, total=total_bytes)
+        with _bar() if sys.stderr.isatty() else nullcontext() as bar:
+            task = bar.add_task(name, total=total_bytes) if bar else None
 
             def advance(size: int) -> None:
                 nonlocal done
                 done += size
-                bar.advance(task, size)
+                if bar is not None and task is not None:
+                    bar.advance(task, size)
 
             yield advance
         seconds = time.monotonic() - started
@@ -66,4 +55,19 @@ class ConsoleReporter:
         self.note(f"{name}: {done / 1e6:,.1f} MB in {seconds:,.1f} s ({speed:,.1f} MB/s)")
 
     def note(self, message: str) -> None:
-        self._console.print(message, markup=False, soft_wrap=True)
+        print(message, file=sys.stderr, flush=True)
+
+
+def _bar() -> Progress:
+    from rich.console import Console  # a third of the time in which a small command is done
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    return Progress(
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True, highlight=False),
+        transient=True,
+    )

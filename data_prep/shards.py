@@ -161,7 +161,7 @@ class _OpenShard:
         self._first = self._last = ""
         self._hash = hashlib.sha256()
         self._stack = ExitStack()
-        self._file: IO[bytes] = self._stack.enter_context(atomic_file(directory / f"{name}.bin"))
+        self._file: IO[bytes] = self._stack.enter_context(atomic_file(directory / f"{name}.bin", sync_name=False))
 
     def add(self, tokens: np.ndarray, text_bytes: int, words: int, place: str) -> None:
         content = tokens.tobytes()

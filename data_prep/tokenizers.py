@@ -101,6 +101,10 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The whole tokenizer as JSON text, the same for equal tokenizers."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
         return str(self._engine.to_str(pretty=True)) + "\n"
 
     def save(self, path: str | Path) -> None:

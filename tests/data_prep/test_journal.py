@@ -24,7 +24,7 @@ def test_a_part_is_read_back_as_far_as_it_came(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     record = PartRecord.open(tmp_path, 3)
     assert (record.summary, record.shards) == (None, {"train": [], "validation": []})
-    record.finish_shard("train", SHARD)
+    record.finish_shard("train", SHARD, is_last=False)
     assert PartRecord.open(tmp_path, 3) == record
     record.finish({"documents": 2})
     assert PartRecord.open(tmp_path, 3) == record

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from data_prep.progress import ConsoleReporter, SilentReporter
@@ -19,7 +21,7 @@ def test_a_log_file_gets_plain_lines_on_stderr(capsys: pytest.CaptureFixture[str
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     with ConsoleReporter().stage("reading", 100) as advance:
         advance(100)
