@@ -22,7 +22,6 @@ from lm.config import all_settings
 from lm.continuation import FIXED_SETTINGS, FREE_SETTINGS
 from lm.corpora import Corpora
 from lm.gradients import step_gradients
-from lm.metrics import Interval
 from lm.model import Transformer
 from lm.objectives import Batch
 from lm.recipes import load_config
@@ -157,13 +156,6 @@ def test_a_run_does_not_depend_on_its_micro_batches(small, quietly, tmp_path):
         run = quietly(small.replace(steps=8, log_every=1, micro_batch_rows=rows), tmp_path / str(rows))
         lines.append([line["loss"] for line in run.metrics() if "loss" in line])
     assert lines[0] == pytest.approx(lines[1], abs=1e-4)
-
-
-def test_an_interval_holds_means_over_its_steps():
-    interval = Interval()
-    interval.add({"a": torch.tensor(1.0), "b": torch.tensor(4.0)}, {"a": 0.25, "b": 0.75}, torch.tensor(2.0))
-    interval.add({"a": torch.tensor(3.0)}, {"a": 1.0}, torch.tensor(4.0))
-    assert interval.means() == pytest.approx({"loss": 4.0, "loss_a": 3.2, "loss_b": 4 / 0.75, "gradient_norm": 3.0})
 
 
 def test_the_loss_falls(trained):
