@@ -211,7 +211,7 @@ def test_a_run_that_cannot_be_mended_ends_with_one_sentence_and_keeps_a_good_che
 
 
 def test_a_run_killed_after_going_back_does_not_go_on_from_what_it_left(small, recorder, tmp_path, spoil):
-    spoil({step: math.nan for step in range(10, 20)}, only_once=False)
+    spoil(dict.fromkeys(range(10, 20), math.nan), only_once=False)
 
     def pull(step: int) -> None:
         if step == 6 and any(note.startswith("back to step 4") for note in recorder.notes):
