@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Protocol, Self
 from torch import Tensor
 
 from data_prep.files import write_atomically
+from lm.trouble import OVERFITTING
 
 
 @dataclass
@@ -115,6 +117,11 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
+def series(lines: Iterable[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of the lines that have ``name``."""
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+
+
 def loss_of_readouts(line: dict[str, Any]) -> float | None:
     """Mean over the readouts of a validation line, in nats per token: what a run's best is judged by. None: no text."""
     losses = [loss["nats_per_token"] for loss in line["validation"].values()]
@@ -133,3 +140,33 @@ def rows_validated(line: dict[str, Any]) -> str:
         return ""
     taken, there = line["rows"]["taken"], line["rows"]["of"]
     return "whole split" if taken == there else f"{taken:,} of {there:,} rows"
+
+
+def summary(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Where a run stands and how it went there; empty if it has logged no interval yet.
+
+    Speed and share of peak are medians over the intervals, memory is the most of any; the last two are left out where
+    the lines do not say (older runs).
+    """
+    intervals = [line for line in lines if "loss" in line]
+    if not intervals:
+        return {}
+    last = intervals[-1]
+    found = {name: last[name] for name in ("step", "tokens", "epoch")}
+    found["tokens_per_second"] = statistics.median(line["tokens_per_second"] for line in intervals)
+    for name, of in (("share_of_peak", statistics.median), ("memory_bytes", max)):
+        if known := [line[name] for line in intervals if line.get(name)]:
+            found[name] = of(known)
+    return found
+
+
+def overfitting(lines: Iterable[dict[str, Any]]) -> str:
+    """A sentence if the validation loss has been rising; "" if not."""
+    validated = [line for line in lines if line.get("validation")]
+    best = best_validation(validated)
+    if best is None or len(validated) - validated.index(best) <= OVERFITTING:
+        return ""
+    return (
+        f"The validation loss was lowest at step {best['step']:,} and has not come back to it in "
+        f"{len(validated) - validated.index(best) - 1} validations since: the model is learning its text by heart."
+    )

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from lm.metrics import Interval, MetricsLog, best_validation, loss_of_readouts, read, rows_validated
+from lm.metrics import (
+    Interval,
+    MetricsLog,
+    best_validation,
+    loss_of_readouts,
+    overfitting,
+    read,
+    rows_validated,
+    series,
+    summary,
+)
 
 
 class Follower:
@@ -93,3 +103,25 @@ def test_the_best_validation_has_the_lowest_mean_over_its_readouts():
 )
 def test_what_a_validation_is_about_is_said_in_words(line, words):
     assert rows_validated(line) == words
+
+
+def test_overfitting_is_told_after_three_validations_that_did_not_reach_the_best():
+    lines = [validation(step, next_token=loss) for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5), (40, 2.1))]
+    assert overfitting(lines) == ""
+    told = overfitting([*lines, validation(50, next_token=2.0)])
+    assert told.startswith("The validation loss was lowest at step 20 and has not come back to it in 3 validations")
+    assert overfitting([*lines, validation(50, next_token=1.9)]) == ""
+    assert overfitting([]) == ""
+
+
+def test_a_summary_has_the_last_place_median_speeds_and_the_most_memory():
+    lines: list[dict[str, Any]] = [
+        {"step": s, "tokens": 10 * s, "epoch": s / 10, "loss": 1.0, "tokens_per_second": speed, "memory_bytes": memory}
+        for s, speed, memory in ((1, 5.0, 30), (2, 100.0, 50), (3, 7.0, 40))
+    ]
+    where = {"step": 3, "tokens": 30, "epoch": 0.3}
+    assert summary([*lines, validation(4, next_token=1.0)]) == where | {"tokens_per_second": 7.0, "memory_bytes": 50}
+    lines[0]["share_of_peak"], lines[1]["share_of_peak"], lines[2]["share_of_peak"] = 0.2, 0.4, None
+    assert summary(lines)["share_of_peak"] == pytest.approx(0.3)
+    assert summary([validation(4, next_token=1.0)]) == {}
+    assert series(lines, "share_of_peak") == [(1, 0.2), (2, 0.4)]
