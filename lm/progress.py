@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from lm.metrics import rows_validated
 
@@ -22,7 +23,7 @@ class TerminalProgress:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=16),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", table_column=Column()),  # the one that wraps where a screen is narrow
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=self.console,

@@ -90,3 +90,16 @@ def test_on_a_terminal_there_is_a_bar_with_the_loss():
     assert "11/20" in screen.getvalue()
     assert "loss 3.214 · epoch 0.12 · 12,346 tokens/s" in screen.getvalue()
     assert "next_token 2.500 nats/token" in screen.getvalue()
+
+
+def test_a_narrow_terminal_loses_no_number():
+    reporter = TerminalProgress()
+    screen = io.StringIO()
+    reporter.console = Console(file=screen, force_terminal=True, width=80, highlight=False)
+    reporter.bar.live.console = reporter.console
+    reporter.begin(0, 40_000)
+    reporter.metrics(LINE | {"step": 12_000, "tokens_per_second": 1_210_638.0, "share_of_peak": 0.41})
+    reporter.end()
+    assert "…" not in screen.getvalue()
+    for number in ("12000/40000", "loss 3.214", "epoch 0.12", "1,210,638", "41%"):
+        assert number in screen.getvalue()
