@@ -1,4 +1,4 @@
-"""The command line: ``kindling train | sample | evaluate | report | prep``, and the same commands as scripts.
+"""The command line: ``kindling train | sample | evaluate | report | compare | prep``, and the same commands as scripts.
 
 PyTorch is imported inside the commands, so that ``--help`` and a mistyped setting answer at once.
 """
@@ -282,3 +282,46 @@ def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...]) -> None:
     defaults = opened.config.report
     path = write_report(opened, saved_evaluation(opened), prompts or defaults.prompts, fills or defaults.fills)
     click.echo(str(path))
+
+
+@main.command(cls=FriendlyCommand)
+@click.argument("runs", metavar="RUN_A RUN_B [MORE]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    default="compare.html",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Page to write: the numbers, the curves over one another, the settings that differ; it needs no network.",
+)
+@json_option
+def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Put runs beside one another: where they stand, what differs in their settings, their curves in one picture.
+
+    Runs that are still training can be compared too.
+    """
+    from lm.compare import compare as compare_runs
+    from lm.compare import differences, open_entries, rows, write_comparison
+
+    entries = open_entries(runs)
+    comparison = compare_runs(entries)
+    write_comparison(entries, comparison, out)
+    if as_json:
+        click.echo(json.dumps(comparison))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    header, *numbers = rows(comparison)
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(Text(name), no_wrap=number == 0, overflow="fold")
+    for row in numbers:
+        table.add_row(*map(Text, row))
+    for row in differences(comparison):
+        table.add_row(*map(Text, row), style="dim")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for remark in comparison["remarks"]:
+        console.print(remark, markup=False)
+    click.echo(str(out), err=True)

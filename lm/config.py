@@ -167,6 +167,9 @@ class TrainingConfig:
         choices=("auto", "float32", "bfloat16"),
     )
     threads: int = setting(0, "CPU threads; 0: PyTorch's choice", minimum=0)
+    trackers: tuple[str, ...] = setting(
+        (), "where each line of metrics.jsonl goes too", choices=("tensorboard", "wandb", "trackio")
+    )
 
 
 @dataclass(frozen=True)

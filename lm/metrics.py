@@ -1,21 +1,24 @@
 """``metrics.jsonl``: what a run tells about itself, one JSON object a line, in the order of its steps.
 
 A line has ``step`` and either ``loss`` and what belongs to it (means over the steps since the last such line),
-``validation`` (the losses of each readout) or ``event`` (a step skipped, a rate lowered, a run taken back).
+``validation`` (the losses of each readout, and on how many ``rows`` of how many) or ``event`` (a step skipped, a rate
+lowered, a run taken back).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
 from data_prep.files import write_atomically
+from lm.trouble import OVERFITTING
 
 
 @dataclass
@@ -47,17 +50,30 @@ class Interval:
         return line | ({"skipped": self.skipped} if self.skipped else {})
 
 
-class MetricsLog:
-    """The file, open for writing from step ``step`` on: lines of later steps, which will be done again, are dropped."""
+class Follower(Protocol):
+    """Who is given what goes into the file (``lm.trackers``)."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+    def write(self, line: dict[str, Any]) -> None: ...
+    def go_back(self, step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """The file, open for writing from step ``step`` on: lines of later steps, which will be done again, are dropped.
+
+    The ``followers`` are given each line after the file has it, and are closed with it.
+    """
+
+    def __init__(self, path: Path, step: int, followers: Sequence[Follower] = ()) -> None:
+        self.path, self.followers = path, followers
         self._drop_after(step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        for follower in self.followers:
+            follower.write(line)
 
     def sync(self) -> None:
         """Have every line so far on the disk."""
@@ -68,6 +84,8 @@ class MetricsLog:
         self._file.close()
         self._drop_after(step)
         self._file = self.path.open("a", encoding="utf-8")
+        for follower in self.followers:
+            follower.go_back(step)
 
     def _drop_after(self, step: int) -> None:
         if self.path.exists():
@@ -79,6 +97,8 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        for follower in self.followers:
+            follower.close()
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -95,3 +115,58 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             if not whole:
                 return
             yield line
+
+
+def series(lines: Iterable[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of the lines that have ``name``."""
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+
+
+def loss_of_readouts(line: dict[str, Any]) -> float | None:
+    """Mean over the readouts of a validation line, in nats per token: what a run's best is judged by. None: no text."""
+    losses = [loss["nats_per_token"] for loss in line["validation"].values()]
+    return sum(losses) / len(losses) if losses else None
+
+
+def best_validation(lines: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The validation line with the lowest mean over the readouts, the first of equals; None if there is none."""
+    validated = [line for line in lines if line.get("validation")]
+    return min(validated, key=lambda line: loss_of_readouts(line) or 0.0, default=None)
+
+
+def rows_validated(line: dict[str, Any]) -> str:
+    """What part of the split a validation line is about, in words; "" where the line does not say (older runs)."""
+    if "rows" not in line:
+        return ""
+    taken, there = line["rows"]["taken"], line["rows"]["of"]
+    return "whole split" if taken == there else f"{taken:,} of {there:,} rows"
+
+
+def summary(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Where a run stands and how it went there; empty if it has logged no interval yet.
+
+    Speed and share of peak are medians over the intervals, memory is the most of any; the last two are left out where
+    the lines do not say (older runs).
+    """
+    intervals = [line for line in lines if "loss" in line]
+    if not intervals:
+        return {}
+    last = intervals[-1]
+    found = {name: last[name] for name in ("step", "tokens", "epoch")}
+    found["tokens_per_second"] = statistics.median(line["tokens_per_second"] for line in intervals)
+    for name, of in (("share_of_peak", statistics.median), ("memory_bytes", max)):
+        if known := [line[name] for line in intervals if line.get(name)]:
+            found[name] = of(known)
+    return found
+
+
+def overfitting(lines: Iterable[dict[str, Any]]) -> str:
+    """A sentence if the validation loss has been rising; "" if not."""
+    validated = [line for line in lines if line.get("validation")]
+    best = best_validation(validated)
+    if best is None or len(validated) - validated.index(best) <= OVERFITTING:
+        return ""
+    return (
+        f"The validation loss was lowest at step {best['step']:,} and has not come back to it in "
+        f"{len(validated) - validated.index(best) - 1} validations since: the model is learning its text by heart."
+    )

@@ -7,6 +7,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from lm.metrics import rows_validated
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -19,8 +22,8 @@ class TerminalProgress:
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[state]}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[state]}", table_column=Column()),  # the one that wraps where a screen is narrow
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=self.console,
@@ -42,21 +45,13 @@ class TerminalProgress:
 
     def metrics(self, line: dict[str, Any]) -> None:
         if "validation" in line:
-            results = ", ".join(
-                f"{name} {loss['nats_per_token']:.3f} nats/token ({loss['bits_per_byte']:.3f} bits/byte)"
-                for name, loss in line["validation"].items()
-            )
-            self.note(f"step {line['step']:>6}  validation: {results or 'the data has no validation text'}")
+            self.note(_validation(line))
         elif self.console.is_terminal:
-            state = f"loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tokens/s"
-            self.bar.update(self.task, completed=line["step"], state=state)
+            self.bar.update(self.task, completed=line["step"], state=" · ".join(_state(line)))
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or line["step"] == self.total:
             self.last_line = time.monotonic()
-            self.note(
-                f"step {line['step']:>6}/{self.total}  loss {line['loss']:.3f}  "
-                f"learning rate {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tokens/s  "
-                f"{self._left(line['step'])} left"
-            )
+            words = [*_state(line), f"learning rate {line['learning_rate']:.2e}", f"{self._left(line['step'])} left"]
+            self.note(f"step {line['step']:>6}/{self.total}  {'  '.join(words)}")
 
     def end(self) -> None:
         if self.console.is_terminal:
@@ -66,3 +61,19 @@ class TerminalProgress:
         seconds = (time.monotonic() - self.began) / (step - self.began_at) * (self.total - step)
         minutes, seconds = divmod(round(seconds), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _state(line: dict[str, Any]) -> list[str]:
+    """What of an interval is worth a glance."""
+    words = [f"loss {line['loss']:.3f}", f"epoch {line['epoch']:.2f}", f"{line['tokens_per_second']:,.0f} tokens/s"]
+    return words + ([f"{line['share_of_peak']:.0%} of peak"] if line.get("share_of_peak") else [])
+
+
+def _validation(line: dict[str, Any]) -> str:
+    """A validation, with the part of the split it is about."""
+    results = ", ".join(
+        f"{name} {loss['nats_per_token']:.3f} nats/token ({loss['bits_per_byte']:.3f} bits/byte)"
+        for name, loss in line["validation"].items()
+    )
+    part = f", {rows_validated(line)}" if rows_validated(line) else ""
+    return f"step {line['step']:>6}  validation{part}: {results or 'the data has no validation text'}"

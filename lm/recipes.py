@@ -116,6 +116,8 @@ def _convert(setting: Setting, value: Any) -> Any:
             value = _texts(value)
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"must be a list of texts, not {value!r}")
+        for item in value:
+            _check_choice(setting, item)
         return tuple(value)
     if wanted is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         value = value.lower() == "true"
@@ -130,8 +132,7 @@ def _convert(setting: Setting, value: Any) -> Any:
         value = int(value)
     if type(value) is not wanted:
         raise ValueError(f"must be {_article(setting.kind)}, not {value!r}")
-    if setting.choices and value not in setting.choices:
-        raise ValueError(f"must be one of {', '.join(setting.choices)}, not {value!r}{_meant(value, setting.choices)}")
+    _check_choice(setting, value)
     if wanted in (int, float):
         if setting.minimum is not None and not value >= setting.minimum:
             raise ValueError(f"must be at least {setting.minimum:g}, not {value!r}")
@@ -140,6 +141,11 @@ def _convert(setting: Setting, value: Any) -> Any:
         if value in (float("inf"), float("-inf")):
             raise ValueError(f"must be finite, not {value!r}")
     return value
+
+
+def _check_choice(setting: Setting, value: Any) -> None:
+    if setting.choices and value not in setting.choices:
+        raise ValueError(f"must be one of {', '.join(setting.choices)}, not {value!r}{_meant(value, setting.choices)}")
 
 
 def _texts(text: str) -> Any:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import platform
-import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 
 from data_prep.errors import UserError
@@ -18,11 +15,14 @@ from data_prep.files import write_atomically
 from lm import __version__
 from lm.config import all_settings
 from lm.generate import Sampling, continue_text, fill_masks
+from lm.metrics import best_validation, overfitting, rows_validated, series, summary
 from lm.model import Transformer, describe
 from lm.objectives import READOUTS
+from lm.page import Panel, draw, render
 from lm.run_directory import Run, choose_device
 
 SAMPLE = Sampling(temperature=0.7, top_p=0.95, max_new_tokens=100)
+RATES = ("learning_rate", "gradient_norm")
 
 
 def write_report(
@@ -42,17 +42,17 @@ def write_report(
         for prompt in (prompts if "next_token" in readouts else ())
     ]
     filled = [_shown(model, run, text, readouts[-1]) for text in (fills if readouts[-1] != "next_token" else ())]
-    page = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("report.html")
-    html = page.render(
+    lines = list(run.metrics())
+    html = render(
+        "report.html",
         name=run.path.name,
         lead=f"{describe(model)}; trained with {run.config.objective.objective} "
         f"to step {checkpoint.step:,} of {run.config.training.steps:,}.",
         evaluation=_evaluation_rows(evaluation),
-        curves=_curves(run),
+        curves=_curves(lines),
+        remarks=[sentence] if (sentence := overfitting(lines)) else [],
+        summary=_summary(lines),
+        events=_events(lines),
         continued=continued,
         filled=filled,
         sampling=f"Continued at temperature {SAMPLE.temperature:g}, top-p {SAMPLE.top_p:g}, seed {SAMPLE.seed}; "
@@ -117,14 +117,13 @@ def _settings(run: Run) -> dict[str, list[dict[str, Any]]]:
     return sections
 
 
-def _curves(run: Run) -> list[str]:
-    """The loss and the learning rate against the step, each as an SVG element."""
-    lines = list(run.metrics())
+def _curves(lines: list[dict[str, Any]]) -> list[str]:
+    """Losses, learning rate, gradient and speed against the step, each pair as an SVG element."""
     training = [line for line in lines if "loss" in line]
     if not training:
         return []
     losses = sorted({key for line in training for key in line if key.startswith("loss_")}) or ["loss"]
-    curves = {key.removeprefix("loss_"): [(li["step"], li[key]) for li in training if key in li] for key in losses}
+    curves = {key.removeprefix("loss_"): series(training, key) for key in losses}
     validated = [line for line in lines if line.get("validation")]
     points = {
         f"{name}, validation": [
@@ -134,46 +133,51 @@ def _curves(run: Run) -> list[str]:
         ]
         for name in sorted({name for line in validated for name in line["validation"]})
     }
-    rates = {"learning rate": [(line["step"], line["learning_rate"]) for line in training]}
-    speeds = {"tokens per second": [(line["step"], line["tokens_per_second"]) for line in training]}
+    best = best_validation(lines)
+    marks = {f"best validation, step {best['step']:,}": best["step"]} if best and best is not validated[-1] else {}
+    speed = [Panel("tokens per second", {"": series(training, "tokens_per_second")})]
+    if peak := series(training, "share_of_peak"):
+        speed.append(Panel("share of peak", {"": peak}))
     return [
-        draw({"loss, nats per token": (curves, points)}, height=3.6),
-        draw({"learning rate": (rates, {}), "tokens per second": (speeds, {})}, height=2.2),
+        draw([Panel("loss, nats per token", curves, points, marks)], height=3.6),
+        draw([Panel(name.replace("_", " "), {"": series(training, name)}) for name in RATES], height=2.2),
+        draw(speed, height=2.2),
     ]
 
 
-Series = dict[str, list[tuple[float, float]]]
-
-
-def draw(panels: dict[str, tuple[Series, Series]], height: float) -> str:
-    """Panels side by side, each with lines and marked points over the step, as one SVG element."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    colours = ["#b3471d", "#2b5d8c", "#5a7d2a", "#7a4b8c"]
-    style: dict[Any, Any] = {
-        "svg.hashsalt": "kindling",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
+def _summary(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """Where the run stands, in words."""
+    words = {
+        "tokens": ("tokens seen", "{:,}"),
+        "epoch": ("epochs seen", "{:.2f}"),
+        "tokens_per_second": ("tokens per second, median", "{:,.0f}"),
+        "share_of_peak": ("share of the machine's peak, median", "{:.1%}"),
+        "memory_bytes": ("memory, most", "{:,} bytes"),
     }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(9, height), layout="constrained")
-        figure.patch.set_alpha(0)
-        for axes, (title, (lines, points)) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-        ):
-            for colour, (label, series) in zip(colours, lines.items(), strict=False):
-                axes.plot(*zip(*series, strict=True), color=colour, linewidth=1.2, label=label)
-            for colour, (label, series) in zip(colours, points.items(), strict=False):
-                axes.plot(
-                    *zip(*series, strict=True), color=colour, marker="o", markersize=4, linestyle="--", label=label
-                )
-            axes.set(title=title, xlabel="step")
-            axes.grid(color="#dfe3ea", linewidth=0.6)
-            axes.patch.set_alpha(0)
-            if len(lines) + len(points) > 1:
-                axes.legend(frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
+    found = summary(lines)
+    told = {label: form.format(found[name]) for name, (label, form) in words.items() if name in found}
+    if best := best_validation(lines):
+        losses = ", ".join(f"{name} {loss['nats_per_token']:.3f}" for name, loss in best["validation"].items())
+        told["best validation"] = f"step {best['step']:,}: {losses} nats per token"
+        if part := rows_validated(best):
+            told["validated on"] = part
+    if skipped := sum(line["event"] in ("skip", "lower") for line in lines if "event" in line):
+        told["steps left out"] = f"{skipped:,}"
+    return told
+
+
+def _events(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    done = {
+        "skip": "left out",
+        "lower": "left out, learning rate lowered to {rate:g} of its plan",
+        "roll_back": "went back here, with {rate:g} of the planned learning rate",
+    }
+    return [
+        {
+            "step": f"{line['step']:,}",
+            "what": done.get(line["event"], line["event"]).format(rate=line["rate"]),
+            "why": line["reason"],
+        }
+        for line in lines
+        if "event" in line
+    ]

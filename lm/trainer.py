@@ -19,7 +19,7 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.files import only_writer_of
-from lm import checkpoint, kernels
+from lm import checkpoint, kernels, trackers
 from lm.batches import TrainingBatches
 from lm.config import Config
 from lm.continuation import open_or_create, refuse_other_directories
@@ -32,7 +32,7 @@ from lm.optim import Optimizer, learning_rate_factor
 from lm.prefetch import Prefetch
 from lm.run_directory import METRICS, Run, choose_device
 from lm.trouble import OVERFITTING, ROLL_BACKS, Best, Ladder, Verdict
-from lm.validation import validate_readouts
+from lm.validation import rows_of_validation, validate_readouts
 
 
 class Reporter(Protocol):
@@ -86,6 +86,7 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
     batches = TrainingBatches(corpora, config)
     device = choose_device(config.training.device)
     kernels.describe(device)  # refuses a KINDLING_KERNELS that cannot be had, before anything is written
+    trackers.require(config.training.trackers)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     refuse_other_directories(path)
@@ -179,9 +180,10 @@ class Training:
             self.reporter.note(sentence)
         if self.state.step:
             self.reporter.note(f"going on at step {self.state.step:,}")
+        followers = trackers.open_trackers(self.config, self.path, self.state.step, self.reporter.note)
         self.reporter.begin(self.state.step, steps)
         try:
-            with MetricsLog(self.path / METRICS, self.state.step) as self.log, StopSignal() as self.stop:
+            with MetricsLog(self.path / METRICS, self.state.step, followers) as self.log, StopSignal() as self.stop:
                 while self.state.step < steps:
                     self._train_on()
         finally:
@@ -272,9 +274,8 @@ class Training:
     def _validate(self) -> bool:
         """Log a validation; is it the best so far?"""
         results = validate_readouts(self.model, self.corpora, self.config)
-        self._write(
-            {"step": self.state.step, "validation": {name: result.as_dict() for name, result in results.items()}}
-        )
+        line = {"step": self.state.step, "validation": {name: result.as_dict() for name, result in results.items()}}
+        self._write(line | ({"rows": rows_of_validation(self.corpora, self.config)} if results else {}))
         if not results:
             return False
         best = self.state.best

@@ -40,6 +40,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return nullcontext()
 
 
+def rows_of_validation(dataset: Dataset | Corpora, config: Config) -> dict[str, int]:
+    """How many rows a validation in the middle of a run takes (``taken``), ``of`` how many of the split."""
+    rows = ValidationRows(dataset.split("validation"), vocabulary_of(dataset), config.data.context_length)
+    return {"taken": len(rows.choose(config.training.validation_rows)), "of": rows.count}
+
+
 @torch.no_grad()
 def validate(
     model: Transformer,

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,61 @@ class Recorder:
 
     def end(self) -> None:
         self.ended += 1
+
+
+VOID = {"meta", "br", "img", "hr", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced and nothing is fetched or run, and keeps tags, attributes and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        self.needs_no_network(html)
+
+    def needs_no_network(self, html: str) -> None:
+        assert not {"script", "link", "iframe", "img", "object", "embed", "base"} & set(self.tags)
+        for _, name, value in self.attributes:
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+                assert value.startswith("#"), value
+            if name == "style":
+                assert "url(" not in value.replace("url(#", "")
+        assert "@import" not in html
+        assert "url(http" not in html
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+@pytest.fixture(scope="session")
+def read_page() -> type[Page]:
+    """Read a page of HTML: html → ``Page``."""
+    return Page
 
 
 @pytest.fixture

@@ -48,7 +48,9 @@ def begin(dataset, tmp_path):
 
 
 def test_help_lists_the_commands_and_every_setting():
-    assert all(name in kindling("--help").stdout for name in ("train", "sample", "evaluate", "report", "prep"))
+    assert all(
+        name in kindling("--help").stdout for name in ("train", "sample", "evaluate", "report", "compare", "prep")
+    )
     told = kindling("train", "--help").stdout
     words = " ".join(told.split())
     for setting in all_settings():
@@ -218,6 +220,27 @@ def test_report_shows_the_evaluation_only_while_it_is_of_the_newest_checkpoint(r
     kindling("report", run)
     assert "Loss on the validation split" not in (run / "report.html").read_text(encoding="utf-8")
     (run / "evaluation.json").unlink()
+
+
+def test_compare_shows_numbers_settings_and_remarks_and_writes_a_page(run, small, quietly, tmp_path):
+    other = quietly(small.replace(steps=2, learning_rate=0.5), tmp_path / "[b]other").path
+    result = kindling("compare", run, other, "--out", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["steps", "100", "of", "100", "2", "of", "2"] in lines
+    assert ["learning_rate", "0.01", "0.5"] in lines
+    assert "[b]other" in result.stdout
+    assert result.stderr == f"{tmp_path / 'page.html'}\n"
+    assert "2 of 2" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    answer = json.loads(kindling("compare", run, other, "--json", "--out", tmp_path / "page.html").stdout)
+    assert [each["run"] for each in answer["runs"]] == [str(run), str(other)]
+    assert answer["settings"]["learning_rate"] == [0.01, 0.5]
+
+
+def test_compare_needs_two_runs_that_have_begun(run, tmp_path):
+    assert_refused(kindling("compare", run, "--out", tmp_path / "page.html"), "name two runs to compare")
+    assert_refused(kindling("compare", run, tmp_path, "--out", tmp_path / "page.html"), "is not a run directory")
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_prep_is_the_other_package(text_folder, tmp_path):

@@ -18,7 +18,8 @@ def test_every_setting_is_explained_and_its_default_is_within_its_limits(setting
     assert setting.kind in ("true|false", "integer", "number", "text", "list of texts")
     assert setting.option == "--" + setting.name.replace("_", "-")
     if setting.choices:
-        assert setting.default in setting.choices
+        defaults = setting.default if isinstance(setting.default, tuple) else (setting.default,)
+        assert set(defaults) <= set(setting.choices)
     if setting.minimum is not None:
         assert setting.default >= setting.minimum
     if setting.maximum is not None:

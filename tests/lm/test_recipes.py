@@ -200,6 +200,7 @@ def test_values_are_read_in_the_type_of_their_setting(name, value, result):
         ("prompts", [1], "must be a list of texts"),
         ("objective", "hybird", "must be one of next_token, masked_token, masked_next_token, hybrid, not 'hybird'"),
         ("objective", "hybird", 'did you mean "hybrid"?'),
+        ("trackers", ["wandb", "tensorbord"], "must be one of tensorboard, wandb, trackio, not 'tensorbord': did you"),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_or_beyond_its_limits_is_told(name, value, words):

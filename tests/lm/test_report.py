@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import json
 import shutil
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -10,45 +10,10 @@ from data_prep.errors import UserError
 from lm.config import all_settings
 from lm.evaluate import evaluate
 from lm.generate import fill_masks
-from lm.report import draw, write_report
+from lm.report import write_report
 from lm.run_directory import open_run
 
 HOSTILE = '<script>alert("x")</script> & <img src=http://example.com/x>'
-VOID = {"meta", "br", "img", "hr", "input", "link"}
-
-
-class Page(HTMLParser):
-    """Checks that tags are balanced, and keeps tags, attributes and text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
 
 
 @pytest.fixture(scope="module")
@@ -64,32 +29,23 @@ def html(run):
     return write_report(run, evaluation, ["The captain", HOSTILE], fills).read_text(encoding="utf-8")
 
 
-def test_the_page_is_well_formed_and_needs_no_network(html):
-    page = Page(html)
+def test_the_page_is_well_formed_and_needs_no_network(html, read_page):
     assert html.startswith("<!doctype html>")
-    assert not {"script", "link", "iframe", "img", "object", "embed", "base"} & set(page.tags)
-    for _, name, value in page.attributes:
-        assert not name.startswith("on")
-        if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
-            assert value.startswith("#"), value
-        if name == "style":
-            assert "url(" not in value.replace("url(#", "")
-    assert "@import" not in html
-    assert "url(http" not in html
+    read_page(html)
 
 
-def test_hostile_text_is_shown_and_never_obeyed(html):
-    page = Page(html)
+def test_hostile_text_is_shown_and_never_obeyed(html, read_page):
+    page = read_page(html)
     assert '<script>alert("x")</script>' in page.words()
     assert "<script" not in html
     assert "<img" not in html
     assert "run <&> one" in page.words()
 
 
-def test_curves_losses_samples_settings_and_environment_are_there(html, run):
-    page = Page(html)
+def test_curves_losses_samples_settings_and_environment_are_there(html, run, read_page):
+    page = read_page(html)
     words = page.words()
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 3
     for heading in ("Loss on the validation split", "Training", "What it writes", "Settings", "Environment"):
         assert heading in words
     for row in ("next_token", "masked_next_token", "unigram (floor)", "bz2 -9 (floor)"):
@@ -102,18 +58,18 @@ def test_curves_losses_samples_settings_and_environment_are_there(html, run):
     assert "The captain" in words
 
 
-def test_losses_of_the_page_are_those_of_the_evaluation(html, run):
+def test_losses_of_the_page_are_those_of_the_evaluation(html, run, read_page):
     evaluation = evaluate(run)
-    words = Page(html).words()
+    words = read_page(html).words()
     for loss in [*evaluation["validation"].values(), *evaluation["floors"].values()]:
         assert f"{loss['bits_per_byte']:.3f}" in words
     assert f"{evaluation['validation_bytes']:,} bytes" in words
 
 
-def test_a_page_without_evaluation_or_samples_leaves_them_out(run):
+def test_a_page_without_evaluation_or_samples_leaves_them_out(run, read_page):
     path = write_report(run, None)
     assert path == run.path / "report.html"
-    words = Page(path.read_text(encoding="utf-8")).words()
+    words = read_page(path.read_text(encoding="utf-8")).words()
     assert "Loss on the validation split" not in words
     assert "What it writes" not in words
     assert "Settings" in words
@@ -133,9 +89,9 @@ def test_a_run_without_any_logged_step_says_so(run, tmp_path):
 @pytest.mark.parametrize(
     ("objective", "shown", "left_out"), [("next_token", "captain", "[MASK]"), ("masked_token", "owl", "captain")]
 )
-def test_only_what_the_objective_teaches_is_shown(small, quietly, tmp_path, objective, shown, left_out):
+def test_only_what_the_objective_teaches_is_shown(small, quietly, tmp_path, objective, shown, left_out, read_page):
     made = quietly(small.replace(objective=objective, steps=2), tmp_path / "run")
-    words = Page(write_report(made, None, ["The captain"], ["owl [MASK]"]).read_text(encoding="utf-8")).words()
+    words = read_page(write_report(made, None, ["The captain"], ["owl [MASK]"]).read_text(encoding="utf-8")).words()
     writes = words[words.index("What it writes") : words.index("Settings")]
     assert shown in writes
     assert left_out not in writes
@@ -146,13 +102,6 @@ def test_a_report_needs_a_checkpoint(run, tmp_path):
     shutil.rmtree(bare.path / "checkpoints")
     with pytest.raises(UserError, match="has no checkpoint yet"):
         write_report(bare, None)
-
-
-def test_a_drawing_has_its_titles_labels_and_no_date():
-    svg = draw({"a loss": ({"one": [(1, 2.0), (2, 1.0)]}, {"two": [(2, 1.5)]})}, height=2)
-    assert svg.startswith("<svg")
-    assert svg == draw({"a loss": ({"one": [(1, 2.0), (2, 1.0)]}, {"two": [(2, 1.5)]})}, height=2)
-    Page(svg)
 
 
 def test_a_report_can_be_written_after_the_objective_was_changed(small, quietly, tmp_path):
@@ -166,3 +115,40 @@ def test_a_filled_text_is_shown_as_it_is(trained):
     text = "The [MASK] found the [MASK]."
     filled = fill_masks(model, trained.tokenizer, text, "masked_next_token", 32)
     assert "".join(piece for piece, _ in filled.pieces) == filled.text
+
+
+def test_trouble_the_best_validation_and_what_it_cost_are_told(run, tmp_path, read_page):
+    troubled = open_run(shutil.copytree(run.path, tmp_path / "troubled"))
+    losses = [(20, 3.0), (40, 2.5), (60, 2.6), (80, 2.7), (100, 2.8)]
+    interval = {"loss": 3.0, "gradient_norm": 1.0, "learning_rate": 0.01, "share_of_peak": 0.4}
+    speeds = [(step, {"tokens_per_second": 1000.0 + step, "memory_bytes": step * 10**6}) for step in range(10, 101, 10)]
+    intervals = [{"step": s, "tokens": 256 * s, "epoch": s / 50, **interval, **speed} for s, speed in speeds]
+    readouts = [(s, {"next_token": {"nats_per_token": n, "bits_per_byte": n / 2, "predicted": 9}}) for s, n in losses]
+    validations = [{"step": s, "validation": found, "rows": {"taken": 8, "of": 1024}} for s, found in readouts]
+    lines = [
+        *intervals,
+        *validations,
+        {"step": 33, "event": "skip", "rate": 1.0, "reason": "loss 99.000, gradient norm <inf>"},
+        {"step": 21, "event": "roll_back", "rate": 0.5, "reason": "the steps up to 37 went wrong"},
+        {"step": 50, "event": "something new", "rate": 0.5, "reason": "unknown"},
+    ]
+    (troubled.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = read_page(write_report(troubled, None).read_text(encoding="utf-8"))
+    words = page.words()
+    assert "The validation loss was lowest at step 40 and has not come back to it in 3 validations since" in words
+    assert "best validation step 40: next_token 2.500 nats per token validated on 8 of 1,024 rows" in words
+    assert "epochs seen 2.00" in words
+    assert "tokens per second, median 1,055" in words
+    assert "share of the machine's peak, median 40.0%" in words
+    assert "memory, most 100,000,000 bytes" in words
+    assert "steps left out 1" in words
+    assert "33 left out loss 99.000, gradient norm <inf>" in words
+    assert "21 went back here, with 0.5 of the planned learning rate the steps up to 37 went wrong" in words
+    assert "50 something new unknown" in words
+
+
+def test_a_run_without_trouble_has_no_word_of_it(html, read_page):
+    words = read_page(html).words()
+    assert "Trouble" not in words
+    assert "by heart" not in words
+    assert "share of the machine's peak" not in words

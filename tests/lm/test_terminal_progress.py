@@ -10,7 +10,7 @@ from rich.console import Console
 from lm import progress
 from lm.progress import TerminalProgress
 
-LINE = {"step": 10, "loss": 3.21449, "learning_rate": 0.002, "tokens_per_second": 12345.6}
+LINE = {"step": 10, "epoch": 0.125, "loss": 3.21449, "learning_rate": 0.002, "tokens_per_second": 12345.6}
 VALIDATION = {"step": 10, "validation": {"next_token": {"nats_per_token": 2.5, "bits_per_byte": 1.25, "predicted": 7}}}
 
 
@@ -31,8 +31,8 @@ def test_without_a_terminal_there_are_plain_lines_on_stderr(capsys):
     reporter.end()
     lines = told(capsys).splitlines()
     assert lines[0] == "[bold]as it is[/bold]"
-    assert lines[1].startswith("step     10/20  loss 3.214  learning rate 2.00e-03  12,346 tokens/s  0:00:00 left")
-    assert "next_token 2.500 nats/token (1.250 bits/byte)" in lines[2]
+    assert lines[1] == ("step     10/20  loss 3.214  epoch 0.12  12,346 tokens/s  learning rate 2.00e-03  0:00:00 left")
+    assert lines[2] == "step     10  validation: next_token 2.500 nats/token (1.250 bits/byte)"
     assert lines[3].startswith("step     20/20")
     assert not any("\x1b" in line for line in lines)
 
@@ -64,6 +64,19 @@ def test_a_validation_without_text_says_so(capsys):
     assert "the data has no validation text" in told(capsys)
 
 
+@pytest.mark.parametrize(("taken", "words"), [(128, "128 of 1,024 rows"), (1024, "whole split")])
+def test_a_validation_says_what_part_of_the_split_it_is_about(capsys, taken, words):
+    TerminalProgress().metrics(VALIDATION | {"rows": {"taken": taken, "of": 1024}})
+    assert f"validation, {words}: next_token 2.500" in told(capsys)
+
+
+def test_the_share_of_peak_is_shown_where_it_is_known(capsys):
+    reporter = TerminalProgress()
+    reporter.begin(0, 10)
+    reporter.metrics(LINE | {"share_of_peak": 0.413})
+    assert "12,346 tokens/s  41% of peak  learning rate" in told(capsys)
+
+
 def test_on_a_terminal_there_is_a_bar_with_the_loss():
     reporter = TerminalProgress()
     screen = io.StringIO()
@@ -75,5 +88,18 @@ def test_on_a_terminal_there_is_a_bar_with_the_loss():
     reporter.metrics(VALIDATION)
     reporter.end()
     assert "11/20" in screen.getvalue()
-    assert "loss 3.214 · 12,346 tokens/s" in screen.getvalue()
+    assert "loss 3.214 · epoch 0.12 · 12,346 tokens/s" in screen.getvalue()
     assert "next_token 2.500 nats/token" in screen.getvalue()
+
+
+def test_a_narrow_terminal_loses_no_number():
+    reporter = TerminalProgress()
+    screen = io.StringIO()
+    reporter.console = Console(file=screen, force_terminal=True, width=80, highlight=False)
+    reporter.bar.live.console = reporter.console
+    reporter.begin(0, 40_000)
+    reporter.metrics(LINE | {"step": 12_000, "tokens_per_second": 1_210_638.0, "share_of_peak": 0.41})
+    reporter.end()
+    assert "…" not in screen.getvalue()
+    for number in ("12000/40000", "loss 3.214", "epoch 0.12", "1,210,638", "41%"):
+        assert number in screen.getvalue()

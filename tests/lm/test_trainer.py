@@ -180,6 +180,7 @@ def test_metrics_have_their_schema(trained):
     validated = [line for line in lines if "validation" in line]
     assert [line["step"] for line in validated] == [50, 100]
     for line in validated:
+        assert line["rows"]["taken"] == 8 < line["rows"]["of"]
         assert list(line["validation"]) == ["next_token", "masked_next_token"]
         for loss in line["validation"].values():
             assert list(loss) == ["nats_per_token", "bits_per_byte", "predicted"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lm.batches import ValidationRows, vocabulary_of
-from lm.validation import autocast, validate, validate_readouts
+from lm.validation import autocast, rows_of_validation, validate, validate_readouts
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,13 @@ def test_the_readouts_are_those_of_the_objective(model, dataset, trained):
     }.items():
         config = trained.config.replace(objective=objective)
         assert list(validate_readouts(model, dataset, config, rows=2)) == names
+
+
+def test_the_rows_of_a_validation_are_counted_with_all_there_are(dataset, trained):
+    rows = -(-dataset.split("validation").tokens // 32)
+    assert rows_of_validation(dataset, trained.config) == {"taken": 8, "of": rows}
+    for asked in (0, rows, rows + 1):
+        assert rows_of_validation(dataset, trained.config.replace(validation_rows=asked)) == {"taken": rows, "of": rows}
 
 
 def test_without_validation_text_there_is_no_loss(model, trained, text_folder, make_dataset, tmp_path):

@@ -1,0 +1,89 @@
+"""What the HTML pages share: one look, and curves as SVG inside the page, which needs no network."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+Series = dict[str, list[tuple[float, float]]]
+
+COLOURS = ("#b3471d", "#2b5d8c", "#5a7d2a", "#7a4b8c", "#b08a1e", "#3d8a86")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing: named lines, named series of marked points, and named places on the horizontal axis.
+
+    The first of the lines and the first of the points share a colour, and so on; an empty series keeps its turn.
+    """
+
+    title: str
+    lines: Series
+    points: Series = field(default_factory=dict)
+    marks: dict[str, float] = field(default_factory=dict)
+    horizontal: str = "step"
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of ``lm/templates``; what it is given is escaped, and a name that it lacks is an error."""
+    return (
+        jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        .get_template(template)
+        .render(**values)
+    )
+
+
+def draw(panels: Sequence[Panel], height: float) -> str:
+    """Panels side by side, ``height`` inches high and together 9 wide, as one SVG element without a date."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.hashsalt": "kindling",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(9, height), layout="constrained")
+        figure.patch.set_alpha(0)
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _draw_panel(axes, panel)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
+
+
+def _draw_panel(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    plain: dict[str, Any] = {"linewidth": 1.2}
+    marked: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "--"}
+    for kind, style in ((panel.lines, plain), (panel.points, marked)):
+        for number, (label, series) in enumerate(kind.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(*zip(*series, strict=True), color=colour, label=_literal(label), **style)
+    for label, place in panel.marks.items():
+        axes.axvline(place, color="#5b6477", linewidth=1, linestyle=":", label=_literal(label))
+    axes.set(title=_literal(panel.title), xlabel=panel.horizontal)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(color="#dfe3ea", linewidth=0.6)
+    axes.patch.set_alpha(0)
+    if len(panel.lines) + len(panel.points) + len(panel.marks) > 1:
+        axes.legend(frameon=False)
+
+
+def _literal(text: str) -> str:
+    """Text that matplotlib takes as it is: no mathematics between dollars, and no label that it hides."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
