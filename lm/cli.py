@@ -1,4 +1,4 @@
-"""The command line: ``kindling train | sample | evaluate | report | compare | prep``, and the same commands as scripts.
+"""The command line: ``kindling train``, ``sample``, ``evaluate``, … and the same commands as scripts.
 
 PyTorch is imported inside the commands, so that ``--help`` and a mistyped setting answer at once.
 """
@@ -228,15 +228,38 @@ def _fill(run: Run, model: Transformer, text: str, as_json: bool) -> None:
 @main.command(cls=FriendlyCommand)
 @run_argument
 @click.option("--data", default="", help="Folder of token shards to evaluate on. Default: the run's own.")
+@click.option(
+    "--pairs",
+    type=click.Path(path_type=Path),
+    help="Minimal pairs instead of the loss: a .jsonl, .csv or .tsv file, or a folder of them (BLiMP).",
+)
+@click.option(
+    "--columns",
+    nargs=2,
+    default=("sentence_good", "sentence_bad"),
+    show_default=True,
+    help="The pairs' columns: the acceptable sentence, the other.",
+)
+@click.option(
+    "--ties",
+    type=click.Choice(["half", "first"]),
+    default="half",
+    show_default=True,
+    help="What a pair of equally likely sentences scores; first: 1, as is usual and flattering.",
+)
 @json_option
-def evaluate(run: Path, data: str, as_json: bool) -> None:
+def evaluate(run: Path, data: str, pairs: Path | None, columns: tuple[str, str], ties: str, as_json: bool) -> None:
     """Loss of RUN over the whole validation split, for each way it reads, in nats per token and bits per byte.
 
-    Beside it stand floors: what the frequency of tokens, and bz2 -9, reach on the same text.
+    Beside it stand floors: what the frequency of tokens, and bz2 -9, reach on the same text. With --pairs: how often
+    it finds the acceptable one of two sentences likelier.
     """
     from lm.evaluate import evaluate as evaluate_run
     from lm.run_directory import open_run
 
+    if pairs is not None:
+        _evaluate_pairs(open_run(run), pairs, columns, ties, as_json)
+        return
     result = evaluate_run(open_run(run), data)
     if as_json:
         click.echo(json.dumps(result))
@@ -254,6 +277,36 @@ def evaluate(run: Path, data: str, as_json: bool) -> None:
     console.print(
         f"step {result['step']:,}; {result['validation_tokens']:,} tokens, {result['validation_bytes']:,} bytes of "
         f"{result['data']}; {result['protocol']}",
+        markup=False,
+    )
+
+
+def _evaluate_pairs(run: Run, path: Path, columns: tuple[str, str], ties: str, as_json: bool) -> None:
+    from lm import minimal_pairs
+    from lm.run_directory import choose_device
+
+    paradigms = minimal_pairs.read_pairs(path, columns)
+    model = run.load_model(choose_device("auto"))
+    results = minimal_pairs.evaluate_run(
+        run, model, paradigms, ties=ties, progress=lambda text: click.echo(text, err=True)
+    )
+    if as_json:
+        told = {name: {key: value.as_dict() for key, value in each.items()} for name, each in results.items()}
+        click.echo(json.dumps({"ties": ties, "accuracy": told}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", *results, box=None, pad_edge=False)
+    for name in next(iter(results.values())):
+        found = [each[name] for each in results.values()]
+        table.add_row(name, *(f"{result.mean:.1%} ± {result.error:.1%}" for result in found))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    equal = ", ".join(f"{name} {each['all'].ties:,}" for name, each in results.items())
+    console.print(
+        f"share of pairs whose acceptable sentence is the likelier one, ± bootstrap error; temperature 1; ties score "
+        f"{ties} (of {next(iter(results.values()))['all'].pairs:,}: {equal}); all: the mean over paradigms",
         markup=False,
     )
 
@@ -325,3 +378,43 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     for remark in comparison["remarks"]:
         console.print(remark, markup=False)
     click.echo(str(out), err=True)
+
+
+@main.command(cls=FriendlyCommand)
+@run_argument
+@click.option("--to", "kind", required=True, type=click.Choice(["hf", "gguf"]), help="transformers, or llama.cpp.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder (hf) or file (gguf) to write.")
+@click.option(
+    "--readout",
+    type=click.Choice(["next_token", "masked_token", "masked_next_token"]),
+    help="How the exported model reads. Default: the first of the run's that can be exported.",
+)
+def export(run: Path, kind: str, out: Path, readout: str | None) -> None:
+    """Write the model of RUN so that other programs load it, without any code of ours."""
+    from lm.export import choose_readout, export_huggingface
+    from lm.export_gguf import export_gguf
+    from lm.run_directory import open_run
+
+    opened = open_run(run)
+    chosen = choose_readout(opened, readout)
+    write = {"hf": export_huggingface, "gguf": export_gguf}[kind]
+    write(opened, out, opened.newest(), chosen)
+    click.echo(str(out))
+    loaded = {
+        ("hf", "next_token"): f'transformers.AutoModelForCausalLM.from_pretrained("{out}")',
+        ("hf", "masked_token"): f'transformers.AutoModelForMaskedLM.from_pretrained("{out}")',
+        ("gguf", "next_token"): f"llama-cli -m {out}",
+    }
+    click.echo(f"reads {chosen}; load it with: {loaded[kind, chosen]}", err=True)
+
+
+@main.command("import", cls=FriendlyCommand)
+@click.argument("source", metavar="FOLDER_OR_NAME")
+@click.option("--run", required=True, type=click.Path(path_type=Path), help="Run directory to write.")
+def import_run(source: str, run: Path) -> None:
+    """Make a run directory of a Llama, Qwen3 or EuroBERT checkpoint: a folder, or a name on the Hugging Face hub."""
+    from lm.import_checkpoint import import_checkpoint
+
+    import_checkpoint(source, run)
+    click.echo(str(run))
+    click.echo(f"next: python sample.py {run} --prompt …, or evaluate.py {run} --data …", err=True)

@@ -17,7 +17,7 @@ import tomli_w
 
 from data_prep.files import write_atomically
 
-OBJECTIVES = ("next_token", "masked_token", "masked_next_token", "hybrid")
+OBJECTIVES = ("next_token", "masked_token", "masked_next_token", "hybrid", "hybrid_unshifted")
 
 
 def setting(
@@ -101,7 +101,7 @@ class ObjectiveConfig:
 
     objective: str = setting("hybrid", "what is predicted", choices=OBJECTIVES)
     masked_fraction: float = setting(
-        0.5, "hybrid: share of the rows that are masked and read both ways", minimum=0, maximum=1
+        0.5, "hybrid objectives: share of the rows that are masked and read both ways", minimum=0, maximum=1
     )
     mask_rate: float = setting(0.2, "share of a masked row's tokens to predict", minimum=0.01, maximum=1)
     mask_token_share: float = setting(0.8, "share of those that are replaced by the mask token", minimum=0, maximum=1)

@@ -11,10 +11,12 @@ next_token            the window                      its document, up to i   to
 masked_token          the window, some tokens hidden  its whole document      token i, where it is hidden
 masked_next_token     the window, some tokens hidden  its whole document      token i + 1, where that one is hidden
 hybrid                an exact share of the rows is masked_next_token, the others are next_token
+hybrid_unshifted      the same with masked_token
 ====================  ==============================  ======================  =======================================
 
 masked_next_token shifts BERT's targets by one (BehnamGhader et al. 2024, LLM2Vec; Charpentier and Samuel 2024,
-GPT-BERT), so that one head serves both readings.
+GPT-BERT), so that one head serves both readings. No stock class of other libraries reads masked text like that:
+hybrid_unshifted is for models that are to be exported both ways.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ READOUTS = {
     "masked_token": ("masked_token",),
     "masked_next_token": ("masked_next_token",),
     "hybrid": ("next_token", "masked_next_token"),
+    "hybrid_unshifted": ("next_token", "masked_token"),
 }
 
 
@@ -130,7 +133,8 @@ def make_batch(
     Within each kind of row the losses are averaged over its own predicted tokens, then the kinds are mixed by their
     share of the rows: a masked row predicts fewer tokens, but counts as much as a causal one.
     """
-    fraction = {"next_token": 0.0, "hybrid": config.masked_fraction}.get(config.objective, 1.0)
+    causal, masked_readout = "next_token" in READOUTS[config.objective], READOUTS[config.objective][-1]
+    fraction = (config.masked_fraction if masked_readout != "next_token" else 0.0) if causal else 1.0
     masked = masked_rows(turns, fraction)
     order = np.argsort(masked, kind="stable")
     numbers, masked = numbers[order], masked[order]
@@ -141,7 +145,7 @@ def make_batch(
         targets[np.arange(inputs.shape[1]) >= lengths[:, None]] = IGNORED
 
     if first_masked < len(masked):
-        shifted = config.objective != "masked_token"
+        shifted = masked_readout == "masked_next_token"
         inputs[first_masked:], targets[first_masked:] = _hide(
             inputs[first_masked:],
             starts[first_masked:],

@@ -43,11 +43,19 @@ def assert_same(a: Batch, b: Batch) -> None:
         assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
 
 
-@pytest.mark.parametrize(("fraction", "plain"), [(0.0, "next_token"), (1.0, "masked_next_token")])
+@pytest.mark.parametrize(
+    ("hybrid", "fraction", "plain"),
+    [
+        ("hybrid", 0.0, "next_token"),
+        ("hybrid", 1.0, "masked_next_token"),
+        ("hybrid_unshifted", 0.0, "next_token"),
+        ("hybrid_unshifted", 1.0, "masked_token"),
+    ],
+)
 @given(rows=st.integers(1, 6), seed=st.integers(0, 50))
-def test_hybrid_at_its_ends_is_the_plain_objective_bit_for_bit(fraction, plain, rows, seed):
+def test_hybrid_at_its_ends_is_the_plain_objective_bit_for_bit(hybrid, fraction, plain, rows, seed):
     windows = windows_of(rows, 16, seed)
-    assert_same(batch_of(windows, "hybrid", seed, masked_fraction=fraction), batch_of(windows, plain, seed))
+    assert_same(batch_of(windows, hybrid, seed, masked_fraction=fraction), batch_of(windows, plain, seed))
 
 
 @given(st.decimals(0, 1, places=3).map(float), st.integers(1, 300))

@@ -118,6 +118,7 @@ def test_the_readouts_are_those_of_the_objective(model, dataset, trained):
         "masked_token": ["masked_token"],
         "masked_next_token": ["masked_next_token"],
         "hybrid": ["next_token", "masked_next_token"],
+        "hybrid_unshifted": ["next_token", "masked_token"],
     }.items():
         config = trained.config.replace(objective=objective)
         assert list(validate_readouts(model, dataset, config, rows=2)) == names

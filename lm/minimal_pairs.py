@@ -1,0 +1,187 @@
+"""Minimal pairs: does a model find the acceptable sentence likelier than the unacceptable one beside it?
+
+BLiMP (Warstadt et al. 2020) and whatever has its form. A pair scores 1, 0, or 1/2 where both sentences are equally
+likely; the common way, to take the first of two equals, credits a model with every pair that it cannot tell apart.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import UserError
+from data_prep.tokenizers import Tokenizer
+from lm.corpora import open_corpora
+from lm.evaluate import token_counts
+from lm.model import Transformer
+from lm.objectives import READOUTS
+from lm.run_directory import Run
+from lm.scoring import log_likelihoods
+
+COLUMNS = ("sentence_good", "sentence_bad")
+TIES = ("half", "first")
+RESAMPLES = 1000
+# Log-likelihoods that differ by less are equal: the same sentence packed into another row differs by some 1e-6 nats.
+TIE_NATS = 1e-5
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of one paradigm: equally many good and bad sentences."""
+
+    paradigm: str
+    group: str
+    good: list[str]
+    bad: list[str]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Mean score of some pairs, with the standard error of drawing them anew (bootstrap); ``ties`` were equal."""
+
+    mean: float
+    error: float
+    pairs: int
+    ties: int
+
+    def as_dict(self) -> dict[str, float]:
+        return dict(vars(self))
+
+
+def read_pairs(path: Path, columns: tuple[str, str] = COLUMNS) -> list[Pairs]:
+    """Pairs of a .jsonl, .csv or .tsv file, or of all such files of a folder, a paradigm each.
+
+    ``columns`` name the acceptable and the unacceptable sentence. Of BLiMP's other fields ``UID`` names the paradigm
+    (else the file does) and ``linguistics_term`` its group.
+
+    Raises:
+        UserError: nothing is there, or a line is not a pair; the message has file and line.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".csv", ".tsv"))
+    else:
+        files = [path]
+    if not files or not all(file.is_file() for file in files):
+        raise UserError(f"there are no pairs at {path}: name a .jsonl, .csv or .tsv file, or a folder of them")
+    return [_read_file(file, columns) for file in files]
+
+
+def _read_file(file: Path, columns: tuple[str, str]) -> Pairs:
+    good: list[str] = []
+    bad: list[str] = []
+    paradigm, group = file.stem, ""
+    for number, row in _rows(file):
+        for name, sentences in zip(columns, (good, bad), strict=True):
+            value = row.get(name)
+            if not isinstance(value, str) or not value.strip():
+                raise UserError(f'{file}, line {number}: "{name}" is missing or holds no text')
+            sentences.append(value)
+        paradigm, group = str(row.get("UID") or paradigm), str(row.get("linguistics_term") or group)
+    if not good:
+        raise UserError(f"{file} holds no pairs")
+    return Pairs(paradigm, group, good, bad)
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            if file.suffix == ".jsonl":
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        row = json.loads(line)
+                        if not isinstance(row, dict):
+                            raise UserError(f"{file}, line {number}: not a JSON object")
+                        yield number, row
+            else:
+                reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
+                for entry in reader:
+                    yield reader.line_num, dict(entry)
+    except (ValueError, csv.Error, OSError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+
+
+def scores(good: NDArray[np.float64], bad: NDArray[np.float64], ties: str) -> NDArray[np.float64]:
+    """The score of each pair from the log-likelihoods of its sentences."""
+    of_tie = {"half": 0.5, "first": 1.0}[ties]
+    return np.where(are_ties(good, bad), of_tie, (good > bad).astype(np.float64))
+
+
+def are_ties(good: NDArray[np.float64], bad: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.abs(good - bad) < TIE_NATS
+
+
+def evaluate_pairs(
+    paradigms: Sequence[Pairs],
+    tokenizer: Tokenizer,
+    likelihoods: Callable[[list[list[int]]], NDArray[np.float64]],
+    *,
+    ties: str = "half",
+) -> dict[str, Accuracy]:
+    """The accuracy on each paradigm, and on ``"all"``, the mean over paradigms.
+
+    Args:
+        likelihoods: log-likelihoods of texts, given as tokens (``lm.scoring.log_likelihoods``, or a floor's).
+    """
+    results: dict[str, Accuracy] = {}
+    resampled = []
+    for number, pairs in enumerate(paradigms):
+        found = likelihoods([tokenizer.encode(sentence) for sentence in pairs.good + pairs.bad])
+        good, bad = found[: len(pairs.good)], found[len(pairs.good) :]
+        score = scores(good, bad, ties)
+        draw = np.random.default_rng(number)
+        means = score[draw.integers(0, len(score), (RESAMPLES, len(score)))].mean(1)
+        resampled.append(means)
+        results[pairs.paradigm] = Accuracy(
+            float(score.mean()), float(means.std(ddof=1)), len(score), int(are_ties(good, bad).sum())
+        )
+    over_all = np.stack(resampled).mean(0)
+    results["all"] = Accuracy(
+        float(np.mean([result.mean for result in results.values()])),
+        float(over_all.std(ddof=1)),
+        sum(result.pairs for result in results.values()),
+        sum(result.ties for result in results.values()),
+    )
+    return results
+
+
+def unigram_likelihoods(counts: NDArray[np.int64]) -> Callable[[list[list[int]]], NDArray[np.float64]]:
+    """A floor: each token as likely as it is common in the training text (plus one), whatever stands beside it."""
+    costs = np.log(counts + 1) - np.log((counts + 1).sum())
+    return lambda texts: np.array([costs[text].sum() for text in texts])
+
+
+def evaluate_run(
+    run: Run,
+    model: Transformer,
+    paradigms: Sequence[Pairs],
+    *,
+    ties: str = "half",
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, dict[str, Accuracy]]:
+    """``evaluate_pairs`` for every readout of a run, and for the unigram floor if the run's data is still there.
+
+    Raises:
+        UserError: a sentence is longer than the model's context.
+    """
+    results = {}
+    for readout in READOUTS[run.config.objective.objective]:
+        progress(f"{readout}: {sum(len(pairs.good) for pairs in paradigms):,} pairs")
+
+        def likelihoods(texts: list[list[int]], readout: str = readout) -> NDArray[np.float64]:
+            return log_likelihoods(model, run.tokenizer, texts, readout, run.config.data.context_length)
+
+        results[readout] = evaluate_pairs(paradigms, run.tokenizer, likelihoods, ties=ties)
+    try:
+        corpora = open_corpora(run.config.data.data)
+    except UserError as missing:
+        progress(f"no unigram floor: {missing}")
+        return results
+    counts = token_counts(corpora.split("train"), run.config.model.vocab_size)
+    results["unigram (floor)"] = evaluate_pairs(paradigms, run.tokenizer, unigram_likelihoods(counts), ties=ties)
+    return results

@@ -1,0 +1,124 @@
+"""How likely a model finds a text, by each readout; many short texts are packed into each forward pass.
+
+A text begins, as every document did in training, after an end-of-text token, which is not scored. ``next_token`` gives
+the log-probability of a text. The masked readouts give its pseudo-log-likelihood (Salazar et al. 2020): every token is
+hidden once, alone, and the log-probabilities of the hidden tokens are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_prep.errors import UserError
+from data_prep.tokenizers import Tokenizer
+from lm.model import Transformer
+from lm.objectives import assemble
+
+ROWS = 16  # of one forward pass
+
+
+@dataclass(frozen=True)
+class Question:
+    """One sequence to read: of the text ``owner``, asked for ``targets`` at the ``places`` that predict them."""
+
+    owner: int
+    tokens: Sequence[int]
+    places: Sequence[int]
+    targets: Sequence[int]
+
+
+def questions(tokens: Sequence[int], owner: int, readout: str, tokenizer: Tokenizer, first: int = 0) -> list[Question]:
+    """What must be asked to score a text's tokens from ``first`` on."""
+    row = [tokenizer.end_of_text_id, *tokens]
+    scored = range(first, len(tokens))
+    if readout == "next_token":
+        return [Question(owner, row[:-1], list(scored), [tokens[i] for i in scored])]
+    shift = 1 if readout == "masked_next_token" else 0
+    return [
+        Question(owner, [*row[: i + 1], tokenizer.mask_id, *row[i + 2 :]], [i + 1 - shift], [tokens[i]]) for i in scored
+    ]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    texts: Sequence[Sequence[int]],
+    readout: str,
+    context_length: int,
+    *,
+    firsts: Sequence[int] | None = None,
+) -> NDArray[np.float64]:
+    """Log-probability, in nats, of each text's tokens: float64 (texts,).
+
+    Args:
+        texts: the tokens of each text, without special tokens.
+        firsts: of each text, the first token that counts; those before it are only seen. None: all count.
+
+    Raises:
+        UserError: a text is longer than the model's context.
+    """
+    longest = max((len(text) for text in texts), default=0) + 1
+    if longest > context_length:
+        raise UserError(
+            f"a text to score has {longest - 1} tokens; this model reads at most {context_length - 1} at once"
+        )
+    starts = [0] * len(texts) if firsts is None else firsts
+    asked = (
+        question
+        for owner, (text, first) in enumerate(zip(texts, starts, strict=True))
+        for question in questions(text, owner, readout, tokenizer, first)
+        if question.targets
+    )
+    totals = np.zeros(len(texts), dtype=np.float64)
+    device = next(model.parameters()).device
+    for rows in _packed(asked, context_length):
+        inputs = np.full((len(rows), context_length), tokenizer.end_of_text_id, dtype=np.int64)
+        begins = np.zeros(inputs.shape, dtype=bool)
+        lengths = np.empty(len(rows), dtype=np.int64)
+        where: list[tuple[int, int]] = []
+        targets: list[int] = []
+        owners: list[int] = []
+        for number, row in enumerate(rows):
+            at = 0
+            for question in row:
+                begins[number, at] = True
+                inputs[number, at : at + len(question.tokens)] = question.tokens
+                where += [(number, at + place) for place in question.places]
+                targets += question.targets
+                owners += [question.owner] * len(question.targets)
+                at += len(question.tokens)
+            lengths[number] = at
+        width = int(lengths.max())
+        both_ways = np.full(len(rows), readout != "next_token")
+        cut, unused = inputs[:, :width], np.zeros((len(rows), width), dtype=np.float32)
+        batch = assemble(cut, cut, unused, begins[:, :width], both_ways, lengths).to(device)
+        hidden = model(batch.inputs, batch.positions, batch.lo, batch.hi)
+        row_of, place_of = torch.tensor(where, device=device).T
+        logits = model.logits(hidden[row_of, place_of])
+        wanted = torch.tensor(targets, device=device)
+        found = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+        np.add.at(totals, owners, found.double().cpu().numpy())
+    return totals
+
+
+def _packed(asked: Iterator[Question], context_length: int) -> Iterator[list[list[Question]]]:
+    """Questions in rows of at most ``context_length`` tokens, ``ROWS`` rows at a time."""
+    rows: list[list[Question]] = [[]]
+    used = 0
+    for question in asked:
+        if used + len(question.tokens) > context_length:
+            if len(rows) == ROWS:
+                yield rows
+                rows = []
+            rows.append([])
+            used = 0
+        rows[-1].append(question)
+        used += len(question.tokens)
+    if rows[-1]:
+        yield rows
