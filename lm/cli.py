@@ -35,6 +35,14 @@ def main() -> None:
 main.add_command(prep, "prep")
 
 run_argument = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+checkpoint_option = click.option(
+    "--checkpoint",
+    "which",
+    default="newest",
+    show_default=True,
+    metavar="newest|best|STEP",
+    help="Which of the run's checkpoints: the newest, that of the best validation, or the one of a step.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
 
 
@@ -115,7 +123,7 @@ def train(
     run = train_run(config, run_path, TerminalProgress(), accept_changes=resume)
     report, newest = run_path / "report.html", run.latest()
     if newest and not (report.exists() and report.stat().st_mtime >= newest.path.stat().st_mtime):
-        write_report(run, saved_evaluation(run), run.config.report.prompts, run.config.report.fills)
+        write_report(run, saved_evaluation(run, newest), run.config.report.prompts, run.config.report.fills)
     if as_json:
         last = [line for line in run.metrics() if "validation" in line][-1:]
         click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
@@ -156,9 +164,10 @@ def train(
     type=click.Choice(["auto", "cpu", "cuda", "mps"]),
     help="Where to compute.",
 )
+@checkpoint_option
 @json_option
 def sample(
-    run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], device: str, as_json: bool, **sampling: Any
+    run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], device: str, which: str, as_json: bool, **sampling: Any
 ) -> None:
     """Write with the model of RUN: continue prompts, fill masks. The text alone goes to stdout."""
     from lm.generate import Sampling
@@ -171,7 +180,7 @@ def sample(
         raise UserError('nothing to do: give --prompt "Once upon a time", or --fill "The [MASK] sat on the mat."')
     opened = open_run(run)
     _check_readouts(opened, prompts, fills)
-    model = opened.load_model(choose_device(device))
+    model = opened.load_model(choose_device(device), opened.checkpoint(which))
     for number, prompt in enumerate(prompts):
         if number and not as_json:
             click.echo()
@@ -228,8 +237,9 @@ def _fill(run: Run, model: Transformer, text: str, as_json: bool) -> None:
 @main.command(cls=FriendlyCommand)
 @run_argument
 @click.option("--data", default="", help="Folder of token shards to evaluate on. Default: the run's own.")
+@checkpoint_option
 @json_option
-def evaluate(run: Path, data: str, as_json: bool) -> None:
+def evaluate(run: Path, data: str, which: str, as_json: bool) -> None:
     """Loss of RUN over the whole validation split, for each way it reads, in nats per token and bits per byte.
 
     Beside it stand floors: what the frequency of tokens, and bz2 -9, reach on the same text.
@@ -237,7 +247,8 @@ def evaluate(run: Path, data: str, as_json: bool) -> None:
     from lm.evaluate import evaluate as evaluate_run
     from lm.run_directory import open_run
 
-    result = evaluate_run(open_run(run), data)
+    opened = open_run(run)
+    result = evaluate_run(opened, data, opened.checkpoint(which))
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -272,13 +283,15 @@ def evaluate(run: Path, data: str, as_json: bool) -> None:
     multiple=True,
     help="Text with [MASK] to show filled; may be repeated. Default: the recipe's fills.",
 )
-def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...]) -> None:
+@checkpoint_option
+def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: str) -> None:
     """Write RUN/report.html: losses, curves, samples, settings, environment; one file that needs no network."""
     from lm.evaluate import saved_evaluation
     from lm.report import write_report
     from lm.run_directory import open_run
 
     opened = open_run(run)
-    defaults = opened.config.report
-    path = write_report(opened, saved_evaluation(opened), prompts or defaults.prompts, fills or defaults.fills)
+    defaults, saved = opened.config.report, opened.checkpoint(which)
+    evaluation = saved_evaluation(opened, saved)
+    path = write_report(opened, evaluation, prompts or defaults.prompts, fills or defaults.fills, saved)
     click.echo(str(path))
