@@ -114,9 +114,9 @@ def save(
         beside.rename(final)
         sync_directory(folder)
     except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        number, reason = _reason(error)
         raise OSError(
-            getattr(error, "errno", None),
+            number,
             f"the checkpoint of step {step:,} could not be written ({reason}); finished ones are as they were, and the "
             "same command goes on from the newest",
             str(folder),
@@ -271,6 +271,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     os.umask(umask)
     path.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
     _sync_file(path)
+
+
+def _reason(error: Exception) -> tuple[int | None, str]:
+    """The system's number and words for a failure; safetensors hides them in its own."""
+    number = error.errno if isinstance(error, OSError) else None
+    if hidden := re.search(r"os error (\d+)", str(error)):
+        number = int(hidden[1])
+    return number, os.strerror(number) if number else str(error)
 
 
 def _sync_file(path: Path) -> None:
