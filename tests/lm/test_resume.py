@@ -23,6 +23,7 @@ import torch
 
 from lm import checkpoint
 from lm.config import Config
+from lm.metrics import MetricsLog
 from lm.optim import Optimizer
 from lm.recipes import load_config
 from lm.run_directory import Run
@@ -416,5 +417,26 @@ def test_a_save_that_fails_ends_the_run_and_nothing_is_lost(
     assert recorder.ended == 1
     assert saved_steps(begun) == [28, 25, 24]  # the validation of 25 is the best so far
     assert load_config(begun / "config.toml") == undisturbed.config
+    quietly(long, begun)
+    assert_same_run(begun, undisturbed.path)
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_and_its_cut_off_line_is_written_anew(
+    long, undisturbed, begun, recorder, quietly, monkeypatch
+):
+    write = MetricsLog.write
+
+    def full(log: MetricsLog, line: dict) -> None:
+        if line["step"] == 42:
+            log._file.write(json.dumps(line)[:30])
+            log._file.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(log, line)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricsLog, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(long, begun, recorder)
+    assert saved_steps(begun)[0] == 40
     quietly(long, begun)
     assert_same_run(begun, undisturbed.path)
