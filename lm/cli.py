@@ -21,6 +21,7 @@ from lm.config import all_settings
 from lm.recipes import find_recipe, load_config
 
 if TYPE_CHECKING:
+    from lm.checkpoint import Checkpoint
     from lm.generate import Sampling
     from lm.model import Transformer
     from lm.run_directory import Run
@@ -35,6 +36,14 @@ def main() -> None:
 main.add_command(prep, "prep")
 
 run_argument = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+checkpoint_option = click.option(
+    "--checkpoint",
+    "which",
+    default="newest",
+    show_default=True,
+    metavar="newest|best|STEP",
+    help="Which of the run's checkpoints: the newest, that of the best validation, or the one of a step.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
 
 
@@ -115,7 +124,7 @@ def train(
     run = train_run(config, run_path, TerminalProgress(), accept_changes=resume)
     report, newest = run_path / "report.html", run.latest()
     if newest and not (report.exists() and report.stat().st_mtime >= newest.path.stat().st_mtime):
-        write_report(run, saved_evaluation(run), run.config.report.prompts, run.config.report.fills)
+        write_report(run, saved_evaluation(run, newest), run.config.report.prompts, run.config.report.fills)
     if as_json:
         last = [line for line in run.metrics() if "validation" in line][-1:]
         click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
@@ -156,9 +165,10 @@ def train(
     type=click.Choice(["auto", "cpu", "cuda", "mps"]),
     help="Where to compute.",
 )
+@checkpoint_option
 @json_option
 def sample(
-    run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], device: str, as_json: bool, **sampling: Any
+    run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], device: str, which: str, as_json: bool, **sampling: Any
 ) -> None:
     """Write with the model of RUN: continue prompts, fill masks. The text alone goes to stdout."""
     from lm.generate import Sampling
@@ -171,7 +181,7 @@ def sample(
         raise UserError('nothing to do: give --prompt "Once upon a time", or --fill "The [MASK] sat on the mat."')
     opened = open_run(run)
     _check_readouts(opened, prompts, fills)
-    model = opened.load_model(choose_device(device))
+    model = opened.load_model(choose_device(device), opened.checkpoint(which))
     for number, prompt in enumerate(prompts):
         if number and not as_json:
             click.echo()
@@ -247,8 +257,11 @@ def _fill(run: Run, model: Transformer, text: str, as_json: bool) -> None:
     show_default=True,
     help="What a pair of equally likely sentences scores; first: 1, as is usual and flattering.",
 )
+@checkpoint_option
 @json_option
-def evaluate(run: Path, data: str, pairs: Path | None, columns: tuple[str, str], ties: str, as_json: bool) -> None:
+def evaluate(
+    run: Path, data: str, pairs: Path | None, columns: tuple[str, str], ties: str, which: str, as_json: bool
+) -> None:
     """Loss of RUN over the whole validation split, for each way it reads, in nats per token and bits per byte.
 
     Beside it stand floors: what the frequency of tokens, and bz2 -9, reach on the same text. With --pairs: how often
@@ -257,10 +270,11 @@ def evaluate(run: Path, data: str, pairs: Path | None, columns: tuple[str, str],
     from lm.evaluate import evaluate as evaluate_run
     from lm.run_directory import open_run
 
+    opened = open_run(run)
     if pairs is not None:
-        _evaluate_pairs(open_run(run), pairs, columns, ties, as_json)
+        _evaluate_pairs(opened, opened.checkpoint(which), pairs, columns, ties, as_json)
         return
-    result = evaluate_run(open_run(run), data)
+    result = evaluate_run(opened, data, opened.checkpoint(which))
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -281,12 +295,14 @@ def evaluate(run: Path, data: str, pairs: Path | None, columns: tuple[str, str],
     )
 
 
-def _evaluate_pairs(run: Run, path: Path, columns: tuple[str, str], ties: str, as_json: bool) -> None:
+def _evaluate_pairs(
+    run: Run, checkpoint: Checkpoint, path: Path, columns: tuple[str, str], ties: str, as_json: bool
+) -> None:
     from lm import minimal_pairs
     from lm.run_directory import choose_device
 
     paradigms = minimal_pairs.read_pairs(path, columns)
-    model = run.load_model(choose_device("auto"))
+    model = run.load_model(choose_device("auto"), checkpoint)
     results = minimal_pairs.evaluate_run(
         run, model, paradigms, ties=ties, progress=lambda text: click.echo(text, err=True)
     )
@@ -325,15 +341,17 @@ def _evaluate_pairs(run: Run, path: Path, columns: tuple[str, str], ties: str, a
     multiple=True,
     help="Text with [MASK] to show filled; may be repeated. Default: the recipe's fills.",
 )
-def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...]) -> None:
+@checkpoint_option
+def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: str) -> None:
     """Write RUN/report.html: losses, curves, samples, settings, environment; one file that needs no network."""
     from lm.evaluate import saved_evaluation
     from lm.report import write_report
     from lm.run_directory import open_run
 
     opened = open_run(run)
-    defaults = opened.config.report
-    path = write_report(opened, saved_evaluation(opened), prompts or defaults.prompts, fills or defaults.fills)
+    defaults, saved = opened.config.report, opened.checkpoint(which)
+    evaluation = saved_evaluation(opened, saved)
+    path = write_report(opened, evaluation, prompts or defaults.prompts, fills or defaults.fills, saved)
     click.echo(str(path))
 
 
@@ -389,7 +407,8 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     type=click.Choice(["next_token", "masked_token", "masked_next_token"]),
     help="How the exported model reads. Default: the first of the run's that can be exported.",
 )
-def export(run: Path, kind: str, out: Path, readout: str | None) -> None:
+@checkpoint_option
+def export(run: Path, kind: str, out: Path, readout: str | None, which: str) -> None:
     """Write the model of RUN so that other programs load it, without any code of ours."""
     from lm.export import choose_readout, export_huggingface
     from lm.export_gguf import export_gguf
@@ -398,7 +417,7 @@ def export(run: Path, kind: str, out: Path, readout: str | None) -> None:
     opened = open_run(run)
     chosen = choose_readout(opened, readout)
     write = {"hf": export_huggingface, "gguf": export_gguf}[kind]
-    write(opened, out, opened.newest(), chosen)
+    write(opened, out, opened.checkpoint(which), chosen)
     click.echo(str(out))
     loaded = {
         ("hf", "next_token"): f'transformers.AutoModelForCausalLM.from_pretrained("{out}")',

@@ -157,7 +157,12 @@ class TrainingConfig:
         128, "rows of each validation, the same ones every time; 0: the whole split", minimum=0
     )
     checkpoint_every: int = setting(250, "steps between checkpoints", minimum=1)
-    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", minimum=1)
+    keep_checkpoints: int = setting(
+        2, "newest checkpoints that are kept, beside that of the best validation", minimum=1
+    )
+    keep_every: int = setting(
+        0, "steps between checkpoints that are kept for good, a multiple of checkpoint_every; 0: none are", minimum=0
+    )
     device: str = setting(
         "auto", "where to compute; auto: a GPU if there is one", choices=("auto", "cpu", "cuda", "mps")
     )
@@ -281,6 +286,11 @@ def inconsistencies(config: Config) -> list[str]:
         )
     elif data.micro_batch_rows and data.batch_rows % data.micro_batch_rows:
         problems.append(f"micro_batch_rows {data.micro_batch_rows} does not divide the batch's {data.batch_rows} rows")
+    if config.training.keep_every % config.training.checkpoint_every:
+        problems.append(
+            f"keep_every {config.training.keep_every} is not a multiple of checkpoint_every "
+            f"{config.training.checkpoint_every}: no checkpoint is made at those steps"
+        )
     problems += [f'data: the weight of "{text}" must be above 0' for text in data.data if corpus_of(text)[1] <= 0]
     problems += [
         f'fills: there is no [MASK] in "{text}": write it where a word is missing'

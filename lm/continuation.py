@@ -6,15 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_prep.errors import UserError
 from lm.checkpoint import Checkpoint
 from lm.config import Config, all_settings
 from lm.corpora import Corpora
-from lm.run_directory import open_run
+from lm.run_directory import Run, changes, open_run, plain_settings
 
 # Settings that a run may be continued with changed: they alter neither the model nor the order of its data.
 FREE_SETTINGS = {
-    *("steps", "log_every", "validate_every", "validation_rows", "checkpoint_every", "keep_checkpoints"),
+    *("steps", "log_every", "validate_every", "validation_rows", "checkpoint_every", "keep_checkpoints", "keep_every"),
     *("device", "precision", "threads", "micro_batch_rows", "prompts", "fills", "data", "verify_data", "trackers"),
 }
 # Settings that can never change: the weights, or the meaning of a step, depend on them.
@@ -37,7 +39,13 @@ def refuse_other_directories(path: Path) -> None:
 
 
 def open_or_create(
-    config: Config, path: Path, corpora: Corpora, note: Callable[[str], None], *, accept_changes: bool
+    config: Config,
+    path: Path,
+    corpora: Corpora,
+    device: torch.device,
+    note: Callable[[str], None],
+    *,
+    accept_changes: bool,
 ) -> Checkpoint | None:
     """The checkpoint to go on from, if there is one; the directory's files are only written when everything fits.
 
@@ -49,28 +57,71 @@ def open_or_create(
         before = open_run(path)
         newest = before.latest(note)
         if newest is not None:
-            _check(before.config, config, newest.state, corpora, path, accept_changes=accept_changes)
+            _check(before, newest, config, corpora, accept_changes=accept_changes)
+            _tell_another_place(newest, device, note)
     corpora.tokenizer.save(path / "tokenizer.json")
     config.save(path / "config.toml")
     return newest
 
 
-def _check(
-    old: Config, new: Config, state: dict[str, Any], corpora: Corpora, path: Path, *, accept_changes: bool
-) -> None:
-    if state["data_fingerprint"] != corpora.fingerprint:
+def fingerprints(config: Config, corpora: Corpora, device: torch.device) -> dict[str, Any]:
+    """What a checkpoint says of all that its weights come from, to be compared when the run goes on."""
+    return {
+        "data_fingerprint": corpora.fingerprint,
+        "tokenizer_sha256": corpora.tokenizer.sha256,
+        "config": plain_settings(config),
+        "place": _place(device),
+    }
+
+
+def _place(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a sum depend on, beside the settings."""
+    place: dict[str, Any] = {"PyTorch": torch.__version__, "device": device.type}
+    if device.type == "cpu":
+        place |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    return place
+
+
+def _check(run: Run, newest: Checkpoint, config: Config, corpora: Corpora, *, accept_changes: bool) -> None:
+    """Refuse to go on from ``newest`` with what is not what it was trained with."""
+    path = run.path
+    if newest.state["data_fingerprint"] != corpora.fingerprint:
         raise UserError(
             f"{path} was trained on other data than {corpora.name} holds now: choose another --run, or restore the data"
         )
-    before, now = old.flat(), new.flat()
-    blocking = {name for name in before if before[name] != now[name]} - FREE_SETTINGS
-    if accept_changes:
-        blocking &= FIXED_SETTINGS
-    if blocking:
-        told = ", ".join(f"{name} {before[name]!r} (now {now[name]!r})" for name in sorted(blocking))
-        mend = (
-            "choose another --run"
-            if blocking & FIXED_SETTINGS
-            else "choose another --run, or add --resume to change it"
+    kept = path / "tokenizer.json"
+    if kept.exists() and run.tokenizer.sha256 != newest.state["tokenizer_sha256"]:
+        raise UserError(
+            f"{kept} is not the tokenizer that {path} was trained with: remove it, and the data's, which is, takes its "
+            "place"
         )
-        raise UserError(f"{path} was begun with {told}: {mend}")
+    edited = {} if accept_changes else _binding(changes(newest, run.config))
+    if edited:
+        raise UserError(
+            f"{path}/config.toml does not say what its newest checkpoint was trained with, {_told(edited)}: put it "
+            f"back, or choose another --run{_unless_fixed(edited)}"
+        )
+    blocking = _binding(changes(newest, config))
+    if accept_changes:
+        blocking = {name: values for name, values in blocking.items() if name in FIXED_SETTINGS}
+    if blocking:
+        raise UserError(f"{path} was begun with {_told(blocking)}: choose another --run{_unless_fixed(blocking)}")
+
+
+def _binding(changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    return {name: changed[name] for name in sorted(changed) if name not in FREE_SETTINGS}
+
+
+def _told(changed: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name} {before!r} (now {now!r})" for name, (before, now) in changed.items())
+
+
+def _unless_fixed(changed: dict[str, tuple[Any, Any]]) -> str:
+    return "" if changed.keys() & FIXED_SETTINGS else ", or add --resume to change it"
+
+
+def _tell_another_place(newest: Checkpoint, device: torch.device, note: Callable[[str], None]) -> None:
+    before, now = newest.state["place"], _place(device)
+    moved = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
+    if moved:
+        note(f"trained so far with {_told(moved)}: it goes on, to rounding, not bit for bit, as it would have there")

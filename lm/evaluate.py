@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.shards import Dataset, Split
-from lm.checkpoint import MODEL
+from lm.checkpoint import MODEL, Checkpoint
 from lm.corpora import Corpora, JoinedSplit, open_corpora
 from lm.run_directory import Run, choose_device
 from lm.validation import validate_readouts
@@ -21,10 +21,10 @@ RESULT = "evaluation.json"
 READ_AT_ONCE = 1 << 22
 
 
-def evaluate(run: Run, data: str = "") -> dict[str, Any]:
-    """Evaluate the newest checkpoint on the validation split of ``data`` ("": the data it was trained on).
+def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> dict[str, Any]:
+    """Evaluate a checkpoint (None: the newest) on the validation split of ``data`` ("": the data it was trained on).
 
-    On its own data the result is kept in ``evaluation.json``, and read from there when nothing has changed since.
+    On its own data the result is kept in ``evaluation.json``, and read from there when the same is asked again.
 
     Returns:
         ``validation`` maps each readout to its loss, ``floors`` each floor to nats per token (None: it is not a model
@@ -42,10 +42,10 @@ def evaluate(run: Run, data: str = "") -> dict[str, Any]:
         )
     if not validation.tokens:
         raise UserError(f"{dataset.name} has no validation text: build it with --validation-fraction above 0")
-    known = saved_evaluation(run)
+    checkpoint = checkpoint or run.newest()
+    known = saved_evaluation(run, checkpoint)
     if known and known["data_fingerprint"] == dataset.fingerprint:
         return known
-    checkpoint = run.newest()
     model = run.load_model(choose_device("auto"), checkpoint)
     readouts = validate_readouts(model, dataset, run.config, rows=0, every_token=True)
     result = {
@@ -67,12 +67,11 @@ def evaluate(run: Run, data: str = "") -> dict[str, Any]:
     return result
 
 
-def saved_evaluation(run: Run) -> dict[str, Any] | None:
-    """What ``evaluate`` found for the newest checkpoint, if it was asked and the file is whole."""
-    newest = run.latest()
+def saved_evaluation(run: Run, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What ``evaluate`` found, if this checkpoint is what it was last asked for and the file is whole."""
     try:
         known: dict[str, Any] = json.loads((run.path / RESULT).read_text(encoding="utf-8"))
-        return known if newest and known["checkpoint"] == newest.state["sha256"][MODEL] else None
+        return known if known["checkpoint"] == checkpoint.state["sha256"][MODEL] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -152,7 +152,7 @@ def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, An
 
 def model_card(run: Run, checkpoint: Checkpoint, stock: StockClass) -> str:
     """README.md: what the model is, was trained on, reaches, and cannot."""
-    evaluation = saved_evaluation(run) or {}
+    evaluation = saved_evaluation(run, checkpoint) or {}
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=jinja2.StrictUndefined,

@@ -23,6 +23,7 @@ from lm.config import Config, ModelConfig
 from lm.export import OUR_CONFIG, new_folder, tokenizer_without_start
 from lm.model import Transformer
 from lm.recipes import load_config
+from lm.run_directory import CHECKPOINTS, METRICS, plain_settings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ("*.safetensors", INDEX, "config.json", "tokenizer.json", OUR_CONFIG)
@@ -45,14 +46,14 @@ def import_checkpoint(source: str, out: Path) -> None:
     with new_folder(out) as run:
         config.save(run / "config.toml")
         tokenizer.save(run / "tokenizer.json")
-        (run / "metrics.jsonl").touch()
+        (run / METRICS).touch()
         state = {
             "imported_from": source,
             "data_fingerprint": "",
             "tokenizer_sha256": tokenizer.sha256,
-            "torch": torch.__version__,
+            "config": plain_settings(config),
         }
-        checkpoint.save(run / "checkpoints", 0, weights, {}, state, keep=1)
+        checkpoint.save(run / CHECKPOINTS, 0, weights, {}, state)
 
 
 def _find(source: str) -> Path:

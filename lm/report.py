@@ -13,6 +13,7 @@ import torch
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from lm import __version__
+from lm.checkpoint import Checkpoint
 from lm.config import all_settings
 from lm.generate import Sampling, continue_text, fill_masks
 from lm.metrics import best_validation, overfitting, rows_validated, series, summary
@@ -26,14 +27,18 @@ RATES = ("learning_rate", "gradient_norm")
 
 
 def write_report(
-    run: Run, evaluation: dict[str, Any] | None, prompts: Sequence[str] = (), fills: Sequence[str] = ()
+    run: Run,
+    evaluation: dict[str, Any] | None,
+    prompts: Sequence[str] = (),
+    fills: Sequence[str] = (),
+    checkpoint: Checkpoint | None = None,
 ) -> Path:
     """Write ``report.html`` into the run directory and return its path.
 
     ``prompts`` are continued and ``fills`` filled, as far as the run's objective has taught it; ``evaluation`` is what
-    ``lm.evaluate.evaluate`` returned, or None.
+    ``lm.evaluate.evaluate`` returned, or None; ``checkpoint`` is whose model writes them (None: the newest).
     """
-    checkpoint = run.newest()
+    checkpoint = checkpoint or run.newest()
     model = run.load_model(choose_device("auto"), checkpoint)
     readouts = READOUTS[run.config.objective.objective]
     context = run.config.data.context_length

@@ -18,11 +18,12 @@ import torch
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
 from lm import checkpoint, metrics
-from lm.config import Config
+from lm.checkpoint import Checkpoint
+from lm.config import Config, all_settings
 from lm.model import Transformer
 from lm.recipes import load_config
 
-METRICS = "metrics.jsonl"
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
 
 def warn(message: str) -> None:
@@ -40,19 +41,48 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path / "tokenizer.json")
 
-    def latest(self, warn: Callable[[str], None] = warn) -> checkpoint.Checkpoint | None:
-        return checkpoint.latest(self.path / "checkpoints", warn)
+    def latest(self, warn: Callable[[str], None] = warn) -> Checkpoint | None:
+        return checkpoint.latest(self.path / CHECKPOINTS, warn)
 
-    def newest(self) -> checkpoint.Checkpoint:
+    def newest(self) -> Checkpoint:
         """The newest good checkpoint; UserError if the run has none yet."""
         found = self.latest()
         if found is None:
             raise UserError(f"{self.path} has no checkpoint yet: train it first, with train.py … --run {self.path}")
         return found
 
-    def load_model(self, device: torch.device, saved: checkpoint.Checkpoint | None = None) -> Transformer:
-        """The model of a checkpoint (None: the newest good one), ready to be read from."""
+    def checkpoint(self, which: str, warn: Callable[[str], None] = warn) -> Checkpoint:
+        """The checkpoint that a person asks for: "newest", "best" (of the validation), or the number of its step.
+
+        A run that was not validated yet has no best one: ``warn`` is told that the newest is taken.
+
+        Raises:
+            UserError: it is not there, or damaged.
+        """
+        newest = self.newest()
+        if which == "best" and not newest.best_step:
+            warn(f"{self.path} was not validated yet: its newest checkpoint, of step {newest.step:,}, is taken")
+        if which == "newest" or (which == "best" and not newest.best_step):
+            return newest
+        if which != "best" and not which.isdecimal():
+            raise UserError(f'there is no checkpoint "{which}": say newest, best, or the number of a step')
+        step = newest.best_step if which == "best" else int(which)
+        there = checkpoint.steps(self.path / CHECKPOINTS)
+        if step not in there:
+            best = ", which validated best" if which == "best" else ""
+            raise UserError(
+                f"{self.path} has no checkpoint of step {step}{best}: there are those of {', '.join(map(str, there))}"
+            )
+        return checkpoint.of_step(self.path / CHECKPOINTS, step)
+
+    def load_model(self, device: torch.device, saved: Checkpoint | None = None) -> Transformer:
+        """The model of a checkpoint (None: the newest good one), ready to be read from.
+
+        Raises:
+            UserError: the checkpoint was trained with another model or tokenizer than the run directory says.
+        """
         saved = saved or self.newest()
+        self._refuse_another(saved)
         with torch.device("meta"):
             model = Transformer(self.config.model)
         try:
@@ -61,9 +91,30 @@ class Run:
             raise UserError(f"checkpoint {saved.path} does not fit config.toml: {error}".split("\n")[0]) from None
         return model.to(device).eval()
 
+    def _refuse_another(self, saved: Checkpoint) -> None:
+        model = {setting.name for setting in all_settings() if setting.section == "model"}
+        if edited := {name: values for name, values in changes(saved, self.config).items() if name in model}:
+            told = ", ".join(f"{name} {there!r} (config.toml: {here!r})" for name, (there, here) in edited.items())
+            raise UserError(f"checkpoint {saved.path} does not fit config.toml: it was trained with {told}")
+        if saved.state["tokenizer_sha256"] != self.tokenizer.sha256:
+            raise UserError(
+                f"checkpoint {saved.path} was trained with another tokenizer than {self.path}/tokenizer.json"
+            )
+
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl (``lm.metrics``)."""
         return metrics.read(self.path / METRICS)
+
+
+def changes(saved: Checkpoint, config: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings that a checkpoint was not trained with as ``config`` has them: its value and that of ``config``."""
+    trained, now = saved.state["config"], plain_settings(config)
+    return {n: (trained[n], now[n]) for n in now if n in trained and trained[n] != now[n]}
+
+
+def plain_settings(config: Config) -> dict[str, Any]:
+    """Every setting by its name, as JSON gives it back."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in config.flat().items()}
 
 
 def open_run(path: str | Path) -> Run:

@@ -22,7 +22,7 @@ from data_prep.files import only_writer_of
 from lm import checkpoint, kernels, trackers
 from lm.batches import TrainingBatches
 from lm.config import Config
-from lm.continuation import open_or_create, refuse_other_directories
+from lm.continuation import fingerprints, open_or_create, refuse_other_directories
 from lm.corpora import Corpora, open_corpora
 from lm.gradients import step_gradients
 from lm.metrics import Interval, MetricsLog
@@ -30,7 +30,8 @@ from lm.model import Transformer, describe
 from lm.objectives import Batch
 from lm.optim import Optimizer, learning_rate_factor
 from lm.prefetch import Prefetch
-from lm.run_directory import METRICS, Run, choose_device
+from lm.run_directory import CHECKPOINTS, METRICS, Run, choose_device
+from lm.saving import Saver
 from lm.trouble import OVERFITTING, ROLL_BACKS, Best, Ladder, Verdict
 from lm.validation import rows_of_validation, validate_readouts
 
@@ -95,7 +96,7 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
         only_writer_of(path, f"another process is training {path}: wait for it, or choose another --run"),
         told_memory(),
     ):
-        start = open_or_create(config, path, corpora, reporter.note, accept_changes=accept_changes)
+        start = open_or_create(config, path, corpora, device, reporter.note, accept_changes=accept_changes)
         Training(config, path, corpora, batches, device, reporter).run(start)
     return Run(path, config)
 
@@ -165,14 +166,14 @@ class Training:
         reporter: Reporter,
     ) -> None:
         self.config, self.path, self.corpora, self.batches, self.reporter = config, path, corpora, batches, reporter
-        self.device = device
+        self.device, self.folder = device, path / CHECKPOINTS
         self.model = Transformer(config.model).to(device)
         self.clock = StepClock()
 
     def run(self, start: checkpoint.Checkpoint | None) -> None:
         """Train from the checkpoint ``start`` (None: from nothing) to the last step."""
         self._restore(start)
-        steps = self.config.training.steps
+        training, steps = self.config.training, self.config.training.steps
         if self.state.step >= steps:
             self.reporter.note(f"{self.path} is trained: {self.state.step:,} of {steps:,} steps are done")
             return
@@ -182,8 +183,13 @@ class Training:
             self.reporter.note(f"going on at step {self.state.step:,}")
         followers = trackers.open_trackers(self.config, self.path, self.state.step, self.reporter.note)
         self.reporter.begin(self.state.step, steps)
+        keep = checkpoint.Retention(training.keep_checkpoints, training.keep_every)
         try:
-            with MetricsLog(self.path / METRICS, self.state.step, followers) as self.log, StopSignal() as self.stop:
+            with (
+                MetricsLog(self.path / METRICS, self.state.step, followers) as self.log,
+                StopSignal() as self.stop,
+                Saver(self.folder, keep, self.state.step, self.log.sync) as self.saver,
+            ):
                 while self.state.step < steps:
                     self._train_on()
         finally:
@@ -231,6 +237,7 @@ class Training:
 
     def _after_step(self) -> bool:
         """What is due after a step: a line of the log, a validation, a checkpoint, an end; False as in ``_step``."""
+        self.saver.check()
         training, step = self.config.training, self.state.step
         last, best = step == training.steps, False
         if (step % training.log_every == 0 or last) and self.state.interval.steps:
@@ -239,15 +246,19 @@ class Training:
         if step % training.validate_every == 0 or last:
             best = self._validate()
         stopping = self.stop.received  # asked once, so that what is told below is what was saved
-        due = step % training.checkpoint_every == 0 or best
-        if last or stopping or (due and not self.state.ladder.in_trouble):
-            if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-                self._go_back(self.state.ladder.broken())
-                return False
-            self._save()
+        due = (step % training.checkpoint_every == 0 or last) and not self.state.ladder.in_trouble
+        wanted = due or best or last
+        sound = (wanted or stopping) and all(torch.isfinite(p).all() for p in self.model.parameters())
+        if wanted and not sound:
+            self._go_back(self.state.ladder.broken())
+            return False
+        if sound:
+            self._save(scheduled=due)
         if stopping and not last:
+            self.saver.wait()
             self.reporter.step(step)
-            self.reporter.note(f"stopped at step {step:,}, which is saved: the same command goes on from there")
+            saved = f"step {step:,}, which is saved" if sound else f"step {step:,}, with weights that are not finite"
+            self.reporter.note(f"stopped at {saved}: the same command goes on from the newest checkpoint")
             raise SystemExit(128 + stopping)
         return True
 
@@ -287,22 +298,15 @@ class Training:
             )
         return improved
 
-    def _save(self) -> None:
-        """Write a checkpoint."""
-        self.log.sync()
-        state = {
-            "training": self.state.as_dict(),
-            "data_fingerprint": self.corpora.fingerprint,
-            "tokenizer_sha256": self.corpora.tokenizer.sha256,
-            "torch": torch.__version__,
-        }
-        checkpoint.save(
-            self.path / "checkpoints",
+    def _save(self, *, scheduled: bool) -> None:
+        """Have a checkpoint written."""
+        self.saver.save(
             self.state.step,
             self.model.state_dict(),
             self.optimizer.state(),
-            state,
-            self.config.training.keep_checkpoints,
+            {"training": self.state.as_dict(), **fingerprints(self.config, self.corpora, self.device)},
+            scheduled=scheduled,
+            best_step=self.state.best.step,
         )
 
     def _go_back(self, verdict: Verdict) -> None:
@@ -311,10 +315,10 @@ class Training:
         Raises:
             UserError: it was taken back too often.
         """
-        folder, ladder, reached = self.path / "checkpoints", self.state.ladder, self.state.step + 1
-        target = checkpoint.latest(
-            folder, self.reporter.note, before=ladder.went_back_to if ladder.went_back_to >= 0 else None
-        )
+        ladder, reached = self.state.ladder, self.state.step + 1
+        self.saver.wait()
+        before = ladder.went_back_to if ladder.went_back_to >= 0 else None
+        target = checkpoint.to_go_back_to(self.folder, self.reporter.note, before)
         if verdict is Verdict.GIVE_UP:
             kept = f"the newest checkpoint is of step {target.step:,}" if target else "there is no checkpoint before it"
             raise UserError(
@@ -325,7 +329,7 @@ class Training:
         self._restore(target)
         self.state.ladder = ladder
         ladder.went_back_to = self.state.step
-        checkpoint.remove_after(folder, self.state.step)
+        checkpoint.remove_after(self.folder, self.state.step)
         self.log.go_back(self.state.step)
         self._tell(verdict, f"the steps up to {reached:,} went wrong")
 

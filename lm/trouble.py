@@ -109,12 +109,12 @@ class Best:
     """The best validation so far, and how many since then were worse."""
 
     step: int = 0
-    loss: float = math.inf
+    loss: float | None = None
     worse: int = 0
 
     def add(self, step: int, loss: float) -> bool:
         """Take in a validation (nats per token); is it the best?"""
-        if loss < self.loss:
+        if math.isfinite(loss) and (self.loss is None or loss < self.loss):
             self.step, self.loss, self.worse = step, loss, 0
             return True
         self.worse += 1

@@ -3,20 +3,26 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
 import torch
 
 from data_prep.errors import UserError
+from data_prep.files import sha256_of_file
 from lm import checkpoint
+from lm.checkpoint import Retention
+from lm.saving import snapshot
 
 MODEL = {"a.weight": torch.arange(6, dtype=torch.float32).view(2, 3).T, "b": torch.tensor([1.5, float("nan")])}
 OPTIMIZER = {"a.weight.momentum": torch.randn(3, 2), "b.step": torch.tensor(3.0)}
 
 
-def save(folder, step: int, keep: int = 5, **state):
-    return checkpoint.save(folder, step, MODEL, OPTIMIZER, {"data_fingerprint": "abc", **state}, keep)
+def save(folder, step: int, *, scheduled: bool = True, best_step: int = 0, **state):
+    tensors = (snapshot(MODEL), snapshot(OPTIMIZER))
+    return checkpoint.save(folder, step, *tensors, state, scheduled=scheduled, best_step=best_step)
 
 
 def warnings_of(folder):
@@ -95,21 +101,99 @@ def test_where_there_is_none_there_is_none(tmp_path):
     assert warnings_of(tmp_path / "nowhere") == (None, [])
 
 
-def test_the_newest_is_the_one_of_the_largest_step_and_only_so_many_are_kept(tmp_path):
-    for step in (5, 30, 100, 99_999_999):
-        save(tmp_path, step, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000100", "step_99999999"]
-    assert warnings_of(tmp_path)[0].step == 99_999_999
+def test_the_newest_is_the_one_of_the_largest_step(tmp_path):
+    for step in (5, 30, 100, 99_999_999, 100_000_000):
+        save(tmp_path, step)
+        assert warnings_of(tmp_path)[0].step == step
+    assert checkpoint.steps(tmp_path) == [100_000_000, 99_999_999, 100, 30, 5]
+
+
+def saved_one_after_another(folder, keep, *saves):
+    """Save and tidy as a run does: each save is a step, or a step with what ``save`` is to be told of it."""
+    for step, marks in ((one, {}) if isinstance(one, int) else one for one in saves):
+        save(folder, step, **marks)
+        checkpoint.tidy(folder, step, keep)
+    assert sorted(path.name for path in folder.iterdir()) == [f"step_{s:08d}" for s in checkpoint.steps(folder)[::-1]]
+    return checkpoint.steps(folder)
+
+
+STOPPED = {"scheduled": False}
+
+
+@pytest.mark.parametrize(
+    ("keep", "saves", "kept"),
+    [
+        (Retention(1), (5, 30, 100), [100]),
+        (Retention(2), (5, 30, 100), [100, 30]),
+        (Retention(1, every=20), (10, 20, 30, 40, 50), [50, 40, 20]),
+        (Retention(1), (10, (20, {"best_step": 10}), (30, {"best_step": 10})), [30, 10]),
+        (Retention(1), (10, (20, {"best_step": 10}), (30, {"best_step": 30})), [30]),
+        # The best as an older one saw it, which may be gone back to, is kept as long as that one.
+        (Retention(2), (10, (20, {"best_step": 10}), (30, {"best_step": 30})), [30, 20, 10]),
+        # One that only a stop asked for is the newest, and then nothing.
+        (Retention(2), (10, 20, (25, STOPPED)), [25, 20, 10]),
+        (Retention(2), (10, 20, (25, STOPPED), (27, STOPPED)), [27, 20, 10]),
+        (Retention(2), (10, 20, (25, STOPPED), 30), [30, 20]),
+        (Retention(1, every=5), (10, (15, STOPPED), 20), [20, 10]),
+        (Retention(1), ((15, STOPPED | {"best_step": 15}), (20, {"best_step": 15})), [20, 15]),
+    ],
+)
+def test_what_is_kept(tmp_path, keep, saves, kept):
+    assert saved_one_after_another(tmp_path, keep, *saves) == kept
+
+
+def test_damaged_ones_do_not_push_out_good_ones(tmp_path):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step)
+    (tmp_path / "step_00000020" / "state.json").unlink()
+    cut_off(tmp_path / "step_00000040" / "state.json")  # later than the one that is gone on from
+    checkpoint.tidy(tmp_path, 30, Retention(2))
+    assert checkpoint.steps(tmp_path) == [40, 30, 10]
+
+
+def test_a_run_goes_back_to_scheduled_checkpoints_only(tmp_path):
+    def target(before=None):
+        found = checkpoint.to_go_back_to(tmp_path, pytest.fail, before)
+        return found and found.step
+
+    assert target() is None
+    save(tmp_path, 5, scheduled=False)
+    assert target() is None
+    for step, scheduled in ((10, True), (20, True), (25, False)):
+        save(tmp_path, step, scheduled=scheduled)
+    assert [target(), target(25), target(20), target(10), target(3)] == [20, 20, 10, 10, 10]
+    checkpoint.remove_after(tmp_path, 10)
+    assert checkpoint.steps(tmp_path) == [10, 5]
+
+
+def test_a_checkpoint_is_asked_for_by_its_step(tmp_path):
+    save(tmp_path, 7, best_step=3)
+    assert checkpoint.of_step(tmp_path, 7).best_step == 3
+    with pytest.raises(UserError, match="step_00000008"):
+        checkpoint.of_step(tmp_path, 8)
+
+
+def test_files_that_have_not_changed_are_verified_once(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(checkpoint, "sha256_of_file", lambda path: read.append(path.name) or sha256_of_file(path))
+    path = save(tmp_path, 1)
+    read.clear()
+    for _ in range(3):
+        checkpoint.read(path).state.clear()  # what one reader does with a state is not what the next one gets
+    assert read == ["model.safetensors", "optimizer.safetensors"]
+    flip_a_bit(path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        checkpoint.read(path)
 
 
 def test_leftovers_of_a_killed_save_are_ignored_and_cleaned(tmp_path):
     save(tmp_path, 1)
-    leftover = tmp_path / "step_00000002.tmp"
-    leftover.mkdir()
-    (leftover / "model.safetensors").write_bytes(b"half")
+    for name in ("step_00000002.tmp", "step_00000000.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
     newest, told = warnings_of(tmp_path)
     assert (newest.step, told) == (1, [])
-    save(tmp_path, 2, keep=2)
+    save(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
     newest, told = warnings_of(tmp_path)
     assert (newest.step, told) == (2, [])
@@ -136,8 +220,8 @@ def test_a_save_that_fails_leaves_the_old_checkpoints_as_they_are(tmp_path, monk
         safetensors.torch.save_file(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match=r"No space left|disk full"):
-        save(tmp_path, 2, keep=1)
+    with pytest.raises(OSError, match=r"the checkpoint of step 2 could not be written \(.*(No space left|disk full)"):
+        save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert warnings_of(tmp_path)[0].step == 1
 
@@ -153,8 +237,63 @@ def test_files_can_be_read_by_whom_the_umask_says(tmp_path, umask):
         assert file.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from lm import checkpoint
+
+def tensors(step):
+    return {"a": torch.full((50,), float(step))}, {"b": torch.full((70,), float(step))}
+
+def save(folder, step):
+    checkpoint.save(folder, step, *tensors(step), {})
+    checkpoint.tidy(folder, step, checkpoint.Retention(1))
+
+moments = 0
+def count(event, arguments):
+    global moments
+    if event == "open" or event.startswith(("os.", "shutil.")):
+        moments -= 1
+        if moments == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+base, kill = Path(sys.argv[1]), 0
+while True:
+    kill += 1
+    folder = base / str(kill)
+    save(folder, 1)
+    if os.fork() == 0:
+        moments = kill
+        sys.addaudithook(count)
+        save(folder, 2)
+        os._exit(0)
+    status = os.wait()[1]
+    whole = [checkpoint.read(path) for path in checkpoint._folders(folder)]
+    for one in whole:
+        model, optimizer = tensors(one.step)
+        assert torch.equal(one.model()["a"], model["a"]) and torch.equal(one.optimizer()["b"], optimizer["b"])
+    print(os.WIFSIGNALED(status), *[one.step for one in whole], flush=True)
+    save(folder, 3)
+    assert [path.name for path in folder.iterdir()] == ["step_00000003"], sorted(folder.iterdir())
+    if not os.WIFSIGNALED(status):
+        break
+"""
+
+
+def test_a_save_killed_before_any_of_its_file_operations_leaves_whole_checkpoints_only(tmp_path):
+    """Each turn kills the save of step 2 one operation later, until it comes through."""
+    done = subprocess.run([sys.executable, "-c", KILLED_AT, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    turns = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert [killed for killed, _ in turns] == ["True"] * (len(turns) - 1) + ["False"]
+    left = [steps for _, steps in turns]
+    assert len(turns) > 12
+    assert list(dict.fromkeys(left)) == ["1", "2 1", "2"]  # the old one, then both, then the new one
+
+
 def _saved(tmp_path):
-    return checkpoint.save(tmp_path, 2, {"a": torch.ones(2)}, {"b": torch.ones(2)}, {}, 5)
+    return checkpoint.save(tmp_path, 2, {"a": torch.ones(2)}, {"b": torch.ones(2)}, {})
 
 
 @pytest.mark.parametrize("change", [{"step": 3}, {"sha256": {}}, {"sha256": "x"}])

@@ -103,6 +103,24 @@ def test_resume_needs_no_recipe_and_accepts_other_training_settings(begin, tmp_p
     assert open_run(tmp_path / "run").latest().step == 3
 
 
+def test_a_checkpoint_may_be_chosen(run):
+    for which, step in (("50", 50), ("newest", 100), ("best", open_run(run).checkpoint("best").step)):
+        told = json.loads(kindling("evaluate", run, "--checkpoint", which, "--json").stdout)
+        assert told["step"] == step
+        report = kindling("report", run, "--checkpoint", which)
+        assert report.exit_code == 0, report.output
+        assert f"to step {step} of 100" in (run / "report.html").read_text(encoding="utf-8")
+    written = [
+        kindling("sample", run, "--prompt", "The", "--max-new-tokens", 20, "--checkpoint", which).stdout
+        for which in ("50", "100", "newest")
+    ]
+    assert written[0] != written[1] == written[2]
+    for command in (["sample", run, "--prompt", "a"], ["evaluate", run], ["report", run]):
+        assert_refused(
+            kindling(*command, "--checkpoint", "7"), "has no checkpoint of step 7: there are those of 100, 50"
+        )
+
+
 def test_a_run_is_named_after_its_recipe(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text("[training]\nsteps = 1\n")

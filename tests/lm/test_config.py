@@ -77,6 +77,7 @@ def test_head_sizes_and_counts_have_their_usual_values_unless_set():
         ({"batch_tokens": 1000, "context_length": 300}, ["batch_tokens 1000", "context_length 300", "nearest is 900"]),
         ({"batch_tokens": 10, "context_length": 300}, ["nearest is 300"]),
         ({"batch_tokens": 1024, "micro_batch_rows": 3}, ["micro_batch_rows 3", "4 rows"]),
+        ({"keep_every": 600, "checkpoint_every": 250}, ["keep_every 600", "checkpoint_every 250"]),
         ({"mask_token_share": 0.8, "random_token_share": 0.3}, ["mask_token_share", "random_token_share"]),
         ({"warmup_fraction": 0.5, "decay_fraction": 0.6}, ["warmup_fraction", "decay_fraction"]),
     ],

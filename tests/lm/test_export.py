@@ -17,7 +17,8 @@ from lm.export import choose_readout, export_huggingface, tokenizer_with_start, 
 from lm.generate import Sampling, continue_tokens
 from lm.import_checkpoint import import_checkpoint
 from lm.model import Transformer
-from lm.run_directory import Run, open_run
+from lm.run_directory import Run, open_run, plain_settings
+from lm.saving import snapshot
 
 transformers = pytest.importorskip("transformers")
 
@@ -39,7 +40,8 @@ def run_of(config, tokenizer, path) -> Run:
     path.mkdir()
     tokenizer.save(path / "tokenizer.json")
     config.save(path / "config.toml")
-    checkpoint.save(path / "checkpoints", 7, model.state_dict(), {}, {}, 1)
+    state = {"tokenizer_sha256": tokenizer.sha256, "config": plain_settings(config)}
+    checkpoint.save(path / "checkpoints", 7, snapshot(model.state_dict()), {}, state)
     return open_run(path)
 
 

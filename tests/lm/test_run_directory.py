@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
+from lm import checkpoint
 from lm.run_directory import choose_device, open_run
 
 
@@ -54,6 +55,57 @@ def test_a_checkpoint_of_another_shape_is_refused_in_one_sentence(path):
     with pytest.raises(UserError, match=r"step_00000100 does not fit config\.toml") as caught:
         open_run(path).load_model(torch.device("cpu"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", [{"rope_theta": 99.0}, {"logit_softcap": 5.0}])
+def test_a_model_setting_that_the_weights_do_not_show_is_checked_too(path, setting):
+    open_run(path).config.replace(**setting).save(path / "config.toml")
+    name, value = next(iter(setting.items()))
+    with pytest.raises(UserError, match=rf"was trained with {name} .* \(config\.toml: {value}\)"):
+        open_run(path).load_model(torch.device("cpu"))
+
+
+def test_a_model_is_not_read_with_another_tokenizer(path, byte_dataset):
+    byte_dataset.tokenizer.save(path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"was trained with another tokenizer than .*tokenizer\.json"):
+        open_run(path).load_model(torch.device("cpu"))
+
+
+def test_a_checkpoint_is_asked_for_by_name_or_step(path, trained):
+    run = open_run(path)
+    assert [run.checkpoint(which).step for which in ("newest", "100", "50", "0050")] == [100, 100, 50, 50]
+    best = run.newest().best_step
+    assert run.checkpoint("best").step == best
+    for which, words in (
+        ("75", r"has no checkpoint of step 75: there are those of 100, 50"),
+        ("latest", r'there is no checkpoint "latest": say newest, best, or the number of a step'),
+        ("-1", r'there is no checkpoint "-1"'),
+    ):
+        with pytest.raises(UserError, match=words):
+            run.checkpoint(which)
+    (path / "checkpoints" / "step_00000050" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"damaged checkpoint .*step_00000050"):
+        run.checkpoint("50")
+
+
+def test_the_best_checkpoint_of_a_run_that_was_not_validated_is_its_newest_with_a_word(small, quietly, tmp_path):
+    run = quietly(small.replace(steps=4, checkpoint_every=2), tmp_path / "run")
+    assert run.checkpoint("best", pytest.fail).step == 4  # the last step is validated
+    shutil.rmtree(run.path / "checkpoints" / "step_00000004")
+    told: list[str] = []
+    assert run.checkpoint("best", told.append).step == 2
+    assert told == [f"{run.path} was not validated yet: its newest checkpoint, of step 2, is taken"]
+
+
+def test_a_best_checkpoint_that_was_removed_is_told(small, quietly, tmp_path):
+    run = quietly(small.replace(steps=6, checkpoint_every=2, validate_every=3), tmp_path / "run")
+    state = run.path / "checkpoints" / "step_00000006" / "state.json"
+    content = json.loads(state.read_text()) | {"best_step": 3}
+    del content["state_sha256"]
+    state.write_text(json.dumps(content | {"state_sha256": checkpoint._seal(content)}))
+    shutil.rmtree(run.path / "checkpoints" / "step_00000003", ignore_errors=True)
+    with pytest.raises(UserError, match="has no checkpoint of step 3, which validated best: there are those of 6, 4"):
+        run.checkpoint("best")
 
 
 def test_a_last_line_of_metrics_that_was_cut_off_is_left_out(path):

@@ -1,15 +1,8 @@
 from __future__ import annotations
 
-import json
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,69 +18,7 @@ from lm.gradients import step_gradients
 from lm.model import Transformer
 from lm.objectives import Batch
 from lm.recipes import load_config
-from lm.run_directory import Run
 from lm.trainer import told_memory, train
-
-TRAIN = """
-import sys
-from pathlib import Path
-from lm.progress import TerminalProgress
-from lm.recipes import load_config
-from lm.trainer import train
-train(load_config(Path(sys.argv[1])), Path(sys.argv[2]), TerminalProgress())
-"""
-
-
-@pytest.fixture(scope="module")
-def long(small):
-    """A run with all that could remember something: dropout, random masks, sums between lines of the log."""
-    return small.replace(
-        dropout=0.1, steps=60, log_every=7, validate_every=25, checkpoint_every=4, micro_batch_rows=4, seed=3
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(long, quietly, tmp_path_factory) -> Run:
-    return quietly(long, tmp_path_factory.mktemp("undisturbed") / "run")
-
-
-def weights_of(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
-    folder = run / "checkpoints"
-    newest = checkpoint.latest(folder, pytest.fail) if step is None else checkpoint.read(folder / f"step_{step:08d}")
-    return {f"model {n}": t for n, t in newest.model().items()} | {
-        f"optimizer {n}": t for n, t in newest.optimizer().items()
-    }
-
-
-def metrics_of(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl without the one thing that may differ, how fast it went."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    first, second = weights_of(a), weights_of(b)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-    assert metrics_of(a) == metrics_of(b)
-    assert (a / "config.toml").read_bytes() == (b / "config.toml").read_bytes()
-    assert (a / "tokenizer.json").read_bytes() == (b / "tokenizer.json").read_bytes()
-
-
-def in_a_process(config, run: Path, folder: Path) -> subprocess.Popen:
-    config.save(folder / "config.toml")
-    return subprocess.Popen(
-        [sys.executable, "-c", TRAIN, str(folder / "config.toml"), str(run)], stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("objective", ["next_token", "masked_token", "masked_next_token", "hybrid"])
@@ -197,94 +128,6 @@ def test_the_run_directory_holds_all_that_was_asked_for(trained, dataset, small)
     assert trained.tokenizer.sha256 == dataset.tokenizer.sha256
     state = trained.latest().state
     assert state["data_fingerprint"] == dataset.fingerprint
-
-
-def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(long, undisturbed, quietly, tmp_path):
-    run, draw = tmp_path / "run", random.Random(5)
-    for kill in range(2):
-        process = in_a_process(long, run, tmp_path)
-        logged = run / "metrics.jsonl"
-        size = logged.stat().st_size if kill else 0
-        wait_for(lambda: logged.exists() and logged.stat().st_size != size, process)  # noqa: B023
-        time.sleep(draw.uniform(0, 0.3))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    quietly(long, run)
-    assert_same_run(run, undisturbed.path)
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on(long, undisturbed, recorder, tmp_path, number, status):
-    run = tmp_path / "run"
-    process = in_a_process(long, run, tmp_path)
-    wait_for(lambda: (run / "checkpoints").exists() and any((run / "checkpoints").glob("step_????????")), process)
-    process.send_signal(number)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == status
-    assert "Traceback" not in told
-    stopped = checkpoint.latest(run / "checkpoints", pytest.fail).step
-    assert f"stopped at step {stopped}, which is saved" in told
-    assert stopped < 60
-    train(long, run, recorder)
-    assert recorder.began == (stopped, 60)
-    assert_same_run(run, undisturbed.path)
-
-
-class StopAt:
-    """A reporter that sends this process a signal when it is told of a step's metrics."""
-
-    def __init__(self, step: int) -> None:
-        self.at = step
-
-    def note(self, text: str) -> None: ...
-    def begin(self, done: int, total: int) -> None: ...
-    def step(self, step: int) -> None: ...
-    def end(self) -> None: ...
-    def metrics(self, line: dict) -> None:
-        if line["step"] == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-@pytest.mark.parametrize("step", [7, 25, 56])
-def test_a_run_stopped_beside_its_checkpoints_ends_as_if_undisturbed(long, undisturbed, quietly, tmp_path, step):
-    run, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stopped:
-        train(long, run, StopAt(step))
-    assert stopped.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is before  # the process has its own handlers back
-    assert checkpoint.latest(run / "checkpoints", pytest.fail).step == step
-    quietly(long, run)
-    assert_same_run(run, undisturbed.path)
-
-
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(long, undisturbed, recorder, tmp_path):
-    run = shutil.copytree(undisturbed.path, tmp_path / "run")
-    newest = run / "checkpoints" / "step_00000060" / "optimizer.safetensors"
-    newest.write_bytes(newest.read_bytes()[:100])
-    train(long, run, recorder)
-    assert any("step_00000060" in note and "optimizer.safetensors" in note for note in recorder.notes)
-    assert "going on at step 56" in recorder.notes
-    assert recorder.began == (56, 60)
-    assert_same_run(run, undisturbed.path)
-
-
-def test_lines_of_the_log_after_the_checkpoint_are_written_anew(long, undisturbed, quietly, tmp_path):
-    run = shutil.copytree(undisturbed.path, tmp_path / "run")
-    shutil.rmtree(run / "checkpoints" / "step_00000060")
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 61, "lo')  # cut off
-    quietly(long, run)
-    assert_same_run(run, undisturbed.path)
-
-
-def test_a_finished_run_returns_at_once_and_stays_as_it_is(long, undisturbed, recorder, tmp_path):
-    run = shutil.copytree(undisturbed.path, tmp_path / "run")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    train(long, run, recorder)
-    assert recorder.lines == []
-    assert recorder.notes == [f"{run} is trained: 60 of 60 steps are done"]
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_more_steps_can_be_added_to_a_finished_run(small, quietly, recorder, tmp_path):

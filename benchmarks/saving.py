@@ -1,0 +1,63 @@
+"""How long a checkpoint keeps a run from training: written while it waits, and in the background.
+
+python -m benchmarks.saving [RECIPE]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.cpu_cross_entropy import resident
+from lm import checkpoint
+from lm.checkpoint import Retention
+from lm.model import Transformer, describe
+from lm.optim import Optimizer
+from lm.recipes import find_recipe, load_config
+from lm.saving import Saver, snapshot
+
+ROUNDS = 15
+
+
+def main(recipe: str) -> None:
+    config = load_config(find_recipe(recipe), {"vocab_size": 8192})
+    model = Transformer(config.model).initialise(0)
+    optimizer = Optimizer(model, config.optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step(1.0)
+    weights, state = model.state_dict(), optimizer.state()
+    size = sum(tensor.nbytes for part in (weights, state) for tensor in part.values())
+    Path("/proc/self/clear_refs").write_text("5")  # the highest memory becomes the present one
+    before = resident("VmRSS")
+    pauses: dict[str, list[tuple[float, float]]] = {"written while it waits": [], "in the background": []}
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        folder, keep = Path(name), Retention(2)
+        with Saver(folder, keep, 0, lambda: None) as saver:
+            for step in range(1, 2 * ROUNDS, 2):
+                wall, cpu = time.perf_counter(), time.thread_time()
+                checkpoint.save(folder, step, snapshot(weights), snapshot(state), {})
+                checkpoint.tidy(folder, step, keep)
+                pauses["written while it waits"].append((time.perf_counter() - wall, time.thread_time() - cpu))
+                wall, cpu = time.perf_counter(), time.thread_time()
+                saver.save(step + 1, weights, state, {}, scheduled=True, best_step=0)
+                pauses["in the background"].append((time.perf_counter() - wall, time.thread_time() - cpu))
+                saver.wait()
+    print(describe(model))
+    print(f"{size / 2**20:.0f} MiB of weights and optimizer state, {ROUNDS} times in turn, medians (and the range):")
+    for name, measured in pauses.items():
+        walls, cpus = ([1e3 * value for value in values] for values in zip(*measured, strict=True))
+        print(
+            f"  {name:24}{statistics.median(walls):7.0f} ms ({min(walls):.0f} to {max(walls):.0f}), "
+            f"{statistics.median(cpus):.0f} ms of the training thread's CPU"
+        )
+    print(f"memory rose by {(resident('VmHWM') - before) / 2**20:.0f} MiB at most")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "small")
