@@ -15,7 +15,7 @@ from lm.run_directory import open_run
 # Settings that a run may be continued with changed: they alter neither the model nor the order of its data.
 FREE_SETTINGS = {
     *("steps", "log_every", "validate_every", "validation_rows", "checkpoint_every", "keep_checkpoints"),
-    *("device", "precision", "threads", "micro_batch_rows", "prompts", "fills", "data", "verify_data"),
+    *("device", "precision", "threads", "parallel", "micro_batch_rows", "prompts", "fills", "data", "verify_data"),
 }
 # Settings that can never change: the weights, or the meaning of a step, depend on them.
 FIXED_SETTINGS = {s.name for s in all_settings() if s.section == "model"} | {

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from torch import Tensor
 
@@ -48,12 +48,14 @@ class Interval:
 
 
 class MetricsLog:
-    """The file, open for writing from step ``step`` on: lines of later steps, which will be done again, are dropped."""
+    """The file, open for writing from step ``step`` on: lines of later steps, which will be done again, are dropped.
 
-    def __init__(self, path: Path, step: int) -> None:
+    Without a path nothing is kept: another process writes the file.
+    """
+
+    def __init__(self, path: Path | None, step: int) -> None:
         self.path = path
-        self._drop_after(step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self._opened(step)
 
     def write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -66,13 +68,15 @@ class MetricsLog:
     def go_back(self, step: int) -> None:
         """Drop the lines after ``step``."""
         self._file.close()
-        self._drop_after(step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self._opened(step)
 
-    def _drop_after(self, step: int) -> None:
+    def _opened(self, step: int) -> TextIO:
+        if self.path is None:
+            return Path(os.devnull).open("a", encoding="utf-8")
         if self.path.exists():
             kept = [json.dumps(line) + "\n" for line in read(self.path) if line["step"] <= step]
             write_atomically(self.path, "".join(kept))
+        return self.path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self
