@@ -28,6 +28,7 @@ from lm.gradients import step_gradients
 from lm.model import Transformer
 from lm.objectives import Batch
 from lm.optim import Optimizer
+from lm.trainer import Silence, Training
 from lm.validation import validate_readouts
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,23 @@ def trained(config: Config, corpora: Corpora, ranks: Ranks) -> Found:
     return ranks.gathered(held), told
 
 
+def given_up(config: Config, corpora: Corpora, ranks: Ranks, path: Path) -> dict[str, Any]:
+    """What a run says that learns so fast that it is taken back again and again, and how often it was."""
+    config = config.replace(
+        learning_rate=1e30,
+        muon_learning_rate=1e30,
+        checkpoint_every=1,
+        steps=40,
+        decay_fraction=0.0,
+        warmup_fraction=0.1,
+    )
+    path.mkdir(exist_ok=True)
+    training = Training(config, path, corpora, TrainingBatches(corpora, config), ranks, Silence())
+    with pytest.raises(UserError) as error:
+        training.run(None)
+    return {"error": str(error.value), "went back": training.state.ladder.roll_backs}
+
+
 def rank_of_several(data: Path, out: Path) -> None:
     """What one rank computes; rank 0 writes tensors to ``out``, each rank what else it found to ``out``.RANK."""
     corpora = Corpora([open_dataset(data)])
@@ -108,6 +126,7 @@ def rank_of_several(data: Path, out: Path) -> None:
                 config = CONFIG.replace(micro_batch_rows=4, **changes)
                 found, told[f"{parallel} {name}"] = trained(config, corpora, ranks)
                 tensors |= {f"{parallel} {name} {key}": tensor for key, tensor in found.items()}
+            told[f"{parallel} given up"] = given_up(CONFIG, corpora, ranks, out.with_name(parallel))
         told["highest"] = ranks.highest(ranks.rank * 10)
         told["from main"] = ranks.on_main(lambda: ranks.rank + 5)
         with suppress(UserError):
@@ -206,6 +225,9 @@ def test_all_ranks_find_the_same_to_the_last_bit(several):
             mine, first = (dict(f) if isinstance(f, dict) else {"": f} for f in (found, told[0][name]))
             mine.pop("numbers held", None), first.pop("numbers held", None)
             assert mine == first
+    for parallel in ("ddp", "fsdp"):
+        assert told[0][f"{parallel} given up"]["error"].startswith("the loss is no longer finite")
+        assert told[0][f"{parallel} given up"]["went back"] == 4
     assert told[0]["highest"] == 10 * (world - 1)
     assert told[0]["from main"] == 5
     assert "refused" not in told[0]
