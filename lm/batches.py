@@ -207,16 +207,21 @@ class TrainingBatches:
         Raises:
             UserError: the rows do not divide among the ranks.
         """
+        self.check_ranks(world)
         count = self.config.data.batch_rows
-        if count % world:
-            raise UserError(
-                f"the batch's {count} rows do not divide among {world} ranks: change batch_tokens or the ranks"
-            )
         numbers = np.arange(step * count, (step + 1) * count, dtype=np.int64)
         config, located = self.config, self._of_step(step)
         rows = self._read(located)
         batch = make_batch(rows, numbers, located.turns, config.objective, self.vocabulary, config.training.seed)
         return batch if world == 1 else batch.every(rank, world)
+
+    def check_ranks(self, world: int) -> None:
+        """UserError if the rows of a batch do not divide among ``world`` ranks."""
+        count = self.config.data.batch_rows
+        if count % world:
+            raise UserError(
+                f"the batch's {count} rows do not divide among {world} ranks: change batch_tokens or the ranks"
+            )
 
     def epochs(self, steps: int) -> float:
         """Passes over all the text after ``steps`` steps."""

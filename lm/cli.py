@@ -6,6 +6,7 @@ PyTorch is imported inside the commands, so that ``--help`` and a mistyped setti
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_prep.cli import main as prep
-from data_prep.command_line import FriendlyCommand, FriendlyGroup
+from data_prep.command_line import USER_ERROR_STATUS, FriendlyCommand, FriendlyGroup
 from data_prep.errors import UserError
 from lm import __version__
 from lm.config import all_settings
@@ -22,6 +23,7 @@ from lm.recipes import find_recipe, load_config
 
 if TYPE_CHECKING:
     from lm.checkpoint import Checkpoint
+    from lm.config import Config
     from lm.generate import Sampling
     from lm.model import Transformer
     from lm.run_directory import Run
@@ -65,6 +67,11 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def is_one_of_several() -> bool:
+    """Whether torchrun started several processes with this command (``lm.distributed``, which needs PyTorch)."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @main.command(
     cls=FriendlyCommand,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110},
@@ -93,9 +100,43 @@ def train(
     Any setting of the recipe can be given here by its name; the defaults below hold where the recipe says nothing. The
     same command goes on where a run was stopped.
     """
+    try:
+        config, run_path = _config_and_run(recipe, run_path, settings, context.args)
+    except UserError:
+        if is_one_of_several():  # all meet the same mistake, and one tells it
+            from lm.distributed import leave_unless_first
+
+            leave_unless_first(USER_ERROR_STATUS)
+        raise
+
+    from lm.evaluate import saved_evaluation
+    from lm.progress import TerminalProgress
+    from lm.report import write_report
+    from lm.trainer import train as train_run
+
+    run = train_run(config, run_path, TerminalProgress(), accept_changes=resume)
+    if is_one_of_several() and os.environ["RANK"] != "0":
+        return
+    report, newest = run_path / "report.html", run.latest()
+    if newest and not (report.exists() and report.stat().st_mtime >= newest.path.stat().st_mtime):
+        write_report(run, saved_evaluation(run, newest), run.config.report.prompts, run.config.report.fills)
+    if as_json:
+        last = [line for line in run.metrics() if "validation" in line][-1:]
+        click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
+    click.echo(f"{run_path} is ready, with {report}; next: python evaluate.py {run_path}", err=True)
+
+
+def _config_and_run(
+    recipe: str | None, run_path: Path | None, settings: dict[str, Any], extra_arguments: list[str]
+) -> tuple[Config, Path]:
+    """The settings that a command line of ``train`` asks for, and where their run lies.
+
+    Raises:
+        UserError: a setting or an argument is wrong, or there is nothing to go on with.
+    """
     if recipe is None and run_path is None:
         raise UserError("name a recipe to train (configs/tiny.toml, say), or a run to go on with: --run RUN --resume")
-    extras = [*([recipe] if recipe and recipe.startswith("-") else []), *context.args]
+    extras = [*([recipe] if recipe and recipe.startswith("-") else []), *extra_arguments]
     unknown = tuple(extra.split("=")[0] for extra in extras if extra.startswith("-"))
     if recipe in extras:
         recipe = None  # an unknown option stood before the recipe and took its place
@@ -115,20 +156,7 @@ def train(
     config = load_config(find_recipe(recipe) if recipe else None, given, unknown_options=unknown, base=base)
     if extras:
         raise UserError(f"unexpected argument {extras[0]!r}")
-
-    from lm.evaluate import saved_evaluation
-    from lm.progress import TerminalProgress
-    from lm.report import write_report
-    from lm.trainer import train as train_run
-
-    run = train_run(config, run_path, TerminalProgress(), accept_changes=resume)
-    report, newest = run_path / "report.html", run.latest()
-    if newest and not (report.exists() and report.stat().st_mtime >= newest.path.stat().st_mtime):
-        write_report(run, saved_evaluation(run, newest), run.config.report.prompts, run.config.report.fills)
-    if as_json:
-        last = [line for line in run.metrics() if "validation" in line][-1:]
-        click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
-    click.echo(f"{run_path} is ready, with {report}; next: python evaluate.py {run_path}", err=True)
+    return config, run_path
 
 
 @main.command(cls=FriendlyCommand)

@@ -171,7 +171,15 @@ class TrainingConfig:
         "of the matrix products; auto: bfloat16 on a GPU that has it, else float32",
         choices=("auto", "float32", "bfloat16"),
     )
-    threads: int = setting(0, "CPU threads; 0: PyTorch's choice", minimum=0)
+    threads: int = setting(
+        0, "CPU threads; 0: PyTorch's choice, or each of several processes its share of the cores", minimum=0
+    )
+    parallel: str = setting(
+        "ddp",
+        "several processes (torchrun): ddp: each holds the whole model; fsdp: each holds a slice of every weight, its "
+        "gradient and its optimizer's state",
+        choices=("ddp", "fsdp"),
+    )
     trackers: tuple[str, ...] = setting(
         (), "where each line of metrics.jsonl goes too", choices=("tensorboard", "wandb", "trackio")
     )

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TextIO
 
 from torch import Tensor
 
@@ -61,13 +61,13 @@ class Follower(Protocol):
 class MetricsLog:
     """The file, open for writing from step ``step`` on: lines of later steps, which will be done again, are dropped.
 
-    The ``followers`` are given each line after the file has it, and are closed with it.
+    The ``followers`` are given each line after the file has it, and are closed with it. Without a path nothing is kept:
+    another process writes the file.
     """
 
-    def __init__(self, path: Path, step: int, followers: Sequence[Follower] = ()) -> None:
+    def __init__(self, path: Path | None, step: int, followers: Sequence[Follower] = ()) -> None:
         self.path, self.followers = path, followers
-        self._drop_after(step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self._opened(step)
 
     def write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -82,15 +82,17 @@ class MetricsLog:
     def go_back(self, step: int) -> None:
         """Drop the lines after ``step``."""
         self._file.close()
-        self._drop_after(step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self._opened(step)
         for follower in self.followers:
             follower.go_back(step)
 
-    def _drop_after(self, step: int) -> None:
+    def _opened(self, step: int) -> TextIO:
+        if self.path is None:
+            return Path(os.devnull).open("a", encoding="utf-8")
         if self.path.exists():
             kept = [json.dumps(line) + "\n" for line in read(self.path) if line["step"] <= step]
             write_atomically(self.path, "".join(kept))
+        return self.path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lm.config import OptimizerConfig
+from lm.distributed import Ranks
 
 # The quintic of Jordan et al. 2024: its slope at zero is steep, so that five rounds lift small singular values to
 # between about 0.7 and 1.2, which is near enough.
@@ -47,13 +48,19 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 class Muon:
     """Momentum, orthogonalised; one stack for all matrices of a shape."""
 
-    def __init__(self, named_parameters: Mapping[str, nn.Parameter], momentum: float, weight_decay: float) -> None:
-        self.momentum, self.weight_decay = momentum, weight_decay
+    def __init__(
+        self,
+        named_parameters: Mapping[str, nn.Parameter],
+        momentum: float,
+        weight_decay: float,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.momentum, self.weight_decay, self.ranks = momentum, weight_decay, ranks or Ranks()
         self.groups: dict[torch.Size, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in named_parameters.items():
             self.groups.setdefault(parameter.shape, []).append((name, parameter))
         self.buffers = {
-            shape: torch.zeros(len(group), *shape, dtype=group[0][1].dtype, device=group[0][1].device)
+            shape: torch.stack([torch.zeros_like(parameter, requires_grad=False) for _, parameter in group])
             for shape, group in self.groups.items()
         }
 
@@ -62,7 +69,8 @@ class Muon:
         for shape, group in self.groups.items():
             gradients = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for _, p in group])
             buffer = self.buffers[shape].lerp_(gradients, 1 - self.momentum)
-            updates = orthogonalise(gradients.lerp_(buffer, self.momentum))  # Nesterov's look ahead
+            looking_ahead = gradients.lerp_(buffer, self.momentum)  # Nesterov
+            updates = self.ranks.map_matrices(orthogonalise, looking_ahead)
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             for (_, parameter), update in zip(group, updates, strict=True):
                 parameter.mul_(1 - learning_rate * self.weight_decay).add_(update, alpha=-learning_rate * scale)
@@ -78,12 +86,12 @@ class Muon:
 class Optimizer:
     """Muon and AdamW together, each parameter in the one that suits it; weight decay on the blocks' matrices only."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self.config = config
+    def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks | None = None) -> None:
+        self.config, self.ranks = config, ranks or Ranks()
         self.parameters = dict(model.named_parameters())
         matrices = {n: p for n, p in self.parameters.items() if p.ndim == 2 and n.startswith("blocks.")}
         by_muon = matrices if config.optimizer == "muon" else {}
-        self.muon = Muon(by_muon, config.momentum, config.weight_decay)
+        self.muon = Muon(by_muon, config.momentum, config.weight_decay, self.ranks)
         decayed = [p for n, p in matrices.items() if n not in by_muon]
         plain = [p for n, p in self.parameters.items() if n not in matrices]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -94,7 +102,7 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Scale the whole gradient down to ``gradient_clip``; return its norm before."""
         limit = self.config.gradient_clip or float("inf")
-        return nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        return self.ranks.whole(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
 
     def step(self, factor: float) -> None:
         """Move the weights, at ``factor`` times the peak learning rates."""
@@ -113,9 +121,12 @@ class Optimizer:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         for name, buffer in self.muon.state().items():
-            buffer.copy_(tensors[name])
+            buffer.copy_(self.ranks.cut(tensors[name], buffer))
         for name, parameter in self.parameters.items():
             if f"{name}.exp_avg" in tensors:
                 self.adamw.state[parameter] = {
-                    part: tensors[f"{name}.{part}"].to(parameter.device) for part in ("step", "exp_avg", "exp_avg_sq")
+                    "step": tensors[f"{name}.step"].to(parameter.device),
+                    **{
+                        part: self.ranks.cut(tensors[f"{name}.{part}"], parameter) for part in ("exp_avg", "exp_avg_sq")
+                    },
                 }

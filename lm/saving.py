@@ -34,16 +34,18 @@ class Saver:
     is called next, or on leaving.
 
     Args:
+        folder: None: another process of this run writes them, and nothing is done here.
         step: the checkpoint that the run goes on from; 0: it begins.
         first: called before each checkpoint is written, in the background: what must be on the disk before it is.
     """
 
-    def __init__(self, folder: Path, keep: Retention, step: int, first: Callable[[], None]) -> None:
+    def __init__(self, folder: Path | None, keep: Retention, step: int, first: Callable[[], None]) -> None:
         self._folder, self._keep, self._first = folder, keep, first
         self._pool = ThreadPoolExecutor(1, "kindling-saver")
         self._pending: Future[None] | None = None
         # A kill may have come between a checkpoint and the removal of older ones, which must not be gone back to.
-        checkpoint.tidy(folder, step, keep)
+        if folder is not None:
+            checkpoint.tidy(folder, step, keep)
 
     def save(
         self,
@@ -56,9 +58,12 @@ class Saver:
         best_step: int,
     ) -> None:
         """Copy everything and return; it is written by ``lm.checkpoint.save``. ``state`` must not change later."""
+        if self._folder is None:
+            return
         self.wait()
         arguments = (step, snapshot(model), snapshot(optimizer), state)
-        self._pending = self._pool.submit(self._write, *arguments, scheduled=scheduled, best_step=best_step)
+        marks = {"scheduled": scheduled, "best_step": best_step}
+        self._pending = self._pool.submit(self._write, self._folder, *arguments, **marks)
 
     def wait(self) -> None:
         """Return when all that was saved is on the disk."""
@@ -71,10 +76,10 @@ class Saver:
         if self._pending is not None and self._pending.done():
             self.wait()
 
-    def _write(self, step: int, *content: Any, **marks: Any) -> None:
+    def _write(self, folder: Path, step: int, *content: Any, **marks: Any) -> None:
         self._first()
-        checkpoint.save(self._folder, step, *content, **marks)
-        checkpoint.tidy(self._folder, step, self._keep)
+        checkpoint.save(folder, step, *content, **marks)
+        checkpoint.tidy(folder, step, self._keep)
 
     def __enter__(self) -> Self:
         return self

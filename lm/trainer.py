@@ -9,8 +9,9 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -24,13 +25,14 @@ from lm.batches import TrainingBatches
 from lm.config import Config
 from lm.continuation import fingerprints, open_or_create, refuse_other_directories
 from lm.corpora import Corpora, open_corpora
+from lm.distributed import Ranks, joined
 from lm.gradients import step_gradients
 from lm.metrics import Interval, MetricsLog
 from lm.model import Transformer, describe
 from lm.objectives import Batch
 from lm.optim import Optimizer, learning_rate_factor
 from lm.prefetch import Prefetch
-from lm.run_directory import CHECKPOINTS, METRICS, Run, choose_device
+from lm.run_directory import CHECKPOINTS, METRICS, Run
 from lm.saving import Saver
 from lm.trouble import OVERFITTING, ROLL_BACKS, Best, Ladder, Verdict
 from lm.validation import rows_of_validation, validate_readouts
@@ -38,6 +40,16 @@ from lm.validation import rows_of_validation, validate_readouts
 
 class Reporter(Protocol):
     """Who is told how it goes (``lm.progress.TerminalProgress`` on a terminal)."""
+
+    def note(self, text: str) -> None: ...
+    def begin(self, done: int, total: int) -> None: ...
+    def step(self, step: int) -> None: ...
+    def metrics(self, line: dict[str, Any]) -> None: ...
+    def end(self) -> None: ...
+
+
+class Silence:
+    """A ``Reporter`` that tells nobody."""
 
     def note(self, text: str) -> None: ...
     def begin(self, done: int, total: int) -> None: ...
@@ -72,6 +84,8 @@ class StopSignal:
 def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: bool = False) -> Run:
     """Train ``config`` in the run directory ``path``, or go on with the run that is there.
 
+    Under torchrun every process calls it; the first one writes the files and talks to ``reporter``.
+
     Args:
         accept_changes: continue an existing run although settings that shape its training have changed.
 
@@ -80,24 +94,27 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
         SystemExit: stopped by SIGINT or SIGTERM (status 130 or 143), with a checkpoint written.
         OSError: a file could not be written (the disk is full, say); finished checkpoints are untouched.
     """
-    corpora = open_corpora(config.data.data)
-    if config.data.verify_data:
-        corpora.verify()
-    config = _with_vocabulary(config, corpora)
-    batches = TrainingBatches(corpora, config)
-    device = choose_device(config.training.device)
-    kernels.describe(device)  # refuses a KINDLING_KERNELS that cannot be had, before anything is written
-    trackers.require(config.training.trackers)
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
-    refuse_other_directories(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with (
-        only_writer_of(path, f"another process is training {path}: wait for it, or choose another --run"),
-        told_memory(),
-    ):
-        start = open_or_create(config, path, corpora, device, reporter.note, accept_changes=accept_changes)
-        Training(config, path, corpora, batches, device, reporter).run(start)
+    with joined(config.training) as ranks, ExitStack() as held, told_memory():
+        corpora = open_corpora(config.data.data)
+        if config.data.verify_data:
+            ranks.on_main(corpora.verify)
+        config = ranks.on_main(partial(_with_vocabulary, config, corpora))  # one for all ranks
+        batches = TrainingBatches(corpora, config)
+        batches.check_ranks(ranks.world)
+        kernels.describe(ranks.device)  # refuses a KINDLING_KERNELS that cannot be had, before anything is written
+
+        trackers.require(config.training.trackers)
+
+        def begin() -> checkpoint.Checkpoint | None:
+            refuse_other_directories(path)
+            path.mkdir(parents=True, exist_ok=True)
+            busy = f"another process is training {path}: wait for it, or choose another --run"
+            held.enter_context(only_writer_of(path, busy))
+            return open_or_create(config, path, corpora, ranks.device, reporter.note, accept_changes=accept_changes)
+
+        start = ranks.on_main(begin)
+        told = reporter if ranks.is_main else Silence()
+        Training(config, path, corpora, batches, ranks, told).run(start)
     return Run(path, config)
 
 
@@ -162,12 +179,11 @@ class Training:
         path: Path,
         corpora: Corpora,
         batches: TrainingBatches,
-        device: torch.device,
+        ranks: Ranks,
         reporter: Reporter,
     ) -> None:
         self.config, self.path, self.corpora, self.batches, self.reporter = config, path, corpora, batches, reporter
-        self.device, self.folder = device, path / CHECKPOINTS
-        self.model = Transformer(config.model).to(device)
+        self.ranks, self.folder = ranks, path / CHECKPOINTS
         self.clock = StepClock()
 
     def run(self, start: checkpoint.Checkpoint | None) -> None:
@@ -177,18 +193,21 @@ class Training:
         if self.state.step >= steps:
             self.reporter.note(f"{self.path} is trained: {self.state.step:,} of {steps:,} steps are done")
             return
-        for sentence in _introduction(self.config, self.corpora, self.model, self.batches, self.device):
+        for sentence in _introduction(self.config, self.corpora, self.model, self.batches, self.ranks):
             self.reporter.note(sentence)
         if self.state.step:
             self.reporter.note(f"going on at step {self.state.step:,}")
-        followers = trackers.open_trackers(self.config, self.path, self.state.step, self.reporter.note)
+        followers = []
+        if self.ranks.is_main:
+            followers = trackers.open_trackers(self.config, self.path, self.state.step, self.reporter.note)
         self.reporter.begin(self.state.step, steps)
         keep = checkpoint.Retention(training.keep_checkpoints, training.keep_every)
         try:
+            main = self.ranks.is_main
             with (
-                MetricsLog(self.path / METRICS, self.state.step, followers) as self.log,
+                MetricsLog(self.path / METRICS if main else None, self.state.step, followers) as self.log,
                 StopSignal() as self.stop,
-                Saver(self.folder, keep, self.state.step, self.log.sync) as self.saver,
+                Saver(self.folder if main else None, keep, self.state.step, self.log.sync) as self.saver,
             ):
                 while self.state.step < steps:
                     self._train_on()
@@ -197,17 +216,20 @@ class Training:
 
     def _restore(self, saved: checkpoint.Checkpoint | None) -> None:
         """Weights, optimizer and state of a checkpoint; None: those of step 0, which follow from the seed."""
-        self.model.initialise(self.config.training.seed)
-        self.optimizer = Optimizer(self.model, self.config.optimizer)
-        self.state = State()
+        self.model = Transformer(self.config.model).initialise(self.config.training.seed)
         if saved is not None:
             self.model.load_state_dict(saved.model())
+        self.ranks.spread(self.model)
+        self.optimizer = Optimizer(self.model, self.config.optimizer, self.ranks)
+        self.state = State()
+        if saved is not None:
             self.optimizer.load_state(saved.optimizer())
             self.state = State.of(saved)
 
     def _train_on(self) -> None:
         """Steps, until the last one or until the run was taken back and needs its batches again."""
-        with Prefetch(self.batches.batch, range(self.state.step, self.config.training.steps)) as upcoming:
+        own_batch = partial(self.batches.batch, rank=self.ranks.rank, world=self.ranks.world)
+        with Prefetch(own_batch, range(self.state.step, self.config.training.steps)) as upcoming:
             self.clock.start()
             for batch in upcoming:
                 if not (self._step(batch) and self._after_step()):
@@ -218,7 +240,7 @@ class Training:
     def _step(self, batch: Batch) -> bool:
         """One optimizer step; False: the run was taken back instead."""
         config, state = self.config, self.state
-        losses, shares = step_gradients(self.model, batch, config, state.step)
+        losses, shares = step_gradients(self.model, batch, config, state.step, self.ranks)
         gradient_norm = self.optimizer.clip()
         loss = sum(float(loss) for loss in losses.values())
         verdict = state.ladder.judge(loss, float(gradient_norm), config.optimizer.spike_threshold)
@@ -245,10 +267,11 @@ class Training:
             self.state.interval = Interval()
         if step % training.validate_every == 0 or last:
             best = self._validate()
-        stopping = self.stop.received  # asked once, so that what is told below is what was saved
+        # Asked once, so that what is told below is what was saved; a signal to one rank stops all.
+        stopping = self.ranks.highest(self.stop.received or 0)
         due = (step % training.checkpoint_every == 0 or last) and not self.state.ladder.in_trouble
         wanted = due or best or last
-        sound = (wanted or stopping) and all(torch.isfinite(p).all() for p in self.model.parameters())
+        sound = bool(wanted or stopping) and self._is_finite()
         if wanted and not sound:
             self._go_back(self.state.ladder.broken())
             return False
@@ -261,6 +284,11 @@ class Training:
             self.reporter.note(f"stopped at {saved}: the same command goes on from the newest checkpoint")
             raise SystemExit(128 + stopping)
         return True
+
+    def _is_finite(self) -> bool:
+        """Whether the weights are, those of all ranks."""
+        own = (self.ranks.local(parameter) for parameter in self.model.parameters())
+        return not self.ranks.highest(not all(torch.isfinite(tensor).all() for tensor in own))
 
     def _rate(self, step: int) -> float:
         """Learning rate of a step as a share of its peak."""
@@ -284,7 +312,7 @@ class Training:
 
     def _validate(self) -> bool:
         """Log a validation; is it the best so far?"""
-        results = validate_readouts(self.model, self.corpora, self.config)
+        results = validate_readouts(self.model, self.corpora, self.config, ranks=self.ranks)
         line = {"step": self.state.step, "validation": {name: result.as_dict() for name, result in results.items()}}
         self._write(line | ({"rows": rows_of_validation(self.corpora, self.config)} if results else {}))
         if not results:
@@ -302,9 +330,9 @@ class Training:
         """Have a checkpoint written."""
         self.saver.save(
             self.state.step,
-            self.model.state_dict(),
-            self.optimizer.state(),
-            {"training": self.state.as_dict(), **fingerprints(self.config, self.corpora, self.device)},
+            self.ranks.gathered(self.model.state_dict()),
+            self.ranks.gathered(self.optimizer.state()),
+            {"training": self.state.as_dict(), **fingerprints(self.config, self.corpora, self.ranks.device)},
             scheduled=scheduled,
             best_step=self.state.best.step,
         )
@@ -318,7 +346,7 @@ class Training:
         ladder, reached = self.state.ladder, self.state.step + 1
         self.saver.wait()
         before = ladder.went_back_to if ladder.went_back_to >= 0 else None
-        target = checkpoint.to_go_back_to(self.folder, self.reporter.note, before)
+        target = self.ranks.on_main(lambda: checkpoint.to_go_back_to(self.folder, self.reporter.note, before))
         if verdict is Verdict.GIVE_UP:
             kept = f"the newest checkpoint is of step {target.step:,}" if target else "there is no checkpoint before it"
             raise UserError(
@@ -329,7 +357,8 @@ class Training:
         self._restore(target)
         self.state.ladder = ladder
         ladder.went_back_to = self.state.step
-        checkpoint.remove_after(self.folder, self.state.step)
+        if self.ranks.is_main:
+            checkpoint.remove_after(self.folder, self.state.step)
         self.log.go_back(self.state.step)
         self._tell(verdict, f"the steps up to {reached:,} went wrong")
 
@@ -355,10 +384,10 @@ def _with_vocabulary(config: Config, corpora: Corpora) -> Config:
 
 
 def _introduction(
-    config: Config, corpora: Corpora, model: Transformer, batches: TrainingBatches, device: torch.device
+    config: Config, corpora: Corpora, model: Transformer, batches: TrainingBatches, ranks: Ranks
 ) -> list[str]:
     """What a person wants to know before the first step."""
-    training, data = config.training, config.data
+    training, data, device = config.training, config.data, ranks.device
     tokens = training.steps * data.batch_tokens
     flops = tokens * model.flops_per_token(data.context_length)
     where = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -368,5 +397,5 @@ def _introduction(
         f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {tokens / 1e6:.1f}M tokens, "
         f"{batches.epochs(training.steps):.2f} epochs, {flops / 1e12:.1f} TFLOP",
         *batches.introduction(training.steps),
-        f"on {where}; {kernels.describe(device)}",
+        f"on {ranks.describe()}{where}; {kernels.describe(device)}",
     ]

@@ -118,8 +118,8 @@ def spoil(monkeypatch):
     def install(factors: dict[int, float], *, only_once: bool = True) -> None:
         left = dict(factors)
 
-        def spoilt(model, batch, config, step):
-            losses, shares = honest(model, batch, config, step)
+        def spoilt(model, batch, config, step, ranks):
+            losses, shares = honest(model, batch, config, step, ranks)
             factor = left.pop(step, 1.0) if only_once else left.get(step, 1.0)
             return {name: loss * factor for name, loss in losses.items()}, shares
 
@@ -233,7 +233,7 @@ def test_overfitting_is_told_once_and_the_best_is_in_the_state(small, recorder, 
         def as_dict(self):
             return {"nats_per_token": self.nats_per_token, "bits_per_byte": 1.0, "predicted": 1}
 
-    monkeypatch.setattr(trainer, "validate_readouts", lambda *_: {"next_token": Result(next(losses))})
+    monkeypatch.setattr(trainer, "validate_readouts", lambda *_, **__: {"next_token": Result(next(losses))})
     run = trainer.train(small.replace(steps=12, validate_every=2), tmp_path / "run", recorder)
     told = [note for note in recorder.notes if "validation loss has been rising since step 4" in note]
     assert len(told) == 1
