@@ -171,8 +171,12 @@ _operator.register_autograd(_differentiate, setup_context=_save)
 class _Direct(torch.autograd.Function):
     """The operator without its dispatch, which with a small vocabulary takes longer than the loss itself."""
 
-    forward = staticmethod(compute)
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = compute(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_differentiate)
 
 

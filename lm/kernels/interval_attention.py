@@ -126,11 +126,11 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
-        return attention_torch.forward(q, k, v, lo, hi, scale, softcap)
-
-    setup_context = staticmethod(_save)
+        out, lse = attention_torch.forward(q, k, v, lo, hi, scale, softcap)
+        _save(ctx, (q, k, v, lo, hi, scale, softcap), (out, lse))
+        return out, lse
 
     @staticmethod
     @once_differentiable

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lm.kernels.products import times
+from lm.kernels.products import times, transposed_times
 
 
 def projections(
@@ -54,8 +54,8 @@ class _Projections(torch.autograd.Function):
         grad_q, grad_k = (torch.view_as_real(_pairs(grad.contiguous()) * back).flatten(2) for grad in grads[:2])
         grad_v = grads[2].flatten(2)
         grad_x = times(grad_v, value, plus=times(grad_k, key, plus=times(grad_q, query)))
-        rows, width = x.flatten(0, 1), 2 * rotation.shape[-1]
-        by_query, by_key, by_value = (grad.flatten(0, 1).T @ rows for grad in (grad_q, grad_k, grad_v))
+        width = 2 * rotation.shape[-1]
+        by_query, by_key, by_value = (transposed_times(grad, x) for grad in (grad_q, grad_k, grad_v))
         return grad_x, _in_halves(by_query, width), _in_halves(by_key, width), by_value, None
 
 

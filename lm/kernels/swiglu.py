@@ -1,4 +1,4 @@
-"""The gated feed-forward as one operation, for the CPU: a few rows at a time, so that they stay in the caches."""
+"""The gated feed-forward: on a CPU one operation, which keeps two of its four inner results."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lm.kernels import paths, reference
-from lm.kernels.products import times
-
-ROWS = 1024
+from lm.kernels.products import times, transposed_times
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -26,29 +24,17 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        gates, ups, outs = [], [], []
-        for rows in x.flatten(0, -2).split(ROWS):
-            gates.append(times(rows, gate.T))
-            ups.append(times(rows, up.T))
-            outs.append(times(F.silu(gates[-1]).mul_(ups[-1]), down.T))
-        ctx.save_for_backward(x, gate, up, down, *gates, *ups)
-        return (outs[0] if len(outs) == 1 else torch.cat(outs)).view(x.shape)
+        gated, raised = times(x, gate.T), times(x, up.T)
+        ctx.save_for_backward(x, gate, up, down, gated, raised)
+        return times(F.silu(gated).mul_(raised), down.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, gate, up, down, *products = ctx.saved_tensors
-        half = len(products) // 2
-        grad_gate, grad_up, grad_down = (torch.zeros_like(weight) for weight in (gate, up, down))
-        grad_x = []
-        parts = (tensor.flatten(0, -2).split(ROWS) for tensor in (grad, x))
-        for by_out, rows, gated, raised in zip(*parts, products[:half], products[half:], strict=True):
-            by_inner, activated = times(by_out, down), F.silu(gated)
-            grad_down.addmm_(by_out.T, activated * raised)
-            by_up = activated.mul_(by_inner)
-            by_gate = torch.ops.aten.silu_backward(by_inner.mul_(raised), gated)
-            grad_gate.addmm_(by_gate.T, rows)
-            grad_up.addmm_(by_up.T, rows)
-            grad_x.append(times(by_gate, gate, plus=times(by_up, up)))
-        by_x = grad_x[0] if len(grad_x) == 1 else torch.cat(grad_x)
-        return by_x.view(x.shape), grad_gate, grad_up, grad_down
+        x, gate, up, down, gated, raised = ctx.saved_tensors
+        by_inner, activated = times(grad, down), F.silu(gated)
+        by_down = transposed_times(grad, activated * raised)
+        by_raised = activated.mul_(by_inner)
+        by_gated = torch.ops.aten.silu_backward(by_inner.mul_(raised), gated)
+        by_x = times(by_gated, gate, plus=times(by_raised, up))
+        return by_x, transposed_times(by_gated, x), transposed_times(by_raised, x), by_down
