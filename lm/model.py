@@ -49,7 +49,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
+        return kernels.rms_norm(x, self.weight, self.epsilon)
 
 
 def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -87,14 +87,18 @@ class Attention(nn.Module):
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_width)
-        q = turned(self.query(x).view(heads), rotary, self.query_norm)  # (B, T, H, D)
-        k = turned(self.key(x).view(heads), rotary, self.key_norm)  # (B, T, Hkv, D)
-        v = self.value(x).view(heads)
+        q, k, v = self.heads(x, rotary)  # (B, T, H, D) and twice (B, T, Hkv, D)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         out, _ = kernels.attention(q, k, v, *intervals)
-        return self.output(out.flatten(2))
+        return kernels.linear(out.flatten(2), self.output.weight)
+
+    def heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned by their position, and values."""
+        if torch.is_grad_enabled() and self.query_norm is None and kernels.eager_on_cpu(x):
+            return kernels.projections(x, self.query.weight, self.key.weight, self.value.weight, *rotary)
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_width)) for f in (self.query, self.key, self.value))
+        return turned(q, rotary, self.query_norm), turned(k, rotary, self.key_norm), v
 
 
 class FeedForward(nn.Module):
@@ -109,7 +113,9 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.feed_forward_width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x) if self.gated else F.relu(self.up(x)).square())
+        if self.gated:
+            return kernels.swiglu(x, self.gate.weight, self.up.weight, self.down.weight)
+        return self.down(F.relu(self.up(x)).square())
 
 
 class Block(nn.Module):
@@ -206,14 +212,17 @@ class Transformer(nn.Module):
         return {"total": total, "embedding": embedding, "blocks": total - embedding - self.norm.weight.numel()}
 
     def flops_per_token(self, context_length: int) -> float:
-        """Floating-point operations of one training token: 6 for each weight of a product, plus attention's scores.
+        """Floating-point operations of one training token, by the convention of Chowdhery et al. 2022 (PaLM, app. B).
 
-        A causal query sees half of the keys on average, which is not counted in its favour here.
+        Each weight of a matrix product counts 6: a multiplication and an addition forward, twice that backward. Each
+        pair of a query and a key counts 12 for each number of its heads, all pairs of a row together: that a causal
+        query sees half of the keys on average is not counted in its favour. What attention computes again in the
+        backward pass, norms, rotary positions and activations are not counted.
         """
-        counts = self.parameter_counts()
+        matrices = sum(weight.numel() for weight in self.blocks.parameters() if weight.ndim == 2)
         head = self.config.vocab_size * self.config.hidden_size
         scores = 12 * self.config.num_layers * self.config.num_heads * self.config.head_width * context_length
-        return 6.0 * (counts["blocks"] + head) + scores
+        return 6.0 * (matrices + head) + scores
 
 
 def describe(model: Transformer) -> str:

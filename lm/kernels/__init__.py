@@ -5,7 +5,21 @@
 
 from lm.kernels.cross_entropy import linear_cross_entropy
 from lm.kernels.interval_attention import attention
-from lm.kernels.paths import describe
+from lm.kernels.paths import describe, eager_on_cpu
+from lm.kernels.products import linear
+from lm.kernels.projections import projections
+from lm.kernels.rms_norm import rms_norm
 from lm.kernels.rotary import rotary
+from lm.kernels.swiglu import swiglu
 
-__all__ = ["attention", "describe", "linear_cross_entropy", "rotary"]
+__all__ = [
+    "attention",
+    "describe",
+    "eager_on_cpu",
+    "linear",
+    "linear_cross_entropy",
+    "projections",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+]

@@ -27,6 +27,19 @@ def reference_is_asked_for() -> bool:
     return os.environ.get(SETTING) == "reference"
 
 
+def eager_on_cpu(tensor: Tensor) -> bool:
+    """Whether ``tensor`` takes the autograd functions that are written for a CPU: there, in full precision, and
+    neither compiled (the compiler fuses the formulas) nor told to take the reference."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not reference_is_asked_for()
+        and not interpreted()
+    )
+
+
 def choose(tensor: Tensor) -> Path:
     """The path for tensors of this one's device and dtype; asked inside the operators, which nobody traces."""
     path, _ = decision(tensor.device)

@@ -50,6 +50,11 @@ def linear_cross_entropy(
     return (losses if loss_weights is None else losses * loss_weights).sum()
 
 
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The gated feed-forward; arguments as in ``lm.kernels.swiglu``."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, epsilon: float = 0.0) -> Tensor:
     """Normalise each head (with a ``weight``) and turn it by its position; arguments as in ``lm.kernels.rotary``."""
     if weight is not None:

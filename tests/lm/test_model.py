@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from lm import masks
 from lm.config import ModelConfig
-from lm.kernels import rotary
+from lm.kernels import paths, rotary
 from lm.model import KVCache, Transformer, describe, rotary_table
 
 BASE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 23}
@@ -183,10 +184,16 @@ def test_parameter_counts_add_up(changes):
     assert f"{counts['total'] / 1e6:.2f}M parameters" in describe(model)
 
 
-def test_flops_are_six_for_each_weight_of_a_product_plus_the_scores():
-    model = Transformer(ModelConfig(**BASE))
-    matrices = sum(p.numel() for p in model.blocks.parameters()) + 23 * 32
-    assert model.flops_per_token(100) == 6 * matrices + 12 * 2 * 32 * 100
+@pytest.mark.parametrize("of", [masks.causal, masks.bidirectional])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_flops_are_those_that_pytorch_counts_in_the_plain_formulas(monkeypatch, changes, of):
+    monkeypatch.setenv(paths.SETTING, "reference")
+    model = model_of(**changes)
+    inputs = torch.randint(0, BASE["vocab_size"], (3, 11))
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(inputs, torch.arange(11).expand(3, 11), *of(3, 11))
+        model.loss(hidden, inputs, torch.ones(3, 11)).backward()
+    assert counter.get_total_flops() == 33 * model.flops_per_token(11)
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.sampled_from([1, 3, 100]), st.sampled_from([4, 2]))
