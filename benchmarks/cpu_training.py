@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from benchmarks.side_by_side import in_turn
-from lm import trainer
 from lm.config import Config
+from lm.gradients import step_gradients
 from lm.machine import machine_rate
 from lm.model import Transformer
 from lm.objectives import Vocabulary, make_batch, rows_of_windows
@@ -55,7 +55,7 @@ def kindling_step(shape: tuple[int, ...]) -> tuple[Callable[[], object], Transfo
     batch = make_batch(rows_of_windows(windows, vocabulary), numbers, numbers, config.objective, vocabulary, 0)
 
     def step() -> None:
-        trainer._gradients(model, batch, config, 0)
+        step_gradients(model, batch, config, 0)
         optimizer.clip()
         optimizer.step(1.0)
 
