@@ -17,7 +17,7 @@ from data_prep.cli import main as prep
 from data_prep.command_line import FriendlyCommand, FriendlyGroup
 from data_prep.errors import UserError
 from lm import __version__
-from lm.config import all_settings
+from lm.config import Config, all_settings
 from lm.recipes import find_recipe, load_config
 
 if TYPE_CHECKING:
@@ -73,11 +73,24 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
     help="Go on with the run even if settings of its training have changed (not its shape or data); "
     "without a RECIPE, with the settings it has. An unchanged command goes on by itself.",
 )
+@click.option(
+    "--plan",
+    "plan_only",
+    is_flag=True,
+    help="Print what the run would need (parameters, memory by part, a dry step's speed, time to the end) and write "
+    "nothing. Without --data, give --vocab-size.",
+)
 @json_option
 @settings_options
 @click.pass_context
 def train(
-    context: click.Context, recipe: str | None, run_path: Path | None, resume: bool, as_json: bool, **settings: Any
+    context: click.Context,
+    recipe: str | None,
+    run_path: Path | None,
+    resume: bool,
+    plan_only: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Pretrain a model: RECIPE is a TOML file such as configs/tiny.toml, or the name of one that comes with Kindling.
 
@@ -93,7 +106,9 @@ def train(
     if run_path is None:
         run_path = Path("runs") / Path(str(recipe)).stem
     saved = run_path / "config.toml"
-    base = load_config(saved) if saved.is_file() else None
+    before = load_config(saved) if saved.is_file() else None
+    # The rows of a micro-batch may have been chosen, for the batch as it was: the run goes on with them if they fit.
+    base = before and before.replace(micro_batch_rows=0)
     if recipe is None and base is None and not unknown:
         raise UserError(
             f"{run_path} is not a run directory yet: name a recipe to begin it with (configs/tiny.toml, say)"
@@ -107,6 +122,9 @@ def train(
     if extras:
         raise UserError(f"unexpected argument {extras[0]!r}")
 
+    if plan_only:
+        _print_plan(config, before, as_json)
+        return
     from lm.evaluate import saved_evaluation
     from lm.progress import TerminalProgress
     from lm.report import write_report
@@ -120,6 +138,20 @@ def train(
         last = [line for line in run.metrics() if "validation" in line][-1:]
         click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
     click.echo(f"{run_path} is ready, with {report}; next: python evaluate.py {run_path}", err=True)
+
+
+def _print_plan(config: Config, before: Config | None, as_json: bool) -> None:
+    from lm.plan import plan_run
+    from lm.trainer import told_memory
+
+    with told_memory():
+        plan = plan_run(config, before)
+    if as_json:
+        click.echo(json.dumps(plan.as_dict()))
+        return
+    width = max(len(name) for name, _ in plan.table())
+    for name, value in plan.table():
+        click.echo(f"{name:{width}}  {value}")
 
 
 @main.command(cls=FriendlyCommand)

@@ -23,13 +23,16 @@ from lm import checkpoint, kernels
 from lm.batches import TrainingBatches
 from lm.config import Config
 from lm.continuation import open_or_create, refuse_other_directories
-from lm.corpora import Corpora, open_corpora
+from lm.corpora import Corpora, open_corpora, with_vocabulary
 from lm.gradients import step_gradients
+from lm.machine import is_out_of_memory, peak_memory
 from lm.metrics import Interval, MetricsLog
-from lm.model import Transformer, describe
+from lm.model import Transformer
 from lm.objectives import Batch
 from lm.optim import Optimizer, learning_rate_factor
+from lm.plan import FEWEST_STEPS, make_plan, settle_micro_batch, told_data
 from lm.prefetch import Prefetch
+from lm.recipes import load_config
 from lm.run_directory import METRICS, Run, choose_device
 from lm.trouble import OVERFITTING, ROLL_BACKS, Best, Ladder, Verdict
 from lm.validation import validate_readouts
@@ -82,21 +85,25 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
     corpora = open_corpora(config.data.data)
     if config.data.verify_data:
         corpora.verify()
-    config = _with_vocabulary(config, corpora)
+    config = with_vocabulary(config, corpora)
     batches = TrainingBatches(corpora, config)
     device = choose_device(config.training.device)
     kernels.describe(device)  # refuses a KINDLING_KERNELS that cannot be had, before anything is written
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     refuse_other_directories(path)
+    before = load_config(path / "config.toml") if (path / "config.toml").is_file() else None
+    may_shrink = not config.data.micro_batch_rows
+    config = settle_micro_batch(config, device, before)
     path.mkdir(parents=True, exist_ok=True)
     with (
         only_writer_of(path, f"another process is training {path}: wait for it, or choose another --run"),
         told_memory(),
     ):
         start = open_or_create(config, path, corpora, reporter.note, accept_changes=accept_changes)
-        Training(config, path, corpora, batches, device, reporter).run(start)
-    return Run(path, config)
+        training = Training(config, path, corpora, batches, device, reporter)
+        training.run(start, may_shrink=may_shrink)
+    return Run(path, training.config)
 
 
 @contextmanager
@@ -104,8 +111,8 @@ def told_memory() -> Iterator[None]:
     """Tell an allocation that failed, on any device, in one sentence."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error) and "out of memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             "not enough memory for this model and batch: set micro_batch_rows lower (the result stays the same), "
@@ -168,15 +175,17 @@ class Training:
         self.model = Transformer(config.model).to(device)
         self.clock = StepClock()
 
-    def run(self, start: checkpoint.Checkpoint | None) -> None:
-        """Train from the checkpoint ``start`` (None: from nothing) to the last step."""
-        self._restore(start)
-        steps = self.config.training.steps
-        if self.state.step >= steps:
-            self.reporter.note(f"{self.path} is trained: {self.state.step:,} of {steps:,} steps are done")
+    def run(self, start: checkpoint.Checkpoint | None, *, may_shrink: bool = False) -> None:
+        """Train from the checkpoint ``start`` (None: from nothing) to the last step.
+
+        ``may_shrink``: the rows of a micro-batch were chosen, and may be chosen anew if memory runs out.
+        """
+        done, steps = start.step if start else 0, self.config.training.steps
+        if done >= steps:
+            self.reporter.note(f"{self.path} is trained: {done:,} of {steps:,} steps are done")
             return
-        for sentence in _introduction(self.config, self.corpora, self.model, self.batches, self.device):
-            self.reporter.note(sentence)
+        self._plan(done, may_shrink=may_shrink)
+        self._restore(start)
         if self.state.step:
             self.reporter.note(f"going on at step {self.state.step:,}")
         self.reporter.begin(self.state.step, steps)
@@ -186,6 +195,27 @@ class Training:
                     self._train_on()
         finally:
             self.reporter.end()
+
+    def _plan(self, done: int, *, may_shrink: bool) -> None:
+        """Tell what the run needs, after a dry step on weights that are drawn or read afterwards."""
+        self.plan = make_plan(
+            self.config,
+            self.model,
+            self.batches.batch(done),
+            self.device,
+            data=told_data(self.corpora, self.batches),
+            epochs=self.batches.epochs(self.config.training.steps),
+            measure=self.config.training.steps - done >= FEWEST_STEPS,
+            may_shrink=may_shrink,
+        )
+        if self.plan.config != self.config:
+            self.reporter.note(f"memory ran out with {self.config.data.micro_batch_rows} rows at a time")
+            self.config = self.plan.config
+            self.config.save(self.path / "config.toml")  # a continued run adds up the same sums
+        for sentence in (*self.plan.introduction(), *self.batches.introduction(self.config.training.steps)):
+            self.reporter.note(sentence)
+        if self.plan.obstacle:
+            self.reporter.note(f"this may not fit: {self.plan.obstacle}")
 
     def _restore(self, saved: checkpoint.Checkpoint | None) -> None:
         """Weights, optimizer and state of a checkpoint; None: those of step 0, which follow from the seed."""
@@ -256,13 +286,16 @@ class Training:
 
     def _metrics_line(self) -> dict[str, Any]:
         config, step = self.config, self.state.step
+        speed = config.data.batch_tokens / self.clock.seconds_per_step()
         return {
             "step": step,
             "tokens": step * config.data.batch_tokens,
             "epoch": round(self.batches.epochs(step), 6),
             **self.state.interval.means(),
             "learning_rate": self._rate(step - 1) * config.optimizer.learning_rate,
-            "tokens_per_second": round(config.data.batch_tokens / self.clock.seconds_per_step(), 1),
+            "tokens_per_second": round(speed, 1),
+            "share_of_peak": round(speed * self.plan.flops_per_token / self.plan.machine_rate, 4),
+            "memory_bytes": peak_memory(self.device),
         }
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -338,30 +371,3 @@ class Training:
         }
         self.log.write({"step": step, "event": verdict.value, "rate": rate, "reason": why})
         self.reporter.note(words[verdict])
-
-
-def _with_vocabulary(config: Config, corpora: Corpora) -> Config:
-    asked = config.model.vocab_size
-    if asked and asked < corpora.vocab_size:
-        raise UserError(
-            f"vocab_size {asked} is smaller than the tokenizer of {corpora.name}, which has {corpora.vocab_size}"
-        )
-    return config.replace(vocab_size=asked or corpora.vocab_size)
-
-
-def _introduction(
-    config: Config, corpora: Corpora, model: Transformer, batches: TrainingBatches, device: torch.device
-) -> list[str]:
-    """What a person wants to know before the first step."""
-    training, data = config.training, config.data
-    tokens = training.steps * data.batch_tokens
-    flops = tokens * model.flops_per_token(data.context_length)
-    where = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return [
-        describe(model),
-        f"{config.objective.objective} on {batches.tokens:,} tokens of {corpora.name}: "
-        f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {tokens / 1e6:.1f}M tokens, "
-        f"{batches.epochs(training.steps):.2f} epochs, {flops / 1e12:.1f} TFLOP",
-        *batches.introduction(training.steps),
-        f"on {where}; {kernels.describe(device)}",
-    ]
