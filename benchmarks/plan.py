@@ -21,9 +21,9 @@ from data_prep.pipeline import BuildSettings, build
 
 # Presets, and the batches that they are given here.
 BATCHES = {
-    "tiny": {"batch_tokens": 8192},
-    "small": {"batch_tokens": 2048},
-    "30m": {"batch_tokens": 1024, "context_length": 256},
+    "tiny": {"batch_tokens": 4096},
+    "small": {"batch_tokens": 1024},
+    "30m": {"batch_tokens": 512, "context_length": 256},
 }
 
 
