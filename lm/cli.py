@@ -18,7 +18,7 @@ from data_prep.cli import main as prep
 from data_prep.command_line import USER_ERROR_STATUS, FriendlyCommand, FriendlyGroup
 from data_prep.errors import UserError
 from lm import __version__
-from lm.config import all_settings
+from lm.config import Config, all_settings
 from lm.recipes import find_recipe, load_config
 
 if TYPE_CHECKING:
@@ -89,11 +89,24 @@ def is_one_of_several() -> bool:
     help="Go on with the run even if settings of its training have changed (not its shape or data); "
     "without a RECIPE, with the settings it has. An unchanged command goes on by itself.",
 )
+@click.option(
+    "--plan",
+    "plan_only",
+    is_flag=True,
+    help="Print what the run would need (parameters, memory by part, a dry step's speed, time to the end) and write "
+    "nothing. Without --data, give --vocab-size.",
+)
 @json_option
 @settings_options
 @click.pass_context
 def train(
-    context: click.Context, recipe: str | None, run_path: Path | None, resume: bool, as_json: bool, **settings: Any
+    context: click.Context,
+    recipe: str | None,
+    run_path: Path | None,
+    resume: bool,
+    plan_only: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Pretrain a model: RECIPE is a TOML file such as configs/tiny.toml, or the name of one that comes with Kindling.
 
@@ -108,6 +121,9 @@ def train(
 
             leave_unless_first(USER_ERROR_STATUS)
         raise
+    if plan_only:
+        _print_plan(config, run_path, as_json)
+        return
 
     from lm.evaluate import saved_evaluation
     from lm.progress import TerminalProgress
@@ -143,7 +159,9 @@ def _config_and_run(
     if run_path is None:
         run_path = Path("runs") / Path(str(recipe)).stem
     saved = run_path / "config.toml"
-    base = load_config(saved) if saved.is_file() else None
+    before = load_config(saved) if saved.is_file() else None
+    # The rows of a micro-batch may have been chosen, for the batch as it was: the run goes on with them if they fit.
+    base = before and before.replace(micro_batch_rows=0)
     if recipe is None and base is None and not unknown:
         raise UserError(
             f"{run_path} is not a run directory yet: name a recipe to begin it with (configs/tiny.toml, say)"
@@ -157,6 +175,21 @@ def _config_and_run(
     if extras:
         raise UserError(f"unexpected argument {extras[0]!r}")
     return config, run_path
+
+
+def _print_plan(config: Config, run_path: Path, as_json: bool) -> None:
+    from lm.plan import plan_run
+    from lm.trainer import told_memory
+
+    saved = run_path / "config.toml"
+    with told_memory():
+        plan = plan_run(config, load_config(saved) if saved.is_file() else None)
+    if as_json:
+        click.echo(json.dumps(plan.as_dict()))
+        return
+    width = max(len(name) for name, _ in plan.table())
+    for name, value in plan.table():
+        click.echo(f"{name:{width}}  {value}")
 
 
 @main.command(cls=FriendlyCommand)

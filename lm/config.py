@@ -87,7 +87,9 @@ class DataConfig:
     )
     context_length: int = setting(256, "tokens of one row", minimum=2)
     batch_tokens: int = setting(8192, "tokens of one optimizer step, a multiple of context_length", minimum=2)
-    micro_batch_rows: int = setting(0, "rows of one forward pass; 0: the whole batch at once", minimum=0)
+    micro_batch_rows: int = setting(
+        0, "rows of one forward pass; 0: chosen, as many as fit into memory (on a CPU up to 4,096 tokens)", minimum=0
+    )
     verify_data: bool = setting(True, "compare all of the data with its checksums before the first step")
 
     @property

@@ -19,7 +19,7 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.shards import Dataset, Split, open_dataset
 from data_prep.tokenizers import Tokenizer
-from lm.config import corpus_of
+from lm.config import Config, corpus_of
 
 
 @dataclass(frozen=True)
@@ -135,3 +135,17 @@ def open_corpora(data: Sequence[str]) -> Corpora:
         raise UserError("no data: name a folder of token shards with --data (python -m data_prep build makes one)")
     paths, weights = zip(*(corpus_of(text) for text in data), strict=True)
     return Corpora([open_dataset(Path(path)) for path in paths], weights)
+
+
+def with_vocabulary(config: Config, corpora: Corpora) -> Config:
+    """``config`` with the size of its vocabulary known: as asked, else that of the data's tokenizer.
+
+    Raises:
+        UserError: less was asked for than the tokenizer has.
+    """
+    asked = config.model.vocab_size
+    if asked and asked < corpora.vocab_size:
+        raise UserError(
+            f"vocab_size {asked} is smaller than the tokenizer of {corpora.name}, which has {corpora.vocab_size}"
+        )
+    return config.replace(vocab_size=asked or corpora.vocab_size)

@@ -24,14 +24,17 @@ from lm import checkpoint, kernels, trackers
 from lm.batches import TrainingBatches
 from lm.config import Config
 from lm.continuation import fingerprints, open_or_create, refuse_other_directories
-from lm.corpora import Corpora, open_corpora
+from lm.corpora import Corpora, open_corpora, with_vocabulary
 from lm.distributed import Ranks, joined
 from lm.gradients import step_gradients
+from lm.machine import is_out_of_memory, keep_freed_memory, peak_memory
 from lm.metrics import Interval, MetricsLog
-from lm.model import Transformer, describe
+from lm.model import Transformer
 from lm.objectives import Batch
 from lm.optim import Optimizer, learning_rate_factor
+from lm.plan import FEWEST_STEPS, make_plan, settle_micro_batch, told_data
 from lm.prefetch import Prefetch
+from lm.recipes import load_config
 from lm.run_directory import CHECKPOINTS, METRICS, Run
 from lm.saving import Saver
 from lm.trouble import OVERFITTING, ROLL_BACKS, Best, Ladder, Verdict
@@ -98,12 +101,16 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
         corpora = open_corpora(config.data.data)
         if config.data.verify_data:
             ranks.on_main(corpora.verify)
-        config = ranks.on_main(partial(_with_vocabulary, config, corpora))  # one for all ranks
+        config = ranks.on_main(partial(with_vocabulary, config, corpora))  # one for all ranks
         batches = TrainingBatches(corpora, config)
         batches.check_ranks(ranks.world)
         kernels.describe(ranks.device)  # refuses a KINDLING_KERNELS that cannot be had, before anything is written
 
         trackers.require(config.training.trackers)
+
+        before = load_config(path / "config.toml") if (path / "config.toml").is_file() else None
+        may_shrink = not config.data.micro_batch_rows and ranks.world == 1
+        config = ranks.on_main(partial(settle_micro_batch, config, ranks.device, before))
 
         def begin() -> checkpoint.Checkpoint | None:
             refuse_other_directories(path)
@@ -112,10 +119,13 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
             held.enter_context(only_writer_of(path, busy))
             return open_or_create(config, path, corpora, ranks.device, reporter.note, accept_changes=accept_changes)
 
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         start = ranks.on_main(begin)
         told = reporter if ranks.is_main else Silence()
-        Training(config, path, corpora, batches, ranks, told).run(start)
-    return Run(path, config)
+        training = Training(config, path, corpora, batches, ranks, told)
+        training.run(start, may_shrink=may_shrink)
+    return Run(path, training.config)
 
 
 @contextmanager
@@ -123,8 +133,8 @@ def told_memory() -> Iterator[None]:
     """Tell an allocation that failed, on any device, in one sentence."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error) and "out of memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             "not enough memory for this model and batch: set micro_batch_rows lower (the result stays the same), "
@@ -186,15 +196,18 @@ class Training:
         self.ranks, self.folder = ranks, path / CHECKPOINTS
         self.clock = StepClock()
 
-    def run(self, start: checkpoint.Checkpoint | None) -> None:
-        """Train from the checkpoint ``start`` (None: from nothing) to the last step."""
-        self._restore(start)
-        training, steps = self.config.training, self.config.training.steps
-        if self.state.step >= steps:
-            self.reporter.note(f"{self.path} is trained: {self.state.step:,} of {steps:,} steps are done")
+    def run(self, start: checkpoint.Checkpoint | None, *, may_shrink: bool = False) -> None:
+        """Train from the checkpoint ``start`` (None: from nothing) to the last step.
+
+        ``may_shrink``: the rows of a micro-batch were chosen, and may be chosen anew if memory runs out.
+        """
+        training, done = self.config.training, start.step if start else 0
+        steps = training.steps
+        if done >= steps:
+            self.reporter.note(f"{self.path} is trained: {done:,} of {steps:,} steps are done")
             return
-        for sentence in _introduction(self.config, self.corpora, self.model, self.batches, self.ranks):
-            self.reporter.note(sentence)
+        self._plan(done, may_shrink=may_shrink)
+        self._restore(start)
         if self.state.step:
             self.reporter.note(f"going on at step {self.state.step:,}")
         followers = []
@@ -213,6 +226,29 @@ class Training:
                     self._train_on()
         finally:
             self.reporter.end()
+
+    def _plan(self, done: int, *, may_shrink: bool) -> None:
+        """Tell what the run needs, after a dry step on weights that are drawn or read afterwards."""
+        model = Transformer(self.config.model).to(self.ranks.device)
+        one_model = self.ranks.world == 1 or self.config.training.parallel == "ddp"
+        self.plan = make_plan(
+            self.config,
+            model,
+            self.batches.batch(done, self.ranks.rank, self.ranks.world),
+            self.ranks.device,
+            data=told_data(self.corpora, self.batches),
+            epochs=self.batches.epochs(self.config.training.steps),
+            measure=one_model and self.config.training.steps - done >= FEWEST_STEPS,
+            may_shrink=may_shrink,
+        )
+        if self.plan.config != self.config:
+            self.reporter.note(f"memory ran out with {self.config.data.micro_batch_rows} rows at a time")
+            self.config = self.plan.config
+            self.config.save(self.path / "config.toml")  # a continued run adds up the same sums
+        for sentence in (*self.plan.introduction(), *self.batches.introduction(self.config.training.steps)):
+            self.reporter.note(sentence)
+        if self.plan.obstacle:
+            self.reporter.note(f"this may not fit: {self.plan.obstacle}")
 
     def _restore(self, saved: checkpoint.Checkpoint | None) -> None:
         """Weights, optimizer and state of a checkpoint; None: those of step 0, which follow from the seed."""
@@ -297,13 +333,16 @@ class Training:
 
     def _metrics_line(self) -> dict[str, Any]:
         config, step = self.config, self.state.step
+        speed = config.data.batch_tokens / self.clock.seconds_per_step()
         return {
             "step": step,
             "tokens": step * config.data.batch_tokens,
             "epoch": round(self.batches.epochs(step), 6),
             **self.state.interval.means(),
             "learning_rate": self._rate(step - 1) * config.optimizer.learning_rate,
-            "tokens_per_second": round(config.data.batch_tokens / self.clock.seconds_per_step(), 1),
+            "tokens_per_second": round(speed, 1),
+            "share_of_peak": round(speed * self.plan.flops_per_token / self.plan.machine_rate / self.ranks.world, 4),
+            "memory_bytes": peak_memory(self.ranks.device),
         }
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -372,30 +411,3 @@ class Training:
         }
         self.log.write({"step": step, "event": verdict.value, "rate": rate, "reason": why})
         self.reporter.note(words[verdict])
-
-
-def _with_vocabulary(config: Config, corpora: Corpora) -> Config:
-    asked = config.model.vocab_size
-    if asked and asked < corpora.vocab_size:
-        raise UserError(
-            f"vocab_size {asked} is smaller than the tokenizer of {corpora.name}, which has {corpora.vocab_size}"
-        )
-    return config.replace(vocab_size=asked or corpora.vocab_size)
-
-
-def _introduction(
-    config: Config, corpora: Corpora, model: Transformer, batches: TrainingBatches, ranks: Ranks
-) -> list[str]:
-    """What a person wants to know before the first step."""
-    training, data, device = config.training, config.data, ranks.device
-    tokens = training.steps * data.batch_tokens
-    flops = tokens * model.flops_per_token(data.context_length)
-    where = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return [
-        describe(model),
-        f"{config.objective.objective} on {batches.tokens:,} tokens of {corpora.name}: "
-        f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {tokens / 1e6:.1f}M tokens, "
-        f"{batches.epochs(training.steps):.2f} epochs, {flops / 1e12:.1f} TFLOP",
-        *batches.introduction(training.steps),
-        f"on {ranks.describe()}{where}; {kernels.describe(device)}",
-    ]

@@ -60,7 +60,7 @@ def linear_cross_entropy(
         )
     asked = torch.is_grad_enabled()
     needs = (asked and hidden.requires_grad, asked and weight.requires_grad)
-    operator = _Direct.apply if paths.eager_on_cpu(hidden) else _operator
+    operator = _Direct.apply if paths.eager_on_cpu(hidden) and paths.has_memory(hidden) else _operator
     return operator(hidden, weight, targets, loss_weights, float(softcap), float(z_loss), *needs)[0]
 
 

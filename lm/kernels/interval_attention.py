@@ -40,7 +40,7 @@ def attention(
     _check(q, k, v, lo, hi, scale, softcap)
     if paths.reference_is_asked_for():
         return reference.attention(q, k, v, lo, hi, scale=scale, softcap=softcap)
-    forward = _Direct.apply if paths.eager_on_cpu(q) else _forward
+    forward = _Direct.apply if paths.eager_on_cpu(q) and paths.has_memory(q) else _forward
     return forward(q, k, v, lo, hi, scale, float(softcap))
 
 

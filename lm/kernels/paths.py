@@ -40,6 +40,11 @@ def eager_on_cpu(tensor: Tensor) -> bool:
     )
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether there are numbers behind ``tensor``; a simulated step (``lm.memory``) has shapes only."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
 def choose(tensor: Tensor) -> Path:
     """The path for tensors of this one's device and dtype; asked inside the operators, which nobody traces."""
     path, _ = decision(tensor.device)

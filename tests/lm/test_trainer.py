@@ -104,8 +104,10 @@ def test_metrics_have_their_schema(trained):
     for line in training:
         assert list(line) == [
             "step", "tokens", "epoch", "loss", "loss_next_token", "loss_masked_next_token", "gradient_norm",
-            "learning_rate", "tokens_per_second",
+            "learning_rate", "tokens_per_second", "share_of_peak", "memory_bytes",
         ]  # fmt: skip
+        assert 0 < line["share_of_peak"] < 1.5
+        assert line["memory_bytes"] > 1e8
         assert line["tokens"] == line["step"] * 256
         assert line["loss"] == pytest.approx((line["loss_next_token"] + line["loss_masked_next_token"]) / 2, rel=1e-5)
     validated = [line for line in lines if "validation" in line]
@@ -123,7 +125,7 @@ def test_the_run_directory_holds_all_that_was_asked_for(trained, dataset, small)
     ]  # fmt: skip
     assert load_config(trained.path / "config.toml") == trained.config
     assert trained.config == small.replace(
-        steps=100, learning_rate=0.01, validate_every=50, checkpoint_every=50, vocab_size=400
+        steps=100, learning_rate=0.01, validate_every=50, checkpoint_every=50, vocab_size=400, micro_batch_rows=8
     )
     assert trained.tokenizer.sha256 == dataset.tokenizer.sha256
     state = trained.latest().state
@@ -166,7 +168,9 @@ def test_a_run_is_not_continued_with_other_settings_unawares(small, quietly, tmp
     else:
         run = quietly(small.replace(steps=4, **changes), tmp_path / "run", accept_changes=True)
         assert run.latest().step == 4
-        assert load_config(run.path / "config.toml") == small.replace(steps=4, vocab_size=400, **changes)
+        assert load_config(run.path / "config.toml") == small.replace(
+            steps=4, vocab_size=400, micro_batch_rows=8, **changes
+        )
 
 
 def test_a_run_is_not_continued_with_other_data(small, quietly, text_folder, make_dataset, tmp_path):
