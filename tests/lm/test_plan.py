@@ -130,7 +130,7 @@ def test_a_micro_batch_that_was_asked_for_is_tried_and_the_doubt_told(small, rec
     run = train(small.replace(micro_batch_rows=8), tmp_path / "run", recorder)
     assert run.config.data.micro_batch_rows == 8
     (told,) = [note for note in recorder.notes if "this may not fit" in note]
-    assert "micro_batch_rows 2 would fit, with the same result" in told
+    assert "micro_batch_rows 1 would fit, with the same result" in told
 
 
 def test_memory_that_runs_out_in_the_dry_step_makes_the_micro_batch_smaller(small, recorder, tmp_path, monkeypatch):

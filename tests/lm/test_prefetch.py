@@ -71,7 +71,7 @@ def test_things_are_made_in_another_thread():
 def test_no_thread_of_the_loader_outlives_training(small, quietly, tmp_path, monkeypatch, breaks):
     batch = TrainingBatches.batch
 
-    def broken(self: TrainingBatches, step: int) -> Batch:
+    def broken(self: TrainingBatches, step: int, rank: int = 0, world: int = 1) -> Batch:
         if step == breaks:
             raise OSError("the disk went away")
         return batch(self, step)
