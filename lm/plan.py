@@ -275,7 +275,7 @@ def dry_step(model: Transformer, config: Config, batch: Batch, affordable_rows: 
     """
     device = next(model.parameters()).device
     count = len(batch.masked)
-    rows = max(1, min(config.data.micro_batch_rows or count, affordable_rows))
+    rows = max(1, min(config.data.micro_batch_rows or count, count, affordable_rows))
     part = batch.every(0, count // rows).rows(0, rows)
     config = config.replace(micro_batch_rows=rows)
     optimizer = Optimizer(model, config.optimizer)
