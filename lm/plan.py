@@ -162,15 +162,18 @@ class Plan:
             ]
         return rows
 
-    def introduction(self) -> list[str]:
-        """What a person wants to know before the first step, one sentence each."""
+    def introduction(self, processes: str = "") -> list[str]:
+        """What a person wants to know before the first step, one sentence each.
+
+        ``processes`` says how many share the work, as the beginning of a phrase (``Ranks.describe``).
+        """
         config = self.config
         passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
         return [
             self.model,
             f"{config.objective.objective} on {self.data}: {config.training.steps:,} steps x "
             f"{config.data.batch_tokens:,} tokens = {millions(self.tokens)} tokens{passes}, {told_flops(self.flops)}",
-            f"on {self._where()}; {kernels.describe(self.device)}",
+            f"on {processes}{self._where()}; {kernels.describe(self.device)}",
             f"{self.rows} of the batch's {config.data.batch_rows} rows at a time: about {told_bytes(self.peak_bytes)} "
             f"of memory ({', '.join(f'{name} {told_bytes(size)}' for name, size in self._parts())}); "
             f"{told_bytes(self.available_bytes)} are available",

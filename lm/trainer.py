@@ -245,7 +245,8 @@ class Training:
             self.reporter.note(f"memory ran out with {self.config.data.micro_batch_rows} rows at a time")
             self.config = self.plan.config
             self.config.save(self.path / "config.toml")  # a continued run adds up the same sums
-        for sentence in (*self.plan.introduction(), *self.batches.introduction(self.config.training.steps)):
+        told = [*self.plan.introduction(self.ranks.describe()), *self.batches.introduction(self.config.training.steps)]
+        for sentence in told:
             self.reporter.note(sentence)
         if self.plan.obstacle:
             self.reporter.note(f"this may not fit: {self.plan.obstacle}")

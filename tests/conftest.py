@@ -45,6 +45,7 @@ class Recorder:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.lines: list[dict[str, Any]] = []
+        self.began: tuple[int, int] | None = None
         self.ended = 0
 
     def note(self, text: str) -> None:
