@@ -195,6 +195,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
         "32768",
     ]
     subprocess.run([*first, "--workers", "2"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_orphans()  # their CPU seconds are not the first candidate's
     tokenizer = trained / "tokenizer.json"
     write_ranks(tokenizer, work / "ranks.json")
     (work / "with_datatrove.py").write_text(DATATROVE)
