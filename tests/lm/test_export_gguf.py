@@ -114,7 +114,10 @@ def test_llama_cpp_writes_the_same_greedy_tokens(make_run, tmp_path, shape, qk_n
 
     run = make_run(objective="next_token", qk_norm=qk_norm, **shape)
     path = exported(run, tmp_path / "model.gguf")
-    theirs = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, logits_all=True, verbose=False)
+    float32 = llama_cpp.GGML_TYPE_F32  # its cache of keys and values is float16 otherwise
+    theirs = llama_cpp.Llama(
+        str(path), n_ctx=256, n_threads=1, logits_all=True, verbose=False, type_k=float32, type_v=float32
+    )
     text = "The old miller found 12345 owls — naïve, isn't it?\n\n  x"
     ids = theirs.tokenize(text.encode(), add_bos=True, special=False)
     assert ids == [run.tokenizer.end_of_text_id, *run.tokenizer.encode(text)]
