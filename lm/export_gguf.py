@@ -17,7 +17,7 @@ from data_prep.tokenizer_training import LLAMA3_WORDS, QWEN2_WORDS
 from data_prep.tokenizers import Tokenizer
 from lm.architectures import StockClass, stock_class
 from lm.checkpoint import Checkpoint
-from lm.config import ModelConfig
+from lm.kernels.projections import side_by_side
 from lm.model import Transformer
 from lm.run_directory import Run
 
@@ -146,15 +146,9 @@ def tensors(model: Transformer, stock: StockClass) -> dict[str, Tensor]:
         if name.startswith("blocks."):
             _, layer, part = name.removesuffix(".weight").split(".", 2)
             if stock.model_type == "llama" and part in ("attention.query", "attention.key"):
-                value = halves_to_neighbours(value, config)
+                value = side_by_side(value, config.head_width)
             found[f"blk.{layer}.{PARTS[part]}.weight"] = value
         else:
             theirs = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}[name.split(".")[0]]
             found[f"{theirs}.weight"] = value
     return found
-
-
-def halves_to_neighbours(weight: Tensor, config: ModelConfig) -> Tensor:
-    """Reorder each head's rows so that those turned together, i and i + width / 2, become 2i and 2i + 1."""
-    heads = weight.view(-1, 2, config.head_width // 2, weight.shape[1])
-    return heads.transpose(1, 2).reshape(weight.shape).contiguous()

@@ -28,7 +28,7 @@ from lm.corpora import Corpora, open_corpora, with_vocabulary
 from lm.distributed import Ranks, joined
 from lm.gradients import step_gradients
 from lm.machine import is_out_of_memory, keep_freed_memory, peak_memory
-from lm.metrics import Interval, MetricsLog
+from lm.metrics import Interval, MetricsLog, loss_of_readouts
 from lm.model import Transformer
 from lm.objectives import Batch
 from lm.optim import Optimizer, learning_rate_factor
@@ -355,10 +355,11 @@ class Training:
         results = validate_readouts(self.model, self.corpora, self.config, ranks=self.ranks)
         line = {"step": self.state.step, "validation": {name: result.as_dict() for name, result in results.items()}}
         self._write(line | ({"rows": rows_of_validation(self.corpora, self.config)} if results else {}))
-        if not results:
+        loss = loss_of_readouts(line)
+        if loss is None:
             return False
         best = self.state.best
-        improved = best.add(self.state.step, sum(result.nats_per_token for result in results.values()) / len(results))
+        improved = best.add(self.state.step, loss)
         if best.worse == OVERFITTING:
             self.reporter.note(
                 f"the validation loss has been rising since step {best.step:,}: the model begins to know its text by "

@@ -39,7 +39,7 @@ class _Projections(torch.autograd.Function):
         ctx: Any, x: Tensor, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         width = 2 * rotation.shape[-1]
-        query, key = _side_by_side(query, width), _side_by_side(key, width)
+        query, key = side_by_side(query, width), side_by_side(key, width)
         ctx.save_for_backward(x, query, key, value, rotation)
         q, k, v = (times(x, weight.T).unflatten(-1, (-1, width)) for weight in (query, key, value))
         _pairs(q).mul_(rotation)
@@ -64,11 +64,11 @@ def _pairs(heads: Tensor) -> Tensor:
     return torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
 
 
-def _side_by_side(weight: Tensor, width: int) -> Tensor:
-    """Weight (heads · width, K) with row i of each head at 2i, and row width / 2 + i at 2i + 1."""
+def side_by_side(weight: Tensor, width: int) -> Tensor:
+    """Weight (heads · width, K), contiguous, with row i of each head at 2i, and row width / 2 + i at 2i + 1."""
     return weight.view(-1, 2, width // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def _in_halves(weight: Tensor, width: int) -> Tensor:
-    """The inverse of ``_side_by_side``."""
+    """The inverse of ``side_by_side``."""
     return weight.view(-1, width // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

@@ -12,8 +12,9 @@ from data_prep.errors import UserError
 from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 from lm import masks
 from lm.architectures import STOCK_CLASSES
-from lm.export_gguf import export_gguf, halves_to_neighbours, pre_tokenizer_name, tensors
+from lm.export_gguf import export_gguf, pre_tokenizer_name, tensors
 from lm.generate import Sampling, continue_tokens
+from lm.kernels.projections import side_by_side
 from lm.model import rotary_table
 from tests.conftest import sentences
 from tests.lm.test_export import SHAPES, run_of
@@ -44,7 +45,7 @@ def test_reordered_rows_turned_as_neighbours_are_what_halves_give(small):
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
     def by_neighbours(weight):
-        heads = (x @ halves_to_neighbours(weight, config).T).view(1, 5, 3, 4, 2)
+        heads = (x @ side_by_side(weight, config.head_width).T).view(1, 5, 3, 4, 2)
         even, odd = heads[..., 0], heads[..., 1]
         return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
 
