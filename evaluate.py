@@ -1,6 +1,6 @@
 """Measure a trained model: python evaluate.py runs/mine"""
 
-from lm.cli import evaluate
+from lm.commands.evaluate import evaluate
 
 if __name__ == "__main__":
     evaluate()

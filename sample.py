@@ -1,6 +1,6 @@
 """Write with a trained model: python sample.py runs/mine --prompt "Once upon a time"."""
 
-from lm.cli import sample
+from lm.commands.sample import sample
 
 if __name__ == "__main__":
     sample()
