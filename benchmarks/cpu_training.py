@@ -5,7 +5,8 @@
 
 Both take random tokens through forward, backward, clipping to norm 1 and a step of AdamW: nanoGPT by its ``model.py``
 and what its ``train.py`` does in a step, Kindling by the functions that ``train.py`` calls. ``--compiled`` adds nanoGPT
-under torch.compile, with the seconds that took. Tokens are per CPU second of all threads together.
+under torch.compile. Tokens are per CPU second of all threads together. Each candidate has a process of its own, which
+Kindling arranges as ``train.py`` does (``lm.machine.keep_freed_memory``).
 
 The rate of a step is its model's FLOPs (as ``Transformer.flops_per_token`` counts them) over its CPU seconds, times the
 threads; the machine's is the best that its matrix products reach with as many threads, by the clock.
@@ -17,18 +18,17 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.side_by_side import in_turn
-from lm.config import Config
+from benchmarks.side_by_side import apart_in_turn
+from lm.config import Config, ModelConfig
 from lm.gradients import step_gradients
-from lm.machine import machine_rate
+from lm.machine import keep_freed_memory, machine_rate
 from lm.model import Transformer
 from lm.objectives import Vocabulary, make_batch, rows_of_windows
 from lm.optim import Optimizer
@@ -39,9 +39,16 @@ SHAPES = {"0.8M": (4, 4, 128, 64, 12, 10), "10M": (6, 6, 384, 256, 16, 1)}
 VOCABULARY = 65
 
 
-def kindling_step(shape: tuple[int, ...]) -> tuple[Callable[[], object], Transformer]:
-    """One step, and the model that it trains."""
-    layers, heads, width, context, rows, _ = shape
+def several(step: Callable[[], object], steps: int) -> Callable[[], object]:
+    return lambda: [step() for _ in range(steps)]
+
+
+def kindling_steps(name: str, threads: int) -> Callable[[], object]:
+    """The steps of a turn."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    shape = SHAPES[name]
+    layers, heads, width, context, rows, steps = shape
     config = Config().replace(
         num_layers=layers, num_heads=heads, hidden_size=width, vocab_size=VOCABULARY, context_length=context,
         batch_tokens=rows * context, objective="next_token", optimizer="adamw", learning_rate=1e-3, precision="float32",
@@ -59,12 +66,17 @@ def kindling_step(shape: tuple[int, ...]) -> tuple[Callable[[], object], Transfo
         optimizer.clip()
         optimizer.step(1.0)
 
-    return step, model
+    return several(step, steps)
 
 
-def nanogpt_step(module: Any, shape: tuple[int, ...], *, compiled: bool) -> Callable[[], object]:
-    """One step of nanoGPT's ``train.py``, without dropout and biases, as it is set for a CPU."""
-    layers, heads, width, context, rows, _ = shape
+def nanogpt_steps(checkout: Path, name: str, threads: int, compiled: bool) -> Callable[[], object]:
+    """The steps of a turn of nanoGPT's ``train.py``, without dropout and biases, as it is set for a CPU."""
+    torch.set_num_threads(threads)
+    specification = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    layers, heads, width, context, rows, steps = SHAPES[name]
     settings = module.GPTConfig(
         block_size=context, vocab_size=VOCABULARY, n_layer=layers, n_head=heads, n_embd=width, dropout=0.0, bias=False
     )
@@ -81,32 +93,28 @@ def nanogpt_step(module: Any, shape: tuple[int, ...], *, compiled: bool) -> Call
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return several(step, steps)
 
 
-def compare(name: str, module: Any, rounds: int, *, compiled: bool) -> None:
+def compare(name: str, nanogpt: Path, rounds: int, *, compiled: bool) -> None:
     """Print the lines of one shape."""
-    shape = SHAPES[name]
-    layers, _, width, context, rows, steps = shape
-    ours, model = kindling_step(shape)
-    candidates = {"nanoGPT": nanogpt_step(module, shape, compiled=False), "kindling": ours}
+    layers, heads, width, context, rows, steps = SHAPES[name]
+    threads = torch.get_num_threads()
+    makers = {
+        "nanoGPT": partial(nanogpt_steps, nanogpt, name, threads, compiled=False),
+        "kindling": partial(kindling_steps, name, threads),
+    }
     if compiled:
-        candidates["nanoGPT, compiled"] = nanogpt_step(module, shape, compiled=True)
-        began = time.perf_counter()
-        candidates["nanoGPT, compiled"]()
-        print(f"  compiling nanoGPT took {time.perf_counter() - began:.0f} s")
-
-    def several(step: Callable[[], object]) -> Callable[[], object]:
-        return lambda: [step() for _ in range(steps)]
-
+        makers["nanoGPT, compiled"] = partial(nanogpt_steps, nanogpt, name, threads, compiled=True)
     machine = machine_rate(torch.device("cpu"))  # and again afterwards: a busy machine may hide what it can do
-    timings = in_turn({name: several(step) for name, step in candidates.items()}, rounds=rounds, warm_up=1)
-    tokens, threads = steps * rows * context, torch.get_num_threads()
+    timings = apart_in_turn(makers, rounds=rounds, warm_up=2)
+    tokens = steps * rows * context
     machine = max(machine, machine_rate(torch.device("cpu")))
     print(
         f"{name}: {layers} layers x {width}, {rows} x {context} tokens, {threads} threads; "
         f"the machine's products: {machine / 1e9:.0f} GFLOP/s"
     )
+    model = Transformer(ModelConfig(layers, width, heads, vocab_size=VOCABULARY))
     nanogpt_flops = 6 * (12 * layers * width**2 + VOCABULARY * width) + 12 * layers * width * context
     for candidate, timing in timings.items():
         flops = model.flops_per_token(context) if candidate == "kindling" else nanogpt_flops
@@ -128,10 +136,6 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    specification = importlib.util.spec_from_file_location("nanogpt_model", arguments.nanogpt / "model.py")
-    assert specification is not None and specification.loader is not None
-    nanogpt = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(nanogpt)
     for one in SHAPES:
         if arguments.only in one:
-            compare(one, nanogpt, arguments.rounds, compiled=arguments.compiled)
+            compare(one, arguments.nanogpt, arguments.rounds, compiled=arguments.compiled)

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from lm.kernels import paths, reference
+from lm.kernels.products import times
 
 # Tokens and logits of a chunk, at most. Each chunk reads all of the head's weight and writes all of its gradient, so
-# the products want many rows: at 2^21 logits (64 tokens, with 32,768 words) the head takes twice as long on a CPU as at
-# 2^24 (512 tokens, 64 MiB), and a GPU wants thousands (2^27 bfloat16 are 256 MiB: 2,700 tokens with 50,000 words).
+# the products want many rows: at 2^21 logits (64 tokens, with 32,768 words) the head takes up to twice as long on a CPU
+# as at 8 million (244 tokens, 32 MB, the largest block that glibc keeps for the next chunk). A GPU wants thousands of
+# rows (2^27 bfloat16 are 256 MiB: 2,700 tokens with 50,000 words).
 CHUNK_TOKENS = {"cpu": 1024, "gpu": 8192}
-CHUNK_LOGITS = {"cpu": 1 << 24, "gpu": 1 << 27}
+CHUNK_LOGITS = {"cpu": 8_000_000, "gpu": 1 << 27}
 # Between the products, PyTorch's operations take a chunk block by block: 2^20 float32 stay in a CPU's caches from one
 # operation to the next.
 BLOCK_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 25}
@@ -94,11 +96,12 @@ def compute(
     factors = precise if path == "torch" and hidden.device.type == "cpu" else hidden.dtype
     total = torch.zeros((), dtype=precise, device=hidden.device)
     grad_hidden = hidden.new_zeros(hidden.shape if hidden_needs_grad else (0,))
-    grad_weight = torch.zeros(weight.shape if weight_needs_grad else (0,), dtype=precise, device=weight.device)
+    turned: Tensor | None = None  # the weight's gradient, (D, V)
     # Rows without a target cost nothing: a masked batch predicts only a fifth of its tokens.
     kept = (targets >= 0).nonzero()[:, 0]
     if not len(kept):
-        return total, grad_hidden, grad_weight, total.clone()
+        nothing = torch.zeros(weight.shape if weight_needs_grad else (0,), dtype=precise, device=weight.device)
+        return total, grad_hidden, nothing, total.clone()
     if loss_weights is None:
         loss_weights = torch.ones(len(targets), dtype=precise, device=hidden.device)
     loss_weights = loss_weights.to(precise)
@@ -107,23 +110,24 @@ def compute(
     differentiate = _chunk_by_triton if path == "triton" else _chunk_by_torch
     kind = _kind(hidden)
     rows = min(len(kept), CHUNK_TOKENS[kind], max(1, CHUNK_LOGITS[kind] // weight.shape[0]))
-    # One buffer for all chunks: memory fresh from the system costs as much as a pass over it.
-    buffer = torch.empty(rows, weight.shape[0], dtype=factors, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes have been chosen above
         weight = weight.to(factors)
         for part in kept.split(rows):
             inputs, shares = hidden[part].to(factors), loss_weights[part] / heaviest
-            logits = torch.mm(inputs, weight.T, out=buffer[: len(part)])
+            logits = times(inputs, weight.T)
             losses, grad, row_factors = differentiate(logits, targets[part], shares, softcap, z_loss, needs_grad)
             total += losses @ loss_weights[part]
             if hidden_needs_grad:
-                by_inputs = torch.mm(grad, weight)
+                by_inputs = times(grad, weight)
                 if row_factors is not None:
                     by_inputs.mul_(row_factors)
                 grad_hidden[part] = by_inputs.to(grad_hidden.dtype)
             if weight_needs_grad:
-                _add_product(grad_weight, grad.T, inputs if row_factors is None else inputs.mul_(row_factors))
-    return total, grad_hidden, grad_weight, heaviest
+                inputs = inputs if row_factors is None else inputs.mul_(row_factors)
+                turned = _add_product(turned, inputs, grad, precise)
+            del logits, grad  # before the next chunk's: never two at a time
+    by_weight = weight.new_empty(0, dtype=precise) if turned is None else turned.T.contiguous()
+    return total, grad_hidden, by_weight, heaviest
 
 
 _operator = torch.library.custom_op("kindling::linear_cross_entropy", compute, mutates_args=())
@@ -249,10 +253,11 @@ def _chunk_by_triton(
     return cross_entropy_triton.differentiate(logits, targets, shares, softcap, z_loss, needs_grad), logits, None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, summed in the dtype of ``total`` whatever the factors' is."""
-    if a.is_cuda and b.dtype != total.dtype:
-        # The tensor cores multiply in 16 bits and add in 32, straight into the total.
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + a.T @ b``, (D, V) of (n, D) and (n, V), summed in ``dtype`` whatever theirs is; a total of None is 0."""
+    if not a.is_cuda or a.dtype == dtype:
+        return times(a.T.contiguous(), b, plus=total)
+    if total is None:
+        total = torch.zeros(a.shape[1], b.shape[1], dtype=dtype, device=a.device)
+    # The tensor cores multiply in 16 bits and add in 32, straight into the total.
+    return torch.addmm(total, a.T, b, out_dtype=dtype, out=total)

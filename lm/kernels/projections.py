@@ -34,29 +34,32 @@ def projections(
 
 
 class _Projections(torch.autograd.Function):
+    """All in one product: its columns are those of the queries, the keys and the values."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         width = 2 * rotation.shape[-1]
-        query, key = side_by_side(query, width), side_by_side(key, width)
-        ctx.save_for_backward(x, query, key, value, rotation)
-        q, k, v = (times(x, weight.T).unflatten(-1, (-1, width)) for weight in (query, key, value))
-        _pairs(q).mul_(rotation)
-        _pairs(k).mul_(rotation)
+        weight = torch.cat((side_by_side(query, width), side_by_side(key, width), value))
+        ctx.save_for_backward(x, weight, rotation)
+        ctx.heads = [part.shape[0] // width for part in (query, key, value)]
+        heads = times(x, weight.T).unflatten(-1, (-1, width))
+        turned = heads[:, :, : -ctx.heads[2]]
+        _pairs(turned).mul_(rotation)
+        q, k, v = heads.split(ctx.heads, dim=2)
         return q, k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, query, key, value, rotation = ctx.saved_tensors
-        back = rotation.conj_physical()
-        grad_q, grad_k = (torch.view_as_real(_pairs(grad.contiguous()) * back).flatten(2) for grad in grads[:2])
-        grad_v = grads[2].flatten(2)
-        grad_x = times(grad_v, value, plus=times(grad_k, key, plus=times(grad_q, query)))
+        x, weight, rotation = ctx.saved_tensors
+        grad = torch.cat(grads, dim=2)
+        _pairs(grad[:, :, : -ctx.heads[2]]).mul_(rotation.conj_physical())
+        grad = grad.flatten(2)
         width = 2 * rotation.shape[-1]
-        by_query, by_key, by_value = (transposed_times(grad, x) for grad in (grad_q, grad_k, grad_v))
-        return grad_x, _in_halves(by_query, width), _in_halves(by_key, width), by_value, None
+        parts = transposed_times(grad, x).split([heads * width for heads in ctx.heads])
+        return times(grad, weight), _in_halves(parts[0], width), _in_halves(parts[1], width), parts[2], None
 
 
 def _pairs(heads: Tensor) -> Tensor:
