@@ -3,7 +3,7 @@
     python -m benchmarks.recipe_study DATA --out FOLDER [--only PREFIX] [--threads 1]
 
 DATA is a folder of shards; what is about repetition needs a second one, ``--little``, a small part of the same text.
-Every run that is finished is kept in FOLDER and not run again. Losses are over the whole validation split, nats a token.
+Every run that is finished is kept in FOLDER and not run again. losses are over the whole split, nats a token.
 """
 
 from __future__ import annotations

@@ -254,7 +254,7 @@ def _chunk_by_triton(
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``total + a.T @ b``, (D, V) of (n, D) and (n, V), summed in ``dtype`` whatever theirs is; a total of None is 0."""
+    """``total + a.T @ b``, (D, V) of (n, D) and (n, V), summed in ``dtype``; a total of None is 0."""
     if not a.is_cuda or a.dtype == dtype:
         return times(a.T.contiguous(), b, plus=total)
     if total is None:
