@@ -25,6 +25,7 @@ from lm.gradients import step_gradients
 from lm.machine import (
     available_memory,
     is_out_of_memory,
+    keep_freed_memory,
     machine_rate,
     peak_memory,
     resident_memory,
@@ -43,8 +44,9 @@ CPU_MICRO_BATCH_TOKENS = 4096
 # On a CPU the holes between what malloc has given out, as a share of the activations, and the pages of PyTorch's code
 # and of the libraries it calls that the first step touches (docs/lab-notes.md).
 HEAP_HOLES, LIBRARIES = 0.25, 40_000_000
-# A dry step that would take longer than this is done with fewer rows.
-DRY_SECONDS = 10.0
+# A dry step that would take longer than the first is done with fewer rows; a quick one is done again for the second, for
+# it takes several to reach the speed that they keep.
+DRY_SECONDS, ENOUGH_SECONDS, MOST_PASSES = 10.0, 3.0, 12
 # Runs of fewer steps begin at once.
 FEWEST_STEPS = 20
 
@@ -271,7 +273,7 @@ def _obstacle(config: Config, device: torch.device, available: int) -> str:
 
 
 def dry_step(model: Transformer, config: Config, batch: Batch, affordable_rows: int) -> DryStep:
-    """Do a step as the run will do it, up to three times, and measure the later ones.
+    """Do a step as the run will do it, several times, and measure the later ones.
 
     The model's weights stay as they are, its gradients are dropped; if a whole micro-batch would take too long, only
     ``affordable_rows`` of its rows are taken and the time is scaled.
@@ -284,7 +286,7 @@ def dry_step(model: Transformer, config: Config, batch: Batch, affordable_rows: 
     optimizer = Optimizer(model, config.optimizer)
     passes: list[float] = []
     updates: list[float] = []
-    while len(passes) < 3:
+    while len(passes) < MOST_PASSES:
         began = time.perf_counter()
         step_gradients(model, part, config, 0)
         synchronize(device)
@@ -294,12 +296,13 @@ def dry_step(model: Transformer, config: Config, batch: Batch, affordable_rows: 
         synchronize(device)
         passes.append(between - began)
         updates.append(time.perf_counter() - between)
-        if sum(passes) + sum(updates) > DRY_SECONDS:
+        spent = sum(passes) + sum(updates)
+        if spent > DRY_SECONDS or (spent > ENOUGH_SECONDS and len(passes) >= 4):
             break
     model.zero_grad()
-    # The first one loads and warms what the others use, unless there is no other.
-    later = slice(1 if len(passes) > 1 else 0, None)
-    seconds = float(np.mean(passes[later])) * count / rows + float(np.mean(updates[later]))
+    # The first ones load and warm what the others use, unless there is no other.
+    later = slice(min(len(passes) - 1, max(1, len(passes) // 3)), None)
+    seconds = float(np.median(passes[later])) * count / rows + float(np.median(updates[later]))
     return DryStep(rows, seconds, peak_memory(device))
 
 
@@ -363,6 +366,8 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
     device = choose_device(config.training.device)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
+    if device.type == "cpu":
+        keep_freed_memory()  # as the run will
     if not config.data.data:
         if not config.model.vocab_size:
             raise UserError("a plan needs --data, or --vocab-size instead of it")
