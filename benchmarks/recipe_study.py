@@ -44,10 +44,25 @@ AVERAGES = (0.9, 0.97, 0.99)
 def experiments() -> dict[str, dict[str, Any]]:
     """The settings that each run changes, by its name."""
     runs: dict[str, dict[str, Any]] = {f"base seed {seed}": {"seed": seed} for seed in range(3)}
-    for share in (0.0, 0.25, 0.75, 1.0):
-        runs[f"masked_fraction {share}"] = {"masked_fraction": share}
-    for rate in (0.1, 0.15, 0.3, 0.4):
-        runs[f"mask_rate {rate}"] = {"mask_rate": rate}
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        for rate in (0.1, 0.2, 0.3, 0.4) if 0 < share < 1 else (0.2, 0.4):
+            runs[f"masked_fraction {share}, mask_rate {rate}"] = {"masked_fraction": share, "mask_rate": rate}
+    # The masked readout learns to read both ways only after some time: what it is worth shows in longer runs.
+    for share, rate in (
+        (0.5, 0.2),
+        (0.5, 0.4),
+        (0.5, 0.3),
+        (0.25, 0.4),
+        (0.25, 0.2),
+        (0.0, 0.2),
+        (0.75, 0.4),
+        (1.0, 0.4),
+    ):
+        runs[f"four times as long, masked_fraction {share}, mask_rate {rate}"] = {
+            "masked_fraction": share,
+            "mask_rate": rate,
+            "steps": 4 * BASE["steps"],
+        }
     runs["every hidden token is [MASK]"] = {"mask_token_share": 1.0, "random_token_share": 0.0}
     for width, heads in WIDTHS.items():
         shape = {"hidden_size": width, "num_heads": heads}

@@ -44,8 +44,8 @@ CPU_MICRO_BATCH_TOKENS = 4096
 # On a CPU the holes between what malloc has given out, as a share of the activations, and the pages of PyTorch's code
 # and of the libraries it calls that the first step touches (docs/lab-notes.md).
 HEAP_HOLES, LIBRARIES = 0.25, 40_000_000
-# A dry step that would take longer than the first is done with fewer rows; a quick one is done again for the second, for
-# it takes several to reach the speed that they keep.
+# A dry step that would take longer than the first is done with fewer rows; a quick one is done again and again for the
+# second, since it takes several to reach the speed that they keep.
 DRY_SECONDS, ENOUGH_SECONDS, MOST_PASSES = 10.0, 3.0, 12
 # Runs of fewer steps begin at once.
 FEWEST_STEPS = 20
