@@ -37,7 +37,7 @@ def test_prompts_are_read_no_further_ahead_than_is_needed(dataset):
 
     def source():
         nonlocal read
-        for prompt in prompts_of(60):
+        for prompt in prompts_of(24):
             read += 1
             yield prompt
 
@@ -45,7 +45,7 @@ def test_prompts_are_read_no_further_ahead_than_is_needed(dataset):
     for _, event in in_order(Generator(restless_model(400), dataset.tokenizer, 32, max_rows=2), source(), 2):
         assert read <= finished + 2 * AHEAD
         finished += event.finish_reason is not None
-    assert finished == read == 60
+    assert finished == read == 24
 
 
 def test_a_line_may_have_settings_of_its_own(tmp_path):
