@@ -36,6 +36,7 @@ from lm.model import Transformer, describe
 from lm.objectives import Batch, Vocabulary, make_batch, rows_of_windows
 from lm.optim import Optimizer
 from lm.run_directory import choose_device
+from lm.scaling import rule_for
 
 # Share of the available memory that a chosen micro-batch may take.
 USABLE_SHARE = 0.8
@@ -148,6 +149,7 @@ class Plan:
             ("model", self.model),
             ("objective", f"{self.config.objective.objective} on {self.data}"),
             ("tokens", f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {millions(self.tokens)}{passes}"),
+            ("rule for this size", rule_for(self.config).told(self.config)),
             ("FLOPs per token", f"{self.flops_per_token / 1e6:.1f}M, {told_flops(self.flops)} in all"),
             ("device", f"{self._where()}; {kernels.describe(self.device)}"),
             ("micro-batch", f"{self.rows} of the batch's {data.batch_rows} rows at a time"),
