@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
 from lm.model import Transformer
 from lm.scoring import answers, questions
+from lm.text_stream import TextStream
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def texts_of_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
 
     A token that begins a character and does not end it adds ""; the one that ends it adds the character.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    texts = [decoder.decode(tokenizer.decode_bytes([token])) for token in tokens]
+    stream = TextStream(tokenizer)
+    texts = [stream.add(token) for token in tokens]
     if texts:
-        texts[-1] += decoder.decode(b"", final=True)
+        texts[-1] += stream.finish()
     return texts
