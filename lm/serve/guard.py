@@ -88,7 +88,7 @@ class Guard:
             raise ApiError(403, f"pages of {origin} may not ask here: see --allow-origin", code="foreign_origin")
         if self.door.key is not None and path.startswith(KEYED):
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self.door.key.encode()):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), self.door.key.encode()):
                 raise ApiError(
                     401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
                 )
