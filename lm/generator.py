@@ -12,7 +12,8 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
-from lm.cache import KVCache, ReadingPrompt, WritingTokens
+from lm.cache import KVCache, ReadingPrompt
+from lm.decoding import decoder
 from lm.model import Transformer
 from lm.sampling import Sampling, draw, filtered, log_probabilities, penalised
 from lm.text_stream import TextStream
@@ -103,6 +104,7 @@ class Generator:
         self._max_rows, self._reuse = max_rows, reuse
         self._device = model.embedding.weight.device
         self._cache = KVCache.empty(model.config, max_rows, context_length, model.embedding.weight)
+        self._next = decoder(model, self._cache)
         self._waiting: deque[_Request] = deque()
         self._live: list[_Request] = []
         self._left_over: list[int] = []  # the tokens that the first row after the live ones holds
@@ -190,12 +192,8 @@ class Generator:
 
     def _next_logits(self) -> Tensor:
         """Logits (rows, vocabulary) of the token after the last of each live text, on the CPU, in float32."""
-        rows = len(self._live)
-        writing = WritingTokens(self._cache, rows)
-        inputs = torch.tensor([request.tokens[-1:] for request in self._live], device=self._device)
-        hidden = self._model(inputs, writing.positions, writing.lo, writing.hi, writing)
-        writing.done()
-        return writable(self._model.logits(hidden[:, 0]).cpu(), self._tokenizer)
+        logits = self._next([request.tokens[-1] for request in self._live])
+        return writable(logits, self._tokenizer)
 
     def _choose(self, logits: Tensor) -> list[int]:
         """The next token of each live text; rows with equal filters are filtered together."""
