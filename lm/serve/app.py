@@ -27,7 +27,7 @@ PAGE = Path(__file__).parent.parent / "templates" / "serve"
 
 
 def make_app(service: Service, door: Door) -> Starlette:
-    """The application that serves a run to whom the door lets in."""
+    """The application that serves a run to whom the door lets in; ``state.engine`` is its engine."""
     engine = Engine(service.make_writer, service.places)
     openai, own = OpenAI(service, engine), Own(service, engine)
 
@@ -65,7 +65,7 @@ def make_app(service: Service, door: Door) -> Starlette:
         )
         middleware = [cors, *middleware]
     told = dict.fromkeys((ApiError, UserError, BusyError, StoppedError, FailedError), _tell)
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=middleware,
         exception_handlers={
@@ -76,6 +76,8 @@ def make_app(service: Service, door: Door) -> Starlette:
         },
         lifespan=lifespan,
     )
+    app.state.engine = engine
+    return app
 
 
 async def _tell(_: Request, error: Exception) -> Response:

@@ -90,10 +90,14 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def close(self) -> None:
-        """Let go of everything, and end the thread."""
+    def stop(self) -> None:
+        """Take nothing more, and let go of everything: who waits is told so."""
         self._closed = True
         self._arriving.put(None)
+
+    async def close(self) -> None:
+        """``stop``, and wait until the thread has ended."""
+        self.stop()
         await asyncio.to_thread(self._thread.join)
 
     @asynccontextmanager

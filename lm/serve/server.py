@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import signal
 import socket
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.applications import Starlette
 
 from data_prep.errors import UserError
+from lm.serve.engine import Engine
 
 WAITING_CONNECTIONS = 2048
 # What is still being answered when a signal comes is let go of after this.
@@ -32,9 +34,22 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}, port {port}: {(error.strerror or str(error)).lower()}") from None
 
 
-def make_server(app: ASGIApp) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """uvicorn's, which gives the engine up when what is being answered at its end does not finish."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        giving_up = asyncio.get_running_loop().call_later(SECONDS_TO_FINISH, self._engine.stop)
+        await super().shutdown(sockets)
+        giving_up.cancel()
+
+
+def make_server(app: Starlette) -> Server:
     """A server without a log of each request; ``run`` it on sockets of ``listen``."""
-    return uvicorn.Server(
+    return Server(
         uvicorn.Config(
             app,
             log_level="warning",
@@ -42,12 +57,13 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
             server_header=False,
             lifespan="on",
             ws="none",
-            timeout_graceful_shutdown=SECONDS_TO_FINISH,
-        )
+            timeout_graceful_shutdown=2 * SECONDS_TO_FINISH,  # for clients that do not read what they are told
+        ),
+        app.state.engine,
     )
 
 
-def serve(app: ASGIApp, listening: socket.socket) -> None:
+def serve(app: Starlette, listening: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM; what is being answered then has some seconds to finish."""
     server = make_server(app)
     # Having ended, uvicorn raises the signal again; leaving is then no failure.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ class Served:
 
     service: Service
     port: int
+    stop: Callable[[], None]
 
     @property
     def url(self) -> str:
@@ -125,11 +127,11 @@ def serve_run(run: Run, door: Door = LOCAL, limits: Limits = FEW) -> Iterator[Se
     thread.start()
     try:
         until = time.monotonic() + 20
-        while not server.started:
+        while not (server.started and "writer" in service.__dict__):
             assert thread.is_alive()
             assert time.monotonic() < until
             time.sleep(0.005)
-        yield Served(service, listening.getsockname()[1])
+        yield Served(service, listening.getsockname()[1], partial(setattr, server, "should_exit", True))
     finally:
         server.should_exit = True
         thread.join(30)

@@ -202,7 +202,7 @@ def test_closing_tells_those_who_still_wait():
     async def test(engine: Engine) -> None:
         task = asyncio.create_task(written(engine, (20, ENDLESS)))
         await asyncio.sleep(0.05)
-        await engine.close()
+        engine.stop()
         with pytest.raises(StoppedError):
             await task
         with pytest.raises(StoppedError):

@@ -9,6 +9,7 @@ import math
 import shutil
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -18,6 +19,7 @@ from lm.generator import stream
 from lm.run_directory import open_run
 from lm.sampling import Sampling
 from lm.scoring import log_likelihoods
+from lm.serve import server
 from lm.serve.engine import _Job
 from lm.serve.schema import Limits
 
@@ -307,6 +309,29 @@ def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(trained, serving,
         assert events
         assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
         assert empty == ""
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_does_not_finish_in_time_is_told_that_the_server_ends(trained, serving, monkeypatch, streamed, caplog):
+    monkeypatch.setattr(server, "SECONDS_TO_FINISH", 0.1)
+    limits = Limits(new_tokens=100_000)
+    with serving(trained, limits=limits) as served, ThreadPoolExecutor() as threads:
+        asked = {
+            "prompt": "the",
+            "max_tokens": 100_000,
+            "stream": streamed,
+            "repetition_penalty": 0.5,
+            "temperature": 0,
+        }
+        answer = threads.submit(served.ask, "/v1/completions", asked)
+        while not served.writer.busy:
+            time.sleep(0.001)
+        served.stop()
+        told = answer.result(30)
+    assert told.status == (200 if streamed else 503)
+    error = json.loads(told.body.decode().split("\n\n")[-2].removeprefix("data: ") if streamed else told.body)["error"]
+    assert error["message"] == "the server is going down"
+    assert "Traceback" not in caplog.text
 
 
 def test_probabilities_are_probabilities(client):
