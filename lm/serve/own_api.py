@@ -11,12 +11,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from data_prep.tokenizers import Tokenizer
+from lm.infill import MASK_WORD
 from lm.run_directory import METRICS
 from lm.serve.answers import token_name
 from lm.serve.engine import Engine
 from lm.serve.guard import read_body, unless_gone
 from lm.serve.live import metrics_from
-from lm.serve.schema import MOST_ALTERNATIVES, ApiError, Fields, parse_json, tokens_of
+from lm.serve.schema import MOST_ALTERNATIVES, ApiError, Fields, parse_json, refuse_enormous, tokens_of
 from lm.serve.service import Service
 from lm.token_probabilities import TokenProbability, texts_of_tokens
 
@@ -33,7 +34,10 @@ class Own:
         fields = await self._fields(request)
         text, top = fields.text("text"), fields.whole("top", 5, 1, MOST_ALTERNATIVES)
         fields.done()
-        (filled,) = await unless_gone(request, self.engine.compute(self.service.fill(text, top)))
+        service = self.service
+        words = text.replace(MASK_WORD, "")
+        await asyncio.to_thread(refuse_enormous, words, service.tokenizer, service.context_length, "text")
+        (filled,) = await unless_gone(request, self.engine.compute(service.fill(text, top)))
         return JSONResponse(
             {
                 "text": filled.text,

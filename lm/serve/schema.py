@@ -16,6 +16,7 @@ LARGEST_SEED = 2**63
 MOST_CHOICES = 128
 MOST_STOPS = 16
 MOST_ALTERNATIVES = 50
+CHARACTERS_LOOKED_AT = 64  # for each token of the context
 # Fields that say something to OpenAI's own service, and change nothing here.
 WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Fields of OpenAI's that are not here, with the values that ask for nothing.
@@ -325,16 +326,30 @@ def _message(fields: Fields, number: int, message: Any) -> dict[str, str]:
 
 def tokens_of(prompt: str | list[int], tokenizer: Tokenizer, context_length: int, param: str) -> Sequence[int]:
     """The tokens of a prompt. Raises ApiError if some do not exist, or they are more than the model reads at once."""
-    tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    if isinstance(prompt, str):
+        refuse_enormous(prompt, tokenizer, context_length, param)
+        tokens = tokenizer.encode(prompt)
+    else:
+        tokens = prompt
     if len(tokens) >= context_length:
-        raise ApiError(
-            400,
-            f'"{param}" has {len(tokens):,} tokens; this model reads at most {context_length - 1:,} at once',
-            param=param,
-            code="context_length_exceeded",
-        )
+        raise _too_long(f"{len(tokens):,}", context_length, param)
     if strange := next((token for token in tokens if not 0 <= token < tokenizer.vocab_size), None):
         raise ApiError(
             400, f'"{param}" has the token id {strange}; ids are from 0 to {tokenizer.vocab_size - 1}', param=param
         )
     return tokens
+
+
+def refuse_enormous(text: str, tokenizer: Tokenizer, context_length: int, param: str) -> None:
+    """Raise ApiError if the beginning of a text alone is far too long: a megabyte is not encoded only to be refused.
+
+    Where a text is cut its tokens may be others than in the whole, but never so many.
+    """
+    beginning = text[: CHARACTERS_LOOKED_AT * context_length]
+    if len(beginning) < len(text) and len(tokenizer.encode(beginning)) >= 2 * context_length:
+        raise _too_long(f"more than {context_length:,}", context_length, param)
+
+
+def _too_long(tokens: str, context_length: int, param: str) -> ApiError:
+    message = f'"{param}" has {tokens} tokens; this model reads at most {context_length - 1:,} at once'
+    return ApiError(400, message, param=param, code="context_length_exceeded")

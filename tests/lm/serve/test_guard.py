@@ -97,8 +97,9 @@ def test_a_body_that_is_too_large_is_refused_and_told(served):
     assert (answer.status, answer.error["code"]) == (413, "request_too_large")
     answer = served.ask("/v1/completions", b'{"prompt": "' + b"a" * (limit - 20) + b'"}')
     assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
-    answer = served.ask("/api/probabilities", b'{"text": "' + b"a" * (limit - 20) + b'"}')
-    assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+    for path in ("/api/probabilities", "/api/fill"):
+        answer = served.ask(path, b'{"text": "[MASK]' + b"a" * (limit - 30) + b'"}')
+        assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
 
 
 def test_addresses_and_methods_that_are_not_there_are_told_as_the_rest(served):

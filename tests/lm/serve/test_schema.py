@@ -202,6 +202,9 @@ def test_prompts_longer_than_the_context_and_unknown_ids_are_refused(trained):
     with pytest.raises(ApiError, match="has 32 tokens; this model reads at most 31") as caught:
         tokens_of([1] * 32, tokenizer, 32, "prompt")
     assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(ApiError, match="has more than 32 tokens; this model reads at most 31") as caught:
+        tokens_of("The captain " * 1000, tokenizer, 32, "prompt")
+    assert caught.value.code == "context_length_exceeded"
     for strange in (-1, tokenizer.vocab_size):
         with pytest.raises(ApiError, match=f"token id {strange}"):
             tokens_of([1, strange], tokenizer, 32, "prompt")
