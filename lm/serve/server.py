@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import signal
 import socket
 from typing import Any
@@ -66,6 +67,7 @@ def make_server(app: Starlette) -> Server:
 def serve(app: Starlette, listening: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM; what is being answered then has some seconds to finish."""
     server = make_server(app)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that hung up
     # Having ended, uvicorn raises the signal again; leaving is then no failure.
     before = {number: signal.signal(number, _ignore) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -52,6 +52,7 @@ async function answer(text) {
   say("chat-status", "");
   const conversation = messages;
   let reply = "";
+  let failed = false;
   try {
     for await (const event of answered(conversation, controller.signal)) {
       for (const choice of event.choices) {
@@ -61,12 +62,14 @@ async function answer(text) {
     }
   } catch (error) {
     if (error.name !== "AbortError") say("chat-status", error.message, true);
+    failed = true;
   } finally {
     bubble.classList.remove("busy");
     if (reply.trim()) conversation.push({ role: "assistant", content: reply.trim() });
     else {
       conversation.pop();
       bubble.remove();
+      if (!failed) say("chat-status", "The model ended its turn without a word.");
     }
     stopping = null;
     $("chat-stop").disabled = true;
