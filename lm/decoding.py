@@ -24,6 +24,9 @@ from lm.model import Block, Transformer, rotary_table
 # Positions whose angles are computed at a time: the same ones together, so that their bits never depend on the batch.
 POSITIONS_AT_ONCE = 1024
 
+# The order chosen for 16 rows is the best for one row too: 1.5 times as fast as the one that is chosen for one row.
+PACKED_FOR_ROWS = 16
+
 Step = Callable[[list[int]], Tensor]
 
 
@@ -38,7 +41,7 @@ def decoder(model: Transformer, cache: KVCache) -> Step:
 
 def _step_of_the_model(model: Transformer, cache: KVCache, tokens: list[int]) -> Tensor:
     writing = WritingTokens(cache, len(tokens))
-    inputs = torch.tensor(tokens, device=cache.keys.device)[:, None]
+    inputs = torch.tensor(tokens, device=cache.stored.device)[:, None]
     hidden = model(inputs, writing.positions, writing.lo, writing.hi, writing)
     writing.done()
     return model.logits(hidden[:, 0]).cpu()
@@ -47,9 +50,9 @@ def _step_of_the_model(model: Transformer, cache: KVCache, tokens: list[int]) ->
 class Packed:
     """A matrix (outputs, inputs) in the order in which oneDNN's product reads it fastest, for few rows of input."""
 
-    def __init__(self, weight: Tensor, rows: int) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self.inputs = weight.shape[1]
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
         self._product: Any = torch.ops.mkldnn._linear_pointwise.default  # looked up once: that takes time, too
         self._with_other: Any = torch.ops.mkldnn._linear_pointwise.binary
 
@@ -87,10 +90,10 @@ class PackedDecoder:
         rows = len(cache.lengths)
         with torch.inference_mode():
             self._embedding = model.embedding.weight.detach()
-            self._layers = [_packed(cast(Block, block), rows) for block in model.blocks]
+            self._layers = [_packed(cast(Block, block)) for block in model.blocks]
             cap = self._config.logit_softcap
             head = model.head_weight * model.norm.weight * self._config.hidden_size**0.5
-            self._head = Packed(head / cap if cap else head, rows)
+            self._head = Packed(head / cap if cap else head)
             self._turns = torch.empty(0, 2, self._config.head_width)
             self.least_rows = least_rows_with_equal_bits([self._layers[0].down, self._layers[0].up, self._head], rows)
 
@@ -105,19 +108,16 @@ class PackedDecoder:
         cos, sin = self._rotary(lengths + [0] * (padded - rows))
         x = self._embedding.index_select(0, torch.tensor(tokens + [0] * (padded - rows)))
         heads, kv_heads, width = config.num_heads, config.key_value_heads, config.head_width
-        for layer, matrices in enumerate(self._layers):
+        for stored, matrices in zip(cache.stored, self._layers, strict=True):
             qkv = matrices.heads.times(self._normed(x)).view(padded, -1, width)
             qk = qkv[:, : heads + kv_heads]
             if matrices.head_weights is not None:
-                qk = qk * _inverse_norm(qk, config.norm_epsilon * width) * matrices.head_weights
+                qk.mul_(_inverse_norm(qk, config.norm_epsilon * width)).mul_(matrices.head_weights)
             # (a, b) of each pair becomes (a cos - b sin, b cos + a sin); the halves of a head hold a and b.
-            halves = qk.unflatten(2, (2, width // 2)).flip(2).flatten(2)
-            qk = torch.addcmul(qk * cos, halves, sin)
-            keys, values = cache.keys[layer], cache.values[layer]
-            keys[places, :, slots] = qk[:rows, heads:]
-            values[places, :, slots] = qkv[:rows, heads + kv_heads :]
-            seen = self._attend(qk[:, :heads], keys, values, filled)
-            x = matrices.output.times_and(seen, "add", x)
+            exchanged = qk.view(padded, -1, 2, width // 2).flip(2).view(padded, -1, width)
+            qk.mul_(cos).addcmul_(exchanged, sin)
+            stored[:, places, :, slots] = qkv[:rows, heads:].view(rows, 2, kv_heads, width)
+            x = matrices.output.times_and(_attend(qkv[:, :heads], stored, filled), "add", x)
             y = self._normed(x)
             if matrices.gate is not None:
                 inner = matrices.up.times_and(y, "mul", matrices.gate.times(y, "swish"))
@@ -143,23 +143,24 @@ class PackedDecoder:
         chosen = self._turns.index_select(0, torch.tensor(positions))
         return chosen[:, :1], chosen[:, 1:]
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, filled: list[int]) -> Tensor:
-        """What each row's queries (padded rows, heads, width) see of its own keys, (padded rows, heads · width).
 
-        Neighbours with equally many keys go together: a product for each row and key-value head, on its own.
-        """
-        kv_heads, _, width = keys.shape[1:]
-        group = q.shape[1] // kv_heads
-        out = q.new_zeros(len(q), q.shape[1] * width)
-        start = 0
-        for count, run in groupby(filled):
-            end = start + len(list(run))
-            queries = q[start:end].reshape(-1, group, width)
-            k, v = (stored[start:end].flatten(0, 1)[:, :count] for stored in (keys, values))
-            weights = torch.bmm(queries, k.transpose(1, 2)).softmax(-1)
-            torch.bmm(weights, v, out=out[start:end].view(-1, group, width))
-            start = end
-        return out
+def _attend(q: Tensor, stored: Tensor, filled: list[int]) -> Tensor:
+    """What each row's queries (padded rows, heads, width) see of its own keys, (padded rows, heads · width).
+
+    Neighbours with equally many keys go together: a product for each row and key-value head, on its own.
+    """
+    kv_heads, _, width = stored.shape[2:]
+    group = q.shape[1] // kv_heads
+    parts, start = [], 0
+    for count, run in groupby(filled):
+        end = start + sum(1 for _ in run)
+        keys, values = stored[:, start:end, :, :count].flatten(1, 2)
+        weights = torch.bmm(q[start:end].reshape(-1, group, width), keys.transpose(1, 2)).softmax(-1)
+        parts.append(torch.bmm(weights, values).view(end - start, -1))
+        start = end
+    if start < len(q):
+        parts.append(q.new_zeros(len(q) - start, q.shape[1] * width))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _inverse_norm(x: Tensor, epsilon: float) -> Tensor:
@@ -167,7 +168,7 @@ def _inverse_norm(x: Tensor, epsilon: float) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(epsilon).rsqrt_()
 
 
-def _packed(block: Block, rows: int) -> _Layer:
+def _packed(block: Block) -> _Layer:
     attention, inner = block.attention, block.feed_forward
     root, width = block.attention_norm.weight.numel() ** 0.5, attention.head_width
     query, key, value = (
@@ -182,12 +183,12 @@ def _packed(block: Block, rows: int) -> _Layer:
         head_weights = torch.cat([weight.expand(len(matrix) // width, width) for weight, matrix in per_head])
     norm = block.feed_forward_norm.weight * root
     return _Layer(
-        heads=Packed(torch.cat((query, key, value)), rows),
+        heads=Packed(torch.cat((query, key, value))),
         head_weights=head_weights,
-        output=Packed(attention.output.weight, rows),
-        gate=Packed(inner.gate.weight * norm, rows) if inner.gated else None,
-        up=Packed(inner.up.weight * norm, rows),
-        down=Packed(inner.down.weight, rows),
+        output=Packed(attention.output.weight),
+        gate=Packed(inner.gate.weight * norm) if inner.gated else None,
+        up=Packed(inner.up.weight * norm),
+        down=Packed(inner.down.weight),
     )
 
 

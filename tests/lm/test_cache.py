@@ -63,7 +63,7 @@ def test_a_row_that_moved_goes_on_as_it_would_have(length):
         model(tokens if row else tokens.flip(1), reading.positions, reading.lo, reading.hi, reading)
         reading.done()
     cache.move(2, 0)
-    cache.keys[:, 2], cache.values[:, 2] = 100.0, 100.0
+    cache.stored[:, :, 2] = 100.0
     writing = WritingTokens(cache, 1)
     hidden = model(torch.tensor([[5]]), writing.positions, writing.lo, writing.hi, writing)[0, 0]
     whole = read_anew(model, torch.tensor([*tokens[0], 5]), 8)
@@ -74,6 +74,5 @@ def test_a_cache_of_any_dtype_begins_with_zeros():
     config = model_of().config
     for dtype in (torch.float32, torch.bfloat16):
         cache = KVCache.empty(config, 2, 16, torch.empty(0, dtype=dtype))
-        assert cache.keys.dtype == cache.values.dtype == dtype
-        assert not cache.keys.any()
-        assert not cache.values.any()
+        assert cache.stored.dtype == dtype
+        assert not cache.stored.any()

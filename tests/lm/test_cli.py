@@ -172,7 +172,7 @@ def test_sample_as_json_has_a_line_each(run):
     fill = "The old [MASK] found a [MASK]."
     result = kindling("sample", run, "--json", "--prompt", "The café", "--fill", fill, "--temperature", 0)
     first, second = map(json.loads, result.stdout.splitlines())
-    assert first.keys() == {"prompt", "continuation"}
+    assert first.keys() == {"prompt", "continuation", "finish_reason"}
     assert first["prompt"] == "The café"
     assert second["fill"] == fill
     assert [len(candidates) for candidates in second["candidates"]] == [5, 5]

@@ -84,7 +84,7 @@ def test_rows_are_added_until_the_bits_of_a_product_do_not_depend_on_them():
 
     assert least_rows_with_equal_bits([Stub()], 8) == 3
     assert least_rows_with_equal_bits([], 8) == 1
-    long = Packed(torch.randn(64, 4096), 16)  # where oneDNN may take another kernel for one row
+    long = Packed(torch.randn(64, 4096))  # where oneDNN may take another kernel for one row
     least = least_rows_with_equal_bits([long], 16)
     x = torch.randn(16, 4096)
     for rows in range(least, 17):

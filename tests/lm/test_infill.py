@@ -11,6 +11,7 @@ from data_prep.tokenizers import Tokenizer
 from lm import masks
 from lm.infill import fill_masks
 from lm.model import Transformer
+from lm.sampling import Sampling
 from tests.lm.test_generator import restless_model
 
 
@@ -84,3 +85,47 @@ def test_nothing_to_fill_is_an_error(model, trained):
 def test_a_text_beyond_the_context_cannot_be_filled(model, trained):
     with pytest.raises(UserError, match="reads at most 32 at once"):
         fill_masks(model, trained.tokenizer, "[MASK] and so on" * 20, "masked_next_token", 32)
+
+
+def test_a_number_stands_for_as_many_masks(model, trained):
+    tokenizer = trained.tokenizer
+    spelled = fill_masks(model, tokenizer, "The old [MASK][MASK][MASK] found", "masked_next_token", 32)
+    assert fill_masks(model, tokenizer, "The old [MASK:3] found", "masked_next_token", 32) == spelled
+    assert len(spelled.candidates) == 3
+    for text in ("The [MASK:0]", "The [MASK:]", "The [MASK:x]"):
+        with pytest.raises(UserError, match="nothing to fill"):
+            fill_masks(model, tokenizer, text, "masked_next_token", 32)
+
+
+def test_a_round_for_each_mask_is_what_is_done_without_a_number_of_rounds(dataset):
+    model, tokenizer = restless_model(400), dataset.tokenizer
+    text = "The [MASK:4] found [MASK] behind [MASK:2]"
+    assert fill_masks(model, tokenizer, text, "masked_token", 64, rounds=99) == fill_masks(
+        model, tokenizer, text, "masked_token", 64
+    )
+
+
+def test_one_round_takes_each_mask_as_it_is_seen_first(dataset):
+    model, tokenizer = restless_model(400), dataset.tokenizer
+    tokens = [tokenizer.end_of_text_id, *tokenizer.encode("The"), *[tokenizer.mask_id] * 6]
+    with torch.no_grad():
+        bounds = masks.bidirectional(1, len(tokens))
+        logits = model.logits(model(torch.tensor([tokens]), torch.arange(len(tokens))[None], *bounds))[0, -6:]
+    logits[:, [tokenizer.end_of_text_id, tokenizer.padding_id, tokenizer.mask_id]] = -math.inf
+    once = fill_masks(model, tokenizer, "The [MASK:6]", "masked_token", 64, rounds=1, top=1)
+    assert [each[0][0] for each in once.candidates] == [tokenizer.decode([int(i)]) for i in logits.argmax(-1)]
+
+
+def test_drawn_texts_are_those_of_their_seed_and_keep_what_was_there(model, trained):
+    def written(seed: int, rounds: int = 4, temperature: float = 1.5) -> str:
+        sampling = Sampling(temperature=temperature, seed=seed)
+        text = "The old miller [MASK:12] under a wide sky."
+        return fill_masks(
+            model, trained.tokenizer, text, "masked_next_token", 32, rounds=rounds, sampling=sampling
+        ).text
+
+    texts = [written(seed) for seed in range(4)]
+    assert texts == [written(seed) for seed in range(4)]
+    assert len(set(texts)) == 4
+    assert all(text.startswith("The old miller") and text.endswith(" under a wide sky.") for text in texts)
+    assert len({written(seed, temperature=0) for seed in range(4)}) == 1

@@ -1,0 +1,214 @@
+"""Writing on the CPU beside ``transformers`` and llama.cpp, with the same weights, in float32, all in one process.
+
+    python -m benchmarks.generate [--rounds 5] [--threads 2] [--rows 1 16] [--no-llama]
+
+An untrained model with drawn weights (256 wide, 8 layers, 8 heads, vocabulary of 8,192) is exported both ways; each
+then reads prompts of 128 tokens and writes 256 more, the likeliest each time, in turn. The time is that of everything,
+prompts included. Ours is ``lm.generator.Generator``; ``transformers`` its ``generate`` as it comes; llama.cpp (``pip
+install llama-cpp-python``, built on the machine) its library, all rows in one batch, the cache of keys and values in
+float32 too. All have ``--threads`` threads. Told beside the medians: tokens for each CPU second of all threads, how
+many of the tokens are ours, and the bytes of weights times the steps a second, as a share of the rate at which memory
+is copied (bytes read and written).
+
+The threads of all three spin while they wait for each other, which on a busy machine takes a hundred times the work's
+time: there use one thread, or OMP_WAIT_POLICY=passive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import torch
+import transformers
+
+from benchmarks.side_by_side import in_turn
+from data_prep.builtin_corpus import builtin_documents
+from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
+from lm import checkpoint
+from lm.config import Config
+from lm.export import export_huggingface, unwritable_ids
+from lm.export_gguf import export_gguf
+from lm.generator import Generator
+from lm.model import Transformer
+from lm.run_directory import Run, open_run, plain_settings
+from lm.sampling import Sampling
+
+PROMPT, WRITTEN = 128, 256
+SHAPE = {"num_layers": 8, "hidden_size": 256, "num_heads": 8, "vocab_size": 8192, "context_length": 512}
+
+Writer = Callable[[list[list[int]]], list[list[int]]]  # prompts, each with its first token → what was written
+
+
+def drawn_run(folder: Path) -> Run:
+    """A run with weights far from their start that never ends a text by itself."""
+    texts = (text for _, text in builtin_documents())
+    tokenizer = train_tokenizer(texts, TokenizerSettings(vocab_size=SHAPE["vocab_size"], train_bytes=3_000_000))
+    config = Config().replace(objective="next_token", **SHAPE)
+    model = Transformer(config.model).initialise(1)
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
+        model.embedding.weight[tokenizer.end_of_text_id] = 0.0  # no token's score is below the likeliest's 0
+    folder.mkdir()
+    tokenizer.save(folder / "tokenizer.json")
+    config.save(folder / "config.toml")
+    state = {"tokenizer_sha256": tokenizer.sha256, "config": plain_settings(config)}
+    checkpoint.save(folder / "checkpoints", 1, model.state_dict(), {}, state)
+    return open_run(folder)
+
+
+def ours(run: Run, rows: int) -> Writer:
+    generator = Generator(
+        run.load_model(torch.device("cpu")), run.tokenizer, run.config.data.context_length, max_rows=rows
+    )
+    greedy = Sampling(temperature=0, max_new_tokens=WRITTEN)
+
+    def write(prompts: list[list[int]]) -> list[list[int]]:
+        texts: dict[int, list[int]] = {generator.add(prompt[1:], greedy): [] for prompt in prompts}
+        while generator.busy:
+            for event in generator.step():
+                assert event.token is not None
+                texts[event.handle].append(event.token)
+        return list(texts.values())
+
+    return write
+
+
+def of_transformers(folder: Path) -> Writer:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def write(prompts: list[list[int]]) -> list[list[int]]:
+        inputs = torch.tensor(prompts)
+        with torch.inference_mode():
+            made = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                do_sample=False,
+                min_new_tokens=WRITTEN,
+                max_new_tokens=WRITTEN,
+            )
+        return [[int(token) for token in row[PROMPT:]] for row in made]
+
+    return write
+
+
+def of_llama_cpp(path: Path, rows: int, threads: int, unwritable: list[int]) -> Writer:
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    silent = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx = rows * SHAPE["context_length"]
+    settings.n_batch = settings.n_ubatch = max(512, rows * PROMPT)
+    settings.n_seq_max = rows
+    settings.n_threads = settings.n_threads_batch = threads
+    settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
+    context = llama_cpp.llama_init_from_model(model, settings)
+    batch = llama_cpp.llama_batch_init(settings.n_batch, 0, 1)
+
+    def read(tokens: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Read (token, place, row, whether to go on from it); the likeliest next token of each that is gone on from."""
+        batch.n_tokens = len(tokens)
+        asked = []
+        for i, (token, place, row, last) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, place, 1, row
+            batch.logits[i] = last
+            if last:
+                asked.append(i)
+        assert llama_cpp.llama_decode(context, batch) == 0
+        chosen = []
+        for i in asked:
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (SHAPE["vocab_size"],))
+            logits[unwritable] = -np.inf
+            chosen.append(int(logits.argmax()))
+        return chosen
+
+    def write(prompts: list[list[int]]) -> list[list[int]]:
+        assert silent is not None  # llama.cpp calls it as long as it runs
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        inputs = [
+            (token, place, row, place == PROMPT - 1)
+            for row, prompt in enumerate(prompts)
+            for place, token in enumerate(prompt)
+        ]
+        texts: list[list[int]] = [[] for _ in prompts]
+        for place in range(PROMPT, PROMPT + WRITTEN):
+            chosen = read(inputs)
+            for text, token in zip(texts, chosen, strict=True):
+                text.append(token)
+            inputs = [(token, place, row, True) for row, token in enumerate(chosen)]
+        return texts
+
+    return write
+
+
+def copy_rate() -> float:
+    """Bytes a second that are read and written together when 256 MB are copied, at best."""
+    source = torch.ones(64 << 20)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(7):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.numel() * source.element_size() / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--no-llama", action="store_true", help="leave llama.cpp out")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers.logging.set_verbosity_error()
+    draw = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name:
+        run = drawn_run(Path(name) / "run")
+        export_huggingface(run, Path(name) / "hf", run.newest(), "next_token")
+        export_gguf(run, Path(name) / "model.gguf", run.newest(), "next_token")
+        unwritable = unwritable_ids(run.tokenizer, SHAPE["vocab_size"])
+        for rows in arguments.rows:
+            writers = {"kindling": ours(run, rows), "transformers": of_transformers(Path(name) / "hf")}
+            if not arguments.no_llama:
+                writers["llama.cpp"] = of_llama_cpp(Path(name) / "model.gguf", rows, arguments.threads, unwritable)
+            first = run.tokenizer.end_of_text_id
+            prompts = [[first, *draw.integers(10, SHAPE["vocab_size"], PROMPT - 1).tolist()] for _ in range(rows)]
+            compare(writers, prompts, run, arguments.rounds)
+
+
+def compare(writers: dict[str, Writer], prompts: list[list[int]], run: Run, rounds: int) -> None:
+    made = {name: write(prompts) for name, write in writers.items()}
+    calls = {name: (lambda write=write: write(prompts)) for name, write in writers.items()}
+    timings = in_turn(calls, rounds=rounds, warm_up=0)
+    weights = 4 * sum(p.numel() for p in run.load_model(torch.device("cpu")).parameters())
+    rate = copy_rate()
+    print(f"{len(prompts)} rows, {torch.get_num_threads()} threads; memory is copied at {rate / 1e9:.1f} GB/s")
+    tokens = WRITTEN * len(prompts)
+    for name, timing in timings.items():
+        same = sum(a == b for x, y in zip(made[name], made["kindling"], strict=True) for a, b in zip(x, y, strict=True))
+        print(
+            f"  {name:12}  {tokens / timing.wall:7.0f} tokens/s  {tokens / timing.cpu:7.0f} per CPU second  "
+            f"kindling is {timing.wall / timings['kindling'].wall:.2f} times as fast "
+            f"({timing.cpu / timings['kindling'].cpu:.2f} by CPU seconds)  "
+            f"weights at {weights * WRITTEN / timing.wall / rate:.0%} of the copy rate  "
+            f"{same / tokens:.1%} of our tokens"
+        )
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
