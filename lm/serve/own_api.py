@@ -13,11 +13,21 @@ from starlette.responses import JSONResponse, Response
 from data_prep.tokenizers import Tokenizer
 from lm.infill import MASK_WORD
 from lm.run_directory import METRICS
+from lm.sampling import Sampling
 from lm.serve.answers import token_name
 from lm.serve.engine import Engine
 from lm.serve.guard import read_body, unless_gone
 from lm.serve.live import metrics_from
-from lm.serve.schema import MOST_ALTERNATIVES, ApiError, Fields, parse_json, refuse_enormous, tokens_of
+from lm.serve.schema import (
+    LARGEST_SEED,
+    MOST_ALTERNATIVES,
+    MOST_ROUNDS,
+    ApiError,
+    Fields,
+    parse_json,
+    refuse_enormous,
+    tokens_of,
+)
 from lm.serve.service import Service
 from lm.token_probabilities import TokenProbability, texts_of_tokens
 
@@ -30,14 +40,21 @@ class Own:
     engine: Engine
 
     async def fill(self, request: Request) -> Response:
-        """``text`` with [MASK] → the filled text, in pieces, and for each mask the ``top`` likeliest tokens."""
+        """``text`` with [MASK] → the filled text, in pieces, and for each mask the ``top`` likeliest tokens.
+
+        In at most ``rounds`` passes, for nothing else is computed meanwhile; drawn by ``temperature`` and ``seed``.
+        """
         fields = await self._fields(request)
         text, top = fields.text("text"), fields.whole("top", 5, 1, MOST_ALTERNATIVES)
+        rounds = fields.whole("rounds", MOST_ROUNDS, 1, MOST_ROUNDS)
+        temperature, seed = fields.number("temperature", 0.0, 0, 100), fields.whole("seed", 0, 0, LARGEST_SEED - 1)
+        sampling = Sampling(temperature=temperature, seed=seed)
+        fields.refuse(sampling)
         fields.done()
         service = self.service
         words = text.replace(MASK_WORD, "")
         await asyncio.to_thread(refuse_enormous, words, service.tokenizer, service.context_length, "text")
-        (filled,) = await unless_gone(request, self.engine.compute(service.fill(text, top)))
+        (filled,) = await unless_gone(request, self.engine.compute(service.fill(text, top, rounds, sampling)))
         return JSONResponse(
             {
                 "text": filled.text,

@@ -16,6 +16,7 @@ LARGEST_SEED = 2**63
 MOST_CHOICES = 128
 MOST_STOPS = 16
 MOST_ALTERNATIVES = 50
+MOST_ROUNDS = 32
 CHARACTERS_LOOKED_AT = 64  # for each token of the context
 # Fields that say something to OpenAI's own service, and change nothing here.
 WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
@@ -151,6 +152,11 @@ class Fields:
         within.problems = self.problems
         return within
 
+    def refuse(self, sampling: Sampling) -> None:
+        """What cannot be of settings made of these fields is wrong with the fields."""
+        for problem in sampling.problems():
+            self.problem(*problem.split(" ", 1))
+
     def leftovers(self) -> None:
         """Every field that was not taken is wrong."""
         for name, value in self._body.items():
@@ -259,9 +265,7 @@ def _wishes(fields: Fields, logprobs: int | None, max_new_tokens: int) -> Wishes
         seed=seed,
         logprobs=logprobs,
     )
-    for problem in sampling.problems():
-        name, sentence = problem.split(" ", 1)
-        fields.problem(name, sentence)
+    fields.refuse(sampling)
     stream = fields.flag("stream")
     model = None if fields.take("model") is None else fields.text("model")
     options = fields.inner("stream_options")

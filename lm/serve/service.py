@@ -14,6 +14,7 @@ from lm.infill import Filled, fill_masks
 from lm.model import Transformer, describe
 from lm.objectives import READOUTS
 from lm.run_directory import Run, plain_settings
+from lm.sampling import Sampling
 from lm.serve.schema import ApiError, Limits
 from lm.token_probabilities import TokenProbability, token_probabilities
 
@@ -77,7 +78,7 @@ class Service:
         if texts > self.places:
             raise ApiError(400, f"the request asks for {texts:,} texts; {self.places:,} are taken at once")
 
-    def fill(self, text: str, top: int) -> Iterator[Filled]:
+    def fill(self, text: str, top: int, rounds: int, sampling: Sampling) -> Iterator[Filled]:
         """One result, for ``Engine.compute``. Raises ApiError at once if the model cannot fill, UserError later."""
         readout = self.masked_readout
         if readout is None:
@@ -87,7 +88,20 @@ class Service:
                 "(POST /v1/completions), but not fill masks",
                 code="unsupported_readout",
             )
-        return (fill_masks(self.model, self.tokenizer, each, readout, self.context_length, top=top) for each in [text])
+
+        def filled() -> Iterator[Filled]:
+            yield fill_masks(
+                self.model,
+                self.tokenizer,
+                text,
+                readout,
+                self.context_length,
+                top=top,
+                rounds=rounds,
+                sampling=sampling,
+            )
+
+        return filled()
 
     def probabilities(self, tokens: list[int], readout: str, top: int) -> Iterator[list[TokenProbability]]:
         """The text's tokens in parts, for ``Engine.compute``."""

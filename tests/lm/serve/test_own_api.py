@@ -5,6 +5,7 @@ import math
 import pytest
 
 from lm.infill import fill_masks
+from lm.sampling import Sampling
 from lm.scoring import log_likelihoods
 
 TEXT = "The old miller found a café."
@@ -22,9 +23,22 @@ def test_filling_is_that_of_the_command_line(served):
     assert all(len(mask) == 3 and 0 < mask[-1]["probability"] <= 1 for mask in answer["candidates"])
 
 
+def test_many_masks_are_filled_in_few_rounds_by_temperature_and_seed(served):
+    service, text = served.service, "the captain [MASK:20]"
+    settings = {"rounds": 3, "temperature": 1.5, "seed": 4}
+    answer = served.ask("/api/fill", {"text": text, **settings}).json
+    sampling = Sampling(temperature=1.5, seed=4)
+    model, readout = (service.model, service.tokenizer), "masked_next_token"
+    expected = fill_masks(*model, text, readout, service.context_length, rounds=3, sampling=sampling)
+    assert answer["text"] == expected.text
+    assert answer["text"] != served.ask("/api/fill", {"text": text, **settings, "seed": 5}).json["text"]
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
+        ({"text": "[MASK]", "temperature": 0.001}, '"temperature" must be 0, or from 0.01'),
+        ({"text": "[MASK]", "rounds": 33}, "from 1 to 32"),
         ({"text": "no masks"}, "nothing to fill"),
         ({"text": "[MASK]" * 40}, "reads at most 32"),
         ({}, '"text" must be a text'),
