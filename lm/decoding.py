@@ -87,7 +87,6 @@ class PackedDecoder:
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self._config, self._cache = model.config, cache
-        rows = len(cache.lengths)
         with torch.inference_mode():
             self._embedding = model.embedding.weight.detach()
             self._layers = [_packed(cast(Block, block)) for block in model.blocks]
@@ -95,7 +94,9 @@ class PackedDecoder:
             head = model.head_weight * model.norm.weight * self._config.hidden_size**0.5
             self._head = Packed(head / cap if cap else head)
             self._turns = torch.empty(0, 2, self._config.head_width)
-            self.least_rows = least_rows_with_equal_bits([self._layers[0].down, self._layers[0].up, self._head], rows)
+            first = self._layers[0]
+            kinds = [first.heads, first.output, first.up, first.down, self._head]
+            self.least_rows = least_rows_with_equal_bits(kinds, max(len(cache.lengths), PACKED_FOR_ROWS))
 
     def step(self, tokens: list[int]) -> Tensor:
         """Logits (rows, vocabulary) after one more token of each of the first rows; ``lengths`` grow by one."""

@@ -117,8 +117,8 @@ def _smallest_set(logits: Tensor, order_by: Tensor, mass: float) -> Tensor:
     """Logits with -inf for all but the first tokens, by ``order_by``, whose probability together reaches ``mass``."""
     order = order_by.argsort(dim=-1, stable=True)
     probabilities = logits.softmax(-1).gather(-1, order)
-    before = probabilities.cumsum(-1) - probabilities
-    return logits.masked_fill((before >= mass).gather(-1, order.argsort(-1)), float("-inf"))
+    left_out = probabilities.cumsum(-1) - probabilities >= mass
+    return logits.masked_fill(left_out.scatter(-1, order, left_out), float("-inf"))
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
