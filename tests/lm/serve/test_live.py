@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from lm.metrics import MetricsLog
 from lm.serve import live
 from lm.serve.live import metrics_from
@@ -28,16 +30,19 @@ def test_what_was_added_since_is_told_and_half_a_line_waits(tmp_path):
     assert metrics_from(path, second["file"], second["next"])["lines"] == [{"step": 3, "loss": 5}]
 
 
-def test_a_file_that_was_cut_back_is_told_from_its_beginning(tmp_path):
+@pytest.mark.parametrize("more", [1, 20])
+def test_a_file_that_was_cut_back_is_told_from_its_beginning(tmp_path, more):
+    """Whether it is shorter by now or longer again."""
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0)
     for step in (1, 2, 3):
         log.write(line(step))
     first = metrics_from(path, "", 0)
     log.go_back(1)
-    log.write(line(7))
+    for step in range(7, 7 + more):
+        log.write(line(step))
     second = metrics_from(path, first["file"], first["next"])
-    assert (second["lines"], second["whole"]) == ([line(1), line(7)], True)
+    assert (second["lines"], second["whole"]) == ([line(1), *map(line, range(7, 7 + more))], True)
 
 
 def test_a_long_file_comes_in_parts_that_are_the_whole(tmp_path, monkeypatch):

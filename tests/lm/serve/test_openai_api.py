@@ -19,11 +19,12 @@ from lm.generator import stream
 from lm.run_directory import open_run
 from lm.sampling import Sampling
 from lm.scoring import log_likelihoods
-from lm.serve import server
+from lm.serve import openai_api, server
 from lm.serve.engine import _Job
 from lm.serve.schema import Limits
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
+ENDLESS = {"temperature": 0, "repetition_penalty": 0.5}  # says the same again and again
 HELLO = [{"role": "user", "content": "the old miller"}]
 
 
@@ -136,6 +137,16 @@ def test_a_chat_is_the_continuation_of_its_rendering(client, served):
     assert (parts, roles) == (text, ["assistant"])
 
 
+def test_plain_turns_end_where_the_next_one_begins(served, monkeypatch):
+    asked = {"messages": HELLO, **GREEDY}
+    text = served.ask("/v1/chat/completions", asked).json["choices"][0]["message"]["content"]
+    monkeypatch.setattr(openai_api, "PLAIN_STOPS", (text[6:9],))
+    choice = served.ask("/v1/chat/completions", asked).json["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text[: text.index(text[6:9])], "stop")
+    choice = served.ask("/v1/chat/completions", {**asked, "stop": text[2:5]}).json["choices"][0]
+    assert choice["message"]["content"] == text[: text.index(text[2:5])]
+
+
 def test_a_chat_without_a_limit_ends_where_the_context_does(client, served):
     answer = client.chat.completions.create(model="trained", messages=HELLO, temperature=0.0, logprobs=True)
     prompt = answer.usage.prompt_tokens
@@ -245,7 +256,7 @@ def test_beyond_the_limit_requests_are_told_to_come_again(trained, serving):
 
 def hang_up(served, streamed: bool, texts: int = 1) -> None:
     """Ask for long texts, wait until they are being written, and hang up."""
-    data = json.dumps({"prompt": "the", "max_tokens": 2048, "n": texts, "stream": streamed}).encode()
+    data = json.dumps({"prompt": "the", "max_tokens": 2048, "n": texts, "stream": streamed, **ENDLESS}).encode()
     with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data) + data
@@ -253,7 +264,9 @@ def hang_up(served, streamed: bool, texts: int = 1) -> None:
         got = b""
         while streamed and b"data: " not in got:
             got += connection.recv(1000)
+        until = time.monotonic() + 20
         while not streamed and not served.writer.busy:
+            assert time.monotonic() < until
             time.sleep(0.001)
 
 
@@ -320,8 +333,7 @@ def test_what_does_not_finish_in_time_is_told_that_the_server_ends(trained, serv
             "prompt": "the",
             "max_tokens": 100_000,
             "stream": streamed,
-            "repetition_penalty": 0.5,
-            "temperature": 0,
+            **ENDLESS,
         }
         answer = threads.submit(served.ask, "/v1/completions", asked)
         while not served.writer.busy:
