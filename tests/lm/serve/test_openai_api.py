@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import openai
 import pytest
@@ -245,7 +246,8 @@ def test_beyond_the_limit_requests_are_told_to_come_again(trained, serving):
         async def together() -> list[int]:
             url = f"{served.url}/v1"
             async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as many:
-                asked = (many.completions.create(model="trained", prompt="the", max_tokens=150) for _ in range(12))
+                create = partial(many.completions.create, model="trained", prompt="the", extra_body=ENDLESS)
+                asked = (create(max_tokens=500) for _ in range(12))
                 answers = await asyncio.gather(*asked, return_exceptions=True)
             return [200 if not isinstance(answer, Exception) else answer.status_code for answer in answers]
 
