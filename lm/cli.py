@@ -11,6 +11,7 @@ from lm.commands.evaluate import evaluate
 from lm.commands.export import export, import_run
 from lm.commands.report import compare, report
 from lm.commands.sample import sample
+from lm.commands.serve import serve
 from lm.commands.train import train
 
 
@@ -21,5 +22,5 @@ def main() -> None:
 
 
 main.add_command(prep, "prep")
-for command in (train, sample, evaluate, report, compare, export, import_run):
+for command in (train, sample, serve, evaluate, report, compare, export, import_run):
     main.add_command(command)

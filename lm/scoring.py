@@ -7,12 +7,13 @@ hidden once, alone, and the log-probabilities of the hidden tokens are added up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
@@ -76,22 +77,31 @@ def log_likelihoods(
         if question.targets
     )
     totals = np.zeros(len(texts), dtype=np.float64)
+    for answered, logits in answers(model, tokenizer, asked, readout, context_length):
+        wanted = torch.tensor([target for question in answered for target in question.targets], device=logits.device)
+        found = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+        owners = [question.owner for question in answered for _ in question.targets]
+        np.add.at(totals, owners, found.double().cpu().numpy())
+    return totals
+
+
+@torch.no_grad()
+def answers(
+    model: Transformer, tokenizer: Tokenizer, asked: Iterable[Question], readout: str, context_length: int
+) -> Iterator[tuple[list[Question], Tensor]]:
+    """The questions of each forward pass, with the logits (targets, vocabulary) at their places, in their order."""
     device = next(model.parameters()).device
     for rows in _packed(asked, context_length):
         inputs = np.full((len(rows), context_length), tokenizer.end_of_text_id, dtype=np.int64)
         begins = np.zeros(inputs.shape, dtype=bool)
         lengths = np.empty(len(rows), dtype=np.int64)
         where: list[tuple[int, int]] = []
-        targets: list[int] = []
-        owners: list[int] = []
         for number, row in enumerate(rows):
             at = 0
             for question in row:
                 begins[number, at] = True
                 inputs[number, at : at + len(question.tokens)] = question.tokens
                 where += [(number, at + place) for place in question.places]
-                targets += question.targets
-                owners += [question.owner] * len(question.targets)
                 at += len(question.tokens)
             lengths[number] = at
         width = int(lengths.max())
@@ -100,14 +110,10 @@ def log_likelihoods(
         batch = assemble(cut, cut, unused, begins[:, :width], both_ways, lengths).to(device)
         hidden = model(batch.inputs, batch.positions, batch.lo, batch.hi)
         row_of, place_of = torch.tensor(where, device=device).T
-        logits = model.logits(hidden[row_of, place_of])
-        wanted = torch.tensor(targets, device=device)
-        found = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-        np.add.at(totals, owners, found.double().cpu().numpy())
-    return totals
+        yield [question for row in rows for question in row], model.logits(hidden[row_of, place_of])
 
 
-def _packed(asked: Iterator[Question], context_length: int) -> Iterator[list[list[Question]]]:
+def _packed(asked: Iterable[Question], context_length: int) -> Iterator[list[list[Question]]]:
     """Questions in rows of at most ``context_length`` tokens, ``ROWS`` rows at a time."""
     rows: list[list[Question]] = [[]]
     used = 0

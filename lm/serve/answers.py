@@ -1,0 +1,235 @@
+"""Answers in OpenAI's words, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from data_prep.tokenizers import Tokenizer
+from lm.generator import Event
+from lm.text_stream import TextStream
+
+END_OF_EVENTS = "data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token with its log-probability, in nats, and the likeliest ones in its place."""
+
+    token: int
+    logprob: float
+    top: Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one choice: its text, its tokens where log-probabilities were asked for, and how it ended, if it did.
+
+    ``written`` counts the tokens that the model wrote.
+    """
+
+    text: str
+    scored: tuple[Scored, ...] = ()
+    written: int = 0
+    finish_reason: str | None = None
+
+
+Pieces = AsyncGenerator[tuple[int, Piece], None]  # (which choice, what comes next of it)
+
+
+def piece_of(event: Event) -> Piece:
+    scored: tuple[Scored, ...] = ()
+    if event.token is not None and event.logprob is not None:
+        scored = (Scored(event.token, event.logprob, event.top_logprobs),)
+    return Piece(event.text, scored, int(event.token is not None), event.finish_reason)
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces of one choice as one."""
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        tuple(scored for piece in pieces for scored in piece.scored),
+        sum(piece.written for piece in pieces),
+        pieces[-1].finish_reason,
+    )
+
+
+@dataclass
+class Usage:
+    """Tokens read and written; each prompt is counted once."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    def body(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {**vars(self), "total_tokens": total}
+
+
+class Shape(Protocol):
+    """How one of the two kinds of answers looks."""
+
+    prefix: str
+    kind: str
+    kind_of_chunk: str
+
+    def whole(self, index: int, piece: Piece) -> dict[str, Any]: ...
+    def opening(self, index: int) -> dict[str, Any] | None: ...
+    def delta(self, index: int, piece: Piece) -> dict[str, Any]: ...
+
+
+@dataclass
+class CompletionShape:
+    """``/v1/completions``. ``starts`` are the lengths, in characters, of what stands before each choice's text."""
+
+    tokenizer: Tokenizer
+    starts: Sequence[int]
+    logprobs: bool
+    prefix: str = "cmpl-"
+    kind: str = "text_completion"
+    kind_of_chunk: str = "text_completion"
+    _places: dict[int, tuple[TextStream, int]] = field(default_factory=dict)
+
+    def whole(self, index: int, piece: Piece) -> dict[str, Any]:
+        return self.delta(index, piece)
+
+    def opening(self, index: int) -> None:
+        return None
+
+    def delta(self, index: int, piece: Piece) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": piece.text,
+            "logprobs": self._logprobs(index, piece.scored) if self.logprobs else None,
+            "finish_reason": piece.finish_reason,
+        }
+
+    def _logprobs(self, index: int, scored: Sequence[Scored]) -> dict[str, Any]:
+        names = [token_name(self.tokenizer, one.token) for one in scored]
+        return {
+            "tokens": names,
+            "token_logprobs": [one.logprob for one in scored],
+            "top_logprobs": [_by_name(self.tokenizer, one) for one in scored],
+            "text_offset": self._offsets(index, scored),
+        }
+
+    def _offsets(self, index: int, scored: Sequence[Scored]) -> list[int]:
+        """Where each token's text begins, in characters; goes on where the choice's last piece ended."""
+        stream, place = self._places.get(index) or (TextStream(self.tokenizer), self.starts[index])
+        offsets = []
+        for one in scored:
+            offsets.append(place)
+            place += len(stream.add(one.token))
+        self._places[index] = stream, place
+        return offsets
+
+
+@dataclass
+class ChatShape:
+    """``/v1/chat/completions``."""
+
+    tokenizer: Tokenizer
+    logprobs: bool
+    prefix: str = "chatcmpl-"
+    kind: str = "chat.completion"
+    kind_of_chunk: str = "chat.completion.chunk"
+
+    def whole(self, index: int, piece: Piece) -> dict[str, Any]:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return self._choice(index, piece, {"message": message})
+
+    def opening(self, index: int) -> dict[str, Any]:
+        return self._choice(index, Piece(""), {"delta": {"role": "assistant", "content": ""}})
+
+    def delta(self, index: int, piece: Piece) -> dict[str, Any]:
+        return self._choice(index, piece, {"delta": {"content": piece.text} if piece.text else {}})
+
+    def _choice(self, index: int, piece: Piece, content: dict[str, Any]) -> dict[str, Any]:
+        told = {"content": [self._told(one) for one in piece.scored], "refusal": None} if piece.scored else None
+        return {"index": index, **content, "logprobs": told, "finish_reason": piece.finish_reason}
+
+    def _told(self, one: Scored) -> dict[str, Any]:
+        top = [self._named(token, logprob) for token, logprob in one.top]
+        return {**self._named(one.token, one.logprob), "top_logprobs": top}
+
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self.tokenizer.decode_bytes([token])
+        return {"token": token_name(self.tokenizer, token), "logprob": logprob, "bytes": list(data)}
+
+
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """A token as a text; a piece of a character, which is none, as ``bytes:\\xe2\\x82``."""
+    data = tokenizer.decode_bytes([token])
+    try:
+        return data.decode("utf-8") or tokenizer.decode([token])
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _by_name(tokenizer: Tokenizer, one: Scored) -> dict[str, float]:
+    """The likeliest tokens and the one that is there, by name; of several with one name the likeliest."""
+    named: dict[str, float] = {}
+    for token, logprob in [*one.top, (one.token, one.logprob)]:
+        named.setdefault(token_name(tokenizer, token), logprob)
+    return named
+
+
+def header(shape: Shape, kind: str, model: str) -> dict[str, Any]:
+    return {"id": shape.prefix + secrets.token_hex(12), "object": kind, "created": int(time.time()), "model": model}
+
+
+async def whole_answer(shape: Shape, model: str, pieces: Pieces, choices: int, usage: Usage) -> dict[str, Any]:
+    """All choices, once they are finished."""
+    parts: list[list[Piece]] = [[] for _ in range(choices)]
+    async with aclosing(pieces):
+        async for index, piece in pieces:
+            parts[index].append(piece)
+            usage.completion_tokens += piece.written
+    told = [shape.whole(index, joined(each)) for index, each in enumerate(parts)]
+    return {**header(shape, shape.kind, model), "choices": told, "usage": usage.body()}
+
+
+async def events_of_answer(
+    shape: Shape,
+    model: str,
+    pieces: Pieces,
+    usage: Usage,
+    include_usage: bool,
+    failure: Callable[[Exception], dict[str, Any]],
+) -> AsyncGenerator[str, None]:
+    """The pieces as server-sent events, as they come; something that fails on the way is told as the last of them.
+
+    A failure before the first piece is raised instead: it can still be an HTTP error.
+    """
+    about = header(shape, shape.kind_of_chunk, model)
+    opened: set[int] = set()
+    try:
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                usage.completion_tokens += piece.written
+                choices = []
+                if index not in opened and (opening := shape.opening(index)) is not None:
+                    choices.append(opening)
+                opened.add(index)
+                if piece.text or piece.scored or piece.finish_reason:
+                    choices.append(shape.delta(index, piece))
+                for choice in choices:
+                    yield event({**about, "choices": [choice], **({"usage": None} if include_usage else {})})
+    except Exception as error:
+        if not opened:
+            raise
+        yield event(failure(error))
+        return
+    if include_usage:
+        yield event({**about, "choices": [], "usage": usage.body()})
+    yield END_OF_EVENTS
+
+
+def event(data: dict[str, Any]) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

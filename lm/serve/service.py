@@ -1,0 +1,124 @@
+"""What is served: one checkpoint of one run, and what its model can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.tokenizers import Tokenizer
+from lm.chat import read_template
+from lm.checkpoint import Checkpoint
+from lm.generator import Generator
+from lm.infill import Filled, fill_masks
+from lm.model import Transformer, describe
+from lm.objectives import READOUTS
+from lm.run_directory import Run, plain_settings
+from lm.sampling import Sampling
+from lm.serve.schema import ApiError, Limits
+from lm.token_probabilities import TokenProbability, token_probabilities
+
+
+@dataclass(frozen=True)
+class Service:
+    """One checkpoint of a run, loaded. ``template`` is the run's own chat template; None: plain turns."""
+
+    run: Run
+    checkpoint: Checkpoint
+    model: Transformer
+    template: str | None
+    limits: Limits
+
+    @classmethod
+    def open(cls, run: Run, checkpoint: Checkpoint, model: Transformer, limits: Limits) -> Service:
+        return cls(run, checkpoint, model, read_template(run.path), limits)
+
+    @property
+    def name(self) -> str:
+        """What requests call the model: the name of the run's folder."""
+        return self.run.path.resolve().name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.run.tokenizer
+
+    @property
+    def context_length(self) -> int:
+        return self.run.config.data.context_length
+
+    @property
+    def readouts(self) -> tuple[str, ...]:
+        return READOUTS[self.run.config.objective.objective]
+
+    @property
+    def masked_readout(self) -> str | None:
+        """How it fills masks; None: it cannot."""
+        return self.readouts[-1] if self.readouts[-1] != "next_token" else None
+
+    @property
+    def places(self) -> int:
+        return self.limits.concurrent + self.limits.waiting
+
+    def make_writer(self) -> Generator:
+        return Generator(self.model, self.tokenizer, self.context_length, max_rows=self.limits.concurrent)
+
+    def check(self, model: str | None, texts: int = 1) -> None:
+        """Raises ApiError if a request to write ``texts`` texts asks for another model, or this one cannot write."""
+        if model is not None and model != self.name:
+            raise ApiError(
+                404, f'there is no model "{model}" here, only "{self.name}"', param="model", code="model_not_found"
+            )
+        if "next_token" not in self.readouts:
+            raise ApiError(
+                400,
+                f"{self.name} was trained with {self.run.config.objective.objective} only: it can fill masks "
+                "(POST /api/fill), but not continue a text",
+                code="unsupported_readout",
+            )
+        if texts > self.places:
+            raise ApiError(400, f"the request asks for {texts:,} texts; {self.places:,} are taken at once")
+
+    def fill(self, text: str, top: int, rounds: int, sampling: Sampling) -> Iterator[Filled]:
+        """One result, for ``Engine.compute``. Raises ApiError at once if the model cannot fill, UserError later."""
+        readout = self.masked_readout
+        if readout is None:
+            raise ApiError(
+                400,
+                f"{self.name} was trained with {self.run.config.objective.objective} only: it can continue a text "
+                "(POST /v1/completions), but not fill masks",
+                code="unsupported_readout",
+            )
+
+        def filled() -> Iterator[Filled]:
+            yield fill_masks(
+                self.model,
+                self.tokenizer,
+                text,
+                readout,
+                self.context_length,
+                top=top,
+                rounds=rounds,
+                sampling=sampling,
+            )
+
+        return filled()
+
+    def probabilities(self, tokens: list[int], readout: str, top: int) -> Iterator[list[TokenProbability]]:
+        """The text's tokens in parts, for ``Engine.compute``."""
+        return token_probabilities(self.model, self.tokenizer, tokens, readout, self.context_length, top)
+
+    def about(self) -> dict[str, Any]:
+        """What the page, or any other client, needs to know."""
+        return {
+            "name": self.name,
+            "description": describe(self.model),
+            "parameters": self.model.parameter_counts(),
+            "step": self.checkpoint.step,
+            "objective": self.run.config.objective.objective,
+            "readouts": list(self.readouts),
+            "context_length": self.context_length,
+            "vocabulary": self.tokenizer.vocab_size,
+            "chat_template": self.template is not None,
+            "limits": vars(self.limits),
+            "settings": plain_settings(self.run.config),
+        }

@@ -1,0 +1,132 @@
+"""Who is let in, and what happens to what makes no sense."""
+
+from __future__ import annotations
+
+import random
+import socket
+
+import openai
+import pytest
+
+from lm.serve.guard import Door
+
+GREEDY = {"prompt": "the", "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def kept(trained, serving):
+    """A server with a key, that goes by any name, and lets pages of one other site ask."""
+    with serving(trained, Door(key="sésame", hosts=None, origins=("https://friend.example",))) as served:
+        yield served
+
+
+@pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "LOCALHOST", "[::1]:8000"])
+def test_a_local_server_goes_by_local_names(served, host):
+    assert served.ask("/health", headers={"Host": host}).status == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8000", "", "[::2]", "10.0.0.1:8000"])
+def test_a_local_server_goes_by_no_other_name(served, host):
+    for path in ("/", "/api/run", "/static/app.js"):
+        answer = served.ask(path, headers={"Host": host})
+        assert (answer.status, answer.error["code"]) == (403, "unknown_host")
+
+
+def test_only_its_own_page_may_ask(served):
+    def ask(origin: str):
+        return served.ask("/v1/completions", GREEDY, {"Origin": origin, "Host": f"localhost:{served.port}"})
+
+    assert ask(f"http://localhost:{served.port}").status == 200
+    for origin in (
+        "null",
+        "https://evil.example",
+        "http://localhost:1",
+        f"http://localhost:{served.port}.evil.example",
+    ):
+        answer = ask(origin)
+        assert (answer.status, answer.error["code"]) == (403, "foreign_origin")
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_pages_that_were_allowed_may_ask_and_read(kept):
+    headers = {"Origin": "https://friend.example", "Authorization": "Bearer sésame".encode().decode("latin-1")}
+    answer = kept.ask("/v1/completions", GREEDY, headers)
+    assert answer.status == 200
+    assert answer.headers["access-control-allow-origin"] == "https://friend.example"
+    asking = {"Origin": "https://friend.example", "Access-Control-Request-Method": "POST"}
+    asking["Access-Control-Request-Headers"] = "authorization,content-type"
+    assert kept.ask("/v1/completions", headers=asking, method="OPTIONS").status == 200
+    assert kept.ask("/v1/completions", GREEDY, headers | {"Origin": "https://evil.example"}).status == 403
+
+
+@pytest.mark.parametrize("given", [None, "Bearer wrong", "Bearer", "sesame", "Basic sésame", "Bearer sésam"])
+def test_with_a_key_nothing_is_told_without_it(kept, given):
+    headers = {} if given is None else {"Authorization": given.encode().decode("latin-1")}
+    for path, body in (("/v1/models", None), ("/api/run", None), ("/api/metrics", None), ("/v1/completions", GREEDY)):
+        answer = kept.ask(path, body, headers)
+        assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert kept.ask("/", headers=headers).status == 200  # the page itself says nothing of the run
+
+
+def test_openais_client_is_let_in_by_its_key_and_told_without(trained, serving):
+    with serving(trained, Door(key="sesame")) as served:
+        url = f"{served.url}/v1"
+        with openai.OpenAI(base_url=url, api_key="sesame", max_retries=0) as client:
+            assert client.completions.create(model="trained", **GREEDY).choices
+        with (
+            openai.OpenAI(base_url=url, api_key="guess", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError, match="missing or wrong"),
+        ):
+            client.models.list()
+
+
+def test_every_answer_forbids_what_the_page_does_not_need(served):
+    for answer in (served.ask("/"), served.ask("/health"), served.ask("/nothing"), served.ask("/static/app.js")):
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "http:" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "server" not in answer.headers
+
+
+def test_a_body_that_is_too_large_is_refused_and_told(served):
+    limit = served.service.limits.body_bytes
+    answer = served.ask("/v1/completions", b'{"prompt": "' + b"a" * limit + b'"}')
+    assert (answer.status, answer.error["code"]) == (413, "request_too_large")
+    answer = served.ask("/v1/completions", b'{"prompt": "' + b"a" * (limit - 20) + b'"}')
+    assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+    for path in ("/api/probabilities", "/api/fill"):
+        answer = served.ask(path, b'{"text": "[MASK]' + b"a" * (limit - 30) + b'"}')
+        assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+
+
+def test_addresses_and_methods_that_are_not_there_are_told_as_the_rest(served):
+    assert served.ask("/v1/embeddings", {}).error["message"] == "POST /v1/embeddings: not found"
+    answer = served.ask("/v1/completions")
+    assert (answer.status, answer.headers["allow"]) == (405, "POST")
+    assert served.ask("/static/../index.html").status == 404
+    assert served.ask("/static/%2e%2e/%2e%2e/cli.py").status == 404
+
+
+def test_noise_is_answered_with_4xx_and_the_server_lives(served):
+    draw = random.Random(0)
+    pieces = [b'{"', b'prompt"', b":", b'"a"', b"[", b"]", b"}", b"1e999", b"\\u0000", b"\xff", b"null", b",", b"-"]
+    for _ in range(100):
+        path = draw.choice(["/v1/completions", "/v1/chat/completions", "/api/fill", "/api/probabilities"])
+        answer = served.ask(path, b"".join(draw.choices(pieces, k=draw.randrange(12))))
+        assert 400 <= answer.status < 500, answer
+        assert answer.error["message"]
+    for noise in (b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+            connection.sendall(noise)
+            assert connection.recv(100).startswith(b"HTTP/1.1 40")
+    assert served.ask("/health").status == 200
+
+
+def test_a_client_that_sends_slowly_holds_up_nobody(served):
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+        assert served.ask("/health").json["requests"] == 0
+        assert served.ask("/v1/completions", GREEDY).status == 200
