@@ -1,10 +1,10 @@
 """The rule from which the recipes take what depends on a model's size and on how long it is trained.
 
 The batch grows with the compute C of the whole run as Bi et al. 2024 (DeepSeek LLM, section 3.1) measured it: 0.292
-C^0.327 tokens, where C counts 6 FLOPs for each weight of the blocks and each token. AdamW, which moves the embedding and
-the head, takes 3.2 over the width, and no more than 0.01: a step of it moves each score by a sum over the width (Yang et
-al. 2022, μP). Muon's step has the same norm in every matrix, so its learning rate does not depend on the width
-(docs/training.md).
+C^0.327 tokens, where C counts 6 FLOPs for each weight of the blocks and each token. AdamW, which moves the embedding
+and the head, takes 3.2 over the width, and no more than 0.01: a step of it moves each score by a sum over the width
+(Yang et al. 2022, μP). Muon's step has the same norm in every matrix, so its learning rate does not depend on the
+width (docs/training.md).
 """
 
 from __future__ import annotations
