@@ -37,6 +37,7 @@ test: setup ## all tests, with the lines they cover
 bench: setup ## side by side with the peers, on the CPU (python -m benchmarks.gpu on a GPU)
 	$(BIN)/python -m benchmarks.cpu_attention
 	$(BIN)/python -m benchmarks.cpu_cross_entropy
+	$(BIN)/python -m benchmarks.generate
 
 kernels-aot: setup ## compile every kernel for GPUs that are not here; UPDATE=--update accepts what changed
 	$(BIN)/python -m lm.kernels.aot $(UPDATE)

@@ -1,14 +1,15 @@
 """Writing on the CPU beside ``transformers`` and llama.cpp, with the same weights, in float32, all in one process.
 
-    python -m benchmarks.generate [--rounds 5] [--threads 2] [--rows 1 16] [--no-llama]
+    python -m benchmarks.generate [--rounds 5] [--threads 2] [--rows 1 16]
 
 An untrained model with drawn weights (256 wide, 8 layers, 8 heads, vocabulary of 8,192) is exported both ways; each
 then reads prompts of 128 tokens and writes 256 more, the likeliest each time, in turn. The time is that of everything,
 prompts included. Ours is ``lm.generator.Generator``; ``transformers`` its ``generate`` as it comes; llama.cpp (``pip
-install llama-cpp-python``, built on the machine) its library, all rows in one batch, the cache of keys and values in
-float32 too. All have ``--threads`` threads. Told beside the medians: tokens for each CPU second of all threads, how
-many of the tokens are ours, and the bytes of weights times the steps a second, as a share of the rate at which memory
-is copied (bytes read and written).
+install llama-cpp-python``, built on the machine; left out where it is not) its library, all rows in one batch, the
+cache of keys and values in float32 too. All have ``--threads`` threads. Told beside the medians: tokens for each CPU
+second of all threads, how many of the tokens are ours (after the first that is not, by a rounding error, all differ),
+and the bytes of weights times the steps a second, as a share of the rate at which memory is copied (bytes read and
+written).
 
 The threads of all three spin while they wait for each other, which on a busy machine takes a hundred times the work's
 time: there use one thread, or OMP_WAIT_POLICY=passive.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import os
 import tempfile
 import time
@@ -171,7 +173,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--no-llama", action="store_true", help="leave llama.cpp out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
@@ -183,7 +184,7 @@ def main() -> None:
         unwritable = unwritable_ids(run.tokenizer, SHAPE["vocab_size"])
         for rows in arguments.rows:
             writers = {"kindling": ours(run, rows), "transformers": of_transformers(Path(name) / "hf")}
-            if not arguments.no_llama:
+            if importlib.util.find_spec("llama_cpp") is not None:
                 writers["llama.cpp"] = of_llama_cpp(Path(name) / "model.gguf", rows, arguments.threads, unwritable)
             first = run.tokenizer.end_of_text_id
             prompts = [[first, *draw.integers(10, SHAPE["vocab_size"], PROMPT - 1).tolist()] for _ in range(rows)]

@@ -239,9 +239,8 @@ class Generator:
 def writable(logits: Tensor, tokenizer: Tokenizer) -> Tensor:
     """Logits (…, vocabulary), changed in place: -inf for what is no text, that is padding, masks, and rows that only
     fill the matrix."""
-    logits[..., [tokenizer.padding_id, tokenizer.mask_id]] = float("-inf")
     logits[..., tokenizer.vocab_size :] = float("-inf")
-    return logits
+    return logits.index_fill_(-1, torch.tensor([tokenizer.padding_id, tokenizer.mask_id]), float("-inf"))
 
 
 def stream(
