@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lm.config import all_settings
+
+if TYPE_CHECKING:
+    from lm.tasks import Columns
 
 run_argument = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
 checkpoint_option = click.option(
@@ -46,3 +49,37 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help=text + repeated,
         )(function)
     return function
+
+
+COLUMN_HELP = {
+    "text": "the text of an example, or the question of a choice",
+    "text_pair": 'the second text of a pair; "" for none [default: text_pair, where the file has it]',
+    "label": "the answer",
+    "choices": "the list of choices, or several columns with one each, as in a,b,c",
+    "words": "the words of an example whose words have tags: a list, or text with spaces",
+    "tags": "the tags of these words",
+    "prompt": "what is asked",
+    "response": "what is to be answered",
+}
+
+
+def columns_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--text-column`` and its like, for the columns of task files; ``columns_of`` reads them."""
+    for name in reversed(COLUMN_HELP):
+        option = f"--{name.replace('_', '-')}-column"
+        function = click.option(option, metavar="NAME", help=f"Column with {COLUMN_HELP[name]}.")(function)
+    return function
+
+
+def columns_of(options: dict[str, Any]) -> Columns:
+    """Take what ``columns_options`` added to a command's options out of them, as the columns to read.
+
+    A column that was not named keeps its usual name.
+    """
+    from lm.tasks import Columns
+
+    named = {name: options.pop(f"{name}_column") for name in COLUMN_HELP}
+    given = {name: value for name, value in named.items() if value is not None}
+    if "choices" in given:
+        given["choices"] = tuple(given["choices"].split(","))
+    return Columns(**given)
