@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,16 @@ def require_libraries() -> None:
         raise UserError('task metrics need the package "scikit-learn": pip install "kindling-lm[tasks]"') from None
 
 
+def metrics_of(truth: NDArray[Any], outputs: NDArray[np.float64], classes: int) -> dict[str, float]:
+    """All metrics of a model's outputs: probabilities (examples, classes), or if ``classes`` is 0 numbers (examples,).
+
+    ``truth`` (examples,) holds classes from 0, or numbers.
+    """
+    if classes:
+        return classification_metrics(truth, outputs.argmax(1), classes)
+    return regression_metrics(truth, outputs)
+
+
 def classification_metrics(truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> dict[str, float]:
     """Metrics of predicted classes, both (examples,), numbers from 0.
 
@@ -44,7 +55,8 @@ def classification_metrics(truth: NDArray[np.int64], predicted: NDArray[np.int64
         found["f1"] = float(metrics.f1_score(truth, predicted, zero_division=0))
     every = range(classes)
     found["macro_f1"] = float(metrics.f1_score(truth, predicted, labels=every, average="macro", zero_division=0))
-    found["matthews"] = float(metrics.matthews_corrcoef(truth, predicted))
+    constant = np.ptp(truth) == 0 or np.ptp(predicted) == 0  # not defined then
+    found["matthews"] = 0.0 if constant else float(metrics.matthews_corrcoef(truth, predicted))
     return found
 
 
