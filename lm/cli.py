@@ -7,6 +7,7 @@ import click
 from data_prep.cli import main as prep
 from data_prep.command_line import FriendlyGroup
 from lm import __version__
+from lm.commands.embed import embed
 from lm.commands.evaluate import evaluate
 from lm.commands.export import export, import_run
 from lm.commands.report import compare, report
@@ -21,5 +22,5 @@ def main() -> None:
 
 
 main.add_command(prep, "prep")
-for command in (train, sample, evaluate, report, compare, export, import_run):
+for command in (train, sample, evaluate, embed, report, compare, export, import_run):
     main.add_command(command)

@@ -51,6 +51,30 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--reads``, ``--pooling`` and ``--layer``: how a text becomes a vector (``lm.features.reading_of``)."""
+    for option in (
+        click.option(
+            "--layer",
+            default=-1,
+            show_default=True,
+            help="Whose states are taken: 0 is the embeddings, 1 the first block, -1 the last.",
+        ),
+        click.option(
+            "--pooling",
+            type=click.Choice(["mean", "last"]),
+            help="Mean over a text's tokens, or its last one. [default: mean where both ways are read, else last]",
+        ),
+        click.option(
+            "--reads",
+            type=click.Choice(["causal", "bidirectional"]),
+            help="What a token sees: those before it, or all of its text. [default: all, if the run has learnt that]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 COLUMN_HELP = {
     "text": "the text of an example, or the question of a choice",
     "text_pair": 'the second text of a pair; "" for none [default: text_pair, where the file has it]',
