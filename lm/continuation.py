@@ -18,11 +18,12 @@ from lm.run_directory import Run, changes, open_run, plain_settings
 FREE_SETTINGS = {
     *("steps", "log_every", "validate_every", "validation_rows", "checkpoint_every", "keep_checkpoints", "keep_every"),
     *("device", "precision", "threads", "parallel", "micro_batch_rows", "prompts", "fills", "data", "verify_data"),
-    "trackers",
+    *("trackers", "train", "validation", "epochs", "validations_per_epoch", "patience", "micro_batch_tokens"),
 }
 # Settings that can never change: the weights, or the meaning of a step, depend on them.
 FIXED_SETTINGS = {s.name for s in all_settings() if s.section == "model"} | {
-    *("context_length", "batch_tokens", "packing", "seed", "optimizer")
+    *("context_length", "batch_tokens", "packing", "seed", "optimizer"),
+    *("task", "base", "weights", "method", "lora_rank", "lora_alpha", "lora_matrices", "batch_examples"),
 }
 
 

@@ -72,6 +72,9 @@ class Pretraining:
     def model(self) -> Transformer:
         return Transformer(self.config.model).initialise(self.config.training.seed)
 
+    def rates(self, model: nn.Module) -> dict[str, float]:
+        return {}
+
     def batch(self, step: int) -> Batch:
         return self.batches.batch(step, self.ranks.rank, self.ranks.world)
 

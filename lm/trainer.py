@@ -53,6 +53,10 @@ class Work(Source, Protocol[Batch]):
         """A model with the weights of step 0."""
         ...
 
+    def rates(self, model: nn.Module) -> dict[str, float]:
+        """Shares of the learning rate, by the name of a parameter; 1 for those left out."""
+        ...
+
     def batch(self, step: int) -> Batch:
         """This rank's part of the batch of step ``step``, from 0; called in a thread of its own."""
         ...
@@ -188,8 +192,8 @@ def told_memory() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            "not enough memory for this model and batch: set micro_batch_rows lower (the result stays the same), "
-            "or choose a smaller model"
+            "not enough memory for this model and batch: set micro_batch_rows lower, in fine-tuning "
+            "micro_batch_tokens (the result stays the same), or choose a smaller model"
         ) from None
 
 
@@ -285,7 +289,7 @@ class Training(Generic[Batch]):
         if saved is not None:
             load_trained(self.model, saved.model())
         self.ranks.spread(self.model)
-        self.optimizer = Optimizer(self.model, self.config.optimizer, self.ranks)
+        self.optimizer = Optimizer(self.model, self.config.optimizer, self.ranks, self.work.rates(self.model))
         self.state = State()
         if saved is not None:
             self.optimizer.load_state(saved.optimizer())

@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from lm import __version__
 from lm.cli import main
-from lm.config import all_settings
+from lm.config import pretraining_settings
 from lm.recipes import load_config
 from lm.run_directory import open_run
 
@@ -53,7 +53,7 @@ def test_help_lists_the_commands_and_every_setting():
     )
     told = kindling("train", "--help").stdout
     words = " ".join(told.split())
-    for setting in all_settings():
+    for setting in pretraining_settings():
         assert setting.option in told
         assert " ".join(setting.help.split()[:4]) in words
         assert f"[{setting.section}]" in told
