@@ -310,7 +310,7 @@ class Config:
 
     def to_toml(self) -> str:
         sections = dataclasses.asdict(self)
-        if not self.is_finetuning:
+        if self.finetune == FinetuneConfig():
             del sections["finetune"]
         return tomli_w.dumps(sections, multiline_strings=False)
 

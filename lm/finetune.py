@@ -27,6 +27,7 @@ from lm import kernels, randomness
 from lm.checkpoint import MODEL
 from lm.config import Config, OptimizerConfig, ReportConfig, TrainingConfig
 from lm.distributed import Ranks
+from lm.finetune_defaults import DEFAULTS, LEARNING_RATES
 from lm.lessons import HeadLesson, settle_reading
 from lm.model import Transformer
 from lm.recipes import load_config
@@ -35,22 +36,6 @@ from lm.saving import trained_tensors
 from lm.starting import BASE, keep_base, learning_rates, starting_trunk
 from lm.trainer import Reporter, carry_out
 from lm.trouble import Best
-
-# Where fine-tuning begins with other settings than pretraining (docs/finetuning.md); learning rates by method.
-DEFAULTS: dict[str, Any] = {
-    "optimizer": "adamw",
-    "muon_learning_rate": 0.002,
-    "weight_decay": 0.01,
-    "beta2": 0.98,
-    "warmup_fraction": 0.1,
-    "decay_fraction": 0.9,
-    "dropout": 0.1,
-    "checkpoint_every": 200,
-    "keep_checkpoints": 1,
-}
-LEARNING_RATES = {"full": 5e-4, "lora": 2e-3, "probe": 5e-3}
-# Settings that follow from others: from epochs, batch_examples and validations_per_epoch.
-DERIVED = ("steps", "validate_every")
 
 
 class Lesson(Protocol):

@@ -68,21 +68,23 @@ class Answers:
     """What a head's numbers mean, kept in the run directory (``answers.json``).
 
     ``labels`` are the names of the classes, none where there are no classes; a regression's outputs are distances from
-    ``mean`` in units of ``deviation``.
+    ``mean`` in units of ``deviation``. ``texts`` is 1 for a task on single texts, 2 for one on pairs, 0 for others.
     """
 
     labels: tuple[str, ...] = ()
+    texts: int = 0
     mean: float = 0.0
     deviation: float = 1.0
 
     @classmethod
     def of(cls, kind: str, examples: Sequence[Example]) -> Answers:
         """From training examples. UserError if they all have the same answer."""
+        texts = len(examples[0].texts) if kind in ("classification", "regression") else 0
         if kind in ("classification", "tokens"):
-            return cls(labels=Labels.of(examples).names)
+            return cls(Labels.of(examples).names, texts)
         if kind == "regression":
             numbers = np.array(numbers_of(examples))
-            return cls(mean=float(numbers.mean()), deviation=float(numbers.std()))
+            return cls((), texts, float(numbers.mean()), float(numbers.std()))
         return cls()
 
     @property
@@ -105,7 +107,9 @@ class Answers:
     def load(cls, path: Path) -> Answers:
         try:
             content = json.loads((path / ANSWERS).read_text(encoding="utf-8"))
-            return cls(tuple(content["labels"]), float(content["mean"]), float(content["deviation"]))
+            return cls(
+                tuple(content["labels"]), int(content["texts"]), float(content["mean"]), float(content["deviation"])
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path / ANSWERS} cannot be read: {error}") from None
 
