@@ -72,7 +72,7 @@ def load_task_model(run: Run, saved: Checkpoint) -> TaskModel:
     try:
         load_trained(model, saved.model())
     except RuntimeError as error:
-        raise UserError(f"checkpoint {saved.path} does not fit config.toml: {error}".split("\n")[0]) from None
+        raise UserError(f"checkpoint {saved.path} does not fit the run directory: {error}") from None
     merge_lora(model.trunk)
     return model
 

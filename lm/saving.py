@@ -33,13 +33,17 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors of ``trained_tensors`` back into a model; RuntimeError if they are not all of them, and no more.
+    """Put the tensors of ``trained_tensors`` back into a model; what requires no gradient stays as it is.
 
-    What does not require a gradient stays as it is.
+    Raises:
+        RuntimeError: they are not all of the model's, or others, or of another shape.
     """
-    wanted = trained_tensors(model).keys()
-    if tensors.keys() != wanted:
-        raise RuntimeError(f"these weights differ in kind: {', '.join(sorted(tensors.keys() ^ wanted))}")
+    wanted = trained_tensors(model)
+    if apart := sorted(tensors.keys() ^ wanted.keys()):
+        raise RuntimeError(f"{apart[0]} is only in one of them")
+    for name, tensor in wanted.items():
+        if tensors[name].shape != tensor.shape:
+            raise RuntimeError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
     model.load_state_dict(dict(tensors), strict=False)
 
 
