@@ -15,12 +15,14 @@ from data_prep.files import write_atomically
 from lm import __version__
 from lm.checkpoint import Checkpoint
 from lm.config import all_settings, pretraining_settings
-from lm.generate import Sampling, continue_text, fill_masks
+from lm.generator import stream
+from lm.infill import fill_masks
 from lm.metrics import best_validation, overfitting, rows_validated, series, summary
 from lm.model import Transformer, describe
 from lm.objectives import READOUTS
 from lm.page import Panel, draw, render
 from lm.run_directory import Run, choose_device
+from lm.sampling import Sampling
 
 SAMPLE = Sampling(temperature=0.7, top_p=0.95, max_new_tokens=100)
 RATES = ("learning_rate", "gradient_norm")
@@ -43,7 +45,7 @@ def write_report(
     readouts = READOUTS[run.config.objective.objective]
     context = run.config.data.context_length
     continued = [
-        (prompt, "".join(continue_text(model, run.tokenizer, prompt, SAMPLE, context)))
+        (prompt, "".join(event.text for event in stream(model, run.tokenizer, prompt, SAMPLE, context)))
         for prompt in (prompts if "next_token" in readouts else ())
     ]
     filled = [_shown(model, run, text, readouts[-1]) for text in (fills if readouts[-1] != "next_token" else ())]

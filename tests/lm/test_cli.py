@@ -183,7 +183,7 @@ def test_sample_as_json_has_a_line_each(run):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--prompt", "a", "--temperature", "-1", "--top-p", "0"], ["--temperature must be", "--top-p must be"]),
+        (["--prompt", "a", "--temperature", "-1", "--top-p", "0"], ["temperature must be", "top_p must be"]),
         (["--prompt", "a", "--temperature", "warm"], ["'warm'"]),
         (["--prompt", "a", "--max-new-tokns", "3"], ["--max-new-tokns", "--max-new-tokens"]),
         ([], ["nothing to do: give --prompt"]),

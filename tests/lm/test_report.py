@@ -9,7 +9,7 @@ import torch
 from data_prep.errors import UserError
 from lm.config import pretraining_settings
 from lm.evaluate import evaluate
-from lm.generate import fill_masks
+from lm.infill import fill_masks
 from lm.report import write_report
 from lm.run_directory import open_run
 
