@@ -7,7 +7,7 @@ hidden once, alone, and the log-probabilities of the hidden tokens are added up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from lm.model import Transformer
 from lm.objectives import assemble
 
 ROWS = 16  # of one forward pass
+LOGITS_AT_ONCE = 1 << 24  # at most so many numbers are held, whatever the vocabulary and the context
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,19 @@ def questions(tokens: Sequence[int], owner: int, readout: str, tokenizer: Tokeni
     ]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Answers:
+    """What a model said to some questions, target by target, all (targets,).
+
+    ``owners`` are those of the questions, int64; ``nats`` the log-probabilities of the targets, float64; ``likeliest``
+    whether a target was the likeliest token, bool.
+    """
+
+    owners: NDArray[np.int64]
+    nats: NDArray[np.float64]
+    likeliest: NDArray[np.bool_]
+
+
 def log_likelihoods(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -63,21 +76,36 @@ def log_likelihoods(
     Raises:
         UserError: a text is longer than the model's context.
     """
+    totals = np.zeros(len(texts), dtype=np.float64)
+    starts = [0] * len(texts) if firsts is None else firsts
+    refuse_longer(texts, context_length)
+    asked = (
+        question
+        for owner, (text, first) in enumerate(zip(texts, starts, strict=True))
+        for question in questions(text, owner, readout, tokenizer, first)
+    )
+    for answers in ask(model, tokenizer, asked, readout, context_length):
+        np.add.at(totals, answers.owners, answers.nats)
+    return totals
+
+
+def refuse_longer(texts: Sequence[Sequence[int]], context_length: int) -> None:
+    """UserError if one of the texts does not fit behind the end-of-text token."""
     longest = max((len(text) for text in texts), default=0) + 1
     if longest > context_length:
         raise UserError(
             f"a text to score has {longest - 1} tokens; this model reads at most {context_length - 1} at once"
         )
-    starts = [0] * len(texts) if firsts is None else firsts
-    asked = (
-        question
-        for owner, (text, first) in enumerate(zip(texts, starts, strict=True))
-        for question in questions(text, owner, readout, tokenizer, first)
-        if question.targets
-    )
-    totals = np.zeros(len(texts), dtype=np.float64)
+
+
+@torch.no_grad()
+def ask(
+    model: Transformer, tokenizer: Tokenizer, asked: Iterable[Question], readout: str, context_length: int
+) -> Iterator[Answers]:
+    """Answer questions, some at a time, in their order, each of at most ``context_length`` tokens."""
     device = next(model.parameters()).device
-    for rows in _packed(asked, context_length):
+    at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    for rows in _packed((question for question in asked if question.targets), context_length):
         inputs = np.full((len(rows), context_length), tokenizer.end_of_text_id, dtype=np.int64)
         begins = np.zeros(inputs.shape, dtype=bool)
         lengths = np.empty(len(rows), dtype=np.int64)
@@ -100,11 +128,14 @@ def log_likelihoods(
         batch = assemble(cut, cut, unused, begins[:, :width], both_ways, lengths).to(device)
         hidden = model(batch.inputs, batch.positions, batch.lo, batch.hi)
         row_of, place_of = torch.tensor(where, device=device).T
-        logits = model.logits(hidden[row_of, place_of])
         wanted = torch.tensor(targets, device=device)
-        found = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-        np.add.at(totals, owners, found.double().cpu().numpy())
-    return totals
+        nats, likeliest = [], []
+        for first in range(0, len(targets), at_once):
+            part = slice(first, first + at_once)
+            logits = model.logits(hidden[row_of[part], place_of[part]])
+            nats.append(logits.log_softmax(-1).gather(1, wanted[part, None])[:, 0].double().cpu().numpy())
+            likeliest.append((logits.argmax(-1) == wanted[part]).cpu().numpy())
+        yield Answers(np.array(owners, dtype=np.int64), np.concatenate(nats), np.concatenate(likeliest))
 
 
 def _packed(asked: Iterator[Question], context_length: int) -> Iterator[list[list[Question]]]:

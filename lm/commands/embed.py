@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from data_prep.command_line import FriendlyCommand
-from lm.commands.options import checkpoint_option, device_option, reading_options, run_argument
+from lm.commands.options import (
+    checkpoint_option,
+    columns_of,
+    columns_options,
+    device_option,
+    reading_options,
+    run_argument,
+)
 
 if TYPE_CHECKING:
     from lm.features import Vectors
@@ -28,8 +35,7 @@ if TYPE_CHECKING:
 @click.option(
     "--output", required=True, metavar="FILE|-", help="File of vectors, .npy or .jsonl; - for JSON lines on stdout."
 )
-@click.option("--text-column", default="text", show_default=True, help="Column with the text.")
-@click.option("--pair-column", default=None, help="Column with a second text. [default: text_pair, where there is one]")
+@columns_options("text", "text_pair")
 @reading_options
 @click.option("--normalize", is_flag=True, help="Scale each vector to length 1, for cosine similarity.")
 @device_option
@@ -38,14 +44,13 @@ def embed(
     run: Path,
     source: str,
     output: str,
-    text_column: str,
-    pair_column: str | None,
     reads: str | None,
     pooling: str | None,
     layer: int,
     normalize: bool,
     device: str,
     which: str,
+    **columns: str | None,
 ) -> None:
     """Write a vector for each text of a file: the hidden states of RUN, pooled over the text.
 
@@ -54,12 +59,12 @@ def embed(
     """
     from lm.features import reading_of, vectors_of, write_lines, write_vectors
     from lm.run_directory import choose_device, open_run
-    from lm.tasks import Columns, stream_examples
+    from lm.tasks import stream_examples
 
     opened = open_run(run)
     reading = reading_of(opened.config, reads, pooling, layer, normalize=normalize)
     model = opened.load_model(choose_device(device), opened.checkpoint(which))
-    texts = (each.texts for each in stream_examples(source, "classification", Columns(text_column, pair_column)))
+    texts = (each.texts for each in stream_examples(source, "classification", columns_of(columns)))
     counts = {"texts": 0, "cut": 0}
 
     def counted() -> Iterator[Vectors]:

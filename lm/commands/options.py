@@ -95,23 +95,25 @@ COLUMN_HELP = {
 }
 
 
-def columns_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``--text-column`` and its like, for the columns of task files; ``columns_of`` reads them."""
-    for name in reversed(COLUMN_HELP):
-        option = f"--{name.replace('_', '-')}-column"
-        function = click.option(option, metavar="NAME", help=f"Column with {COLUMN_HELP[name]}.")(function)
-    return function
+def columns_options(*names: str) -> Callable[..., Any]:
+    """``--text-column`` and its like, for these columns of task files; ``columns_of`` reads them."""
+
+    def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            option = f"--{name.replace('_', '-')}-column"
+            function = click.option(option, metavar="NAME", help=f"Column with {COLUMN_HELP[name]}.")(function)
+        return function
+
+    return decorated
 
 
-def columns_of(options: dict[str, Any]) -> Columns:
-    """Take what ``columns_options`` added to a command's options out of them, as the columns to read.
-
-    A column that was not named keeps its usual name.
-    """
+def columns_of(options: dict[str, str | None]) -> Columns:
+    """The columns that ``columns_options`` gave to a command; one that was not named keeps its usual name."""
     from lm.tasks import Columns
 
-    named = {name: options.pop(f"{name}_column") for name in COLUMN_HELP}
-    given = {name: value for name, value in named.items() if value is not None}
-    if "choices" in given:
-        given["choices"] = tuple(given["choices"].split(","))
-    return Columns(**given)
+    named: dict[str, Any] = {
+        name.removesuffix("_column"): value for name, value in options.items() if value is not None
+    }
+    if "choices" in named:
+        named["choices"] = tuple(named["choices"].split(","))
+    return Columns(**named)
