@@ -1,4 +1,4 @@
-"""The weights that a fine-tuning begins with, and what of them learns.
+"""The weights of another run that a run begins with, and what of them a fine-tuning moves.
 
 They are kept in the run directory (``base.safetensors``), so that it stands alone, whatever becomes of the run that
 they are from.
@@ -42,6 +42,16 @@ def keep_base(weights: Path, path: Path) -> None:
     sync_directory(path)
 
 
+def load_base(model: Transformer, path: Path) -> None:
+    """Give ``model`` the weights that the run directory ``path`` begins with; UserError if that cannot be."""
+    try:
+        model.load_state_dict(load_file(path / BASE))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path / BASE} cannot be read: {error}") from None
+    except RuntimeError as error:
+        raise UserError(f"{path / BASE} does not fit config.toml: {error}".split("\n")[0]) from None
+
+
 def starting_trunk(config: Config, path: Path) -> Transformer:
     """The model that the fine-tuning in the run directory ``path`` begins with; what learns requires a gradient.
 
@@ -54,12 +64,7 @@ def starting_trunk(config: Config, path: Path) -> Transformer:
     if task.weights == "random":
         trunk.initialise(seed)
     else:
-        try:
-            trunk.load_state_dict(load_file(path / BASE))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path / BASE} cannot be read: {error}") from None
-        except RuntimeError as error:
-            raise UserError(f"{path / BASE} does not fit config.toml: {error}".split("\n")[0]) from None
+        load_base(trunk, path)
     if task.method == "lora":
         add_lora(trunk, task.lora_rank, task.lora_alpha, task.lora_matrices, randomness.key(seed, 9) >> 1)
     return trunk.requires_grad_(False) if task.method == "probe" else trunk
