@@ -33,7 +33,7 @@ from lm.model import Transformer
 from lm.recipes import load_config
 from lm.run_directory import Run, open_run
 from lm.saving import trained_tensors
-from lm.starting import BASE, keep_base, learning_rates, starting_trunk
+from lm.starting import keep_base, kept_base, learning_rates, starting_trunk
 from lm.trainer import Reporter, carry_out
 from lm.trouble import Best
 
@@ -105,12 +105,11 @@ class Finetuning:
     """The ``lm.trainer.Work`` of a fine-tuning in the run directory ``path``."""
 
     def __init__(
-        self, config: Config, path: Path, ranks: Ranks, lesson: Lesson, tokenizer: Tokenizer, weights: Path | None
+        self, config: Config, path: Path, ranks: Ranks, lesson: Lesson, tokenizer: Tokenizer, weights: Path
     ) -> None:
         self.path, self.ranks, self.lesson, self.tokenizer, self.weights = path, ranks, lesson, tokenizer, weights
         self.config, self.name = config, config.finetune.train
-        origin = sha256_of_file(weights) if weights else "random"
-        self.fingerprint = hashlib.sha256(f"{lesson.fingerprint} {origin}".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(f"{lesson.fingerprint} {sha256_of_file(weights)}".encode()).hexdigest()
 
     @classmethod
     def open(cls, config: Config, path: Path, ranks: Ranks) -> Finetuning:
@@ -125,28 +124,24 @@ class Finetuning:
             raise UserError("name the examples to learn from: --train FILE")
         if ranks.world > 1:
             raise UserError("fine-tuning runs in one process: start finetune.py without torchrun")
-        pretrained = config.finetune.weights == "pretrained"
-        weights = path / BASE if pretrained else None
-        own = path / "tokenizer.json"
-        if own.is_file() and (weights is None or weights.is_file()):
+        weights, own = kept_base(path), path / "tokenizer.json"
+        if weights and own.is_file():
             tokenizer = Tokenizer.load(own)
         else:
             base = open_run(config.finetune.base)
-            tokenizer = base.tokenizer
-            weights = base.plain_weights() if pretrained else None
+            tokenizer, weights = base.tokenizer, weights or base.plain_weights()
         config = settle_reading(config)
         make: type[HeadLesson] | type[InstructionLesson] = HeadLesson if config.has_task_head else InstructionLesson
         lesson: Lesson = make(config, tokenizer)
         return cls(settle_steps(config, lesson.examples), path, ranks, lesson, tokenizer, weights)
 
     def prepare(self, done: int) -> list[str]:
-        if self.weights:
-            keep_base(self.weights, self.path)
+        keep_base(self.weights, self.path)
         self.lesson.save(self.path)
         model, task, training = self.model(), self.config.finetune, self.config.training
         learn = sum(tensor.numel() for tensor in trained_tensors(model).values())
         whole = sum(parameter.numel() for parameter in model.parameters())
-        begun = f"the weights of {task.base}" if self.weights else "random weights"
+        begun = f"the weights of {task.base}" if task.weights == "pretrained" else "random weights"
         return [
             f"{task.task} from {begun}: {learn / 1e6:.3f}M of {whole / 1e6:.2f}M parameters learn ({task.method})",
             *self.lesson.introduction(),

@@ -22,7 +22,7 @@ from lm.objectives import Batch
 from lm.plan import FEWEST_STEPS, make_plan, settle_micro_batch, told_data
 from lm.recipes import load_config
 from lm.run_directory import open_run
-from lm.starting import BASE, keep_base, load_base
+from lm.starting import keep_base, kept_base, load_base
 from lm.trouble import OVERFITTING, Best
 from lm.validation import rows_of_validation, validate_readouts
 
@@ -32,6 +32,7 @@ class Pretraining:
 
     def __init__(self, config: Config, path: Path, corpora: Corpora, ranks: Ranks, *, may_shrink: bool = False) -> None:
         self.config, self.path, self.corpora, self.ranks, self.may_shrink = config, path, corpora, ranks, may_shrink
+        self.start: Path | None = None  # the weights it begins with, if they are another run's
         self.batches = TrainingBatches(corpora, config)
         self.batches.check_ranks(ranks.world)
         self.name, self.tokenizer, self.fingerprint = corpora.name, corpora.tokenizer, corpora.fingerprint
@@ -50,13 +51,15 @@ class Pretraining:
         before = load_config(path / "config.toml") if (path / "config.toml").is_file() else None
         may_shrink = not config.data.micro_batch_rows and ranks.world == 1
         work = cls(config, path, corpora, ranks, may_shrink=may_shrink)
-        if config.training.init_from and not (path / BASE).is_file():
-            ranks.on_main(work._check_start)
+        if config.training.init_from:
+            work.start = ranks.on_main(work._find_start)
         work.config = ranks.on_main(partial(settle_micro_batch, config, ranks.device, before))
         return work
 
-    def _check_start(self) -> Path:
+    def _find_start(self) -> Path:
         """The weights to begin with. UserError if the run that has them has another shape or tokenizer."""
+        if kept := kept_base(self.path):
+            return kept
         start = open_run(self.config.training.init_from)
         if dataclasses.replace(start.config.model, dropout=0.0) != dataclasses.replace(self.config.model, dropout=0.0):
             raise UserError(
@@ -72,10 +75,9 @@ class Pretraining:
     def prepare(self, done: int) -> list[str]:
         """Plan the run after a dry step on weights that are drawn or read afterwards; fewer rows if memory runs out."""
         told, training, asked = [], self.config.training, self.config
-        if training.init_from:
+        if self.start:
             told.append(f"from the weights of {training.init_from}")
-            if not (self.path / BASE).is_file():
-                self.ranks.on_main(lambda: keep_base(self._check_start(), self.path))
+            self.ranks.on_main(partial(keep_base, self.start, self.path))
         one_model = self.ranks.world == 1 or training.parallel == "ddp"
         self.plan = make_plan(
             self.config,

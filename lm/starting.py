@@ -16,12 +16,17 @@ from safetensors.torch import load_file
 
 from data_prep.errors import UserError
 from data_prep.files import sync_directory
-from lm import randomness
+from lm import checkpoint, randomness
 from lm.config import Config
 from lm.lora import add_lora
 from lm.model import Transformer
 
 BASE = "base.safetensors"
+
+
+def kept_base(path: Path) -> Path | None:
+    """The weights that the run in ``path`` began with; None if it has not made a step yet that is saved."""
+    return path / BASE if checkpoint.steps(path / "checkpoints") and (path / BASE).is_file() else None
 
 
 def keep_base(weights: Path, path: Path) -> None:
@@ -31,7 +36,7 @@ def keep_base(weights: Path, path: Path) -> None:
         OSError: it could not be copied.
     """
     final, beside = path / BASE, path / f"{BASE}.tmp"
-    if final.exists():
+    if weights == final:
         return
     beside.unlink(missing_ok=True)
     try:

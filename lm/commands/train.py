@@ -132,7 +132,7 @@ def _config_and_run(
 
 
 def _like(run: str) -> Config:
-    """Where the settings of a run begin that goes on from the weights of another: at that one's, data and report aside."""
+    """Where the settings of a run with ``init_from`` begin: at those of that one, data and report aside."""
     from lm.run_directory import open_run
 
     return dataclasses.replace(open_run(run).config, report=ReportConfig(), finetune=FinetuneConfig()).replace(

@@ -27,7 +27,7 @@ def test_a_run_begins_with_the_weights_of_another_and_learns_from_new_data(train
 
 
 def test_it_goes_on_as_if_undisturbed_whatever_becomes_of_the_other(trained, small, quietly, tmp_path, monkeypatch):
-    config = small.replace(steps=6, init_from=str(trained.path), dropout=0.1, checkpoint_every=100)
+    config = small.replace(steps=6, init_from=str(trained.path), dropout=0.1, checkpoint_every=2)
     whole = quietly(config, tmp_path / "whole")
 
     class Puller:
@@ -36,7 +36,8 @@ def test_it_goes_on_as_if_undisturbed_whatever_becomes_of_the_other(trained, sma
         def metrics(self, line): ...
         def end(self): ...
         def step(self, step):
-            raise InterruptedError
+            if step == 4:
+                raise InterruptedError
 
     with pytest.raises(InterruptedError):
         train(config, tmp_path / "run", Puller())
