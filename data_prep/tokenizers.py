@@ -152,6 +152,11 @@ class Tokenizer:
             return b"".join(self._token_bytes[i] for i in wanted)
         return str(self._engine.decode(wanted, skip_special_tokens=True)).encode("utf-8")
 
+    @property
+    def has_bytes(self) -> bool:
+        """Whether each token stands for bytes of its own, so that ``decode_bytes`` is exact token by token."""
+        return self._token_bytes is not None
+
     def token_text(self, token_id: int) -> str:
         """One token in a form that can be read on one line: control characters and loose bytes are escaped."""
         if token_id in self._special_names:

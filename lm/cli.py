@@ -10,6 +10,8 @@ from lm import __version__
 from lm.commands.embed import embed
 from lm.commands.evaluate import evaluate
 from lm.commands.export import export, import_run
+from lm.commands.finetune import finetune
+from lm.commands.predict import predict
 from lm.commands.report import compare, report
 from lm.commands.sample import sample
 from lm.commands.train import train
@@ -22,5 +24,5 @@ def main() -> None:
 
 
 main.add_command(prep, "prep")
-for command in (train, sample, evaluate, embed, report, compare, export, import_run):
+for command in (train, sample, finetune, predict, evaluate, embed, report, compare, export, import_run):
     main.add_command(command)

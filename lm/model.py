@@ -7,7 +7,7 @@ causally (GPT) or both ways (BERT).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +17,12 @@ from lm import kernels
 from lm.config import ModelConfig
 
 
-@dataclass
-class KVCache:
-    """Keys and values of the tokens already read, for every layer; filled from the left.
-
-    ``keys`` and ``values`` are (layers, rows, capacity, key-value heads, head width); ``length`` tokens are filled.
-    """
-
-    keys: Tensor
-    values: Tensor
-    length: int = 0
-
-    @classmethod
-    def empty(cls, config: ModelConfig, rows: int, capacity: int, like: Tensor) -> KVCache:
-        shape = (config.num_layers, rows, capacity, config.key_value_heads, config.head_width)
-        return cls(like.new_zeros(shape), like.new_zeros(shape))
+class Cache(Protocol):
+    """Where a pass leaves its keys and values and finds those of the tokens before (``lm.cache``)."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values after the old ones; return all of them."""
-        end = self.length + k.shape[1]
-        self.keys[layer, :, self.length : end], self.values[layer, :, self.length : end] = k, v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+        """Store a layer's new keys and values (B, T, Hkv, D); return all that the intervals count, (B, Tk, Hkv, D)."""
+        ...
 
 
 class RMSNorm(nn.Module):
@@ -84,7 +69,7 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         intervals: tuple[Tensor, Tensor],
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int,
     ) -> Tensor:
         q, k, v = self.heads(x, rotary)  # (B, T, H, D) and twice (B, T, Hkv, D)
@@ -132,7 +117,7 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         intervals: tuple[Tensor, Tensor],
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int,
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), rotary, intervals, cache, layer))
@@ -169,20 +154,16 @@ class Transformer(nn.Module):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
 
-    def forward(
-        self, inputs: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, inputs: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states (rows, T, hidden) of ``inputs``, int64 (rows, T).
 
-        ``positions`` (rows, T) are the rotary positions; ``lo`` and ``hi`` the key intervals. With a ``cache`` the
-        inputs follow what it holds, the intervals count from its first token, and it grows by T.
+        ``positions`` (rows, T) are the rotary positions; ``lo`` and ``hi`` the key intervals, which count the
+        keys that the ``cache`` gives back, or without one those of ``inputs``.
         """
         rotary = rotary_table(positions, self.config.head_width, self.config.rope_theta)
         x = self.dropout(self.embedding(inputs))
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, (lo, hi), cache, layer)
-        if cache is not None:
-            cache.length += inputs.shape[1]
         return self.norm(x)
 
     @property

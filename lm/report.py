@@ -14,13 +14,15 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from lm import __version__
 from lm.checkpoint import Checkpoint
-from lm.config import all_settings
-from lm.generate import Sampling, continue_text, fill_masks
+from lm.config import all_settings, pretraining_settings
+from lm.generator import stream
+from lm.infill import fill_masks
 from lm.metrics import best_validation, overfitting, rows_validated, series, summary
 from lm.model import Transformer, describe
 from lm.objectives import READOUTS
 from lm.page import Panel, draw, render
 from lm.run_directory import Run, choose_device
+from lm.sampling import Sampling
 
 SAMPLE = Sampling(temperature=0.7, top_p=0.95, max_new_tokens=100)
 RATES = ("learning_rate", "gradient_norm")
@@ -43,7 +45,7 @@ def write_report(
     readouts = READOUTS[run.config.objective.objective]
     context = run.config.data.context_length
     continued = [
-        (prompt, "".join(continue_text(model, run.tokenizer, prompt, SAMPLE, context)))
+        (prompt, "".join(event.text for event in stream(model, run.tokenizer, prompt, SAMPLE, context)))
         for prompt in (prompts if "next_token" in readouts else ())
     ]
     filled = [_shown(model, run, text, readouts[-1]) for text in (fills if readouts[-1] != "next_token" else ())]
@@ -116,7 +118,7 @@ def _shown(model: Transformer, run: Run, text: str, readout: str) -> dict[str, A
 def _settings(run: Run) -> dict[str, list[dict[str, Any]]]:
     values = run.config.flat()
     sections: dict[str, list[dict[str, Any]]] = {}
-    for setting in all_settings():
+    for setting in all_settings() if run.config.is_finetuning else pretraining_settings():
         row = {"name": setting.name, "value": values[setting.name], "help": setting.help}
         sections.setdefault(setting.section, []).append(row)
     return sections

@@ -79,10 +79,16 @@ class Run:
         """The model of a checkpoint (None: the newest good one), ready to be read from.
 
         Raises:
-            UserError: the checkpoint was trained with another model or tokenizer than the run directory says.
+            UserError: the checkpoint was trained with another model or tokenizer than the run directory says, or the
+                run answers a task and writes no text.
         """
+        if self.config.has_task_head:
+            raise UserError(
+                f"{self.path} is fine-tuned for {self.config.finetune.task} and writes no text: "
+                "kindling predict asks it for its answers"
+            )
         saved = saved or self.newest()
-        self._refuse_another(saved)
+        self.refuse_another(saved)
         with torch.device("meta"):
             model = Transformer(self.config.model)
         try:
@@ -91,7 +97,8 @@ class Run:
             raise UserError(f"checkpoint {saved.path} does not fit config.toml: {error}".split("\n")[0]) from None
         return model.to(device).eval()
 
-    def _refuse_another(self, saved: Checkpoint) -> None:
+    def refuse_another(self, saved: Checkpoint) -> None:
+        """UserError if a checkpoint was trained with another model or tokenizer than the run directory says."""
         model = {setting.name for setting in all_settings() if setting.section == "model"}
         if edited := {name: values for name, values in changes(saved, self.config).items() if name in model}:
             told = ", ".join(f"{name} {there!r} (config.toml: {here!r})" for name, (there, here) in edited.items())

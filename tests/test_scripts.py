@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.config import all_settings
+from lm.config import pretraining_settings
 
 ROOT = Path(__file__).parent.parent
 LONG = ("--context-length", "65536")
@@ -150,7 +150,7 @@ def test_help_is_quick(name):
     assert min(seconds) < 1.5
     assert "Usage:" in done.stdout
     if name == "train":
-        assert all(setting.option in done.stdout for setting in all_settings())
+        assert all(setting.option in done.stdout for setting in pretraining_settings())
 
 
 def test_help_and_mistakes_do_not_wait_for_torch():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lm.config import all_settings
+from lm.config import Setting
 
 if TYPE_CHECKING:
     from lm.tasks import Columns
@@ -33,22 +33,30 @@ device_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
 
 
-def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for every setting of a recipe, explained from the dataclass that defines it."""
-    for setting in reversed(list(all_settings())):
-        limits = f"; one of {', '.join(setting.choices)}" if setting.choices else ""
-        default = json.dumps(setting.default) if setting.default not in ("", ()) else "none"
-        text = f"[{setting.section}] {setting.help}{limits}. [default: {default}]"
-        repeated = " May be repeated." if setting.kind == "list of texts" else ""
-        function = click.option(
-            setting.option,
-            setting.name,
-            metavar=setting.kind.upper(),
-            default=None,
-            multiple=bool(repeated),
-            help=text + repeated,
-        )(function)
-    return function
+def settings_options(settings: Iterable[Setting]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option for each of these settings of a recipe, explained from the dataclass that defines it."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for setting in reversed(list(settings)):
+            function = _setting_option(setting)(function)
+        return function
+
+    return decorate
+
+
+def _setting_option(setting: Setting) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    limits = f"; one of {', '.join(setting.choices)}" if setting.choices else ""
+    default = json.dumps(setting.default) if setting.default not in ("", ()) else "none"
+    text = f"[{setting.section}] {setting.help}{limits}. [default: {default}]"
+    repeated = " May be repeated." if setting.kind == "list of texts" else ""
+    return click.option(
+        setting.option,
+        setting.name,
+        metavar=setting.kind.upper(),
+        default=None,
+        multiple=bool(repeated),
+        help=text + repeated,
+    )
 
 
 def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,9 +14,9 @@ from data_prep.errors import UserError
 from lm.commands.options import checkpoint_option, device_option, json_option, run_argument
 
 if TYPE_CHECKING:
-    from lm.generate import Sampling
     from lm.model import Transformer
     from lm.run_directory import Run
+    from lm.sampling import Sampling
 
 
 @click.command(cls=FriendlyCommand)
@@ -53,8 +53,8 @@ def sample(
     run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], device: str, which: str, as_json: bool, **sampling: Any
 ) -> None:
     """Write with the model of RUN: continue prompts, fill masks. The text alone goes to stdout."""
-    from lm.generate import Sampling
     from lm.run_directory import choose_device, open_run
+    from lm.sampling import Sampling
 
     settings = Sampling(**sampling)
     if problems := settings.problems():
@@ -87,9 +87,10 @@ def _check_readouts(run: Run, prompts: tuple[str, ...], fills: tuple[str, ...]) 
 
 
 def _continue(run: Run, model: Transformer, prompt: str, sampling: Sampling, as_json: bool) -> None:
-    from lm.generate import continue_text
+    from lm.generator import stream
 
-    pieces = continue_text(model, run.tokenizer, prompt, sampling, run.config.data.context_length)
+    events = stream(model, run.tokenizer, prompt, sampling, run.config.data.context_length)
+    pieces = (event.text for event in events)
     if as_json:
         click.echo(json.dumps({"prompt": prompt, "continuation": "".join(pieces)}, ensure_ascii=False))
         return
@@ -101,7 +102,7 @@ def _continue(run: Run, model: Transformer, prompt: str, sampling: Sampling, as_
 
 
 def _fill(run: Run, model: Transformer, text: str, as_json: bool) -> None:
-    from lm.generate import fill_masks
+    from lm.infill import fill_masks
     from lm.objectives import READOUTS
 
     readout = READOUTS[run.config.objective.objective][-1]

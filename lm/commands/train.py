@@ -12,7 +12,7 @@ import click
 from data_prep.command_line import USER_ERROR_STATUS, FriendlyCommand
 from data_prep.errors import UserError
 from lm.commands.options import json_option, settings_options
-from lm.config import Config
+from lm.config import Config, pretraining_settings
 from lm.recipes import find_recipe, load_config
 
 
@@ -46,7 +46,7 @@ def is_one_of_several() -> bool:
     "nothing. Without --data, give --vocab-size.",
 )
 @json_option
-@settings_options
+@settings_options(pretraining_settings())
 @click.pass_context
 def train(
     context: click.Context,
@@ -121,6 +121,8 @@ def _config_and_run(
         if value not in (None, ())
     }
     config = load_config(find_recipe(recipe) if recipe else None, given, unknown_options=unknown, base=base)
+    if config.is_finetuning:
+        raise UserError(f"{run_path} is a fine-tuning: finetune.py goes on with it")
     if extras:
         raise UserError(f"unexpected argument {extras[0]!r}")
     return config, run_path

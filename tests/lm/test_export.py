@@ -14,10 +14,11 @@ from data_prep.errors import UserError
 from lm import checkpoint, masks
 from lm.architectures import STOCK_CLASSES, model_config, stock_class, stock_config, weight_names
 from lm.export import choose_readout, export_huggingface, tokenizer_with_start, tokenizer_without_start
-from lm.generate import Sampling, continue_tokens
+from lm.generator import stream
 from lm.import_checkpoint import import_checkpoint
 from lm.model import Transformer
 from lm.run_directory import Run, open_run, plain_settings
+from lm.sampling import Sampling
 from lm.saving import snapshot
 
 transformers = pytest.importorskip("transformers")
@@ -95,15 +96,9 @@ def test_greedy_text_is_the_same_for_200_tokens(make_run, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     prompt = "The old miller found"
-    ours = list(
-        continue_tokens(
-            run.load_model(torch.device("cpu")),
-            run.tokenizer,
-            run.tokenizer.encode(prompt),
-            Sampling(temperature=0, max_new_tokens=200),
-            256,
-        )
-    )
+    model, greedy = run.load_model(torch.device("cpu")), Sampling(temperature=0, max_new_tokens=200)
+    events = stream(model, run.tokenizer, prompt, greedy, 256)
+    ours = [event.token for event in events if event.token is not None]
     inputs = tokenizer(prompt, return_tensors="pt")
     made = theirs.generate(**inputs, max_new_tokens=200, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
     assert len(ours) > 50

@@ -13,9 +13,10 @@ from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 from lm import masks
 from lm.architectures import STOCK_CLASSES
 from lm.export_gguf import export_gguf, pre_tokenizer_name, tensors
-from lm.generate import Sampling, continue_tokens
+from lm.generator import stream
 from lm.kernels.projections import side_by_side
 from lm.model import rotary_table
+from lm.sampling import Sampling
 from tests.conftest import sentences
 from tests.lm.test_export import SHAPES, run_of
 
@@ -128,11 +129,8 @@ def test_llama_cpp_writes_the_same_greedy_tokens(make_run, tmp_path, shape, qk_n
     with torch.no_grad():
         logits = model.logits(model(torch.tensor([ids]), torch.arange(len(ids))[None], lo, hi))[0]
     np.testing.assert_allclose(np.array(theirs.scores)[: len(ids)], logits.numpy(), rtol=1e-3, atol=2e-3)
-    wanted = list(
-        continue_tokens(
-            model, run.tokenizer, run.tokenizer.encode(text), Sampling(temperature=0, max_new_tokens=50), 256
-        )
-    )
+    events = stream(model, run.tokenizer, text, Sampling(temperature=0, max_new_tokens=50), 256)
+    wanted = [event.token for event in events if event.token is not None]
     made: list[int] = []
     for _ in wanted:
         last = np.array(theirs.scores[theirs.n_tokens - 1])

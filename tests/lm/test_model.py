@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm import masks
 from lm.config import ModelConfig
 from lm.kernels import paths, rotary
-from lm.model import KVCache, Transformer, describe, rotary_table
+from lm.model import Transformer, describe, rotary_table
 
 BASE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 23}
 VARIANTS = {
@@ -194,25 +193,6 @@ def test_flops_are_those_that_pytorch_counts_in_the_plain_formulas(monkeypatch, 
         hidden = model(inputs, torch.arange(11).expand(3, 11), *of(3, 11))
         model.loss(hidden, inputs, torch.ones(3, 11)).backward()
     assert counter.get_total_flops() == 33 * model.flops_per_token(11)
-
-
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.sampled_from([1, 3, 100]), st.sampled_from([4, 2]))
-@hypothesis_settings(max_examples=15)
-def test_reading_in_pieces_with_a_cache_gives_the_same_hidden_states(pieces, window, key_heads):
-    model = model_of(num_key_value_heads=key_heads)
-    total = sum(pieces)
-    inputs = torch.randint(0, BASE["vocab_size"], (2, total), generator=torch.Generator().manual_seed(total))
-    positions = torch.arange(total).expand(2, total)
-    with torch.no_grad():
-        whole = model(inputs, positions, *masks.sliding_window(*masks.causal(2, total), window))
-        cache = KVCache.empty(model.config, 2, total + 3, model.embedding.weight)
-        read, parts = 0, []
-        for piece in pieces:
-            lo, hi = masks.sliding_window(*masks.causal(2, piece, past=read), window, past=read)
-            parts.append(model(inputs[:, read : read + piece], positions[:, read : read + piece], lo, hi, cache))
-            read += piece
-            assert cache.length == read
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("both_ways", [False, True])

@@ -1,0 +1,105 @@
+"""Keys and values of the tokens that a model has read, for several texts of different lengths at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm import masks
+from lm.config import ModelConfig
+
+
+@dataclass
+class KVCache:
+    """The last ``capacity`` tokens of each row.
+
+    Token n of a row lies in slot n % capacity: a token beyond the first ``capacity`` takes the place of the one that no
+    later token may look at. Keys carry their rotary position, so their order among the slots means nothing.
+
+    ``keys`` and ``values`` are (layers, rows, key-value heads, capacity, head width); ``lengths`` says how many tokens
+    each row has read, those included that have lost their place.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: list[int] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, capacity: int, like: Tensor) -> KVCache:
+        """A cache of ``like``'s dtype on its device. On a CPU memory is taken as it is filled, not before."""
+        shape = (config.num_layers, rows, config.key_value_heads, capacity, config.head_width)
+        keys, values = (_zeros(shape, like) for _ in range(2))
+        return cls(keys, values, [0] * rows)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def move(self, source: int, target: int) -> None:
+        """Put one row in the place of another, which is lost."""
+        filled = min(self.lengths[source], self.capacity)
+        for stored in (self.keys, self.values):
+            stored[:, target, :, :filled] = stored[:, source, :, :filled]
+        self.lengths[target] = self.lengths[source]
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if like.device.type == "cpu" and like.dtype == torch.float32:
+        return torch.from_numpy(np.zeros(shape, dtype=np.float32))  # NumPy asks for pages that exist once written to
+    return like.new_zeros(shape)
+
+
+class ReadingPrompt:
+    """A pass of ``lm.model.Transformer`` over the next ``count`` tokens of one row, ``inputs`` (1, count)."""
+
+    def __init__(self, cache: KVCache, row: int, count: int) -> None:
+        self._cache, self._row, self._count = cache, row, count
+        length, device = cache.lengths[row], cache.keys.device
+        past = min(length, cache.capacity)
+        # The slots of the past in the order of the text, and the slots that the new tokens take.
+        self._past = torch.arange(length - past, length, device=device) % cache.capacity
+        self._kept = min(count, cache.capacity)
+        self._slots = torch.arange(length + count - self._kept, length + count, device=device) % cache.capacity
+        self.positions = torch.arange(length, length + count, device=device)[None]
+        lo, hi = masks.causal(1, count, past=past, device=device)
+        self.lo, self.hi = masks.sliding_window(lo, hi, cache.capacity, past=past)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values (1, count, heads, width); return all that may be seen."""
+        seen = []
+        for stored, new in ((self._cache.keys, k), (self._cache.values, v)):
+            row = stored[layer, self._row]  # (heads, capacity, width)
+            past = row[:, self._past].transpose(0, 1)[None]
+            seen.append(torch.cat((past, new), dim=1))
+            row[:, self._slots] = new[0, -self._kept :].transpose(0, 1)
+        return seen[0], seen[1]
+
+    def done(self) -> None:
+        self._cache.lengths[self._row] += self._count
+
+
+class WritingTokens:
+    """A pass of ``lm.model.Transformer`` over one token of each of the first ``rows`` rows, ``inputs`` (rows, 1)."""
+
+    def __init__(self, cache: KVCache, rows: int) -> None:
+        self._cache, self._rows = cache, torch.arange(rows, device=cache.keys.device)
+        self.positions = torch.tensor(cache.lengths[:rows], device=cache.keys.device)[:, None]
+        self._slots = self.positions[:, 0] % cache.capacity
+        self.hi = (self.positions + 1).clamp(max=cache.capacity).to(torch.int32)
+        self.lo = torch.zeros_like(self.hi)
+        self._filled = min(max(cache.lengths[:rows]) + 1, cache.capacity)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values (rows, 1, heads, width); return all that may be seen."""
+        seen = []
+        for stored, new in ((self._cache.keys, k), (self._cache.values, v)):
+            stored[layer, self._rows, :, self._slots] = new[:, 0]
+            seen.append(stored[layer, : len(self._rows), :, : self._filled].transpose(1, 2))
+        return seen[0], seen[1]
+
+    def done(self) -> None:
+        for row in range(len(self._rows)):
+            self._cache.lengths[row] += 1
