@@ -27,6 +27,7 @@ import torch
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.records import HUGGING_FACE
+from lm.config import all_settings
 from lm.finetune import finetune, finetune_config
 from lm.lessons import columns_of
 from lm.predict import Predictor, open_predictor
@@ -97,10 +98,13 @@ def make_task(
     given = {row: {**settings, **by_row.get(row, {}), **of_task, **overrides} for row in TUNED}
     test = next(iter(given.values())).get("test", "")
     problems: dict[str, None] = {}  # in order, each once
+    known = {setting.name for setting in all_settings()}
     for row in TUNED:
         given[row].pop("test", None)
+        unknown = [f"--{key.replace('_', '-')}" for key in given[row] if key not in known]
+        settings = {key: value for key, value in given[row].items() if key in known}
         try:
-            config = finetune_config(run, given[row] | METHODS[row])
+            config = finetune_config(run, settings | METHODS[row], unknown_options=unknown)
         except UserError as problem:
             problems.update(dict.fromkeys(str(problem).splitlines()))
     if not problems:
