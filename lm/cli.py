@@ -9,7 +9,7 @@ from data_prep.command_line import FriendlyGroup
 from lm import __version__
 from lm.commands.embed import embed
 from lm.commands.evaluate import evaluate
-from lm.commands.export import export, import_run
+from lm.commands.export import export, import_run, merge_run
 from lm.commands.finetune import finetune
 from lm.commands.predict import predict
 from lm.commands.report import compare, report
@@ -25,5 +25,18 @@ def main() -> None:
 
 
 main.add_command(prep, "prep")
-for command in (train, sample, finetune, predict, evaluate, embed, tasks, report, compare, export, import_run):
+for command in (
+    train,
+    sample,
+    finetune,
+    predict,
+    evaluate,
+    embed,
+    tasks,
+    report,
+    compare,
+    export,
+    import_run,
+    merge_run,
+):
     main.add_command(command)

@@ -155,6 +155,7 @@ class TrainingConfig:
     """How long, how often, and on what."""
 
     steps: int = setting(1000, "optimizer steps of the whole run", minimum=1)
+    init_from: str = setting("", "run whose newest weights are trained further, with other data say; empty: drawn ones")
     seed: int = setting(0, "of the weights, the order of the data, masking and dropout", minimum=0, maximum=2**63 - 1)
     log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
     validate_every: int = setting(250, "steps between validations", minimum=1)
@@ -221,6 +222,9 @@ class FinetuneConfig:
     tags_column: str = setting("tags", "tokens: column of the words' labels")
     prompt_column: str = setting("prompt", "instruction: column of what the user says")
     response_column: str = setting("response", "instruction: column of what the model should say")
+    chat_template: str = setting(
+        "", "instruction: file with a Jinja template of conversations; empty: plain turns, User: and Assistant:"
+    )
     reads: str = setting(
         "auto",
         "how texts are read; auto: bidirectionally if the base was trained to fill masks, else causally",

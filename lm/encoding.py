@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 from data_prep.tokenizers import Tokenizer
 from lm.sequences import sequence_of
@@ -109,7 +110,12 @@ class Encoder:
         return Span(number, stop - 1 if self.pooling == "last" else 0, stop)
 
 
-def in_parts(encoded: Sequence[Encoded], most_tokens: int) -> Iterator[tuple[int, int]]:
+class HasTokens(Protocol):
+    @property
+    def tokens(self) -> int: ...
+
+
+def in_parts(encoded: Sequence[HasTokens], most_tokens: int) -> Iterator[tuple[int, int]]:
     """Runs [first, stop) of examples that have at most ``most_tokens`` tokens together, or are one example."""
     first, tokens = 0, 0
     for number, example in enumerate(encoded):

@@ -24,16 +24,16 @@ from data_prep.errors import UserError
 from data_prep.files import sha256_of_file
 from data_prep.tokenizers import Tokenizer
 from lm import kernels, randomness
-from lm.checkpoint import MODEL
 from lm.config import Config, OptimizerConfig, ReportConfig, TrainingConfig
 from lm.distributed import Ranks
 from lm.finetune_defaults import DEFAULTS, LEARNING_RATES
+from lm.instruction import InstructionLesson
 from lm.lessons import HeadLesson, settle_reading
 from lm.model import Transformer
 from lm.recipes import load_config
 from lm.run_directory import Run, open_run
 from lm.saving import trained_tensors
-from lm.starting import BASE, keep_base, learning_rates, starting_trunk
+from lm.starting import keep_base, kept_base, learning_rates, starting_trunk
 from lm.trainer import Reporter, carry_out
 from lm.trouble import Best
 
@@ -94,20 +94,22 @@ def finetune(config: Config, path: Path, reporter: Reporter, *, accept_changes: 
     )
     run = Run(path, done)
     saved = run.checkpoint("best", lambda _: None)
-    lines = [line["metrics"] for line in run.metrics() if "metrics" in line and line["step"] == saved.step]
-    return Finetuned(run, saved.step, lines[-1] if lines else {}, sum(t.numel() for t in saved.model().values()))
+    metrics: dict[str, float] = {}
+    for line in run.metrics():
+        if line["step"] == saved.step:
+            metrics = line.get("metrics") or line.get("validation", {}).get("response") or metrics
+    return Finetuned(run, saved.step, metrics, sum(tensor.numel() for tensor in saved.model().values()))
 
 
 class Finetuning:
     """The ``lm.trainer.Work`` of a fine-tuning in the run directory ``path``."""
 
     def __init__(
-        self, config: Config, path: Path, ranks: Ranks, lesson: Lesson, tokenizer: Tokenizer, weights: Path | None
+        self, config: Config, path: Path, ranks: Ranks, lesson: Lesson, tokenizer: Tokenizer, weights: Path
     ) -> None:
         self.path, self.ranks, self.lesson, self.tokenizer, self.weights = path, ranks, lesson, tokenizer, weights
         self.config, self.name = config, config.finetune.train
-        origin = sha256_of_file(weights) if weights else "random"
-        self.fingerprint = hashlib.sha256(f"{lesson.fingerprint} {origin}".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(f"{lesson.fingerprint} {sha256_of_file(weights)}".encode()).hexdigest()
 
     @classmethod
     def open(cls, config: Config, path: Path, ranks: Ranks) -> Finetuning:
@@ -122,32 +124,27 @@ class Finetuning:
             raise UserError("name the examples to learn from: --train FILE")
         if ranks.world > 1:
             raise UserError("fine-tuning runs in one process: start finetune.py without torchrun")
-        pretrained = config.finetune.weights == "pretrained"
-        weights = path / BASE if pretrained else None
-        own = path / "tokenizer.json"
-        if own.is_file() and (weights is None or weights.is_file()):
+        weights, own = kept_base(path), path / "tokenizer.json"
+        if weights and own.is_file():
             tokenizer = Tokenizer.load(own)
         else:
             base = open_run(config.finetune.base)
-            tokenizer = base.tokenizer
-            weights = plain_weights(base) if pretrained else None
+            tokenizer, weights = base.tokenizer, weights or base.plain_weights()
         config = settle_reading(config)
-        lesson = HeadLesson(config, tokenizer)
+        make: type[HeadLesson] | type[InstructionLesson] = HeadLesson if config.has_task_head else InstructionLesson
+        lesson: Lesson = make(config, tokenizer)
         return cls(settle_steps(config, lesson.examples), path, ranks, lesson, tokenizer, weights)
 
     def prepare(self, done: int) -> list[str]:
-        if self.weights:
-            keep_base(self.weights, self.path)
+        keep_base(self.weights, self.path)
         self.lesson.save(self.path)
         model, task, training = self.model(), self.config.finetune, self.config.training
         learn = sum(tensor.numel() for tensor in trained_tensors(model).values())
         whole = sum(parameter.numel() for parameter in model.parameters())
-        begun = f"the weights of {task.base}" if self.weights else "random weights"
+        begun = f"the weights of {task.base}" if task.weights == "pretrained" else "random weights"
         return [
             f"{task.task} from {begun}: {learn / 1e6:.3f}M of {whole / 1e6:.2f}M parameters learn ({task.method})",
             *self.lesson.introduction(),
-            f"texts are read {'both ways' if task.reads == 'bidirectional' else 'causally'}; a text is "
-            f"{'the mean of its tokens' if task.pooling == 'mean' else 'its last token'}",
             f"{training.steps:,} steps x {task.batch_examples} examples = {self.epochs(training.steps):.2f} epochs",
             f"on {self.ranks.device.type.upper()}; {kernels.describe(self.ranks.device)}",
         ]
@@ -203,14 +200,3 @@ def settle_steps(config: Config, examples: int) -> Config:
     steps = max(1, math.ceil(task.epochs * per_epoch))
     between = math.ceil(per_epoch / task.validations_per_epoch)
     return config.replace(steps=steps, validate_every=min(between, steps))
-
-
-def plain_weights(run: Run) -> Path:
-    """The file with the newest weights of a run that has no head or additions of its own.
-
-    Raises:
-        UserError: it has, or there is no checkpoint.
-    """
-    if run.config.has_task_head or (run.config.is_finetuning and run.config.finetune.method != "full"):
-        raise UserError(f"{run.path} is itself fine-tuned: make a plain run of it with kindling merge")
-    return run.newest().path / MODEL

@@ -19,4 +19,4 @@ DEFAULTS: dict[str, Any] = {
 # Of AdamW, by method; of the first where a method is not named.
 LEARNING_RATES = {"full": 5e-4, "lora": 2e-3, "probe": 5e-3}
 # Settings that follow from epochs, batch_examples and validations_per_epoch.
-DERIVED = ("steps", "validate_every", "validation_rows", "parallel")
+DERIVED = ("steps", "validate_every", "validation_rows", "parallel", "init_from")

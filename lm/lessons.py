@@ -21,6 +21,7 @@ from data_prep.tokenizers import Tokenizer
 from lm import heads, randomness, task_metrics
 from lm.config import Config, FinetuneConfig
 from lm.encoding import Encoded, Encoder, in_parts
+from lm.gradients import accumulated
 from lm.heads import ItemBatch, TaskModel, item_batch
 from lm.model import Transformer
 from lm.sequences import usual_pooling, usual_reading
@@ -165,6 +166,11 @@ class HeadLesson:
             how = "read in windows" if self.config.finetune.long_texts == "window" else "truncated"
             more = f", {cut:,} of them longer than the context and {how}" if cut else ""
             told.append(f"{len(encoded):,} {name} examples{more}")
+        task = self.config.finetune
+        told.append(
+            f"texts are read {'both ways' if task.reads == 'bidirectional' else 'causally'}; a text is "
+            f"{'the mean of its tokens' if task.pooling == 'mean' else 'its last token'}"
+        )
         if self.answers.labels:
             told.append(f"{len(self.answers.labels)} labels: {', '.join(self.answers.labels[:20])}")
         return told
@@ -195,21 +201,15 @@ class HeadLesson:
         return parts
 
     def gradients(self, model: nn.Module, batch: list[Part], step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        model.zero_grad()
-        device = next(model.parameters()).device
-        total = torch.zeros((), device=device)
-        for number, part in enumerate(batch):
-            torch.manual_seed(randomness.key(self.config.training.seed, 8, step, number) >> 1)
-            loss = (self._losses(model, part.batch.to(device), part.labels) * part.weights.to(device)).sum()
-            loss.backward()
-            total += loss.detach()
-        return {self.kind: total}, {self.kind: 1.0}
+        return {self.kind: accumulated(model, batch, self._loss, self.config, step)}, {self.kind: 1.0}
 
-    def _losses(self, model: nn.Module, batch: ItemBatch, labels: Tensor) -> Tensor:
-        task = self.config.finetune
-        with autocast(batch.places.device, self.config.training.precision):
+    def _loss(self, model: nn.Module, part: Part) -> Tensor:
+        device = next(model.parameters()).device
+        batch, labels, weights = part.batch.to(device), part.labels.to(device), part.weights.to(device)
+        with autocast(device, self.config.training.precision):
             outputs = model(batch)
-        return heads.losses(self.kind, outputs, labels.to(outputs.device), batch.items, task.label_smoothing)
+        smoothing = self.config.finetune.label_smoothing
+        return (heads.losses(self.kind, outputs, labels, batch.items, smoothing) * weights).sum()
 
     def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
         if not self.validation:

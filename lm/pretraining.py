@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from data_prep.errors import UserError
 from lm.batches import TrainingBatches
 from lm.config import Config
 from lm.corpora import Corpora, open_corpora, with_vocabulary
@@ -19,15 +21,18 @@ from lm.model import Transformer
 from lm.objectives import Batch
 from lm.plan import FEWEST_STEPS, make_plan, settle_micro_batch, told_data
 from lm.recipes import load_config
+from lm.run_directory import open_run
+from lm.starting import keep_base, kept_base, load_base
 from lm.trouble import OVERFITTING, Best
 from lm.validation import rows_of_validation, validate_readouts
 
 
 class Pretraining:
-    """The ``lm.trainer.Work`` of a pretraining run; ``may_shrink``: its micro-batch was chosen, not asked for."""
+    """The ``lm.trainer.Work`` of pretraining in the run ``path``; ``may_shrink``: its micro-batch was not asked for."""
 
-    def __init__(self, config: Config, corpora: Corpora, ranks: Ranks, *, may_shrink: bool = False) -> None:
-        self.config, self.corpora, self.ranks, self.may_shrink = config, corpora, ranks, may_shrink
+    def __init__(self, config: Config, path: Path, corpora: Corpora, ranks: Ranks, *, may_shrink: bool = False) -> None:
+        self.config, self.path, self.corpora, self.ranks, self.may_shrink = config, path, corpora, ranks, may_shrink
+        self.start: Path | None = None  # the weights it begins with, if they are another run's
         self.batches = TrainingBatches(corpora, config)
         self.batches.check_ranks(ranks.world)
         self.name, self.tokenizer, self.fingerprint = corpora.name, corpora.tokenizer, corpora.fingerprint
@@ -45,13 +50,34 @@ class Pretraining:
         config = ranks.on_main(partial(with_vocabulary, config, corpora))
         before = load_config(path / "config.toml") if (path / "config.toml").is_file() else None
         may_shrink = not config.data.micro_batch_rows and ranks.world == 1
-        work = cls(config, corpora, ranks, may_shrink=may_shrink)
+        work = cls(config, path, corpora, ranks, may_shrink=may_shrink)
+        if config.training.init_from:
+            work.start = ranks.on_main(work._find_start)
         work.config = ranks.on_main(partial(settle_micro_batch, config, ranks.device, before))
         return work
+
+    def _find_start(self) -> Path:
+        """The weights to begin with. UserError if the run that has them has another shape or tokenizer."""
+        if kept := kept_base(self.path):
+            return kept
+        start = open_run(self.config.training.init_from)
+        if dataclasses.replace(start.config.model, dropout=0.0) != dataclasses.replace(self.config.model, dropout=0.0):
+            raise UserError(
+                f"{start.path} has a model of another shape: leave the recipe out, and the shape is its own"
+            )
+        if start.tokenizer.sha256 != self.tokenizer.sha256:
+            raise UserError(
+                f"{self.name} was made with another tokenizer than {start.path}: "
+                f"prepare it with --tokenizer {start.path}/tokenizer.json"
+            )
+        return start.plain_weights()
 
     def prepare(self, done: int) -> list[str]:
         """Plan the run after a dry step on weights that are drawn or read afterwards; fewer rows if memory runs out."""
         told, training, asked = [], self.config.training, self.config
+        if self.start:
+            told.append(f"from the weights of {training.init_from}")
+            self.ranks.on_main(partial(keep_base, self.start, self.path))
         one_model = self.ranks.world == 1 or training.parallel == "ddp"
         self.plan = make_plan(
             self.config,
@@ -70,7 +96,11 @@ class Pretraining:
         return told + ([f"this may not fit: {self.plan.obstacle}"] if self.plan.obstacle else [])
 
     def model(self) -> Transformer:
-        return Transformer(self.config.model).initialise(self.config.training.seed)
+        model = Transformer(self.config.model)
+        if self.config.training.init_from:
+            load_base(model, self.path)
+            return model
+        return model.initialise(self.config.training.seed)
 
     def rates(self, model: nn.Module) -> dict[str, float]:
         return {}

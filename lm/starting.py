@@ -1,4 +1,4 @@
-"""The weights that a fine-tuning begins with, and what of them learns.
+"""The weights of another run that a run begins with, and what of them a fine-tuning moves.
 
 They are kept in the run directory (``base.safetensors``), so that it stands alone, whatever becomes of the run that
 they are from.
@@ -16,12 +16,17 @@ from safetensors.torch import load_file
 
 from data_prep.errors import UserError
 from data_prep.files import sync_directory
-from lm import randomness
+from lm import checkpoint, randomness
 from lm.config import Config
 from lm.lora import add_lora
 from lm.model import Transformer
 
 BASE = "base.safetensors"
+
+
+def kept_base(path: Path) -> Path | None:
+    """The weights that the run in ``path`` began with; None if it has not made a step yet that is saved."""
+    return path / BASE if checkpoint.steps(path / "checkpoints") and (path / BASE).is_file() else None
 
 
 def keep_base(weights: Path, path: Path) -> None:
@@ -31,7 +36,7 @@ def keep_base(weights: Path, path: Path) -> None:
         OSError: it could not be copied.
     """
     final, beside = path / BASE, path / f"{BASE}.tmp"
-    if final.exists():
+    if weights == final:
         return
     beside.unlink(missing_ok=True)
     try:
@@ -40,6 +45,16 @@ def keep_base(weights: Path, path: Path) -> None:
         shutil.copyfile(weights, beside)
     beside.rename(final)
     sync_directory(path)
+
+
+def load_base(model: Transformer, path: Path) -> None:
+    """Give ``model`` the weights that the run directory ``path`` begins with; UserError if that cannot be."""
+    try:
+        model.load_state_dict(load_file(path / BASE))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path / BASE} cannot be read: {error}") from None
+    except RuntimeError as error:
+        raise UserError(f"{path / BASE} does not fit config.toml: {error}".split("\n")[0]) from None
 
 
 def starting_trunk(config: Config, path: Path) -> Transformer:
@@ -54,12 +69,7 @@ def starting_trunk(config: Config, path: Path) -> Transformer:
     if task.weights == "random":
         trunk.initialise(seed)
     else:
-        try:
-            trunk.load_state_dict(load_file(path / BASE))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path / BASE} cannot be read: {error}") from None
-        except RuntimeError as error:
-            raise UserError(f"{path / BASE} does not fit config.toml: {error}".split("\n")[0]) from None
+        load_base(trunk, path)
     if task.method == "lora":
         add_lora(trunk, task.lora_rank, task.lora_alpha, task.lora_matrices, randomness.key(seed, 9) >> 1)
     return trunk.requires_grad_(False) if task.method == "probe" else trunk

@@ -99,7 +99,7 @@ def given_up(config: Config, corpora: Corpora, ranks: Ranks, path: Path) -> dict
         warmup_fraction=0.1,
     )
     path.mkdir(exist_ok=True)
-    training = Training(Pretraining(config, corpora, ranks), path, ranks, Silence())
+    training = Training(Pretraining(config, path, corpora, ranks), path, ranks, Silence())
     with pytest.raises(UserError) as error:
         training.run(None)
     return {"error": str(error.value), "went back": training.state.ladder.roll_backs}

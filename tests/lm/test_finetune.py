@@ -139,6 +139,16 @@ def test_another_task_or_data_is_refused_and_more_epochs_are_not(task_settings, 
     assert finetune(task_settings("classification", epochs=2), tmp_path / "run", recorder).run.newest().step == 24
 
 
+def test_what_was_cut_off_before_its_first_checkpoint_begins_anew_with_the_base_that_is_named_now(
+    task_settings, trained, quietly, small, recorder, tmp_path
+):
+    other = quietly(small.replace(steps=2, seed=5), tmp_path / "other")
+    with pytest.raises(InterruptedError):
+        finetune(task_settings("classification", base=str(other.path)), tmp_path / "run", StopAt(1))
+    done = finetune(task_settings("classification", epochs=1), tmp_path / "run", recorder)
+    assert (done.run.path / BASE).read_bytes() == trained.plain_weights().read_bytes()
+
+
 def test_a_base_that_trains_on_does_not_change_what_was_begun(task_settings, classifier, trained):
     base = classifier.run.path / BASE
     assert base.read_bytes() == (trained.newest().path / "model.safetensors").read_bytes()

@@ -54,7 +54,7 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own(task_settings, t
     lesson = HeadLesson(config, trained.tokenizer)
     seen: list[int] = []
     lesson.batch = lambda numbers: seen.extend(numbers.tolist())
-    work = Finetuning(settle_steps(config, 192), tmp_path, Ranks(), lesson, trained.tokenizer, None)
+    work = Finetuning(settle_steps(config, 192), tmp_path, Ranks(), lesson, trained.tokenizer, trained.plain_weights())
     for step in range(work.config.training.steps):
         work.batch(step)
     first, second = seen[:192], seen[192:]
