@@ -39,7 +39,7 @@ from lm.tasks import Example
 from lm.trainer import Silence
 
 # What a task is; other settings say how its rows are fine-tuned.
-OF_TASK = ("task", "train", "validation", "judged_by", "text_column", "pair_column", "label_column")
+OF_TASK = ("task", "train", "validation", "judged_by", "text_column", "text_pair_column", "label_column")
 METHODS = {"untrained": {"method": "full", "weights": "random"}, "lora": {"method": "lora"}, "full": {"method": "full"}}
 SECTIONS = ("settings", "rows", "tasks")
 
