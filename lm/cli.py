@@ -14,6 +14,7 @@ from lm.commands.finetune import finetune
 from lm.commands.predict import predict
 from lm.commands.report import compare, report
 from lm.commands.sample import sample
+from lm.commands.tasks import tasks
 from lm.commands.train import train
 
 
@@ -24,5 +25,18 @@ def main() -> None:
 
 
 main.add_command(prep, "prep")
-for command in (train, sample, finetune, predict, evaluate, embed, report, compare, export, import_run, merge_run):
+for command in (
+    train,
+    sample,
+    finetune,
+    predict,
+    evaluate,
+    embed,
+    tasks,
+    report,
+    compare,
+    export,
+    import_run,
+    merge_run,
+):
     main.add_command(command)

@@ -19,7 +19,7 @@ from data_prep.files import write_atomically
 
 # Tasks of fine-tuning: the first four have a head of their own (``lm.heads``).
 HEAD_TASKS = ("classification", "regression", "tokens", "choice")
-TASKS = (*HEAD_TASKS, "instruction")
+TASKS = (*HEAD_TASKS, "instruction", "contrastive")
 OBJECTIVES = ("next_token", "masked_token", "masked_next_token", "hybrid", "hybrid_unshifted")
 
 
@@ -263,7 +263,8 @@ class FinetuneConfig:
     patience: int = setting(0, "validations in a row without a new best after which it ends; 0: never", minimum=0)
     judged_by: str = setting(
         "auto",
-        "metric whose best validation is kept; auto: accuracy, spearman for a regression, loss for instructions",
+        "metric whose best validation is kept; auto: accuracy, spearman for a regression and contrastive, loss for "
+        "instructions",
         choices=("auto", "loss", "accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"),
     )
     layer_decay: float = setting(
@@ -272,6 +273,7 @@ class FinetuneConfig:
     class_weights: str = setting(
         "none", "weights of the classes in the loss; balanced: all classes count alike", choices=("none", "balanced")
     )
+    temperature: float = setting(0.05, "contrastive: cosines are divided by this", minimum=0.001)
     label_smoothing: float = setting(0.0, "share of the answer that is spread over all classes", minimum=0, maximum=0.9)
 
 
@@ -419,6 +421,10 @@ def _inconsistencies_of_task(config: Config) -> list[str]:
         problems.append("instruction tuning teaches to write, so texts are read causally: leave reads out")
     if task.judged_by in ("pearson", "spearman") and task.task in ("classification", "tokens", "choice"):
         problems.append(f"judged_by {task.judged_by} is for a regression: choose accuracy, or loss")
+    if task.task == "contrastive" and task.method == "probe":
+        problems.append("method probe trains a task's head, and contrastive training has none: choose full or lora")
+    if task.task == "contrastive" and task.judged_by not in ("auto", "pearson", "spearman"):
+        problems.append(f"judged_by {task.judged_by} is not measured in contrastive training: choose auto, or pearson")
     if task.judged_by not in ("auto", "loss", "pearson", "spearman") and task.task in ("regression", "instruction"):
         problems.append(f"judged_by {task.judged_by} is for classes, and {task.task} has none: choose auto, or loss")
     if task.method == "lora" and not task.lora_matrices:

@@ -46,9 +46,11 @@ class Reading:
 def reading_of(
     config: Config, reads: str | None = None, pooling: str | None = None, layer: int = -1, *, normalize: bool = False
 ) -> Reading:
-    """What was asked for, and what is usual for a run of this configuration where nothing was."""
-    reads = reads or usual_reading(config)
-    return Reading(reads, pooling or usual_pooling(reads), layer, normalize)
+    """What was asked for; where nothing was, what a run was fine-tuned with, else what is usual for its objective."""
+    tuned = config.finetune
+    reads = reads or (usual_reading(config) if tuned.reads == "auto" else tuned.reads)
+    pooling = pooling or (usual_pooling(reads) if tuned.pooling == "auto" else tuned.pooling)
+    return Reading(reads, pooling, layer, normalize)
 
 
 def vectors_of(

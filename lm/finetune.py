@@ -25,6 +25,7 @@ from data_prep.files import sha256_of_file
 from data_prep.tokenizers import Tokenizer
 from lm import kernels, randomness
 from lm.config import Config, OptimizerConfig, ReportConfig, TrainingConfig
+from lm.contrastive import ContrastiveLesson
 from lm.distributed import Ranks
 from lm.finetune_defaults import DEFAULTS, LEARNING_RATES
 from lm.instruction import InstructionLesson
@@ -131,8 +132,13 @@ class Finetuning:
             base = open_run(config.finetune.base)
             tokenizer, weights = base.tokenizer, weights or base.plain_weights()
         config = settle_reading(config)
-        make: type[HeadLesson] | type[InstructionLesson] = HeadLesson if config.has_task_head else InstructionLesson
-        lesson: Lesson = make(config, tokenizer)
+        lesson: Lesson
+        if config.finetune.task == "instruction":
+            lesson = InstructionLesson(config, tokenizer)
+        elif config.finetune.task == "contrastive":
+            lesson = ContrastiveLesson(config, tokenizer)
+        else:
+            lesson = HeadLesson(config, tokenizer)
         return cls(settle_steps(config, lesson.examples), path, ranks, lesson, tokenizer, weights)
 
     def prepare(self, done: int) -> list[str]:

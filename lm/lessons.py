@@ -51,7 +51,7 @@ def settle_reading(config: Config) -> Config:
     usual = "causal" if task.task == "instruction" else usual_reading(config)
     reads = usual if task.reads == "auto" else task.reads
     pooling = usual_pooling(reads) if task.pooling == "auto" else task.pooling
-    metric = {"regression": "spearman", "instruction": "loss"}.get(task.task, "accuracy")
+    metric = {"regression": "spearman", "contrastive": "spearman", "instruction": "loss"}.get(task.task, "accuracy")
     judged_by = metric if task.judged_by == "auto" else task.judged_by
     return config.replace(reads=reads, pooling=pooling, judged_by=judged_by)
 

@@ -62,10 +62,7 @@ def read_pairs(path: Path, columns: tuple[str, str] = COLUMNS) -> list[Pairs]:
     Raises:
         UserError: nothing is there, or a line is not a pair; the message has file and line.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    else:
-        files = [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise UserError(
             f"there are no pairs at {path}: name a .jsonl, .csv, .tsv or .parquet file, or a folder of them"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +26,7 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from lm import probes
 from lm.features import Reading, Vectors, all_vectors
+from lm.lessons import content_hash
 from lm.model import Transformer
 from lm.probes import Answers, Target
 from lm.run_directory import Run
@@ -54,7 +56,7 @@ class Task:
     """One task of a table.
 
     ``train`` is learnt from and ``test`` reported on. ``validation`` is what fine-tuning chooses its best step by; ""
-    is a tenth of ``train``, drawn by the seed. ``settings`` are those of its fine-tuned rows, by row, "" for all.
+    is a tenth of ``train``, drawn by the seed. ``settings`` are those of its fine-tuned rows, by row.
     """
 
     name: str
@@ -95,8 +97,13 @@ class Examples:
         """What a fine-tuning learns from and what it chooses its best step by."""
         if self.validation:
             return self.train, self.validation
-        order = np.random.default_rng([seed, 1]).permutation(len(self.train))
-        held = set(order[: max(1, len(order) // 10)].tolist())
+        seen: set[Any] = set()
+        held: set[int] = set()
+        for number in np.random.default_rng([seed, 1]).permutation(len(self.train)).tolist():
+            if self.labels is not None and self.train[number].label not in seen:
+                seen.add(self.train[number].label)  # one of each class is learnt from
+            elif len(held) < max(1, len(self.train) // 10):
+                held.add(number)
         return (
             [example for number, example in enumerate(self.train) if number not in held],
             [example for number, example in enumerate(self.train) if number in held],
@@ -165,27 +172,44 @@ class _Features:
 class Maker:
     """Makes the cells of a run's table; keeps the features of one task at a time."""
 
-    def __init__(self, run: Run, model: Transformer, weights: str, reading: Reading, tune: Tune, out: Path) -> None:
-        """``weights`` is the hash of the model's file; ``out`` the folder of the table."""
+    def __init__(
+        self,
+        run: Run,
+        model: Transformer,
+        weights: str,
+        reading: Reading,
+        tune: Tune,
+        out: Path,
+        *,
+        keep_runs: bool = False,
+    ) -> None:
+        """``weights`` is the hash of the model's file, ``out`` the folder of the table.
+
+        The run directories of fine-tuned rows, in ``out/runs``, are removed when their cell is written, or kept.
+        """
         self.run, self.model, self.weights, self.reading, self.tune, self.out = run, model, weights, reading, tune, out
+        self.keep_runs = keep_runs
         self._features: dict[tuple[str, int | None], _Features] = {}
 
     def cell(self, examples: Examples, row: str, seed: int) -> Cell:
         """The cell as it was saved, or made now and saved."""
         task = examples.task
         path = self.out / CELLS / task.name / f"{row}-{seed}.json"
-        settings = (task.settings.get("", {}) | task.settings.get(row, {})) if row in TUNED else {}
+        settings = task.settings.get(row, {})
         source = self._source(examples, row, seed, settings)
         known = read_cell(path)
         if known and known.source == source:
             return known
-        answers, seconds = self._answers(examples, row, seed, settings)
+        folder = self.out / "runs" / task.name / f"{row}-{seed}-{source[:8]}"
+        answers, seconds = self._answers(examples, row, seed, settings, folder)
         metrics = metrics_of(examples.values(examples.test), answers.outputs, examples.classes)
         cell = Cell(
             task.name, row, seed, metrics, answers.parameters, seconds, answers.chosen, answers.outputs.tolist(), source
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(cell)) + "\n")
+        if not self.keep_runs:
+            shutil.rmtree(folder, ignore_errors=True)
         return cell
 
     def _source(self, examples: Examples, row: str, seed: int, settings: dict[str, Any]) -> str:
@@ -195,12 +219,12 @@ class Maker:
         told = (FORMAT, examples.task.kind, examples.task.judged_by, row, seed, settings, reading, weights)
         digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
         for part in (examples.train, examples.test, examples.validation if row in TUNED else []):
-            for example in part:
-                digest.update(json.dumps([example.texts, example.label]).encode())
-            digest.update(b"\n")
+            digest.update(content_hash(part).encode())
         return digest.hexdigest()
 
-    def _answers(self, examples: Examples, row: str, seed: int, settings: dict[str, Any]) -> tuple[Answers, float]:
+    def _answers(
+        self, examples: Examples, row: str, seed: int, settings: dict[str, Any], folder: Path
+    ) -> tuple[Answers, float]:
         """The answers of a row to the test examples, and the seconds that it took."""
         target = Target(examples.values(examples.train), examples.classes, examples.task.judged_by)
         if row in FROZEN:
@@ -213,7 +237,6 @@ class Maker:
                 answers = replace(answers, chosen=f"{answers.chosen}; {features.cut:,} texts cut")
             return answers, features.seconds + time.perf_counter() - start
         if row in TUNED:
-            folder = self.out / "runs" / examples.task.name / f"{row}-{seed}"
             answers = self.tune(row, examples, seed, settings, folder)
         elif row == "tfidf":
             train, test = ([example.texts for example in part] for part in (examples.train, examples.test))

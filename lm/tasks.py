@@ -8,6 +8,7 @@ regression              text, text_pair if there is one, label      the text or 
 tokens                  words, tags: lists, or text with spaces     the words; as many names of tags
 choice                  text, choices, label                        the text and its choices; the right one, from 0
 instruction             prompt, response                            the prompt and the response; None
+contrastive             text, text_pair if there is one             the text or the two; None
 ======================  ==========================================  ===================================================
 
 ``lm.tables`` says which files are read.
@@ -27,7 +28,7 @@ from data_prep.errors import UserError
 from data_prep.records import known_fields
 from lm.tables import rows_of
 
-KINDS = ("classification", "regression", "tokens", "choice", "instruction")
+KINDS = ("classification", "regression", "tokens", "choice", "instruction", "contrastive")
 MOST_PROBLEMS = 5  # that are told at once
 
 
@@ -67,6 +68,7 @@ class Columns:
             "regression": texts | answer,
             "tokens": {"words": self.words} | ({"tags": self.tags} if labelled else {}),
             "choice": {"text": self.text} | {f"choice {n}": name for n, name in enumerate(self.choices)} | answer,
+            "contrastive": texts,
             "instruction": {"prompt": self.prompt} | ({"response": self.response} if labelled else {}),
         }[kind]
 
@@ -151,7 +153,7 @@ def _example(kind: str, place: str, row: dict[str, Any], needed: dict[str, str],
     if kind == "instruction":
         return Example(tuple(text(part) for part in needed), None, place)
     texts = tuple(text(part) for part in ("text", "text_pair") if part in needed)
-    if not labelled:
+    if not labelled or kind == "contrastive":
         return Example(texts, None, place)
     label = _number(place, needed["label"], answer) if kind == "regression" else _name(place, needed["label"], answer)
     return Example(texts, label, place)

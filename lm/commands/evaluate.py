@@ -10,10 +10,18 @@ import click
 
 from data_prep.command_line import FriendlyCommand
 from data_prep.errors import UserError
-from lm.commands.options import checkpoint_option, columns_of, columns_options, json_option, run_argument
+from lm.commands.options import (
+    checkpoint_option,
+    columns_of,
+    columns_options,
+    json_option,
+    reading_options,
+    run_argument,
+)
 
 if TYPE_CHECKING:
     from lm.checkpoint import Checkpoint
+    from lm.features import Reading
     from lm.run_directory import Run
     from lm.tasks import Columns
 
@@ -42,7 +50,12 @@ if TYPE_CHECKING:
     "--choices",
     help="Questions with answers to choose from instead of the loss: .jsonl, .csv, .tsv, .parquet or hf:NAME[:SPLIT].",
 )
-@columns_options("text", "choices", "label")
+@click.option(
+    "--similarity",
+    help="Pairs of texts with how alike they are: the rank correlation of that with the cosine of their embeddings.",
+)
+@columns_options("text", "text_pair", "choices", "label")
+@reading_options
 @click.option(
     "--columns",
     nargs=2,
@@ -67,6 +80,10 @@ def evaluate(
     text_field: str,
     stride: int,
     choices: str | None,
+    similarity: str | None,
+    reads: str | None,
+    pooling: str | None,
+    layer: int,
     columns: tuple[str, str],
     ties: str,
     which: str,
@@ -77,12 +94,14 @@ def evaluate(
 
     Beside it stand floors: what the frequency of tokens, and bz2 -9, reach on the same text. With --text: the same of
     any text. With --pairs: how often it finds the acceptable one of two sentences likelier. With --choices: how often
-    the right answer to a question is the likeliest.
+    the right answer to a question is the likeliest. With --similarity: whether its embeddings rank pairs of texts as
+    people do.
     """
     from lm.evaluate import evaluate as evaluate_run
+    from lm.features import reading_of
     from lm.run_directory import open_run
 
-    asked = {"--data": data, "--text": source, "--pairs": pairs, "--choices": choices}
+    asked = {"--data": data, "--text": source, "--pairs": pairs, "--choices": choices, "--similarity": similarity}
     if len(given := [name for name, value in asked.items() if value]) > 1:
         raise UserError(f"{' and '.join(given)} are measured one at a time: name one of them")
     opened = open_run(run)
@@ -91,6 +110,9 @@ def evaluate(
         _evaluate_pairs(opened, checkpoint, pairs, columns, ties, as_json)
     elif choices is not None:
         _evaluate_choices(opened, checkpoint, choices, columns_of(task_columns), as_json)
+    elif similarity is not None:
+        reading = reading_of(opened.config, reads, pooling, layer)
+        _evaluate_similarity(opened, checkpoint, similarity, columns_of(task_columns), reading, as_json)
     elif source is not None:
         _tell_losses(_evaluate_text(opened, checkpoint, source, text_field, stride), as_json)
     else:
@@ -164,6 +186,25 @@ def _evaluate_choices(run: Run, checkpoint: Checkpoint, path: str, columns: Colu
         f"share of {len(examples):,} questions whose right answer is the likeliest, ± bootstrap error; {meanings}; "
         f"ties share the point{shortened}",
         markup=False,
+    )
+
+
+def _evaluate_similarity(
+    run: Run, checkpoint: Checkpoint, path: str, columns: Columns, reading: Reading, as_json: bool
+) -> None:
+    from lm.contrastive import read_similar, similarity
+    from lm.run_directory import choose_device
+
+    pairs = read_similar(path, columns)
+    model = run.load_model(choose_device("auto"), checkpoint)
+    found = similarity(model, run.tokenizer, pairs, reading, run.config.data.context_length)
+    if as_json:
+        click.echo(json.dumps({"pairs": len(pairs), **found}))
+        return
+    click.echo("  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    click.echo(
+        f"{len(pairs):,} pairs: correlation of how alike they are with the cosine of their embeddings; read "
+        f"{reading.reads}, {reading.pooling} of layer {reading.layer}"
     )
 
 

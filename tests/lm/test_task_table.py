@@ -45,7 +45,7 @@ def task(tmp_path_factory):
 def numbers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("numbers")
     files = [write_task(folder, name, 60, seed, pair=True, number=True) for seed, name in enumerate(("train", "test"))]
-    return Task("same", "regression", *files, settings={"": {"epochs": 2}, "lora": {"epochs": 9}})
+    return Task("same", "regression", *files, settings={"full": {"epochs": 2}, "lora": {"epochs": 9}})
 
 
 class Tuning:
@@ -101,7 +101,7 @@ def test_pairs_and_numbers_have_a_table_too(make, numbers):
     assert cells["full"].metrics == pytest.approx({"spearman": 1.0, "pearson": 1.0})
     assert cells["majority"].metrics == {"spearman": 0.0, "pearson": 0.0}
     assert cells["probe"].trained_parameters == 4 * 32 + 1
-    assert [settings for _, _, settings, _ in tuning.asked] == [{"epochs": 2}, {"epochs": 9}, {"epochs": 2}]
+    assert [settings for _, _, settings, _ in tuning.asked] == [{}, {"epochs": 9}, {"epochs": 2}]
 
 
 def test_a_cell_that_is_there_is_not_made_again_unless_what_it_follows_from_has_changed(make, task):
