@@ -174,7 +174,10 @@ class Optimizer:
                 decay = config.weight_decay if name in matrices else 0.0
                 groups.setdefault((decay, rates.get(name, 1.0)), []).append(parameter)
         self.adamw = torch.optim.AdamW(
-            [{"params": part, "weight_decay": decay, "share": share} for (decay, share), part in groups.items()],
+            [
+                {"params": part, "weight_decay": decay, "share": share}
+                for (decay, share), part in (groups or {(0.0, 1.0): []}).items()  # it must have a group
+            ],
             lr=0.0,
             betas=(config.beta1, config.beta2),
             fused=True,

@@ -77,6 +77,8 @@ def test_a_batch_of_mixed_lengths_answers_what_each_text_does_alone(reads, task_
 def test_what_is_answered_agrees_with_what_was_validated(classifier, task_files):
     validation = task_files["classification"][1]
     predictor = open_predictor(classifier.run.path, CPU)
+    assert classifier.step < classifier.run.newest().step  # the best is not the newest, and is what is taken
+    assert torch.equal(predictor.model.head.weight, classifier.run.checkpoint("best").model()["head.weight"])
     rows = [json.loads(line) for line in Path(validation).read_text().splitlines()]
     found = [answer for answer, _ in predict(predictor, read_inputs(predictor, validation))]
     right = [answer["label"] == row["label"] for answer, row in zip(found, rows, strict=True)]
