@@ -88,7 +88,7 @@ class Run:
         if self.config.has_task_head:
             raise UserError(
                 f"{self.path} is fine-tuned for {self.config.finetune.task} and writes no text: "
-                "kindling predict asks it for its answers"
+                "kindling predict asks it for its answers, kindling merge --trunk-only makes a plain run of it"
             )
         saved = saved or self.newest()
         self.refuse_another(saved)
