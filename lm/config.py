@@ -427,6 +427,15 @@ def _inconsistencies_of_task(config: Config) -> list[str]:
         problems.append(f"judged_by {task.judged_by} is not measured in contrastive training: choose auto, or pearson")
     if task.judged_by not in ("auto", "loss", "pearson", "spearman") and task.task in ("regression", "instruction"):
         problems.append(f"judged_by {task.judged_by} is for classes, and {task.task} has none: choose auto, or loss")
+    if task.task in ("regression", "choice", "instruction"):
+        problems += [
+            f"{name} is for classes, and {task.task} has none: leave it out"
+            for name, is_set in (
+                ("label_smoothing", task.label_smoothing > 0),
+                ("class_weights", task.class_weights != "none"),
+            )
+            if is_set
+        ]
     if task.method == "lora" and not task.lora_matrices:
         problems.append("lora_matrices names none: name query, say, or choose method probe")
     return problems

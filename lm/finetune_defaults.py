@@ -6,7 +6,7 @@ from typing import Any
 
 DEFAULTS: dict[str, Any] = {
     "optimizer": "adamw",
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "muon_learning_rate": 0.002,
     "weight_decay": 0.01,
     "beta2": 0.98,
@@ -17,6 +17,6 @@ DEFAULTS: dict[str, Any] = {
     "keep_checkpoints": 1,
 }
 # Of AdamW, by method; of the first where a method is not named.
-LEARNING_RATES = {"full": 5e-4, "lora": 2e-3, "probe": 5e-3}
+LEARNING_RATES = {"full": 1e-3, "lora": 2e-3, "probe": 5e-3}
 # Settings that follow from epochs, batch_examples and validations_per_epoch.
 DERIVED = ("steps", "validate_every", "validation_rows", "parallel", "init_from")

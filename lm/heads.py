@@ -107,12 +107,11 @@ def losses(kind: str, outputs: Tensor, labels: Tensor, items: Tensor, label_smoo
         labels: a class an item (classification, tokens), a number an item (regression), or which of its items is right
             of each example (choice).
         items: (examples,), how many items each example has.
+        label_smoothing: share of the answer that is spread over all classes; for classes only.
     """
     if kind == "regression":
         return (outputs[:, 0] - labels) ** 2
     scores = by_example(outputs[:, 0], items) if kind == "choice" else outputs
-    if kind == "choice":  # smoothing would spread over choices that are not there
-        return F.cross_entropy(scores, labels, reduction="none")
     return F.cross_entropy(scores, labels, reduction="none", label_smoothing=label_smoothing)
 
 

@@ -57,7 +57,7 @@ def test_losses_are_those_of_the_plain_formulas():
 
 def test_a_choice_is_among_as_many_as_the_example_has():
     scores, items = torch.tensor([[1.0], [2.0], [0.5], [3.0], [1.0]]), torch.tensor([2, 3])
-    found = losses("choice", scores, torch.tensor([1, 0]), items, 0.3)
+    found = losses("choice", scores, torch.tensor([1, 0]), items)
     wanted = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(2.5) + math.exp(0.5))]
     assert found.tolist() == pytest.approx(wanted, rel=1e-5)
     assert by_example(scores[:, 0], items).tolist() == [[1.0, 2.0, -math.inf], [0.5, 3.0, 1.0]]
