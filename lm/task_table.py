@@ -243,7 +243,7 @@ class Maker:
             answers = probes.tfidf(train, target, test, seed)
         else:
             answers = probes.majority(target, len(examples.test))
-        return answers, time.perf_counter() - start
+        return answers, time.perf_counter() - start if answers.seconds is None else answers.seconds
 
     def _vectors(self, examples: Examples, untrained: int | None) -> _Features:
         """Features of a task by a model that has learnt nothing, drawn from a seed, or (None) by the run's own."""
