@@ -11,6 +11,7 @@ from lm.commands.embed import embed
 from lm.commands.evaluate import evaluate
 from lm.commands.export import export, import_run, merge_run
 from lm.commands.finetune import finetune
+from lm.commands.harness import harness
 from lm.commands.predict import predict
 from lm.commands.report import compare, report
 from lm.commands.sample import sample
@@ -33,6 +34,7 @@ for command in (
     evaluate,
     embed,
     tasks,
+    harness,
     report,
     compare,
     export,

@@ -30,12 +30,14 @@ class Answers:
     """What was answered for test examples, ``parameters`` being the numbers that were learnt for it.
 
     ``outputs`` are probabilities, float64 (examples, classes), or for a regression numbers, float64 (examples,);
-    ``chosen`` says in words what was chosen on training examples.
+    ``chosen`` says in words what was chosen on training examples; ``seconds`` is the time that it took, if it was not
+    all in one go.
     """
 
     outputs: NDArray[np.float64]
     parameters: int
     chosen: str = ""
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ A file of tasks (TOML) uses the names of ``finetune.py``'s settings, and ``test`
 from __future__ import annotations
 
 import json
+import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -143,9 +144,20 @@ class Tuner:
             },
         )
         done = finetune(config, folder / "run", Silence())
-        predictor = open_predictor(done.run.path, self.device)
-        note = f"best at step {done.step:,}"
-        return Answers(outputs_of(predictor, examples, examples.test), done.trained_parameters, note)
+        start = time.perf_counter()
+        outputs = outputs_of(open_predictor(done.run.path, self.device), examples, examples.test)
+        seconds = learning_seconds(done.run) + time.perf_counter() - start
+        return Answers(outputs, done.trained_parameters, f"best at step {done.step:,}", seconds)
+
+
+def learning_seconds(run: Run) -> float:
+    """The time of a run's optimizer steps, of all its sessions, as far as ``metrics.jsonl`` tells."""
+    seconds, before = 0.0, 0.0
+    for line in run.metrics():
+        if "tokens_per_second" in line:
+            seconds += (line["tokens"] - before) / line["tokens_per_second"]
+            before = line["tokens"]
+    return seconds
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:

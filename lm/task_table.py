@@ -243,7 +243,7 @@ class Maker:
             answers = probes.tfidf(train, target, test, seed)
         else:
             answers = probes.majority(target, len(examples.test))
-        return answers, time.perf_counter() - start
+        return answers, time.perf_counter() - start if answers.seconds is None else answers.seconds
 
     def _vectors(self, examples: Examples, untrained: int | None) -> _Features:
         """Features of a task by a model that has learnt nothing, drawn from a seed, or (None) by the run's own."""
@@ -324,9 +324,12 @@ def findings(summaries: Sequence[Summary], metric: str) -> list[str]:
         (ours, our_sd), (theirs, their_sd) = rows["full"].metrics[metric], rows[other].metrics[metric]
         margin = 2 * (our_sd**2 + their_sd**2) ** 0.5
         difference = ours - theirs
+        numbers = f"{metric} {ours:.3f} against {theirs:.3f}, a difference of {difference:+.3f}"
+        if min(len(rows["full"].seeds), len(rows[other].seeds)) < 2:
+            told.append(f"Fine-tuning in full beside {name}: {numbers}; one seed does not tell whether that is chance.")
+            continue
         verdict = "above" if difference > margin else "below" if difference < -margin else "not told apart from"
         told.append(
-            f"Fine-tuning in full is {verdict} {name}: {metric} {ours:.3f} against {theirs:.3f}, "
-            f"a difference of {difference:+.3f} where two standard deviations are {margin:.3f}."
+            f"Fine-tuning in full is {verdict} {name}: {numbers} where two standard deviations are {margin:.3f}."
         )
     return told

@@ -3,7 +3,8 @@
     documents → tokens between ends of text → windows → questions (``lm.scoring``) → nats
 
 Each window is read for the ``stride`` tokens that count in it; the others are only seen. With a stride as long as the
-context windows lie side by side, and the first tokens of each have little before them: the protocol of a validation.
+context windows lie side by side, and the first tokens of each have little before them; only a document's last window
+reaches back to be full (so does lm-evaluation-harness).
 With a shorter one every token, but at the start of a document, has at least context - stride tokens before it (or,
 for a masked readout, half as many on either side), at the price of reading everything context / stride times.
 """
@@ -65,24 +66,33 @@ def windows(length: int, context_length: int, stride: int, *, both_ways: bool) -
     room = context_length - stride if both_ways else 0
     for first in range(1, length, stride):
         last = min(first + stride, length)
-        begin = max(0, first - 1 - room // 2 if both_ways else first - 1 + stride - context_length)
+        begin = max(0, first - 1 - room // 2 if both_ways else last - 1 - context_length)
         yield Window(begin, min(length, begin + context_length) if both_ways else last - 1, first, last)
 
 
 def questions_of(
-    number: int, tokens: list[int], tokenizer: Tokenizer, readout: str, context_length: int, stride: int, folds: int
+    number: int,
+    tokens: list[int],
+    tokenizer: Tokenizer,
+    readout: str,
+    context_length: int,
+    stride: int,
+    folds: int,
+    *,
+    ends: bool = True,
 ) -> Iterator[Question]:
-    """What must be asked for the loss on document ``number``: by ``next_token`` of its end as well.
+    """What must be asked for the loss on document ``number``, the owner of the questions.
 
-    A masked readout hides one fold of a window's tokens at a time, each behind the mask token, until all were hidden.
+    ``next_token`` is asked for the document's end as well, if it ``ends``. A masked readout hides one fold of a
+    window's tokens at a time, each behind the mask token, until all were hidden.
     """
     row = np.array([tokenizer.end_of_text_id, *tokens], dtype=np.int64)
     if readout == "next_token":
-        row = np.append(row, tokenizer.end_of_text_id)
+        row = np.append(row, tokenizer.end_of_text_id) if ends else row
         for window in windows(len(row), context_length, stride, both_ways=False):
             places = range(window.first - 1 - window.begin, window.last - 1 - window.begin)
             targets = row[window.first : window.last].tolist()
-            yield Question(0, row[window.begin : window.end].tolist(), places, targets)
+            yield Question(number, row[window.begin : window.end].tolist(), places, targets)
         return
     fold_of = randomness.uniform_at(randomness.key(0, 4), np.array([number]), np.arange(len(row)))
     fold_of = (fold_of * folds).astype(np.int64)
@@ -95,7 +105,7 @@ def questions_of(
             if len(asked):
                 seen = row[window.begin : window.end].copy()
                 seen[hidden - window.begin] = tokenizer.mask_id
-                yield Question(0, seen.tolist(), (asked - window.begin - shift).tolist(), row[asked].tolist())
+                yield Question(number, seen.tolist(), (asked - window.begin - shift).tolist(), row[asked].tolist())
 
 
 def evaluate_text(
@@ -153,7 +163,7 @@ def evaluate_text(
         floors["unigram"] = {"nats_per_token": per_token, "bits_per_byte": unigram / math.log(2) / size}
     compressed += len(compressor.flush())
     floors["bz2 -9"] = {"nats_per_token": None, "bits_per_byte": 8 * compressed / size}
-    how = f"of which {stride} count" if stride < context else "side by side"
+    how = f"of which {stride} count" if stride < context else "side by side, the last reaching back to be full"
     return {
         "data": source,
         "documents": documents,

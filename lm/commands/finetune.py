@@ -127,7 +127,7 @@ def _tell(done: list[Finetuned], as_json: bool) -> None:
             more = f" ± {spread[name]:.4f} over {len(done)} seeds" if spread else ""
             click.echo(f"{name}  {mean[name]:.4f}{more}")
     task = done[0].run.config
-    use = "predict" if task.has_task_head else "sample"
+    use = "predict" if task.has_task_head else "embed" if task.finetune.task == "contrastive" else "sample"
     click.echo(
         f"{done[0].run.path} is ready, best at step {done[0].step:,}; next: kindling {use} {done[0].run.path}", err=True
     )

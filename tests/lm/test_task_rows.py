@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 from data_prep.errors import UserError
 from lm.cli import main
-from lm.task_rows import Tuner, make_task, read_tasks
+from lm.task_rows import Tuner, learning_seconds, make_task, read_tasks
 from lm.task_table import TUNED, read_task
 from lm.tasks import Example
 
@@ -99,6 +100,7 @@ def test_fine_tuned_rows_answer_the_test_examples_in_the_order_of_the_classes(tr
         assert answers.outputs.shape == (20, 2)
         assert answers.outputs.sum(1) == pytest.approx(1)
         assert answers.chosen.startswith("best at step ")
+        assert 0.01 < answers.seconds < 60
         learned[row] = answers.parameters
         if row == "full":
             truth = examples.values(examples.test)
@@ -107,6 +109,15 @@ def test_fine_tuned_rows_answer_the_test_examples_in_the_order_of_the_classes(tr
     kept = [json.loads(line) for line in (tmp_path / "full" / "validation.jsonl").read_text().splitlines()]
     assert len(kept) == 6
     assert set(kept[0]) == {"text", "label"}
+
+
+def test_the_seconds_of_learning_are_those_of_all_sessions():
+    lines = [
+        {"step": 10, "tokens": 100, "tokens_per_second": 50.0},
+        {"step": 10, "metrics": {}},
+        {"step": 20, "tokens": 300, "tokens_per_second": 100.0},
+    ]
+    assert learning_seconds(SimpleNamespace(metrics=lambda: iter(lines))) == 4.0
 
 
 def test_a_class_that_the_fine_tuning_was_not_shown_has_probability_zero(trained, folder, monkeypatch):

@@ -192,6 +192,8 @@ def test_what_the_table_says_takes_the_deviations_into_account():
     assert "is below the untrained" in told(0.6, 0.7, 0.01)
     assert "is not told apart from the untrained" in told(0.8, 0.7, 0.06)
     assert findings([], "accuracy") == []
+    alone = [Summary("t", row, (0,), {"accuracy": (0.5, 0.0)}, 1, 1.0) for row in ("full", "tfidf")]
+    assert "one seed does not tell whether that is chance" in findings(alone, "accuracy")[0]
 
 
 def test_the_report_shows_tables_pictures_and_errors_with_everything_escaped(make, task, numbers, tmp_path, read_page):

@@ -47,8 +47,8 @@ def test_every_token_but_the_first_is_predicted_once_within_the_context(length, 
     assert predicted == list(range(1, length))
 
 
-def test_windows_side_by_side_do_not_overlap():
-    assert [(w.begin, w.end) for w in windows(10, 4, 4, both_ways=False)] == [(0, 4), (4, 8), (8, 9)]
+def test_windows_lie_side_by_side_but_for_the_last_which_reaches_back():
+    assert [(w.begin, w.end) for w in windows(10, 4, 4, both_ways=False)] == [(0, 4), (4, 8), (5, 9)]
 
 
 def nats_by_definition(model, tokenizer, text, context, stride):
@@ -57,7 +57,8 @@ def nats_by_definition(model, tokenizer, text, context, stride):
     total = 0.0
     for target in range(1, len(row)):
         chunk = (target - 1) // stride
-        begin = max(0, chunk * stride + stride - context)
+        last = min(chunk * stride + stride, len(row) - 1)
+        begin = max(0, last - context)
         read = row[begin:target]
         lo, hi = masks.causal(1, len(read))
         with torch.no_grad():
