@@ -85,7 +85,8 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     for label, place in panel.marks.items():
         axes.axvline(place, color="#5b6477", linewidth=1, linestyle=":", label=_literal(label))
     axes.set(title=_literal(panel.title), xlabel=panel.horizontal)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if axes.get_xlim()[1] > 10:  # steps; "k" for thousands, and no "m" for shares
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color="#dfe3ea", linewidth=0.6)
     axes.patch.set_alpha(0)
     if len(panel.lines) + len(panel.points) + len(panel.marks) > 1:
