@@ -18,12 +18,13 @@ from __future__ import annotations
 import json
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
@@ -67,6 +68,8 @@ def read_tasks(run: Run, path: Path, overrides: Mapping[str, Any]) -> list[Task]
         problems.append(f"there are no tasks in {path}: name each in a section of its own, as [tasks.sst2]")
     tasks = []
     for name, given in content.get("tasks", {}).items():
+        if Path(name).name != name:
+            problems.append(f'[tasks."{name}"] cannot be the name of a folder: leave out what is no name')
         placed = {key: _placed(path.parent, key, value) for key, value in given.items()}
         try:
             tasks.append(make_task(run, name, content.get("settings", {}), by_row, placed, overrides))
@@ -145,9 +148,10 @@ class Tuner:
         )
         done = finetune(config, folder / "run", Silence())
         start = time.perf_counter()
-        outputs = outputs_of(open_predictor(done.run.path, self.device), examples, examples.test)
+        outputs, cut = outputs_of(open_predictor(done.run.path, self.device), examples, examples.test)
         seconds = learning_seconds(done.run) + time.perf_counter() - start
-        return Answers(outputs, done.trained_parameters, f"best at step {done.step:,}", seconds)
+        note = f"best at step {done.step:,}" + (f"; {cut:,} test examples longer than the context" if cut else "")
+        return Answers(outputs, done.trained_parameters, note, seconds)
 
 
 def learning_seconds(run: Run) -> float:
@@ -169,9 +173,14 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
     write_atomically(path, "".join(line + "\n" for line in lines))
 
 
-def outputs_of(predictor: Predictor, examples: Examples, asked: Sequence[Example]) -> np.ndarray:
-    """A fine-tuned run's answers as ``lm.probes.Answers`` has them; a class that it was not shown has probability 0."""
-    found: Iterator[dict[str, Any]] = (answer for answer, _ in predict_all(predictor, asked))
+def outputs_of(predictor: Predictor, examples: Examples, asked: Sequence[Example]) -> tuple[NDArray[np.float64], int]:
+    """A fine-tuned run's answers as ``lm.probes.Answers`` has them, and how many examples were longer than the context.
+
+    A class that it was not shown has probability 0.
+    """
+    found = list(predict_all(predictor, asked))
+    cut = sum(was_cut for _, was_cut in found)
     if examples.labels is None:
-        return np.array([answer["value"] for answer in found])
-    return np.array([[answer["probabilities"].get(name, 0.0) for name in examples.labels.names] for answer in found])
+        return np.array([answer["value"] for answer, _ in found]), cut
+    names = examples.labels.names
+    return np.array([[answer["probabilities"].get(name, 0.0) for name in names] for answer, _ in found]), cut

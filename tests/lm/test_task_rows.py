@@ -79,6 +79,7 @@ def test_a_file_of_tasks_has_settings_for_all_for_a_row_and_for_a_task(trained, 
         ("[tasks.a]\ntask = 'classification'\ntrain = 'x'\n", r"\[tasks\.a\] name the examples: --test FILE"),
         ("[tasks.a]\nepoch = 3\ntrain = 'x'\ntest = 'y'\n", r"\[tasks\.a\] unknown option --epoch: did you mean"),
         ("[rows.knn]\nk = 3\n", r'unknown row "\[rows.knn\]"'),
+        ("[tasks.'../a']\ntrain = 'x'\n", "cannot be the name of a folder"),
         ("[task.a]\n", r'unknown section "\[task\]"'),
         ("[settings]\n", "there are no tasks in"),
         ("[tasks", "cannot read the tasks"),
@@ -127,7 +128,7 @@ def test_a_class_that_the_fine_tuning_was_not_shown_has_probability_zero(trained
     monkeypatch.setattr("lm.task_rows.predict_all", lambda predictor, asked: iter(answers))
     from lm.task_rows import outputs_of
 
-    assert outputs_of(None, examples, [Example(("x",), "good", "f")]).tolist() == [[0.0, 0.75]]
+    assert outputs_of(None, examples, [Example(("x",), "good", "f")])[0].tolist() == [[0.0, 0.75]]
 
 
 def test_the_command_makes_a_table_goes_on_and_does_nothing_twice(trained, folder):
