@@ -34,13 +34,10 @@ def usual_pooling(reads: str) -> str:
     return "last" if reads == "causal" else "mean"
 
 
-def sequence_of(
-    texts: Sequence[Sequence[int]], end_of_text: int, context_length: int, *, from_end: bool = False
-) -> tuple[list[int], bool]:
+def sequence_of(texts: Sequence[Sequence[int]], end_of_text: int, context_length: int) -> tuple[list[int], bool]:
     """One sequence of the tokens of a text or a pair, and whether it had to be cut to ``context_length``.
 
-    Of a pair the longer text is cut first, until both are equally long. ``from_end`` keeps the end of each text instead
-    of its beginning.
+    Of a pair the longer text is cut first, until both are equally long.
     """
     lengths = [len(text) for text in texts]
     excess = sum(lengths) + len(texts) - context_length
@@ -49,7 +46,7 @@ def sequence_of(
         lengths[longest] -= 1
     row: list[int] = []
     for text, length in zip(texts, lengths, strict=True):
-        row += [end_of_text, *(text[len(text) - length :] if from_end else text[:length])]
+        row += [end_of_text, *text[:length]]
     return row, excess > 0
 
 

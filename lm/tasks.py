@@ -16,7 +16,6 @@ contrastive             text, text_pair if there is one             the text or 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -73,14 +72,8 @@ class Columns:
         }[kind]
 
 
-def read_examples(
-    source: str | Path, kind: str, columns: Columns = Columns(), *, labelled: bool = True, limit: int = 0
-) -> list[Example]:
-    """All examples of a file or of a Hugging Face dataset (``hf:NAME[:SPLIT]``), or the first ``limit`` of them.
-
-    Args:
-        kind: one of ``KINDS``.
-        labelled: whether the answers are wanted; without, their columns need not be there.
+def read_examples(source: str | Path, kind: str, columns: Columns = Columns()) -> list[Example]:
+    """All examples of a file or of a Hugging Face dataset (``hf:NAME[:SPLIT]``); ``kind`` is one of ``KINDS``.
 
     Raises:
         UserError: the source cannot be read or holds nothing, a column is not there (the message names those that are),
@@ -88,7 +81,7 @@ def read_examples(
     """
     examples: list[Example] = []
     problems: list[str] = []
-    for found in itertools.islice(_outcomes(source, kind, columns, labelled=labelled), limit or None):
+    for found in _outcomes(source, kind, columns, labelled=True):
         if isinstance(found, Example):
             examples.append(found)
         else:

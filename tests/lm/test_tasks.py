@@ -71,18 +71,13 @@ def test_a_choice_is_named_by_number_letter_or_text(write):
 def test_an_instruction_has_a_prompt_and_a_response(write):
     path = write([{"prompt": "Say hello.", "response": "Hello."}])
     assert read_examples(path, "instruction") == [Example(("Say hello.", "Hello."), None, f"{path}, line 1")]
-    assert read_examples(path, "instruction", labelled=False)[0].texts == ("Say hello.",)
+    assert next(stream_examples(path, "instruction")).texts == ("Say hello.",)
 
 
 def test_without_labels_their_column_need_not_be_there_and_texts_may_be_empty(write):
     path = write([{"text": "a"}, {"text": ""}])
     assert [(e.texts, e.label) for e in stream_examples(path, "classification")] == [(("a",), None), (("",), None)]
     assert [e.texts for e in stream_examples(write("a\nb\n", "a.txt"), "classification")] == [("a",), ("b",)]
-
-
-def test_a_limit_takes_the_first(write):
-    path = write([{"text": "a", "label": 1}, {"text": "b", "label": 2}, {"text": 3}])
-    assert [e.label for e in read_examples(path, "classification", limit=2)] == ["1", "2"]
 
 
 @pytest.mark.parametrize(
