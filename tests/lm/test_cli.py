@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -295,3 +296,8 @@ def test_a_fill_that_cannot_be_filled_is_told_before_training(dataset, tmp_path)
         ],
     )
     assert result.exit_code == 0 or not (tmp_path / "r").exists()
+
+
+def test_the_harness_is_named_where_it_is_not_installed(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert_refused(kindling("harness", run, "--tasks", "blimp"), 'pip install "kindling-lm[harness]"')
