@@ -427,7 +427,7 @@ def _inconsistencies_of_task(config: Config) -> list[str]:
         problems.append(f"judged_by {task.judged_by} is not measured in contrastive training: choose auto, or pearson")
     if task.judged_by not in ("auto", "loss", "pearson", "spearman") and task.task in ("regression", "instruction"):
         problems.append(f"judged_by {task.judged_by} is for classes, and {task.task} has none: choose auto, or loss")
-    if task.task in ("regression", "choice", "instruction"):
+    if task.task in ("regression", "choice", "instruction", "contrastive"):
         problems += [
             f"{name} is for classes, and {task.task} has none: leave it out"
             for name, is_set in (
