@@ -425,9 +425,11 @@ def _inconsistencies_of_task(config: Config) -> list[str]:
         problems.append("method probe trains a task's head, and contrastive training has none: choose full or lora")
     if task.task == "contrastive" and task.judged_by not in ("auto", "pearson", "spearman"):
         problems.append(f"judged_by {task.judged_by} is not measured in contrastive training: choose auto, or pearson")
-    if task.judged_by not in ("auto", "loss", "pearson", "spearman") and task.task in ("regression", "instruction"):
-        problems.append(f"judged_by {task.judged_by} is for classes, and {task.task} has none: choose auto, or loss")
-    if task.task in ("regression", "choice", "instruction"):
+    if task.judged_by not in ("auto", "loss", "pearson", "spearman") and task.task == "regression":
+        problems.append(f"judged_by {task.judged_by} is for classes, and a regression has none: choose auto, or loss")
+    if task.judged_by not in ("auto", "loss") and task.task == "instruction":
+        problems.append(f"judged_by {task.judged_by} is not measured of instructions: choose auto, or loss")
+    if task.task in ("regression", "choice", "instruction", "contrastive"):
         problems += [
             f"{name} is for classes, and {task.task} has none: leave it out"
             for name, is_set in (

@@ -84,6 +84,7 @@ def test_head_sizes_and_counts_have_their_usual_values_unless_set():
         ({"task": "instruction", "reads": "bidirectional"}, ["read causally", "leave reads out"]),
         ({"task": "tokens", "judged_by": "pearson"}, ["judged_by pearson", "accuracy"]),
         ({"task": "regression", "judged_by": "f1"}, ["judged_by f1", "regression has none"]),
+        ({"task": "instruction", "judged_by": "pearson"}, ["judged_by pearson", "choose auto"]),
         ({"task": "choice", "label_smoothing": 0.1}, ["label_smoothing", "choice has none"]),
         ({"task": "regression", "class_weights": "balanced"}, ["class_weights", "regression has none"]),
         ({"task": "classification", "method": "lora", "lora_matrices": ()}, ["lora_matrices names none"]),
