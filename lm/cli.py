@@ -7,11 +7,16 @@ import click
 from data_prep.cli import main as prep
 from data_prep.command_line import FriendlyGroup
 from lm import __version__
+from lm.commands.embed import embed
 from lm.commands.evaluate import evaluate
-from lm.commands.export import export, import_run
+from lm.commands.export import export, import_run, merge_run
+from lm.commands.finetune import finetune
+from lm.commands.harness import harness
+from lm.commands.predict import predict
 from lm.commands.report import compare, report
 from lm.commands.sample import sample
 from lm.commands.serve import serve
+from lm.commands.tasks import tasks
 from lm.commands.train import train
 
 
@@ -22,5 +27,20 @@ def main() -> None:
 
 
 main.add_command(prep, "prep")
-for command in (train, sample, serve, evaluate, report, compare, export, import_run):
+for command in (
+    train,
+    sample,
+    serve,
+    finetune,
+    predict,
+    evaluate,
+    embed,
+    tasks,
+    harness,
+    report,
+    compare,
+    export,
+    import_run,
+    merge_run,
+):
     main.add_command(command)

@@ -17,6 +17,9 @@ import tomli_w
 
 from data_prep.files import write_atomically
 
+# Tasks of fine-tuning: the first four have a head of their own (``lm.heads``).
+HEAD_TASKS = ("classification", "regression", "tokens", "choice")
+TASKS = (*HEAD_TASKS, "instruction", "contrastive")
 OBJECTIVES = ("next_token", "masked_token", "masked_next_token", "hybrid", "hybrid_unshifted")
 
 
@@ -152,6 +155,7 @@ class TrainingConfig:
     """How long, how often, and on what."""
 
     steps: int = setting(1000, "optimizer steps of the whole run", minimum=1)
+    init_from: str = setting("", "run whose newest weights are trained further, with other data say; empty: drawn ones")
     seed: int = setting(0, "of the weights, the order of the data, masking and dropout", minimum=0, maximum=2**63 - 1)
     log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
     validate_every: int = setting(250, "steps between validations", minimum=1)
@@ -198,6 +202,82 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """A task that a pretrained run is fine-tuned on; a run without a task is pretraining, and has no such section."""
+
+    task: str = setting("none", "what is learned; none: pretraining", choices=("none", *TASKS))
+    base: str = setting("", "pretrained run whose newest weights, tokenizer and shape are taken")
+    weights: str = setting(
+        "pretrained", "weights to begin with; random: the same shape, untrained", choices=("pretrained", "random")
+    )
+    train: str = setting("", "examples to learn from: .jsonl, .csv, .tsv or .parquet, or hf:NAME[:SPLIT]")
+    validation: str = setting("", "examples to choose the best step by; empty: none")
+    text_column: str = setting("text", "column of the text")
+    text_pair_column: str = setting(
+        "auto", "column of the second text of a pair; auto: text_pair, if the file has it; empty: there is none"
+    )
+    label_column: str = setting("label", "column of the answer")
+    choices_column: str = setting("choices", "choice: column with the list of choices, or several as in a,b,c")
+    words_column: str = setting("words", "tokens: column of the words, a list or text with spaces")
+    tags_column: str = setting("tags", "tokens: column of the words' labels")
+    prompt_column: str = setting("prompt", "instruction: column of what the user says")
+    response_column: str = setting("response", "instruction: column of what the model should say")
+    chat_template: str = setting(
+        "", "instruction: file with a Jinja template of conversations; empty: plain turns, User: and Assistant:"
+    )
+    reads: str = setting(
+        "auto",
+        "how texts are read; auto: bidirectionally if the base was trained to fill masks, else causally",
+        choices=("auto", "bidirectional", "causal"),
+    )
+    pooling: str = setting(
+        "auto",
+        "what stands for a text: the mean of its tokens' hidden states, or the last one; auto: mean where texts are "
+        "read bidirectionally, else last",
+        choices=("auto", "mean", "last"),
+    )
+    long_texts: str = setting(
+        "truncate",
+        "texts longer than the context: truncate keeps the beginning, window averages windows side by side; pairs are "
+        "always truncated, the longer text first",
+        choices=("truncate", "window"),
+    )
+    method: str = setting(
+        "full",
+        "what learns: full: all weights; lora: low-rank additions to matrices; probe: the head alone",
+        choices=("full", "lora", "probe"),
+    )
+    lora_rank: int = setting(8, "lora: rank of the additions", minimum=1)
+    lora_alpha: float = setting(16.0, "lora: the additions are multiplied by this, divided by the rank", minimum=0)
+    lora_matrices: tuple[str, ...] = setting(
+        ("query", "key", "value", "output", "gate", "up", "down"),
+        "lora: the matrices of each block that have additions",
+        choices=("query", "key", "value", "output", "gate", "up", "down"),
+    )
+    epochs: float = setting(3.0, "passes over the training examples", minimum=0.01)
+    batch_examples: int = setting(32, "examples of one optimizer step", minimum=1)
+    micro_batch_tokens: int = setting(
+        4096, "tokens of one forward pass, at most (or one example); without dropout the result is the same", minimum=1
+    )
+    validations_per_epoch: float = setting(1.0, "validations in one pass over the training examples", minimum=0.01)
+    patience: int = setting(0, "validations in a row without a new best after which it ends; 0: never", minimum=0)
+    judged_by: str = setting(
+        "auto",
+        "metric whose best validation is kept; auto: accuracy, spearman for a regression and contrastive, loss for "
+        "instructions",
+        choices=("auto", "loss", "accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"),
+    )
+    layer_decay: float = setting(
+        1.0, "learning rate of each block as a share of that of the block above it", minimum=0.1, maximum=1
+    )
+    class_weights: str = setting(
+        "none", "weights of the classes in the loss; balanced: all classes count alike", choices=("none", "balanced")
+    )
+    temperature: float = setting(0.05, "contrastive: cosines are divided by this", minimum=0.001)
+    label_smoothing: float = setting(0.0, "share of the answer that is spread over all classes", minimum=0, maximum=0.9)
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run. ``config.toml`` in a run directory is exactly this, as text."""
 
@@ -207,6 +287,16 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    @property
+    def is_finetuning(self) -> bool:
+        return self.finetune.task != "none"
+
+    @property
+    def has_task_head(self) -> bool:
+        """Whether the model answers a task with a head of its own, and so writes no text."""
+        return self.finetune.task in HEAD_TASKS
 
     def replace(self, **settings: Any) -> Config:
         """A copy with some settings changed, by their names: ``config.replace(steps=10, hidden_size=64)``."""
@@ -225,7 +315,10 @@ class Config:
         return {s.name: getattr(getattr(self, s.section), s.name) for s in all_settings()}
 
     def to_toml(self) -> str:
-        return tomli_w.dumps(dataclasses.asdict(self), multiline_strings=False)
+        sections = dataclasses.asdict(self)
+        if self.finetune == FinetuneConfig():
+            del sections["finetune"]
+        return tomli_w.dumps(sections, multiline_strings=False)
 
     def save(self, path: Path) -> None:
         write_atomically(path, self.to_toml())
@@ -260,6 +353,11 @@ def all_settings() -> Iterator[Setting]:
     for section in dataclasses.fields(Config):
         for f in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
             yield Setting(f.name, section.name, f.default, **f.metadata)
+
+
+def pretraining_settings() -> list[Setting]:
+    """The settings of a run that is no fine-tuning."""
+    return [setting for setting in all_settings() if setting.section != "finetune"]
 
 
 def corpus_of(text: str) -> tuple[str, Fraction]:
@@ -311,4 +409,35 @@ def inconsistencies(config: Config) -> list[str]:
         problems.append("mask_token_share and random_token_share add up to more than 1")
     if optimizer.warmup_fraction + optimizer.decay_fraction > 1:
         problems.append("warmup_fraction and decay_fraction add up to more than 1")
+    return problems + _inconsistencies_of_task(config)
+
+
+def _inconsistencies_of_task(config: Config) -> list[str]:
+    task = config.finetune
+    problems = []
+    if task.task == "instruction" and task.method == "probe":
+        problems.append("method probe trains a task's head, and instruction tuning has none: choose full or lora")
+    if task.task == "instruction" and task.reads == "bidirectional":
+        problems.append("instruction tuning teaches to write, so texts are read causally: leave reads out")
+    if task.judged_by in ("pearson", "spearman") and task.task in ("classification", "tokens", "choice"):
+        problems.append(f"judged_by {task.judged_by} is for a regression: choose accuracy, or loss")
+    if task.task == "contrastive" and task.method == "probe":
+        problems.append("method probe trains a task's head, and contrastive training has none: choose full or lora")
+    if task.task == "contrastive" and task.judged_by not in ("auto", "pearson", "spearman"):
+        problems.append(f"judged_by {task.judged_by} is not measured in contrastive training: choose auto, or pearson")
+    if task.judged_by not in ("auto", "loss", "pearson", "spearman") and task.task == "regression":
+        problems.append(f"judged_by {task.judged_by} is for classes, and a regression has none: choose auto, or loss")
+    if task.judged_by not in ("auto", "loss") and task.task == "instruction":
+        problems.append(f"judged_by {task.judged_by} is not measured of instructions: choose auto, or loss")
+    if task.task in ("regression", "choice", "instruction", "contrastive"):
+        problems += [
+            f"{name} is for classes, and {task.task} has none: leave it out"
+            for name, is_set in (
+                ("label_smoothing", task.label_smoothing > 0),
+                ("class_weights", task.class_weights != "none"),
+            )
+            if is_set
+        ]
+    if task.method == "lora" and not task.lora_matrices:
+        problems.append("lora_matrices names none: name query, say, or choose method probe")
     return problems

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from data_prep.errors import UserError
+from data_prep.tokenizers import Tokenizer
 from lm.checkpoint import Checkpoint
 from lm.config import Config, all_settings
-from lm.corpora import Corpora
 from lm.run_directory import Run, changes, open_run, plain_settings
 
 # Settings that a run may be continued with changed: they alter neither the model nor the order of its data.
 FREE_SETTINGS = {
     *("steps", "log_every", "validate_every", "validation_rows", "checkpoint_every", "keep_checkpoints", "keep_every"),
     *("device", "precision", "threads", "parallel", "micro_batch_rows", "prompts", "fills", "data", "verify_data"),
-    "trackers",
+    *("trackers", "train", "validation", "epochs", "validations_per_epoch", "patience", "micro_batch_tokens"),
 }
 # Settings that can never change: the weights, or the meaning of a step, depend on them.
 FIXED_SETTINGS = {s.name for s in all_settings() if s.section == "model"} | {
-    *("context_length", "batch_tokens", "packing", "seed", "optimizer")
+    *("context_length", "batch_tokens", "packing", "seed", "optimizer", "init_from"),
+    *("task", "base", "weights", "method", "lora_rank", "lora_alpha", "lora_matrices", "batch_examples"),
 }
+
+
+class Source(Protocol):
+    """Where a run's weights come from: ``fingerprint`` is a hash of its content, ``name`` what a person calls it."""
+
+    name: str
+    fingerprint: str
+    tokenizer: Tokenizer
 
 
 def refuse_other_directories(path: Path) -> None:
@@ -42,7 +51,7 @@ def refuse_other_directories(path: Path) -> None:
 def open_or_create(
     config: Config,
     path: Path,
-    corpora: Corpora,
+    source: Source,
     device: torch.device,
     note: Callable[[str], None],
     *,
@@ -58,18 +67,18 @@ def open_or_create(
         before = open_run(path)
         newest = before.latest(note)
         if newest is not None:
-            _check(before, newest, config, corpora, accept_changes=accept_changes)
+            _check(before, newest, config, source, accept_changes=accept_changes)
             _tell_another_place(newest, device, note)
-    corpora.tokenizer.save(path / "tokenizer.json")
+    source.tokenizer.save(path / "tokenizer.json")
     config.save(path / "config.toml")
     return newest
 
 
-def fingerprints(config: Config, corpora: Corpora, device: torch.device) -> dict[str, Any]:
+def fingerprints(config: Config, source: Source, device: torch.device) -> dict[str, Any]:
     """What a checkpoint says of all that its weights come from, to be compared when the run goes on."""
     return {
-        "data_fingerprint": corpora.fingerprint,
-        "tokenizer_sha256": corpora.tokenizer.sha256,
+        "data_fingerprint": source.fingerprint,
+        "tokenizer_sha256": source.tokenizer.sha256,
         "config": plain_settings(config),
         "place": _place(device),
     }
@@ -83,12 +92,12 @@ def _place(device: torch.device) -> dict[str, Any]:
     return place
 
 
-def _check(run: Run, newest: Checkpoint, config: Config, corpora: Corpora, *, accept_changes: bool) -> None:
+def _check(run: Run, newest: Checkpoint, config: Config, source: Source, *, accept_changes: bool) -> None:
     """Refuse to go on from ``newest`` with what is not what it was trained with."""
     path = run.path
-    if newest.state["data_fingerprint"] != corpora.fingerprint:
+    if newest.state["data_fingerprint"] != source.fingerprint:
         raise UserError(
-            f"{path} was trained on other data than {corpora.name} holds now: choose another --run, or restore the data"
+            f"{path} was trained on other data than {source.name} holds now: choose another --run, or restore the data"
         )
     kept = path / "tokenizer.json"
     if kept.exists() and run.tokenizer.sha256 != newest.state["tokenizer_sha256"]:

@@ -87,7 +87,7 @@ class Ranks:
         """The sums of small tensors over all ranks, equal on all to the last bit (of several ranks: float64, CPU)."""
         return tensors
 
-    def spread(self, model: Transformer) -> None:
+    def spread(self, model: nn.Module) -> None:
         """Make ``model``, which has the same weights on every rank, ready for ``losses``, on this rank's device."""
         model.to(self.device)
 
@@ -157,7 +157,8 @@ class ManyRanks(Ranks):
         parts = flat.split([tensor.numel() for tensor in tensors])
         return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
-    def spread(self, model: Transformer) -> None:
+    def spread(self, model: nn.Module) -> None:
+        assert isinstance(model, Transformer)  # only pretraining is shared out (lm.finetune refuses several processes)
         self._losses = self._sharded(model) if self.parallel == "fsdp" else self._replicated(model)
 
     def _replicated(self, model: Transformer) -> nn.Module:

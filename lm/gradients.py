@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm import randomness
 from lm.config import Config
@@ -54,3 +57,23 @@ def step_gradients(
         if count
     ]
     return {name: loss for name, loss, _ in kinds}, {name: share for name, _, share in kinds}
+
+
+Part = TypeVar("Part")
+
+
+def accumulated(
+    model: nn.Module, parts: Sequence[Part], loss: Callable[[nn.Module, Part], Tensor], config: Config, step: int
+) -> Tensor:
+    """Leave the gradient of a step's loss, the sum over its parts, in the parameters; that sum.
+
+    Each part draws its dropout from the seed, the step, and its number.
+    """
+    model.zero_grad()
+    total = torch.zeros(())
+    for number, part in enumerate(parts):
+        torch.manual_seed(randomness.key(config.training.seed, 8, step, number) >> 1)
+        cost = loss(model, part)
+        cost.backward()
+        total = total.to(cost.device) + cost.detach()
+    return total

@@ -1,8 +1,8 @@
 """``metrics.jsonl``: what a run tells about itself, one JSON object a line, in the order of its steps.
 
 A line has ``step`` and either ``loss`` and what belongs to it (means over the steps since the last such line),
-``validation`` (the losses of each readout, and on how many ``rows`` of how many) or ``event`` (a step skipped, a rate
-lowered, a run taken back).
+``validation`` (the losses of each readout, and on how many ``rows`` of how many), ``metrics`` (of a task that is
+fine-tuned on) or ``event`` (a step skipped, a rate lowered, a run taken back).
 """
 
 from __future__ import annotations

@@ -6,9 +6,7 @@ likely; the common way, to take the first of two equals, credits a model with ev
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from lm.model import Transformer
 from lm.objectives import READOUTS
 from lm.run_directory import Run
 from lm.scoring import log_likelihoods
+from lm.tables import SUFFIXES, rows_of
 
 COLUMNS = ("sentence_good", "sentence_bad")
 TIES = ("half", "first")
@@ -55,7 +54,7 @@ class Accuracy:
 
 
 def read_pairs(path: Path, columns: tuple[str, str] = COLUMNS) -> list[Pairs]:
-    """Pairs of a .jsonl, .csv or .tsv file, or of all such files of a folder, a paradigm each.
+    """Pairs of a .jsonl, .csv, .tsv or .parquet file, or of all such files of a folder, a paradigm each.
 
     ``columns`` name the acceptable and the unacceptable sentence. Of BLiMP's other fields ``UID`` names the paradigm
     (else the file does) and ``linguistics_term`` its group.
@@ -63,12 +62,11 @@ def read_pairs(path: Path, columns: tuple[str, str] = COLUMNS) -> list[Pairs]:
     Raises:
         UserError: nothing is there, or a line is not a pair; the message has file and line.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".csv", ".tsv"))
-    else:
-        files = [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
-        raise UserError(f"there are no pairs at {path}: name a .jsonl, .csv or .tsv file, or a folder of them")
+        raise UserError(
+            f"there are no pairs at {path}: name a .jsonl, .csv, .tsv or .parquet file, or a folder of them"
+        )
     return [_read_file(file, columns) for file in files]
 
 
@@ -76,34 +74,16 @@ def _read_file(file: Path, columns: tuple[str, str]) -> Pairs:
     good: list[str] = []
     bad: list[str] = []
     paradigm, group = file.stem, ""
-    for number, row in _rows(file):
+    for place, row in rows_of(file):
         for name, sentences in zip(columns, (good, bad), strict=True):
             value = row.get(name)
             if not isinstance(value, str) or not value.strip():
-                raise UserError(f'{file}, line {number}: "{name}" is missing or holds no text')
+                raise UserError(f'{place}: "{name}" is missing or holds no text')
             sentences.append(value)
         paradigm, group = str(row.get("UID") or paradigm), str(row.get("linguistics_term") or group)
     if not good:
         raise UserError(f"{file} holds no pairs")
     return Pairs(paradigm, group, good, bad)
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    try:
-        with file.open(encoding="utf-8", newline="") as lines:
-            if file.suffix == ".jsonl":
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise UserError(f"{file}, line {number}: not a JSON object")
-                        yield number, row
-            else:
-                reader = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
-                for entry in reader:
-                    yield reader.line_num, dict(entry)
-    except (ValueError, csv.Error, OSError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
 
 
 def scores(good: NDArray[np.float64], bad: NDArray[np.float64], ties: str) -> NDArray[np.float64]:

@@ -117,8 +117,10 @@ class Muon:
         momentum: float,
         weight_decay: float,
         ranks: Ranks | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         self.momentum, self.weight_decay, self.ranks = momentum, weight_decay, ranks or Ranks()
+        self.rates = rates or {}
         self.groups: dict[torch.Size, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in named_parameters.items():
             self.groups.setdefault(parameter.shape, []).append((name, parameter))
@@ -135,8 +137,9 @@ class Muon:
             looking_ahead = gradients.lerp_(buffer, self.momentum)  # Nesterov
             updates = self.ranks.map_matrices(orthogonalise, looking_ahead)
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            for (_, parameter), update in zip(group, updates, strict=True):
-                parameter.mul_(1 - learning_rate * self.weight_decay).add_(update, alpha=-learning_rate * scale)
+            for (name, parameter), update in zip(group, updates, strict=True):
+                rate = learning_rate * self.rates.get(name, 1.0)
+                parameter.mul_(1 - rate * self.weight_decay).add_(update, alpha=-rate * scale)
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -147,19 +150,37 @@ class Muon:
 
 
 class Optimizer:
-    """Muon and AdamW together, each parameter in the one that suits it; weight decay on the blocks' matrices only."""
+    """Muon and AdamW together, each parameter in the one that suits it; weight decay on the blocks' matrices only.
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, ranks: Ranks | None = None) -> None:
-        self.config, self.ranks = config, ranks or Ranks()
-        self.parameters = dict(model.named_parameters())
-        matrices = {n: p for n, p in self.parameters.items() if p.ndim == 2 and n.startswith("blocks.")}
+    Parameters that require no gradient are left alone. ``rates`` has shares of the learning rate by the name of a
+    parameter, 1 where it has none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        ranks: Ranks | None = None,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        self.config, self.ranks, rates = config, ranks or Ranks(), rates or {}
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        matrices = {n: p for n, p in self.parameters.items() if p.ndim == 2 and "blocks" in n.split(".")}
         by_muon = matrices if config.optimizer == "muon" else {}
-        self.muon = Muon(by_muon, config.momentum, config.weight_decay, self.ranks)
-        decayed = [p for n, p in matrices.items() if n not in by_muon]
-        plain = [p for n, p in self.parameters.items() if n not in matrices]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.muon = Muon(by_muon, config.momentum, config.weight_decay, self.ranks, rates)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            if name not in by_muon:
+                decay = config.weight_decay if name in matrices else 0.0
+                groups.setdefault((decay, rates.get(name, 1.0)), []).append(parameter)
         self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=0.0, betas=(config.beta1, config.beta2), fused=True
+            [
+                {"params": part, "weight_decay": decay, "share": share}
+                for (decay, share), part in (groups or {(0.0, 1.0): []}).items()  # it must have a group
+            ],
+            lr=0.0,
+            betas=(config.beta1, config.beta2),
+            fused=True,
         )
 
     def clip(self) -> Tensor:
@@ -170,7 +191,7 @@ class Optimizer:
     def step(self, factor: float) -> None:
         """Move the weights, at ``factor`` times the peak learning rates."""
         for group in self.adamw.param_groups:
-            group["lr"] = factor * self.config.learning_rate
+            group["lr"] = factor * self.config.learning_rate * group["share"]
         self.adamw.step()
         self.muon.step(factor * self.config.muon_learning_rate)
 

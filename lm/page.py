@@ -30,6 +30,15 @@ class Panel:
     horizontal: str = "step"
 
 
+@dataclass(frozen=True)
+class Bars:
+    """One drawing: a bar for each name, from above to below, with its value and the half width of its error."""
+
+    title: str
+    values: dict[str, tuple[float, float]]
+    horizontal: str
+
+
 def render(template: str, **values: Any) -> str:
     """A page of ``lm/templates``; what it is given is escaped, and a name that it lacks is an error."""
     return (
@@ -43,7 +52,7 @@ def render(template: str, **values: Any) -> str:
     )
 
 
-def draw(panels: Sequence[Panel], height: float) -> str:
+def draw(panels: Sequence[Panel | Bars], height: float) -> str:
     """Panels side by side, ``height`` inches high and together 9 wide, as one SVG element without a date."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -58,7 +67,7 @@ def draw(panels: Sequence[Panel], height: float) -> str:
         figure = Figure(figsize=(9, height), layout="constrained")
         figure.patch.set_alpha(0)
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            _draw_panel(axes, panel)
+            _draw_bars(axes, panel) if isinstance(panel, Bars) else _draw_panel(axes, panel)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
@@ -76,11 +85,24 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     for label, place in panel.marks.items():
         axes.axvline(place, color="#5b6477", linewidth=1, linestyle=":", label=_literal(label))
     axes.set(title=_literal(panel.title), xlabel=panel.horizontal)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if axes.get_xlim()[1] > 10:  # steps; "k" for thousands, and no "m" for shares
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color="#dfe3ea", linewidth=0.6)
     axes.patch.set_alpha(0)
     if len(panel.lines) + len(panel.points) + len(panel.marks) > 1:
         axes.legend(frameon=False)
+
+
+def _draw_bars(axes: Any, bars: Bars) -> None:
+    values, errors = zip(*bars.values.values(), strict=True)
+    places = range(len(bars.values))
+    axes.barh(places, values, xerr=errors, height=0.6, color=COLOURS[1], error_kw={"linewidth": 1.2, "capsize": 3})
+    axes.set(title=_literal(bars.title), xlabel=_literal(bars.horizontal), xlim=(min(0.0, *values), None))
+    axes.set_yticks(places, [_literal(name) for name in bars.values])
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="#dfe3ea", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.patch.set_alpha(0)
 
 
 def _literal(text: str) -> str:

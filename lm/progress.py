@@ -44,7 +44,7 @@ class TerminalProgress:
             self.bar.update(self.task, completed=step)
 
     def metrics(self, line: dict[str, Any]) -> None:
-        if "validation" in line:
+        if "validation" in line or "metrics" in line:
             self.note(_validation(line))
         elif self.console.is_terminal:
             self.bar.update(self.task, completed=line["step"], state=" · ".join(_state(line)))
@@ -70,7 +70,10 @@ def _state(line: dict[str, Any]) -> list[str]:
 
 
 def _validation(line: dict[str, Any]) -> str:
-    """A validation, with the part of the split it is about."""
+    """A validation, with the part of the split it is about, or with the metrics of a task."""
+    if "metrics" in line:
+        told = ", ".join(f"{name} {value:.4f}" for name, value in line["metrics"].items())
+        return f"step {line['step']:>6}  validation: {told or 'there are no validation examples'}"
     results = ", ".join(
         f"{name} {loss['nats_per_token']:.3f} nats/token ({loss['bits_per_byte']:.3f} bits/byte)"
         for name, loss in line["validation"].items()

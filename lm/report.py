@@ -14,7 +14,7 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from lm import __version__
 from lm.checkpoint import Checkpoint
-from lm.config import all_settings
+from lm.config import all_settings, pretraining_settings
 from lm.generator import stream
 from lm.infill import fill_masks
 from lm.metrics import best_validation, overfitting, rows_validated, series, summary
@@ -118,7 +118,7 @@ def _shown(model: Transformer, run: Run, text: str, readout: str) -> dict[str, A
 def _settings(run: Run) -> dict[str, list[dict[str, Any]]]:
     values = run.config.flat()
     sections: dict[str, list[dict[str, Any]]] = {}
-    for setting in all_settings():
+    for setting in all_settings() if run.config.is_finetuning else pretraining_settings():
         row = {"name": setting.name, "value": values[setting.name], "help": setting.help}
         sections.setdefault(setting.section, []).append(row)
     return sections

@@ -20,8 +20,11 @@ from data_prep.tokenizers import Tokenizer
 from lm import checkpoint, metrics
 from lm.checkpoint import Checkpoint
 from lm.config import Config, all_settings
+from lm.lora import merge_lora
 from lm.model import Transformer
 from lm.recipes import load_config
+from lm.saving import load_trained
+from lm.starting import starting_trunk
 
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 
@@ -79,19 +82,41 @@ class Run:
         """The model of a checkpoint (None: the newest good one), ready to be read from.
 
         Raises:
-            UserError: the checkpoint was trained with another model or tokenizer than the run directory says.
+            UserError: the checkpoint was trained with another model or tokenizer than the run directory says, or the
+                run answers a task and writes no text.
         """
+        if self.config.has_task_head:
+            raise UserError(
+                f"{self.path} is fine-tuned for {self.config.finetune.task} and writes no text: "
+                "kindling predict asks it for its answers, kindling merge --trunk-only makes a plain run of it"
+            )
         saved = saved or self.newest()
-        self._refuse_another(saved)
-        with torch.device("meta"):
-            model = Transformer(self.config.model)
+        self.refuse_another(saved)
         try:
-            model.load_state_dict(saved.model(), assign=True)
+            if self.config.is_finetuning:
+                model = starting_trunk(self.config, self.path)
+                load_trained(model, saved.model())
+                merge_lora(model)
+            else:
+                with torch.device("meta"):
+                    model = Transformer(self.config.model)
+                model.load_state_dict(saved.model(), assign=True)
         except RuntimeError as error:
             raise UserError(f"checkpoint {saved.path} does not fit config.toml: {error}".split("\n")[0]) from None
         return model.to(device).eval()
 
-    def _refuse_another(self, saved: Checkpoint) -> None:
+    def plain_weights(self) -> Path:
+        """The file with the run's newest weights, all of them.
+
+        Raises:
+            UserError: it has a task's head, or additions by LoRA, or no checkpoint.
+        """
+        if self.config.has_task_head or (self.config.is_finetuning and self.config.finetune.method != "full"):
+            raise UserError(f"{self.path} is itself fine-tuned: kindling merge makes a plain run of it")
+        return self.newest().path / checkpoint.MODEL
+
+    def refuse_another(self, saved: Checkpoint) -> None:
+        """UserError if a checkpoint was trained with another model or tokenizer than the run directory says."""
         model = {setting.name for setting in all_settings() if setting.section == "model"}
         if edited := {name: values for name, values in changes(saved, self.config).items() if name in model}:
             told = ", ".join(f"{name} {there!r} (config.toml: {here!r})" for name, (there, here) in edited.items())

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm import checkpoint
 from lm.checkpoint import Retention
@@ -25,6 +25,26 @@ def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes of a model, by name: the weights that require a gradient; views of the live ones."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors of ``trained_tensors`` back into a model; what requires no gradient stays as it is.
+
+    Raises:
+        RuntimeError: they are not all of the model's, or others, or of another shape.
+    """
+    wanted = trained_tensors(model)
+    if apart := sorted(tensors.keys() ^ wanted.keys()):
+        raise RuntimeError(f"{apart[0]} is only in one of them")
+    for name, tensor in wanted.items():
+        if tensors[name].shape != tensor.shape:
+            raise RuntimeError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
+    model.load_state_dict(dict(tensors), strict=False)
 
 
 class Saver:

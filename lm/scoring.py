@@ -21,6 +21,7 @@ from lm.model import Transformer
 from lm.objectives import assemble
 
 ROWS = 16  # of one forward pass
+LOGITS_AT_ONCE = 1 << 24  # at most so many numbers are held, whatever the vocabulary and the context
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,19 @@ def questions(tokens: Sequence[int], owner: int, readout: str, tokenizer: Tokeni
     ]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Answers:
+    """What a model said to some questions, target by target, all (targets,).
+
+    ``owners`` are those of the questions, int64; ``nats`` the log-probabilities of the targets, float64; ``likeliest``
+    whether a target was the likeliest token, bool.
+    """
+
+    owners: NDArray[np.int64]
+    nats: NDArray[np.float64]
+    likeliest: NDArray[np.bool_]
+
+
 def log_likelihoods(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -64,34 +77,47 @@ def log_likelihoods(
     Raises:
         UserError: a text is longer than the model's context.
     """
+    totals = np.zeros(len(texts), dtype=np.float64)
+    starts = [0] * len(texts) if firsts is None else firsts
+    refuse_longer(texts, context_length)
+    asked = (
+        question
+        for owner, (text, first) in enumerate(zip(texts, starts, strict=True))
+        for question in questions(text, owner, readout, tokenizer, first)
+    )
+    for answers in ask(model, tokenizer, asked, readout, context_length):
+        np.add.at(totals, answers.owners, answers.nats)
+    return totals
+
+
+def refuse_longer(texts: Sequence[Sequence[int]], context_length: int) -> None:
+    """UserError if one of the texts does not fit behind the end-of-text token."""
     longest = max((len(text) for text in texts), default=0) + 1
     if longest > context_length:
         raise UserError(
             f"a text to score has {longest - 1} tokens; this model reads at most {context_length - 1} at once"
         )
-    starts = [0] * len(texts) if firsts is None else firsts
-    asked = (
-        question
-        for owner, (text, first) in enumerate(zip(texts, starts, strict=True))
-        for question in questions(text, owner, readout, tokenizer, first)
-        if question.targets
-    )
-    totals = np.zeros(len(texts), dtype=np.float64)
-    for answered, logits in answers(model, tokenizer, asked, readout, context_length):
-        wanted = torch.tensor([target for question in answered for target in question.targets], device=logits.device)
-        found = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-        owners = [question.owner for question in answered for _ in question.targets]
-        np.add.at(totals, owners, found.double().cpu().numpy())
-    return totals
+
+
+def ask(
+    model: Transformer, tokenizer: Tokenizer, asked: Iterable[Question], readout: str, context_length: int
+) -> Iterator[Answers]:
+    """Answer questions, some at a time, in their order, each of at most ``context_length`` tokens."""
+    for owners, targets, logits in logits_for(model, tokenizer, asked, readout, context_length):
+        nats = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        likeliest = logits.argmax(-1) == targets
+        yield Answers(owners, nats.double().cpu().numpy(), likeliest.cpu().numpy())
 
 
 @torch.no_grad()
-def answers(
+def logits_for(
     model: Transformer, tokenizer: Tokenizer, asked: Iterable[Question], readout: str, context_length: int
-) -> Iterator[tuple[list[Question], Tensor]]:
-    """The questions of each forward pass, with the logits (targets, vocabulary) at their places, in their order."""
+) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
+    """What the model says to questions, some targets at a time, in their order: the owners of the questions (n,), the
+    targets (n,), and the logits (n, vocabulary) at the places that predict them."""
     device = next(model.parameters()).device
-    for rows in _packed(asked, context_length):
+    at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    for rows in _packed((question for question in asked if question.targets), context_length):
         inputs = np.full((len(rows), context_length), tokenizer.end_of_text_id, dtype=np.int64)
         begins = np.zeros(inputs.shape, dtype=bool)
         lengths = np.empty(len(rows), dtype=np.int64)
@@ -110,10 +136,15 @@ def answers(
         batch = assemble(cut, cut, unused, begins[:, :width], both_ways, lengths).to(device)
         hidden = model(batch.inputs, batch.positions, batch.lo, batch.hi)
         row_of, place_of = torch.tensor(where, device=device).T
-        yield [question for row in rows for question in row], model.logits(hidden[row_of, place_of])
+        answered = [question for row in rows for question in row]
+        owners = np.array([question.owner for question in answered for _ in question.targets], dtype=np.int64)
+        targets = torch.tensor([target for question in answered for target in question.targets], device=device)
+        for first in range(0, len(targets), at_once):
+            part = slice(first, first + at_once)
+            yield owners[part], targets[part], model.logits(hidden[row_of[part], place_of[part]])
 
 
-def _packed(asked: Iterable[Question], context_length: int) -> Iterator[list[list[Question]]]:
+def _packed(asked: Iterator[Question], context_length: int) -> Iterator[list[list[Question]]]:
     """Questions in rows of at most ``context_length`` tokens, ``ROWS`` rows at a time."""
     rows: list[list[Question]] = [[]]
     used = 0

@@ -13,7 +13,7 @@ import torch
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
 from lm.model import Transformer
-from lm.scoring import answers, questions
+from lm.scoring import logits_for, questions
 from lm.text_stream import TextStream
 
 
@@ -47,9 +47,8 @@ def token_probabilities(
     """
     if len(tokens) >= context_length:
         raise UserError(f"the text has {len(tokens)} tokens; this model reads at most {context_length - 1} at once")
-    asked = (question for question in questions(tokens, 0, readout, tokenizer) if question.targets)
-    for answered, logits in answers(model, tokenizer, asked, readout, context_length):
-        targets = torch.tensor([target for question in answered for target in question.targets], device=logits.device)
+    asked = questions(tokens, 0, readout, tokenizer)
+    for _, targets, logits in logits_for(model, tokenizer, asked, readout, context_length):
         logprobs = logits.log_softmax(-1)[:, : tokenizer.vocab_size]  # without rows that only fill the matrix
         own = logprobs.gather(1, targets[:, None])
         ranks = 1 + (logprobs > own).sum(-1)

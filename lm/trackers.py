@@ -143,7 +143,7 @@ TRACKERS: dict[str, Callable[[Tracked], Tracker]] = {
 
 def _key(line: dict[str, Any]) -> tuple[int, str]:
     """What names a line: its step and what kind of line it is."""
-    return line["step"], line.get("event") or ("validation" if "validation" in line else "loss")
+    return line["step"], line.get("event") or ("validation" if "validation" in line or "metrics" in line else "loss")
 
 
 def require(names: Sequence[str]) -> None:
@@ -176,6 +176,8 @@ def values_of(line: dict[str, Any]) -> Values:
             for readout, loss in line["validation"].items()
             for unit in ("nats_per_token", "bits_per_byte")
         }
+    if "metrics" in line:
+        return {f"validation/{name}": value for name, value in line["metrics"].items()}
     if "event" in line:
         return {"event/what": f"{line['event']}: {line['reason']}", "event/rate": line["rate"]}
     return {f"train/{name}": value for name, value in line.items() if name != "step"}

@@ -1,4 +1,4 @@
-"""The training loop.
+"""The training loop, of pretraining and of fine-tuning: what differs between them is one object, the ``Work``.
 
 Nothing in it remembers where it is but the step: batches, learning rates, masking and dropout are functions of the seed
 and the step, so a run that was killed goes on from its newest checkpoint and ends with the same weights.
@@ -8,37 +8,82 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from data_prep.files import only_writer_of
 from lm import checkpoint, kernels, trackers
-from lm.batches import TrainingBatches
-from lm.config import Config
-from lm.continuation import fingerprints, open_or_create, refuse_other_directories
-from lm.corpora import Corpora, open_corpora, with_vocabulary
+from lm.config import Config, TrainingConfig
+from lm.continuation import Source, fingerprints, open_or_create, refuse_other_directories
 from lm.distributed import Ranks, joined
-from lm.gradients import step_gradients
 from lm.machine import is_out_of_memory, keep_freed_memory, peak_memory
-from lm.metrics import Interval, MetricsLog, loss_of_readouts
-from lm.model import Transformer
-from lm.objectives import Batch
+from lm.metrics import Interval, MetricsLog
 from lm.optim import Optimizer, learning_rate_factor
-from lm.plan import FEWEST_STEPS, make_plan, settle_micro_batch, told_data
 from lm.prefetch import Prefetch
-from lm.recipes import load_config
+from lm.pretraining import Pretraining
 from lm.run_directory import CHECKPOINTS, METRICS, Run
-from lm.saving import Saver
-from lm.trouble import OVERFITTING, ROLL_BACKS, Best, Ladder, Verdict
-from lm.validation import rows_of_validation, validate_readouts
+from lm.saving import Saver, load_trained, trained_tensors
+from lm.trouble import ROLL_BACKS, Best, Ladder, Verdict
+
+Batch = TypeVar("Batch")
+
+
+class Work(Source, Protocol[Batch]):
+    """What a run does where runs differ (``lm.pretraining``, ``lm.finetune``); the loop does what they share.
+
+    Whatever is asked of it depends on the settings, the seed and the step alone. ``config`` has every setting, with
+    ``training.steps`` the last step. The weights that are trained and saved are those that require a gradient.
+    """
+
+    config: Config
+
+    def prepare(self, done: int) -> list[str]:
+        """Get ready to go on at step ``done`` and say what a person wants to know first; may change ``config``."""
+        ...
+
+    def model(self) -> nn.Module:
+        """A model with the weights of step 0."""
+        ...
+
+    def rates(self, model: nn.Module) -> dict[str, float]:
+        """Shares of the learning rate, by the name of a parameter; 1 for those left out."""
+        ...
+
+    def batch(self, step: int) -> Batch:
+        """This rank's part of the batch of step ``step``, from 0; called in a thread of its own."""
+        ...
+
+    def gradients(self, model: nn.Module, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Leave a step's gradient in the parameters; each part of its loss (they add up), and that part's share."""
+        ...
+
+    def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
+        """What the log says of a validation, and the number it is judged by: the lower the better; None: by none."""
+        ...
+
+    def remark(self, best: Best) -> str:
+        """What a person should know after a validation; "" for nothing."""
+        ...
+
+    def is_enough(self, best: Best) -> bool:
+        """Whether to end here, a validation having said so."""
+        ...
+
+    def amount(self, steps: int) -> dict[str, float]:
+        """What ``steps`` steps have read, for the log: ``tokens`` and ``epoch``."""
+        ...
+
+    def speed(self, seconds_per_step: float) -> dict[str, float]:
+        """How fast that is, for the log: ``tokens_per_second``, and more where it is known."""
+        ...
 
 
 class Reporter(Protocol):
@@ -97,35 +142,45 @@ def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: boo
         SystemExit: stopped by SIGINT or SIGTERM (status 130 or 143), with a checkpoint written.
         OSError: a file could not be written (the disk is full, say); finished checkpoints are untouched.
     """
-    with joined(config.training) as ranks, ExitStack() as held, told_memory():
-        corpora = open_corpora(config.data.data)
-        if config.data.verify_data:
-            ranks.on_main(corpora.verify)
-        config = ranks.on_main(partial(with_vocabulary, config, corpora))  # one for all ranks
-        batches = TrainingBatches(corpora, config)
-        batches.check_ranks(ranks.world)
+    done = carry_out(
+        lambda ranks: Pretraining.open(config, path, ranks),
+        config.training,
+        path,
+        reporter,
+        accept_changes=accept_changes,
+    )
+    return Run(path, done)
+
+
+def carry_out(
+    open_work: Callable[[Ranks], Work[Any]],
+    settings: TrainingConfig,
+    path: Path,
+    reporter: Reporter,
+    *,
+    accept_changes: bool = False,
+) -> Config:
+    """Do a work in the run directory ``path``, or go on with what was begun there; returns its settled settings.
+
+    Arguments and errors as of ``train``; ``open_work`` opens the work for a rank, and writes nothing.
+    """
+    with joined(settings) as ranks, ExitStack() as held, told_memory():
+        work = open_work(ranks)
         kernels.describe(ranks.device)  # refuses a KINDLING_KERNELS that cannot be had, before anything is written
-
-        trackers.require(config.training.trackers)
-
-        before = load_config(path / "config.toml") if (path / "config.toml").is_file() else None
-        may_shrink = not config.data.micro_batch_rows and ranks.world == 1
-        config = ranks.on_main(partial(settle_micro_batch, config, ranks.device, before))
+        trackers.require(settings.trackers)
 
         def begin() -> checkpoint.Checkpoint | None:
             refuse_other_directories(path)
             path.mkdir(parents=True, exist_ok=True)
             busy = f"another process is training {path}: wait for it, or choose another --run"
             held.enter_context(only_writer_of(path, busy))
-            return open_or_create(config, path, corpora, ranks.device, reporter.note, accept_changes=accept_changes)
+            return open_or_create(work.config, path, work, ranks.device, reporter.note, accept_changes=accept_changes)
 
         if ranks.device.type == "cpu":
             keep_freed_memory()
         start = ranks.on_main(begin)
-        told = reporter if ranks.is_main else Silence()
-        training = Training(config, path, corpora, batches, ranks, told)
-        training.run(start, may_shrink=may_shrink)
-    return Run(path, training.config)
+        Training(work, path, ranks, reporter if ranks.is_main else Silence()).run(start)
+        return work.config
 
 
 @contextmanager
@@ -137,8 +192,8 @@ def told_memory() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            "not enough memory for this model and batch: set micro_batch_rows lower (the result stays the same), "
-            "or choose a smaller model"
+            "not enough memory for this model and batch: set micro_batch_rows lower, in fine-tuning "
+            "micro_batch_tokens (the result stays the same), or choose a smaller model"
         ) from None
 
 
@@ -180,33 +235,24 @@ class StepClock:
         return mean
 
 
-class Training:
+class Training(Generic[Batch]):
     """A run under way: the loop and what it works on."""
 
-    def __init__(
-        self,
-        config: Config,
-        path: Path,
-        corpora: Corpora,
-        batches: TrainingBatches,
-        ranks: Ranks,
-        reporter: Reporter,
-    ) -> None:
-        self.config, self.path, self.corpora, self.batches, self.reporter = config, path, corpora, batches, reporter
-        self.ranks, self.folder = ranks, path / CHECKPOINTS
-        self.clock = StepClock()
+    def __init__(self, work: Work[Batch], path: Path, ranks: Ranks, reporter: Reporter) -> None:
+        self.work, self.path, self.ranks, self.reporter = work, path, ranks, reporter
+        self.folder, self.clock = path / CHECKPOINTS, StepClock()
 
-    def run(self, start: checkpoint.Checkpoint | None, *, may_shrink: bool = False) -> None:
-        """Train from the checkpoint ``start`` (None: from nothing) to the last step.
+    @property
+    def config(self) -> Config:
+        return self.work.config
 
-        ``may_shrink``: the rows of a micro-batch were chosen, and may be chosen anew if memory runs out.
-        """
-        training, done = self.config.training, start.step if start else 0
-        steps = training.steps
-        if done >= steps:
-            self.reporter.note(f"{self.path} is trained: {done:,} of {steps:,} steps are done")
+    def run(self, start: checkpoint.Checkpoint | None) -> None:
+        """Train from the checkpoint ``start`` (None: from nothing) to the last step."""
+        steps, state = self.config.training.steps, State.of(start) if start else State()
+        if state.step >= steps or self.work.is_enough(state.best):
+            self.reporter.note(f"{self.path} is trained: {state.step:,} of {steps:,} steps are done")
             return
-        self._plan(done, may_shrink=may_shrink)
+        self._prepare(state.step)
         self._restore(start)
         if self.state.step:
             self.reporter.note(f"going on at step {self.state.step:,}")
@@ -214,7 +260,8 @@ class Training:
         if self.ranks.is_main:
             followers = trackers.open_trackers(self.config, self.path, self.state.step, self.reporter.note)
         self.reporter.begin(self.state.step, steps)
-        keep = checkpoint.Retention(training.keep_checkpoints, training.keep_every)
+        keep = checkpoint.Retention(self.config.training.keep_checkpoints, self.config.training.keep_every)
+        self.ended = False
         try:
             main = self.ranks.is_main
             with (
@@ -222,42 +269,27 @@ class Training:
                 StopSignal() as self.stop,
                 Saver(self.folder if main else None, keep, self.state.step, self.log.sync) as self.saver,
             ):
-                while self.state.step < steps:
+                while not self.ended:
                     self._train_on()
         finally:
             self.reporter.end()
 
-    def _plan(self, done: int, *, may_shrink: bool) -> None:
-        """Tell what the run needs, after a dry step on weights that are drawn or read afterwards."""
-        model = Transformer(self.config.model).to(self.ranks.device)
-        one_model = self.ranks.world == 1 or self.config.training.parallel == "ddp"
-        self.plan = make_plan(
-            self.config,
-            model,
-            self.batches.batch(done, self.ranks.rank, self.ranks.world),
-            self.ranks.device,
-            data=told_data(self.corpora, self.batches),
-            epochs=self.batches.epochs(self.config.training.steps),
-            measure=one_model and self.config.training.steps - done >= FEWEST_STEPS,
-            may_shrink=may_shrink,
-        )
-        if self.plan.config != self.config:
-            self.reporter.note(f"memory ran out with {self.config.data.micro_batch_rows} rows at a time")
-            self.config = self.plan.config
-            self.config.save(self.path / "config.toml")  # a continued run adds up the same sums
-        told = [*self.plan.introduction(self.ranks.describe()), *self.batches.introduction(self.config.training.steps)]
+    def _prepare(self, done: int) -> None:
+        """Have the work get ready, and keep what it settled: a continued run adds up the same sums."""
+        asked = self.config
+        told = self.work.prepare(done)
+        if self.config != asked:
+            self.config.save(self.path / "config.toml")
         for sentence in told:
             self.reporter.note(sentence)
-        if self.plan.obstacle:
-            self.reporter.note(f"this may not fit: {self.plan.obstacle}")
 
     def _restore(self, saved: checkpoint.Checkpoint | None) -> None:
         """Weights, optimizer and state of a checkpoint; None: those of step 0, which follow from the seed."""
-        self.model = Transformer(self.config.model).initialise(self.config.training.seed)
+        self.model = self.work.model()
         if saved is not None:
-            self.model.load_state_dict(saved.model())
+            load_trained(self.model, saved.model())
         self.ranks.spread(self.model)
-        self.optimizer = Optimizer(self.model, self.config.optimizer, self.ranks)
+        self.optimizer = Optimizer(self.model, self.config.optimizer, self.ranks, self.work.rates(self.model))
         self.state = State()
         if saved is not None:
             self.optimizer.load_state(saved.optimizer())
@@ -265,19 +297,20 @@ class Training:
 
     def _train_on(self) -> None:
         """Steps, until the last one or until the run was taken back and needs its batches again."""
-        own_batch = partial(self.batches.batch, rank=self.ranks.rank, world=self.ranks.world)
-        with Prefetch(own_batch, range(self.state.step, self.config.training.steps)) as upcoming:
+        with Prefetch(self.work.batch, range(self.state.step, self.config.training.steps)) as upcoming:
             self.clock.start()
             for batch in upcoming:
                 if not (self._step(batch) and self._after_step()):
                     return
                 self.reporter.step(self.state.step)
+                if self.ended:
+                    return
                 self.clock.start()
 
     def _step(self, batch: Batch) -> bool:
         """One optimizer step; False: the run was taken back instead."""
         config, state = self.config, self.state
-        losses, shares = step_gradients(self.model, batch, config, state.step, self.ranks)
+        losses, shares = self.work.gradients(self.model, batch, state.step)
         gradient_norm = self.optimizer.clip()
         loss = sum(float(loss) for loss in losses.values())
         verdict = state.ladder.judge(loss, float(gradient_norm), config.optimizer.spike_threshold)
@@ -304,6 +337,7 @@ class Training:
             self.state.interval = Interval()
         if step % training.validate_every == 0 or last:
             best = self._validate()
+            last = last or self.work.is_enough(self.state.best)
         # Asked once, so that what is told below is what was saved; a signal to one rank stops all.
         stopping = self.ranks.highest(self.stop.received or 0)
         due = (step % training.checkpoint_every == 0 or last) and not self.state.ladder.in_trouble
@@ -320,6 +354,7 @@ class Training:
             saved = f"step {step:,}, which is saved" if sound else f"step {step:,}, with weights that are not finite"
             self.reporter.note(f"stopped at {saved}: the same command goes on from the newest checkpoint")
             raise SystemExit(128 + stopping)
+        self.ended = last
         return True
 
     def _is_finite(self) -> bool:
@@ -333,16 +368,13 @@ class Training:
         return schedule * self.state.ladder.rate
 
     def _metrics_line(self) -> dict[str, Any]:
-        config, step = self.config, self.state.step
-        speed = config.data.batch_tokens / self.clock.seconds_per_step()
+        step = self.state.step
         return {
             "step": step,
-            "tokens": step * config.data.batch_tokens,
-            "epoch": round(self.batches.epochs(step), 6),
+            **self.work.amount(step),
             **self.state.interval.means(),
-            "learning_rate": self._rate(step - 1) * config.optimizer.learning_rate,
-            "tokens_per_second": round(speed, 1),
-            "share_of_peak": round(speed * self.plan.flops_per_token / self.plan.machine_rate / self.ranks.world, 4),
+            "learning_rate": self._rate(step - 1) * self.config.optimizer.learning_rate,
+            **self.work.speed(self.clock.seconds_per_step()),
             "memory_bytes": peak_memory(self.ranks.device),
         }
 
@@ -352,28 +384,22 @@ class Training:
 
     def _validate(self) -> bool:
         """Log a validation; is it the best so far?"""
-        results = validate_readouts(self.model, self.corpora, self.config, ranks=self.ranks)
-        line = {"step": self.state.step, "validation": {name: result.as_dict() for name, result in results.items()}}
-        self._write(line | ({"rows": rows_of_validation(self.corpora, self.config)} if results else {}))
-        loss = loss_of_readouts(line)
-        if loss is None:
+        line, judged_by = self.work.validate(self.model)
+        self._write({"step": self.state.step, **line})
+        if judged_by is None:
             return False
-        best = self.state.best
-        improved = best.add(self.state.step, loss)
-        if best.worse == OVERFITTING:
-            self.reporter.note(
-                f"the validation loss has been rising since step {best.step:,}: the model begins to know its text by "
-                f"heart. That step's checkpoint is kept; more text, dropout or fewer steps would help"
-            )
+        improved = self.state.best.add(self.state.step, judged_by)
+        if remark := self.work.remark(self.state.best):
+            self.reporter.note(remark)
         return improved
 
     def _save(self, *, scheduled: bool) -> None:
         """Have a checkpoint written."""
         self.saver.save(
             self.state.step,
-            self.ranks.gathered(self.model.state_dict()),
+            self.ranks.gathered(trained_tensors(self.model)),
             self.ranks.gathered(self.optimizer.state()),
-            {"training": self.state.as_dict(), **fingerprints(self.config, self.corpora, self.ranks.device)},
+            {"training": self.state.as_dict(), **fingerprints(self.config, self.work, self.ranks.device)},
             scheduled=scheduled,
             best_step=self.state.best.step,
         )

@@ -113,7 +113,7 @@ class Best:
     worse: int = 0
 
     def add(self, step: int, loss: float) -> bool:
-        """Take in a validation (nats per token); is it the best?"""
+        """Take in what a validation is judged by, the lower the better; is it the best?"""
         if math.isfinite(loss) and (self.loss is None or loss < self.loss):
             self.step, self.loss, self.worse = step, loss, 0
             return True

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.config import all_settings
+from lm.config import pretraining_settings
 
 ROOT = Path(__file__).parent.parent
 LONG = ("--context-length", "65536")
@@ -134,6 +134,7 @@ def test_mistakes_get_one_clear_message_and_leave_nothing_behind(data, tmp_path,
 PROGRAMS = {
     "train": ["train.py"],
     "sample": ["sample.py"],
+    "finetune": ["finetune.py"],
     "evaluate": ["evaluate.py"],
     "build": ["-m", "data_prep", "build"],
     "kindling": ["-c", "from lm.cli import main; main()"],
@@ -150,14 +151,15 @@ def test_help_is_quick(name):
     assert min(seconds) < 1.5
     assert "Usage:" in done.stdout
     if name == "train":
-        assert all(setting.option in done.stdout for setting in all_settings())
+        assert all(setting.option in done.stdout for setting in pretraining_settings())
 
 
 def test_help_and_mistakes_do_not_wait_for_torch():
     code = """
 import sys
 from lm.cli import main
-for arguments in (["train", "--help"], ["sample", "--help"], ["evaluate", "--help"], ["train", "tiny", "--stpes", "3"]):
+for arguments in (["train", "--help"], ["sample", "--help"], ["evaluate", "--help"], ["finetune", "--help"],
+                  ["predict", "--help"], ["train", "tiny", "--stpes", "3"]):
     try:
         main(arguments)
     except SystemExit:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from data_prep.command_line import FriendlyCommand
-from lm.commands.options import checkpoint_option, json_option, run_argument
+from data_prep.errors import UserError
+from lm.commands.options import (
+    checkpoint_option,
+    columns_of,
+    columns_options,
+    json_option,
+    reading_options,
+    run_argument,
+)
 
 if TYPE_CHECKING:
     from lm.checkpoint import Checkpoint
+    from lm.features import Reading
     from lm.run_directory import Run
+    from lm.tasks import Columns
 
 
 @click.command(cls=FriendlyCommand)
@@ -22,8 +32,30 @@ if TYPE_CHECKING:
 @click.option(
     "--pairs",
     type=click.Path(path_type=Path),
-    help="Minimal pairs instead of the loss: a .jsonl, .csv or .tsv file, or a folder of them (BLiMP).",
+    help="Minimal pairs instead of the loss: a .jsonl, .csv, .tsv or .parquet file, or a folder of them (BLiMP).",
 )
+@click.option(
+    "--text",
+    "source",
+    help="Any text instead of the validation split: a file, a folder, a pattern, whatever data preparation reads.",
+)
+@click.option("--text-field", default="text", show_default=True, help="--text: the field of records with the text.")
+@click.option(
+    "--stride",
+    default=0,
+    show_default=True,
+    help="--text: tokens of a window that count, the others being seen only; 0: all, windows side by side.",
+)
+@click.option(
+    "--choices",
+    help="Questions with answers to choose from instead of the loss: .jsonl, .csv, .tsv, .parquet or hf:NAME[:SPLIT].",
+)
+@click.option(
+    "--similarity",
+    help="Pairs of texts with how alike they are: the rank correlation of that with the cosine of their embeddings.",
+)
+@columns_options("text", "text_pair", "choices", "label")
+@reading_options
 @click.option(
     "--columns",
     nargs=2,
@@ -41,21 +73,53 @@ if TYPE_CHECKING:
 @checkpoint_option
 @json_option
 def evaluate(
-    run: Path, data: str, pairs: Path | None, columns: tuple[str, str], ties: str, which: str, as_json: bool
+    run: Path,
+    data: str,
+    pairs: Path | None,
+    source: str | None,
+    text_field: str,
+    stride: int,
+    choices: str | None,
+    similarity: str | None,
+    reads: str | None,
+    pooling: str | None,
+    layer: int,
+    columns: tuple[str, str],
+    ties: str,
+    which: str,
+    as_json: bool,
+    **task_columns: str | None,
 ) -> None:
     """Loss of RUN over the whole validation split, for each way it reads, in nats per token and bits per byte.
 
-    Beside it stand floors: what the frequency of tokens, and bz2 -9, reach on the same text. With --pairs: how often
-    it finds the acceptable one of two sentences likelier.
+    Beside it stand floors: what the frequency of tokens, and bz2 -9, reach on the same text. With --text: the same of
+    any text. With --pairs: how often it finds the acceptable one of two sentences likelier. With --choices: how often
+    the right answer to a question is the likeliest. With --similarity: whether its embeddings rank pairs of texts as
+    people do.
     """
     from lm.evaluate import evaluate as evaluate_run
+    from lm.features import reading_of
     from lm.run_directory import open_run
 
+    asked = {"--data": data, "--text": source, "--pairs": pairs, "--choices": choices, "--similarity": similarity}
+    if len(given := [name for name, value in asked.items() if value]) > 1:
+        raise UserError(f"{' and '.join(given)} are measured one at a time: name one of them")
     opened = open_run(run)
+    checkpoint = opened.checkpoint(which)
     if pairs is not None:
-        _evaluate_pairs(opened, opened.checkpoint(which), pairs, columns, ties, as_json)
-        return
-    result = evaluate_run(opened, data, opened.checkpoint(which))
+        _evaluate_pairs(opened, checkpoint, pairs, columns, ties, as_json)
+    elif choices is not None:
+        _evaluate_choices(opened, checkpoint, choices, columns_of(task_columns), as_json)
+    elif similarity is not None:
+        reading = reading_of(opened.config, reads, pooling, layer)
+        _evaluate_similarity(opened, checkpoint, similarity, columns_of(task_columns), reading, as_json)
+    elif source is not None:
+        _tell_losses(_evaluate_text(opened, checkpoint, source, text_field, stride), as_json)
+    else:
+        _tell_losses(evaluate_run(opened, data, checkpoint), as_json)
+
+
+def _tell_losses(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -73,6 +137,74 @@ def evaluate(
         f"step {result['step']:,}; {result['validation_tokens']:,} tokens, {result['validation_bytes']:,} bytes of "
         f"{result['data']}; {result['protocol']}",
         markup=False,
+    )
+
+
+def _evaluate_text(run: Run, checkpoint: Checkpoint, source: str, text_field: str, stride: int) -> dict[str, Any]:
+    from data_prep.documents import ReadSettings
+    from lm.run_directory import choose_device
+    from lm.text_loss import evaluate_text
+
+    result = evaluate_text(
+        run,
+        run.load_model(choose_device("auto"), checkpoint),
+        source,
+        ReadSettings(text_field=text_field),
+        stride=stride,
+        progress=lambda text: click.echo(text, err=True),
+    )
+    return {"step": checkpoint.step, **result}
+
+
+def _evaluate_choices(run: Run, checkpoint: Checkpoint, path: str, columns: Columns, as_json: bool) -> None:
+    from lm.choices import NORMALISATIONS, evaluate_choices
+    from lm.run_directory import choose_device
+    from lm.tasks import read_examples
+
+    examples = read_examples(path, "choice", columns)
+    results, cut = evaluate_choices(
+        run,
+        run.load_model(choose_device("auto"), checkpoint),
+        examples,
+        progress=lambda text: click.echo(text, err=True),
+    )
+    if as_json:
+        told = {name: {key: value.as_dict() for key, value in each.items()} for name, each in results.items()}
+        click.echo(json.dumps({"questions": len(examples), "cut": cut, "accuracy": told}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", *NORMALISATIONS, box=None, pad_edge=False)
+    for name, each in results.items():
+        table.add_row(name, *(f"{accuracy.mean:.1%} ± {accuracy.error:.1%}" for accuracy in each.values()))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in NORMALISATIONS.items())
+    shortened = f"; {cut:,} answers stand behind a question that lost its beginning" if cut else ""
+    console.print(
+        f"share of {len(examples):,} questions whose right answer is the likeliest, ± bootstrap error; {meanings}; "
+        f"ties share the point{shortened}",
+        markup=False,
+    )
+
+
+def _evaluate_similarity(
+    run: Run, checkpoint: Checkpoint, path: str, columns: Columns, reading: Reading, as_json: bool
+) -> None:
+    from lm.contrastive import read_similar, similarity
+    from lm.run_directory import choose_device
+
+    pairs = read_similar(path, columns)
+    model = run.load_model(choose_device("auto"), checkpoint)
+    found = similarity(model, run.tokenizer, pairs, reading, run.config.data.context_length)
+    if as_json:
+        click.echo(json.dumps({"pairs": len(pairs), **found}))
+        return
+    click.echo("  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    click.echo(
+        f"{len(pairs):,} pairs: correlation of how alike they are with the cosine of their embeddings; read "
+        f"{reading.reads}, {reading.pooling} of layer {reading.layer}"
     )
 
 

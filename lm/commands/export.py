@@ -1,4 +1,4 @@
-"""``kindling export`` and ``kindling import``: models for other programs, and from them."""
+"""``kindling export``, ``import`` and ``merge``: models for other programs, from them, and with plain weights."""
 
 from __future__ import annotations
 
@@ -49,3 +49,25 @@ def import_run(source: str, run: Path) -> None:
     import_checkpoint(source, run)
     click.echo(str(run))
     click.echo(f"next: python sample.py {run} --prompt …, or evaluate.py {run} --data …", err=True)
+
+
+@click.command("merge", cls=FriendlyCommand)
+@run_argument
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to write.")
+@click.option("--trunk-only", is_flag=True, help="Leave the task's head out: a plain run, to export or to sample from.")
+@click.option(
+    "--checkpoint",
+    "which",
+    default="best",
+    show_default=True,
+    metavar="newest|best|STEP",
+    help="Which of the run's checkpoints: the newest, that of the best validation, or the one of a step.",
+)
+def merge_run(run: Path, out: Path, trunk_only: bool, which: str) -> None:
+    """Make plain weights of a fine-tuned RUN: what LoRA has added becomes part of its matrices, bit for bit."""
+    from lm.merge import merge
+    from lm.run_directory import open_run
+
+    opened = open_run(run)
+    merge(opened, out, opened.checkpoint(which), trunk_only=trunk_only)
+    click.echo(str(out))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lm.config import all_settings
+from lm.config import Setting
+
+if TYPE_CHECKING:
+    from lm.tasks import Columns
 
 run_argument = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
 checkpoint_option = click.option(
@@ -54,19 +57,87 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for every setting of a recipe, explained from the dataclass that defines it."""
-    for setting in reversed(list(all_settings())):
-        limits = f"; one of {', '.join(setting.choices)}" if setting.choices else ""
-        default = json.dumps(setting.default) if setting.default not in ("", ()) else "none"
-        text = f"[{setting.section}] {setting.help}{limits}. [default: {default}]"
-        repeated = " May be repeated." if setting.kind == "list of texts" else ""
-        function = click.option(
-            setting.option,
-            setting.name,
-            metavar=setting.kind.upper(),
-            default=None,
-            multiple=bool(repeated),
-            help=text + repeated,
-        )(function)
+def settings_options(settings: Iterable[Setting]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option for each of these settings of a recipe, explained from the dataclass that defines it."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for setting in reversed(list(settings)):
+            function = _setting_option(setting)(function)
+        return function
+
+    return decorate
+
+
+def _setting_option(setting: Setting) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    limits = f"; one of {', '.join(setting.choices)}" if setting.choices else ""
+    default = json.dumps(setting.default) if setting.default not in ("", ()) else "none"
+    text = f"[{setting.section}] {setting.help}{limits}. [default: {default}]"
+    repeated = " May be repeated." if setting.kind == "list of texts" else ""
+    return click.option(
+        setting.option,
+        setting.name,
+        metavar=setting.kind.upper(),
+        default=None,
+        multiple=bool(repeated),
+        help=text + repeated,
+    )
+
+
+def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--reads``, ``--pooling`` and ``--layer``: how a text becomes a vector (``lm.features.reading_of``)."""
+    for option in (
+        click.option(
+            "--layer",
+            default=-1,
+            show_default=True,
+            help="Whose states are taken: 0 is the embeddings, 1 the first block, -1 the last.",
+        ),
+        click.option(
+            "--pooling",
+            type=click.Choice(["mean", "last"]),
+            help="Mean over a text's tokens, or its last one. [default: mean where both ways are read, else last]",
+        ),
+        click.option(
+            "--reads",
+            type=click.Choice(["causal", "bidirectional"]),
+            help="What a token sees: those before it, or all of its text. [default: all, if the run has learnt that]",
+        ),
+    ):
+        function = option(function)
     return function
+
+
+COLUMN_HELP = {
+    "text": "the text of an example, or the question of a choice",
+    "text_pair": 'the second text of a pair; "" for none [default: text_pair, where the file has it]',
+    "label": "the answer",
+    "choices": "the list of choices, or several columns with one each, as in a,b,c",
+    "words": "the words of an example whose words have tags: a list, or text with spaces",
+    "tags": "the tags of these words",
+    "prompt": "what is asked",
+    "response": "what is to be answered",
+}
+
+
+def columns_options(*names: str) -> Callable[..., Any]:
+    """``--text-column`` and its like, for these columns of task files; ``columns_of`` reads them."""
+
+    def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            option = f"--{name.replace('_', '-')}-column"
+            function = click.option(option, metavar="NAME", help=f"Column with {COLUMN_HELP[name]}.")(function)
+        return function
+
+    return decorated
+
+
+def columns_of(options: dict[str, str | None]) -> Columns:
+    """The columns that ``columns_options`` gave to a command; one that was not named keeps its usual name."""
+    from lm.tasks import Columns
+
+    named: dict[str, Any] = {
+        name.removesuffix("_column"): value for name, value in options.items() if value is not None
+    }
+    if "choices" in named:
+        named["choices"] = tuple(named["choices"].split(","))
+    return Columns(**named)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ import click
 from data_prep.command_line import USER_ERROR_STATUS, FriendlyCommand
 from data_prep.errors import UserError
 from lm.commands.options import json_option, settings_options
-from lm.config import Config
+from lm.config import Config, FinetuneConfig, ReportConfig, pretraining_settings
 from lm.recipes import find_recipe, load_config
 
 
@@ -46,7 +47,7 @@ def is_one_of_several() -> bool:
     "nothing. Without --data, give --vocab-size.",
 )
 @json_option
-@settings_options
+@settings_options(pretraining_settings())
 @click.pass_context
 def train(
     context: click.Context,
@@ -111,6 +112,8 @@ def _config_and_run(
     before = load_config(saved) if saved.is_file() else None
     # The rows of a micro-batch may have been chosen, for the batch as it was: the run goes on with them if they fit.
     base = before and before.replace(micro_batch_rows=0)
+    if base is None and settings["init_from"]:
+        base = _like(settings["init_from"])
     if recipe is None and base is None and not unknown:
         raise UserError(
             f"{run_path} is not a run directory yet: name a recipe to begin it with (configs/tiny.toml, say)"
@@ -121,9 +124,20 @@ def _config_and_run(
         if value not in (None, ())
     }
     config = load_config(find_recipe(recipe) if recipe else None, given, unknown_options=unknown, base=base)
+    if config.is_finetuning:
+        raise UserError(f"{run_path} is a fine-tuning: finetune.py goes on with it")
     if extras:
         raise UserError(f"unexpected argument {extras[0]!r}")
     return config, run_path
+
+
+def _like(run: str) -> Config:
+    """Where the settings of a run with ``init_from`` begin: at those of that one, data and report aside."""
+    from lm.run_directory import open_run
+
+    return dataclasses.replace(open_run(run).config, report=ReportConfig(), finetune=FinetuneConfig()).replace(
+        data=(), micro_batch_rows=0
+    )
 
 
 def _print_plan(config: Config, run_path: Path, as_json: bool) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from lm import __version__
 from lm.cli import main
-from lm.config import all_settings
+from lm.config import pretraining_settings
 from lm.recipes import load_config
 from lm.run_directory import open_run
 
@@ -53,7 +54,7 @@ def test_help_lists_the_commands_and_every_setting():
     )
     told = kindling("train", "--help").stdout
     words = " ".join(told.split())
-    for setting in all_settings():
+    for setting in pretraining_settings():
         assert setting.option in told
         assert " ".join(setting.help.split()[:4]) in words
         assert f"[{setting.section}]" in told
@@ -295,3 +296,8 @@ def test_a_fill_that_cannot_be_filled_is_told_before_training(dataset, tmp_path)
         ],
     )
     assert result.exit_code == 0 or not (tmp_path / "r").exists()
+
+
+def test_the_harness_is_named_where_it_is_not_installed(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert_refused(kindling("harness", run, "--tasks", "blimp"), 'pip install "kindling-lm[harness]"')

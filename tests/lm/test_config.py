@@ -80,6 +80,14 @@ def test_head_sizes_and_counts_have_their_usual_values_unless_set():
         ({"keep_every": 600, "checkpoint_every": 250}, ["keep_every 600", "checkpoint_every 250"]),
         ({"mask_token_share": 0.8, "random_token_share": 0.3}, ["mask_token_share", "random_token_share"]),
         ({"warmup_fraction": 0.5, "decay_fraction": 0.6}, ["warmup_fraction", "decay_fraction"]),
+        ({"task": "instruction", "method": "probe"}, ["method probe", "choose full or lora"]),
+        ({"task": "instruction", "reads": "bidirectional"}, ["read causally", "leave reads out"]),
+        ({"task": "tokens", "judged_by": "pearson"}, ["judged_by pearson", "accuracy"]),
+        ({"task": "regression", "judged_by": "f1"}, ["judged_by f1", "regression has none"]),
+        ({"task": "instruction", "judged_by": "pearson"}, ["judged_by pearson", "choose auto"]),
+        ({"task": "choice", "label_smoothing": 0.1}, ["label_smoothing", "choice has none"]),
+        ({"task": "regression", "class_weights": "balanced"}, ["class_weights", "regression has none"]),
+        ({"task": "classification", "method": "lora", "lora_matrices": ()}, ["lora_matrices names none"]),
     ],
 )
 def test_what_cannot_be_together_is_told_with_its_values(changes, words):

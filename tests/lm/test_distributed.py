@@ -28,6 +28,7 @@ from lm.gradients import step_gradients
 from lm.model import Transformer
 from lm.objectives import Batch
 from lm.optim import Optimizer
+from lm.pretraining import Pretraining
 from lm.trainer import Silence, Training
 from lm.validation import validate_readouts
 
@@ -98,7 +99,7 @@ def given_up(config: Config, corpora: Corpora, ranks: Ranks, path: Path) -> dict
         warmup_fraction=0.1,
     )
     path.mkdir(exist_ok=True)
-    training = Training(config, path, corpora, TrainingBatches(corpora, config), ranks, Silence())
+    training = Training(Pretraining(config, path, corpora, ranks), path, ranks, Silence())
     with pytest.raises(UserError) as error:
         training.run(None)
     return {"error": str(error.value), "went back": training.state.ladder.roll_backs}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from lm import optim
 from lm.config import ModelConfig, OptimizerConfig
@@ -251,3 +252,22 @@ def test_a_clip_of_zero_leaves_the_gradient_as_it_is():
     before = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert float(Optimizer(model, OptimizerConfig(gradient_clip=0.0)).clip()) == pytest.approx(float(before.norm()))
     assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_weights_stay_and_others_have_their_share_of_the_learning_rate(optimizer):
+    config = OptimizerConfig(optimizer=optimizer, learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.5)
+    names = ("frozen", "slow", "quick")
+    model = nn.ModuleDict({"blocks": nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in names})})
+    frozen = model["blocks"]["frozen"].requires_grad_(False).weight
+    before = frozen.clone()
+    found = Optimizer(model, config, rates={"blocks.slow.weight": 0.25})
+    for parameter in found.parameters.values():
+        parameter.grad = torch.eye(3)
+        parameter.data.zero_()
+    found.step(1.0)
+    assert torch.equal(frozen, before)
+    assert not any("frozen" in name for name in found.state())
+    slow, quick = (model["blocks"][name].weight for name in names[1:])
+    torch.testing.assert_close(slow, quick / 4)
+    assert float(quick.detach().abs().sum()) > 0.1

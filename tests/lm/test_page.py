@@ -43,3 +43,12 @@ def glyphs(panel: Panel) -> set[str]:
 def test_a_page_refuses_a_value_that_it_lacks():
     with pytest.raises(jinja2.UndefinedError):
         render("compare.html", names=["a", "b"])
+
+
+def test_steps_are_told_in_thousands_and_shares_as_they_are():
+    def ticks(most):
+        return draw([Panel("t", {"": [(0.0, 1.0), (most, 2.0)]})], height=2)
+
+    assert "k -->" in ticks(4000.0)
+    assert "m -->" not in ticks(1.0)
+    assert "0.4 -->" in ticks(1.0)

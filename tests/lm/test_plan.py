@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from data_prep.errors import UserError
-from lm import plan, trainer
+from lm import plan, pretraining
 from lm.batches import TrainingBatches
 from lm.cli import main
 from lm.corpora import Corpora
@@ -42,7 +42,7 @@ def test_a_run_with_a_dry_step_is_the_same_bit_for_bit(small, quietly, tmp_path,
     monkeypatch.setattr(plan, "dry_step", lambda *arguments: measured.append(1) or real(*arguments))
     with_it = quietly(config, tmp_path / "with")
     assert measured
-    monkeypatch.setattr(trainer, "FEWEST_STEPS", 1000)
+    monkeypatch.setattr(pretraining, "FEWEST_STEPS", 1000)
     without = quietly(config, tmp_path / "without")
     assert len(measured) == 1
     assert metrics_of(with_it.path) == metrics_of(without.path)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from lm.config import all_settings
+from lm.config import pretraining_settings
 from lm.evaluate import evaluate
 from lm.infill import fill_masks
 from lm.report import write_report
@@ -50,7 +50,7 @@ def test_curves_losses_samples_settings_and_environment_are_there(html, run, rea
         assert heading in words
     for row in ("next_token", "masked_next_token", "unigram (floor)", "bz2 -9 (floor)"):
         assert row in words
-    for setting in all_settings():
+    for setting in pretraining_settings():
         assert setting.name in words
         assert str(run.config.flat()[setting.name]) in words
     assert "torch" in words

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from lm import checkpoint, trainer
+from lm import checkpoint, pretraining, trainer
 from lm.trouble import CALM, FORGIVEN, MEMORY, RECOVERY, ROLL_BACKS, SKIPS, Best, Ladder, Verdict
 
 
@@ -113,7 +113,7 @@ def test_the_best_validation_is_kept_and_worse_ones_counted():
 @pytest.fixture
 def spoil(monkeypatch):
     """Have the gradients of chosen steps come out wrong: ``spoil({step: factor})``, NaN included."""
-    honest = trainer.step_gradients
+    honest = pretraining.step_gradients
 
     def install(factors: dict[int, float], *, only_once: bool = True) -> None:
         left = dict(factors)
@@ -123,7 +123,7 @@ def spoil(monkeypatch):
             factor = left.pop(step, 1.0) if only_once else left.get(step, 1.0)
             return {name: loss * factor for name, loss in losses.items()}, shares
 
-        monkeypatch.setattr(trainer, "step_gradients", spoilt)
+        monkeypatch.setattr(pretraining, "step_gradients", spoilt)
 
     return install
 
@@ -233,7 +233,7 @@ def test_overfitting_is_told_once_and_the_best_is_in_the_state(small, recorder, 
         def as_dict(self):
             return {"nats_per_token": self.nats_per_token, "bits_per_byte": 1.0, "predicted": 1}
 
-    monkeypatch.setattr(trainer, "validate_readouts", lambda *_, **__: {"next_token": Result(next(losses))})
+    monkeypatch.setattr(pretraining, "validate_readouts", lambda *_, **__: {"next_token": Result(next(losses))})
     run = trainer.train(small.replace(steps=12, validate_every=2), tmp_path / "run", recorder)
     told = [note for note in recorder.notes if "validation loss has been rising since step 4" in note]
     assert len(told) == 1

@@ -1,0 +1,127 @@
+"""Examples of a task as sequences of tokens (``lm.sequences``), and the places in them that its answers are read from.
+
+An *item* is what a task's head answers once: a text, a pair of texts, a text with one of its choices, or a word. It is
+read from the mean of its places: all of a sequence's ("mean"), the last one ("last"), or the first token of a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
+
+from data_prep.tokenizers import Tokenizer
+from lm.sequences import sequence_of
+from lm.tasks import Example
+
+Tokens = list[int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens ``start`` to ``stop`` of sequence number ``sequence`` of an example."""
+
+    sequence: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as tokens: its sequences, and for each of its items the spans whose means are averaged.
+
+    ``cut`` tells that it was longer than the context, and truncated or read in several windows.
+    """
+
+    sequences: tuple[Tokens, ...]
+    items: tuple[tuple[Span, ...], ...]
+    cut: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How examples of a kind (``lm.tasks.KINDS`` but instructions) become sequences of at most ``context_length``.
+
+    ``pooling`` is "mean" or "last". A text that is longer than the context is truncated, or with ``windows`` read in
+    windows side by side, whose means are averaged; of a pair the longer text is truncated first, token by token, and
+    the words of a long text are always read in windows.
+    """
+
+    tokenizer: Tokenizer
+    kind: str
+    context_length: int
+    pooling: str
+    windows: bool = False
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """All of these examples, tokenized together."""
+        if self.kind == "tokens":
+            spelled = [[" " * (i > 0) + word for i, word in enumerate(example.texts)] for example in examples]
+        else:
+            spelled = [list(example.texts) for example in examples]
+        texts = iter(self.tokenizer.encode_batch(list(chain.from_iterable(spelled))))
+        return [self._encoded([next(texts) for _ in parts]) for parts in spelled]
+
+    def _encoded(self, parts: list[Tokens]) -> Encoded:
+        if self.kind == "tokens":
+            return self._words(parts)
+        if self.kind == "choice":
+            return self._together([self._text([parts[0], choice]) for choice in parts[1:]])
+        return self._in_windows(parts[0]) if self.windows and len(parts) == 1 else self._text(parts)
+
+    def _text(self, parts: list[Tokens]) -> Encoded:
+        sequence, cut = sequence_of(parts, self.tokenizer.end_of_text_id, self.context_length)
+        return Encoded((sequence,), ((self._span(0, sequence),),), cut)
+
+    def _in_windows(self, text: Tokens) -> Encoded:
+        room = self.context_length - 1
+        sequences = [self._sequence(text[first : first + room]) for first in range(0, len(text) or 1, room)]
+        spans = tuple(self._span(n, sequence) for n, sequence in enumerate(sequences))
+        return Encoded(tuple(sequences), (spans,), len(sequences) > 1)
+
+    def _words(self, words: list[Tokens]) -> Encoded:
+        room = self.context_length - 1
+        sequences, items = [self._sequence([])], []
+        for word in words:
+            if len(sequences[-1]) + len(word) > self.context_length and len(sequences[-1]) > 1:
+                sequences.append(self._sequence([]))
+            here = len(sequences[-1])
+            sequences[-1] += word[:room]
+            at = min(here, len(sequences[-1]) - 1)  # a word without tokens is read where it would be
+            items.append((Span(len(sequences) - 1, at, at + 1),))
+        return Encoded(tuple(sequences), tuple(items), len(sequences) > 1 or any(len(word) > room for word in words))
+
+    @staticmethod
+    def _together(choices: list[Encoded]) -> Encoded:
+        """The choices of one example as one, an item each."""
+        items = tuple((Span(n, span.start, span.stop),) for n, c in enumerate(choices) for (span,) in c.items)
+        return Encoded(tuple(c.sequences[0] for c in choices), items, any(c.cut for c in choices))
+
+    def _sequence(self, tokens: Tokens) -> Tokens:
+        return [self.tokenizer.end_of_text_id, *tokens]
+
+    def _span(self, number: int, sequence: Tokens) -> Span:
+        stop = len(sequence)
+        return Span(number, stop - 1 if self.pooling == "last" else 0, stop)
+
+
+class HasTokens(Protocol):
+    @property
+    def tokens(self) -> int: ...
+
+
+def in_parts(encoded: Sequence[HasTokens], most_tokens: int) -> Iterator[tuple[int, int]]:
+    """Runs [first, stop) of examples that have at most ``most_tokens`` tokens together, or are one example."""
+    first, tokens = 0, 0
+    for number, example in enumerate(encoded):
+        if number > first and tokens + example.tokens > most_tokens:
+            yield first, number
+            first, tokens = number, 0
+        tokens += example.tokens
+    if encoded:
+        yield first, len(encoded)

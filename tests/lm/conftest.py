@@ -1,0 +1,90 @@
+"""Small tasks, and a run that was fine-tuned on one; no test changes them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lm.config import Config
+from lm.finetune import Finetuned, finetune, finetune_config
+from lm.trainer import Silence
+
+ANIMALS, PLACES = ("fox", "owl", "sparrow", "horse"), ("barn", "market", "river", "sky")
+
+
+def write_rows_to(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def sentence(draw: random.Random, word: str) -> str:
+    before = " ".join(
+        draw.choice(("the", "old", "young", "captain", "found", "carried")) for _ in range(draw.randint(0, 6))
+    )
+    after = " ".join(draw.choice(("again", "in", "morning", "boat", "lost")) for _ in range(draw.randint(0, 6)))
+    return f"{before} {word} {after}".strip()
+
+
+def rows_of(kind: str, count: int, seed: int) -> list[dict]:
+    """Examples that a word decides: an animal or a place."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        is_place = draw.random() < 0.5
+        word = draw.choice(PLACES if is_place else ANIMALS)
+        text = sentence(draw, word)
+        if kind == "classification":
+            rows.append({"text": text, "label": "place" if is_place else "animal"})
+        elif kind == "pair":
+            other = draw.choice(PLACES + ANIMALS)
+            rows.append({"text": word, "text_pair": other, "label": int((word in PLACES) == (other in PLACES))})
+        elif kind == "regression":
+            rows.append({"text": text, "label": 3.5 if is_place else 1.25})
+        elif kind == "tokens":
+            words = text.split()
+            rows.append({"words": words, "tags": ["P" if w in PLACES else "A" if w in ANIMALS else "O" for w in words]})
+        else:
+            answers = [draw.choice(ANIMALS), draw.choice(PLACES)]
+            rows.append({"text": "which one is a place?", "choices": answers if draw.random() < 0.5 else answers[::-1]})
+            rows[-1]["label"] = int(rows[-1]["choices"][1] in PLACES)
+    return rows
+
+
+@pytest.fixture(scope="session")
+def task_files(tmp_path_factory) -> dict[str, tuple[str, str]]:
+    """Of each kind of task a training and a validation file."""
+    folder = tmp_path_factory.mktemp("tasks")
+    kinds = ("classification", "pair", "regression", "tokens", "choice")
+    return {
+        kind: tuple(
+            write_rows_to(folder / f"{kind}-{part}.jsonl", rows_of(kind, n, n)) for part, n in (("t", 192), ("v", 64))
+        )
+        for kind in kinds
+    }
+
+
+@pytest.fixture(scope="session")
+def task_settings(trained, task_files) -> Callable[..., Config]:
+    """The settings of a fine-tuning of the trained run: (kind, **changes)."""
+
+    def made(kind: str, **changes):
+        train, validation = task_files[kind]
+        task = {"task": "classification" if kind == "pair" else kind, "train": train, "validation": validation}
+        usual = {"epochs": 4, "batch_examples": 16, "learning_rate": 0.01, "dropout": 0.0, "threads": 1}
+        return finetune_config(trained, task | usual | changes)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def classifier(task_settings, tmp_path_factory) -> Finetuned:
+    return finetune(task_settings("classification"), tmp_path_factory.mktemp("finetuned") / "run", Silence())
+
+
+@pytest.fixture(scope="session")
+def write_rows() -> Callable[[Path, list[dict]], str]:
+    """Write a .jsonl file: (path, rows) -> its name."""
+    return write_rows_to

@@ -1,0 +1,63 @@
+"""Continued pretraining: a run that begins with the weights of another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from data_prep.errors import UserError
+from lm.cli import main
+from lm.run_directory import open_run
+from lm.starting import BASE
+from lm.trainer import train
+
+
+def test_a_run_begins_with_the_weights_of_another_and_learns_from_new_data(trained, other_dataset, tmp_path):
+    arguments = ["--init-from", trained.path, "--data", other_dataset.directory, "--run", tmp_path / "run"]
+    more = ["--steps", 4, "--log-every", 1, "--learning-rate", 0.001, "--muon-learning-rate", 0.001]
+    result = CliRunner().invoke(main, ["train", *map(str, (*arguments, *more))])
+    assert result.exit_code == 0, result.output
+    run = open_run(tmp_path / "run")
+    assert run.config.model == trained.config.model
+    first = next(line["loss"] for line in run.metrics() if "loss" in line)
+    begun = next(line["loss"] for line in trained.metrics() if "loss" in line)
+    assert first < 0.7 * begun
+    assert (run.path / BASE).read_bytes() == (trained.newest().path / "model.safetensors").read_bytes()
+
+
+def test_it_goes_on_as_if_undisturbed_whatever_becomes_of_the_other(trained, small, quietly, tmp_path, monkeypatch):
+    config = small.replace(steps=6, init_from=str(trained.path), dropout=0.1, checkpoint_every=2)
+    whole = quietly(config, tmp_path / "whole")
+
+    class Puller:
+        def note(self, text): ...
+        def begin(self, done, total): ...
+        def metrics(self, line): ...
+        def end(self): ...
+        def step(self, step):
+            if step == 4:
+                raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(config, tmp_path / "run", Puller())
+    monkeypatch.setattr("lm.pretraining.open_run", lambda path: pytest.fail("the other run was asked again"))
+    run = quietly(config, tmp_path / "run")
+    for name, tensor in whole.newest().model().items():
+        assert torch.equal(run.newest().model()[name], tensor)
+
+
+def test_a_run_of_another_shape_or_tokenizer_is_refused(trained, small, byte_dataset, quietly, tmp_path):
+    with pytest.raises(UserError, match="has a model of another shape: leave the recipe out"):
+        quietly(small.replace(init_from=str(trained.path), hidden_size=64), tmp_path / "run")
+    with pytest.raises(UserError, match="was made with another tokenizer than"):
+        other = small.replace(init_from=str(trained.path), data=(str(byte_dataset.directory),), vocab_size=400)
+        quietly(other, tmp_path / "run")
+    with pytest.raises(UserError, match="there is no run directory"):
+        quietly(small.replace(init_from=str(tmp_path / "nowhere")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fine_tuning_is_not_trained_further_as_pretraining(classifier):
+    result = CliRunner().invoke(main, ["train", "--run", str(classifier.run.path), "--resume"])
+    assert (result.exit_code, "is a fine-tuning: finetune.py goes on with it" in result.stderr) == (2, True)
