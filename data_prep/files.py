@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from data_prep.errors import UserError
 
@@ -74,6 +75,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole small file (text as UTF-8) so that a reader sees the old content or the new, never a part."""
     with atomic_file(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; OSError if it cannot be read, ValueError if it is no JSON or is meant to do harm."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says; ValueError if it is none, or nested more deeply than Python follows."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def sha256_of_file(path: Path) -> str:

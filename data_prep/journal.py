@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomically
+from data_prep.files import parse_json, write_atomically
 from data_prep.shards import JOURNAL, SPLITS, WORK, ShardRecord
 
 
@@ -43,7 +43,7 @@ class Journal:
         if not path.is_file():
             return None
         try:
-            return cls(path, **json.loads(path.read_bytes()))
+            return cls(path, **parse_json(path.read_bytes()))
         except (ValueError, TypeError):
             raise _damaged(path) from None
 
@@ -71,7 +71,7 @@ class PartRecord:
         if not path.is_file():
             return cls(path)
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
             shards = {split: [ShardRecord(**record) for record in content["shards"][split]] for split in SPLITS}
             return cls(path, shards, content["summary"])
         except (ValueError, KeyError, TypeError):

@@ -16,7 +16,6 @@ they are complete.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 from array import array
@@ -34,7 +33,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.files import atomic_file, sha256_of_file
+from data_prep.files import atomic_file, parse_json, sha256_of_file
 from data_prep.tokenizers import Tokenizer
 
 FORMAT_NAME = "kindling-shards"
@@ -437,7 +436,7 @@ def open_dataset(directory: str | Path) -> Dataset:
 def _parse_manifest(directory: Path, content: bytes) -> Dataset:
     path = directory / MANIFEST
     try:
-        manifest = json.loads(content)
+        manifest = parse_json(content)
         if manifest["format"] != FORMAT_NAME:
             raise ValueError
         version = manifest["version"]

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomically
+from data_prep.files import parse_json, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -214,7 +214,7 @@ def _with_short_scores(text: str) -> str:
     """
     if '"Unigram"' not in text:
         return text
-    description = json.loads(text)
+    description = parse_json(text)
     if description["model"].get("type") != "Unigram":
         return text
     description["model"]["vocab"] = [[token, round(score, 9)] for token, score in description["model"]["vocab"]]

@@ -144,23 +144,31 @@ def model_config(content: dict[str, Any]) -> tuple[ModelConfig, StockClass]:
     if obstacles:
         raise UserError(f"this {kind} cannot be imported: it has {', '.join(obstacles)}")
     try:
-        heads = int(content["num_attention_heads"])
+        heads = _size(content["num_attention_heads"])
         return (
             ModelConfig(
-                num_layers=int(content["num_hidden_layers"]),
-                hidden_size=int(content["hidden_size"]),
+                num_layers=_size(content["num_hidden_layers"]),
+                hidden_size=_size(content["hidden_size"]),
                 num_heads=heads,
-                num_key_value_heads=int(content.get("num_key_value_heads") or heads),
-                head_size=int(content.get("head_dim") or int(content["hidden_size"]) // heads),
-                feed_forward_size=int(content["intermediate_size"]),
+                num_key_value_heads=_size(content.get("num_key_value_heads") or heads),
+                head_size=_size(content.get("head_dim") or int(content["hidden_size"]) // heads),
+                feed_forward_size=_size(content["intermediate_size"]),
                 activation="swiglu",
                 qk_norm=stock.qk_norm,
                 tie_embeddings=bool(content.get("tie_word_embeddings", False)),
                 rope_theta=float(theta),
                 norm_epsilon=float(content.get("rms_norm_eps", 1e-6)),
-                vocab_size=int(content["vocab_size"]),
+                vocab_size=_size(content["vocab_size"]),
             ),
             stock,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"config.json of this {kind} is damaged: {error}") from None
+
+
+def _size(value: Any) -> int:
+    """The value as a size; ValueError if it is none, or larger than that of any model."""
+    size = int(value)
+    if not 1 <= size <= 1 << 24:
+        raise ValueError(f"a size of {size}")
+    return size

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.files import sha256_of_file, sync_directory
+from data_prep.files import read_json, sha256_of_file, sync_directory
 
 FORMAT = 2
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -178,7 +178,7 @@ def read(path: Path) -> Checkpoint:
     Files that have not changed since this process last read them are not read again.
     """
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = read_json(path / STATE)
         if state["format"] != FORMAT:
             raise UserError(f"checkpoint {path} has format {state['format']}; this Kindling reads {FORMAT}")
         if state.pop("state_sha256") != _seal(state) or path.name != _folder_name(state["step"]):
@@ -201,7 +201,7 @@ class _Claims:
 
 def _claims(path: Path) -> _Claims:
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = read_json(path / STATE)
         return _Claims(state["scheduled"], state["best_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return _Claims()

@@ -5,14 +5,13 @@ Only files that a run writes as it goes are read, so runs that are training can 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomically
+from data_prep.files import read_json, write_atomically
 from lm.checkpoint import STATE
 from lm.metrics import overfitting, rows_validated, summary
 from lm.objectives import READOUTS
@@ -58,7 +57,7 @@ class Entry:
         """What names the content of the data, from the newest checkpoint that says so."""
         for state in sorted(self.run.path.glob(f"checkpoints/step_*/{STATE}"), reverse=True):
             try:
-                return str(json.loads(state.read_text(encoding="utf-8"))["data_fingerprint"])
+                return str(read_json(state)["data_fingerprint"])
             except (OSError, ValueError, KeyError, TypeError):
                 continue
         return None

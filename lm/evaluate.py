@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomically
+from data_prep.files import read_json, write_atomically
 from data_prep.shards import Dataset, Split
 from lm.checkpoint import MODEL, Checkpoint
 from lm.corpora import Corpora, JoinedSplit, open_corpora
@@ -70,7 +70,7 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
 def saved_evaluation(run: Run, checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What ``evaluate`` found, if this checkpoint is what it was last asked for and the file is whole."""
     try:
-        known: dict[str, Any] = json.loads((run.path / RESULT).read_text(encoding="utf-8"))
+        known: dict[str, Any] = read_json(run.path / RESULT)
         return known if known["checkpoint"] == checkpoint.state["sha256"][MODEL] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_prep.errors import UserError
+from data_prep.files import read_json
 from data_prep.tokenizers import Tokenizer
 from lm import checkpoint
 from lm.architectures import StockClass, model_config, weight_names
@@ -76,7 +77,7 @@ def _find(source: str) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
@@ -97,6 +98,8 @@ def _weights(folder: Path, shape: ModelConfig) -> dict[str, Tensor]:
             found |= load_file(folder / name)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{folder / name} is damaged: {error}") from None
+    if shape.num_layers > len(found):  # before as many are made as a damaged number says
+        raise UserError(f"{folder} does not fit its config.json: model.layers.{len(found)}.input_layernorm is missing")
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in Transformer(shape).state_dict().items()}
     names = weight_names(shape)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomically
+from data_prep.files import read_json, write_atomically
 from data_prep.tokenizers import Tokenizer
 from lm import heads, randomness, task_metrics
 from lm.config import Config, FinetuneConfig
@@ -107,7 +107,7 @@ class Answers:
     @classmethod
     def load(cls, path: Path) -> Answers:
         try:
-            content = json.loads((path / ANSWERS).read_text(encoding="utf-8"))
+            content = read_json(path / ANSWERS)
             return cls(
                 tuple(content["labels"]), int(content["texts"]), float(content["mean"]), float(content["deviation"])
             )

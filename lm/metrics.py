@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self, TextIO
 
 from torch import Tensor
 
-from data_prep.files import write_atomically
+from data_prep.files import parse_json, write_atomically
 from lm.trouble import OVERFITTING
 
 
@@ -110,7 +110,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         for text in lines:
             try:
-                line = json.loads(text)
+                line = parse_json(text)
                 whole = isinstance(line, dict) and "step" in line
             except ValueError:
                 whole = False

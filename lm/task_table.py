@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomically
+from data_prep.files import read_json, write_atomically
 from lm import probes
 from lm.features import Reading, Vectors, all_vectors
 from lm.lessons import content_hash
@@ -272,7 +272,7 @@ class Maker:
 def read_cell(path: Path) -> Cell | None:
     """A saved cell, or None if it is not there, damaged, or of another version."""
     try:
-        return Cell(**json.loads(path.read_text(encoding="utf-8")))
+        return Cell(**read_json(path))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomically
+from data_prep.files import read_json, write_atomically
 from lm import metrics
 from lm.config import Config
 from lm.run_directory import METRICS
@@ -249,7 +249,7 @@ def open_trackers(config: Config, path: Path, step: int, note: Callable[[str], N
 
 def _identities(path: Path) -> dict[str, str]:
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
         return {str(name): str(identity) for name, identity in known.items()}
     except (OSError, ValueError, AttributeError):
         return {}
