@@ -108,7 +108,7 @@ class ObjectiveConfig:
     masked_fraction: float = setting(
         0.5, "hybrid objectives: share of the rows that are masked and read both ways", minimum=0, maximum=1
     )
-    mask_rate: float = setting(0.2, "share of a masked row's tokens to predict", minimum=0.01, maximum=1)
+    mask_rate: float = setting(0.3, "share of a masked row's tokens to predict", minimum=0.01, maximum=1)
     mask_token_share: float = setting(0.8, "share of those that are replaced by the mask token", minimum=0, maximum=1)
     random_token_share: float = setting(
         0.1, "share of those that are replaced by a random token; the rest stays as it is", minimum=0, maximum=1

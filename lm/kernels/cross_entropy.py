@@ -97,7 +97,7 @@ def compute(
     total = torch.zeros((), dtype=precise, device=hidden.device)
     grad_hidden = hidden.new_zeros(hidden.shape if hidden_needs_grad else (0,))
     turned: Tensor | None = None  # the weight's gradient, (D, V)
-    # Rows without a target cost nothing: a masked batch predicts only a fifth of its tokens.
+    # Rows without a target cost nothing: a masked batch predicts only some of its tokens.
     kept = (targets >= 0).nonzero()[:, 0]
     if not len(kept):
         nothing = torch.zeros(weight.shape if weight_needs_grad else (0,), dtype=precise, device=weight.device)

@@ -46,7 +46,7 @@ def test_another_tokenizer_in_the_run_directory_is_told_and_none_is_mended(path,
 @pytest.mark.parametrize(
     ("edit", "words", "fixed"),
     [
-        ({"learning_rate": 0.5, "mask_rate": 0.3}, "learning_rate 0.01 (now 0.5), mask_rate 0.2 (now 0.3): put", False),
+        ({"learning_rate": 0.5, "mask_rate": 0.4}, "learning_rate 0.01 (now 0.5), mask_rate 0.3 (now 0.4): put", False),
         ({"rope_theta": 99.0}, "rope_theta 10000.0 (now 99.0): put it back, or choose another --run", True),
     ],
 )
