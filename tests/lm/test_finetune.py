@@ -51,7 +51,7 @@ def test_every_method_learns_and_moves_only_what_it_may(changes, task_settings, 
         assert names == {"head.weight", "head.bias"}
         assert recorder.lines[-1]["metrics"]["loss"] < recorder.lines[0]["loss"]  # little, of features that say little
     else:
-        assert done.metrics["accuracy"] > 0.9
+        assert done.metrics["accuracy"] > (0.7 if changes.get("weights") == "random" else 0.9)
 
 
 class StopAt:
