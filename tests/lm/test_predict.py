@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from data_prep.errors import UserError
 from lm.cli import main
-from lm.finetune import finetune
+from lm.finetune import Finetuning, finetune
 from lm.lessons import encoder_of, outputs_of, task_model
 from lm.lora import merge_lora
 from lm.predict import open_predictor, predict, read_inputs
@@ -74,11 +74,19 @@ def test_a_batch_of_mixed_lengths_answers_what_each_text_does_alone(reads, task_
     assert len({tuple(chances.values()) for chances in together}) > 3
 
 
+def test_the_best_checkpoint_answers_and_not_the_newest(task_settings, recorder, tmp_path, monkeypatch):
+    validate, worse = Finetuning.validate, itertools.count()
+    monkeypatch.setattr(Finetuning, "validate", lambda self, model: (validate(self, model)[0], float(next(worse))))
+    done = finetune(task_settings("classification", epochs=2), tmp_path / "run", recorder)
+    assert done.step < done.run.newest().step
+    answering = open_predictor(done.run.path, CPU).model.head.weight
+    assert torch.equal(answering, done.run.checkpoint("best").model()["head.weight"])
+    assert not torch.equal(answering, done.run.newest().model()["head.weight"])
+
+
 def test_what_is_answered_agrees_with_what_was_validated(classifier, task_files):
     validation = task_files["classification"][1]
     predictor = open_predictor(classifier.run.path, CPU)
-    assert classifier.step < classifier.run.newest().step  # the best is not the newest, and is what is taken
-    assert torch.equal(predictor.model.head.weight, classifier.run.checkpoint("best").model()["head.weight"])
     rows = [json.loads(line) for line in Path(validation).read_text().splitlines()]
     found = [answer for answer, _ in predict(predictor, read_inputs(predictor, validation))]
     right = [answer["label"] == row["label"] for answer, row in zip(found, rows, strict=True)]
