@@ -62,13 +62,25 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A block's matrices. ``head_weights`` (query and key heads, head width) are those of QK-norm, if there is one."""
+class Matrices:
+    """A block's matrices (outputs, inputs), with what else is linear in them. ``head_weights`` (query and key heads,
+    head width) are those of QK-norm, if there is one."""
 
-    heads: Packed  # queries, keys, values
+    heads: Tensor  # queries, keys, values
+    head_weights: Tensor | None
+    output: Tensor
+    inner: Tensor  # gate, if there is one, and up
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The same, packed."""
+
+    heads: Packed
     head_weights: Tensor | None
     output: Packed
-    inner: Packed  # gate, if there is one, and up
+    inner: Packed
     down: Packed
 
 
@@ -95,10 +107,8 @@ class PackedDecoder:
         self._config, self._cache = model.config, cache
         with torch.inference_mode():
             self._embedding = model.embedding.weight.detach()
-            self._layers = [_packed(cast(Block, block)) for block in model.blocks]
-            cap = self._config.logit_softcap
-            head = model.head_weight * model.norm.weight * self._config.hidden_size**0.5
-            self._head = Packed(head / cap if cap else head)
+            self._layers = [_packed(folded(cast(Block, block))) for block in model.blocks]
+            self._head = Packed(folded_head(model))
             self._turns = torch.empty(0, 2, self._config.head_width)
             # The factor to the root mean square, and the learned weight, are in the matrix that follows a norm.
             self._epsilon = torch.tensor(self._config.norm_epsilon * self._config.hidden_size)
@@ -189,8 +199,9 @@ def _inverse_norm(x: Tensor, epsilon: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(epsilon).rsqrt_()
 
 
-def _packed(block: Block) -> _Layer:
-    attention, inner = block.attention, block.feed_forward
+def folded(block: Block) -> Matrices:
+    """A block's matrices, the weights of the norms before them and the scale of the scores multiplied into them."""
+    attention, feed_forward = block.attention, block.feed_forward
     root, width = block.attention_norm.weight.numel() ** 0.5, attention.head_width
     query, key, value = (
         part.weight * block.attention_norm.weight * root for part in (attention.query, attention.key, attention.value)
@@ -202,15 +213,28 @@ def _packed(block: Block) -> _Layer:
         query_weight, key_weight = attention.query_norm.weight, attention.key_norm.weight * width**0.5
         per_head = ((query_weight, query), (key_weight, key))
         head_weights = torch.cat([weight.expand(len(matrix) // width, width) for weight, matrix in per_head])
+    into = (feed_forward.gate, feed_forward.up) if feed_forward.gated else (feed_forward.up,)
     norm = block.feed_forward_norm.weight * root
-    into = (inner.gate, inner.up) if inner.gated else (inner.up,)
-    return _Layer(
-        heads=Packed(torch.cat((query, key, value))),
+    return Matrices(
+        heads=torch.cat((query, key, value)),
         head_weights=head_weights,
-        output=Packed(attention.output.weight),
-        inner=Packed(torch.cat([matrix.weight * norm for matrix in into])),
-        down=Packed(inner.down.weight),
+        output=attention.output.weight.detach(),
+        inner=torch.cat([matrix.weight * norm for matrix in into]),
+        down=feed_forward.down.weight.detach(),
     )
+
+
+def folded_head(model: Transformer) -> Tensor:
+    """The head (vocabulary, hidden), the last norm's weight and the cap of the logits multiplied into it."""
+    head = model.head_weight * model.norm.weight * model.config.hidden_size**0.5
+    return head / model.config.logit_softcap if model.config.logit_softcap else head
+
+
+def _packed(matrices: Matrices) -> _Layer:
+    heads, output, inner, down = (
+        Packed(each) for each in (matrices.heads, matrices.output, matrices.inner, matrices.down)
+    )
+    return _Layer(heads, matrices.head_weights, output, inner, down)
 
 
 def least_rows_with_equal_bits(matrices: list[Packed], most: int) -> int:
