@@ -2,8 +2,8 @@
 
 On a CPU a step is bound by reading the weights, and by the time it takes to call some two hundred small operations. So
 there it is written out here, with the fewest and cheapest calls: matrices that share their input lie side by side and
-are packed for oneDNN, the norms' weights and the scale of the scores are multiplied into them beforehand, activations
-and residual sums are computed by the products themselves, and rows with equally many keys share their attention.
+are packed for oneDNN, the norms' weights and the scale of the scores are multiplied into them beforehand, the views of
+the cache are made once for all layers, and rows with equally many keys share their attention.
 """
 
 from __future__ import annotations

@@ -8,8 +8,11 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from lm.cache import KVCache
 from lm.compiled_decoding import CompiledDecoder, compiled_decoder
+from lm.generator import Generator
+from lm.sampling import Sampling
 from tests.lm.test_cache import read_anew
 from tests.lm.test_decoding import drawn_texts
+from tests.lm.test_generator import restless_model
 from tests.lm.test_model import model_of
 
 
@@ -58,6 +61,25 @@ def test_compiled_steps_are_compiled_once_and_give_the_logits_of_the_model_alone
         )
         assert torch.equal(torch.stack(alone[:9]), torch.stack(together[row]))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@needs_compiler
+def test_the_same_seed_writes_the_same_text_alone_and_beside_others(dataset):
+    torch._dynamo.reset()
+    model, tokenizer = restless_model(400), dataset.tokenizer
+    requests = [("The old miller", Sampling(seed=n, temperature=1.3, max_new_tokens=10 + n)) for n in range(3)]
+
+    def written(generator: Generator) -> list[str]:
+        handles = [generator.add(*request) for request in requests]
+        texts = dict.fromkeys(handles, "")
+        while generator.busy:
+            for event in generator.step():
+                texts[event.handle] += event.text
+        return list(texts.values())
+
+    alone, together = (Generator(model, tokenizer, 12, max_rows=rows, compiled=True) for rows in (1, 3))
+    assert alone.compiling.startswith("compiled the step in ")
+    assert written(alone) == written(together)
 
 
 @torch.inference_mode()
