@@ -1,10 +1,10 @@
 """Writing on the CPU beside ``transformers`` and llama.cpp, with the same weights, in float32, all in one process.
 
-    python -m benchmarks.generate [--rounds 5] [--threads 2] [--rows 1 16]
+    python -m benchmarks.generate [--rounds 5] [--threads 2] [--rows 1 16] [--compiled]
 
 An untrained model with drawn weights (256 wide, 8 layers, 8 heads, vocabulary of 8,192) is exported both ways; each
 then reads prompts of 128 tokens and writes 256 more, the likeliest each time, in turn. The time is that of everything,
-prompts included. Ours is ``lm.generator.Generator``; ``transformers`` its ``generate`` as it comes; llama.cpp (``pip
+prompts included. Ours is ``lm.generator.Generator``, with --compiled as well with its step compiled; ``transformers`` its ``generate`` as it comes; llama.cpp (``pip
 install llama-cpp-python``, built on the machine; left out where it is not) its library, all rows in one batch, the
 cache of keys and values in float32 too. All have ``--threads`` threads. Told beside the medians: tokens for each CPU
 second of all threads, how many of the tokens are ours (after the first that is not, by a rounding error, all differ),
@@ -69,10 +69,11 @@ def drawn_run(folder: Path) -> Run:
     return open_run(folder)
 
 
-def ours(run: Run, rows: int) -> Writer:
-    generator = Generator(
-        run.load_model(torch.device("cpu")), run.tokenizer, run.config.data.context_length, max_rows=rows
-    )
+def ours(run: Run, rows: int, *, compiled: bool = False) -> Writer:
+    model, context = run.load_model(torch.device("cpu")), run.config.data.context_length
+    generator = Generator(model, run.tokenizer, context, max_rows=rows, compiled=compiled)
+    if compiled:
+        print(generator.compiling)
     greedy = Sampling(temperature=0, max_new_tokens=WRITTEN)
 
     def write(prompts: list[list[int]]) -> list[list[int]]:
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--compiled", action="store_true", help="ours with a compiled step as well")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
@@ -184,6 +186,8 @@ def main() -> None:
         unwritable = unwritable_ids(run.tokenizer, SHAPE["vocab_size"])
         for rows in arguments.rows:
             writers = {"kindling": ours(run, rows), "transformers": of_transformers(Path(name) / "hf")}
+            if arguments.compiled:
+                writers["compiled"] = ours(run, rows, compiled=True)
             if importlib.util.find_spec("llama_cpp") is not None:
                 writers["llama.cpp"] = of_llama_cpp(Path(name) / "model.gguf", rows, arguments.threads, unwritable)
             first = run.tokenizer.end_of_text_id

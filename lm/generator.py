@@ -89,6 +89,8 @@ class Generator:
     Args:
         reuse: when a prompt begins like the text that was written last in its row, read only what is new, as in a
             chat. The keys and values are then those of other passes, equal but for rounding errors.
+        compiled: compile the step first (``lm.compiled_decoding``), for one text or few at a time; ``compiling`` is
+            then a sentence that says how long that took, or why it is not.
     """
 
     def __init__(
@@ -99,12 +101,19 @@ class Generator:
         *,
         max_rows: int = 16,
         reuse: bool = False,
+        compiled: bool = False,
     ) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
         self._max_rows, self._reuse = max_rows, reuse
         self._device = model.embedding.weight.device
         self._cache = KVCache.empty(model.config, max_rows, context_length, model.embedding.weight)
-        self._next = decoder(model, self._cache)
+        self.compiling = ""
+        if compiled:
+            from lm.compiled_decoding import compiled_decoder  # the compiler takes a second to import
+
+            self._next, self.compiling = compiled_decoder(model, self._cache)
+        else:
+            self._next = decoder(model, self._cache)
         self._waiting: deque[_Request] = deque()
         self._live: list[_Request] = []
         self._left_over: list[int] = []  # the tokens that the first row after the live ones holds
@@ -204,19 +213,21 @@ class Generator:
                     for request, row in zip(self._live, logits, strict=True)
                 ]
             )
-        chosen = torch.empty(len(self._live), dtype=torch.int64)
         groups: dict[tuple[float, ...], list[int]] = {}
         for row, request in enumerate(self._live):
             groups.setdefault(request.sampling.filters, []).append(row)
+        chosen = [0] * len(self._live)
         for rows in groups.values():
             sampling = self._live[rows[0]].sampling
             of_group = logits if len(rows) == len(logits) else logits[rows]
             if sampling.temperature == 0:
-                chosen[rows] = of_group.argmax(-1)
+                tokens = of_group.argmax(-1)
             else:
                 uniforms = torch.cat([self._live[row].uniform() for row in rows])
-                chosen[rows] = draw(filtered(of_group, sampling), uniforms)
-        return chosen.tolist()
+                tokens = draw(filtered(of_group, sampling), uniforms)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                chosen[row] = token
+        return chosen
 
     def _event(self, request: _Request, token: int, logits: Tensor) -> Event:
         """Write the token, and tell of it."""

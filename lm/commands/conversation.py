@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lm.sampling import Sampling
 
 
-def converse(run: Run, model: Transformer, sampling: Sampling) -> None:
+def converse(run: Run, model: Transformer, sampling: Sampling, *, compiled: bool = False) -> None:
     """Read what the person says, a line each time, and write the answers, until the input ends.
 
     The conversation is one text by the run's chat template, or plain turns (``lm.chat``); with each turn the model
@@ -31,7 +31,10 @@ def converse(run: Run, model: Transformer, sampling: Sampling) -> None:
     template = read_template(run.path)
     if template is None:
         sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *PLAIN_STOPS))
-    generator = Generator(model, run.tokenizer, run.config.data.context_length, max_rows=1, reuse=True)
+    context = run.config.data.context_length
+    generator = Generator(model, run.tokenizer, context, max_rows=1, reuse=True, compiled=compiled)
+    if generator.compiling:
+        click.echo(generator.compiling, err=True)
     messages: list[dict[str, str]] = []
     while (line := _next_line()) is not None:
         if line.strip():

@@ -30,6 +30,13 @@ device_option = click.option(
     type=click.Choice(["auto", "cpu", "cuda", "mps"]),
     help="Where to compute.",
 )
+compile_option = click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Compile the model for this CPU first, which takes some seconds and a C++ compiler: one text at a time is "
+    "then written faster, many at a time are not.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
 
 SAMPLING = {

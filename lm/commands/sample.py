@@ -13,7 +13,14 @@ import click
 
 from data_prep.command_line import FriendlyCommand
 from data_prep.errors import UserError
-from lm.commands.options import checkpoint_option, device_option, json_option, run_argument, sampling_options
+from lm.commands.options import (
+    checkpoint_option,
+    compile_option,
+    device_option,
+    json_option,
+    run_argument,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
     from lm.generator import Generator
@@ -54,6 +61,7 @@ if TYPE_CHECKING:
 @click.option("--rows", default=16, show_default=True, help="Texts that are written at the same time, at most.")
 @sampling_options
 @click.option("--logprobs", type=int, help="With --json: log-probabilities of the tokens and of N likeliest ones.")
+@compile_option
 @device_option
 @checkpoint_option
 @json_option
@@ -68,6 +76,7 @@ def sample(
     output: Path | None,
     chat: bool,
     rows: int,
+    compiled: bool,
     device: str,
     which: str,
     as_json: bool,
@@ -94,7 +103,7 @@ def sample(
     _check_readouts(opened, prompts or source or chat, fills)
     count = _check_files(source, output, settings)
     model = opened.load_model(choose_device(device), opened.checkpoint(which))
-    writer = _Writer(opened, model, settings, rows)
+    writer = _Writer(opened, model, settings, rows, compiled)
     if source is not None:
         writer.continue_file(source, output, count)
     if prompts:
@@ -104,7 +113,7 @@ def sample(
     if chat:
         from lm.commands.conversation import converse
 
-        converse(opened, model, settings)
+        converse(opened, model, settings, compiled=compiled)
 
 
 def _impossible(
@@ -165,6 +174,7 @@ class _Writer:
     model: Transformer
     sampling: Sampling
     rows: int
+    compiled: bool
 
     def continue_on_screen(self, prompts: tuple[str, ...]) -> None:
         """The texts one after another, each as it grows; those after the first are written at the same time."""
@@ -204,7 +214,11 @@ class _Writer:
         from lm.generator import Generator
 
         rows = max(1, min(self.rows, count))
-        return Generator(self.model, self.run.tokenizer, self.run.config.data.context_length, max_rows=rows)
+        context = self.run.config.data.context_length
+        generator = Generator(self.model, self.run.tokenizer, context, max_rows=rows, compiled=self.compiled)
+        if generator.compiling:
+            click.echo(generator.compiling, err=True)
+        return generator
 
     def _prompts(self, prompts: tuple[str, ...]) -> list[Prompt]:
         from lm.many_texts import Prompt

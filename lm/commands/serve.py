@@ -8,7 +8,7 @@ import click
 
 from data_prep.command_line import FriendlyCommand
 from data_prep.errors import UserError
-from lm.commands.options import checkpoint_option, device_option, run_argument
+from lm.commands.options import checkpoint_option, compile_option, device_option, run_argument
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -53,6 +53,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
     metavar="ORIGIN",
     help="Let pages of another site ask, such as http://localhost:3000; may be repeated.",
 )
+@compile_option
 @device_option
 @checkpoint_option
 def serve(
@@ -64,6 +65,7 @@ def serve(
     max_waiting: int,
     max_tokens: int,
     origins: tuple[str, ...],
+    compiled: bool,
     device: str,
     which: str,
 ) -> None:
@@ -89,7 +91,8 @@ def serve(
     checkpoint = opened.checkpoint(which)
     limits = Limits(concurrent=max_concurrent, waiting=max_waiting, new_tokens=max_tokens)
     with listen(host, port) as listening:
-        service = Service.open(opened, checkpoint, opened.load_model(choose_device(device), checkpoint), limits)
+        model = opened.load_model(choose_device(device), checkpoint)
+        service = Service.open(opened, checkpoint, model, limits, compiled=compiled)
         local = host in LOCAL
         if not local and api_key is None:
             click.echo(f"warning: whoever reaches {host} can use this model: --api-key keeps others out", err=True)

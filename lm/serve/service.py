@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +22,23 @@ from lm.token_probabilities import TokenProbability, token_probabilities
 
 @dataclass(frozen=True)
 class Service:
-    """One checkpoint of a run, loaded. ``template`` is the run's own chat template; None: plain turns."""
+    """One checkpoint of a run, loaded. ``template`` is the run's own chat template; None: plain turns.
+
+    ``compiled``: its steps are compiled before it answers.
+    """
 
     run: Run
     checkpoint: Checkpoint
     model: Transformer
     template: str | None
     limits: Limits
+    compiled: bool = False
 
     @classmethod
-    def open(cls, run: Run, checkpoint: Checkpoint, model: Transformer, limits: Limits) -> Service:
-        return cls(run, checkpoint, model, read_template(run.path), limits)
+    def open(
+        cls, run: Run, checkpoint: Checkpoint, model: Transformer, limits: Limits, *, compiled: bool = False
+    ) -> Service:
+        return cls(run, checkpoint, model, read_template(run.path), limits, compiled)
 
     @property
     def name(self) -> str:
@@ -60,7 +67,11 @@ class Service:
         return self.limits.concurrent + self.limits.waiting
 
     def make_writer(self) -> Generator:
-        return Generator(self.model, self.tokenizer, self.context_length, max_rows=self.limits.concurrent)
+        rows = self.limits.concurrent
+        writer = Generator(self.model, self.tokenizer, self.context_length, max_rows=rows, compiled=self.compiled)
+        if writer.compiling:
+            print(writer.compiling, file=sys.stderr, flush=True)
+        return writer
 
     def check(self, model: str | None, texts: int = 1) -> None:
         """Raises ApiError if a request to write ``texts`` texts asks for another model, or this one cannot write."""

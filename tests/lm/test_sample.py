@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from lm.cli import main
 from lm.generator import Generator
 from tests.lm.test_cli import assert_refused, kindling
+from tests.lm.test_compiled_decoding import needs_compiler
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,15 @@ def test_a_file_of_prompts_becomes_a_file_of_continuations(run, tmp_path):
     refused = kindling("sample", run, "--input", source, "--output", tmp_path / "other.jsonl")
     assert_refused(refused, "in.jsonl, line 1: ", "in.jsonl, line 2: not JSON")
     assert not (tmp_path / "other.jsonl").exists()
+
+
+@needs_compiler
+def test_a_compiled_model_writes_the_same_and_tells_how_long_compiling_took(run):
+    options = ["--prompt", "The captain", "--temperature", 0, "--max-new-tokens", 8]
+    plain, compiled = kindling("sample", run, *options), kindling("sample", run, *options, "--compile")
+    assert compiled.exit_code == 0, compiled.output
+    assert compiled.stdout == plain.stdout
+    assert "compiled the step in " in compiled.stderr
 
 
 def test_log_probabilities_of_each_token_are_told(run):
