@@ -4,12 +4,12 @@
 
 An untrained model with drawn weights (256 wide, 8 layers, 8 heads, vocabulary of 8,192) is exported both ways; each
 then reads prompts of 128 tokens and writes 256 more, the likeliest each time, in turn. The time is that of everything,
-prompts included. Ours is ``lm.generator.Generator``, with --compiled as well with its step compiled; ``transformers`` its ``generate`` as it comes; llama.cpp (``pip
-install llama-cpp-python``, built on the machine; left out where it is not) its library, all rows in one batch, the
-cache of keys and values in float32 too. All have ``--threads`` threads. Told beside the medians: tokens for each CPU
-second of all threads, how many of the tokens are ours (after the first that is not, by a rounding error, all differ),
-and the bytes of weights times the steps a second, as a share of the rate at which memory is copied (bytes read and
-written).
+prompts included. Ours is ``lm.generator.Generator``, with --compiled as well with its step compiled; ``transformers``
+its ``generate`` as it comes; llama.cpp (``pip install llama-cpp-python``, built on the machine; left out where it is
+not) its library, all rows in one batch, the cache of keys and values in float32 too. All have ``--threads`` threads.
+Told beside the medians: tokens for each CPU second of all threads, how many of the tokens are ours (after the first
+that is not, by a rounding error, all differ), and the bytes of weights times the steps a second, as a share of the rate
+at which memory is copied (bytes read and written).
 
 The threads of all three spin while they wait for each other, which on a busy machine takes a hundred times the work's
 time: there use one thread, or OMP_WAIT_POLICY=passive.

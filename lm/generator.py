@@ -89,7 +89,7 @@ class Generator:
     Args:
         reuse: when a prompt begins like the text that was written last in its row, read only what is new, as in a
             chat. The keys and values are then those of other passes, equal but for rounding errors.
-        compiled: compile the step first (``lm.compiled_decoding``), for one text or few at a time; ``compiling`` is
+        compiled: compile the step first (``lm.compiled_decoding``), for one text at a time; ``compiling`` is
             then a sentence that says how long that took, or why it is not.
     """
 
