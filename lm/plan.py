@@ -277,6 +277,9 @@ def _obstacle(config: Config, device: torch.device, available: int) -> str:
 def dry_step(model: Transformer, config: Config, batch: Batch, affordable_rows: int) -> DryStep:
     """Do a step as the run will do it, several times, and measure the later ones.
 
+    The weights should be as a run begins: with PyTorch's first ones logits lie so far apart that their exponentials are
+    denormal numbers, with which a CPU takes several times as long.
+
     The model's weights stay as they are, its gradients are dropped; if a whole micro-batch would take too long, only
     ``affordable_rows`` of its rows are taken and the time is scaled.
     """
@@ -385,8 +388,10 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
     except UserError:
         config = config.replace(micro_batch_rows=1)  # so that the plan tells all else too
     fits = not _obstacle(config, device, available_memory(device))
-    with torch.device(device if fits else "meta"):
+    with torch.device("cpu" if fits else "meta"):
         model = Transformer(config.model)
+    if fits:
+        model.initialise(config.training.seed).to(device)
     return make_plan(config, model, batch, device, data=data, epochs=epochs, measure=fits, may_shrink=may_shrink)
 
 

@@ -81,7 +81,7 @@ class Pretraining:
         one_model = self.ranks.world == 1 or training.parallel == "ddp"
         self.plan = make_plan(
             self.config,
-            Transformer(self.config.model).to(self.ranks.device),
+            Transformer(self.config.model).initialise(training.seed).to(self.ranks.device),
             self.batch(done),
             self.ranks.device,
             data=told_data(self.corpora, self.batches),
