@@ -89,6 +89,8 @@ def experiments() -> dict[str, dict[str, Any]]:
     for dropout in (0.0, 0.1, 0.2):
         for decay in (0.1, 0.5):
             runs[f"repeated, dropout {dropout}, decay {decay}"] = {"dropout": dropout, "weight_decay": decay}
+    for dropout in (0.0, 0.1, 0.2):
+        runs[f"repeated, four times as long, dropout {dropout}"] = {"dropout": dropout, "steps": 4 * BASE["steps"]}
     runs["averaged, decaying rate"] = {}
     runs["averaged, level rate"] = {"decay_fraction": 0.0}
     return runs
