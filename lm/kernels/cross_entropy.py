@@ -256,7 +256,7 @@ def _chunk_by_triton(
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``total + a.T @ b``, (D, V) of (n, D) and (n, V), summed in ``dtype``; a total of None is 0."""
     if not a.is_cuda or a.dtype == dtype:
-        return times(a.T.contiguous(), b, plus=total)
+        return times(a.T.to(dtype).contiguous(), b.to(dtype), plus=total)
     if total is None:
         total = torch.zeros(a.shape[1], b.shape[1], dtype=dtype, device=a.device)
     # The tensor cores multiply in 16 bits and add in 32, straight into the total.
