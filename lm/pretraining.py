@@ -15,7 +15,6 @@ from lm.config import Config
 from lm.corpora import Corpora, open_corpora, with_vocabulary
 from lm.distributed import Ranks
 from lm.gradients import step_gradients
-from lm.machine import machine_rate
 from lm.metrics import loss_of_readouts
 from lm.model import Transformer
 from lm.objectives import Batch
@@ -136,7 +135,7 @@ class Pretraining:
 
     def speed(self, seconds_per_step: float) -> dict[str, float]:
         speed = self.config.data.batch_tokens / seconds_per_step
-        peak = machine_rate(self.ranks.device) * self.ranks.world
+        peak = self.plan.machine_rate * self.ranks.world
         return {
             "tokens_per_second": round(speed, 1),
             "share_of_peak": round(speed * self.plan.flops_per_token / peak, 4),

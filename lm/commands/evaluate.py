@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,14 @@ from lm.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from lm import choices as multiple_choice
+    from lm import minimal_pairs
     from lm.checkpoint import Checkpoint
     from lm.features import Reading
     from lm.run_directory import Run
     from lm.tasks import Columns
+
+    Accuracy = multiple_choice.Accuracy | minimal_pairs.Accuracy
 
 
 @click.command(cls=FriendlyCommand)
@@ -123,21 +128,37 @@ def _tell_losses(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "nats per token", "bits per byte", box=None, pad_edge=False)
+    rows = []
     for losses, kind in ((result["validation"], ""), (result["floors"], " (floor)")):
         for name, loss in losses.items():
             nats = "" if loss["nats_per_token"] is None else f"{loss['nats_per_token']:.4f}"
-            table.add_row(name + kind, nats, f"{loss['bits_per_byte']:.4f}")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    console.print(
+            rows.append((name + kind, nats, f"{loss['bits_per_byte']:.4f}"))
+    _print_table(
+        ("", "nats per token", "bits per byte"),
+        rows,
         f"step {result['step']:,}; {result['validation_tokens']:,} tokens, {result['validation_bytes']:,} bytes of "
         f"{result['data']}; {result['protocol']}",
-        markup=False,
     )
+
+
+def _print_table(header: Iterable[str], rows: Iterable[Iterable[str]], explanation: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(explanation, markup=False)
+
+
+def _told(accuracies: Iterable[Accuracy]) -> Iterator[str]:
+    return (f"{accuracy.mean:.1%} ± {accuracy.error:.1%}" for accuracy in accuracies)
+
+
+def _as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[str, Any]]:
+    return {name: {key: value.as_dict() for key, value in each.items()} for name, each in results.items()}
 
 
 def _evaluate_text(run: Run, checkpoint: Checkpoint, source: str, text_field: str, stride: int) -> dict[str, Any]:
@@ -169,23 +190,15 @@ def _evaluate_choices(run: Run, checkpoint: Checkpoint, path: str, columns: Colu
         progress=lambda text: click.echo(text, err=True),
     )
     if as_json:
-        told = {name: {key: value.as_dict() for key, value in each.items()} for name, each in results.items()}
-        click.echo(json.dumps({"questions": len(examples), "cut": cut, "accuracy": told}))
+        click.echo(json.dumps({"questions": len(examples), "cut": cut, "accuracy": _as_dicts(results)}))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", *NORMALISATIONS, box=None, pad_edge=False)
-    for name, each in results.items():
-        table.add_row(name, *(f"{accuracy.mean:.1%} ± {accuracy.error:.1%}" for accuracy in each.values()))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in NORMALISATIONS.items())
     shortened = f"; {cut:,} answers stand behind a question that lost its beginning" if cut else ""
-    console.print(
+    _print_table(
+        ("", *NORMALISATIONS),
+        ((name, *_told(each.values())) for name, each in results.items()),
         f"share of {len(examples):,} questions whose right answer is the likeliest, ± bootstrap error; {meanings}; "
         f"ties share the point{shortened}",
-        markup=False,
     )
 
 
@@ -220,21 +233,12 @@ def _evaluate_pairs(
         run, model, paradigms, ties=ties, progress=lambda text: click.echo(text, err=True)
     )
     if as_json:
-        told = {name: {key: value.as_dict() for key, value in each.items()} for name, each in results.items()}
-        click.echo(json.dumps({"ties": ties, "accuracy": told}))
+        click.echo(json.dumps({"ties": ties, "accuracy": _as_dicts(results)}))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", *results, box=None, pad_edge=False)
-    for name in next(iter(results.values())):
-        found = [each[name] for each in results.values()]
-        table.add_row(name, *(f"{result.mean:.1%} ± {result.error:.1%}" for result in found))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
     equal = ", ".join(f"{name} {each['all'].ties:,}" for name, each in results.items())
-    console.print(
+    _print_table(
+        ("", *results),
+        ((name, *_told(each[name] for each in results.values())) for name in next(iter(results.values()))),
         f"share of pairs whose acceptable sentence is the likelier one, ± bootstrap error; temperature 1; ties score "
         f"{ties} (of {next(iter(results.values()))['all'].pairs:,}: {equal}); all: the mean over paradigms",
-        markup=False,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from data_prep.command_line import FriendlyCommand
-from lm.commands.options import checkpoint_option, run_argument
+from lm.commands.options import best_checkpoint_option, checkpoint_option, run_argument
 
 
 @click.command(cls=FriendlyCommand)
@@ -55,14 +55,7 @@ def import_run(source: str, run: Path) -> None:
 @run_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to write.")
 @click.option("--trunk-only", is_flag=True, help="Leave the task's head out: a plain run, to export or to sample from.")
-@click.option(
-    "--checkpoint",
-    "which",
-    default="best",
-    show_default=True,
-    metavar="newest|best|STEP",
-    help="Which of the run's checkpoints: the newest, that of the best validation, or the one of a step.",
-)
+@best_checkpoint_option
 def merge_run(run: Path, out: Path, trunk_only: bool, which: str) -> None:
     """Make plain weights of a fine-tuned RUN: what LoRA has added becomes part of its matrices, bit for bit."""
     from lm.merge import merge

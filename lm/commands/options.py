@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from lm.tasks import Columns
 
 run_argument = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
-checkpoint_option = click.option(
-    "--checkpoint",
-    "which",
-    default="newest",
-    show_default=True,
-    metavar="newest|best|STEP",
-    help="Which of the run's checkpoints: the newest, that of the best validation, or the one of a step.",
+checkpoint_option, best_checkpoint_option = (
+    click.option(
+        "--checkpoint",
+        "which",
+        default=default,
+        show_default=True,
+        metavar="newest|best|STEP",
+        help="Which of the run's checkpoints: the newest, that of the best validation, or the one of a step.",
+    )
+    for default in ("newest", "best")
 )
 device_option = click.option(
     "--device",

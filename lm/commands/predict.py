@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from data_prep.command_line import FriendlyCommand
-from lm.commands.options import device_option, run_argument
+from lm.commands.options import best_checkpoint_option, device_option, run_argument
 
 
 @click.command(cls=FriendlyCommand)
@@ -29,14 +29,7 @@ from lm.commands.options import device_option, run_argument
     metavar="FILE|-",
     help="Where the answers go: .jsonl, .csv or .tsv, one for each text, in order; - for JSON lines on stdout.",
 )
-@click.option(
-    "--checkpoint",
-    "which",
-    default="best",
-    show_default=True,
-    metavar="newest|best|STEP",
-    help="Which of the run's checkpoints: the newest, that of the best validation, or the one of a step.",
-)
+@best_checkpoint_option
 @device_option
 def predict(run: Path, source: str, output: str, which: str, device: str) -> None:
     """Answer for each text of a file what RUN was fine-tuned for: its label with the probabilities of all, or a number.
