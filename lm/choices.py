@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
-from lm.minimal_pairs import RESAMPLES, TIE_NATS
+from lm.minimal_pairs import TIE_NATS, resampled_means
 from lm.model import Transformer
 from lm.objectives import READOUTS
 from lm.run_directory import Run
@@ -149,6 +149,4 @@ def evaluate_choices(
 
 
 def _accuracy(scored: NDArray[np.float64]) -> Accuracy:
-    draw = np.random.default_rng(0)
-    means = [scored[draw.integers(0, len(scored), len(scored))].mean() for _ in range(RESAMPLES)]
-    return Accuracy(float(scored.mean()), float(np.std(means, ddof=1)))
+    return Accuracy(float(scored.mean()), float(resampled_means(scored, 0).std(ddof=1)))

@@ -114,8 +114,7 @@ def evaluate_pairs(
         found = likelihoods([tokenizer.encode(sentence) for sentence in pairs.good + pairs.bad])
         good, bad = found[: len(pairs.good)], found[len(pairs.good) :]
         score = scores(good, bad, ties)
-        draw = np.random.default_rng(number)
-        means = score[draw.integers(0, len(score), (RESAMPLES, len(score)))].mean(1)
+        means = resampled_means(score, number)
         resampled.append(means)
         results[pairs.paradigm] = Accuracy(
             float(score.mean()), float(means.std(ddof=1)), len(score), int(are_ties(good, bad).sum())
@@ -128,6 +127,12 @@ def evaluate_pairs(
         sum(result.ties for result in results.values()),
     )
     return results
+
+
+def resampled_means(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Means of the scores drawn anew with replacement, (RESAMPLES,): their spread is the mean's standard error."""
+    draw = np.random.default_rng(seed)
+    return np.array([scores[draw.integers(0, len(scores), len(scores))].mean() for _ in range(RESAMPLES)])
 
 
 def unigram_likelihoods(counts: NDArray[np.int64]) -> Callable[[list[list[int]]], NDArray[np.float64]]:
