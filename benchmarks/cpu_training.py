@@ -21,6 +21,7 @@ import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -69,13 +70,19 @@ def kindling_steps(name: str, threads: int) -> Callable[[], object]:
     return several(step, steps)
 
 
-def nanogpt_steps(checkout: Path, name: str, threads: int, compiled: bool) -> Callable[[], object]:
-    """The steps of a turn of nanoGPT's ``train.py``, without dropout and biases, as it is set for a CPU."""
-    torch.set_num_threads(threads)
+def nanogpt_module(checkout: Path) -> ModuleType:
+    """Its ``model.py``."""
     specification = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
+    return module
+
+
+def nanogpt_steps(checkout: Path, name: str, threads: int, compiled: bool) -> Callable[[], object]:
+    """The steps of a turn of nanoGPT's ``train.py``, without dropout and biases, as it is set for a CPU."""
+    torch.set_num_threads(threads)
+    module = nanogpt_module(checkout)
     layers, heads, width, context, rows, steps = SHAPES[name]
     settings = module.GPTConfig(
         block_size=context, vocab_size=VOCABULARY, n_layer=layers, n_head=heads, n_embd=width, dropout=0.0, bias=False

@@ -1,17 +1,28 @@
-"""Run everything and write one JSON: ``python -m benchmarks.gpu [--out FILE] [--quick]``."""
+"""Run everything, or some parts, and write one JSON.
+
+python -m benchmarks.gpu [--out FILE] [--quick] [--only PART] [--nanogpt CHECKOUT]
+"""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import attention, head_and_rotary
+from benchmarks.gpu import attention, head_and_rotary, training
 from benchmarks.gpu.timing import environment
 
+PARTS = {
+    "errors": "attention's largest errors against float64, as multiples of PyTorch's in bfloat16",
+    "attention": "TFLOP/s forward and backward",
+    "linear_cross_entropy": "milliseconds and peak bytes of the head and its loss",
+    "rotary": "milliseconds of QK-norm and rotary positions",
+    "training": "a step at the shape of GPT-2 small",
+}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -19,30 +30,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="default: benchmarks/gpu/results/DEVICE-DATE.json")
     parser.add_argument("--quick", action="store_true", help="two lengths instead of six")
+    parser.add_argument("--only", action="append", choices=PARTS, help="this part; may be repeated")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of it, to train beside")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device here; without one, see make kernels-aot and make test")
     device = torch.device("cuda")
+    lengths = (1024, 4096) if options.quick else (512, 1024, 2048, 4096, 8192, 16384)
+    measure: dict[str, Callable[[], object]] = {
+        "errors": lambda: attention.worst_errors(device),
+        "attention": lambda: attention.speeds(device, (64, 128), lengths),
+        "linear_cross_entropy": lambda: head_and_rotary.heads_of_losses(device),
+        "rotary": lambda: head_and_rotary.rotary_speeds(device),
+        "training": lambda: training.speeds(device, options.nanogpt),
+    }
     result: dict[str, object] = {"environment": environment(device), "date": datetime.date.today().isoformat()}
     print(result["environment"], flush=True)
-    print("errors against float64", flush=True)
-    errors = attention.worst_errors(device)
-    result["attention_errors"] = errors
-    for line in errors:
-        worse = max(a / max(b, 1e-9) for a, b in zip(line["ours"], line["pytorch"], strict=True))
-        verdict = "" if worse <= 2 and line["same_bits"] else "  <-- look at this"
-        print(f"  {line['length']} {line['width']} {line['mask']} {line['inputs']}: {worse:.2f} x PyTorch's{verdict}")
-    print("attention, TFLOP/s", flush=True)
-    lengths = (1024, 4096) if options.quick else (512, 1024, 2048, 4096, 8192, 16384)
-    result["attention"] = attention.speeds(device, (64, 128), lengths)
-    print("linear cross-entropy", flush=True)
-    result["linear_cross_entropy"] = head_and_rotary.heads_of_losses(device)
-    print("QK-norm and rotary", flush=True)
-    result["rotary"] = head_and_rotary.rotary_speeds(device)
     name = str(environment(device)["device"]).replace(" ", "-")
     out = options.out or RESULTS / f"{name}-{result['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for part in options.only or PARTS:
+        print(f"{part}: {PARTS[part]}", flush=True)
+        result[part] = measure[part]()
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(out)
 
 

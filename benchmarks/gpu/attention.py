@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -20,7 +23,6 @@ MASKS = ("causal", "full", "packed", "hybrid")
 TOKENS_IN_ALL = 16384  # rows × length: 32 rows of 512 up to one of 16,384, as in FlashAttention's figures
 HIDDEN = 2048  # heads × head dimension, likewise
 MEAN_DOCUMENT = 512
-compiled_flex = torch.compile(flex_attention)
 
 
 def intervals(kind: str, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,6 +71,10 @@ def worst_errors(device: torch.device, lengths: tuple[int, ...] = (200, 1024)) -
                     found.append(
                         {"length": length, "width": width, "mask": kind, "inputs": fill, **results, "same_bits": same}
                     )
+                    pairs = zip(results["ours"], results["pytorch"], strict=True)
+                    worse = max(ours / max(theirs, 1e-9) for ours, theirs in pairs)
+                    verdict = "" if worse <= 2 and same else "  <-- look at this"
+                    print(f"  {length} {width} {kind} {fill}: {worse:.2f}{verdict}", flush=True)
     return found
 
 
@@ -81,6 +87,8 @@ def candidates(
 ) -> dict[str, Callable[[], Tensor]]:
     """Each way to compute this attention, as a function without arguments that gives (B, T, H, D)."""
     rows, length = lo.shape
+    torch._dynamo.reset()  # each shape is compiled for itself, as in a training of that shape
+    compiled_flex = torch.compile(flex_attention, dynamic=False)
     half = rows // 2 if kind == "hybrid" else rows if kind != "full" else 0
 
     def seen(b: Tensor, _: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -111,31 +119,45 @@ def candidates(
     }
 
 
+def setting(width: int, length: int, kind: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """What ``candidates`` takes: as many tokens in all, and heads × width, for every length and width."""
+    rows = max(TOKENS_IN_ALL // length, 2 if kind == "hybrid" else 1)
+    return kind, *inputs(rows, length, HIDDEN // width, width, dtype, device), *intervals(kind, rows, length, device)
+
+
+def compile_ahead(case: tuple[int, int, str]) -> None:
+    """Call once what is compiled, so that a later process finds it in the caches on disk."""
+    ways = candidates(*setting(*case, torch.bfloat16, torch.device("cuda")))
+    for name in ("kindling", "flex"):
+        ways[name]().sum().backward()
+
+
 def speeds(
     device: torch.device, widths: tuple[int, ...], lengths: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
 ) -> list[dict[str, Any]]:
     """TFLOP/s forward and backward, over what is visible: 4 (forward) and 10 (backward) × pairs × heads × width."""
+    cases = [(width, length, kind) for width in widths for length in lengths for kind in MASKS]
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 2), get_context("spawn")) as pool:
+        list(pool.map(compile_ahead, cases))
     found = []
-    for width in widths:
-        for length in lengths:
-            for kind in MASKS:
-                rows, heads = max(TOKENS_IN_ALL // length, 2 if kind == "hybrid" else 1), HIDDEN // width
-                q, k, v = inputs(rows, length, heads, width, dtype, device)
-                lo, hi, documents = intervals(kind, rows, length, device)
-                flops = 4 * float((hi - lo).sum()) * heads * width
-                ways = candidates(kind, q, k, v, lo, hi, documents)
-                line: dict[str, Any] = {"width": width, "length": length, "rows": rows, "heads": heads, "mask": kind}
-                with torch.no_grad():
-                    forward = milliseconds(ways)
-                direction = torch.randn_like(q)
-                backwards = {}
-                for name, way in ways.items():
-                    if forward[name] is not None:
-                        grad = partial(torch.autograd.grad, way(), (q, k, v), direction, retain_graph=True)
-                        backwards[name] = grad
-                backward = milliseconds(backwards)
-                line["forward_tflops"] = {n: t and round(flops / t / 1e9, 1) for n, t in forward.items()}
-                line["backward_tflops"] = {n: t and round(2.5 * flops / t / 1e9, 1) for n, t in backward.items()}
-                found.append(line)
-                print(f"  {line}", flush=True)
+    for width, length, kind in cases:
+        kind, q, k, v, lo, hi, documents = setting(width, length, kind, dtype, device)
+        rows, heads = q.shape[0], q.shape[2]
+        flops = 4 * float((hi - lo).sum()) * heads * width
+        ways = candidates(kind, q, k, v, lo, hi, documents)
+        line: dict[str, Any] = {"width": width, "length": length, "rows": rows, "heads": heads, "mask": kind}
+        with torch.no_grad():
+            forward = milliseconds(ways)
+        direction = torch.randn_like(q)
+        backwards = {}
+        for name, way in ways.items():
+            if forward[name] is not None:
+                grad = partial(torch.autograd.grad, way(), (q, k, v), direction, retain_graph=True)
+                backwards[name] = grad
+        backward = milliseconds(backwards)
+        line["forward_tflops"] = {n: t and round(flops / t / 1e9, 1) for n, t in forward.items()}
+        line["backward_tflops"] = {n: t and round(2.5 * flops / t / 1e9, 1) for n, t in backward.items()}
+        found.append(line)
+        print(f"  {line}", flush=True)
     return found

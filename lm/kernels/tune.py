@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 
 import click
 import torch
@@ -84,6 +87,14 @@ def fastest(
     return kept, times
 
 
+def compile_ahead(case: tuple[str, str, int, Configuration]) -> None:
+    """Compile one kernel in one configuration, for a later process to find in Triton's cache on disk."""
+    kernel, bits, width, choice = case
+    call = workloads(width, DTYPES[bits], torch.device("cuda"))[kernel]
+    with using(kernel, choice), suppress(Exception):  # ``fastest`` tells what cannot be compiled
+        call()
+
+
 @click.command()
 @click.option("--kernel", "kernels", multiple=True, help="Only this kernel of the table (may be repeated).")
 @click.option("--width", "widths", multiple=True, type=click.Choice([str(w) for w in WIDTHS]))
@@ -98,7 +109,17 @@ def main(kernels: tuple[str, ...], widths: tuple[str, ...], sizes: tuple[str, ..
     architecture = "".join(map(str, torch.cuda.get_device_capability(device)))
     table = configurations.table()
     mine = table.setdefault(architecture, copy.deepcopy(table[configurations.nearest(architecture)]))
-    for bits, width in itertools.product(sizes or DTYPES, map(int, widths or map(str, WIDTHS))):
+    asked = list(itertools.product(sizes or DTYPES, map(int, widths or map(str, WIDTHS))))
+    cases = [
+        (kernel, bits, width, choice)
+        for bits, width in asked
+        for kernel in (kernels or mine)
+        for choice in candidates(kernel, bits)
+    ]
+    click.echo(f"compiling {len(cases):,} kernels", err=True)
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 2), get_context("spawn")) as pool, suppress(BrokenExecutor):
+        list(pool.map(compile_ahead, cases, chunksize=8))
+    for bits, width in asked:
         for kernel, call in workloads(width, DTYPES[bits], device).items():
             if kernels and kernel not in kernels:
                 continue

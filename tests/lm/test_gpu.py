@@ -1,0 +1,192 @@
+"""The whole path on a CUDA GPU: it trains, resumes, writes and answers as on a CPU. Without one, all are skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lm import checkpoint, masks
+from lm.cache import KVCache, ReadingPrompt
+from lm.config import Config, ModelConfig
+from lm.corpora import open_corpora
+from lm.decoding import decoder
+from lm.features import Reading, all_vectors
+from lm.finetune import finetune
+from lm.generator import stream
+from lm.kernels import linear_cross_entropy
+from lm.minimal_pairs import Pairs, evaluate_run
+from lm.model import Transformer
+from lm.optim import orthogonalise
+from lm.predict import open_predictor, predict, read_inputs
+from lm.run_directory import Run
+from lm.sampling import Sampling
+from lm.trainer import train
+from lm.validation import validate_readouts
+from tests.lm.test_finetune import StopAt
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+
+
+@pytest.fixture(scope="module")
+def config(small: Config) -> Config:
+    """Heads of 64, dropout and both objectives, in bfloat16 as a GPU has it unless told otherwise."""
+    return small.replace(
+        device="cuda",
+        hidden_size=128,
+        context_length=64,
+        batch_tokens=2048,
+        steps=60,
+        dropout=0.1,
+        learning_rate=0.005,
+        optimizer="muon",
+        validate_every=20,
+        checkpoint_every=20,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config: Config, quietly, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return quietly(config, tmp_path_factory.mktemp("gpu") / "run")
+
+
+def last_validation(run: Run) -> dict[str, float]:
+    line = [line for line in run.metrics() if "validation" in line][-1]
+    return {name: result["nats_per_token"] for name, result in line["validation"].items()}
+
+
+def model_with_noise(seed: int = 0, **changes) -> Transformer:
+    shape = {"num_layers": 2, "hidden_size": 128, "num_heads": 2, "num_key_value_heads": 1, "vocab_size": 300}
+    model = Transformer(ModelConfig(**shape | changes)).initialise(seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def test_training_on_a_gpu_learns_what_training_on_a_cpu_learns(run, config, quietly, tmp_path):
+    on_gpu, on_cpu = last_validation(run), last_validation(quietly(config.replace(device="cpu"), tmp_path / "cpu"))
+    for name, loss in on_cpu.items():
+        assert on_gpu[name] == pytest.approx(loss, rel=0.05)
+    lines = [line for line in run.metrics() if "share_of_peak" in line]
+    assert all(0 < line["share_of_peak"] < 1 and line["memory_bytes"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(precision, config, recorder, tmp_path):
+    config = config.replace(precision=precision, steps=30, checkpoint_every=10)
+    through = train(config, tmp_path / "through", recorder)
+    for stop in (7, 23):
+        with pytest.raises(InterruptedError):
+            train(config, tmp_path / "run", StopAt(stop))
+    resumed = train(config, tmp_path / "run", recorder)
+    assert checkpoint.steps(through.path / "checkpoints") == checkpoint.steps(resumed.path / "checkpoints")
+    for name, tensor in through.newest().model().items():
+        assert torch.equal(tensor, resumed.newest().model()[name]), name
+
+
+def test_a_checkpoint_has_the_same_loss_on_both_devices(run):
+    config = run.config.replace(precision="float32")
+    corpora = open_corpora(config.data.data)
+    losses = [validate_readouts(run.load_model(device), corpora, config) for device in (CPU, GPU)]
+    for name, result in losses[0].items():
+        assert losses[1][name].nats_per_token == pytest.approx(result.nats_per_token, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_head_adds_the_gradient_of_its_weight_in_float32(dtype):
+    """Several chunks: 20,000 tokens, of which 8,192 at most are taken at a time."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(20_000, 64, generator=draw).to(GPU, dtype).requires_grad_()
+    weight = (torch.randn(3000, 64, generator=draw) / 8).to(GPU).requires_grad_()
+    targets = torch.randint(0, 3000, (20_000,), generator=draw).to(GPU)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    by_hidden, by_weight = torch.autograd.grad(loss, (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight.to(dtype))]
+    truth = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets, reduction="sum")
+    truths = torch.autograd.grad(truth, exact)
+    assert by_weight.dtype == torch.float32
+    least = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]  # tf32 is on, if at all, by PyTorch
+    for found, wanted in zip((by_hidden, by_weight), truths, strict=True):
+        assert ((found.double() - wanted).norm() / wanted.norm()).item() < least
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 128, 384), (2, 384, 128), (1, 768, 2048)])
+def test_muon_brings_all_singular_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(GPU)
+    values = torch.linalg.svdvals(orthogonalise(matrices).double())
+    assert float(values.min()) > 0.5
+    assert float(values.max()) < 1.3
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_compiled_model_has_the_loss_and_gradients_of_a_plain_one(qk_norm):
+    model = model_with_noise(qk_norm=qk_norm).to(GPU)
+    inputs = torch.randint(0, 300, (4, 200), generator=torch.Generator().manual_seed(0)).to(GPU)
+    lo, hi = (x.to(GPU) for x in masks.packed(torch.rand(4, 200) < 0.02, torch.tensor([False, False, True, True])))
+    positions, ones = torch.arange(200, device=GPU) - lo, torch.ones(4, 200, device=GPU)
+
+    def loss():
+        return model.loss(model(inputs, positions, lo, hi), inputs.roll(-1, 1), ones)
+
+    results = []
+    for call in (loss, torch.compile(loss, fullgraph=True)):
+        value = call()
+        results.append([value, *torch.autograd.grad(value, list(model.parameters()))])
+    for plain, compiled in zip(*results, strict=True):
+        assert ((plain - compiled).norm() / plain.norm()).item() < 2e-3
+
+
+@torch.inference_mode()
+def test_logits_with_a_cache_are_those_without():
+    model = model_with_noise().to(GPU)
+    tokens = torch.randint(0, 300, (1, 90), generator=torch.Generator().manual_seed(0)).to(GPU)
+    lo, hi = masks.causal(1, 90, device=GPU)
+    whole = model.logits(model(tokens, torch.arange(90, device=GPU)[None], lo, hi))[0]
+    cache = KVCache.empty(model.config, 1, 90, model.embedding.weight)
+    reading = ReadingPrompt(cache, 0, 40)
+    model(tokens[:, :40], reading.positions, reading.lo, reading.hi, reading)
+    reading.done()
+    step = decoder(model, cache)
+    for position in range(40, 90):
+        logits = step([int(tokens[0, position])])[0]
+        torch.testing.assert_close(logits, whole[position], rtol=1e-3, atol=1e-3)
+
+
+def test_a_gpu_writes_the_likeliest_text_that_a_cpu_writes(run):
+    sampling = Sampling(temperature=0, max_new_tokens=40)
+    texts = [
+        "".join(e.text for e in stream(run.load_model(device), run.tokenizer, "The old miller", sampling, 64))
+        for device in (CPU, GPU)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "probe"])
+def test_fine_tuning_learns_and_answers_alike_on_both_devices(method, task_settings, recorder, tmp_path):
+    done = finetune(task_settings("classification", method=method, device="cuda"), tmp_path / "run", recorder)
+    assert done.metrics["accuracy"] > {"full": 0.9, "lora": 0.8, "probe": 0.5}[method]
+    told = []
+    for device in (CPU, GPU):
+        predictor = open_predictor(done.run.path, device)
+        told.append(
+            [answer for answer, _ in predict(predictor, read_inputs(predictor, done.run.config.finetune.validation))]
+        )
+    assert [a["label"] for a in told[0]] == [a["label"] for a in told[1]]
+
+
+def test_pairs_and_vectors_are_those_of_a_cpu(run):
+    good = ["The captain lost seven apples.", "Nobody carried an owl.", "Every sparrow wanted a small boat."]
+    bad = ["Captain the apples seven lost.", "Carried nobody owl an.", "Sparrow every boat a small wanted."]
+    pairs = [Pairs("order", "", good, bad)]
+    found = [evaluate_run(run, run.load_model(device), pairs) for device in (CPU, GPU)]
+    for name, result in found[0].items():
+        assert found[1][name]["all"].mean == result["all"].mean
+    reading = Reading("bidirectional", "mean")
+    both = [
+        all_vectors(run.load_model(device), run.tokenizer, [(t,) for t in good], reading, 64)[0]
+        for device in (CPU, GPU)
+    ]
+    assert abs(both[0] - both[1]).max() < 1e-3
