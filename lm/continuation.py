@@ -17,8 +17,9 @@ from lm.run_directory import Run, changes, open_run, plain_settings
 # Settings that a run may be continued with changed: they alter neither the model nor the order of its data.
 FREE_SETTINGS = {
     *("steps", "log_every", "validate_every", "validation_rows", "checkpoint_every", "keep_checkpoints", "keep_every"),
-    *("device", "precision", "threads", "parallel", "micro_batch_rows", "prompts", "fills", "data", "verify_data"),
-    *("trackers", "train", "validation", "epochs", "validations_per_epoch", "patience", "micro_batch_tokens"),
+    *("device", "precision", "compile", "threads", "parallel", "micro_batch_rows", "prompts", "fills", "data"),
+    *("verify_data", "trackers", "train", "validation", "epochs", "validations_per_epoch", "patience"),
+    "micro_batch_tokens",
 }
 # Settings that can never change: the weights, or the meaning of a step, depend on them.
 FIXED_SETTINGS = {s.name for s in all_settings() if s.section == "model"} | {

@@ -19,4 +19,4 @@ DEFAULTS: dict[str, Any] = {
 # Of AdamW, by method; of the first where a method is not named.
 LEARNING_RATES = {"full": 1e-3, "lora": 5e-3, "probe": 1e-2}
 # Settings that follow from epochs, batch_examples and validations_per_epoch.
-DERIVED = ("steps", "validate_every", "validation_rows", "parallel", "init_from")
+DERIVED = ("steps", "validate_every", "validation_rows", "parallel", "init_from", "compile")

@@ -61,3 +61,26 @@ def test_a_run_of_another_shape_or_tokenizer_is_refused(trained, small, byte_dat
 def test_a_fine_tuning_is_not_trained_further_as_pretraining(classifier):
     result = CliRunner().invoke(main, ["train", "--run", str(classifier.run.path), "--resume"])
     assert (result.exit_code, "is a fine-tuning: finetune.py goes on with it" in result.stderr) == (2, True)
+
+
+def test_a_compiled_run_learns_what_a_plain_one_learns(small, quietly, tmp_path):
+    config = small.replace(num_layers=1, steps=4, log_every=1)
+    losses = [
+        [
+            line["loss"]
+            for line in quietly(config.replace(compile=setting), tmp_path / setting).metrics()
+            if "loss" in line
+        ]
+        for setting in ("auto", "on")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] != losses[1]  # it was another program that computed them
+
+
+def test_where_there_is_no_compiler_one_sentence_says_so(small, quietly, tmp_path, monkeypatch):
+    def broken(*_: object) -> None:
+        raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr("lm.pretraining.step_gradients", broken)
+    with pytest.raises(UserError, match=r"could not be compiled \(.*\): --compile off trains without"):
+        quietly(small.replace(compile="on"), tmp_path / "run")
