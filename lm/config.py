@@ -177,11 +177,8 @@ class TrainingConfig:
         "of the matrix products; auto: bfloat16 on a GPU that has it, else float32",
         choices=("auto", "float32", "bfloat16"),
     )
-    compile: str = setting(
-        "auto",
-        "torch.compile the model, which takes half a minute: a GPU then trains a third faster; auto: for a run of one "
-        "process on a CUDA GPU that takes a minute or more",
-        choices=("auto", "on", "off"),
+    compile: bool = setting(
+        False, "torch.compile the model, which takes half a minute: a GPU then trains a third faster, a CPU does not"
     )
     threads: int = setting(
         0, "CPU threads; 0: PyTorch's choice, or each of several processes its share of the cores", minimum=0

@@ -7,6 +7,7 @@ causally (GPT) or both ways (BERT).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -135,6 +136,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._compiled: Callable[..., Tensor] | None = None
 
     def initialise(self, seed: int) -> Transformer:
         """Draw all weights from ``seed``: the same ones on every device and for every number of threads.
@@ -160,8 +162,19 @@ class Transformer(nn.Module):
         ``positions`` (rows, T) are the rotary positions; ``lo`` and ``hi`` the key intervals, which count the
         keys that the ``cache`` gives back, or without one those of ``inputs``.
         """
+        blocks = self._compiled if self._compiled and self.training else self._through_blocks
+        return blocks(self.embedding(inputs), positions, lo, hi, cache)
+
+    def compile_training(self) -> None:
+        """Let training passes go through ``torch.compile``, at the first one of each shape; others stay as they are.
+
+        The embedding stays out: on a GPU the compiler adds up its gradient in an order that changes from run to run.
+        """
+        self._compiled = torch.compile(self._through_blocks, fullgraph=True)
+
+    def _through_blocks(self, x: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: Cache | None) -> Tensor:
         rotary = rotary_table(positions, self.config.head_width, self.config.rope_theta)
-        x = self.dropout(self.embedding(inputs))
+        x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, (lo, hi), cache, layer)
         return self.norm(x)

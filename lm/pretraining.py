@@ -6,9 +6,8 @@ import dataclasses
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
@@ -27,9 +26,6 @@ from lm.starting import keep_base, kept_base, load_base
 from lm.trouble import OVERFITTING, Best
 from lm.validation import rows_of_validation, validate_readouts
 
-# A run of so many floating-point operations takes a minute on the fastest GPU there is, twice as long as compiling.
-WORTH_COMPILING = 2e16
-
 
 class Pretraining:
     """The ``lm.trainer.Work`` of pretraining in the run ``path``; ``may_shrink``: its micro-batch was not asked for."""
@@ -37,7 +33,6 @@ class Pretraining:
     def __init__(self, config: Config, path: Path, corpora: Corpora, ranks: Ranks, *, may_shrink: bool = False) -> None:
         self.config, self.path, self.corpora, self.ranks, self.may_shrink = config, path, corpora, ranks, may_shrink
         self.start: Path | None = None  # the weights it begins with, if they are another run's
-        self.compiled: tuple[Transformer, Transformer] | None = None  # a model, and the same one compiled
         self.batches = TrainingBatches(corpora, config)
         self.batches.check_ranks(ranks.world)
         self.name, self.tokenizer, self.fingerprint = corpora.name, corpora.tokenizer, corpora.fingerprint
@@ -49,8 +44,8 @@ class Pretraining:
         Raises:
             UserError: the data is missing or damaged, or does not fit the settings.
         """
-        if config.training.compile == "on" and ranks.world > 1:
-            raise UserError("several processes train without compiling: leave out --compile on")
+        if config.training.compile and ranks.world > 1:
+            raise UserError("several processes train without compiling: leave out --compile")
         corpora = open_corpora(config.data.data)
         if config.data.verify_data:
             ranks.on_main(corpora.verify)
@@ -99,8 +94,8 @@ class Pretraining:
         self.config = self.plan.config
         if self.config != asked:
             told.append(f"memory ran out with {asked.data.micro_batch_rows} rows at a time")
-        if self.compiles:
-            told.append("compiling the model, for half a minute or so (--compile off trains without)")
+        if training.compile:
+            told.append("the first step compiles the model, which takes half a minute or so")
         told += [*self.plan.introduction(self.ranks.describe()), *self.batches.introduction(training.steps)]
         return told + ([f"this may not fit: {self.plan.obstacle}"] if self.plan.obstacle else [])
 
@@ -108,8 +103,11 @@ class Pretraining:
         model = Transformer(self.config.model)
         if self.config.training.init_from:
             load_base(model, self.path)
-            return model
-        return model.initialise(self.config.training.seed)
+        else:
+            model.initialise(self.config.training.seed)
+        if self.config.training.compile:
+            model.compile_training()
+        return model
 
     def rates(self, model: nn.Module) -> dict[str, float]:
         return {}
@@ -119,29 +117,17 @@ class Pretraining:
 
     def gradients(self, model: nn.Module, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         assert isinstance(model, Transformer)
-        if not self.compiles:
+        if not self.config.training.compile:
             return step_gradients(model, batch, self.config, step, self.ranks)
-        if self.compiled is None or self.compiled[0] is not model:
-            self.compiled = model, cast(Transformer, torch.compile(model))
-        from torch._dynamo.exc import TorchDynamoException  # two seconds, and only a GPU needs it
+        from torch._dynamo.exc import TorchDynamoException  # two seconds to import
 
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "TensorFloat32")  # float32 is what was asked for, or is hardly used
-                return step_gradients(self.compiled[1], batch, self.config, step, self.ranks)
+                return step_gradients(model, batch, self.config, step, self.ranks)
         except TorchDynamoException as problem:
             reason = str(problem).strip().partition("\n")[0]
-            raise UserError(f"the model could not be compiled ({reason}): --compile off trains without") from problem
-
-    @property
-    def compiles(self) -> bool:
-        """Whether the steps run compiled; it follows from the settings and the device, so that a resumed run does too.
-
-        Validation does not: it would be compiled anew for its own shapes.
-        """
-        setting, ranks = self.config.training.compile, self.ranks
-        worth_it = ranks.device.type == "cuda" and ranks.world == 1 and self.plan.flops >= WORTH_COMPILING
-        return setting == "on" or (setting == "auto" and worth_it)
+            raise UserError(f"the model could not be compiled: {reason}; --compile false trains without") from problem
 
     def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
         assert isinstance(model, Transformer)

@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,6 +20,7 @@ from benchmarks.gpu.timing import milliseconds
 from lm import masks
 from lm.kernels import attention, reference
 
+torch._functorch.config.donated_buffer = False  # flex's backward pass is called again and again, on one graph
 MASKS = ("causal", "full", "packed", "hybrid")
 TOKENS_IN_ALL = 16384  # rows × length: 32 rows of 512 up to one of 16,384, as in FlashAttention's figures
 HIDDEN = 2048  # heads × head dimension, likewise

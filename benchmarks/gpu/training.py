@@ -33,7 +33,7 @@ def kindling_step(device: torch.device, objective: str, optimizer: str, compiled
     )  # fmt: skip
     model = Transformer(config.model).initialise(0).to(device)
     if compiled:
-        model.compile()
+        model.compile_training()
     by = Optimizer(model, config.optimizer)
     windows = np.random.default_rng(0).integers(1, VOCABULARY, (ROWS, CONTEXT + 1))
     vocabulary = Vocabulary(VOCABULARY, end_of_text=0, mask=VOCABULARY - 1)

@@ -32,6 +32,8 @@ ARCHITECTURES = (80, 90, 120)
 SHARED_MEMORY_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}
 # What most models run in: these may not spill, and must use the tensor cores (on Hopper, its own instructions).
 MAIN_WIDTHS, MAIN_KERNELS = (64, 128), ("attention_forward", "attention_query_gradient", "attention_key_gradient")
+# But for this: measured on an H200, it is faster with some bytes spilled than in any tiles that spill none.
+MAY_SPILL = {("sm_90", "attention_key_gradient"): 256}
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def problems(result: dict[str, Compiled]) -> list[str]:
         if compiled.shared_bytes > limit:
             found.append(f"{name} asks for {compiled.shared_bytes:,} bytes of shared memory; a block has {limit:,}")
         if kernel in MAIN_KERNELS and dtype != "float32" and int(width) in MAIN_WIDTHS and not variant:
-            if compiled.spilled_bytes:
+            if compiled.spilled_bytes > MAY_SPILL.get((architecture, kernel), 0):
                 found.append(f"{name} spills {compiled.spilled_bytes} bytes of registers")
             if not (compiled.wgmma if architecture == "sm_90" else compiled.mma):
                 found.append(f"{name} does not use the tensor cores")

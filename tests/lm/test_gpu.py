@@ -73,7 +73,7 @@ def test_training_on_a_gpu_learns_what_training_on_a_cpu_learns(run, config, qui
     assert all(0 < line["share_of_peak"] < 1 and line["memory_bytes"] > 0 for line in lines)
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "float32"}, {"compile": "on"}])
+@pytest.mark.parametrize("changes", [{}, {"precision": "float32"}, {"compile": True}])
 def test_a_run_that_was_cut_off_ends_with_the_same_bits(changes, config, recorder, tmp_path):
     config = config.replace(steps=30, checkpoint_every=10, **changes)
     through = train(config, tmp_path / "through", recorder)

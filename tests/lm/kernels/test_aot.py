@@ -58,6 +58,9 @@ def test_shared_memory_over_the_chips_limit_is_a_problem():
 def test_main_configurations_may_not_spill_or_lose_their_tensor_cores():
     assert aot.problems({MAIN: GOOD}) == []
     assert "spills 8 bytes" in aot.problems({MAIN: replace(GOOD, spilled_bytes=8)})[0]
+    of_keys = MAIN.replace("forward", "key_gradient")
+    assert aot.problems({of_keys: replace(GOOD, spilled_bytes=256)}) == []
+    assert "spills 260 bytes" in aot.problems({of_keys: replace(GOOD, spilled_bytes=260)})[0]
     assert "does not use the tensor cores" in aot.problems({MAIN: replace(GOOD, wgmma=0, mma=64)})[0]
     on_ampere = MAIN.replace("sm_90", "sm_80")
     assert aot.problems({on_ampere: replace(GOOD, wgmma=0, mma=64)}) == []
