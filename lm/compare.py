@@ -29,13 +29,19 @@ class Entry:
     run: Run
     lines: list[dict[str, Any]]
 
+    @property
+    def objective(self) -> str:
+        """What it learns; the task of a fine-tuning."""
+        config = self.run.config
+        return config.finetune.task if config.is_finetuning else config.objective.objective
+
     def tokens(self, step: int) -> int:
         return step * self.run.config.data.batch_tokens
 
     def training_losses(self) -> Series:
         """(tokens seen, loss) for each objective, in nats per token."""
-        readouts = READOUTS[self.run.config.objective.objective]
-        alone = readouts[0] if len(readouts) == 1 else self.run.config.objective.objective
+        readouts = READOUTS.get(self.objective, (self.objective,))
+        alone = readouts[0] if len(readouts) == 1 else self.objective
         found: Series = {}
         for line in self.lines:
             if "loss" in line:
@@ -105,7 +111,7 @@ def _standing(entry: Entry, unit: str) -> dict[str, Any]:
     return {
         "run": str(entry.run.path),
         "name": entry.name,
-        "objective": entry.run.config.objective.objective,
+        "objective": entry.objective,
         **summary(entry.lines),
         "steps": entry.run.config.training.steps,
         "training_loss": {objective: points[-1][1] for objective, points in entry.training_losses().items()},

@@ -83,11 +83,11 @@ class Run:
 
         Raises:
             UserError: the checkpoint was trained with another model or tokenizer than the run directory says, or the
-                run answers a task and writes no text.
+                run answers a task.
         """
         if self.config.has_task_head:
             raise UserError(
-                f"{self.path} is fine-tuned for {self.config.finetune.task} and writes no text: "
+                f"{self.path} is fine-tuned for {self.config.finetune.task} and is no language model now: "
                 "kindling predict asks it for its answers, kindling merge --trunk-only makes a plain run of it"
             )
         saved = saved or self.newest()

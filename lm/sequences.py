@@ -39,15 +39,17 @@ def sequence_of(texts: Sequence[Sequence[int]], end_of_text: int, context_length
 
     Of a pair the longer text is cut first, until both are equally long.
     """
-    lengths = [len(text) for text in texts]
-    excess = sum(lengths) + len(texts) - context_length
-    for _ in range(max(0, excess)):
-        longest = max(range(len(texts)), key=lambda n: lengths[n])
-        lengths[longest] -= 1
+    left = context_length - len(texts)
+    kept = [len(text) for text in texts]
+    cut = sum(kept) > left
+    if cut:
+        for rank, number in enumerate(sorted(range(len(texts)), key=kept.__getitem__)):  # the shortest first
+            kept[number] = min(kept[number], left // (len(texts) - rank))
+            left -= kept[number]
     row: list[int] = []
-    for text, length in zip(texts, lengths, strict=True):
+    for text, length in zip(texts, kept, strict=True):
         row += [end_of_text, *text[:length]]
-    return row, excess > 0
+    return row, cut
 
 
 @dataclass(frozen=True)

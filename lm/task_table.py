@@ -14,6 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -210,6 +211,9 @@ class Maker:
         write_atomically(path, json.dumps(asdict(cell)) + "\n")
         if not self.keep_runs:
             shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # another process's run may be there
+                folder.parent.rmdir()
+                folder.parent.parent.rmdir()
         return cell
 
     def _source(self, examples: Examples, row: str, seed: int, settings: dict[str, Any]) -> str:

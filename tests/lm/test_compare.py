@@ -186,3 +186,9 @@ def test_what_cannot_be_compared_is_said_in_a_sentence(copy, tmp_path):
         open_entries([a, bare])
     with pytest.raises(UserError, match="there is no run directory"):
         open_entries([a, tmp_path / "none"])
+
+
+def test_a_fine_tuning_is_called_by_its_task(classifier, trained):
+    found = compare(open_entries([trained.path, classifier.run.path]))
+    assert [run["objective"] for run in found["runs"]] == ["hybrid", "classification"]
+    assert list(found["runs"][1]["training_loss"]) == ["classification"]

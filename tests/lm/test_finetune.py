@@ -168,7 +168,7 @@ def test_layer_decay_slows_the_lower_blocks(task_settings, recorder, tmp_path, t
 
 
 def test_a_run_with_a_head_writes_no_text_and_a_plain_run_answers_nothing(classifier, trained):
-    with pytest.raises(UserError, match="is fine-tuned for classification and writes no text: kindling predict"):
+    with pytest.raises(UserError, match="for classification and is no language model now: kindling predict"):
         classifier.run.load_model(CPU)
     with pytest.raises(UserError, match="answers no task: kindling finetune"):
         open_predictor(trained.path, CPU)

@@ -21,6 +21,7 @@ def test_what_is_too_long_is_cut_the_longer_text_of_a_pair_first():
     assert sequence_of([[1, 2, 3, 4]], END, 3) == ([END, 1, 2], True)
     assert sequence_of([[1] * 9, [2, 2]], END, 7) == ([END, 1, 1, 1, END, 2, 2], True)
     assert sequence_of([[1] * 9, [2] * 9], END, 6) == ([END, 1, 1, END, 2, 2], True)
+    assert sequence_of([[1] * 2, [2] * 1_000_000], END, 6) == ([END, 1, 1, END, 2, 2], True)
     assert sequence_of([[1, 2, 3]], END, 4) == ([END, 1, 2, 3], False)
 
 
