@@ -142,15 +142,18 @@ def _tell_losses(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _print_table(header: Iterable[str], rows: Iterable[Iterable[str]], explanation: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header, box=None, pad_edge=False)
+    from lm.commands.printing import console
+
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(name, no_wrap=number > 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    console.print(explanation, markup=False)
+    out = console()
+    out.print(table)
+    out.print(explanation, markup=False)
 
 
 def _told(accuracies: Iterable[Accuracy]) -> Iterator[str]:

@@ -63,9 +63,10 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(comparison))
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from lm.commands.printing import console
 
     header, *numbers = rows(comparison)
     table = Table(box=None, pad_edge=False)
@@ -75,8 +76,8 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
         table.add_row(*map(Text, row))
     for row in differences(comparison):
         table.add_row(*map(Text, row), style="dim")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
+    printer = console()
+    printer.print(table)
     for remark in comparison["remarks"]:
-        console.print(remark, markup=False)
+        printer.print(remark, markup=False)
     click.echo(str(out), err=True)

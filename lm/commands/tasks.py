@@ -130,19 +130,20 @@ def _tell(out: Path, examples: list[Examples], cells: list[Cell], as_json: bool)
     if as_json:
         click.echo(json.dumps([asdict(summary) for summary in summaries]))
         return
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, WIDTH)
+    from lm.commands.printing import console
+
+    printer = console()
+    printer.width = max(printer.width, WIDTH)
     for each in examples:
         own = [summary for summary in summaries if summary.task == each.task.name]
         header, lines = table(own, each.task.judged_by)
         shown = Table(each.task.name, *header[1:], box=None, pad_edge=False)
         for line in lines:
             shown.add_row(*line)
-        console.print(shown)
+        printer.print(shown)
         for sentence in findings(own, each.task.judged_by):
-            console.print(sentence, markup=False)
-        console.print()
+            printer.print(sentence, markup=False)
+        printer.print()
     click.echo(f"{out / 'report.html'} shows more", err=True)

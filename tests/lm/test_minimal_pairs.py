@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from data_prep.errors import UserError
+from lm.cli import main
 from lm.minimal_pairs import Pairs, evaluate_pairs, evaluate_run, read_pairs, scores, unigram_likelihoods
 from lm.run_directory import Run
 
@@ -122,3 +124,12 @@ def test_without_the_data_there_is_no_floor_and_that_is_told(trained, tmp_path):
     found = evaluate_run(run, run.load_model(torch.device("cpu")), [Pairs("a", "", ["a"], ["b"])], progress=told.append)
     assert list(found) == ["next_token", "masked_next_token"]
     assert any("no unigram floor" in text for text in told)
+
+
+def test_the_table_in_a_file_cuts_no_name_off(trained, tmp_path):
+    names = [f"coordinate_structure_constraint_complex_left_branch_{number}_of_a_very_long_name" for number in range(2)]
+    for name in names:
+        write_blimp(tmp_path, name, [("Nobody carried an owl.", "Nobody an owl carried.")])
+    result = CliRunner().invoke(main, ["evaluate", str(trained.path), "--pairs", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert all(name in result.stdout for name in names)
