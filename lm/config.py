@@ -241,9 +241,15 @@ class FinetuneConfig:
     )
     long_texts: str = setting(
         "truncate",
-        "texts longer than the context: truncate keeps the beginning, window averages windows side by side; pairs are "
-        "always truncated, the longer text first",
+        "texts longer than the context: truncate keeps the beginning, window averages windows side by side; pairs that "
+        "are read together are always truncated, the longer text first",
         choices=("truncate", "window"),
+    )
+    pairs: str = setting(
+        "together",
+        "of a classification or regression: together: a pair is one document, in which each text sees the other; "
+        "apart: each is read by itself, and the head sees both vectors, their difference and their product",
+        choices=("together", "apart"),
     )
     method: str = setting(
         "full",

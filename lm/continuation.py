@@ -24,7 +24,7 @@ FREE_SETTINGS = {
 # Settings that can never change: the weights, or the meaning of a step, depend on them.
 FIXED_SETTINGS = {s.name for s in all_settings() if s.section == "model"} | {
     *("context_length", "batch_tokens", "packing", "seed", "optimizer", "init_from"),
-    *("task", "base", "weights", "method", "lora_rank", "lora_alpha", "lora_matrices", "batch_examples"),
+    *("task", "base", "weights", "method", "lora_rank", "lora_alpha", "lora_matrices", "batch_examples", "pairs"),
 }
 
 

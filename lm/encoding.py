@@ -31,12 +31,14 @@ class Span:
 class Encoded:
     """An example as tokens: its sequences, and for each of its items the spans whose means are averaged.
 
-    ``cut`` tells that it was longer than the context, and truncated or read in several windows.
+    ``cut`` tells that it was longer than the context, and truncated or read in several windows. Of ``joined`` items in
+    a row, the vectors are put together for one answer.
     """
 
     sequences: tuple[Tokens, ...]
     items: tuple[tuple[Span, ...], ...]
     cut: bool
+    joined: int = 1
 
     @property
     def tokens(self) -> int:
@@ -49,7 +51,7 @@ class Encoder:
 
     ``pooling`` is "mean" or "last". A text that is longer than the context is truncated, or with ``windows`` read in
     windows side by side, whose means are averaged; of a pair the longer text is truncated first, token by token, and
-    the words of a long text are always read in windows.
+    the words of a long text are always read in windows. With ``apart`` each text of a pair is a text of its own.
     """
 
     tokenizer: Tokenizer
@@ -57,6 +59,7 @@ class Encoder:
     context_length: int
     pooling: str
     windows: bool = False
+    apart: bool = False
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """All of these examples, tokenized together."""
@@ -71,7 +74,9 @@ class Encoder:
         if self.kind == "tokens":
             return self._words(parts)
         if self.kind == "choice":
-            return self._together([self._text([parts[0], choice]) for choice in parts[1:]])
+            return _together([self._text([parts[0], choice]) for choice in parts[1:]])
+        if self.apart and len(parts) == 2:
+            return _together([self._encoded([part]) for part in parts], joined=2)
         return self._in_windows(parts[0]) if self.windows and len(parts) == 1 else self._text(parts)
 
     def _text(self, parts: list[Tokens]) -> Encoded:
@@ -96,18 +101,22 @@ class Encoder:
             items.append((Span(len(sequences) - 1, at, at + 1),))
         return Encoded(tuple(sequences), tuple(items), len(sequences) > 1 or any(len(word) > room for word in words))
 
-    @staticmethod
-    def _together(choices: list[Encoded]) -> Encoded:
-        """The choices of one example as one, an item each."""
-        items = tuple((Span(n, span.start, span.stop),) for n, c in enumerate(choices) for (span,) in c.items)
-        return Encoded(tuple(c.sequences[0] for c in choices), items, any(c.cut for c in choices))
-
     def _sequence(self, tokens: Tokens) -> Tokens:
         return [self.tokenizer.end_of_text_id, *tokens]
 
     def _span(self, number: int, sequence: Tokens) -> Span:
         stop = len(sequence)
         return Span(number, stop - 1 if self.pooling == "last" else 0, stop)
+
+
+def _together(parts: Sequence[Encoded], joined: int = 1) -> Encoded:
+    """Several as one example, with the items of all."""
+    items, first = [], 0
+    for part in parts:
+        items += [tuple(Span(first + span.sequence, span.start, span.stop) for span in spans) for spans in part.items]
+        first += len(part.sequences)
+    sequences = tuple(sequence for part in parts for sequence in part.sequences)
+    return Encoded(sequences, tuple(items), any(part.cut for part in parts), joined)
 
 
 class HasTokens(Protocol):

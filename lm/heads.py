@@ -1,7 +1,8 @@
 """Task heads: a trunk that reads packed sequences, and one linear map from what it read to a task's answers.
 
 The items of ``lm.encoding`` become vectors, the mean of the hidden states at their places, and the head gives each a
-score for every class (classification, words), one number (regression) or one score (a choice among several).
+score for every class (classification, words), one number (regression) or one score (a choice among several). The two
+texts of a pair that are read apart are two items, whose vectors are put together before.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class ItemBatch:
 
     ``places`` int64 (P,) are positions in the flattened rows, item after item; ``shares`` float32 (P,) is what each
     adds to its item's mean and ``counts`` int64 (items,) how many places each item has. ``items`` int64 (examples,) is
-    how many items each example has.
+    how many items each example has, those that are put together counting as one.
     """
 
     rows: Batch
@@ -63,18 +64,18 @@ def item_batch(encoded: Sequence[Encoded], reads: str, end_of_text: int, context
         torch.from_numpy(np.repeat(begins, lengths) + within),
         torch.from_numpy(np.repeat(shares, lengths).astype(np.float32)),
         torch.tensor(counts),
-        torch.tensor([len(example.items) for example in encoded]),
+        torch.tensor([len(example.items) // example.joined for example in encoded]),
     )
 
 
 class TaskModel(nn.Module):
-    """A trunk with a task's head of ``outputs`` numbers an item."""
+    """A trunk with a task's head of ``outputs`` numbers an item, or for ``pairs`` of items."""
 
-    def __init__(self, trunk: Transformer, outputs: int, dropout: float) -> None:
+    def __init__(self, trunk: Transformer, outputs: int, dropout: float, *, pairs: bool = False) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.pairs = trunk, pairs
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(trunk.config.hidden_size, outputs)
+        self.head = nn.Linear(trunk.config.hidden_size * (4 if pairs else 1), outputs)
         if trunk.head is not None:
             trunk.head.requires_grad_(False)  # of the vocabulary: not used here
 
@@ -87,7 +88,10 @@ class TaskModel(nn.Module):
 
     def forward(self, batch: ItemBatch) -> Tensor:
         """The head's numbers, float32 (items, outputs)."""
-        return self.head(self.dropout(self.vectors(batch))).float()
+        vectors = self.vectors(batch)
+        if self.pairs:
+            vectors = pair_vectors(vectors[0::2], vectors[1::2])
+        return self.head(self.dropout(vectors)).float()
 
     def vectors(self, batch: ItemBatch) -> Tensor:
         """The mean of each item's hidden states, float32 (items, hidden)."""
@@ -96,6 +100,11 @@ class TaskModel(nn.Module):
         return torch.segment_reduce(
             hidden[batch.places].float() * batch.shares[:, None], "sum", lengths=batch.counts, axis=0, initial=0
         )
+
+
+def pair_vectors(u: Tensor, v: Tensor) -> Tensor:
+    """Two texts' vectors (pairs, width) as u, v, |u - v| and u * v, (pairs, 4 width) (Conneau et al. 2017)."""
+    return torch.cat((u, v, (u - v).abs(), u * v), dim=1)
 
 
 def losses(kind: str, outputs: Tensor, labels: Tensor, items: Tensor, label_smoothing: float = 0.0) -> Tensor:

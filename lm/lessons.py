@@ -170,6 +170,7 @@ class HeadLesson:
         told.append(
             f"texts are read {'both ways' if task.reads == 'bidirectional' else 'causally'}; a text is "
             f"{'the mean of its tokens' if task.pooling == 'mean' else 'its last token'}"
+            f"{f', and pairs are read {task.pairs}' if self.answers.texts == 2 else ''}"
         )
         if self.answers.labels:
             told.append(f"{len(self.answers.labels)} labels: {', '.join(self.answers.labels[:20])}")
@@ -228,12 +229,13 @@ def encoder_of(config: Config, tokenizer: Tokenizer) -> Encoder:
     """How the settings, settled, have examples read."""
     task = config.finetune
     windows = task.long_texts == "window"
-    return Encoder(tokenizer, task.task, config.data.context_length, task.pooling, windows)
+    return Encoder(tokenizer, task.task, config.data.context_length, task.pooling, windows, task.pairs == "apart")
 
 
 def task_model(config: Config, trunk: Transformer, answers: Answers) -> TaskModel:
     """The trunk with a head drawn from the seed."""
-    model = TaskModel(trunk, answers.outputs, config.model.dropout)
+    apart = config.finetune.pairs == "apart" and answers.texts == 2
+    model = TaskModel(trunk, answers.outputs, config.model.dropout, pairs=apart)
     model.initialise_head(randomness.key(config.training.seed, 10) >> 1)
     return model
 

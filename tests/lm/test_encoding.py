@@ -16,8 +16,8 @@ def example(*texts: str) -> Example:
     return Example(texts, None, "here")
 
 
-def encoder(dataset, kind="classification", pooling="mean", windows=False) -> Encoder:
-    return Encoder(dataset.tokenizer, kind, LENGTH, pooling, windows)
+def encoder(dataset, kind="classification", pooling="mean", windows=False, apart=False) -> Encoder:
+    return Encoder(dataset.tokenizer, kind, LENGTH, pooling, windows, apart)
 
 
 def test_a_text_is_read_from_all_of_its_places_or_from_the_last(dataset):
@@ -36,6 +36,18 @@ def test_a_pair_is_one_sequence_with_the_end_of_text_between(dataset):
     first, second = (dataset.tokenizer.encode(text) for text in ("a fox", "an owl"))
     end = dataset.tokenizer.end_of_text_id
     assert found.sequences == ([end, *first, end, *second],)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_the_texts_of_a_pair_that_is_read_apart_are_as_if_alone(dataset, windows):
+    texts = ("a fox", "an owl " * 20)
+    reader = encoder(dataset, windows=windows, apart=True)
+    (found,) = reader.encode([example(*texts)])
+    first, second = reader.encode([example(text) for text in texts])
+    assert found.sequences == first.sequences + second.sequences
+    assert (found.joined, found.cut) == (2, True)
+    for spans, alone, shift in ((found.items[0], first.items[0], 0), (found.items[1], second.items[0], 1)):
+        assert [(s.sequence - shift, s.start, s.stop) for s in spans] == [(s.sequence, s.start, s.stop) for s in alone]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])

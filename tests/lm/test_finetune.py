@@ -17,7 +17,7 @@ from data_prep.errors import UserError
 from lm import checkpoint
 from lm.cli import main
 from lm.finetune import finetune
-from lm.predict import open_predictor
+from lm.predict import open_predictor, predict, read_inputs
 from lm.run_directory import open_run
 from lm.starting import BASE, starting_trunk
 
@@ -36,6 +36,19 @@ def test_every_kind_of_task_is_learned(kind, metric, least, task_settings, recor
     losses = [line["loss"] for line in recorder.lines if "loss" in line]
     assert losses[-1] < losses[0]
     assert done.run.checkpoint("best").step == done.step
+
+
+def test_pairs_that_are_read_apart_are_learned_and_answered_like_alone(task_settings, task_files, recorder, tmp_path):
+    done = finetune(task_settings("pair", pairs="apart", epochs=20), tmp_path / "run", recorder)
+    assert done.metrics["accuracy"] > 0.8
+    assert "pairs are read apart" in " ".join(recorder.notes)
+    predictor = open_predictor(done.run.path, CPU)
+    examples = list(read_inputs(predictor, task_files["pair"][1]))
+    together = [found for found, _ in predict(predictor, examples)]
+    for number in (0, 7, 33):
+        ((alone, _),) = predict(predictor, [examples[number]])
+        assert alone["label"] == together[number]["label"]
+        assert alone["probabilities"] == pytest.approx(together[number]["probabilities"], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,28 @@ def test_an_item_is_the_mean_of_its_places_window_by_window(trained, reads, pool
         torch.testing.assert_close(vector, torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_pairs_that_are_read_apart_are_put_together_from_their_texts_vectors(trained):
+    tokenizer = trained.tokenizer
+    model = TaskModel(trained.load_model(torch.device("cpu")), 3, 0.0, pairs=True).eval()
+    model.initialise_head(1)
+    encoder = Encoder(tokenizer, "classification", 16, "mean", windows=True, apart=True)
+    pairs = [("the old fox", "seven apples " * 12), ("a", ""), ("", "an owl"), ("an owl", "an owl")]
+    batch = item_batch(
+        encoder.encode([Example(pair, None, "") for pair in pairs]), "causal", tokenizer.end_of_text_id, 16
+    )
+    alone = [
+        model.vectors(item_batch(encoder.encode([Example((text,), None, "")]), "causal", tokenizer.end_of_text_id, 16))
+        for pair in pairs
+        for text in pair
+    ]
+    assert batch.items.tolist() == [1, 1, 1, 1]
+    for number, found in enumerate(model(batch)):
+        u, v = alone[2 * number][0], alone[2 * number + 1][0]
+        wanted = model.head(torch.cat((u, v, (u - v).abs(), u * v)))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_losses_are_those_of_the_plain_formulas():
     outputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     labels, items = torch.tensor([0, 2, 1, 1, 0, 2]), torch.ones(6, dtype=torch.int64)
