@@ -246,10 +246,10 @@ class FinetuneConfig:
         choices=("truncate", "window"),
     )
     pairs: str = setting(
-        "together",
-        "of a classification or regression: together: a pair is one document, in which each text sees the other; "
-        "apart: each is read by itself, and the head sees both vectors, their difference and their product",
-        choices=("together", "apart"),
+        "apart",
+        "of a classification or regression: apart: each text is read by itself, and the head sees both vectors, their "
+        "difference and their product; together: a pair is one document, in which each text sees the other",
+        choices=("apart", "together"),
     )
     method: str = setting(
         "full",

@@ -49,7 +49,7 @@ TUNED = ("untrained", "lora", "full")
 FROZEN = ("probe_untrained", "knn", "probe")
 KINDS = ("classification", "regression")
 CELLS, TABLE = "cells", "table.json"
-FORMAT = 1  # of a cell: another one is made again
+FORMAT = 2  # of a cell: another one is made again
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from click.testing import CliRunner
 
 from data_prep.errors import UserError
 from lm.cli import main
+from lm.distributed import Ranks
+from lm.pretraining import Pretraining
 from lm.run_directory import open_run
 from lm.starting import BASE
 from lm.trainer import train
@@ -84,3 +86,10 @@ def test_where_there_is_no_compiler_one_sentence_says_so(small, quietly, tmp_pat
     monkeypatch.setattr("lm.pretraining.step_gradients", broken)
     with pytest.raises(UserError, match=r"could not be compiled: .*; --compile false trains without"):
         quietly(small.replace(compile=True), tmp_path / "run")
+
+
+def test_several_processes_are_not_compiled(small, tmp_path):
+    ranks = Ranks()
+    ranks.world = 2
+    with pytest.raises(UserError, match="leave out --compile"):
+        Pretraining.open(small.replace(compile=True), tmp_path / "run", ranks)
