@@ -54,11 +54,19 @@ def kindling_steps(name: str, threads: int) -> Callable[[], object]:
         num_layers=layers, num_heads=heads, hidden_size=width, vocab_size=VOCABULARY, context_length=context,
         batch_tokens=rows * context, objective="next_token", optimizer="adamw", learning_rate=1e-3, precision="float32",
     )  # fmt: skip
-    model = Transformer(config.model).initialise(0)
+    return several(kindling_step(config, torch.device("cpu")), steps)
+
+
+def kindling_step(config: Config, device: torch.device) -> Callable[[], object]:
+    """A step of these settings on random tokens, compiled if they say so."""
+    model = Transformer(config.model).initialise(0).to(device)
+    if config.training.compile:
+        model.compile_training()
     optimizer = Optimizer(model, config.optimizer)
+    size, rows = config.model.vocab_size, config.data.batch_rows
     # No token is an end of text: each row is one document, as in nanoGPT.
-    windows = np.random.default_rng(0).integers(1, VOCABULARY, (rows, context + 1))
-    vocabulary = Vocabulary(VOCABULARY, end_of_text=0, mask=VOCABULARY - 1)
+    windows = np.random.default_rng(0).integers(1, size, (rows, config.data.context_length + 1))
+    vocabulary = Vocabulary(size, end_of_text=0, mask=size - 1)
     numbers = np.arange(rows)
     batch = make_batch(rows_of_windows(windows, vocabulary), numbers, numbers, config.objective, vocabulary, 0)
 
@@ -67,7 +75,7 @@ def kindling_steps(name: str, threads: int) -> Callable[[], object]:
         optimizer.clip()
         optimizer.step(1.0)
 
-    return several(step, steps)
+    return step
 
 
 def nanogpt_module(checkout: Path) -> ModuleType:

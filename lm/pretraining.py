@@ -106,6 +106,7 @@ class Pretraining:
         else:
             model.initialise(self.config.training.seed)
         if self.config.training.compile:
+            warnings.filterwarnings("ignore", "TensorFloat32")  # float32 is what was asked for, or is hardly used
             model.compile_training()
         return model
 
@@ -122,9 +123,7 @@ class Pretraining:
         from torch._dynamo.exc import TorchDynamoException  # two seconds to import
 
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "TensorFloat32")  # float32 is what was asked for, or is hardly used
-                return step_gradients(model, batch, self.config, step, self.ranks)
+            return step_gradients(model, batch, self.config, step, self.ranks)
         except TorchDynamoException as problem:
             reason = str(problem).strip().partition("\n")[0]
             raise UserError(f"the model could not be compiled: {reason}; --compile false trains without") from problem

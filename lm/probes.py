@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from lm import heads
 from lm.task_metrics import metrics_of, require_libraries
 
 HELD_OUT = 0.2  # of the training examples, to choose by
@@ -78,7 +80,10 @@ def tfidf(train: Texts, target: Target, test: Texts, seed: int) -> Answers:
 
     def features(texts: Texts) -> Any:
         first, *others = (counting.transform(column) for column in zip(*texts, strict=True))
-        return sparse.hstack(_pair(first, others[0], abs(first - others[0])), format="csr") if others else first
+        if not others:
+            return first
+        second = others[0]  # put together as ``lm.heads.pair_vectors`` does
+        return sparse.hstack([first, second, abs(first - second), first.multiply(second)], format="csr")
 
     return _linear(features(train), target, features(test), seed)
 
@@ -103,12 +108,7 @@ def nearest(train: NDArray[np.float32], target: Target, test: NDArray[np.float32
 
 def pair_vectors(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
     """One vector for each pair of vectors (examples, width): u, v, |u - v| and u * v (Conneau et al. 2017)."""
-    return np.concatenate(_pair(first, second, np.abs(first - second)), axis=1)
-
-
-def _pair(first: Any, second: Any, difference: Any) -> list[Any]:
-    product = first.multiply(second) if hasattr(first, "multiply") else first * second
-    return [first, second, difference, product]
+    return heads.pair_vectors(torch.from_numpy(first), torch.from_numpy(second)).numpy()
 
 
 def _linear(train: Any, target: Target, test: Any, seed: int) -> Answers:

@@ -1,8 +1,8 @@
 """Examples as sequences of tokens, packed into rows without padding, and one vector of each.
 
-A sequence begins, as every document did in training, with the end-of-text token; a pair of texts has another one
-between them and is one document, so that each text sees the other. Sequences of one row never see each other: what the
-model makes of one does not depend on those beside it.
+A sequence begins, as every document did in training, with the end-of-text token; a pair of texts that is read together
+has another one between them and is one document, so that each text sees the other. Sequences of one row never see each
+other: what the model makes of one does not depend on those beside it.
 """
 
 from __future__ import annotations

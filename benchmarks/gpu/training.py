@@ -10,42 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.cpu_training import nanogpt_module
+from benchmarks.cpu_training import kindling_step, nanogpt_module
 from lm.config import Config
-from lm.gradients import step_gradients
 from lm.machine import machine_rate
 from lm.model import Transformer
-from lm.objectives import Vocabulary, make_batch, rows_of_windows
-from lm.optim import Optimizer
 
 LAYERS, HEADS, WIDTH, CONTEXT, VOCABULARY = 12, 12, 768, 1024, 50304
 ROWS, AT_ONCE = 64, 32  # of a step, and of a micro-batch
 STEPS = 3  # in a turn
 
 
-def kindling_step(device: torch.device, objective: str, optimizer: str, compiled: bool) -> Callable[[], object]:
+def kindling(device: torch.device, objective: str, optimizer: str, compiled: bool) -> Callable[[], object]:
     config = Config().replace(
         num_layers=LAYERS, num_heads=HEADS, hidden_size=WIDTH, vocab_size=VOCABULARY, context_length=CONTEXT,
         batch_tokens=ROWS * CONTEXT, micro_batch_rows=AT_ONCE, objective=objective, optimizer=optimizer,
+        compile=compiled, learning_rate=1e-5, muon_learning_rate=1e-5,
     )  # fmt: skip
-    model = Transformer(config.model).initialise(0).to(device)
-    if compiled:
-        model.compile_training()
-    by = Optimizer(model, config.optimizer)
-    windows = np.random.default_rng(0).integers(1, VOCABULARY, (ROWS, CONTEXT + 1))
-    vocabulary = Vocabulary(VOCABULARY, end_of_text=0, mask=VOCABULARY - 1)
-    numbers = np.arange(ROWS)
-    batch = make_batch(rows_of_windows(windows, vocabulary), numbers, numbers, config.objective, vocabulary, 0)
-
-    def step() -> None:
-        step_gradients(model, batch, config, 0)
-        by.clip()
-        by.step(1e-3)
-
-    return step
+    return kindling_step(config, device)
 
 
 def nanogpt_step(device: torch.device, checkout: Path, compiled: bool) -> Callable[[], object]:
@@ -75,9 +58,9 @@ def nanogpt_step(device: torch.device, checkout: Path, compiled: bool) -> Callab
 def speeds(device: torch.device, nanogpt: Path | None, rounds: int = 3) -> list[dict[str, Any]]:
     """Tokens a second, share of the card's rate in matrix products, and peak memory, medians of turns A B A B."""
     ways: dict[str, tuple[Callable[..., Callable[[], object]], tuple[Any, ...]]] = {
-        "kindling": (kindling_step, (device, "next_token", "adamw", False)),
-        "kindling, compiled": (kindling_step, (device, "next_token", "adamw", True)),
-        "kindling, hybrid, muon": (kindling_step, (device, "hybrid", "muon", False)),
+        "kindling": (kindling, (device, "next_token", "adamw", False)),
+        "kindling, compiled": (kindling, (device, "next_token", "adamw", True)),
+        "kindling, hybrid, muon": (kindling, (device, "hybrid", "muon", False)),
     }
     if nanogpt is not None:
         ways |= {"nanoGPT": (nanogpt_step, (device, nanogpt, False))}

@@ -13,6 +13,7 @@ from lm.pretraining import Pretraining
 from lm.run_directory import open_run
 from lm.starting import BASE
 from lm.trainer import train
+from tests.lm.test_finetune import StopAt
 
 
 def test_a_run_begins_with_the_weights_of_another_and_learns_from_new_data(trained, other_dataset, tmp_path):
@@ -32,17 +33,8 @@ def test_it_goes_on_as_if_undisturbed_whatever_becomes_of_the_other(trained, sma
     config = small.replace(steps=6, init_from=str(trained.path), dropout=0.1, checkpoint_every=2)
     whole = quietly(config, tmp_path / "whole")
 
-    class Puller:
-        def note(self, text): ...
-        def begin(self, done, total): ...
-        def metrics(self, line): ...
-        def end(self): ...
-        def step(self, step):
-            if step == 4:
-                raise InterruptedError
-
     with pytest.raises(InterruptedError):
-        train(config, tmp_path / "run", Puller())
+        train(config, tmp_path / "run", StopAt(4))
     monkeypatch.setattr("lm.pretraining.open_run", lambda path: pytest.fail("the other run was asked again"))
     run = quietly(config, tmp_path / "run")
     for name, tensor in whole.newest().model().items():
@@ -77,6 +69,16 @@ def test_a_compiled_run_learns_what_a_plain_one_learns(small, quietly, tmp_path)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] != losses[1]  # it was another program that computed them
+
+
+def test_a_compiled_run_that_was_cut_off_ends_with_the_same_bits(small, quietly, tmp_path):
+    config = small.replace(num_layers=1, steps=6, checkpoint_every=2, dropout=0.1, compile=True)
+    through = quietly(config, tmp_path / "through")
+    with pytest.raises(InterruptedError):
+        train(config, tmp_path / "run", StopAt(3))
+    resumed = quietly(config, tmp_path / "run")
+    for name, tensor in through.newest().model().items():
+        assert torch.equal(tensor, resumed.newest().model()[name]), name
 
 
 def test_where_there_is_no_compiler_one_sentence_says_so(small, quietly, tmp_path, monkeypatch):
