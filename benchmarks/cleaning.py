@@ -14,7 +14,8 @@ from pathlib import Path
 
 from benchmarks.side_by_side import in_turn
 from data_prep.builtin_corpus import builtin_documents
-from data_prep.cleaning import Cleaner, CleaningSettings
+from data_prep.cleaning import Cleaner
+from data_prep.cleaning_settings import CleaningSettings
 from data_prep.duplicates import signatures
 
 DOCUMENT_CHARACTERS = 4096

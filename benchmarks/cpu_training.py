@@ -27,11 +27,12 @@ import numpy as np
 import torch
 
 from benchmarks.side_by_side import apart_in_turn
+from lm.batch import Vocabulary, rows_of_windows
 from lm.config import Config, ModelConfig
 from lm.gradients import step_gradients
 from lm.machine import keep_freed_memory, machine_rate
 from lm.model import Transformer
-from lm.objectives import Vocabulary, make_batch, rows_of_windows
+from lm.objectives import make_batch
 from lm.optim import Optimizer
 
 # name: layers, heads, width, context, rows, steps in a turn. The first is nanoGPT's for a CPU, the second that of its

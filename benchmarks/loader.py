@@ -24,10 +24,10 @@ import torch
 from benchmarks.side_by_side import in_turn
 from data_prep.pipeline import BuildSettings, build
 from data_prep.shards import MANIFEST, Dataset, ShardRecord, ShardWriter, Split, index_bytes, open_dataset, split_totals
-from lm.batches import TrainingBatches
 from lm.config import OBJECTIVES, Config
 from lm.corpora import Corpora
 from lm.packing import plan_rows
+from lm.training_batches import TrainingBatches
 
 ROWS, CONTEXT, BATCHES = 12, 1024, 100
 TOKENS, DOCUMENT_MEDIAN, SHARD_TOKENS = 24_000_000, 500, 2**22

@@ -24,8 +24,9 @@ from torch import Tensor
 from lm.config import Config
 from lm.corpora import open_corpora
 from lm.optim import Optimizer
+from lm.pretraining import train
+from lm.reporter import Silence
 from lm.run_directory import open_run
-from lm.trainer import Silence, train
 from lm.validation import validate_readouts
 
 BASE: dict[str, Any] = {

@@ -41,8 +41,8 @@ from torch import Tensor
 from data_prep.convert import import_dataset
 from data_prep.pipeline import BuildSettings, build
 from data_prep.shards import open_dataset
+from lm.pretraining import train
 from lm.recipes import find_recipe, load_config
-from lm.trainer import train
 
 CONTEXT, ROWS = 64, 12
 # nanoGPT's config/train_shakespeare_char.py, and what its readme changes for a CPU.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,9 @@ import click
 
 from data_prep.build_options import cleaning_options, reading_options, tokenizer_options
 from data_prep.command_line import FriendlyGroup
+from data_prep.cores import available_cores
 from data_prep.errors import UserError
+from data_prep.tokenizer_load import load_tokenizer
 
 if TYPE_CHECKING:
     from data_prep.pipeline import BuildSettings
@@ -22,11 +23,6 @@ LEFT_OUT_STATUS = 3
 EMPTY = "empty document"  # the one thing left out that nobody misses
 EXPORTED = ("nanogpt", "llmc", "datatrove", "olmo")
 IMPORTED = (*EXPORTED, "megatron")
-
-
-def available_cores() -> int:
-    """The cores that this process may use, which a container can make fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -188,9 +184,9 @@ def tokenizer(name: str, sources: tuple[str, ...], most_bytes: int, as_json: boo
     Each SOURCE is one as of build. Told are bytes per token, tokens never used, the longest ones, and what was lost.
     """
     from data_prep.sources import ReadSettings, first_texts
-    from data_prep.tokenizers import Tokenizer, tokenizer_report
+    from data_prep.tokenizer_report import tokenizer_report
 
-    found = tokenizer_report(Tokenizer.load(name), first_texts(sources, most_bytes, ReadSettings(**options)))
+    found = tokenizer_report(load_tokenizer(name), first_texts(sources, most_bytes, ReadSettings(**options)))
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
@@ -246,7 +242,6 @@ def convert(
     from data_prep.convert import export_dataset, import_dataset
     from data_prep.progress import ConsoleReporter
     from data_prep.shards import open_dataset
-    from data_prep.tokenizers import Tokenizer
 
     if (target is None) == (origin is None):
         raise UserError("give either --to LAYOUT for a dataset, or --from LAYOUT for other files")
@@ -260,7 +255,7 @@ def convert(
     assert origin is not None
     if tokenizer is None:
         raise UserError("--from needs the --tokenizer that made the tokens")
-    loaded = Tokenizer.load(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     manifest = import_dataset(sources, origin, loaded, out, shard_tokens=shard_tokens, progress=ConsoleReporter())
     if as_json:
         click.echo(json.dumps(_summary(out, manifest), indent=2))

@@ -8,11 +8,7 @@ from typing import Any
 
 import click
 
-from data_prep.errors import UserError
-
-USER_ERROR_STATUS = 2
-MACHINE_ERROR_STATUS = 1
-INTERRUPTED_STATUS = 130
+from data_prep.errors import INTERRUPTED_STATUS, MACHINE_ERROR_STATUS, USER_ERROR_STATUS, UserError
 
 
 @contextmanager

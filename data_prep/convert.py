@@ -31,9 +31,8 @@ from data_prep.shards import (
     ShardWriter,
     Split,
     count_words,
-    token_dtype,
 )
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers import Tokenizer, token_dtype
 
 PIECE_TOKENS = 1 << 20  # of a long document, decoded at a time
 SHORT_SPLIT_NAMES = {"train": "train", "validation": "val"}  # as nanoGPT and llm.c call them

@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.cleaning_settings import EXACT, NEAR
 from data_prep.errors import UserError
 from data_prep.ngrams import Hashes, WordHashes, ngram_hashes, plain_words
 
 if TYPE_CHECKING:
-    from data_prep.cleaning import CleaningSettings
+    from data_prep.cleaning_settings import CleaningSettings
 
-EXACT = "exact"
-NEAR = "near"
 SHINGLE_WORDS = 5
 MINHASH_VALUES = 128
 MINHASH_SEED = 1

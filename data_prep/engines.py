@@ -20,8 +20,7 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.probes import PROBES
-from data_prep.shards import token_dtype
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers import Tokenizer, token_dtype
 
 __all__ = ["ENGINES", "PROBES", "Chosen", "Engine", "EngineError", "choose_engine", "make_engine", "recheck"]
 

@@ -1,8 +1,12 @@
-"""The one exception a user ever sees."""
+"""The one exception a user ever sees, and the exit statuses of the commands."""
+
+USER_ERROR_STATUS = 2
+MACHINE_ERROR_STATUS = 1
+INTERRUPTED_STATUS = 130
 
 
 class UserError(Exception):
-    """Something the user can mend: its text is one sentence, or one line for each thing that is wrong.
+    """An error the user can fix: its text is one sentence, or one line for each thing that is wrong.
 
-    The command line prints it without a traceback and leaves with exit status 2.
+    The command line prints it without a traceback and exits with status 2.
     """

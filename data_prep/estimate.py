@@ -12,10 +12,10 @@ from data_prep.engines import choose_engine
 from data_prep.errors import UserError
 from data_prep.parts import cleaned_documents
 from data_prep.pipeline import BuildSettings, Plan
-from data_prep.shards import index_size, token_dtype
+from data_prep.shards import index_size
 from data_prep.sources import STDIN, Part, ReadReport
 from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizers import Tokenizer, token_dtype
 
 SAMPLED_PARTS, SAMPLED_BYTES = 8, 1 << 18  # from so many parts, so much text of each
 PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".parquet")

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.shards import IDX_HEADER, IDX_MAGIC, IDX_VERSION, LARGEST_SHARD_TOKENS, token_dtype
+from data_prep.shards import IDX_HEADER, IDX_MAGIC, IDX_VERSION, LARGEST_SHARD_TOKENS
+from data_prep.tokenizers import token_dtype
 
 # The layouts by their names on the command line, and how each calls its files of tokens.
 SUFFIXES = {"nanogpt": ".bin", "llmc": ".bin", "datatrove": ".ds", "olmo": ".npy", "megatron": ".bin"}

@@ -10,17 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_atomically
-from data_prep.shards import (
-    FORMAT_NAME,
-    FORMAT_VERSION,
-    MANIFEST,
-    SPLITS,
-    TOKENIZER_FILE,
-    ShardRecord,
-    split_totals,
-    token_dtype,
-)
-from data_prep.tokenizers import Tokenizer
+from data_prep.shards import FORMAT_NAME, FORMAT_VERSION, MANIFEST, SPLITS, TOKENIZER_FILE, ShardRecord, split_totals
+from data_prep.tokenizers import Tokenizer, token_dtype
 
 
 def make_manifest(

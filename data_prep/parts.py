@@ -16,15 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.cleaning import Cleaner, CleaningReport, CleaningSettings
+from data_prep.cleaning import Cleaner, CleaningReport
+from data_prep.cleaning_settings import CleaningSettings
 from data_prep.duplicates import signatures
 from data_prep.engines import Engine, EngineError, make_engine, recheck
 from data_prep.files import atomic_file
 from data_prep.journal import PartRecord
-from data_prep.shards import SPLITS, TOKENIZER_FILE, WORK, ShardWriter, count_words, token_dtype
+from data_prep.shards import SPLITS, TOKENIZER_FILE, WORK, ShardWriter, count_words
 from data_prep.sources import Document, Part, ReadReport, ReadSettings, Source, read_part
 from data_prep.splitting import PartDigest, hash_of
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizer_load import load_tokenizer
+from data_prep.tokenizers import Tokenizer, token_dtype
 from data_prep.workers import Advance
 
 BATCH_BYTES = 1 << 20  # text that is encoded at a time
@@ -176,7 +178,7 @@ def keep_encoder(directory: Path, tokenizer: Tokenizer, engine: Engine) -> None:
 
 def _encoder(directory: Path, name: str) -> tuple[Tokenizer, Engine]:
     if (directory, name) not in _encoders:
-        tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
+        tokenizer = load_tokenizer(directory / TOKENIZER_FILE)
         keep_encoder(directory, tokenizer, make_engine(name, tokenizer))
     return _encoders[directory, name]
 

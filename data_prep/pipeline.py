@@ -22,7 +22,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.cleaning import Cleaner, CleaningSettings
+from data_prep.cleaning import Cleaner
+from data_prep.cleaning_settings import CleaningSettings
 from data_prep.duplicates import find_duplicates
 from data_prep.engines import choose_engine
 from data_prep.errors import UserError
@@ -63,6 +64,7 @@ from data_prep.sources import (
     parts_of,
 )
 from data_prep.splitting import SplitRule, hash_of
+from data_prep.tokenizer_load import load_tokenizer
 from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
 from data_prep.tokenizers import Tokenizer
 from data_prep.workers import EXECUTORS, Executor, run_calls
@@ -123,7 +125,7 @@ class BuildSettings:
 
     @cached_property
     def given_tokenizer(self) -> Tokenizer | None:
-        return None if self.tokenizer is None else Tokenizer.load(self.tokenizer)
+        return None if self.tokenizer is None else load_tokenizer(self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -331,7 +333,7 @@ class _Build:
         """Step 4: the tokenizer that is there, was given, or is trained now."""
         path = self.plan.settings.out / TOKENIZER_FILE
         if path.is_file():
-            return Tokenizer.load(path)
+            return load_tokenizer(path)
         tokenizer = self.plan.settings.given_tokenizer
         if tokenizer is None and self.plan.settings.training.kind == "bytes":
             tokenizer = train_tokenizer(iter(()), self.plan.settings.training)

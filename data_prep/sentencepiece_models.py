@@ -19,6 +19,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.probes import PROBES
+from data_prep.tokenizers import Tokenizer
 
 SPACE_MARK = "\u2581"  # how sentencepiece writes a space
 
@@ -235,8 +236,6 @@ def _merges(model: Model) -> list[list[str]]:
 def _difference(model: Model, content: bytes, description: str) -> str | None:
     """The first text that sentencepiece and the new tokenizer encode differently, in words; None if there is none."""
     import sentencepiece
-
-    from data_prep.tokenizers import Tokenizer
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=content)
     tokenizer = Tokenizer.from_json(description)

@@ -34,7 +34,8 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.files import atomic_file, parse_json, sha256_of_file
-from data_prep.tokenizers import Tokenizer
+from data_prep.tokenizer_load import load_tokenizer
+from data_prep.tokenizers import Tokenizer, token_dtype
 
 FORMAT_NAME = "kindling-shards"
 FORMAT_VERSION = 2
@@ -54,11 +55,6 @@ IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 IDX_VERSION = 1
 MEGATRON_CODES = {"uint16": 8, "int32": 4}
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type that tokens of this vocabulary are stored in: ``uint16``, or ``int32`` for more than 65,536 tokens."""
-    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<i4")
 
 
 @dataclass(frozen=True)
@@ -342,7 +338,7 @@ class Dataset:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.directory / TOKENIZER_FILE)
+        return load_tokenizer(self.directory / TOKENIZER_FILE)
 
     def split(self, name: str) -> Split:
         """The split called ``train`` or ``validation``; an empty one has no tokens."""

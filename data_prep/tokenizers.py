@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
@@ -67,26 +67,6 @@ class Tokenizer:
         self.padding_id = _find_or_add(engine, PADDING_SPELLINGS)
         self.mask_id = _find_or_add(engine, MASK_SPELLINGS)
         self.vocab_size: int = max(engine.get_vocab(with_added_tokens=True).values()) + 1
-
-    @classmethod
-    def load(cls, source: str | Path) -> Tokenizer:
-        """Read a ``tokenizer.json``, a sentencepiece ``.model``, a folder that holds one, or a name on the hub.
-
-        Special tokens that it lacks are added after its last id. A ``.model`` becomes an equal ``tokenizer.json``, or
-        is refused if none gives the same ids.
-        """
-        from data_prep.tokenizer_files import find_tokenizer_file
-
-        path = find_tokenizer_file(source)
-        if path.suffix == ".model":
-            from data_prep.sentencepiece_models import convert_model
-
-            return cls.from_json(convert_model(path), name=str(path))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f'"{path}" is not a tokenizer.json file') from None
-        return cls.from_json(text, name=str(path))
 
     @classmethod
     def from_json(cls, text: str, *, name: str = "tokenizer.json") -> Tokenizer:
@@ -252,50 +232,6 @@ def _find_or_add(engine: Engine, spellings: Sequence[str]) -> int:
     return token_id
 
 
-def tokenizer_report(tokenizer: Tokenizer, texts: Iterable[str], *, longest: int = 10) -> dict[str, Any]:
-    """What a tokenizer makes of some texts, which are read once.
-
-    Returns ``texts``, ``text_bytes``, ``words`` (split at white space), ``tokens``, ``bytes_per_token`` and
-    ``tokens_per_word`` (None without tokens or words), ``unused_tokens`` (ids that are not special and never occurred)
-    and their share ``unused_share``, ``longest_tokens`` (the used ones with the most bytes), ``fallback_bytes`` (bytes
-    in tokens that cut a character apart) with ``fallback_share`` of the text, ``unknown_tokens`` (text that was
-    lost), and ``special_tokens`` with their ids.
-    """
-    counts: Counter[int] = Counter()
-    read = text_bytes = words = 0
-    for text in texts:
-        counts.update(tokenizer.encode(text))
-        read += 1
-        text_bytes += len(text.encode("utf-8"))
-        words += len(text.split())
-    tokens = counts.total()
-    special = tokenizer.special_tokens
-    ordinary = tokenizer.vocab_size - len(special)
-    unused = ordinary - len(counts.keys() - special.values())
-    size = {token: len(tokenizer.decode_bytes([token])) for token in counts}
-    fallback_bytes = sum(count * size[token] for token, count in counts.items() if _is_part(tokenizer, token))
-    by_length = sorted(counts, key=lambda token: (-size[token], token))
-    return {
-        "texts": read,
-        "text_bytes": text_bytes,
-        "words": words,
-        "tokens": tokens,
-        "bytes_per_token": text_bytes / tokens if tokens else None,
-        "tokens_per_word": tokens / words if words else None,
-        "unused_tokens": unused,
-        "unused_share": unused / ordinary if ordinary else 0.0,
-        "longest_tokens": [tokenizer.token_text(token) for token in by_length[:longest]],
-        "fallback_bytes": fallback_bytes,
-        "fallback_share": fallback_bytes / text_bytes if text_bytes else 0.0,
-        "unknown_tokens": counts[tokenizer.unknown_id] if tokenizer.unknown_id is not None else 0,
-        "special_tokens": special,
-    }
-
-
-def _is_part(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether a token is a piece of a character: its bytes alone are no UTF-8."""
-    try:
-        tokenizer.decode_bytes([token]).decode("utf-8")
-    except UnicodeDecodeError:
-        return True
-    return False
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type that tokens of this vocabulary are stored in: ``uint16``, or ``int32`` for more than 65,536 tokens."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<i4")

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
-from lm.minimal_pairs import TIE_NATS, resampled_means
+from lm.bootstrap import TIE_NATS, Accuracy
+from lm.config import READOUTS
 from lm.model import Transformer
-from lm.objectives import READOUTS
 from lm.run_directory import Run
 from lm.scoring import log_likelihoods
 from lm.tasks import Example
@@ -28,17 +28,6 @@ NORMALISATIONS = {
     "byte": "per byte of the answer",
     "unconditional": "less that of the answer behind nothing (Brown et al. 2020)",
 }
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """The share of questions answered rightly, with the standard error of drawing the questions anew (bootstrap)."""
-
-    mean: float
-    error: float
-
-    def as_dict(self) -> dict[str, float]:
-        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -141,12 +130,10 @@ def evaluate_choices(
         context = run.config.data.context_length
         found, cut = likelihoods(model, run.tokenizer, examples, readout, context, between)
         results[readout] = {
-            name: _accuracy(np.array([score(scores[name], e.label) for scores, e in zip(found, examples, strict=True)]))
+            name: Accuracy.of(
+                np.array([score(scores[name], e.label) for scores, e in zip(found, examples, strict=True)])
+            )
             for name in NORMALISATIONS
         }
     results["chance (floor)"] = dict.fromkeys(NORMALISATIONS, Accuracy(float(chance.mean()), 0.0))
     return results, cut
-
-
-def _accuracy(scored: NDArray[np.float64]) -> Accuracy:
-    return Accuracy(float(scored.mean()), float(resampled_means(scored, 0).std(ddof=1)))

@@ -13,8 +13,8 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.files import read_json, write_atomically
 from lm.checkpoint import STATE
+from lm.config import READOUTS
 from lm.metrics import overfitting, rows_validated, summary
-from lm.objectives import READOUTS
 from lm.page import Panel, Series, draw, render
 from lm.run_directory import METRICS, Run, open_run
 

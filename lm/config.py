@@ -450,3 +450,23 @@ def _inconsistencies_of_task(config: Config) -> list[str]:
     if task.method == "lora" and not task.lora_matrices:
         problems.append("lora_matrices names none: name query, say, or choose method probe")
     return problems
+
+
+# What the model can be asked for after training with each objective.
+READOUTS = {
+    "next_token": ("next_token",),
+    "masked_token": ("masked_token",),
+    "masked_next_token": ("masked_next_token",),
+    "hybrid": ("next_token", "masked_next_token"),
+    "hybrid_unshifted": ("next_token", "masked_token"),
+}
+
+
+def usual_reading(config: Config) -> str:
+    """Both ways where the run has learnt to fill masks, else causally."""
+    return "causal" if READOUTS[config.objective.objective] == ("next_token",) else "bidirectional"
+
+
+def usual_pooling(reads: str) -> str:
+    """The last token, if only that one has seen the whole text; else the mean over all."""
+    return "last" if reads == "causal" else "mean"

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -27,22 +26,12 @@ from data_prep.tokenizers import Tokenizer
 from lm import randomness
 from lm.config import Config
 from lm.features import Reading, all_vectors
-from lm.lessons import columns_of, content_hash
+from lm.info_nce import info_nce
+from lm.machine import autocast
 from lm.model import Transformer
 from lm.sequences import Packed, packed, pooled, sequence_of
 from lm.task_metrics import regression_metrics
-from lm.tasks import Columns, Example, read_examples
-from lm.validation import autocast
-
-
-def info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """Mean over examples of -log of the share that the own partner has among all second views.
-
-    Van den Oord et al. 2018, eq. 4. ``first`` and ``second`` are vectors (examples, width); a share is the softmax of
-    their cosines over ``temperature``.
-    """
-    cosines = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T
-    return F.cross_entropy(cosines / temperature, torch.arange(len(first), device=first.device))
+from lm.tasks import Columns, Example, columns_of, content_hash, read_examples, read_similar
 
 
 def similarity(
@@ -58,18 +47,6 @@ def similarity(
     ]
     first, second = (each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in vectors)
     return regression_metrics(np.array([pair.label for pair in pairs]), (first * second).sum(1))
-
-
-def read_similar(source: str | Path, columns: Columns) -> list[Example]:
-    """Pairs of texts with how alike they are.
-
-    Raises:
-        UserError: as of ``lm.tasks.read_examples``, or there are single texts.
-    """
-    pairs = read_examples(source, "regression", columns)
-    if len(pairs[0].texts) != 2:
-        raise UserError(f"{pairs[0].place}: there is one text, where the similarity of two is asked for")
-    return pairs
 
 
 @dataclass(frozen=True)

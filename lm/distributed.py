@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_prep.cli import available_cores
-from data_prep.command_line import MACHINE_ERROR_STATUS, USER_ERROR_STATUS
-from data_prep.errors import UserError
+from data_prep.cores import available_cores
+from data_prep.errors import MACHINE_ERROR_STATUS, USER_ERROR_STATUS, UserError
+from lm.batch import Batch
 from lm.config import TrainingConfig
+from lm.machine import choose_device
 from lm.model import Transformer
-from lm.objectives import Batch
-from lm.run_directory import choose_device
+from lm.objectives import Losses
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
@@ -37,25 +37,6 @@ CPU = torch.device("cpu")
 
 # What gloo and the store say when another process is gone; they raise it as plain RuntimeErrors.
 LOST = ("gloo", "Connection closed", "Connection reset", "Broken pipe")
-
-
-class Losses(nn.Module):
-    """Forward pass and head in one call, since that is what DDP and FSDP can wrap."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, causal: int) -> Tensor:
-        """Weighted loss of the first ``causal`` rows and of the others, (2,)."""
-        hidden = self.model(batch.inputs, batch.positions, batch.lo, batch.hi)
-        parts = [
-            self.model.loss(hidden[rows], batch.targets[rows], batch.loss_weights[rows])
-            if rows.start < rows.stop
-            else hidden.new_zeros((), dtype=torch.float32)
-            for rows in (slice(0, causal), slice(causal, len(hidden)))
-        ]
-        return torch.stack(parts)
 
 
 class Ranks:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.errors import UserError
+from data_prep.files import new_folder
 from data_prep.tokenizers import Tokenizer
 from lm import __version__
 from lm.architectures import StockClass, stock_class, stock_config, weight_names
 from lm.checkpoint import Checkpoint
-from lm.evaluate import saved_evaluation
+from lm.config import READOUTS
 from lm.model import Transformer
-from lm.objectives import READOUTS
-from lm.run_directory import Run
+from lm.run_directory import Run, saved_evaluation
 
 OUR_CONFIG = "kindling.toml"  # what import_checkpoint reads to have every setting back
 
@@ -71,23 +68,6 @@ def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str
             (folder / name).write_text(text, encoding="utf-8")
         run.config.save(folder / OUR_CONFIG)
         (folder / "README.md").write_text(model_card(run, checkpoint, stock), encoding="utf-8")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out`` when it is complete; nothing stays of one that is not."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already and not empty: choose another --out")
-    beside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        if out.exists():
-            out.rmdir()
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _weights(model: Transformer) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.files import atomic_file
 from data_prep.tokenizers import Tokenizer
-from lm.config import Config
+from lm.batch import Batch
+from lm.config import Config, usual_pooling, usual_reading
 from lm.model import Transformer
-from lm.objectives import Batch
-from lm.sequences import packed, pooled, sequence_of, usual_pooling, usual_reading
+from lm.sequences import packed, pooled, sequence_of
 
 ROWS = 16  # of one forward pass
 TEXTS_AT_ONCE = 2048  # are held, and packed among themselves

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from data_prep.files import sha256_of_file
+from data_prep.tokenizer_load import load_tokenizer
 from data_prep.tokenizers import Tokenizer
 from lm import kernels, randomness
 from lm.config import Config, OptimizerConfig, ReportConfig, TrainingConfig
@@ -29,14 +30,16 @@ from lm.contrastive import ContrastiveLesson
 from lm.distributed import Ranks
 from lm.finetune_defaults import DEFAULTS, LEARNING_RATES
 from lm.instruction import InstructionLesson
+from lm.layer_decay import learning_rates
 from lm.lessons import HeadLesson, settle_reading
+from lm.metrics import Best
 from lm.model import Transformer
 from lm.recipes import load_config
+from lm.reporter import Reporter
 from lm.run_directory import Run, open_run
 from lm.saving import trained_tensors
-from lm.starting import keep_base, kept_base, learning_rates, starting_trunk
-from lm.trainer import Reporter, carry_out
-from lm.trouble import Best
+from lm.starting import keep_base, kept_base, starting_trunk
+from lm.trainer import carry_out
 
 
 class Lesson(Protocol):
@@ -127,7 +130,7 @@ class Finetuning:
             raise UserError("fine-tuning runs in one process: start finetune.py without torchrun")
         weights, own = kept_base(path), path / "tokenizer.json"
         if weights and own.is_file():
-            tokenizer = Tokenizer.load(own)
+            tokenizer = load_tokenizer(own)
         else:
             base = open_run(config.finetune.base)
             tokenizer, weights = base.tokenizer, weights or base.plain_weights()

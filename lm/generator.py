@@ -15,7 +15,7 @@ from data_prep.tokenizers import Tokenizer
 from lm.cache import KVCache, ReadingPrompt
 from lm.decoding import decoder
 from lm.model import Transformer
-from lm.sampling import Sampling, draw, filtered, log_probabilities, penalised
+from lm.sampling import Sampling, draw, filtered, log_probabilities, penalised, writable
 from lm.text_stream import TextStream
 
 
@@ -245,13 +245,6 @@ class Generator:
             log_p, top = log_probabilities(logits, request.sampling.logprobs)
             logprob = float(log_p[token])
         return Event(request.handle, token, text, logprob, tuple(top), reason)
-
-
-def writable(logits: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Logits (…, vocabulary), changed in place: -inf for what is no text, that is padding, masks, and rows that only
-    fill the matrix."""
-    logits[..., tokenizer.vocab_size :] = float("-inf")
-    return logits.index_fill_(-1, torch.tensor([tokenizer.padding_id, tokenizer.mask_id]), float("-inf"))
 
 
 def stream(

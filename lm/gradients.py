@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lm import randomness
-from lm.config import Config
+from lm.batch import Batch
+from lm.config import READOUTS, Config
 from lm.distributed import Ranks
+from lm.machine import autocast
 from lm.model import Transformer
-from lm.objectives import READOUTS, Batch
-from lm.validation import autocast
 
 
 def step_gradients(

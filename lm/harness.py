@@ -18,9 +18,10 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from data_prep.errors import UserError
+from lm.config import READOUTS
 from lm.generator import Generator
-from lm.objectives import READOUTS
-from lm.run_directory import choose_device, open_run
+from lm.machine import choose_device
+from lm.run_directory import open_run
 from lm.sampling import Sampling
 from lm.scoring import Question, ask, questions
 from lm.text_loss import questions_of

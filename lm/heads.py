@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lm.batch import Batch
 from lm.encoding import Encoded
 from lm.model import Transformer
-from lm.objectives import Batch
 from lm.sequences import packed
 
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.files import read_json
+from data_prep.files import new_folder, read_json
 from data_prep.tokenizers import Tokenizer
 from lm import checkpoint
 from lm.architectures import StockClass, model_config, weight_names
 from lm.config import Config, ModelConfig
-from lm.export import OUR_CONFIG, new_folder, tokenizer_without_start
+from lm.export import OUR_CONFIG, tokenizer_without_start
 from lm.model import Transformer
 from lm.recipes import load_config
 from lm.run_directory import CHECKPOINTS, METRICS, plain_settings

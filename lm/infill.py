@@ -10,9 +10,8 @@ import torch
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
 from lm import masks
-from lm.generator import writable
 from lm.model import Transformer
-from lm.sampling import Sampling, draw, filtered
+from lm.sampling import Sampling, draw, filtered, writable
 
 MASK_WORD = "[MASK]"
 MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")

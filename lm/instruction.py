@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.tokenizers import Tokenizer
+from lm.batch import IGNORED, Batch
 from lm.chat import CHAT_TEMPLATE, PLAIN_TURNS, render
-from lm.config import Config
+from lm.config import READOUTS, Config
 from lm.encoding import in_parts
 from lm.gradients import accumulated
-from lm.lessons import columns_of, content_hash
+from lm.machine import autocast
+from lm.metrics import ReadoutLoss
 from lm.model import Transformer
-from lm.objectives import IGNORED, READOUTS, Batch
 from lm.sequences import packed
-from lm.tasks import Example, read_examples
-from lm.validation import ReadoutLoss, autocast
+from lm.tasks import Example, columns_of, content_hash, read_examples
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,33 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from data_prep.files import read_json, write_atomically
 from data_prep.tokenizers import Tokenizer
 from lm import heads, randomness, task_metrics
-from lm.config import Config, FinetuneConfig
+from lm.answers import Answers
+from lm.config import Config, usual_pooling, usual_reading
 from lm.encoding import Encoded, Encoder, in_parts
 from lm.gradients import accumulated
 from lm.heads import ItemBatch, TaskModel, item_batch
+from lm.machine import autocast
 from lm.model import Transformer
-from lm.sequences import usual_pooling, usual_reading
-from lm.tasks import Columns, Example, Labels, numbers_of, read_examples
-from lm.validation import autocast
-
-ANSWERS = "answers.json"
-
-
-def columns_of(task: FinetuneConfig) -> Columns:
-    """Which columns the settings name."""
-    return Columns(
-        text=task.text_column,
-        text_pair=None if task.text_pair_column == "auto" else task.text_pair_column,
-        label=task.label_column,
-        choices=tuple(task.choices_column.split(",")),
-        words=task.words_column,
-        tags=task.tags_column,
-        prompt=task.prompt_column,
-        response=task.response_column,
-    )
+from lm.tasks import columns_of, content_hash, read_examples
 
 
 def settle_reading(config: Config) -> Config:
@@ -54,65 +34,6 @@ def settle_reading(config: Config) -> Config:
     metric = {"regression": "spearman", "contrastive": "spearman", "instruction": "loss"}.get(task.task, "accuracy")
     judged_by = metric if task.judged_by == "auto" else task.judged_by
     return config.replace(reads=reads, pooling=pooling, judged_by=judged_by)
-
-
-def content_hash(examples: Sequence[Example]) -> str:
-    """SHA-256 of what examples say, wherever they lie."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.texts, example.label]).encode())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a head's numbers mean, kept in the run directory (``answers.json``).
-
-    ``labels`` are the names of the classes, none where there are no classes; a regression's outputs are distances from
-    ``mean`` in units of ``deviation``. ``texts`` is 1 for a task on single texts, 2 for one on pairs, 0 for others.
-    """
-
-    labels: tuple[str, ...] = ()
-    texts: int = 0
-    mean: float = 0.0
-    deviation: float = 1.0
-
-    @classmethod
-    def of(cls, kind: str, examples: Sequence[Example]) -> Answers:
-        """From training examples. UserError if they all have the same answer."""
-        texts = len(examples[0].texts) if kind in ("classification", "regression") else 0
-        if kind in ("classification", "tokens"):
-            return cls(Labels.of(examples).names, texts)
-        if kind == "regression":
-            numbers = np.array(numbers_of(examples))
-            return cls((), texts, float(numbers.mean()), float(numbers.std()))
-        return cls()
-
-    @property
-    def outputs(self) -> int:
-        """How many numbers the head gives for an item."""
-        return len(self.labels) or 1
-
-    def numbers(self, kind: str, example: Example) -> list[float]:
-        """The labels of an example as ``lm.heads.losses`` takes them. UserError if its class was not trained."""
-        if kind == "classification":
-            return [Labels(self.labels).index(example)]
-        if kind == "tokens":
-            return list(Labels(self.labels).indices(example))
-        return [(example.label - self.mean) / self.deviation if kind == "regression" else example.label]
-
-    def save(self, path: Path) -> None:
-        write_atomically(path / ANSWERS, json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> Answers:
-        try:
-            content = read_json(path / ANSWERS)
-            return cls(
-                tuple(content["labels"]), int(content["texts"]), float(content["mean"]), float(content["deviation"])
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path / ANSWERS} cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)

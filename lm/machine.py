@@ -7,11 +7,13 @@ import os
 import resource
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from data_prep.errors import UserError
 from lm.kernels.products import times
 
 # Edges of the square matrices that are multiplied: small machines are at their best in caches, GPUs with large ones.
@@ -146,3 +148,20 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     settings = ((M_TRIM_THRESHOLD, LARGEST_INT), (M_TOP_PAD, 1 << 26), (M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD))
     return mallopt is not None and all(mallopt(name, value) for name, value in settings)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a setting asks for; "auto" is a GPU if there is one. UserError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"device {name} was asked for, but PyTorch {torch.__version__} sees none here")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Products in bfloat16 where that was asked for, or is fast ("auto" on a GPU); float32 otherwise."""
+    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()

@@ -21,12 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lm.config import Config, DataConfig, OptimizerConfig
+from lm.config import READOUTS, Config, DataConfig, OptimizerConfig
 from lm.kernels.cross_entropy import CHUNK_LOGITS, CHUNK_TOKENS
+from lm.machine import autocast
 from lm.model import Transformer
-from lm.objectives import READOUTS
 from lm.optim import Optimizer
-from lm.validation import autocast
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data_prep.errors import UserError
+from data_prep.files import new_folder
 from lm import checkpoint
+from lm.answers import Answers
 from lm.chat import CHAT_TEMPLATE
 from lm.checkpoint import Checkpoint
 from lm.config import FinetuneConfig
-from lm.export import new_folder
-from lm.lessons import Answers
 from lm.predict import load_task_model
 from lm.run_directory import CHECKPOINTS, METRICS, Run, plain_settings
 from lm.saving import snapshot, trained_tensors

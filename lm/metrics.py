@@ -8,6 +8,7 @@ fine-tuned on) or ``event`` (a step skipped, a rate lowered, a run taken back).
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,6 @@ from typing import Any, Protocol, Self, TextIO
 from torch import Tensor
 
 from data_prep.files import parse_json, write_atomically
-from lm.trouble import OVERFITTING
 
 
 @dataclass
@@ -172,3 +172,38 @@ def overfitting(lines: Iterable[dict[str, Any]]) -> str:
         f"The validation loss was lowest at step {best['step']:,} and has not come back to it in "
         f"{len(validated) - validated.index(best) - 1} validations since: the model is learning its text by heart."
     )
+
+
+@dataclass(frozen=True)
+class ReadoutLoss:
+    """``predicted`` tokens were predicted at a mean cost of ``nats_per_token``.
+
+    ``bits_per_byte`` spreads that cost over the text's UTF-8 bytes, which makes tokenizers comparable.
+    """
+
+    nats_per_token: float
+    bits_per_byte: float
+    predicted: int
+
+    def as_dict(self) -> dict[str, float]:
+        return {"nats_per_token": self.nats_per_token, "bits_per_byte": self.bits_per_byte, "predicted": self.predicted}
+
+
+OVERFITTING = 3  # validations in a row worse than the best, after which it is told
+
+
+@dataclass
+class Best:
+    """The best validation so far, and how many since then were worse."""
+
+    step: int = 0
+    loss: float | None = None
+    worse: int = 0
+
+    def add(self, step: int, loss: float) -> bool:
+        """Take in what a validation is judged by, the lower the better; is it the best?"""
+        if math.isfinite(loss) and (self.loss is None or loss < self.loss):
+            self.step, self.loss, self.worse = step, loss, 0
+            return True
+        self.worse += 1
+        return False

@@ -15,19 +15,17 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
+from lm.baselines import token_counts, unigram_likelihoods
+from lm.bootstrap import TIE_NATS, Accuracy, resampled_means, standard_error
+from lm.config import READOUTS
 from lm.corpora import open_corpora
-from lm.evaluate import token_counts
 from lm.model import Transformer
-from lm.objectives import READOUTS
 from lm.run_directory import Run
 from lm.scoring import log_likelihoods
 from lm.tables import SUFFIXES, rows_of
 
 COLUMNS = ("sentence_good", "sentence_bad")
 TIES = ("half", "first")
-RESAMPLES = 1000
-# Log-likelihoods that differ by less are equal: the same sentence packed into another row differs by some 1e-6 nats.
-TIE_NATS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,11 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Mean score of some pairs, with the standard error of drawing them anew (bootstrap); ``ties`` were equal."""
+class PairsAccuracy(Accuracy):
+    """Mean score of ``pairs`` pairs, of which ``ties`` were equally likely."""
 
-    mean: float
-    error: float
     pairs: int
     ties: int
-
-    def as_dict(self) -> dict[str, float]:
-        return dict(vars(self))
 
 
 def read_pairs(path: Path, columns: tuple[str, str] = COLUMNS) -> list[Pairs]:
@@ -102,13 +95,13 @@ def evaluate_pairs(
     likelihoods: Callable[[list[list[int]]], NDArray[np.float64]],
     *,
     ties: str = "half",
-) -> dict[str, Accuracy]:
+) -> dict[str, PairsAccuracy]:
     """The accuracy on each paradigm, and on ``"all"``, the mean over paradigms.
 
     Args:
         likelihoods: log-likelihoods of texts, given as tokens (``lm.scoring.log_likelihoods``, or a floor's).
     """
-    results: dict[str, Accuracy] = {}
+    results: dict[str, PairsAccuracy] = {}
     resampled = []
     for number, pairs in enumerate(paradigms):
         found = likelihoods([tokenizer.encode(sentence) for sentence in pairs.good + pairs.bad])
@@ -116,29 +109,17 @@ def evaluate_pairs(
         score = scores(good, bad, ties)
         means = resampled_means(score, number)
         resampled.append(means)
-        results[pairs.paradigm] = Accuracy(
-            float(score.mean()), float(means.std(ddof=1)), len(score), int(are_ties(good, bad).sum())
+        results[pairs.paradigm] = PairsAccuracy(
+            float(score.mean()), standard_error(means), len(score), int(are_ties(good, bad).sum())
         )
     over_all = np.stack(resampled).mean(0)
-    results["all"] = Accuracy(
+    results["all"] = PairsAccuracy(
         float(np.mean([result.mean for result in results.values()])),
-        float(over_all.std(ddof=1)),
+        standard_error(over_all),
         sum(result.pairs for result in results.values()),
         sum(result.ties for result in results.values()),
     )
     return results
-
-
-def resampled_means(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Means of the scores drawn anew with replacement, (RESAMPLES,): their spread is the mean's standard error."""
-    draw = np.random.default_rng(seed)
-    return np.array([scores[draw.integers(0, len(scores), len(scores))].mean() for _ in range(RESAMPLES)])
-
-
-def unigram_likelihoods(counts: NDArray[np.int64]) -> Callable[[list[list[int]]], NDArray[np.float64]]:
-    """A floor: each token as likely as it is common in the training text (plus one), whatever stands beside it."""
-    costs = np.log(counts + 1) - np.log((counts + 1).sum())
-    return lambda texts: np.array([costs[text].sum() for text in texts])
 
 
 def evaluate_run(
@@ -148,7 +129,7 @@ def evaluate_run(
     *,
     ties: str = "half",
     progress: Callable[[str], None] = lambda text: None,
-) -> dict[str, dict[str, Accuracy]]:
+) -> dict[str, dict[str, PairsAccuracy]]:
     """``evaluate_pairs`` for every readout of a run, and for the unigram floor if the run's data is still there.
 
     Raises:

@@ -21,65 +21,17 @@ hybrid_unshifted is for models that are to be exported both ways.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from fractions import Fraction
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from lm import masks, randomness
-from lm.config import ObjectiveConfig
-
-IGNORED = -100
-
-# What the model can be asked for after training with each objective.
-READOUTS = {
-    "next_token": ("next_token",),
-    "masked_token": ("masked_token",),
-    "masked_next_token": ("masked_next_token",),
-    "hybrid": ("next_token", "masked_next_token"),
-    "hybrid_unshifted": ("next_token", "masked_token"),
-}
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The ids that objectives need to know."""
-
-    size: int
-    end_of_text: int
-    mask: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows for one forward pass; every tensor is (rows, T) except ``masked`` (rows,).
-
-    ``targets`` is -100 where nothing is predicted. ``loss_weights`` already hold the normalisation of the whole
-    optimizer step: the step's loss is the plain sum of weight × cross-entropy over all of its micro-batches.
-    ``masked`` tells the rows that are read both ways, which come last.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    loss_weights: Tensor
-    positions: Tensor
-    lo: Tensor
-    hi: Tensor
-    masked: Tensor
-
-    def rows(self, start: int, stop: int) -> Batch:
-        """A micro-batch: the rows from ``start`` to ``stop``."""
-        return Batch(*(getattr(self, f.name)[start:stop] for f in fields(self)))
-
-    def every(self, first: int, step: int) -> Batch:
-        """One rank's part: every ``step``-th row from ``first`` on, so that the kinds of rows are shared out evenly."""
-        return Batch(*(getattr(self, f.name)[first::step].contiguous() for f in fields(self)))
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+from lm import randomness
+from lm.batch import IGNORED, Batch, Rows, Vocabulary, assemble
+from lm.config import READOUTS, ObjectiveConfig
+from lm.model import Transformer
 
 
 def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
@@ -90,29 +42,6 @@ def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_
     before = [n * share.numerator // share.denominator for n in numbers.tolist()]
     after = [(n + 1) * share.numerator // share.denominator for n in numbers.tolist()]
     return np.array([a > b for a, b in zip(after, before, strict=True)], dtype=bool)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What the loader read, before an objective prepares it: rows of T places, each token the target of its place.
-
-    ``inputs`` and ``targets`` are int64 (rows, T), the input being the token before the target; ``starts`` is bool
-    (rows, T), true where a document or a part of one begins; ``lengths`` (rows,) says how many places are used, the
-    places after them hold ends of text.
-    """
-
-    inputs: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    starts: NDArray[np.bool_]
-    lengths: NDArray[np.int64]
-
-
-def rows_of_windows(windows: NDArray[np.int64], vocabulary: Vocabulary) -> Rows:
-    """Rows that are windows of the stream, (rows, T + 1) tokens, with a document beginning at each end of text."""
-    inputs = windows[:, :-1]
-    starts = inputs == vocabulary.end_of_text
-    starts[:, 0] = True
-    return Rows(inputs, windows[:, 1:], starts, np.full(len(inputs), inputs.shape[1]))
 
 
 def make_batch(
@@ -230,27 +159,20 @@ def validation_batch(
     return assemble(inputs, targets, (targets != IGNORED).astype(np.float32), starts, masked)
 
 
-def assemble(
-    inputs: NDArray[np.int64],
-    targets: NDArray[np.int64],
-    weights: NDArray[np.float32],
-    starts: NDArray[np.bool_],
-    masked: NDArray[np.bool_],
-    lengths: NDArray[np.int64] | None = None,
-) -> Batch:
-    """Tensors of a batch whose documents begin where ``starts`` is true; rows in ``masked`` are read both ways.
+class Losses(nn.Module):
+    """Forward pass and head in one call, since that is what DDP and FSDP can wrap."""
 
-    Places from a row's ``lengths`` on (None: no row has any) see nothing and are seen by nobody.
-    """
-    both_ways = torch.from_numpy(masked)
-    lo, hi = masks.packed(torch.from_numpy(starts), both_ways, None if lengths is None else torch.from_numpy(lengths))
-    positions = torch.from_numpy(np.arange(inputs.shape[1], dtype=np.int32) - lo.numpy())
-    return Batch(
-        torch.from_numpy(np.ascontiguousarray(inputs)),
-        torch.from_numpy(np.ascontiguousarray(targets)),
-        torch.from_numpy(weights),
-        positions,
-        lo,
-        hi,
-        both_ways,
-    )
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, causal: int) -> Tensor:
+        """Weighted loss of the first ``causal`` rows and of the others, (2,)."""
+        hidden = self.model(batch.inputs, batch.positions, batch.lo, batch.hi)
+        parts = [
+            self.model.loss(hidden[rows], batch.targets[rows], batch.loss_weights[rows])
+            if rows.start < rows.stop
+            else hidden.new_zeros((), dtype=torch.float32)
+            for rows in (slice(0, causal), slice(causal, len(hidden)))
+        ]
+        return torch.stack(parts)

@@ -18,12 +18,13 @@ import torch
 
 from data_prep.errors import UserError
 from lm import kernels, randomness
-from lm.batches import TrainingBatches
+from lm.batch import Batch, Vocabulary, rows_of_windows
 from lm.config import Config
 from lm.corpora import Corpora, open_corpora, with_vocabulary
 from lm.gradients import step_gradients
 from lm.machine import (
     available_memory,
+    choose_device,
     is_out_of_memory,
     keep_freed_memory,
     machine_rate,
@@ -33,10 +34,10 @@ from lm.machine import (
 )
 from lm.memory import StepMemory, step_memory
 from lm.model import Transformer, describe
-from lm.objectives import Batch, Vocabulary, make_batch, rows_of_windows
+from lm.objectives import make_batch
 from lm.optim import Optimizer
-from lm.run_directory import choose_device
 from lm.scaling import rule_for
+from lm.training_batches import TrainingBatches
 
 # Share of the available memory that a chosen micro-batch may take.
 USABLE_SHARE = 0.8

@@ -19,15 +19,16 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.files import atomic_file
 from data_prep.tokenizers import Tokenizer
+from lm.answers import Answers
 from lm.checkpoint import Checkpoint
 from lm.config import Config
 from lm.heads import TaskModel, probabilities
-from lm.lessons import Answers, columns_of, encoder_of, outputs_of, task_model
+from lm.lessons import encoder_of, outputs_of, task_model
 from lm.lora import merge_lora
 from lm.run_directory import Run, open_run, warn
 from lm.saving import load_trained
 from lm.starting import starting_trunk
-from lm.tasks import Example, stream_examples
+from lm.tasks import Example, columns_of, stream_examples
 
 EXAMPLES_AT_ONCE = 256  # are held, and packed among themselves
 Answer = dict[str, Any]

@@ -11,19 +11,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from lm.batches import TrainingBatches
+from lm.batch import Batch
 from lm.config import Config
 from lm.corpora import Corpora, open_corpora, with_vocabulary
 from lm.distributed import Ranks
 from lm.gradients import step_gradients
-from lm.metrics import loss_of_readouts
+from lm.metrics import OVERFITTING, Best, loss_of_readouts
 from lm.model import Transformer
-from lm.objectives import Batch
 from lm.plan import FEWEST_STEPS, make_plan, settle_micro_batch, told_data
 from lm.recipes import load_config
-from lm.run_directory import open_run
+from lm.reporter import Reporter
+from lm.run_directory import Run, open_run
 from lm.starting import keep_base, kept_base, load_base
-from lm.trouble import OVERFITTING, Best
+from lm.trainer import carry_out
+from lm.training_batches import TrainingBatches
 from lm.validation import rows_of_validation, validate_readouts
 
 
@@ -157,3 +158,26 @@ class Pretraining:
             "tokens_per_second": round(speed, 1),
             "share_of_peak": round(speed * self.plan.flops_per_token / peak, 4),
         }
+
+
+def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: bool = False) -> Run:
+    """Train ``config`` in the run directory ``path``, or go on with the run that is there.
+
+    Under torchrun every process calls it; the first one writes the files and talks to ``reporter``.
+
+    Args:
+        accept_changes: continue an existing run although settings that shape its training have changed.
+
+    Raises:
+        UserError: the data, the settings and the run directory do not fit together, or the loss is no longer finite.
+        SystemExit: stopped by SIGINT or SIGTERM (status 130 or 143), with a checkpoint written.
+        OSError: a file could not be written (the disk is full, say); finished checkpoints are untouched.
+    """
+    done = carry_out(
+        lambda ranks: Pretraining.open(config, path, ranks),
+        config.training,
+        path,
+        reporter,
+        accept_changes=accept_changes,
+    )
+    return Run(path, done)

@@ -14,14 +14,14 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from lm import __version__
 from lm.checkpoint import Checkpoint
-from lm.config import all_settings, pretraining_settings
+from lm.config import READOUTS, all_settings, pretraining_settings
 from lm.generator import stream
 from lm.infill import fill_masks
+from lm.machine import choose_device
 from lm.metrics import best_validation, overfitting, rows_validated, series, summary
 from lm.model import Transformer, describe
-from lm.objectives import READOUTS
 from lm.page import Panel, draw, render
-from lm.run_directory import Run, choose_device
+from lm.run_directory import Run
 from lm.sampling import Sampling
 
 SAMPLE = Sampling(temperature=0.7, top_p=0.95, max_new_tokens=100)

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from data_prep.errors import UserError
+from data_prep.files import read_json
+from data_prep.tokenizer_load import load_tokenizer
 from data_prep.tokenizers import Tokenizer
 from lm import checkpoint, metrics
-from lm.checkpoint import Checkpoint
+from lm.checkpoint import MODEL, Checkpoint
 from lm.config import Config, all_settings
 from lm.lora import merge_lora
 from lm.model import Transformer
@@ -42,7 +44,7 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.path / "tokenizer.json")
+        return load_tokenizer(self.path / "tokenizer.json")
 
     def latest(self, warn: Callable[[str], None] = warn) -> Checkpoint | None:
         return checkpoint.latest(self.path / CHECKPOINTS, warn)
@@ -156,11 +158,13 @@ def open_run(path: str | Path) -> Run:
     return Run(path, load_config(path / "config.toml"))
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that a setting asks for; "auto" is a GPU if there is one. UserError if it is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        raise UserError(f"device {name} was asked for, but PyTorch {torch.__version__} sees none here")
-    return torch.device(name)
+RESULT = "evaluation.json"
+
+
+def saved_evaluation(run: Run, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What ``evaluate`` found, if this checkpoint is what it was last asked for and the file is whole."""
+    try:
+        known: dict[str, Any] = read_json(run.path / RESULT)
+        return known if known["checkpoint"] == checkpoint.state["sha256"][MODEL] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

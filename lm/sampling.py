@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data_prep.tokenizers import Tokenizer
+
 MOST_LOGPROBS = 20
 LARGEST_UNIFORM = 1 - 2.0**-52  # times a sum it is below the sum, however the product is rounded
 
@@ -138,3 +140,10 @@ def log_probabilities(logits: Tensor, top: int) -> tuple[Tensor, list[tuple[int,
     likeliest = log_p.topk(min(top, len(log_p)))
     pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
     return log_p, [(token, value) for token, value in pairs if value > -math.inf]
+
+
+def writable(logits: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Logits (…, vocabulary), changed in place: -inf for what is no text, that is padding, masks, and rows that only
+    fill the matrix."""
+    logits[..., tokenizer.vocab_size :] = float("-inf")
+    return logits.index_fill_(-1, torch.tensor([tokenizer.padding_id, tokenizer.mask_id]), float("-inf"))

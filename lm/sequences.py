@@ -16,22 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lm.config import Config
-from lm.objectives import READOUTS, Batch, assemble
+from lm.batch import Batch, assemble
 from lm.packing import best_fit
 
 READINGS = ("causal", "bidirectional")
 POOLINGS = ("mean", "last")
-
-
-def usual_reading(config: Config) -> str:
-    """Both ways where the run has learnt to fill masks, else causally."""
-    return "causal" if READOUTS[config.objective.objective] == ("next_token",) else "bidirectional"
-
-
-def usual_pooling(reads: str) -> str:
-    """The last token, if only that one has seen the whole text; else the mean over all."""
-    return "last" if reads == "causal" else "mean"
 
 
 def sequence_of(texts: Sequence[Sequence[int]], end_of_text: int, context_length: int) -> tuple[list[int], bool]:

@@ -73,20 +73,3 @@ def starting_trunk(config: Config, path: Path) -> Transformer:
     if task.method == "lora":
         add_lora(trunk, task.lora_rank, task.lora_alpha, task.lora_matrices, randomness.key(seed, 9) >> 1)
     return trunk.requires_grad_(False) if task.method == "probe" else trunk
-
-
-def learning_rates(config: Config, names: list[str]) -> dict[str, float]:
-    """The share of the learning rate that each of these weights of the model has, by ``layer_decay``.
-
-    The head and the last norm have all of it, the blocks below less, each by that factor, and the embedding the least
-    (Clark et al. 2020, ELECTRA, section 3.1).
-    """
-    layers, decay = config.model.num_layers, config.finetune.layer_decay
-    found = {}
-    for name in names if decay < 1 else ():
-        parts = name.split(".")
-        if "blocks" in parts:
-            found[name] = decay ** (layers - int(parts[parts.index("blocks") + 1]))
-        elif "embedding" in parts:
-            found[name] = decay ** (layers + 1)
-    return found

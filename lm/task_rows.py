@@ -15,34 +15,22 @@ A file of tasks (TOML) uses the names of ``finetune.py``'s settings, and ``test`
 
 from __future__ import annotations
 
-import json
-import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from data_prep.errors import UserError
-from data_prep.files import write_atomically
 from data_prep.records import HUGGING_FACE
 from lm.config import all_settings
-from lm.finetune import finetune, finetune_config
-from lm.lessons import columns_of
-from lm.predict import Predictor, open_predictor
-from lm.predict import predict as predict_all
-from lm.probes import Answers
+from lm.finetune import finetune_config
 from lm.run_directory import Run
-from lm.task_table import TUNED, Examples, Task
-from lm.tasks import Example
-from lm.trainer import Silence
+from lm.task_table import TUNED, Task
+from lm.tasks import columns_of
+from lm.tuned_rows import METHODS
 
 # What a task is; other settings say how its rows are fine-tuned.
 OF_TASK = ("task", "train", "validation", "judged_by", "text_column", "text_pair_column", "label_column")
-METHODS = {"untrained": {"method": "full", "weights": "random"}, "lora": {"method": "lora"}, "full": {"method": "full"}}
 SECTIONS = ("settings", "rows", "tasks")
 
 
@@ -120,67 +108,3 @@ def make_task(
     own = {row: {key: value for key, value in given[row].items() if key not in OF_TASK} for row in TUNED}
     metric = "" if task.judged_by == "auto" else task.judged_by
     return Task(name, task.task, task.train, test, task.validation, metric, columns_of(task), own)
-
-
-class Tuner:
-    """Fine-tunes a row in a run directory of its own, and answers the test examples: a ``lm.task_table.Tune``."""
-
-    def __init__(self, run: Run, device: torch.device) -> None:
-        self.run, self.device = run, device
-
-    def __call__(self, row: str, examples: Examples, seed: int, settings: dict[str, Any], folder: Path) -> Answers:
-        train, validation = examples.parts(seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
-        for file, part in zip(files.values(), (train, validation), strict=True):
-            write_examples(file, part)
-        config = finetune_config(
-            self.run,
-            {
-                **settings,
-                **METHODS[row],
-                **{name: str(file) for name, file in files.items()},
-                "task": examples.task.kind,
-                "judged_by": examples.task.judged_by,
-                "seed": seed,
-                "device": self.device.type,
-            },
-        )
-        done = finetune(config, folder / "run", Silence())
-        start = time.perf_counter()
-        outputs, cut = outputs_of(open_predictor(done.run.path, self.device), examples, examples.test)
-        seconds = learning_seconds(done.run) + time.perf_counter() - start
-        note = f"best at step {done.step:,}" + (f"; {cut:,} test examples longer than the context" if cut else "")
-        return Answers(outputs, done.trained_parameters, note, seconds)
-
-
-def learning_seconds(run: Run) -> float:
-    """The time of a run's optimizer steps, of all its sessions, as far as ``metrics.jsonl`` tells."""
-    seconds, before = 0.0, 0.0
-    for line in run.metrics():
-        if "tokens_per_second" in line:
-            seconds += (line["tokens"] - before) / line["tokens_per_second"]
-            before = line["tokens"]
-    return seconds
-
-
-def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Write examples as JSON lines in the usual columns."""
-    lines = (
-        json.dumps(dict(zip(("text", "text_pair"), example.texts, strict=False)) | {"label": example.label})
-        for example in examples
-    )
-    write_atomically(path, "".join(line + "\n" for line in lines))
-
-
-def outputs_of(predictor: Predictor, examples: Examples, asked: Sequence[Example]) -> tuple[NDArray[np.float64], int]:
-    """A fine-tuned run's answers as ``lm.probes.Answers`` has them, and how many examples were longer than the context.
-
-    A class that it was not shown has probability 0.
-    """
-    found = list(predict_all(predictor, asked))
-    cut = sum(was_cut for _, was_cut in found)
-    if examples.labels is None:
-        return np.array([answer["value"] for answer, _ in found]), cut
-    names = examples.labels.names
-    return np.array([[answer["probabilities"].get(name, 0.0) for name in names] for answer, _ in found]), cut

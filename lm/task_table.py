@@ -27,12 +27,11 @@ from data_prep.errors import UserError
 from data_prep.files import read_json, write_atomically
 from lm import probes
 from lm.features import Reading, Vectors, all_vectors
-from lm.lessons import content_hash
 from lm.model import Transformer
 from lm.probes import Answers, Target
 from lm.run_directory import Run
 from lm.task_metrics import METRICS, metrics_of
-from lm.tasks import Columns, Example, Labels, numbers_of, read_examples
+from lm.tasks import Columns, Example, Labels, content_hash, numbers_of, read_examples
 
 # In the order of the table: its names, and what each is.
 ROWS = {

@@ -16,6 +16,7 @@ contrastive             text, text_pair if there is one             the text or 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.records import known_fields
+from lm.config import FinetuneConfig
 from lm.tables import rows_of
 
 KINDS = ("classification", "regression", "tokens", "choice", "instruction", "contrastive")
@@ -278,3 +280,37 @@ def numbers_of(examples: Sequence[Example]) -> list[float]:
 def _constant(examples: Sequence[Example], label: Any) -> UserError:
     first, last = examples[0].place, examples[-1].place.rpartition(", ")[2]
     return UserError(f'{first} to {last}: every example has the label "{label}": there is nothing to learn from them')
+
+
+def columns_of(task: FinetuneConfig) -> Columns:
+    """Which columns the settings name."""
+    return Columns(
+        text=task.text_column,
+        text_pair=None if task.text_pair_column == "auto" else task.text_pair_column,
+        label=task.label_column,
+        choices=tuple(task.choices_column.split(",")),
+        words=task.words_column,
+        tags=task.tags_column,
+        prompt=task.prompt_column,
+        response=task.response_column,
+    )
+
+
+def content_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 of what examples say, wherever they lie."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.texts, example.label]).encode())
+    return digest.hexdigest()
+
+
+def read_similar(source: str | Path, columns: Columns) -> list[Example]:
+    """Pairs of texts with how alike they are.
+
+    Raises:
+        UserError: as of ``lm.tasks.read_examples``, or there are single texts.
+    """
+    pairs = read_examples(source, "regression", columns)
+    if len(pairs[0].texts) != 2:
+        raise UserError(f"{pairs[0].place}: there is one text, where the similarity of two is asked for")
+    return pairs

@@ -23,13 +23,12 @@ from data_prep.errors import UserError
 from data_prep.sources import STDIN, ReadReport, ReadSettings, parse_sources, parts_of, read_part
 from data_prep.tokenizers import Tokenizer
 from lm import randomness
-from lm.corpora import open_corpora
-from lm.evaluate import token_counts
+from lm.baselines import _unigram
+from lm.config import READOUTS
+from lm.metrics import ReadoutLoss
 from lm.model import Transformer
-from lm.objectives import READOUTS
 from lm.run_directory import Run
 from lm.scoring import Question, ask
-from lm.validation import ReadoutLoss
 
 
 def documents_of(source: str, reading: ReadSettings) -> Iterator[str]:
@@ -174,14 +173,3 @@ def evaluate_text(
         "protocol": f"{documents:,} documents, each in windows of {context} tokens, {how}; a masked readout hides one "
         f"token in {folds} at a time, each behind the mask token, until every token was hidden once",
     }
-
-
-def _unigram(run: Run, counts: np.ndarray, progress: Callable[[str], None]) -> float | None:
-    """Nats of tokens by how common they are in the run's training text (plus one); None where that is gone."""
-    try:
-        corpora = open_corpora(run.config.data.data)
-    except UserError as missing:
-        progress(f"no unigram floor: {missing}")
-        return None
-    trained = token_counts(corpora.split("train"), len(counts)) + 1
-    return float(counts @ (math.log(trained.sum()) - np.log(trained)))

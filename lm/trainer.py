@@ -13,97 +13,25 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic
 
 import torch
-from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from data_prep.files import only_writer_of
 from lm import checkpoint, kernels, trackers
 from lm.config import Config, TrainingConfig
-from lm.continuation import Source, fingerprints, open_or_create, refuse_other_directories
+from lm.continuation import fingerprints, open_or_create, refuse_other_directories
 from lm.distributed import Ranks, joined
 from lm.machine import is_out_of_memory, keep_freed_memory, peak_memory
-from lm.metrics import Interval, MetricsLog
+from lm.metrics import Best, Interval, MetricsLog
 from lm.optim import Optimizer, learning_rate_factor
 from lm.prefetch import Prefetch
-from lm.pretraining import Pretraining
-from lm.run_directory import CHECKPOINTS, METRICS, Run
+from lm.reporter import Reporter, Silence
+from lm.run_directory import CHECKPOINTS, METRICS
 from lm.saving import Saver, load_trained, trained_tensors
-from lm.trouble import ROLL_BACKS, Best, Ladder, Verdict
-
-Batch = TypeVar("Batch")
-
-
-class Work(Source, Protocol[Batch]):
-    """What a run does where runs differ (``lm.pretraining``, ``lm.finetune``); the loop does what they share.
-
-    Whatever is asked of it depends on the settings, the seed and the step alone. ``config`` has every setting, with
-    ``training.steps`` the last step. The weights that are trained and saved are those that require a gradient.
-    """
-
-    config: Config
-
-    def prepare(self, done: int) -> list[str]:
-        """Get ready to go on at step ``done`` and say what a person wants to know first; may change ``config``."""
-        ...
-
-    def model(self) -> nn.Module:
-        """A model with the weights of step 0."""
-        ...
-
-    def rates(self, model: nn.Module) -> dict[str, float]:
-        """Shares of the learning rate, by the name of a parameter; 1 for those left out."""
-        ...
-
-    def batch(self, step: int) -> Batch:
-        """This rank's part of the batch of step ``step``, from 0; called in a thread of its own."""
-        ...
-
-    def gradients(self, model: nn.Module, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Leave a step's gradient in the parameters; each part of its loss (they add up), and that part's share."""
-        ...
-
-    def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
-        """What the log says of a validation, and the number it is judged by: the lower the better; None: by none."""
-        ...
-
-    def remark(self, best: Best) -> str:
-        """What a person should know after a validation; "" for nothing."""
-        ...
-
-    def is_enough(self, best: Best) -> bool:
-        """Whether to end here, a validation having said so."""
-        ...
-
-    def amount(self, steps: int) -> dict[str, float]:
-        """What ``steps`` steps have read, for the log: ``tokens`` and ``epoch``."""
-        ...
-
-    def speed(self, seconds_per_step: float) -> dict[str, float]:
-        """How fast that is, for the log: ``tokens_per_second``, and more where it is known."""
-        ...
-
-
-class Reporter(Protocol):
-    """Who is told how it goes (``lm.progress.TerminalProgress`` on a terminal)."""
-
-    def note(self, text: str) -> None: ...
-    def begin(self, done: int, total: int) -> None: ...
-    def step(self, step: int) -> None: ...
-    def metrics(self, line: dict[str, Any]) -> None: ...
-    def end(self) -> None: ...
-
-
-class Silence:
-    """A ``Reporter`` that tells nobody."""
-
-    def note(self, text: str) -> None: ...
-    def begin(self, done: int, total: int) -> None: ...
-    def step(self, step: int) -> None: ...
-    def metrics(self, line: dict[str, Any]) -> None: ...
-    def end(self) -> None: ...
+from lm.train_module import Batch, Work
+from lm.trouble import ROLL_BACKS, Ladder, Verdict
 
 
 class StopSignal:
@@ -127,29 +55,6 @@ class StopSignal:
         self.received = number
         for s, handler in self.previous.items():
             signal.signal(s, handler)
-
-
-def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: bool = False) -> Run:
-    """Train ``config`` in the run directory ``path``, or go on with the run that is there.
-
-    Under torchrun every process calls it; the first one writes the files and talks to ``reporter``.
-
-    Args:
-        accept_changes: continue an existing run although settings that shape its training have changed.
-
-    Raises:
-        UserError: the data, the settings and the run directory do not fit together, or the loss is no longer finite.
-        SystemExit: stopped by SIGINT or SIGTERM (status 130 or 143), with a checkpoint written.
-        OSError: a file could not be written (the disk is full, say); finished checkpoints are untouched.
-    """
-    done = carry_out(
-        lambda ranks: Pretraining.open(config, path, ranks),
-        config.training,
-        path,
-        reporter,
-        accept_changes=accept_changes,
-    )
-    return Run(path, done)
 
 
 def carry_out(

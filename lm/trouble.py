@@ -28,7 +28,6 @@ RECOVERY = 50  # steps that the weights have to mend themselves after the rate w
 CALM = 10  # good steps in a row after which trouble is over
 ROLL_BACKS = 3  # that may be tried before the run ends
 FORGIVEN = 1000  # good steps in a row after which they are counted anew
-OVERFITTING = 3  # validations in a row worse than the best, after which it is told
 MEMORY = 100  # steps over which the running mean forgets, and the first at which a spike can be told
 
 
@@ -102,20 +101,3 @@ class Ladder:
         self.rate /= 2
         self.roll_backs += 1
         return Verdict.ROLL_BACK if self.roll_backs <= ROLL_BACKS else Verdict.GIVE_UP
-
-
-@dataclass
-class Best:
-    """The best validation so far, and how many since then were worse."""
-
-    step: int = 0
-    loss: float | None = None
-    worse: int = 0
-
-    def add(self, step: int, loss: float) -> bool:
-        """Take in what a validation is judged by, the lower the better; is it the best?"""
-        if math.isfinite(loss) and (self.loss is None or loss < self.loss):
-            self.step, self.loss, self.worse = step, loss, 0
-            return True
-        self.worse += 1
-        return False

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from data_prep.shards import Dataset
-from lm.batches import ValidationRows, vocabulary_of
-from lm.config import Config
+from lm.batches import vocabulary_of
+from lm.config import READOUTS, Config
 from lm.corpora import Corpora
 from lm.distributed import Ranks
+from lm.machine import autocast
+from lm.metrics import ReadoutLoss
 from lm.model import Transformer
-from lm.objectives import READOUTS
-
-
-@dataclass(frozen=True)
-class ReadoutLoss:
-    """``predicted`` tokens were predicted at a mean cost of ``nats_per_token``.
-
-    ``bits_per_byte`` spreads that cost over the text's UTF-8 bytes, which makes tokenizers comparable.
-    """
-
-    nats_per_token: float
-    bits_per_byte: float
-    predicted: int
-
-    def as_dict(self) -> dict[str, float]:
-        return {"nats_per_token": self.nats_per_token, "bits_per_byte": self.bits_per_byte, "predicted": self.predicted}
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Products in bfloat16 where that was asked for, or is fast ("auto" on a GPU); float32 otherwise."""
-    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+from lm.training_batches import ValidationRows
 
 
 def rows_of_validation(dataset: Dataset | Corpora, config: Config) -> dict[str, int]:

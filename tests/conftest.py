@@ -17,8 +17,8 @@ from hypothesis import settings
 from data_prep.pipeline import BuildSettings, build
 from data_prep.shards import Dataset, open_dataset
 from lm.config import Config
+from lm.pretraining import train
 from lm.run_directory import Run
-from lm.trainer import train
 
 torch.set_num_threads(1)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -58,7 +58,8 @@ def embed(
     cut to it; how many were is said at the end.
     """
     from lm.features import reading_of, vectors_of, write_lines, write_vectors
-    from lm.run_directory import choose_device, open_run
+    from lm.machine import choose_device
+    from lm.run_directory import open_run
     from lm.tasks import stream_examples
 
     opened = open_run(run)

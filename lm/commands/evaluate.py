@@ -21,14 +21,11 @@ from lm.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from lm import choices as multiple_choice
-    from lm import minimal_pairs
+    from lm.bootstrap import Accuracy
     from lm.checkpoint import Checkpoint
     from lm.features import Reading
     from lm.run_directory import Run
     from lm.tasks import Columns
-
-    Accuracy = multiple_choice.Accuracy | minimal_pairs.Accuracy
 
 
 @click.command(cls=FriendlyCommand)
@@ -166,7 +163,7 @@ def _as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[s
 
 def _evaluate_text(run: Run, checkpoint: Checkpoint, source: str, text_field: str, stride: int) -> dict[str, Any]:
     from data_prep.documents import ReadSettings
-    from lm.run_directory import choose_device
+    from lm.machine import choose_device
     from lm.text_loss import evaluate_text
 
     result = evaluate_text(
@@ -182,7 +179,7 @@ def _evaluate_text(run: Run, checkpoint: Checkpoint, source: str, text_field: st
 
 def _evaluate_choices(run: Run, checkpoint: Checkpoint, path: str, columns: Columns, as_json: bool) -> None:
     from lm.choices import NORMALISATIONS, evaluate_choices
-    from lm.run_directory import choose_device
+    from lm.machine import choose_device
     from lm.tasks import read_examples
 
     examples = read_examples(path, "choice", columns)
@@ -208,8 +205,9 @@ def _evaluate_choices(run: Run, checkpoint: Checkpoint, path: str, columns: Colu
 def _evaluate_similarity(
     run: Run, checkpoint: Checkpoint, path: str, columns: Columns, reading: Reading, as_json: bool
 ) -> None:
-    from lm.contrastive import read_similar, similarity
-    from lm.run_directory import choose_device
+    from lm.contrastive import similarity
+    from lm.machine import choose_device
+    from lm.tasks import read_similar
 
     pairs = read_similar(path, columns)
     model = run.load_model(choose_device("auto"), checkpoint)
@@ -228,7 +226,7 @@ def _evaluate_pairs(
     run: Run, checkpoint: Checkpoint, path: Path, columns: tuple[str, str], ties: str, as_json: bool
 ) -> None:
     from lm import minimal_pairs
-    from lm.run_directory import choose_device
+    from lm.machine import choose_device
 
     paradigms = minimal_pairs.read_pairs(path, columns)
     model = run.load_model(choose_device("auto"), checkpoint)

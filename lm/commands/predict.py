@@ -36,9 +36,9 @@ def predict(run: Path, source: str, output: str, which: str, device: str) -> Non
 
     Texts are taken as they come and not held, however many there are.
     """
+    from lm.machine import choose_device
     from lm.predict import open_predictor, read_inputs, write_answers
     from lm.predict import predict as answers_to
-    from lm.run_directory import choose_device
 
     predictor = open_predictor(run, choose_device(device), which)
     cut = 0

@@ -28,9 +28,8 @@ from lm.commands.options import checkpoint_option, json_option, run_argument
 @checkpoint_option
 def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: str) -> None:
     """Write RUN/report.html: losses, curves, samples, settings, environment; one file that needs no network."""
-    from lm.evaluate import saved_evaluation
     from lm.report import write_report
-    from lm.run_directory import open_run
+    from lm.run_directory import open_run, saved_evaluation
 
     opened = open_run(run)
     defaults, saved = opened.config.report, opened.checkpoint(which)

@@ -83,7 +83,8 @@ def sample(
     **sampling: Any,
 ) -> None:
     """Write with the model of RUN: continue prompts, fill masks, talk. The text alone goes to stdout."""
-    from lm.run_directory import choose_device, open_run
+    from lm.machine import choose_device
+    from lm.run_directory import open_run
     from lm.sampling import Sampling
 
     settings = Sampling(**sampling)
@@ -143,7 +144,7 @@ def _impossible(
 
 
 def _check_readouts(run: Run, to_continue: object, to_fill: object) -> None:
-    from lm.objectives import READOUTS
+    from lm.config import READOUTS
 
     objective = run.config.objective.objective
     if to_continue and "next_token" not in READOUTS[objective]:
@@ -248,8 +249,8 @@ def _fill(
     run: Run, model: Transformer, text: str, sampling: Sampling | None, rounds: int, top: int, as_json: bool
 ) -> None:
     """Fill one text and print it; ``sampling`` None: with the likeliest tokens."""
+    from lm.config import READOUTS
     from lm.infill import GREEDY, fill_masks
-    from lm.objectives import READOUTS
 
     readout = READOUTS[run.config.objective.objective][-1]
     context_length = run.config.data.context_length

@@ -78,7 +78,8 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError:
         raise UserError('serving needs packages that are not here: pip install "kindling-lm[serve]"') from None
-    from lm.run_directory import choose_device, open_run
+    from lm.machine import choose_device
+    from lm.run_directory import open_run
     from lm.serve.app import make_app
     from lm.serve.guard import LOCAL_NAMES, Door
     from lm.serve.schema import Limits

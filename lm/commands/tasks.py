@@ -66,11 +66,13 @@ def tasks(
     """
     from lm.checkpoint import MODEL
     from lm.features import reading_of
+    from lm.machine import choose_device
     from lm.model import describe
-    from lm.run_directory import choose_device, open_run
+    from lm.run_directory import open_run
     from lm.task_report import write_task_report
-    from lm.task_rows import Tuner, make_task, read_tasks
+    from lm.task_rows import make_task, read_tasks
     from lm.task_table import Maker, read_task
+    from lm.tuned_rows import Tuner
 
     opened, where = open_run(run), choose_device(device)
     chosen, numbers = _rows(rows), _seeds(seeds)

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from data_prep.command_line import USER_ERROR_STATUS, FriendlyCommand
-from data_prep.errors import UserError
+from data_prep.command_line import FriendlyCommand
+from data_prep.errors import USER_ERROR_STATUS, UserError
 from lm.commands.options import json_option, settings_options
 from lm.config import Config, FinetuneConfig, ReportConfig, pretraining_settings
 from lm.recipes import find_recipe, load_config
@@ -75,10 +75,10 @@ def train(
         _print_plan(config, run_path, as_json)
         return
 
-    from lm.evaluate import saved_evaluation
+    from lm.pretraining import train as train_run
     from lm.progress import TerminalProgress
     from lm.report import write_report
-    from lm.trainer import train as train_run
+    from lm.run_directory import saved_evaluation
 
     run = train_run(config, run_path, TerminalProgress(), accept_changes=resume)
     if is_one_of_several() and os.environ["RANK"] != "0":

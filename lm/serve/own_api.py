@@ -14,6 +14,7 @@ from data_prep.tokenizers import Tokenizer
 from lm.infill import MASK_WORD
 from lm.run_directory import METRICS
 from lm.sampling import Sampling
+from lm.scoring import TokenProbability, texts_of_tokens
 from lm.serve.answers import token_name
 from lm.serve.engine import Engine
 from lm.serve.guard import read_body, unless_gone
@@ -29,7 +30,6 @@ from lm.serve.schema import (
     tokens_of,
 )
 from lm.serve.service import Service
-from lm.token_probabilities import TokenProbability, texts_of_tokens
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from typing import Any
 from data_prep.tokenizers import Tokenizer
 from lm.chat import read_template
 from lm.checkpoint import Checkpoint
+from lm.config import READOUTS
 from lm.generator import Generator
 from lm.infill import Filled, fill_masks
 from lm.model import Transformer, describe
-from lm.objectives import READOUTS
 from lm.run_directory import Run, plain_settings
 from lm.sampling import Sampling
+from lm.scoring import TokenProbability, token_probabilities
 from lm.serve.schema import ApiError, Limits
-from lm.token_probabilities import TokenProbability, token_probabilities
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.cleaning import (
-    Cleaner,
-    CleaningReport,
-    CleaningSettings,
-    StepReport,
-    _load_language_identifier,
-    without_control_characters,
-)
+from data_prep.cleaning import Cleaner, CleaningReport, StepReport, without_control_characters
+from data_prep.cleaning_settings import CleaningSettings, _load_language_identifier
 from data_prep.errors import UserError
 
 PROSE = "The keeper of the lighthouse went to sleep with the lamp and never woke that night, though be it said"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import duplicates
-from data_prep.cleaning import CleaningSettings
+from data_prep.cleaning_settings import CleaningSettings
 from data_prep.duplicates import band_rows, find_duplicates, signatures
 from data_prep.errors import UserError
 

@@ -13,6 +13,7 @@ from data_prep.engines import choose_engine
 from data_prep.errors import UserError
 from data_prep.probes import PROBES
 from data_prep.sentencepiece_models import convert_model
+from data_prep.tokenizer_load import load_tokenizer
 from data_prep.tokenizers import Tokenizer
 
 ASCII = "".join(map(chr, range(33, 127)))
@@ -59,7 +60,7 @@ def test_a_model_and_its_tokenizer_json_give_the_same_ids(
     content = model(kind, **{name: value for name, value in options.items() if name != "user_defined_symbols"})
     if "user_defined_symbols" in options:
         content = model.__wrapped__(kind, **options)
-    tokenizer = Tokenizer.load(saved(tmp_path, content))
+    tokenizer = load_tokenizer(saved(tmp_path, content))
     processor = sentencepiece.SentencePieceProcessor(model_proto=content)
     for text in [*PROBES, *TEXTS[:20], *options.get("user_defined_symbols", [])]:
         assert tokenizer.encode(text) == processor.encode(text)

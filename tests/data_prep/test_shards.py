@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.shards import ShardRecord, ShardWriter, SourceSpan, open_dataset, token_dtype
-from data_prep.tokenizers import Tokenizer
+from data_prep.shards import ShardRecord, ShardWriter, SourceSpan, open_dataset
+from data_prep.tokenizers import Tokenizer, token_dtype
 from tests.data_prep.handmade import BYTES, finish_dataset
 
 END = 0

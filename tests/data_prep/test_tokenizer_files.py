@@ -9,15 +9,15 @@ from huggingface_hub import errors
 
 from data_prep.errors import UserError
 from data_prep.tokenizer_files import find_tokenizer_file
+from data_prep.tokenizer_load import load_tokenizer
 from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
-from data_prep.tokenizers import Tokenizer
 
 
 def test_a_file_and_its_folder_are_the_same_tokenizer(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(iter([]), TokenizerSettings("bytes"))
     tokenizer.save(tmp_path / "tokenizer.json")
     (tmp_path / "other.model").write_bytes(b"not looked at")
-    assert Tokenizer.load(tmp_path).sha256 == Tokenizer.load(tmp_path / "tokenizer.json").sha256 == tokenizer.sha256
+    assert load_tokenizer(tmp_path).sha256 == load_tokenizer(tmp_path / "tokenizer.json").sha256 == tokenizer.sha256
 
 
 def test_a_folder_without_exactly_one_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -74,4 +74,4 @@ def test_what_the_hub_refuses_is_told_in_a_sentence(
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(UserError, match=message):
-        Tokenizer.load("someone/model")
+        load_tokenizer("someone/model")

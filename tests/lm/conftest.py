@@ -11,7 +11,7 @@ import pytest
 
 from lm.config import Config
 from lm.finetune import Finetuned, finetune, finetune_config
-from lm.trainer import Silence
+from lm.reporter import Silence
 
 ANIMALS, PLACES = ("fox", "owl", "sparrow", "horse"), ("barn", "market", "river", "sky")
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.shards import SourceSpan, Split
-from lm.batches import BLOCK_ROWS, Ring, TrainingBatches, ValidationRows, vocabulary_of
+from lm.batch import IGNORED, Batch
+from lm.batches import Ring, vocabulary_of
 from lm.corpora import Corpora
-from lm.objectives import IGNORED, Batch
+from lm.order import BLOCK_ROWS
+from lm.training_batches import TrainingBatches, ValidationRows
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
+from lm.pretraining import train
 from lm.recipes import load_config
 from lm.run_directory import open_run
-from lm.trainer import train
 
 
 @pytest.fixture

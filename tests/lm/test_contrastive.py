@@ -10,14 +10,15 @@ from click.testing import CliRunner
 
 from data_prep.errors import UserError
 from lm.cli import main
-from lm.contrastive import ContrastiveLesson, info_nce, similarity
+from lm.contrastive import ContrastiveLesson, similarity
 from lm.features import Reading, all_vectors, reading_of
 from lm.finetune import finetune, finetune_config
+from lm.info_nce import info_nce
 from lm.lessons import settle_reading
+from lm.reporter import Silence
 from lm.run_directory import Run
 from lm.sequences import packed, pooled
 from lm.tasks import Example
-from lm.trainer import Silence
 
 SENTENCES = [
     f"{who} {did} {what}."

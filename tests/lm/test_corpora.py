@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from lm.baselines import token_counts
 from lm.config import Config, corpus_of, inconsistencies
 from lm.corpora import Corpora, JoinedSplit, open_corpora
-from lm.evaluate import evaluate, token_counts
+from lm.evaluate import evaluate
 
 
 @pytest.mark.parametrize(

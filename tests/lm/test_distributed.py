@@ -20,16 +20,17 @@ from safetensors.torch import load_file, save_file
 from data_prep.errors import UserError
 from data_prep.shards import open_dataset
 from lm import checkpoint
-from lm.batches import TrainingBatches
+from lm.batch import Batch
 from lm.config import Config
 from lm.corpora import Corpora
 from lm.distributed import Ranks, joined
 from lm.gradients import step_gradients
 from lm.model import Transformer
-from lm.objectives import Batch
 from lm.optim import Optimizer
 from lm.pretraining import Pretraining
-from lm.trainer import Silence, Training
+from lm.reporter import Silence
+from lm.trainer import Training
+from lm.training_batches import TrainingBatches
 from lm.validation import validate_readouts
 
 ROOT = Path(__file__).parents[2]

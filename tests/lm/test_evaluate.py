@@ -12,7 +12,8 @@ import torch
 from data_prep.errors import UserError
 from data_prep.shards import open_dataset
 from lm import evaluate as evaluation
-from lm.evaluate import compressed_bytes, evaluate, floors, token_counts
+from lm.baselines import compressed_bytes, floors, token_counts
+from lm.evaluate import evaluate
 from lm.run_directory import open_run
 from lm.validation import validate_readouts
 

@@ -18,9 +18,9 @@ from lm.minimal_pairs import Pairs, evaluate_run
 from lm.model import Transformer
 from lm.optim import orthogonalise
 from lm.predict import open_predictor, predict, read_inputs
+from lm.pretraining import train
 from lm.run_directory import Run
 from lm.sampling import Sampling
-from lm.trainer import train
 from lm.validation import validate_readouts
 from tests.lm.test_finetune import StopAt
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
+from lm.answers import Answers
 from lm.distributed import Ranks
 from lm.finetune import Finetuning, settle_steps
-from lm.lessons import Answers, HeadLesson, settle_reading
-from lm.starting import BASE, keep_base, learning_rates, starting_trunk
+from lm.layer_decay import learning_rates
+from lm.lessons import HeadLesson, settle_reading
+from lm.starting import BASE, keep_base, starting_trunk
 from lm.tasks import Example
 
 

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def adapted(task_settings, tmp_path_factory):
-    from lm.trainer import Silence
+    from lm.reporter import Silence
 
     path = tmp_path_factory.mktemp("adapted") / "run"
     return finetune(task_settings("classification", method="lora", epochs=1), path, Silence()).run

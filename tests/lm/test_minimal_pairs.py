@@ -9,8 +9,9 @@ import torch
 from click.testing import CliRunner
 
 from data_prep.errors import UserError
+from lm.baselines import unigram_likelihoods
 from lm.cli import main
-from lm.minimal_pairs import Pairs, evaluate_pairs, evaluate_run, read_pairs, scores, unigram_likelihoods
+from lm.minimal_pairs import Pairs, evaluate_pairs, evaluate_run, read_pairs, scores
 from lm.run_directory import Run
 
 

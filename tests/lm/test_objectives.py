@@ -10,17 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm import masks
-from lm.config import ObjectiveConfig
-from lm.objectives import (
-    IGNORED,
-    READOUTS,
-    Batch,
-    Vocabulary,
-    make_batch,
-    masked_rows,
-    rows_of_windows,
-    validation_batch,
-)
+from lm.batch import IGNORED, Batch, Vocabulary, rows_of_windows
+from lm.config import READOUTS, ObjectiveConfig
+from lm.objectives import make_batch, masked_rows, validation_batch
 
 VOCABULARY = Vocabulary(size=50, end_of_text=0, mask=2)
 

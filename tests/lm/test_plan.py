@@ -9,15 +9,15 @@ from click.testing import CliRunner
 
 from data_prep.errors import UserError
 from lm import plan, pretraining
-from lm.batches import TrainingBatches
 from lm.cli import main
 from lm.corpora import Corpora
 from lm.machine import machine_rate
 from lm.memory import step_memory
 from lm.model import Transformer
 from lm.plan import DryStep, choose_rows, dry_step, plan_run, settle_micro_batch, told_bytes, told_time
+from lm.pretraining import train
 from lm.recipes import find_recipe, load_config
-from lm.trainer import train
+from lm.training_batches import TrainingBatches
 
 CPU = torch.device("cpu")
 MEMORY = 10**11

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from lm.batches import TrainingBatches
-from lm.objectives import Batch
+from lm.batch import Batch
 from lm.prefetch import Prefetch
+from lm.training_batches import TrainingBatches
 
 
 def thread_is_running() -> bool:

@@ -9,10 +9,9 @@ from click.testing import CliRunner
 from data_prep.errors import UserError
 from lm.cli import main
 from lm.distributed import Ranks
-from lm.pretraining import Pretraining
+from lm.pretraining import Pretraining, train
 from lm.run_directory import open_run
 from lm.starting import BASE
-from lm.trainer import train
 from tests.lm.test_finetune import StopAt
 
 

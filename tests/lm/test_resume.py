@@ -25,9 +25,9 @@ from lm import checkpoint
 from lm.config import Config
 from lm.metrics import MetricsLog
 from lm.optim import Optimizer
+from lm.pretraining import train
 from lm.recipes import load_config
 from lm.run_directory import Run
-from lm.trainer import train
 from lm.trouble import Ladder, Verdict
 
 ROOT = Path(__file__).parent.parent.parent

@@ -8,7 +8,8 @@ import torch
 
 from data_prep.errors import UserError
 from lm import checkpoint
-from lm.run_directory import choose_device, open_run
+from lm.machine import choose_device
+from lm.run_directory import open_run
 
 
 @pytest.fixture

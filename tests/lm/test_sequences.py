@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.sequences import packed, pooled, sequence_of, usual_pooling, usual_reading
+from lm.config import usual_pooling, usual_reading
+from lm.sequences import packed, pooled, sequence_of
 
 END = 0
 

@@ -11,9 +11,10 @@ from click.testing import CliRunner
 
 from data_prep.errors import UserError
 from lm.cli import main
-from lm.task_rows import Tuner, learning_seconds, make_task, read_tasks
+from lm.task_rows import make_task, read_tasks
 from lm.task_table import TUNED, read_task
 from lm.tasks import Example
+from lm.tuned_rows import Tuner, learning_seconds
 
 CLASSES = {"good": ("found", "painted"), "bad": ("lost", "sold"), "odd": ("watched", "forgot")}
 QUICK = {"epochs": 1, "batch_examples": 16, "learning_rate": 0.01, "dropout": 0.0}
@@ -126,7 +127,7 @@ def test_a_class_that_the_fine_tuning_was_not_shown_has_probability_zero(trained
     examples = read_task(task)
     answers = [({"probabilities": {"good": 0.75}, "label": "good"}, False)]
     monkeypatch.setattr("lm.task_rows.predict_all", lambda predictor, asked: iter(answers))
-    from lm.task_rows import outputs_of
+    from lm.tuned_rows import outputs_of
 
     assert outputs_of(None, examples, [Example(("x",), "good", "f")])[0].tolist() == [[0.0, 0.75]]
 

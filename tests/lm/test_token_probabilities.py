@@ -7,8 +7,7 @@ import torch
 
 from data_prep.errors import UserError
 from lm.model import Transformer
-from lm.scoring import log_likelihoods
-from lm.token_probabilities import texts_of_tokens, token_probabilities
+from lm.scoring import log_likelihoods, texts_of_tokens, token_probabilities
 
 TEXT = "The old miller found a café."
 

@@ -14,8 +14,8 @@ import pytest
 from data_prep.errors import UserError
 from lm import trackers
 from lm.metrics import MetricsLog
+from lm.pretraining import train
 from lm.trackers import open_trackers, require, values_of
-from lm.trainer import train
 
 ROOT = Path(__file__).parent.parent.parent
 LOSS = {"step": 10, "tokens": 2560, "epoch": 0.5, "loss": 3.0, "gradient_norm": 1.5, "tokens_per_second": 100.0}

@@ -10,15 +10,16 @@ import torch
 from data_prep.errors import UserError
 from data_prep.files import only_writer_of
 from lm import checkpoint
-from lm.batches import TrainingBatches
+from lm.batch import Batch
 from lm.config import all_settings
 from lm.continuation import FIXED_SETTINGS, FREE_SETTINGS
 from lm.corpora import Corpora
 from lm.gradients import step_gradients
 from lm.model import Transformer
-from lm.objectives import Batch
+from lm.pretraining import train
 from lm.recipes import load_config
-from lm.trainer import told_memory, train
+from lm.trainer import told_memory
+from lm.training_batches import TrainingBatches
 
 
 @pytest.mark.parametrize("objective", ["next_token", "masked_token", "masked_next_token", "hybrid"])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from lm import checkpoint, pretraining, trainer
-from lm.trouble import CALM, FORGIVEN, MEMORY, RECOVERY, ROLL_BACKS, SKIPS, Best, Ladder, Verdict
+from lm.metrics import Best
+from lm.trouble import CALM, FORGIVEN, MEMORY, RECOVERY, ROLL_BACKS, SKIPS, Ladder, Verdict
 
 
 def calm_ladder(loss: float = 2.0, noise: float = 0.1) -> Ladder:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lm.batches import ValidationRows, vocabulary_of
-from lm.validation import autocast, rows_of_validation, validate, validate_readouts
+from lm.batches import vocabulary_of
+from lm.machine import autocast
+from lm.training_batches import ValidationRows
+from lm.validation import rows_of_validation, validate, validate_readouts
 
 
 @pytest.fixture(scope="module")
