@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.side_by_side import in_turn
-from data_prep.builtin_corpus import builtin_documents
-from data_prep.cleaning import Cleaner
-from data_prep.cleaning_settings import CleaningSettings
-from data_prep.duplicates import signatures
+from data_prep.cleaning.cleaner import Cleaner
+from data_prep.cleaning.duplicates import signatures
+from data_prep.cleaning.settings import CleaningSettings
+from data_prep.sources.builtin_corpus import builtin_documents
 
 DOCUMENT_CHARACTERS = 4096
 DOCUMENTS = 300

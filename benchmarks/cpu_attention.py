@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.side_by_side import in_turn, table
-from lm import masks
-from lm.kernels import attention_torch
+from lm.kernels import attention_torch, masks
 
 # name: rows, tokens, heads, key heads, width, mean document length (0: whole rows), how many rows are read both ways
 CASES = {

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import in_turn, table
-from lm import optim
-from lm.config import ModelConfig
+from lm.config.settings import ModelConfig
+from lm.training import optimizer
 
 CASES = ((128, 4), (256, 2), (384, 2), (768, 1))  # width, layers
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    ways = {"five rounds of products": optim._by_products, "one inverse": optim._by_inverse}
+    ways = {"five rounds of products": optimizer._by_products, "one inverse": optimizer._by_inverse}
     for width, layers in CASES:
         torch.manual_seed(0)
         stacks = stacks_of(width, layers)

@@ -6,7 +6,7 @@
 Both take random tokens through forward, backward, clipping to norm 1 and a step of AdamW: nanoGPT by its ``model.py``
 and what its ``train.py`` does in a step, Kindling by the functions that ``train.py`` calls. ``--compiled`` adds nanoGPT
 under torch.compile. Tokens are per CPU second of all threads together. Each candidate has a process of its own, which
-Kindling arranges as ``train.py`` does (``lm.machine.keep_freed_memory``).
+Kindling arranges as ``train.py`` does (``lm.model.device.keep_freed_memory``).
 
 The rate of a step is its model's FLOPs (as ``Transformer.flops_per_token`` counts them) over its CPU seconds, times the
 threads; the machine's is the best that its matrix products reach with as many threads, by the clock.
@@ -27,13 +27,13 @@ import numpy as np
 import torch
 
 from benchmarks.side_by_side import apart_in_turn
-from lm.batch import Vocabulary, rows_of_windows
-from lm.config import Config, ModelConfig
-from lm.gradients import step_gradients
-from lm.machine import keep_freed_memory, machine_rate
-from lm.model import Transformer
-from lm.objectives import make_batch
-from lm.optim import Optimizer
+from lm.config.settings import Config, ModelConfig
+from lm.data.batch import Vocabulary, rows_of_windows
+from lm.model.device import keep_freed_memory, machine_rate
+from lm.model.transformer import Transformer
+from lm.objectives.text import make_batch
+from lm.training.gradients import step_gradients
+from lm.training.optimizer import Optimizer
 
 # name: layers, heads, width, context, rows, steps in a turn. The first is nanoGPT's for a CPU, the second that of its
 # config/train_shakespeare_char.py with 16 rows.

@@ -240,7 +240,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
 
 def write_ranks(tokenizer: Path, path: Path) -> None:
     """The tokenizer's merges as tiktoken wants them."""
-    from data_prep.tokenizers import BYTE_OF_CHARACTER
+    from data_prep.tokenizers.tokenizer import BYTE_OF_CHARACTER
 
     described = json.loads(tokenizer.read_text(encoding="utf-8"))
     special = {token["content"] for token in described["added_tokens"]}

@@ -4,7 +4,7 @@
 
 An untrained model with drawn weights (256 wide, 8 layers, 8 heads, vocabulary of 8,192) is exported both ways; each
 then reads prompts of 128 tokens and writes 256 more, the likeliest each time, in turn. The time is that of everything,
-prompts included. Ours is ``lm.generator.Generator``, with --compiled as well with its step compiled; ``transformers``
+prompts included. Ours is ``generator.Generator``, with --compiled as well with its step compiled; ``transformers``
 its ``generate`` as it comes; llama.cpp (``pip install llama-cpp-python``, built on the machine; left out where it is
 not) its library, all rows in one batch, the cache of keys and values in float32 too. All have ``--threads`` threads.
 Told beside the medians: tokens for each CPU second of all threads, how many of the tokens are ours (after the first
@@ -33,16 +33,16 @@ import torch
 import transformers
 
 from benchmarks.side_by_side import in_turn
-from data_prep.builtin_corpus import builtin_documents
-from data_prep.tokenizer_training import TokenizerSettings, train_tokenizer
-from lm import checkpoint
-from lm.config import Config
-from lm.export import export_huggingface, unwritable_ids
-from lm.export_gguf import export_gguf
-from lm.generator import Generator
-from lm.model import Transformer
-from lm.run_directory import Run, open_run, plain_settings
-from lm.sampling import Sampling
+from data_prep.sources.builtin_corpus import builtin_documents
+from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from lm.config.settings import Config
+from lm.export.gguf import export_gguf
+from lm.export.huggingface import export_huggingface, unwritable_ids
+from lm.inference.generator import Generator
+from lm.inference.sampling import Sampling
+from lm.model.transformer import Transformer
+from lm.runs import checkpoint
+from lm.runs.directory import Run, open_run, plain_settings
 
 PROMPT, WRITTEN = 128, 256
 SHAPE = {"num_layers": 8, "hidden_size": 256, "num_heads": 8, "vocab_size": 8192, "context_length": 512}

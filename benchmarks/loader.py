@@ -22,12 +22,21 @@ import numpy as np
 import torch
 
 from benchmarks.side_by_side import in_turn
-from data_prep.pipeline import BuildSettings, build
-from data_prep.shards import MANIFEST, Dataset, ShardRecord, ShardWriter, Split, index_bytes, open_dataset, split_totals
-from lm.config import OBJECTIVES, Config
-from lm.corpora import Corpora
-from lm.packing import plan_rows
-from lm.training_batches import TrainingBatches
+from data_prep.pipeline.build import BuildSettings, build
+from data_prep.shards.tokens import (
+    MANIFEST,
+    Dataset,
+    ShardRecord,
+    ShardWriter,
+    Split,
+    index_bytes,
+    open_dataset,
+    split_totals,
+)
+from lm.config.settings import OBJECTIVES, Config
+from lm.data.corpora import Corpora
+from lm.data.packing import plan_rows
+from lm.objectives.batches import TrainingBatches
 
 ROWS, CONTEXT, BATCHES = 12, 1024, 100
 TOKENS, DOCUMENT_MEDIAN, SHARD_TOKENS = 24_000_000, 500, 2**22

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from data_prep.pipeline import BuildSettings, build
+from data_prep.pipeline.build import BuildSettings, build
 
 # Presets, and the batches that they are given here.
 BATCHES = {
@@ -29,7 +29,7 @@ BATCHES = {
 
 def train_py(*arguments: object) -> str:
     """Call the console command's ``train`` in a process of its own; return what it prints."""
-    command = [sys.executable, "-c", "from lm.cli import main; main()", "train", *map(str, arguments)]
+    command = [sys.executable, "-c", "from lm.cli.main import main; main()", "train", *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

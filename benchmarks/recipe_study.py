@@ -21,13 +21,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from lm.config import Config
-from lm.corpora import open_corpora
-from lm.optim import Optimizer
-from lm.pretraining import train
-from lm.reporter import Silence
-from lm.run_directory import open_run
-from lm.validation import validate_readouts
+from lm.config.settings import Config
+from lm.data.corpora import open_corpora
+from lm.runs.directory import open_run
+from lm.training.optimizer import Optimizer
+from lm.training.pretraining import train
+from lm.training.reporter import Silence
+from lm.training.validation import validate_readouts
 
 BASE: dict[str, Any] = {
     "num_layers": 4,

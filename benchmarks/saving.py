@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.cpu_cross_entropy import resident
-from lm import checkpoint
-from lm.checkpoint import Retention
-from lm.model import Transformer, describe
-from lm.optim import Optimizer
-from lm.recipes import find_recipe, load_config
-from lm.saving import Saver, snapshot
+from lm.config.recipes import find_recipe, load_config
+from lm.model.transformer import Transformer, describe
+from lm.runs import checkpoint
+from lm.runs.checkpoint import Retention
+from lm.runs.checkpoint_writer import Saver, snapshot
+from lm.training.optimizer import Optimizer
 
 ROUNDS = 15
 

@@ -6,7 +6,7 @@
 Both have 4 layers, 4 heads, width 128, context 64, batches of 12 rows, no dropout and as many steps. They read the same
 characters: the first nine tenths of the text for training, the rest for validation. For each seed, in turn:
 
-- kindling: ``lm.trainer.train`` with the recipe as it is.
+- kindling: ``lm.training.trainer.train`` with the recipe as it is.
 - kindling, short: the same with ``--reach-steps`` steps, for the CPU seconds to the loss ``--reach``.
 - nanoGPT: its ``model.py``, with the loop and the schedule of its ``train.py`` in our words, set as its readme says for
   a CPU. (``train.py`` itself cannot be asked for the loss on a whole split.) ``--tuned`` gives another peak rate.
@@ -38,11 +38,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_prep.convert import import_dataset
-from data_prep.pipeline import BuildSettings, build
-from data_prep.shards import open_dataset
-from lm.pretraining import train
-from lm.recipes import find_recipe, load_config
+from data_prep.pipeline.build import BuildSettings, build
+from data_prep.shards.convert import import_dataset
+from data_prep.shards.tokens import open_dataset
+from lm.config.recipes import find_recipe, load_config
+from lm.training.pretraining import train
 
 CONTEXT, ROWS = 64, 12
 # nanoGPT's config/train_shakespeare_char.py, and what its readme changes for a CPU.

@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-from data_prep.pipeline import BuildSettings, build
-from data_prep.shards import Dataset, open_dataset
-from lm.config import Config
-from lm.pretraining import train
-from lm.run_directory import Run
+from data_prep.pipeline.build import BuildSettings, build
+from data_prep.shards.tokens import Dataset, open_dataset
+from lm.config.settings import Config
+from lm.runs.directory import Run
+from lm.training.pretraining import train
 
 torch.set_num_threads(1)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lm.config import pretraining_settings
+from lm.config.settings import pretraining_settings
 
 ROOT = Path(__file__).parent.parent
 LONG = ("--context-length", "65536")
@@ -89,7 +89,7 @@ def test_evaluation_and_report_follow(run):
     assert answer["step"] == 30
     table = succeed("evaluate.py", run).stdout
     assert f"{answer['validation']['next_token']['bits_per_byte']:.4f}" in table
-    told = succeed("-c", "from lm.cli import main; main()", "report", run)
+    told = succeed("-c", "from lm.cli.main import main; main()", "report", run)
     assert told.stdout.strip() == str(run / "report.html")
     assert "Loss on the validation split" in (run / "report.html").read_text(encoding="utf-8")
 
@@ -137,7 +137,7 @@ PROGRAMS = {
     "finetune": ["finetune.py"],
     "evaluate": ["evaluate.py"],
     "build": ["-m", "data_prep", "build"],
-    "kindling": ["-c", "from lm.cli import main; main()"],
+    "kindling": ["-c", "from lm.cli.main import main; main()"],
 }
 
 
@@ -157,7 +157,7 @@ def test_help_is_quick(name):
 def test_help_and_mistakes_do_not_wait_for_torch():
     code = """
 import sys
-from lm.cli import main
+from lm.cli.main import main
 for arguments in (["train", "--help"], ["sample", "--help"], ["evaluate", "--help"], ["finetune", "--help"],
                   ["predict", "--help"], ["train", "tiny", "--stpes", "3"]):
     try:

@@ -17,8 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.gpu.timing import milliseconds
-from lm import masks
-from lm.kernels import attention, reference
+from lm.kernels import attention, masks, reference
 
 torch._functorch.config.donated_buffer = False  # flex's backward pass is called again and again, on one graph
 MASKS = ("causal", "full", "packed", "hybrid")

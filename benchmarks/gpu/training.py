@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from benchmarks.cpu_training import kindling_step, nanogpt_module
-from lm.config import Config
-from lm.machine import machine_rate
-from lm.model import Transformer
+from lm.config.settings import Config
+from lm.model.device import machine_rate
+from lm.model.transformer import Transformer
 
 LAYERS, HEADS, WIDTH, CONTEXT, VOCABULARY = 12, 12, 768, 1024, 50304
 ROWS, AT_ONCE = 64, 32  # of a step, and of a micro-batch

@@ -4,10 +4,10 @@
 """
 
 from lm.kernels.cross_entropy import linear_cross_entropy
+from lm.kernels.dispatch import describe, eager_on_cpu
 from lm.kernels.interval_attention import attention
-from lm.kernels.paths import describe, eager_on_cpu
-from lm.kernels.products import linear
-from lm.kernels.projections import projections
+from lm.kernels.matmul import linear
+from lm.kernels.qkv_projection import projections
 from lm.kernels.rms_norm import rms_norm
 from lm.kernels.rotary import rotary
 from lm.kernels.swiglu import swiglu

@@ -23,8 +23,7 @@ from typing import Any
 import click
 import torch
 
-from lm import masks
-from lm.kernels import paths
+from lm.kernels import dispatch, masks
 
 SNAPSHOT = Path(__file__).with_name("aot.json")
 ARCHITECTURES = (80, 90, 120)
@@ -237,7 +236,7 @@ def main(update: bool, architectures: tuple[str, ...], only: str) -> None:
     """Compile every kernel for sm_80, sm_90 and sm_120, without a GPU."""
     import triton
 
-    if paths.interpreted():
+    if dispatch.interpreted():
         raise click.UsageError("unset TRITON_INTERPRET: interpreted kernels are not compiled")
     tasks = [
         (int(architecture), case)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lm.kernels import configurations
+from lm.kernels import tile_sizes
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -336,7 +336,7 @@ def forward(
     q, k, v = (row_major(x) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(rows, heads, queries, dtype=accumulator(q.dtype), device=q.device)
-    chosen = configurations.choose("attention_forward", q.dtype, width)
+    chosen = tile_sizes.choose("attention_forward", q.dtype, width)
     grid = (rows * heads * triton.cdiv(queries, chosen.block_m),)
     if grid[0]:
         attention_forward[grid](
@@ -361,13 +361,13 @@ def backward(
     delta = torch.empty_like(lse)
     sizes = (scale, softcap, queries, keys, heads, heads // kv_heads)
 
-    chosen = configurations.choose("attention_query_gradient", q.dtype, width)
+    chosen = tile_sizes.choose("attention_query_gradient", q.dtype, width)
     attention_query_gradient[(rows * heads * triton.cdiv(queries, chosen.block_m),)](
         q, k, v, lo, hi, out, lse, grad_out, delta, grad_q, *strides(q, k, v), *sizes,
         **constants(q, softcap), **chosen.arguments(),
     )  # fmt: skip
 
-    chosen = configurations.choose("attention_key_gradient", q.dtype, width)
+    chosen = tile_sizes.choose("attention_key_gradient", q.dtype, width)
     blocks = triton.cdiv(keys, chosen.block_n)
     ranges = torch.empty(rows, blocks, 4, dtype=torch.int32, device=q.device)
     attention_query_ranges[(rows * blocks,)](
@@ -399,7 +399,7 @@ def constants(q: Tensor, softcap: float) -> dict[str, object]:
     width = q.shape[-1]
     return {
         "WIDTH": width,
-        "BLOCK_D": configurations.padded(width),
+        "BLOCK_D": tile_sizes.padded(width),
         "SOFTCAP": softcap > 0,
         "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
         # Triton's own default would compute float32 in tf32; here PyTorch's switch says whether that is wanted.

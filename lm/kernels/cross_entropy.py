@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm.kernels import paths, reference
-from lm.kernels.products import times
+from lm.kernels import dispatch, reference
+from lm.kernels.matmul import times
 
 # Tokens and logits of a chunk, at most. Each chunk reads all of the head's weight and writes all of its gradient, so
 # the products want many rows: at 2^21 logits (64 tokens, with 32,768 words) the head takes up to twice as long on a CPU
@@ -56,13 +56,13 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(device))
     _check(hidden, weight, targets, loss_weights)
-    if paths.reference_is_asked_for():
+    if dispatch.reference_is_asked_for():
         return reference.linear_cross_entropy(
             hidden, weight.to(hidden.dtype), targets, loss_weights=loss_weights, softcap=softcap, z_loss=z_loss
         )
     asked = torch.is_grad_enabled()
     needs = (asked and hidden.requires_grad, asked and weight.requires_grad)
-    operator = _Direct.apply if paths.eager_on_cpu(hidden) and paths.has_memory(hidden) else _operator
+    operator = _Direct.apply if dispatch.eager_on_cpu(hidden) and dispatch.has_memory(hidden) else _operator
     return operator(hidden, weight, targets, loss_weights, float(softcap), float(z_loss), *needs)[0]
 
 
@@ -90,7 +90,7 @@ def compute(
 
     The scalar is the largest loss weight: the gradients are kept relative to it, so that none vanishes in float16.
     """
-    path = paths.choose(hidden)
+    path = dispatch.choose(hidden)
     precise = torch.promote_types(hidden.dtype, torch.float32)
     # A CPU multiplies 16-bit numbers 5 to 80 times as slowly as float32, unless it is of a recent kind.
     factors = precise if path == "torch" and hidden.device.type == "cpu" else hidden.dtype

@@ -12,15 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lm.kernels import configurations
-from lm.kernels.attention_triton import (
-    LN2,
-    accumulator,
-    attend_tile,
-    constants,
-    row_major,
-    strides,
-)  # fmt: skip
+from lm.kernels import tile_sizes
+from lm.kernels.attention_triton import LN2, accumulator, attend_tile, constants, row_major, strides
 
 KEYS_PER_PART = 256
 MOST_QUERIES = 64  # queries of one key-value head, those of its whole group counted
@@ -121,8 +114,8 @@ def forward(
     lse = torch.empty(rows, heads, queries, dtype=precise, device=q.device)
     if not lines:
         return out, lse
-    chosen, known = configurations.choose("decoding_part", q.dtype, width), constants(q, softcap)
-    lines_of_a_tile = max(chosen.block_m, configurations.padded(queries * heads // kv_heads))
+    chosen, known = tile_sizes.choose("decoding_part", q.dtype, width), constants(q, softcap)
+    lines_of_a_tile = max(chosen.block_m, tile_sizes.padded(queries * heads // kv_heads))
     decoding_part[(rows * kv_heads * parts,)](
         q, k, v, lo.contiguous(), hi.contiguous(), part_out, part_lse, *strides(q, k, v), scale, softcap,
         queries, keys, heads, heads // kv_heads, parts,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lm.kernels import attention_torch, paths, reference
+from lm.kernels import attention_torch, dispatch, reference
 
 
 def attention(
@@ -17,7 +17,7 @@ def attention(
     """Softmax attention in which each query sees one contiguous run of keys, ``lo <= key < hi``.
 
     Any intervals give the right result. Work is proportional to what is visible where neither bound decreases along a
-    row, as in all masks of ``lm.masks``. The same inputs give the same bits, gradients included.
+    row, as in all masks of ``lm.kernels.masks``. The same inputs give the same bits, gradients included.
 
     Args:
         q: (B, Tq, H, D), float32, bfloat16 or float16 (float64 too, but not by Triton on a GPU). Under autocast all
@@ -38,9 +38,9 @@ def attention(
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     _check(q, k, v, lo, hi, scale, softcap)
-    if paths.reference_is_asked_for():
+    if dispatch.reference_is_asked_for():
         return reference.attention(q, k, v, lo, hi, scale=scale, softcap=softcap)
-    forward = _Direct.apply if paths.eager_on_cpu(q) and paths.has_memory(q) else _forward
+    forward = _Direct.apply if dispatch.eager_on_cpu(q) and dispatch.has_memory(q) else _forward
     return forward(q, k, v, lo, hi, scale, float(softcap))
 
 
@@ -69,7 +69,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    if paths.choose(q) == "triton":
+    if dispatch.choose(q) == "triton":
         from lm.kernels import attention_triton, decoding_triton
 
         forward = decoding_triton.forward if decoding_triton.serves(q, k) else attention_triton.forward
@@ -91,7 +91,7 @@ def _backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
     scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if paths.choose(q) == "triton":
+    if dispatch.choose(q) == "triton":
         from lm.kernels.attention_triton import backward
     else:
         backward = attention_torch.backward

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lm import masks
+from lm.kernels import masks
 
 
 def attention(

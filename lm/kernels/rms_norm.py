@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lm.kernels import paths
+from lm.kernels import dispatch
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
     ``epsilon`` is added to the mean square. The result is of x's dtype.
     """
-    if not paths.eager_on_cpu(x):
+    if not dispatch.eager_on_cpu(x):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), epsilon)
     out: Tensor = _RMSNorm.apply(x, weight, epsilon)
     return out

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm.kernels import paths, reference
+from lm.kernels import dispatch, reference
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, epsilon: float = 0.0) -> Tensor:
@@ -27,7 +27,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, ep
     Returns:
         (B, T, H, D) in x's dtype, computed in float32 at least.
     """
-    if paths.reference_is_asked_for() or not (x.is_cuda or paths.interpreted()):
+    if dispatch.reference_is_asked_for() or not (x.is_cuda or dispatch.interpreted()):
         return reference.rotary(x, cos, sin, weight, epsilon)
     out: Tensor = _forward(x, cos, sin, weight, epsilon)
     return out
@@ -35,7 +35,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, ep
 
 @torch.library.custom_op("kindling::rotary", mutates_args=())
 def _forward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
-    if paths.choose(x) != "triton":
+    if dispatch.choose(x) != "triton":
         return reference.rotary(x, cos, sin, weight, epsilon)
     from lm.kernels import rotary_triton
 
@@ -52,7 +52,7 @@ def _backward(
     grad_out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight (empty without a weight)."""
-    if paths.choose(x) == "triton":
+    if dispatch.choose(x) == "triton":
         from lm.kernels import rotary_triton
 
         return rotary_triton.backward(grad_out, x, cos, sin, weight, epsilon)

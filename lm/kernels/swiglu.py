@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lm.kernels import paths, reference
-from lm.kernels.products import times, transposed_times
+from lm.kernels import dispatch, reference
+from lm.kernels.matmul import times, transposed_times
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """``(silu(x @ gate.T) * (x @ up.T)) @ down.T`` (Shazeer 2020): x (…, D), gate and up (F, D), down (D, F)."""
-    if not paths.eager_on_cpu(x):
+    if not dispatch.eager_on_cpu(x):
         return reference.swiglu(x, gate, up, down)
     out: Tensor = _SwiGLU.apply(x, gate, up, down)
     return out

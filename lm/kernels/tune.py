@@ -16,9 +16,8 @@ from multiprocessing import get_context
 import click
 import torch
 
-from lm import masks
-from lm.kernels import configurations, paths
-from lm.kernels.configurations import Configuration
+from lm.kernels import dispatch, masks, tile_sizes
+from lm.kernels.tile_sizes import Configuration
 
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = {"16": torch.bfloat16, "32": torch.float32}
@@ -72,12 +71,12 @@ def workloads(width: int, dtype: torch.dtype, device: torch.device) -> dict[str,
 @contextmanager
 def using(kernel: str, configuration: Configuration) -> Iterator[None]:
     """Let one kernel run in another configuration than the table's."""
-    choose = configurations.choose
-    configurations.choose = lambda name, *rest: configuration if name == kernel else choose(name, *rest)
+    choose = tile_sizes.choose
+    tile_sizes.choose = lambda name, *rest: configuration if name == kernel else choose(name, *rest)
     try:
         yield
     finally:
-        configurations.choose = choose
+        tile_sizes.choose = choose
 
 
 def fastest(
@@ -110,14 +109,14 @@ def compile_ahead(case: tuple[str, str, int, Configuration]) -> None:
 @click.option("--bits", "sizes", multiple=True, type=click.Choice(list(DTYPES)))
 def main(kernels: tuple[str, ...], widths: tuple[str, ...], sizes: tuple[str, ...]) -> None:
     """Time the kernels of the table in other configurations, and keep what is at least 2 % faster."""
-    if not torch.cuda.is_available() or paths.obstacle_to_triton(torch.device("cuda")):
+    if not torch.cuda.is_available() or dispatch.obstacle_to_triton(torch.device("cuda")):
         raise click.UsageError("there is no CUDA GPU here that the kernels run on: the table can only be tuned on one")
     import triton.testing
 
     device = torch.device("cuda")
     architecture = "".join(map(str, torch.cuda.get_device_capability(device)))
-    table = configurations.table()
-    mine = table.setdefault(architecture, copy.deepcopy(table[configurations.nearest(architecture)]))
+    table = tile_sizes.table()
+    mine = table.setdefault(architecture, copy.deepcopy(table[tile_sizes.nearest(architecture)]))
     asked = list(itertools.product(sizes or DTYPES, map(int, widths or map(str, WIDTHS))))
     cases = [
         (kernel, bits, width, choice)
@@ -143,7 +142,7 @@ def main(kernels: tuple[str, ...], widths: tuple[str, ...], sizes: tuple[str, ..
             mine[kernel][bits][width] = kept
             told = f"{before} {times.get(before, float('nan')):.3f} ms"
             click.echo(f"{kernel} {bits} bits, heads of {width}: {told} → {kept} {times[kept]:.3f} ms")
-            configurations.TABLE.write_text(configurations.to_json(table), encoding="utf-8")
+            tile_sizes.TABLE.write_text(tile_sizes.to_json(table), encoding="utf-8")
     click.echo("now: make kernels-aot UPDATE=--update, and look at what changed")
 
 

@@ -10,9 +10,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from data_prep.tokenizers import Tokenizer
-from lm.generator import Event
-from lm.text_stream import TextStream
+from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.inference.detokenizer import TextStream
+from lm.inference.generator import Event
 
 END_OF_EVENTS = "data: [DONE]\n\n"
 

@@ -18,12 +18,12 @@ from starlette.staticfiles import StaticFiles
 from data_prep.errors import UserError
 from lm.serve.engine import BusyError, Engine, FailedError, StoppedError
 from lm.serve.guard import Door, Guard, error_of, error_response
+from lm.serve.kindling_api import Own
 from lm.serve.openai_api import OpenAI
-from lm.serve.own_api import Own
 from lm.serve.schema import ApiError
 from lm.serve.service import Service
 
-PAGE = Path(__file__).parent.parent / "templates" / "serve"
+PAGE = Path(__file__).parent / "static"
 
 
 def make_app(service: Service, door: Door) -> Starlette:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from data_prep.errors import UserError
-from lm.generator import Event
-from lm.sampling import Sampling
+from lm.inference.generator import Event
+from lm.inference.sampling import Sampling
 
 Piece = TypeVar("Piece")
 
@@ -38,7 +38,7 @@ class FailedError(Exception):
 
 
 class Writer(Protocol):
-    """What the engine needs of ``lm.generator.Generator``."""
+    """What the engine needs of ``lm.inference.generator.Generator``."""
 
     def add(self, prompt: Sequence[int], sampling: Sampling) -> int: ...
     def step(self) -> list[Event]: ...

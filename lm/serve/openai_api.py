@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from lm.chat import PLAIN_STOPS, render
+from lm.inference.chat_template import PLAIN_STOPS, render
 from lm.serve.answers import (
     ChatShape,
     CompletionShape,

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data_prep.tokenizers import Tokenizer
-from lm.sampling import MOST_LOGPROBS, Sampling
+from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.inference.sampling import MOST_LOGPROBS, Sampling
 
 LARGEST_SEED = 2**63
 MOST_CHOICES = 128

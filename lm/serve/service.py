@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.tokenizers import Tokenizer
-from lm.chat import read_template
-from lm.checkpoint import Checkpoint
-from lm.config import READOUTS
-from lm.generator import Generator
-from lm.infill import Filled, fill_masks
-from lm.model import Transformer, describe
-from lm.run_directory import Run, plain_settings
-from lm.sampling import Sampling
-from lm.scoring import TokenProbability, token_probabilities
+from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.config.settings import READOUTS
+from lm.inference.chat_template import read_template
+from lm.inference.fill_mask import Filled, fill_masks
+from lm.inference.generator import Generator
+from lm.inference.sampling import Sampling
+from lm.inference.scoring import TokenProbability, token_probabilities
+from lm.model.transformer import Transformer, describe
+from lm.runs.checkpoint import Checkpoint
+from lm.runs.directory import Run, plain_settings
 from lm.serve.schema import ApiError, Limits
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from data_prep.cli import main
+from data_prep.cli.main import main
 
 
 def english_like(seed: int, paragraphs: int) -> str:

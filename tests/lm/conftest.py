@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lm.config import Config
-from lm.finetune import Finetuned, finetune, finetune_config
-from lm.reporter import Silence
+from lm.config.settings import Config
+from lm.finetuning.finetune import Finetuned, finetune, finetune_config
+from lm.training.reporter import Silence
 
 ANIMALS, PLACES = ("fox", "owl", "sparrow", "horse"), ("barn", "market", "river", "sky")
 

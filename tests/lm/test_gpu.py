@@ -5,24 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lm import checkpoint, masks
-from lm.cache import KVCache, ReadingPrompt
-from lm.config import Config, ModelConfig
-from lm.corpora import open_corpora
-from lm.decoding import decoder
-from lm.features import Reading, all_vectors
-from lm.finetune import finetune
-from lm.generator import stream
-from lm.kernels import linear_cross_entropy
-from lm.minimal_pairs import Pairs, evaluate_run
-from lm.model import Transformer
-from lm.optim import orthogonalise
-from lm.predict import open_predictor, predict, read_inputs
-from lm.pretraining import train
-from lm.run_directory import Run
-from lm.sampling import Sampling
-from lm.validation import validate_readouts
-from tests.lm.test_finetune import StopAt
+from lm.config.settings import Config, ModelConfig
+from lm.data.corpora import open_corpora
+from lm.evaluation.minimal_pairs import Pairs, evaluate_run
+from lm.finetuning.finetune import finetune
+from lm.finetuning.predict import open_predictor, predict, read_inputs
+from lm.inference.decoding import decoder
+from lm.inference.embedding import Reading, all_vectors
+from lm.inference.generator import stream
+from lm.inference.kv_cache import KVCache, ReadingPrompt
+from lm.inference.sampling import Sampling
+from lm.kernels import linear_cross_entropy, masks
+from lm.model.transformer import Transformer
+from lm.runs import checkpoint
+from lm.runs.directory import Run
+from lm.training.optimizer import orthogonalise
+from lm.training.pretraining import train
+from lm.training.validation import validate_readouts
+from tests.lm.finetuning.test_finetune import StopAt
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")

@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lm import masks
-from lm.kernels import attention, configurations, decoding_triton, paths, reference
+from lm.kernels import attention, decoding_triton, dispatch, masks, reference, tile_sizes
 
-INTERPRETED = paths.interpreted()
+INTERPRETED = dispatch.interpreted()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 EXACT = torch.float64 if INTERPRETED else torch.float32
 KINDS = ("causal", "full", "packed", "window", "padding", "prefix", "blind", "anything")
@@ -29,7 +28,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     """Small tiles, so that short rows have empty, full and partial ones; on a GPU also the table's own (None)."""
     chosen = getattr(request, "param", (32, 16))
     if chosen is not None:
-        monkeypatch.setattr(configurations, "choose", lambda *_: configurations.Configuration(*chosen, 4, 1))
+        monkeypatch.setattr(tile_sizes, "choose", lambda *_: tile_sizes.Configuration(*chosen, 4, 1))
     return chosen
 
 

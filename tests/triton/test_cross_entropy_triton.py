@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lm.kernels import cross_entropy, cross_entropy_triton, linear_cross_entropy, paths, reference
+from lm.kernels import cross_entropy, cross_entropy_triton, dispatch, linear_cross_entropy, reference
 
-INTERPRETED = paths.interpreted()
+INTERPRETED = dispatch.interpreted()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 EXACT = torch.float64 if INTERPRETED else torch.float32
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lm.kernels import paths, reference, rotary, rotary_triton
+from lm.kernels import dispatch, reference, rotary, rotary_triton
 
-INTERPRETED = paths.interpreted()
+INTERPRETED = dispatch.interpreted()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 EXACT = torch.float64 if INTERPRETED else torch.float32
 

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from click.testing import CliRunner
 
-from lm import masks
-from lm.kernels import aot, attention_triton
+from lm.kernels import aot, attention_triton, masks
 from lm.kernels.aot import Compiled
 
 GOOD = Compiled(registers=128, spilled_bytes=0, shared_bytes=65536, warps=8, wgmma=24, mma=0, tma=0)

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lm import masks
-from lm.kernels import attention_torch, reference
+from lm.kernels import attention_torch, masks, reference
 
 KINDS = ["causal", "full", "packed", "window", "prefix", "padding", "blind", "wild"]
 HEADS = st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)])
@@ -36,7 +35,7 @@ def costs(*, cut_often: bool) -> Iterator[None]:
 
 
 def intervals(kind: str, rows: int, queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random intervals; the kinds that ``lm.masks`` makes are cut down or moved where queries and keys differ."""
+    """Random intervals; the kinds that ``masks`` makes are cut down or moved where queries and keys differ."""
     starts, both_ways = torch.rand(rows, queries) < 0.1, torch.rand(rows) < 0.5
     if kind == "wild":
         lo, hi = torch.randint(-5, keys + 5, (2, rows, queries), dtype=torch.int32)

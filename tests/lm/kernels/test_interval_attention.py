@@ -5,10 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm import masks
-from lm.config import ModelConfig
-from lm.kernels import attention, reference
-from lm.model import Transformer
+from lm.config.settings import ModelConfig
+from lm.kernels import attention, masks, reference
+from lm.model.transformer import Transformer
 
 
 def heads(rows: int, queries: int, keys: int, counts: tuple[int, int], width: int, dtype=torch.float64):

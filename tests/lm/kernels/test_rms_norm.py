@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lm.kernels import paths, rms_norm
+from lm.kernels import dispatch, rms_norm
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 7), (1, 1)])
@@ -44,5 +44,5 @@ def test_narrow_numbers_and_the_reference_take_pytorchs_own(monkeypatch):
     weight = torch.rand(8)
     x = torch.randn(2, 8)
     assert rms_norm(x.bfloat16(), weight, 1e-6).dtype == torch.bfloat16
-    monkeypatch.setenv(paths.SETTING, "reference")
+    monkeypatch.setenv(dispatch.SETTING, "reference")
     assert torch.equal(rms_norm(x, weight, 1e-6), F.rms_norm(x, (8,), weight, 1e-6))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lm.kernels import paths, rotary
+from lm.kernels import dispatch, rotary
 
 
 def inputs(dtype=torch.float64):
@@ -33,7 +33,7 @@ def test_the_operator_without_triton_is_the_same(monkeypatch, normed):
     plain = rotary(*arguments)
     direction = torch.randn_like(plain)
     expected = torch.autograd.grad(plain, wanted, direction)
-    monkeypatch.setattr(paths, "interpreted", lambda: True)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: True)
     operator = rotary(*arguments)
     assert "kindling" in operator.grad_fn.name().lower()
     assert torch.equal(operator, plain)

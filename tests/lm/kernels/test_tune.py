@@ -4,8 +4,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from lm.kernels import configurations, tune
-from lm.kernels.configurations import Configuration
+from lm.kernels import tile_sizes, tune
+from lm.kernels.tile_sizes import Configuration
 
 STANDING, OTHER, BROKEN = Configuration(64, 64, 4, 2), Configuration(128, 64, 4, 2), Configuration(128, 128, 4, 4)
 
@@ -23,7 +23,7 @@ def timer(milliseconds: dict[Configuration, float]):
 
 
 def call() -> Configuration:
-    return configurations.choose("attention_forward", torch.bfloat16, 64)
+    return tile_sizes.choose("attention_forward", torch.bfloat16, 64)
 
 
 @pytest.mark.parametrize(("faster", "kept"), [(0.5, OTHER), (0.99, STANDING), (2.0, STANDING)])
@@ -41,15 +41,15 @@ def test_what_cannot_run_here_is_passed_over_even_if_it_stands_in_the_table():
 
 
 def test_only_the_tuned_kernel_runs_in_the_other_configuration(monkeypatch):
-    monkeypatch.setattr(configurations, "choose", lambda *_: STANDING)
+    monkeypatch.setattr(tile_sizes, "choose", lambda *_: STANDING)
     with tune.using("attention_forward", OTHER):
         assert call() == OTHER
-        assert configurations.choose("decoding_part", torch.bfloat16, 64) == STANDING
+        assert tile_sizes.choose("decoding_part", torch.bfloat16, 64) == STANDING
     assert call() == STANDING
 
 
 def test_candidates_are_tiles_that_the_kernels_take():
-    for kernel in configurations.table()["90"]:
+    for kernel in tile_sizes.table()["90"]:
         for bits in tune.DTYPES:
             for choice in tune.candidates(kernel, bits):
                 assert min(choice.block_m, choice.block_n) >= 16

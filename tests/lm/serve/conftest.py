@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from lm.generator import Event, Generator
-from lm.run_directory import Run
-from lm.sampling import Sampling
+from lm.inference.generator import Event, Generator
+from lm.inference.sampling import Sampling
+from lm.runs.directory import Run
 from lm.serve.app import make_app
 from lm.serve.guard import Door
 from lm.serve.schema import Limits

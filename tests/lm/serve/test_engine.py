@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from data_prep.errors import UserError
-from lm.generator import Event
-from lm.sampling import Sampling
+from lm.inference.generator import Event
+from lm.inference.sampling import Sampling
 from lm.serve.engine import Asked, BusyError, Engine, FailedError, StoppedError
 
 ENDLESS = 10**9

@@ -15,11 +15,11 @@ from functools import partial
 import openai
 import pytest
 
-from lm.chat import PLAIN_STOPS, render
-from lm.generator import stream
-from lm.run_directory import open_run
-from lm.sampling import Sampling
-from lm.scoring import log_likelihoods
+from lm.inference.chat_template import PLAIN_STOPS, render
+from lm.inference.generator import stream
+from lm.inference.sampling import Sampling
+from lm.inference.scoring import log_likelihoods
+from lm.runs.directory import open_run
 from lm.serve import openai_api, server
 from lm.serve.engine import _Job
 from lm.serve.schema import Limits

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.sampling import Sampling
+from lm.inference.sampling import Sampling
 from lm.serve.schema import ApiError, Limits, of_choice, parse_json, read_chat, read_completion, tokens_of
 
 LIMITS = Limits(new_tokens=500)

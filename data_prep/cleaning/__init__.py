@@ -1,0 +1,1 @@
+"""What is changed in documents, and which are left out."""

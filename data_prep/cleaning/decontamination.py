@@ -1,0 +1,142 @@
+"""Texts that a model will be judged by, found again in what it would be trained on, by runs of words they share.
+
+After Brown et al. (2020), "Language Models are Few-Shot Learners", appendix C, arXiv:2005.14165: a document that shares
+a run of 13 words with an evaluation text, without regard to case and punctuation, is contaminated. Here the whole
+document goes, not only the part around the run.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.cleaning.ngrams import Hashes, WordHashes, ngram_hashes, ngram_hashes_of_lengths, plain_words
+from data_prep.errors import UserError
+from data_prep.sources.reading import unpacked_name
+from data_prep.sources.storage import UnreadableError, open_stream
+from data_prep.sources.text_files import with_equal_newlines
+
+FEWEST_WORDS = 5  # a text of fewer words is everywhere, and tells nothing
+SHOWN_WORDS = 10
+_TABLE_SLOTS_PER_HASH = 16
+_BLANK_LINES = re.compile(r"\n\s*\n")
+
+
+class EvaluationTexts:
+    """The runs of ``ngram`` words of all texts in the files, ready to be looked for.
+
+    A text of fewer words, but at least ``FEWEST_WORDS``, is looked for as a whole. Takes about 40 bytes a run.
+    Raises ``UserError`` for a file that cannot be read as text, and for one without any text long enough.
+    """
+
+    def __init__(self, files: Sequence[Path], ngram: int, word_hashes: WordHashes) -> None:
+        self._word_hashes = word_hashes
+        self._labels: list[str] = []
+        self._lengths: set[int] = set()
+        runs: list[Hashes] = []
+        owners: list[npt.NDArray[np.int32]] = []
+        for path in files:
+            before = len(runs)
+            for text in evaluation_texts(path):
+                found = self._runs_of(text, ngram)
+                if len(found):
+                    runs.append(found)
+                    owners.append(np.full(len(found), len(self._labels), np.int32))
+                    self._labels.append(f'"{" ".join(text.split()[:SHOWN_WORDS])}" of {path.name}')
+            if len(runs) == before:
+                raise UserError(
+                    f'"{path}" has no text of {FEWEST_WORDS} words or more to keep out of the training text'
+                )
+        self._make_table(np.concatenate(runs), np.concatenate(owners))
+
+    def _runs_of(self, text: str, ngram: int) -> Hashes:
+        words = self._word_hashes.of(plain_words(text))
+        length = min(ngram, len(words))
+        if length < ngram and length < FEWEST_WORDS:
+            return words[:0]
+        self._lengths.add(length)
+        return ngram_hashes(words, length)
+
+    def _make_table(self, hashes: Hashes, owners: npt.NDArray[np.int32]) -> None:
+        """Sorted hashes with their texts, and a table by leading bits that says at once that a hash is not there."""
+        self._hashes, first = np.unique(hashes, return_index=True)
+        self._owners = owners[first]
+        bits = max(16, (_TABLE_SLOTS_PER_HASH * len(self._hashes)).bit_length())
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(1 << bits, np.bool_)
+        self._table[self._hashes >> self._shift] = True
+
+    def match(self, text: str) -> str:
+        """The first words and the file of an evaluation text that shares a run of words with this one, or ""."""
+        words = self._word_hashes.of(plain_words(text))
+        runs = np.concatenate(list(ngram_hashes_of_lengths(words, self._lengths)))
+        likely = runs[self._table[runs >> self._shift]]
+        places = np.minimum(np.searchsorted(self._hashes, likely), len(self._hashes) - 1)
+        found = places[self._hashes[places] == likely]
+        return self._labels[self._owners[found[0]]] if len(found) else ""
+
+
+def evaluation_texts(path: Path) -> Iterator[str]:
+    """The texts of an evaluation file, which may be packed as a source may be.
+
+    In .jsonl each string of a record, however deep, is a text, and in .csv and .tsv each field. Any other file is
+    text: its paragraphs, which blank lines separate, or its lines if there is no blank line.
+    """
+    content = _read_text(path)
+    name = unpacked_name(path.name)
+    if name.endswith(".jsonl"):
+        return _texts_of_records(path, content)
+    if name.endswith((".csv", ".tsv")):
+        return _texts_of_table(path, content, "\t" if name.endswith(".tsv") else ",")
+    return iter(_BLANK_LINES.split(content) if _BLANK_LINES.search(content.strip()) else content.split("\n"))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with open_stream(str(path)) as stream:
+            content = b"".join(stream.blocks())
+    except UnreadableError as error:
+        raise UserError(f'the evaluation file "{path}" {error}: name one that can be read') from None
+    if stream.damage:
+        raise UserError(f'"{path}" is damaged ({stream.damage}): get a whole copy, or leave it out')
+    try:
+        return with_equal_newlines(content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f'"{path}" is not UTF-8 text ({error.reason}): convert it, or leave it out') from None
+
+
+def _texts_of_records(path: Path, content: str) -> Iterator[str]:
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'"{path}", line {number} is no JSON ({error}): mend the line, or leave it out') from None
+        yield from _strings_in(record)
+
+
+def _texts_of_table(path: Path, content: str, delimiter: str) -> Iterator[str]:
+    rows = csv.reader(io.StringIO(content), delimiter=delimiter)
+    try:
+        for row in rows:
+            yield from row
+    except csv.Error as error:
+        raise UserError(f'"{path}", line {rows.line_num} is no table ({error}): mend it, or leave it out') from None
+
+
+def _strings_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        values: Iterable[Any] = value.values() if isinstance(value, dict) else value
+        for inner in values:
+            yield from _strings_in(inner)

@@ -1,0 +1,1 @@
+"""A build: restartable, over many workers, the same bytes each time."""

@@ -1,0 +1,1 @@
+"""The bytes of a dataset, and of other programs' datasets."""

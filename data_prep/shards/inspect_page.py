@@ -1,0 +1,71 @@
+"""What ``inspect`` found as one page: pictures, tables, and texts with each token marked. It needs no network."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+CURVE_WIDTH, CURVE_HEIGHT = 640.0, 240.0  # of the drawing, in its own units
+SHADES = 4
+
+
+def render_page(found: dict[str, Any]) -> str:
+    """HTML of the result of ``data_prep.shards.inspect.inspect_dataset``, all that comes from the dataset escaped."""
+    page = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("inspect.html")
+    tokenizer, fingerprint = found["tokenizer"], found["fingerprint"][:16]
+    return page.render(
+        name=Path(found["directory"]).resolve().name,
+        lead=f"{tokenizer['kind']} tokenizer of {tokenizer['vocab_size']:,} tokens; dataset {fingerprint}",
+        splits={name: _shown(split, tokenizer["end_of_text_id"]) for name, split in found["splits"].items()},
+    )
+
+
+def _shown(split: dict[str, Any], end_of_text_id: int) -> dict[str, Any]:
+    if split["documents"] == 0:
+        return split
+    most = max(row["documents"] for row in split["length_histogram"])
+    window = [_spans(part, end_of_text_id) for part in split["window"]]
+    return split | {
+        "bars": [row | {"percent": round(100 * row["documents"] / most, 2)} for row in split["length_histogram"]],
+        "curve": _curve(split["rank_frequency"]),
+        "texts": [sample | {"spans": _spans(sample, end_of_text_id)} for sample in split["samples"]],
+        "window_spans": [span for part in window for span in part],
+    }
+
+
+def _spans(shown: dict[str, Any], end_of_text_id: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": token,
+            "text": text,
+            "shade": "end" if token == end_of_text_id else f"s{number % SHADES}",
+            "breaks": text.endswith("\\n"),  # a newline, as token_text writes it
+        }
+        for number, (token, text) in enumerate(zip(shown["ids"], shown["token_texts"], strict=True))
+    ]
+
+
+def _curve(points: list[list[int]]) -> dict[str, Any]:
+    """Count against rank, both on logarithmic axes: the line's points and the marks of the axes, in drawing units."""
+    last_rank, most = points[-1][0], points[0][1]
+    across = CURVE_WIDTH / max(math.log10(last_rank), 1)
+    up = CURVE_HEIGHT / max(math.log10(most), 1)
+    places = [(math.log10(rank) * across, CURVE_HEIGHT - math.log10(count) * up) for rank, count in points]
+    return {
+        "width": CURVE_WIDTH,
+        "height": CURVE_HEIGHT,
+        "line": " ".join(f"{x:.1f},{y:.1f}" for x, y in places),
+        "ranks": [{"at": round(n * across, 1), "label": f"{10**n:,}"} for n in range(int(math.log10(last_rank)) + 1)],
+        "counts": [
+            {"at": round(CURVE_HEIGHT - n * up, 1), "label": f"{10**n:,}"} for n in range(int(math.log10(most)) + 1)
+        ],
+    }

@@ -1,0 +1,75 @@
+"""The manifest of a dataset: what is there, and what decided it. Nothing in it tells a time or a place."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import write_atomically
+from data_prep.shards.tokens import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER_FILE,
+    ShardRecord,
+    split_totals,
+)
+from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
+
+
+def make_manifest(
+    tokenizer: Tokenizer,
+    shards: Mapping[str, Sequence[ShardRecord]],
+    *,
+    split_rule: dict[str, str],
+    sources: list[dict[str, Any]],
+    settings: dict[str, Any],
+    left_out: dict[str, int],
+    cleaning: dict[str, Any],
+    corpus_sha256: str | None,
+    encoders: dict[str, str],
+) -> dict[str, Any]:
+    """The manifest of ``shards``; what each entry means is in ``docs/shard-format.md``."""
+    return {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "tokenizer": {
+            "file": TOKENIZER_FILE,
+            "sha256": tokenizer.sha256,
+            "kind": tokenizer.kind,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text_id": tokenizer.end_of_text_id,
+        },
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "split_rule": split_rule,
+        "sources": sources,
+        "settings": settings,
+        "left_out": left_out,
+        "cleaning": cleaning,
+        "corpus_sha256": corpus_sha256,
+        "splits": {split: split_totals(list(shards[split])) for split in SPLITS},
+        "versions": {
+            "kindling": _version_of("kindling-lm"),
+            "tokenizers": _version_of("tokenizers"),
+            "sentencepiece": _version_of("sentencepiece"),
+            "python": platform.python_version(),
+            "encoders": encoders,
+        },
+    }
+
+
+def save_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write ``manifest.json``, which makes ``directory`` a finished dataset."""
+    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"

@@ -1,0 +1,443 @@
+"""The shard format, and the only file that knows its bytes. ``docs/shard-format.md`` describes it for other programs.
+
+A dataset is a directory::
+
+    manifest.json       what is there, with a checksum of every file; written last, so it marks a finished dataset
+    tokenizer.json      the tokenizer that made the tokens
+    train-00000.bin     tokens, one after the other; each document ends with the end-of-text token
+    train-00000.idx     where each document begins, in Megatron's index layout
+    validation-…        the same for the validation split
+
+The number is that of the part of the input that the shard was made of; a part that fills several shards calls the
+further ones ``train-00000_01`` and so on. A document lies wholly in one shard. Files appear under their names only when
+they are complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate, groupby
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.files import atomic_file, parse_json, sha256_of_file
+from data_prep.tokenizers.load import load_tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
+
+FORMAT_NAME = "kindling-shards"
+FORMAT_VERSION = 2
+SPLITS = ("train", "validation")
+MANIFEST = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+# Exist in the directory from a build's first step to its last; see journal.py.
+JOURNAL = "build.json"
+WORK = "work"
+
+DEFAULT_SHARD_TOKENS = 2**26
+VERIFYING_THREADS = 4
+LARGEST_SHARD_TOKENS = 2**28  # keeps every offset that other readers hold in 32 bits in range
+MOST_OPEN_SHARDS = 4096  # a process may have 65,530 maps on Linux
+
+IDX_MAGIC = b"MMIDIDX\x00\x00"
+IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+IDX_VERSION = 1
+MEGATRON_CODES = {"uint16": 8, "int32": 4}
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest says of one shard.
+
+    ``source`` counts the manifest's sources from 0. ``first`` and ``last`` are the places of its first and last
+    document in that source, such as ``folder/book.txt:65536``.
+    """
+
+    name: str
+    source: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    words: int
+    bin_sha256: str
+    idx_sha256: str
+    first: str
+    last: str
+
+
+class ShardWriter:
+    """Writes a part's documents of one split as shards. A context manager: leaving it without an error finishes the
+    last shard.
+
+    ``finished`` holds the shards that an interrupted call already wrote; writing goes on after them. ``on_finished``
+    is called with each new shard's record, after both of its files are on the disk.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        split: str,
+        *,
+        vocab_size: int,
+        part: int = 0,
+        source: int = 0,
+        shard_tokens: int = DEFAULT_SHARD_TOKENS,
+        finished: Sequence[ShardRecord] = (),
+        on_finished: Callable[[ShardRecord], None] = lambda record: None,
+    ) -> None:
+        self.records = list(finished)
+        self._directory = directory
+        self._stem = f"{split}-{part:05d}"
+        self._source = source
+        self._vocab_size = vocab_size
+        self._dtype = token_dtype(vocab_size)
+        self._shard_tokens = shard_tokens
+        self._on_finished = on_finished
+        self._open: _OpenShard | None = None
+
+    def add(self, tokens: np.ndarray, *, text_bytes: int, words: int, place: str = "") -> None:
+        """Append one document: its tokens, the end-of-text token included; its size in bytes of UTF-8 and in words;
+        its place in the source."""
+        signed = tokens.dtype.kind != "u"
+        if tokens.size == 0 or (signed and int(tokens.min()) < 0) or int(tokens.max()) >= self._vocab_size:
+            raise ValueError(f"a document needs tokens, each at least 0 and below the vocabulary of {self._vocab_size}")
+        if self._open is not None and self._open.tokens + tokens.size > self._shard_tokens:
+            self._finish_shard()
+        if self._open is None:
+            name = f"{self._stem}_{len(self.records):02d}" if self.records else self._stem
+            self._open = _OpenShard(self._directory, name, self._dtype, self._source)
+        self._open.add(tokens.astype(self._dtype, copy=False), text_bytes, words, place)
+
+    def _finish_shard(self) -> None:
+        assert self._open is not None
+        record = self._open.finish()
+        self._open = None
+        self.records.append(record)
+        self._on_finished(record)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._open is None:
+            return
+        if kind is None:
+            self._finish_shard()
+        else:
+            self._open.abandon(kind, error, traceback)
+
+
+class _OpenShard:
+    """The shard being written: its tokens go straight to the disk, only four bytes a document stay in memory."""
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], source: int) -> None:
+        self.tokens = 0
+        self._directory = directory
+        self._name = name
+        self._dtype = dtype
+        self._source = source
+        self._lengths = array("i")
+        self._text_bytes = 0
+        self._words = 0
+        self._first = self._last = ""
+        self._hash = hashlib.sha256()
+        self._stack = ExitStack()
+        self._file: IO[bytes] = self._stack.enter_context(atomic_file(directory / f"{name}.bin", sync_name=False))
+
+    def add(self, tokens: np.ndarray, text_bytes: int, words: int, place: str) -> None:
+        content = tokens.tobytes()
+        self._hash.update(content)
+        self._file.write(content)
+        if not self._lengths:
+            self._first = place
+        self._last = place
+        self._lengths.append(tokens.size)
+        self.tokens += tokens.size
+        self._text_bytes += text_bytes
+        self._words += words
+
+    def finish(self) -> ShardRecord:
+        self._stack.close()
+        index = index_bytes(np.frombuffer(self._lengths, dtype=np.int32), self._dtype)
+        with atomic_file(self._directory / f"{self._name}.idx") as file:
+            file.write(index)
+        return ShardRecord(
+            name=self._name,
+            source=self._source,
+            tokens=self.tokens,
+            documents=len(self._lengths),
+            text_bytes=self._text_bytes,
+            words=self._words,
+            bin_sha256=self._hash.hexdigest(),
+            idx_sha256=hashlib.sha256(index).hexdigest(),
+            first=self._first,
+            last=self._last,
+        )
+
+    def abandon(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+
+def count_words(content: bytes) -> int:
+    """The runs of bytes above the space, so that spaces and control characters part words."""
+    above = np.frombuffer(content, np.uint8) > 32
+    return int(np.count_nonzero(above[1:] > above[:-1])) + int(above[:1].sum())
+
+
+def index_bytes(lengths: np.ndarray, dtype: np.dtype[Any]) -> bytes:
+    """A shard's ``.idx`` file, from the number of tokens of each of its documents."""
+    count = len(lengths)
+    starts = np.zeros(count, dtype="<i8")
+    np.cumsum(lengths[:-1], out=starts[1:])
+    return b"".join(
+        [
+            IDX_HEADER.pack(IDX_MAGIC, IDX_VERSION, MEGATRON_CODES[dtype.name], count, count + 1),
+            lengths.astype("<i4").tobytes(),
+            (starts * dtype.itemsize).tobytes(),
+            np.arange(count + 1, dtype="<i8").tobytes(),  # every sequence is a document
+        ]
+    )
+
+
+def index_size(documents: int) -> int:
+    """The bytes of an ``.idx`` file."""
+    return IDX_HEADER.size + 12 * documents + 8 * (documents + 1)
+
+
+def split_totals(records: list[ShardRecord]) -> dict[str, Any]:
+    """A split's entry in the manifest: its totals, then its shards."""
+    counted = ("tokens", "documents", "text_bytes", "words")
+    totals: dict[str, Any] = {name: sum(getattr(record, name) for record in records) for name in counted}
+    return totals | {"shards": [asdict(record) for record in records]}
+
+
+@dataclass(frozen=True)
+class SourceSpan:
+    """The tokens ``start`` to ``stop`` (exclusive) of a split's stream, which are whole documents of one source."""
+
+    name: str
+    weight: float
+    start: int
+    stop: int
+
+
+class Split:
+    """One split of a dataset, read as one stream of tokens across its shards.
+
+    A shard's tokens are mapped when they are first read, and at most ``MOST_OPEN_SHARDS`` stay mapped. Reading is safe
+    from several threads.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        dtype: np.dtype[Any],
+        totals: dict[str, Any],
+        sources: Sequence[dict[str, Any]],
+    ) -> None:
+        self.name = name
+        self.tokens: int = totals["tokens"]
+        self.documents: int = totals["documents"]
+        self.text_bytes: int = totals["text_bytes"]
+        self.words: int = totals["words"]
+        self.records = [ShardRecord(**record) for record in totals["shards"]]
+        self._directory = directory
+        self._dtype = dtype
+        self._sources = sources
+        self._ends = list(accumulate(record.tokens for record in self.records))
+        self._tokens_of = lru_cache(maxsize=MOST_OPEN_SHARDS)(self._map)
+
+    @property
+    def source_spans(self) -> list[SourceSpan]:
+        """Where each source's tokens stand in the stream, in its order; sources without tokens here are left out."""
+        spans: list[SourceSpan] = []
+        stop = 0
+        for number, records in groupby(self.records, lambda record: record.source):
+            start, stop = stop, stop + sum(record.tokens for record in records)
+            spans.append(SourceSpan(self._sources[number]["name"], self._sources[number]["weight"], start, stop))
+        return spans
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop`` (exclusive) of the stream, ``uint16`` or ``int32``, shape ``(stop - start,)``.
+
+        The array may be a read-only view of the file; copy it before you change it.
+        """
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop} of a split of {self.tokens}")
+        parts = list(self._pieces(start, stop))
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fill ``out``, one-dimensional and of any integer type, with the tokens from ``start`` on."""
+        if not 0 <= start <= self.tokens - len(out):
+            raise IndexError(f"tokens {start} to {start + len(out)} of a split of {self.tokens}")
+        filled = 0
+        for part in self._pieces(start, start + len(out)):
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """The same tokens as read-only views of the shards that they lie in."""
+        shard = bisect_right(self._ends, start)
+        while start < stop:
+            shard_start = self._ends[shard] - self.records[shard].tokens
+            shard_stop = min(stop, self._ends[shard])
+            yield self._tokens_of(shard)[start - shard_start : shard_stop - shard_start]
+            start = shard_stop
+            shard += 1
+
+    def document_lengths(self) -> np.ndarray:
+        """The tokens of each document, its end-of-text token included: ``int32``, shape ``(documents,)``."""
+        lengths = [self.shard_lengths(record) for record in self.records]
+        return np.concatenate(lengths) if lengths else np.empty(0, np.int32)
+
+    def shard_lengths(self, record: ShardRecord) -> np.ndarray:
+        """``document_lengths`` of one shard."""
+        path = self._directory / f"{record.name}.idx"
+        return np.fromfile(path, dtype="<i4", count=record.documents, offset=IDX_HEADER.size)
+
+    def _map(self, shard: int) -> np.ndarray:
+        path = self._directory / f"{self.records[shard].name}.bin"
+        # A plain array around the map: slicing np.memmap itself costs microseconds each time.
+        return np.asarray(np.memmap(path, dtype=self._dtype, mode="r"))
+
+
+class Dataset:
+    """A finished dataset, checked when it was opened. Get one from ``open_dataset``."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], fingerprint: str) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        #: SHA-256 of manifest.json. The manifest holds every file's checksum, so this names the whole content.
+        self.fingerprint = fingerprint
+        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
+        self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        self._code = MEGATRON_CODES[self._dtype.name]
+        self._splits = {
+            name: Split(directory, name, self._dtype, manifest["splits"][name], manifest["sources"]) for name in SPLITS
+        }
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.directory / TOKENIZER_FILE)
+
+    def split(self, name: str) -> Split:
+        """The split called ``train`` or ``validation``; an empty one has no tokens."""
+        if name not in self._splits:
+            raise UserError(f'there is no split "{name}": choose {" or ".join(SPLITS)}')
+        return self._splits[name]
+
+    def check_files(self) -> None:
+        """Raise ``UserError`` unless every file is there in its size, with its header. Reads no tokens."""
+        path = self.directory / TOKENIZER_FILE
+        if not path.is_file() or sha256_of_file(path) != self.manifest["tokenizer"]["sha256"]:
+            raise UserError(f'"{path}" is missing or not the tokenizer that made these tokens: build the dataset again')
+        with os.scandir(self.directory) as entries:
+            sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        for split in self._splits.values():
+            for record in split.records:
+                self._check_size(sizes, f"{record.name}.bin", record.tokens * self._dtype.itemsize)
+                self._check_size(sizes, f"{record.name}.idx", index_size(record.documents))
+                self._check_header(record)
+
+    def _check_size(self, sizes: dict[str, int], name: str, expected: int) -> None:
+        path = f"{self.directory}/{name}"
+        if name not in sizes:
+            raise UserError(f'"{path}" is missing: copy the whole dataset again, or build it again')
+        if sizes[name] != expected:
+            raise UserError(
+                f'"{path}" has {sizes[name]:,} bytes where {expected:,} belong: copy it again, or build it again'
+            )
+
+    def _check_header(self, record: ShardRecord) -> None:
+        path = f"{self.directory}/{record.name}.idx"
+        descriptor = os.open(path, os.O_RDONLY)  # a Path and a file object cost three times as much
+        header = os.read(descriptor, IDX_HEADER.size)
+        os.close(descriptor)
+        if header != IDX_HEADER.pack(IDX_MAGIC, IDX_VERSION, self._code, record.documents, record.documents + 1):
+            raise UserError(f'"{path}" is not the index that the manifest describes: build the dataset again')
+
+    def verify(self, on_file: Callable[[str, int], None] = lambda name, size: None) -> None:
+        """Read everything and raise ``UserError`` at the first file that is not what it was when it was built.
+
+        ``on_file`` is called with the name and the bytes of each file that proved to be good.
+        """
+        shards = [(split, record) for split in self._splits.values() for record in split.records]
+        with ThreadPoolExecutor(VERIFYING_THREADS) as threads:  # hashing lets other threads run
+            checks = [threads.submit(self._verify_shard, split, record) for split, record in shards]
+            try:
+                for (_, record), check in zip(shards, checks, strict=True):
+                    check.result()
+                    on_file(f"{record.name}.bin", record.tokens * self._dtype.itemsize)
+                    on_file(f"{record.name}.idx", index_size(record.documents))
+            finally:
+                threads.shutdown(cancel_futures=True)
+
+    def _verify_shard(self, split: Split, record: ShardRecord) -> None:
+        for suffix, expected in ((".bin", record.bin_sha256), (".idx", record.idx_sha256)):
+            path = self.directory / (record.name + suffix)
+            if sha256_of_file(path) != expected:
+                raise UserError(f'"{path}" is damaged: its checksum is not the one in {MANIFEST}')
+        lengths = split.shard_lengths(record)
+        index = (self.directory / f"{record.name}.idx").read_bytes()
+        if int(lengths.sum()) != record.tokens or index != index_bytes(lengths, self._dtype):
+            raise UserError(f'"{self.directory / record.name}.idx" contradicts itself: build the dataset again')
+        tokens = np.memmap(self.directory / f"{record.name}.bin", dtype=self._dtype, mode="r")
+        ends = np.cumsum(lengths, dtype=np.int64) - 1
+        if int(tokens.max()) >= self.vocab_size or np.any(tokens[ends] != self.manifest["tokenizer"]["end_of_text_id"]):
+            raise UserError(f'"{self.directory / record.name}.bin" holds tokens that its tokenizer cannot have made')
+
+
+def open_dataset(directory: str | Path) -> Dataset:
+    """Open a finished dataset. Looks at sizes and headers only, so it is quick however large the dataset is.
+
+    Raises ``UserError`` if the directory holds no finished dataset or if a file is missing or has the wrong size.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f'"{directory}" is not a directory')
+    path = directory / MANIFEST
+    if not path.is_file() and (directory / JOURNAL).is_file():
+        raise UserError(f'the build of "{directory}" is not finished: call the same "prep build" again and it goes on')
+    if not path.is_file():
+        raise UserError(
+            f'"{directory}" is not a Kindling dataset: it has no {MANIFEST}; '
+            f"make one with: python -m data_prep build YOUR_TEXT --out {directory}"
+        )
+    content = path.read_bytes()
+    dataset = _parse_manifest(directory, content)
+    dataset.check_files()
+    return dataset
+
+
+def _parse_manifest(directory: Path, content: bytes) -> Dataset:
+    path = directory / MANIFEST
+    try:
+        manifest = parse_json(content)
+        if manifest["format"] != FORMAT_NAME:
+            raise ValueError
+        version = manifest["version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f'"{path}" has version {version}, this program reads {FORMAT_VERSION}: build it again')
+        return Dataset(directory, manifest, hashlib.sha256(content).hexdigest())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'"{path}" is damaged or not a manifest of {FORMAT_NAME}: build the dataset again') from None

@@ -1,0 +1,1 @@
+"""Whatever a user names, as documents."""

@@ -1,0 +1,289 @@
+"""Where files lie: listed, opened and unpacked alike on this machine's disks and, through fsspec, anywhere else."""
+
+from __future__ import annotations
+
+import bz2
+import fnmatch
+import gzip
+import io
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from data_prep.errors import UserError
+from data_prep.sources.documents import one_line
+
+PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+BLOCK_BYTES = 1 << 20
+FIRST_BLOCK_BYTES = 1 << 16
+ZSTD_INPUT_BYTES = 1 << 12  # at most 128 MiB come out of so much, whoever packed it
+URL = "://"
+MAGIC = ("*", "?", "[")
+
+
+class UnreadableError(Exception):
+    """A file that cannot be opened; its message goes after the file's name."""
+
+
+def is_remote(location: str) -> bool:
+    return URL in location
+
+
+def is_glob(location: str) -> bool:
+    """Whether a location is a pattern. A "?" belongs to a URL, and a file of that very name is no pattern."""
+    if is_remote(location):
+        return "*" in location
+    return any(character in location for character in MAGIC) and not os.path.lexists(location)
+
+
+def root_of_glob(pattern: str) -> str:
+    """The folder above the first part of a path that is a pattern: ``data`` of ``data/*/a.txt``; "" for none."""
+    magic = ("*",) if is_remote(pattern) else MAGIC
+    fixed = pattern[: min(pattern.find(character) for character in magic if character in pattern)]
+    folder = fixed[: fixed.rfind("/") + 1]
+    return folder if folder in ("", "/") or folder.endswith(URL) else folder.rstrip("/")
+
+
+def last_name(location: str) -> str:
+    """The name of a file or folder itself, also where the path does not end with it, as in ``.`` and ``..``."""
+    name = location.rstrip("/").rpartition("/")[2] if is_remote(location) else Path(location).name
+    return name if name not in ("", "..") or is_remote(location) else Path(location).resolve().name
+
+
+# Listing
+
+
+def list_folder(folder: str) -> list[tuple[str, int]]:
+    """Path and size of every file below a folder, by relative path; none that is hidden or behind a linked folder."""
+    if is_remote(folder):
+        return _list_remote(folder, lambda filesystem, path: filesystem.find(path, detail=True))
+    paths = sorted(_walk(folder), key=lambda path: Path(path).parts)
+    return [(path, Path(path).stat().st_size) for path in paths]
+
+
+def list_glob(pattern: str) -> list[tuple[str, int]]:
+    """As ``list_folder``, the files that match a pattern, in which ``**`` stands for any number of folders."""
+    if is_remote(pattern):
+        return _list_remote(pattern, lambda filesystem, path: filesystem.glob(path, detail=True))
+    root = root_of_glob(pattern)
+    parts = Path(pattern).relative_to(root).parts
+    depth = None if "**" in parts else len(parts)
+    paths = [path for path in _walk(root, depth) if _matches(Path(path).relative_to(root).parts, parts)]
+    return [(path, Path(path).stat().st_size) for path in sorted(paths, key=lambda path: Path(path).parts)]
+
+
+def size_of(path: str) -> int | None:
+    """The file's bytes, ``None`` if its server does not tell. Raises ``UserError`` if it is not there."""
+    if not is_remote(path):
+        return Path(path).stat().st_size
+    with _remote_errors(path):
+        filesystem, inner = _filesystem(path)
+        size = filesystem.size(inner)
+        return None if size is None else int(size)
+
+
+def is_folder(location: str) -> bool:
+    if not is_remote(location):
+        return Path(location).is_dir()
+    with _remote_errors(location):
+        filesystem, path = _filesystem(location)
+        return bool(filesystem.isdir(path))
+
+
+def _walk(folder: str, depth: int | None = None) -> Iterator[str]:
+    """The files below a folder, at most ``depth`` names deep. Links to folders are not followed: they may be loops."""
+    for parent, folders, names in os.walk(folder or ".", onerror=_refuse_folder):
+        level = len(Path(parent).relative_to(folder).parts) + 1
+        folders[:] = [] if level == depth else [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent) / name
+            if not name.startswith(".") and path.is_file():
+                yield str(path)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f'cannot list the folder "{one_line(str(error.filename))}": {error.strerror}') from None
+
+
+def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern:
+        return not names
+    if pattern[0] == "**" and _matches(names, pattern[1:]):
+        return True
+    if not names:
+        return False
+    rest = pattern if pattern[0] == "**" else pattern[1:]
+    return (pattern[0] == "**" or fnmatch.fnmatchcase(names[0], pattern[0])) and _matches(names[1:], rest)
+
+
+def _list_remote(location: str, find: Callable[[Any, str], dict[str, dict[str, Any]]]) -> list[tuple[str, int]]:
+    root = root_of_glob(location) if is_glob(location) else location.rstrip("/")
+    with _remote_errors(location):
+        filesystem, path = _filesystem(location)
+        above = len(filesystem._strip_protocol(root).rstrip("/")) + 1
+        sizes = {
+            name[above:]: entry["size"] for name, entry in find(filesystem, path).items() if entry["type"] == "file"
+        }
+    names = sorted(tuple(name.split("/")) for name in sizes)
+    shown = ["/".join(parts) for parts in names if not any(part.startswith(".") for part in parts)]
+    return [(root + ("" if root.endswith("/") else "/") + name, sizes[name] or 0) for name in shown]
+
+
+def _filesystem(location: str) -> tuple[Any, str]:
+    import fsspec  # here, because few need it
+
+    return fsspec.core.url_to_fs(location)
+
+
+@contextmanager
+def _remote_errors(location: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f'there is no file or folder "{one_line(location)}"') from None
+    except (UserError, UnreadableError):
+        raise
+    except Exception as error:  # every remote system raises errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f'cannot read "{one_line(location)}": {reason}') from error
+
+
+# Reading
+
+
+@dataclass
+class Stream:
+    """The unpacked bytes of an open file, a block at a time. ``damage`` says why they ended early, if they did."""
+
+    file: Any
+    name: str
+    damage: str = field(default="", init=False)
+    waiting: bytes = field(default=b"", init=False)
+
+    def peek(self) -> bytes:
+        """The first ``FIRST_BLOCK_BYTES``, fewer only if the file ends or is damaged before; they are read again."""
+        found = b""
+        for block in self.blocks(FIRST_BLOCK_BYTES):
+            found += block
+            if len(found) >= FIRST_BLOCK_BYTES:
+                break
+        self.waiting = found
+        return found
+
+    def seek(self, position: int) -> None:
+        """Read on from an offset; only for files that are not packed."""
+        self.waiting = b""
+        self.file.seek(position)
+
+    def blocks(self, size: int = BLOCK_BYTES) -> Iterator[bytes]:
+        """The rest of the file. Raises ``UserError`` when the disk or the network fails, so that nothing is missed."""
+        if self.waiting:
+            block, self.waiting = self.waiting, b""
+            yield block
+        if self.damage:
+            return
+        read = getattr(self.file, "read1", self.file.read)  # read1 gives what was whole before damage, read does not
+        while True:
+            try:
+                block = read(size)
+            except (EOFError, zlib.error, lzma.LZMAError) as error:
+                self.damage = str(error)
+                return
+            except OSError as error:
+                if error.errno is not None:
+                    raise UserError(f'cannot read "{one_line(self.name)}" to its end: {error.strerror}') from error
+                self.damage = str(error)  # what gzip and bz2 raise for bytes that are not theirs
+                return
+            except Exception as error:  # every remote system raises errors of its own
+                if not is_remote(self.name):
+                    raise
+                raise UserError(f'cannot read "{one_line(self.name)}" to its end: {error}') from error
+            if not block:
+                return
+            yield block
+
+
+@contextmanager
+def open_stream(path: str) -> Iterator[Stream]:
+    """The file's bytes, unpacked by its suffix. Raises ``UnreadableError`` if it cannot be opened."""
+    with open_raw(path) as file, _unpacked(file, Path(path).suffix) as unpacked:
+        yield Stream(unpacked, path)
+
+
+@contextmanager
+def open_raw(path: str) -> Iterator[IO[bytes]]:
+    """The file as it is, seekable where its place allows it. Raises ``UnreadableError`` if it cannot be opened."""
+    if is_remote(path):
+        with _remote_errors(path):
+            filesystem, inner = _filesystem(path)
+            try:
+                remote = filesystem.open(inner, "rb")
+            except PermissionError as error:
+                raise UnreadableError(f"cannot be opened ({error.strerror or error})") from None
+        with remote:
+            yield remote
+        return
+    try:
+        file = io.FileIO(path)
+    except OSError as error:
+        raise UnreadableError(f"cannot be opened ({error.strerror})") from None
+    with file:
+        yield file
+
+
+def _unpacked(file: IO[bytes], suffix: str) -> Any:
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=file)
+    if suffix == ".bz2":
+        return bz2.BZ2File(file)
+    if suffix == ".xz":
+        return lzma.LZMAFile(file)
+    return _ZstdFile(file) if suffix == ".zst" else file
+
+
+class _ZstdFile(io.RawIOBase):
+    """Unpacks Zstandard frames, one after the other, and raises ``EOFError`` if the last is cut off.
+
+    The reader that ``zstandard`` brings takes a frame that is cut off for a whole one.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        import zstandard  # here, because few need it
+
+        self._error = zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._file = file
+        self._frame: Any = None
+        self._packed = b""
+        self._unpacked = b""
+        self._used = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """At most ``size`` bytes, at least one of them unless the file is at its end."""
+        while self._used == len(self._unpacked):
+            if not self._packed:
+                self._packed = self._file.read(ZSTD_INPUT_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the last Zstandard frame is cut off")
+                return b""
+            self._unpacked, self._used = self._unpack(), 0
+        start, stop = self._used, min(self._used + size, len(self._unpacked))
+        self._used = stop
+        return self._unpacked[start:stop]
+
+    def _unpack(self) -> bytes:
+        self._frame = self._frame or self._new_frame()
+        try:
+            unpacked = self._frame.decompress(self._packed)
+        except self._error as error:
+            raise EOFError(str(error)) from None
+        self._packed = b""
+        if self._frame.eof:
+            self._packed, self._frame = self._frame.unused_data, None
+        return unpacked

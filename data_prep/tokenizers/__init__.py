@@ -1,0 +1,1 @@
+"""Text to ids: train, load and run tokenizers."""

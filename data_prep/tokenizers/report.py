@@ -1,0 +1,58 @@
+"""What a tokenizer makes of a text: compression, coverage, examples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from data_prep.tokenizers.tokenizer import Tokenizer
+
+
+def tokenizer_report(tokenizer: Tokenizer, texts: Iterable[str], *, longest: int = 10) -> dict[str, Any]:
+    """What a tokenizer makes of some texts, which are read once.
+
+    Returns ``texts``, ``text_bytes``, ``words`` (split at white space), ``tokens``, ``bytes_per_token`` and
+    ``tokens_per_word`` (None without tokens or words), ``unused_tokens`` (ids that are not special and never occurred)
+    and their share ``unused_share``, ``longest_tokens`` (the used ones with the most bytes), ``fallback_bytes`` (bytes
+    in tokens that cut a character apart) with ``fallback_share`` of the text, ``unknown_tokens`` (text that was
+    lost), and ``special_tokens`` with their ids.
+    """
+    counts: Counter[int] = Counter()
+    read = text_bytes = words = 0
+    for text in texts:
+        counts.update(tokenizer.encode(text))
+        read += 1
+        text_bytes += len(text.encode("utf-8"))
+        words += len(text.split())
+    tokens = counts.total()
+    special = tokenizer.special_tokens
+    ordinary = tokenizer.vocab_size - len(special)
+    unused = ordinary - len(counts.keys() - special.values())
+    size = {token: len(tokenizer.decode_bytes([token])) for token in counts}
+    fallback_bytes = sum(count * size[token] for token, count in counts.items() if _is_part(tokenizer, token))
+    by_length = sorted(counts, key=lambda token: (-size[token], token))
+    return {
+        "texts": read,
+        "text_bytes": text_bytes,
+        "words": words,
+        "tokens": tokens,
+        "bytes_per_token": text_bytes / tokens if tokens else None,
+        "tokens_per_word": tokens / words if words else None,
+        "unused_tokens": unused,
+        "unused_share": unused / ordinary if ordinary else 0.0,
+        "longest_tokens": [tokenizer.token_text(token) for token in by_length[:longest]],
+        "fallback_bytes": fallback_bytes,
+        "fallback_share": fallback_bytes / text_bytes if text_bytes else 0.0,
+        "unknown_tokens": counts[tokenizer.unknown_id] if tokenizer.unknown_id is not None else 0,
+        "special_tokens": special,
+    }
+
+
+def _is_part(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether a token is a piece of a character: its bytes alone are no UTF-8."""
+    try:
+        tokenizer.decode_bytes([token]).decode("utf-8")
+    except UnicodeDecodeError:
+        return True
+    return False

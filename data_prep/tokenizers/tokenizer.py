@@ -1,0 +1,237 @@
+"""Load and use tokenizers. Each is a plain ``tokenizer.json`` that other programs read as well.
+
+No text ever becomes a special token, not even a text that spells it. ``data_prep.tokenizers.training`` makes new ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import Tokenizer as Engine
+
+from data_prep.errors import UserError
+from data_prep.files import parse_json, write_atomically
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
+MASK = "<|mask|>"
+SPECIAL_TOKENS = (END_OF_TEXT, PADDING, MASK)
+
+# How tokenizers from elsewhere spell the three; the first one present is taken.
+END_OF_TEXT_SPELLINGS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+PADDING_SPELLINGS = (PADDING, "[PAD]", "<pad>")
+MASK_SPELLINGS = (MASK, "[MASK]", "<mask>")
+
+# The visible characters that byte-level tokenizers write for the bytes 0 to 255.
+BYTE_CHARACTERS = tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))
+SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(BYTE_CHARACTERS)
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte behind each of ``BYTE_CHARACTERS``: printable Latin-1 is itself, the rest count up from U+0100."""
+    themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in themselves]
+    return {chr(byte): byte for byte in themselves} | {chr(256 + n): byte for n, byte in enumerate(moved)}
+
+
+BYTE_OF_CHARACTER = _bytes_of_characters()
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        end_of_text_id, padding_id, mask_id: the three special tokens that training needs.
+        vocab_size: the number of ids, that is the largest id plus one.
+        kind: ``bpe``, ``wordpiece``, ``unigram``, ``bytes`` or ``characters``; for loaded ones any other model's name
+            in lower case.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        # Text must not be able to spell a control token: "<|mask|>" in a document stays eight characters.
+        engine.encode_special_tokens = True
+        engine.no_truncation()
+        engine.no_padding()
+        self._engine = engine
+        self.end_of_text_id = _find_or_add(engine, END_OF_TEXT_SPELLINGS)
+        self.padding_id = _find_or_add(engine, PADDING_SPELLINGS)
+        self.mask_id = _find_or_add(engine, MASK_SPELLINGS)
+        self.vocab_size: int = max(engine.get_vocab(with_added_tokens=True).values()) + 1
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str = "tokenizer.json") -> Tokenizer:
+        """Make a tokenizer from the text of a ``tokenizer.json``; ``name`` is what an error message calls it."""
+        try:
+            engine = Engine.from_str(_with_short_scores(text))
+        except Exception as error:  # the engine raises the base class for everything
+            raise UserError(f'"{name}" is not a readable tokenizer.json: {error}') from None
+        if engine.get_vocab_size() == 0:
+            raise UserError(f'"{name}" is a tokenizer without any token')
+        return cls(engine)
+
+    def to_json(self) -> str:
+        """The whole tokenizer as JSON text, the same for equal tokenizers."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
+        return str(self._engine.to_str(pretty=True)) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write ``tokenizer.json``."""
+        write_atomically(Path(path), self.to_json())
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of ``to_json()``, which is also that of the saved file."""
+        return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """``to_json()`` as objects, to be read only."""
+        description: dict[str, Any] = json.loads(self.to_json())
+        return description
+
+    @cached_property
+    def kind(self) -> str:
+        model = self.description["model"]
+        if model["type"] != "BPE" or model["merges"]:
+            return str(model["type"]).lower()
+        return "characters" if model["byte_fallback"] else "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; no special token is added."""
+        ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text, on all cores unless ``TOKENIZERS_PARALLELISM`` is ``false``."""
+        return [encoding.ids for encoding in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids, special tokens as their names, bytes that are no UTF-8 as U+FFFD."""
+        return str(self._engine.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of some ids without the special tokens, exact even where a character is cut in two.
+
+        Exact for byte-level and byte-fallback tokenizers, ours all are; others give the UTF-8 of their decoded text.
+        """
+        wanted = [int(i) for i in ids]
+        if self._token_bytes is not None:
+            return b"".join(self._token_bytes[i] for i in wanted)
+        return str(self._engine.decode(wanted, skip_special_tokens=True)).encode("utf-8")
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether each token stands for bytes of its own, so that ``decode_bytes`` is exact token by token."""
+        return self._token_bytes is not None
+
+    def token_text(self, token_id: int) -> str:
+        """One token in a form that can be read on one line: control characters and loose bytes are escaped."""
+        if token_id in self._special_names:
+            return self._special_names[token_id]
+        text = self.decode_bytes([token_id]).decode("utf-8", "backslashreplace")
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id for text that the vocabulary cannot spell, or None: the tokenizers trained here have none."""
+        model = self.description["model"]
+        if model["type"] == "Unigram":
+            unknown: int | None = model["unk_id"]
+            return unknown
+        name = model.get("unk_token")
+        return None if name is None else self._engine.token_to_id(name)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The names of the special tokens with their ids, by id."""
+        return {name: token_id for token_id, name in sorted(self._special_names.items())}
+
+    @cached_property
+    def _special_names(self) -> dict[int, str]:
+        return {i: token.content for i, token in self._engine.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes] | None:
+        """The bytes of every id, or None if this tokenizer's tokens have no bytes of their own."""
+        kinds = _decoder_types(self.description["decoder"])
+        prefix = _prefix_that_decoding_drops(self.description) if kinds == {"Replace", "ByteLevel"} else ""
+        byte_level = kinds == {"ByteLevel"} or bool(prefix)
+        if not byte_level and kinds != {"ByteFallback", "Fuse"}:
+            return None
+        added = {i: token.content for i, token in self._engine.get_added_tokens_decoder().items()}
+        table = []
+        for token_id in range(self.vocab_size):
+            token = self._engine.id_to_token(token_id) or ""
+            if token_id in self._special_names:
+                table.append(b"")
+            elif token_id in added:
+                table.append(added[token_id].encode("utf-8"))
+            elif byte_level:
+                table.append(_bytes_of_byte_characters(token.removeprefix(prefix)))
+            else:
+                byte = BYTE_TOKEN.fullmatch(token)
+                table.append(bytes([int(byte[1], 16)]) if byte else token.encode("utf-8"))
+        return table
+
+
+def _with_short_scores(text: str) -> str:
+    """The JSON text with a Unigram model's scores at nine decimals.
+
+    The engine reads longer numbers with an error in the last bit, so the text would change with every save and load.
+    """
+    if '"Unigram"' not in text:
+        return text
+    description = parse_json(text)
+    if description["model"].get("type") != "Unigram":
+        return text
+    description["model"]["vocab"] = [[token, round(score, 9)] for token, score in description["model"]["vocab"]]
+    return json.dumps(description, ensure_ascii=False)
+
+
+def _decoder_types(decoder: dict[str, Any] | None) -> set[str]:
+    if decoder is None:
+        return set()
+    return {part["type"] for part in decoder.get("decoders", [decoder])}
+
+
+def _prefix_that_decoding_drops(description: dict[str, Any]) -> str:
+    """The mark of a WordPiece token inside a word, if all that the decoder replaces is that mark, else nothing."""
+    prefix = str(description["model"].get("continuing_subword_prefix") or "")
+    replacements = [part for part in description["decoder"].get("decoders", []) if part["type"] == "Replace"]
+    dropped = [{"type": "Replace", "pattern": {"String": prefix}, "content": ""}]
+    return prefix if prefix and replacements == dropped else ""
+
+
+def _bytes_of_byte_characters(token: str) -> bytes:
+    """The bytes that a byte-level token stands for; as in the engine, a token with other characters is its own text."""
+    try:
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
+    except KeyError:
+        return token.encode("utf-8")
+
+
+def _find_or_add(engine: Engine, spellings: Sequence[str]) -> int:
+    """The id of the first spelling that the vocabulary has, marked as special; else the first is added at the end."""
+    name = next((spelling for spelling in spellings if engine.token_to_id(spelling) is not None), spellings[0])
+    engine.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    token_id = engine.token_to_id(name)
+    assert token_id is not None
+    return token_id
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type that tokens of this vocabulary are stored in: ``uint16``, or ``int32`` for more than 65,536 tokens."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<i4")

@@ -1,0 +1,81 @@
+"""``kindling embed``: texts as vectors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from data_prep.cli.errors import FriendlyCommand
+from lm.cli.options import checkpoint_option, columns_of, columns_options, device_option, reading_options, run_argument
+
+if TYPE_CHECKING:
+    from lm.inference.embedding import Vectors
+
+
+@click.command(cls=FriendlyCommand)
+@run_argument
+@click.option(
+    "--input",
+    "source",
+    required=True,
+    metavar="FILE|-|hf:NAME[:SPLIT]",
+    help="Texts: .jsonl, .csv, .tsv or .parquet, .txt with a text a line, - for JSON lines from standard input.",
+)
+@click.option(
+    "--output", required=True, metavar="FILE|-", help="File of vectors, .npy or .jsonl; - for JSON lines on stdout."
+)
+@columns_options("text", "text_pair")
+@reading_options
+@click.option("--normalize", is_flag=True, help="Scale each vector to length 1, for cosine similarity.")
+@device_option
+@checkpoint_option
+def embed(
+    run: Path,
+    source: str,
+    output: str,
+    reads: str | None,
+    pooling: str | None,
+    layer: int,
+    normalize: bool,
+    device: str,
+    which: str,
+    **columns: str | None,
+) -> None:
+    """Write a vector for each text of a file: the hidden states of RUN, pooled over the text.
+
+    Texts are taken as they come and not held, however many there are. One that is longer than the model's context is
+    cut to it; how many were is said at the end.
+    """
+    from lm.data.examples import stream_examples
+    from lm.inference.embedding import reading_of, vectors_of, write_lines, write_vectors
+    from lm.model.device import choose_device
+    from lm.runs.directory import open_run
+
+    opened = open_run(run)
+    reading = reading_of(opened.config, reads, pooling, layer, normalize=normalize)
+    model = opened.load_model(choose_device(device), opened.checkpoint(which))
+    texts = (each.texts for each in stream_examples(source, "classification", columns_of(columns)))
+    counts = {"texts": 0, "cut": 0}
+
+    def counted() -> Iterator[Vectors]:
+        for vectors, cut in vectors_of(model, opened.tokenizer, texts, reading, opened.config.data.context_length):
+            counts["texts"] += len(vectors)
+            counts["cut"] += cut
+            yield vectors
+
+    if output == "-":
+        for vectors in counted():
+            write_lines(sys.stdout.buffer, vectors)
+            sys.stdout.buffer.flush()
+    else:
+        write_vectors(Path(output), counted(), model.config.hidden_size)
+    cut = f"; {counts['cut']:,} were cut to {opened.config.data.context_length} tokens" if counts["cut"] else ""
+    click.echo(
+        f"{counts['texts']:,} texts, {model.config.hidden_size} numbers each: read {reading.reads}, "
+        f"{reading.pooling} of layer {reading.layer if reading.layer >= 0 else len(model.blocks)}{cut}",
+        err=True,
+    )

@@ -1,0 +1,133 @@
+"""``kindling finetune``: teach a pretrained run a task."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from data_prep.cli.errors import FriendlyCommand
+from data_prep.errors import UserError
+from lm.cli.options import json_option, run_argument, settings_options
+from lm.config.settings import Setting, all_settings
+
+if TYPE_CHECKING:
+    from lm.config.settings import Config
+    from lm.finetuning.finetune import Finetuned
+
+
+def finetuning_settings() -> list[Setting]:
+    """The settings that a fine-tuning has, with its own defaults; the others are those of its base."""
+    from lm.config.finetuning_defaults import DEFAULTS, DERIVED, LEARNING_RATES
+
+    own = [s for s in all_settings() if s.section in ("finetune", "optimizer", "training") or s.name == "dropout"]
+    kept = [s for s in own if s.name not in (*DERIVED, "base")]
+    kept.sort(key=lambda setting: setting.section != "finetune")
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
+    more = {"learning_rate": f"; the default by method: {rates}"}
+    return [
+        dataclasses.replace(s, default=DEFAULTS.get(s.name, s.default), help=s.help + more.get(s.name, ""))
+        for s in kept
+    ]
+
+
+@click.command(
+    cls=FriendlyCommand,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110},
+)
+@run_argument
+@click.option(
+    "--run",
+    "out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Run directory to write; with --seeds the folder of several.",
+)
+@click.option("--recipe", type=click.Path(path_type=Path), help="TOML file with settings, as config.toml has them.")
+@click.option(
+    "--seeds", default="", help="Several seeds, as in 0,1,2: trains --run/seed_0 and so on, and tells their mean."
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the run even if settings of its training have changed. An unchanged command goes on by itself.",
+)
+@json_option
+@settings_options(finetuning_settings())
+@click.pass_context
+def finetune(
+    context: click.Context,
+    run: Path,
+    out: Path,
+    recipe: Path | None,
+    seeds: str,
+    resume: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Fine-tune the pretrained RUN on a task: sort texts or pairs of texts into classes, give them a number, label
+    their words, choose among answers, or follow instructions.
+
+    \b
+    python finetune.py runs/mine --task classification --train train.jsonl --validation validation.jsonl --run runs/task
+
+    The same command goes on where a run was stopped. The best validation's weights are kept, and taken by predict.
+    """
+    from lm.finetuning.finetune import finetune as finetune_run
+    from lm.finetuning.finetune import finetune_config
+    from lm.runs.directory import open_run
+    from lm.training.terminal import TerminalProgress
+
+    unknown = tuple(argument.split("=")[0] for argument in context.args if argument.startswith("-"))
+    given = {
+        name: value[0] if isinstance(value, tuple) and len(value) == 1 else value
+        for name, value in settings.items()
+        if value not in (None, ())
+    }
+    config = finetune_config(open_run(run), given, recipe, unknown_options=unknown)
+    if context.args and not unknown:
+        raise UserError(f"unexpected argument {context.args[0]!r}")
+    done = [
+        finetune_run(each, path, TerminalProgress(), accept_changes=resume) for each, path in _runs(config, out, seeds)
+    ]
+    _tell(done, as_json)
+
+
+def _runs(config: Config, out: Path, seeds: str) -> list[tuple[Config, Path]]:
+    """Settings and run directory of each of the seeds; of the one of the settings, if none are named."""
+    if not seeds:
+        return [(config, out)]
+    numbers = [seed.strip() for seed in seeds.split(",")]
+    if not all(seed.isdecimal() for seed in numbers) or len(set(numbers)) < len(numbers):
+        raise UserError(f"--seeds {seeds} are not different whole numbers with commas between them, as 0,1,2 are")
+    return [(config.replace(seed=int(seed)), out / f"seed_{seed}") for seed in numbers]
+
+
+def _tell(done: list[Finetuned], as_json: bool) -> None:
+    names = list(done[0].metrics)
+    mean = {name: statistics.fmean(each.metrics[name] for each in done) for name in names}
+    spread = {name: statistics.stdev(each.metrics[name] for each in done) for name in names} if done[1:] else {}
+    if as_json:
+        runs = [
+            {
+                "run": str(each.run.path),
+                "step": each.step,
+                "metrics": each.metrics,
+                "parameters": each.trained_parameters,
+            }
+            for each in done
+        ]
+        click.echo(json.dumps({"runs": runs, "mean": mean, "sd": spread}))
+    else:
+        for name in names:
+            more = f" ± {spread[name]:.4f} over {len(done)} seeds" if spread else ""
+            click.echo(f"{name}  {mean[name]:.4f}{more}")
+    task = done[0].run.config
+    use = "predict" if task.has_task_head else "embed" if task.finetune.task == "contrastive" else "sample"
+    click.echo(
+        f"{done[0].run.path} is ready, best at step {done[0].step:,}; next: kindling {use} {done[0].run.path}", err=True
+    )

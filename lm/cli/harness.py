@@ -1,0 +1,65 @@
+"""``kindling harness``: a run judged by lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from data_prep.cli.errors import FriendlyCommand
+from data_prep.errors import UserError
+from lm.cli.options import device_option, json_option, run_argument
+
+
+@click.command(cls=FriendlyCommand)
+@run_argument
+@click.option("--tasks", required=True, metavar="NAME,NAME", help="Tasks of the harness, or of --include-path.")
+@click.option(
+    "--include-path",
+    type=click.Path(path_type=Path),
+    help="Folder with task files of your own (YAML); docs/harness holds some.",
+)
+@click.option("--readout", default="", help="What scores: next_token, or a masked readout. [default: the run's first]")
+@click.option("--num-fewshot", type=int, default=None, help="Solved examples before each question.")
+@click.option("--limit", type=int, default=None, help="Only the first so many examples of each task, to try.")
+@click.option("--checkpoint", default="newest", show_default=True, metavar="newest|best|STEP")
+@device_option
+@json_option
+def harness(
+    run: Path,
+    tasks: str,
+    include_path: Path | None,
+    readout: str,
+    num_fewshot: int | None,
+    limit: int | None,
+    checkpoint: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Score RUN on tasks of lm-evaluation-harness, which pip install "kindling-lm[harness]" brings.
+
+    Its own tasks download their data; task files of your own read what lies on this machine.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError:
+        raise UserError('the harness needs the package "lm-eval": pip install "kindling-lm[harness]"') from None
+    from lm.evaluation.lm_eval_harness import KindlingLM
+
+    model = KindlingLM(str(run), readout, checkpoint, device)
+    manager = TaskManager(include_path=include_path)
+    names = tasks.split(",")
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise UserError(f'the harness knows no task "{unknown[0]}": name one of its own, or of --include-path')
+    results = lm_eval.simple_evaluate(
+        model, tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False
+    )
+    assert results is not None
+    if as_json:
+        click.echo(json.dumps(results["results"], default=str))
+        return
+    click.echo(make_table(results))
+    click.echo(f"scored by {model.readout}, step {model.step:,}; texts begin after an end-of-text token", err=True)

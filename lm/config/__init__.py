@@ -1,0 +1,1 @@
+"""Every setting: recipes, defaults and the rules that choose them."""

@@ -1,0 +1,161 @@
+"""Recipe files and command lines, read into a ``Config``.
+
+``learning_rate = 0.01`` under ``[optimizer]`` in a recipe (TOML) and ``--learning-rate 0.01`` on the command line are
+two spellings of one setting. Whatever is wrong with a configuration is collected and told at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from lm.config.settings import Config, Setting, all_settings, inconsistencies
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or the bare name of one that comes with Kindling (``tiny``).
+
+    Raises:
+        UserError: there is no such file; the message lists the recipes that exist.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shelves = (Path(__file__).parents[2] / "configs", Path(sys.prefix) / "share" / "kindling" / "configs")
+    known = {recipe.stem: recipe for shelf in shelves for recipe in sorted(shelf.glob("*.toml"))}
+    if name in known:
+        return known[name]
+    hint = difflib.get_close_matches(path.stem, known, 1)
+    meant = f'did you mean "{known[hint[0]].name}"?' if hint else f"recipes that exist: {', '.join(sorted(known))}"
+    raise UserError(f'no recipe "{name}": {meant}')
+
+
+def load_config(
+    recipe: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    unknown_options: Sequence[str] = (),
+    base: Config | None = None,
+) -> Config:
+    """Read a recipe and put the command line's settings over it.
+
+    Args:
+        recipe: a TOML file; None: the defaults.
+        overrides: setting names and values, as text (from the command line) or typed (from Python).
+        unknown_options: options that the command line could not place; reported with everything else.
+        base: what holds where neither recipe nor overrides say anything; None: the defaults.
+
+    Raises:
+        UserError: one line for each thing that is wrong, all at once.
+    """
+    known = {s.name: s for s in all_settings()}
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    given = [(name, value, "") for name, value in (overrides or {}).items()]
+    for name, value, where in [*_recipe_values(recipe, known, problems), *given]:
+        try:
+            values[name] = _convert(known[name], value)
+        except ValueError as problem:
+            problems.append(f"{f'{name} in {where}' if where else known[name].option} {problem}")
+    for option in unknown_options:
+        problems.append(f"unknown option {option}{_meant(option, [s.option for s in known.values()])}")
+    config = (base or Config()).replace(**values)
+    problems += inconsistencies(config)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _recipe_values(
+    recipe: Path | None, known: Mapping[str, Setting], problems: list[str]
+) -> Iterator[tuple[str, Any, str]]:
+    """The settings of a recipe file that exist, as (name, value, file); what does not exist goes to ``problems``."""
+    if recipe is None:
+        return
+    try:
+        content = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the recipe {recipe}: {error}") from None
+    sections = [f.name for f in dataclasses.fields(Config)]
+    for section, settings in content.items():
+        if not isinstance(settings, dict):
+            home = f": it belongs under [{known[section].section}]" if section in known else _meant(section, known)
+            problems.append(f'setting "{section}" outside a section in {recipe}{home}')
+        elif section not in sections:
+            problems.append(f'unknown section "[{section}]" in {recipe}{_meant(section, sections)}')
+        else:
+            for name, value in settings.items():
+                if name not in known:
+                    problems.append(f'unknown setting "{name}" in {recipe}{_meant(name, known)}')
+                elif known[name].section != section:
+                    problems.append(
+                        f'setting "{name}" in {recipe} belongs under [{known[name].section}], not [{section}]'
+                    )
+                else:
+                    yield name, value, str(recipe)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.6)
+    return f': did you mean "{close[0]}"?' if close else ""
+
+
+def _convert(setting: Setting, value: Any) -> Any:
+    """``value`` in the setting's type and within its limits; ValueError says what it should have been."""
+    wanted = type(setting.default)
+    if wanted is tuple:
+        if isinstance(value, str):
+            value = _texts(value)
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"must be a list of texts, not {value!r}")
+        for item in value:
+            _check_choice(setting, item)
+        return tuple(value)
+    if wanted is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        value = value.lower() == "true"
+    elif wanted in (int, float) and isinstance(value, str) and re.fullmatch(r"[-+0-9._eE]+", value):
+        try:
+            value = float(value) if wanted is float or re.search("[.eE]", value) else int(value)
+        except ValueError:
+            raise ValueError(f"must be {_article(setting.kind)}, not {value!r}") from None
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 10**300 else math.inf  # told below
+    if wanted is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not wanted:
+        raise ValueError(f"must be {_article(setting.kind)}, not {value!r}")
+    _check_choice(setting, value)
+    if wanted in (int, float):
+        if setting.minimum is not None and not value >= setting.minimum:
+            raise ValueError(f"must be at least {setting.minimum:g}, not {value!r}")
+        if setting.maximum is not None and not value <= setting.maximum:
+            raise ValueError(f"must be at most {setting.maximum:g}, not {value!r}")
+        if value in (float("inf"), float("-inf")):
+            raise ValueError(f"must be finite, not {value!r}")
+    return value
+
+
+def _check_choice(setting: Setting, value: Any) -> None:
+    if setting.choices and value not in setting.choices:
+        raise ValueError(f"must be one of {', '.join(setting.choices)}, not {value!r}{_meant(value, setting.choices)}")
+
+
+def _texts(text: str) -> Any:
+    """What the command line says for a list: one as in a recipe, or a single text."""
+    try:
+        value = tomllib.loads(f"texts = {text}")["texts"]
+    except ValueError:
+        return [text]
+    return value if isinstance(value, list) else [value if isinstance(value, str) else text]
+
+
+def _article(kind: str) -> str:
+    return {"integer": "an integer", "number": "a number", "text": "a text"}.get(kind, kind)

@@ -1,0 +1,151 @@
+"""One dataset, or several with weights, as a run sees them: one tokenizer, weighted training texts, one validation.
+
+A run names them as ``PATH`` or ``PATH@WEIGHT``. A weight is a share of the training rows, whatever the sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.shards.tokens import Dataset, Split, open_dataset
+from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.config.settings import Config, corpus_of
+
+
+@dataclass(frozen=True)
+class Text:
+    """The documents of ``split`` from token ``start`` to ``stop``, and their weight among the texts of a run."""
+
+    name: str
+    weight: Fraction
+    split: Split
+    start: int
+    stop: int
+
+
+class JoinedSplit:
+    """Splits of several datasets read as one stream, with the counts and reading methods of a ``Split``."""
+
+    def __init__(self, parts: Sequence[Split]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(part.tokens for part in parts))
+        self.tokens = self._ends[-1]
+        self.documents = sum(part.documents for part in parts)
+        self.text_bytes = sum(part.text_bytes for part in parts)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop`` (exclusive) of the stream, shape ``(stop - start,)``."""
+        pieces = [part.read(first, last) for part, first, last in self._pieces(start, stop)]
+        return np.concatenate(pieces) if pieces else self._parts[0].read(0, 0)
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fill ``out``, one-dimensional and of any integer type, with the tokens from ``start`` on."""
+        filled = 0
+        for part, first, last in self._pieces(start, start + len(out)):
+            part.read_into(first, out[filled : filled + last - first])
+            filled += last - first
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[Split, int, int]]:
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
+        number = bisect_right(self._ends, start)
+        while start < stop:
+            part, before = self._parts[number], self._ends[number] - self._parts[number].tokens
+            last = min(stop, self._ends[number])
+            yield part, start - before, last - before
+            start = last
+            number += 1
+
+
+class Corpora:
+    """Datasets that were made with one tokenizer, each with a weight; ``open_corpora`` makes it from a run's setting.
+
+    Raises:
+        UserError: their tokenizers differ.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[Fraction] = (Fraction(1),)) -> None:
+        self.datasets, self.weights = datasets, weights
+        first = datasets[0]
+        for other in datasets[1:]:
+            if other.manifest["tokenizer"]["sha256"] != first.manifest["tokenizer"]["sha256"]:
+                raise UserError(
+                    f"{other.directory} was made with another tokenizer than {first.directory}: "
+                    f"prepare it with --tokenizer {first.directory}/tokenizer.json"
+                )
+        self.tokenizer: Tokenizer = first.tokenizer
+        self.vocab_size = first.vocab_size
+
+    @property
+    def name(self) -> str:
+        return " + ".join(str(dataset.directory) for dataset in self.datasets)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 that names the whole content and the weights; with one dataset it is the dataset's own."""
+        if len(self.datasets) == 1:
+            return self.datasets[0].fingerprint
+        total = sum(self.weights)
+        parts = zip(self.datasets, self.weights, strict=True)
+        named = [[dataset.fingerprint, str(weight / total)] for dataset, weight in parts]
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Read everything; raises ``UserError`` at the first file that is not what it was when it was built."""
+        for dataset in self.datasets:
+            dataset.verify()
+
+    def split(self, name: str) -> Split | JoinedSplit:
+        """The split called ``train`` or ``validation``, one dataset's after the other's."""
+        parts = [dataset.split(name) for dataset in self.datasets]
+        return parts[0] if len(parts) == 1 else JoinedSplit(parts)
+
+    def training_texts(self) -> list[Text]:
+        """What takes turns in training: each dataset, or its sources where the manifest gives them unequal weights."""
+        texts = []
+        for dataset, weight in zip(self.datasets, self.weights, strict=True):
+            split, spans = dataset.split("train"), dataset.split("train").source_spans
+            if len({span.weight for span in spans}) <= 1:
+                texts.append(Text(str(dataset.directory), weight, split, 0, split.tokens))
+                continue
+            shares = [Fraction(str(span.weight)) for span in spans]
+            for span, share in zip(spans, shares, strict=True):
+                name = f"{span.name} in {dataset.directory}"
+                texts.append(Text(name, weight * share / sum(shares), split, span.start, span.stop))
+        return texts
+
+
+def open_corpora(data: Sequence[str]) -> Corpora:
+    """Open what the setting ``data`` names. Looks at sizes and headers only.
+
+    Raises:
+        UserError: nothing is named, or a dataset is missing, incomplete or made with another tokenizer.
+    """
+    if not any(data):
+        raise UserError("no data: name a folder of token shards with --data (python -m data_prep build makes one)")
+    paths, weights = zip(*(corpus_of(text) for text in data), strict=True)
+    return Corpora([open_dataset(Path(path)) for path in paths], weights)
+
+
+def with_vocabulary(config: Config, corpora: Corpora) -> Config:
+    """``config`` with the size of its vocabulary known: as asked, else that of the data's tokenizer.
+
+    Raises:
+        UserError: less was asked for than the tokenizer has.
+    """
+    asked = config.model.vocab_size
+    if asked and asked < corpora.vocab_size:
+        raise UserError(
+            f"vocab_size {asked} is smaller than the tokenizer of {corpora.name}, which has {corpora.vocab_size}"
+        )
+    return config.replace(vocab_size=asked or corpora.vocab_size)

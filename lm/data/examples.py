@@ -1,0 +1,316 @@
+"""Tasks as files hold them: what the examples are, what their labels mean, and what is wrong with them.
+
+======================  ==========================================  ===================================================
+kind                    columns (their usual names)                 ``Example.texts`` and ``Example.label``
+======================  ==========================================  ===================================================
+classification          text, text_pair if there is one, label      the text or the two; the label's name
+regression              text, text_pair if there is one, label      the text or the two; a float
+tokens                  words, tags: lists, or text with spaces     the words; as many names of tags
+choice                  text, choices, label                        the text and its choices; the right one, from 0
+instruction             prompt, response                            the prompt and the response; None
+contrastive             text, text_pair if there is one             the text or the two; None
+======================  ==========================================  ===================================================
+
+``lm.data.example_files`` says which files are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.sources.records import known_fields
+from lm.config.settings import FinetuneConfig
+from lm.data.example_files import rows_of
+
+KINDS = ("classification", "regression", "tokens", "choice", "instruction", "contrastive")
+MOST_PROBLEMS = 5  # that are told at once
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example of a task. ``label`` is None where none was asked for; ``place`` is like ``file.jsonl, line 12``."""
+
+    texts: tuple[str, ...]
+    label: Any
+    place: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """In which columns of a file the parts of an example are; each kind of task uses its own (see the module).
+
+    ``text_pair`` None: a second text if the file's first row has the column "text_pair". ``choices`` is one column with
+    a list of texts, or several with a text each.
+    """
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    choices: tuple[str, ...] = ("choices",)
+    words: str = "words"
+    tags: str = "tags"
+    prompt: str = "prompt"
+    response: str = "response"
+
+    def needed(self, kind: str, first: dict[str, Any], *, labelled: bool) -> dict[str, str]:
+        """The columns that examples of a kind have, by what each is for; ``first`` is the file's first row."""
+        pair = self.text_pair or ("text_pair" if self.text_pair is None and "text_pair" in first else "")
+        texts = {"text": self.text} | ({"text_pair": pair} if pair else {})
+        answer = {"label": self.label} if labelled else {}
+        return {
+            "classification": texts | answer,
+            "regression": texts | answer,
+            "tokens": {"words": self.words} | ({"tags": self.tags} if labelled else {}),
+            "choice": {"text": self.text} | {f"choice {n}": name for n, name in enumerate(self.choices)} | answer,
+            "contrastive": texts,
+            "instruction": {"prompt": self.prompt} | ({"response": self.response} if labelled else {}),
+        }[kind]
+
+
+def read_examples(source: str | Path, kind: str, columns: Columns = Columns()) -> list[Example]:
+    """All examples of a file or of a Hugging Face dataset (``hf:NAME[:SPLIT]``); ``kind`` is one of ``KINDS``.
+
+    Raises:
+        UserError: the source cannot be read or holds nothing, a column is not there (the message names those that are),
+            or examples are not as they should be, each with file and line.
+    """
+    examples: list[Example] = []
+    problems: list[str] = []
+    for found in _outcomes(source, kind, columns, labelled=True):
+        if isinstance(found, Example):
+            examples.append(found)
+        else:
+            problems.append(str(found))
+    if problems:
+        more = len(problems) - MOST_PROBLEMS
+        rest = [f"and {more:,} more like these"] if more > 0 else []
+        raise UserError("\n".join(problems[:MOST_PROBLEMS] + rest))
+    if not examples:
+        raise UserError(f"{source} holds no examples")
+    return examples
+
+
+def stream_examples(source: str | Path, kind: str, columns: Columns = Columns()) -> Iterator[Example]:
+    """Examples without their labels, one after the other and none kept, for as long as the source lasts.
+
+    ``-`` is JSON lines from standard input, and each line of a .txt file is a text. Texts may be empty.
+
+    Raises:
+        UserError: as ``read_examples``, at the first thing that is wrong.
+    """
+    for found in _outcomes(source, kind, columns, labelled=False):
+        if isinstance(found, UserError):
+            raise found
+        yield found
+
+
+def _outcomes(source: str | Path, kind: str, columns: Columns, *, labelled: bool) -> Iterator[Example | UserError]:
+    """For each row its example, or what is wrong with it."""
+    needed: dict[str, str] = {}
+    for place, row in rows_of(source, lines_as="" if labelled else columns.text):
+        if not needed:
+            needed = columns.needed(kind, row, labelled=labelled)
+            missing = [name for name in needed.values() if name not in row]
+            if missing:
+                raise UserError(
+                    f"{place}: there is no column {known_fields(missing)} in {known_fields(row)}: "
+                    "say which is which, as with --text-column"
+                )
+        try:
+            yield _example(kind, place, row, needed, labelled=labelled)
+        except UserError as problem:
+            yield problem
+
+
+def _example(kind: str, place: str, row: dict[str, Any], needed: dict[str, str], *, labelled: bool) -> Example:
+    def text(part: str) -> str:
+        return _text(place, needed[part], row.get(needed[part]), may_be_empty=not labelled)
+
+    answer = row.get(needed["label"]) if "label" in needed else None
+    if "label" in needed and (answer is None or answer == ""):
+        raise UserError(f'{place}: "{needed["label"]}" is missing')
+    if kind == "tokens":
+        words = _words(place, needed["words"], row.get(needed["words"]))
+        tags = _words(place, needed["tags"], row.get(needed["tags"])) if labelled else None
+        if tags is not None and len(tags) != len(words):
+            raise UserError(f"{place}: there are {len(words)} words, but {len(tags)} tags")
+        return Example(words, tags, place)
+    if kind == "choice":
+        choices = _choices(place, row, [name for part, name in needed.items() if part.startswith("choice ")])
+        return Example((text("text"), *choices), _choice(place, answer, choices) if labelled else None, place)
+    if kind == "instruction":
+        return Example(tuple(text(part) for part in needed), None, place)
+    texts = tuple(text(part) for part in ("text", "text_pair") if part in needed)
+    if not labelled or kind == "contrastive":
+        return Example(texts, None, place)
+    label = _number(place, needed["label"], answer) if kind == "regression" else _name(place, needed["label"], answer)
+    return Example(texts, label, place)
+
+
+def _text(place: str, column: str, value: Any, *, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str) or not (may_be_empty or value.strip()):
+        raise UserError(f'{place}: "{column}" is missing or holds no text')
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f'{place}: "{column}" holds half of a surrogate pair') from None
+    return value
+
+
+def _words(place: str, column: str, value: Any) -> tuple[str, ...]:
+    words = value.split() if isinstance(value, str) else value
+    if not isinstance(words, list) or not words:
+        raise UserError(f'{place}: "{column}" is missing or holds no list')
+    return tuple(_name(place, column, word) for word in words)
+
+
+def _choices(place: str, row: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    found = [row.get(name) for name in names]
+    if len(names) == 1:
+        try:  # .csv files hold a list as text
+            found = json.loads(found[0]) if isinstance(found[0], str) else found[0]  # type: ignore[assignment]
+        except ValueError:
+            found = []
+    if not isinstance(found, list) or len(found) < 2:
+        raise UserError(f'{place}: "{names[0]}" is missing or holds no list of two texts or more')
+    return tuple(_text(place, names[min(n, len(names) - 1)], choice) for n, choice in enumerate(found))
+
+
+def _choice(place: str, answer: Any, choices: Sequence[str]) -> int:
+    """Which choice an answer names: by its number from 0, its whole text, or its letter from A."""
+    text = _name(place, "label", answer)
+    number = -1
+    if text.isdecimal():
+        number = int(text)
+    elif text in choices:
+        number = choices.index(text)
+    elif len(text) == 1:
+        number = ord(text.upper()) - ord("A")
+    if not 0 <= number < len(choices):
+        raise UserError(
+            f'{place}: the answer "{text}" is none of the {len(choices)} choices: '
+            "give its number from 0, its letter or its text"
+        )
+    return number
+
+
+def _name(place: str, column: str, value: Any) -> str:
+    """A label as text: 1, 1.0 and "1" are the same one, whatever kind of file they come from."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, (str, int)):
+        return str(value)
+    if isinstance(value, float):
+        raise UserError(f'{place}: "{column}" is {value}, no class: a task with numbers is a regression')
+    raise UserError(f'{place}: "{column}" holds neither text nor a whole number')
+
+
+def _number(place: str, column: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f'{place}: "{column}" is {json.dumps(value, default=str)}, where a number should be')
+    return number
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a task, in a fixed order: the number of a class is its place in ``names``."""
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Labels:
+        """The classes that occur in training examples (or tags in them), by number if all are numbers, else by name.
+
+        Raises:
+            UserError: there is only one.
+        """
+        found = {name for example in examples for name in _names_of(example)}
+        if len(found) < 2:
+            raise _constant(examples, *found)
+        by_number = all(name.removeprefix("-").isdecimal() for name in found)
+        return cls(tuple(sorted(found, key=lambda name: (int(name) if by_number else 0, name))))
+
+    def index(self, example: Example) -> int:
+        """The number of an example's class.
+
+        Raises:
+            UserError: it is not one of the classes that were trained.
+        """
+        return self._index(example.label, example.place)
+
+    def indices(self, example: Example) -> list[int]:
+        """The numbers of the tags of an example of the kind "tokens"; raises as ``index``."""
+        return [self._index(tag, example.place) for tag in example.label]
+
+    def _index(self, name: str, place: str) -> int:
+        try:
+            return self.names.index(name)
+        except ValueError:
+            raise UserError(
+                f'{place}: the label "{name}" does not occur in the training examples: they have '
+                f"{known_fields(self.names)}"
+            ) from None
+
+
+def _names_of(example: Example) -> tuple[str, ...]:
+    return example.label if isinstance(example.label, tuple) else (example.label,)
+
+
+def numbers_of(examples: Sequence[Example]) -> list[float]:
+    """The numbers that a regression learns from. UserError if all are the same: there is nothing to learn."""
+    numbers = [example.label for example in examples]
+    if len(set(numbers)) < 2:
+        raise _constant(examples, numbers[0])
+    return numbers
+
+
+def _constant(examples: Sequence[Example], label: Any) -> UserError:
+    first, last = examples[0].place, examples[-1].place.rpartition(", ")[2]
+    return UserError(f'{first} to {last}: every example has the label "{label}": there is nothing to learn from them')
+
+
+def columns_of(task: FinetuneConfig) -> Columns:
+    """Which columns the settings name."""
+    return Columns(
+        text=task.text_column,
+        text_pair=None if task.text_pair_column == "auto" else task.text_pair_column,
+        label=task.label_column,
+        choices=tuple(task.choices_column.split(",")),
+        words=task.words_column,
+        tags=task.tags_column,
+        prompt=task.prompt_column,
+        response=task.response_column,
+    )
+
+
+def content_hash(examples: Sequence[Example]) -> str:
+    """SHA-256 of what examples say, wherever they lie."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.texts, example.label]).encode())
+    return digest.hexdigest()
+
+
+def read_similar(source: str | Path, columns: Columns) -> list[Example]:
+    """Pairs of texts with how alike they are.
+
+    Raises:
+        UserError: as of ``lm.data.examples.read_examples``, or there are single texts.
+    """
+    pairs = read_examples(source, "regression", columns)
+    if len(pairs[0].texts) != 2:
+        raise UserError(f"{pairs[0].place}: there is one text, where the similarity of two is asked for")
+    return pairs

@@ -1,0 +1,338 @@
+"""What did pretraining buy? One table of a task: floors, probes and fine-tuning, in the same examples, over seeds.
+
+    task → examples → for each row and seed a *cell*: learn, answer the test examples, measure → mean ± sd a row
+
+Each cell is a file of its own (``cells/TASK/ROW-SEED.json``), written when it is complete: whoever is stopped goes on
+where he was, and a row or a seed that is added costs no more than itself. A cell that was made from another model, from
+other examples or with other settings is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import UserError
+from data_prep.files import read_json, write_atomically
+from lm.data.examples import Columns, Example, Labels, content_hash, numbers_of, read_examples
+from lm.evaluation import probes
+from lm.evaluation.probes import Answers, Target
+from lm.finetuning.metrics import METRICS, metrics_of
+from lm.inference.embedding import Reading, Vectors, all_vectors
+from lm.model.transformer import Transformer
+from lm.runs.directory import Run
+
+# In the order of the table: its names, and what each is.
+ROWS = {
+    "majority": "the share of each class, or the mean, whatever the text",
+    "tfidf": "TF-IDF of words and pairs of words, and linear regression",
+    "untrained": "the same architecture, untrained, fine-tuned in full",
+    "probe_untrained": "linear probe of the untrained architecture's frozen features",
+    "knn": "k nearest neighbours by frozen features",
+    "probe": "linear probe of frozen features",
+    "lora": "fine-tuned by LoRA",
+    "full": "fine-tuned in full",
+}
+TUNED = ("untrained", "lora", "full")
+FROZEN = ("probe_untrained", "knn", "probe")
+KINDS = ("classification", "regression")
+CELLS, TABLE = "cells", "table.json"
+FORMAT = 2  # of a cell: another one is made again
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a table.
+
+    ``train`` is learnt from and ``test`` reported on. ``validation`` is what fine-tuning chooses its best step by; ""
+    is a tenth of ``train``, drawn by the seed. ``settings`` are those of its fine-tuned rows, by row.
+    """
+
+    name: str
+    kind: str
+    train: str
+    test: str
+    validation: str = ""
+    metric: str = ""
+    columns: Columns = field(default_factory=Columns)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def judged_by(self) -> str:
+        return self.metric or METRICS[self.kind][0]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a task, read; ``labels`` is None for a regression."""
+
+    task: Task
+    train: list[Example]
+    test: list[Example]
+    validation: list[Example]
+    labels: Labels | None
+
+    @property
+    def classes(self) -> int:
+        return len(self.labels.names) if self.labels else 0
+
+    def values(self, examples: Sequence[Example]) -> NDArray[Any]:
+        """Labels as numbers: int64 classes, or float64. UserError for a class that was not trained."""
+        if self.labels is None:
+            return np.array([example.label for example in examples], dtype=np.float64)
+        return np.array([self.labels.index(example) for example in examples], dtype=np.int64)
+
+    def parts(self, seed: int) -> tuple[list[Example], list[Example]]:
+        """What a fine-tuning learns from and what it chooses its best step by."""
+        if self.validation:
+            return self.train, self.validation
+        seen: set[Any] = set()
+        held: set[int] = set()
+        for number in np.random.default_rng([seed, 1]).permutation(len(self.train)).tolist():
+            if self.labels is not None and self.train[number].label not in seen:
+                seen.add(self.train[number].label)  # one of each class is learnt from
+            elif len(held) < max(1, len(self.train) // 10):
+                held.add(number)
+        return (
+            [example for number, example in enumerate(self.train) if number not in held],
+            [example for number, example in enumerate(self.train) if number in held],
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a task with one seed: what was measured on the test examples, and at what price.
+
+    ``outputs`` are the answers as in ``probes.Answers``; ``seconds`` count learning, choosing and answering;
+    ``source`` is the hash of all that the cell follows from.
+    """
+
+    task: str
+    row: str
+    seed: int
+    metrics: dict[str, float]
+    trained_parameters: int
+    seconds: float
+    note: str
+    outputs: list[Any]
+    source: str
+
+
+# How a fine-tuned row is made: (row, examples, seed, settings, folder for its run) → its answers to the test examples.
+Tune = Callable[[str, Examples, int, dict[str, Any], Path], Answers]
+
+
+def read_task(task: Task) -> Examples:
+    """The examples of a task.
+
+    Raises:
+        UserError: a file cannot be read, all labels are the same, or one of the test was not trained.
+    """
+    if task.kind not in KINDS:
+        raise UserError(f'task "{task.name}" is of the kind "{task.kind}": a table is made of {" and ".join(KINDS)}')
+    if task.judged_by not in METRICS[task.kind]:
+        known = ", ".join(METRICS[task.kind])
+        raise UserError(f'task "{task.name}": there is no metric "{task.metric}" of a {task.kind}: choose of {known}')
+    train = read_examples(task.train, task.kind, task.columns)
+    test = read_examples(task.test, task.kind, task.columns)
+    validation = read_examples(task.validation, task.kind, task.columns) if task.validation else []
+    widths = {len(example.texts) for examples in (train, test, validation) for example in examples}
+    if len(widths) > 1:
+        raise UserError(f'task "{task.name}": some of its files have pairs of texts, and some single texts')
+    if task.kind == "regression":
+        numbers_of(train)
+    examples = Examples(task, train, test, validation, Labels.of(train) if task.kind == "classification" else None)
+    examples.values([*test, *validation])
+    if task.judged_by == "f1" and examples.classes != 2:
+        raise UserError(f'task "{task.name}" has {examples.classes} classes, and f1 is of two: choose macro_f1')
+    return examples
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Vectors of a task's examples, the seconds they took and how many texts were cut to the model's context."""
+
+    train: Vectors
+    test: Vectors
+    seconds: float
+    cut: int
+
+
+class Maker:
+    """Makes the cells of a run's table; keeps the features of one task at a time."""
+
+    def __init__(
+        self,
+        run: Run,
+        model: Transformer,
+        weights: str,
+        reading: Reading,
+        tune: Tune,
+        out: Path,
+        *,
+        keep_runs: bool = False,
+    ) -> None:
+        """``weights`` is the hash of the model's file, ``out`` the folder of the table.
+
+        The run directories of fine-tuned rows, in ``out/runs``, are removed when their cell is written, or kept.
+        """
+        self.run, self.model, self.weights, self.reading, self.tune, self.out = run, model, weights, reading, tune, out
+        self.keep_runs = keep_runs
+        self._features: dict[tuple[str, int | None], _Features] = {}
+
+    def cell(self, examples: Examples, row: str, seed: int) -> Cell:
+        """The cell as it was saved, or made now and saved."""
+        task = examples.task
+        path = self.out / CELLS / task.name / f"{row}-{seed}.json"
+        settings = task.settings.get(row, {})
+        source = self._source(examples, row, seed, settings)
+        known = read_cell(path)
+        if known and known.source == source:
+            return known
+        folder = self.out / "runs" / task.name / f"{row}-{seed}-{source[:8]}"
+        answers, seconds = self._answers(examples, row, seed, settings, folder)
+        metrics = metrics_of(examples.values(examples.test), answers.outputs, examples.classes)
+        cell = Cell(
+            task.name, row, seed, metrics, answers.parameters, seconds, answers.chosen, answers.outputs.tolist(), source
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(asdict(cell)) + "\n")
+        if not self.keep_runs:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # another process's run may be there
+                folder.parent.rmdir()
+                folder.parent.parent.rmdir()
+        return cell
+
+    def _source(self, examples: Examples, row: str, seed: int, settings: dict[str, Any]) -> str:
+        """The hash of all that a cell follows from."""
+        reading = asdict(self.reading) if row in FROZEN else None
+        weights = self.weights if row not in ("majority", "tfidf") else ""
+        told = (FORMAT, examples.task.kind, examples.task.judged_by, row, seed, settings, reading, weights)
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+        for part in (examples.train, examples.test, examples.validation if row in TUNED else []):
+            digest.update(content_hash(part).encode())
+        return digest.hexdigest()
+
+    def _answers(
+        self, examples: Examples, row: str, seed: int, settings: dict[str, Any], folder: Path
+    ) -> tuple[Answers, float]:
+        """The answers of a row to the test examples, and the seconds that it took."""
+        target = Target(examples.values(examples.train), examples.classes, examples.task.judged_by)
+        if row in FROZEN:
+            features = self._vectors(examples, seed if row == "probe_untrained" else None)
+        start = time.perf_counter()
+        if row in FROZEN:
+            probe = probes.nearest if row == "knn" else probes.linear
+            answers = probe(features.train, target, features.test, seed)
+            if features.cut:
+                answers = replace(answers, chosen=f"{answers.chosen}; {features.cut:,} texts cut")
+            return answers, features.seconds + time.perf_counter() - start
+        if row in TUNED:
+            answers = self.tune(row, examples, seed, settings, folder)
+        elif row == "tfidf":
+            train, test = ([example.texts for example in part] for part in (examples.train, examples.test))
+            answers = probes.tfidf(train, target, test, seed)
+        else:
+            answers = probes.majority(target, len(examples.test))
+        return answers, time.perf_counter() - start if answers.seconds is None else answers.seconds
+
+    def _vectors(self, examples: Examples, untrained: int | None) -> _Features:
+        """Features of a task by a model that has learnt nothing, drawn from a seed, or (None) by the run's own."""
+        key = (examples.task.name, untrained)
+        if key not in self._features:
+            start = time.perf_counter()
+            model = self.model
+            if untrained is not None:
+                device = next(self.model.parameters()).device
+                model = Transformer(self.run.config.model).initialise(untrained).to(device).eval()
+            train, test = (self._vectors_of(model, part) for part in (examples.train, examples.test))
+            seconds = time.perf_counter() - start
+            self._features = {key: value for key, value in self._features.items() if key[0] == examples.task.name}
+            self._features[key] = _Features(train[0], test[0], seconds, train[1] + test[1])
+        return self._features[key]
+
+    def _vectors_of(self, model: Transformer, examples: Sequence[Example]) -> tuple[Vectors, int]:
+        """A vector of each example, those of the texts of a pair combined, and how many texts were cut."""
+        columns = [[(text,) for text in column] for column in zip(*(e.texts for e in examples), strict=True)]
+        context = self.run.config.data.context_length
+        found = [all_vectors(model, self.run.tokenizer, column, self.reading, context) for column in columns]
+        first, *others = (vectors for vectors, _ in found)
+        return probes.pair_vectors(first, others[0]) if others else first, sum(cut for _, cut in found)
+
+
+def read_cell(path: Path) -> Cell | None:
+    """A saved cell, or None if it is not there, damaged, or of another version."""
+    try:
+        return Cell(**read_json(path))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A row of a task over its seeds: mean and sample standard deviation of each metric (0.0 for one seed)."""
+
+    task: str
+    row: str
+    seeds: tuple[int, ...]
+    metrics: dict[str, tuple[float, float]]
+    trained_parameters: int
+    seconds: float
+
+
+def summarise(cells: Sequence[Cell]) -> list[Summary]:
+    """One summary for each task and row, in the order of the cells."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.task, cell.row), []).append(cell)
+    return [
+        Summary(
+            task,
+            row,
+            tuple(cell.seed for cell in group),
+            {name: _mean_and_deviation([cell.metrics[name] for cell in group]) for name in group[0].metrics},
+            max(cell.trained_parameters for cell in group),
+            mean(cell.seconds for cell in group),
+        )
+        for (task, row), group in groups.items()
+    ]
+
+
+def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def findings(summaries: Sequence[Summary], metric: str) -> list[str]:
+    """What one task's table says, in sentences: full fine-tuning beside the untrained architecture and beside TF-IDF.
+
+    A difference counts beyond two standard deviations of it, those of both rows taken together.
+    """
+    rows = {summary.row: summary for summary in summaries}
+    told = []
+    for other, name in (("untrained", "the untrained architecture"), ("tfidf", "TF-IDF")):
+        if "full" not in rows or other not in rows:
+            continue
+        (ours, our_sd), (theirs, their_sd) = rows["full"].metrics[metric], rows[other].metrics[metric]
+        margin = 2 * (our_sd**2 + their_sd**2) ** 0.5
+        difference = ours - theirs
+        numbers = f"{metric} {ours:.3f} against {theirs:.3f}, a difference of {difference:+.3f}"
+        if min(len(rows["full"].seeds), len(rows[other].seeds)) < 2:
+            told.append(f"Fine-tuning in full beside {name}: {numbers}; one seed does not tell whether that is chance.")
+            continue
+        verdict = "above" if difference > margin else "below" if difference < -margin else "not told apart from"
+        told.append(
+            f"Fine-tuning in full is {verdict} {name}: {numbers} where two standard deviations are {margin:.3f}."
+        )
+    return told

@@ -1,0 +1,90 @@
+"""The fine-tuned rows of a table of tasks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_prep.files import write_atomically
+from lm.data.examples import Example
+from lm.evaluation.probes import Answers
+from lm.evaluation.task_table import Examples
+from lm.finetuning.finetune import finetune, finetune_config
+from lm.finetuning.predict import Predictor, open_predictor
+from lm.finetuning.predict import predict as predict_all
+from lm.runs.directory import Run
+from lm.training.reporter import Silence
+
+
+class Tuner:
+    """Fine-tunes a row in a run directory of its own, and answers the test examples: a ``task_table.Tune``."""
+
+    def __init__(self, run: Run, device: torch.device) -> None:
+        self.run, self.device = run, device
+
+    def __call__(self, row: str, examples: Examples, seed: int, settings: dict[str, Any], folder: Path) -> Answers:
+        train, validation = examples.parts(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
+        for file, part in zip(files.values(), (train, validation), strict=True):
+            write_examples(file, part)
+        config = finetune_config(
+            self.run,
+            {
+                **settings,
+                **METHODS[row],
+                **{name: str(file) for name, file in files.items()},
+                "task": examples.task.kind,
+                "judged_by": examples.task.judged_by,
+                "seed": seed,
+                "device": self.device.type,
+            },
+        )
+        done = finetune(config, folder / "run", Silence())
+        start = time.perf_counter()
+        outputs, cut = outputs_of(open_predictor(done.run.path, self.device), examples, examples.test)
+        seconds = learning_seconds(done.run) + time.perf_counter() - start
+        note = f"best at step {done.step:,}" + (f"; {cut:,} test examples longer than the context" if cut else "")
+        return Answers(outputs, done.trained_parameters, note, seconds)
+
+
+def learning_seconds(run: Run) -> float:
+    """The time of a run's optimizer steps, of all its sessions, as far as ``metrics.jsonl`` tells."""
+    seconds, before = 0.0, 0.0
+    for line in run.metrics():
+        if "tokens_per_second" in line:
+            seconds += (line["tokens"] - before) / line["tokens_per_second"]
+            before = line["tokens"]
+    return seconds
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write examples as JSON lines in the usual columns."""
+    lines = (
+        json.dumps(dict(zip(("text", "text_pair"), example.texts, strict=False)) | {"label": example.label})
+        for example in examples
+    )
+    write_atomically(path, "".join(line + "\n" for line in lines))
+
+
+def outputs_of(predictor: Predictor, examples: Examples, asked: Sequence[Example]) -> tuple[NDArray[np.float64], int]:
+    """A fine-tuned run's answers as ``probes.Answers`` has them, and how many examples were longer than the context.
+
+    A class that it was not shown has probability 0.
+    """
+    found = list(predict_all(predictor, asked))
+    cut = sum(was_cut for _, was_cut in found)
+    if examples.labels is None:
+        return np.array([answer["value"] for answer, _ in found]), cut
+    names = examples.labels.names
+    return np.array([[answer["probabilities"].get(name, 0.0) for name in names] for answer, _ in found]), cut
+
+
+METHODS = {"untrained": {"method": "full", "weights": "random"}, "lora": {"method": "lora"}, "full": {"method": "full"}}

@@ -1,0 +1,154 @@
+"""A trained model as one GGUF file, which llama.cpp and what is built on it load; tokenizer included, float32.
+
+llama.cpp's architecture "llama" pairs neighbours where we pair a head's halves (both are rotary positions of Su et al.
+2021), so rows of the query and key matrices change places. Its "qwen3" pairs halves like us.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_prep.errors import UserError
+from data_prep.files import sync_directory
+from data_prep.tokenizers.tokenizer import Tokenizer
+from data_prep.tokenizers.training import LLAMA3_WORDS, QWEN2_WORDS
+from lm.export.stock_architectures import StockClass, stock_class
+from lm.kernels.qkv_projection import side_by_side
+from lm.model.transformer import Transformer
+from lm.runs.checkpoint import Checkpoint
+from lm.runs.directory import Run
+
+NORMAL_TOKEN, CONTROL_TOKEN, UNUSED_TOKEN = 1, 3, 5  # llama.cpp's kinds of tokens
+FLOAT32_FILE = 0
+PARTS = {
+    "attention_norm": "attn_norm",
+    "attention.query": "attn_q",
+    "attention.key": "attn_k",
+    "attention.value": "attn_v",
+    "attention.output": "attn_output",
+    "attention.query_norm": "attn_q_norm",
+    "attention.key_norm": "attn_k_norm",
+    "feed_forward_norm": "ffn_norm",
+    "feed_forward.gate": "ffn_gate",
+    "feed_forward.up": "ffn_up",
+    "feed_forward.down": "ffn_down",
+}
+
+
+def export_gguf(run: Run, out: Path, checkpoint: Checkpoint, readout: str) -> None:
+    """Write the file ``out``, which must not be there yet.
+
+    Raises:
+        UserError: llama.cpp has no such model or tokenizer, the package gguf is missing, or ``out`` is there.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError('GGUF needs the package "gguf": pip install "kindling-lm[gguf]"') from None
+    if readout != "next_token":
+        raise UserError(f"llama.cpp writes text from left to right: it has no use for the readout {readout}")
+    if out.exists():
+        raise UserError(f"{out} is there already: choose another --out")
+    stock, config, tokenizer = stock_class(run.config.model, readout), run.config.model, run.tokenizer
+    words = pre_tokenizer_name(tokenizer)
+    model = run.load_model(torch.device("cpu"), checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(out.name + ".tmp")
+    try:
+        writer = gguf.GGUFWriter(str(beside), stock.model_type)
+        writer.add_name(run.path.resolve().name)
+        writer.add_context_length(run.config.data.context_length)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_layers)
+        writer.add_feed_forward_length(config.feed_forward_width)
+        writer.add_head_count(config.num_heads)
+        writer.add_head_count_kv(config.key_value_heads)
+        writer.add_key_length(config.head_width)
+        writer.add_value_length(config.head_width)
+        writer.add_rope_dimension_count(config.head_width)
+        writer.add_rope_freq_base(config.rope_theta)
+        writer.add_layer_norm_rms_eps(config.norm_epsilon)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_file_type(FLOAT32_FILE)
+        _add_tokenizer(writer, tokenizer, words, config.vocab_size)
+        for name, tensor in tensors(model, stock).items():
+            writer.add_tensor(name, tensor.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        beside.rename(out)
+        sync_directory(out.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
+    """llama.cpp's name for how a tokenizer cuts a text into words.
+
+    Raises:
+        UserError: llama.cpp cannot encode as this tokenizer does.
+    """
+    described = tokenizer.description
+    cutter = described["pre_tokenizer"]
+    steps = [] if cutter is None else cutter["pretokenizers"] if cutter["type"] == "Sequence" else [cutter]
+    plain = {"type": "ByteLevel", "add_prefix_space": False}
+    if tokenizer.kind == "bpe" and described["normalizer"] is None and steps and _has(steps[-1], plain):
+        by_gpt2 = steps[-1]["use_regex"]
+        if by_gpt2 and len(steps) == 1:
+            return "gpt-2"
+        if by_gpt2 and len(steps) == 2 and _has(steps[0], {"type": "Digits", "individual_digits": True}):
+            return "starcoder"
+        names = {LLAMA3_WORDS: "llama-bpe", QWEN2_WORDS: "qwen2"}
+        if not by_gpt2 and len(steps) == 2 and steps[0]["type"] == "Split":
+            name = names.get(steps[0]["pattern"].get("Regex"))
+            if name:
+                return name
+    raise UserError(
+        f"llama.cpp cannot encode as this tokenizer does (kind {tokenizer.kind}): byte-level BPE with the split gpt2, "
+        "llama3 or qwen2 can be exported"
+    )
+
+
+def _has(step: dict[str, object], wanted: dict[str, object]) -> bool:
+    return all(step.get(name) == value for name, value in wanted.items())
+
+
+def _add_tokenizer(writer: object, tokenizer: Tokenizer, words: str, vocab_size: int) -> None:
+    import gguf
+
+    assert isinstance(writer, gguf.GGUFWriter)
+    model = tokenizer.description["model"]
+    texts = {token_id: text for text, token_id in model["vocab"].items()}
+    special = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    tokens = [special.get(i) or texts.get(i) or f"<|unused_{i}|>" for i in range(vocab_size)]
+    kinds = [CONTROL_TOKEN if i in special else NORMAL_TOKEN if i in texts else UNUSED_TOKEN for i in range(vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(words)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]])
+    writer.add_bos_token_id(tokenizer.end_of_text_id)
+    writer.add_eos_token_id(tokenizer.end_of_text_id)
+    writer.add_pad_token_id(tokenizer.padding_id)
+    writer.add_mask_token_id(tokenizer.mask_id)
+    writer.add_add_bos_token(True)
+
+
+def tensors(model: Transformer, stock: StockClass) -> dict[str, Tensor]:
+    """llama.cpp's names and float32 tensors."""
+    config, found = model.config, {}
+    for name, tensor in model.state_dict().items():
+        value = tensor.detach().float().contiguous()
+        if name.startswith("blocks."):
+            _, layer, part = name.removesuffix(".weight").split(".", 2)
+            if stock.model_type == "llama" and part in ("attention.query", "attention.key"):
+                value = side_by_side(value, config.head_width)
+            found[f"blk.{layer}.{PARTS[part]}.weight"] = value
+        else:
+            theirs = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}[name.split(".")[0]]
+            found[f"{theirs}.weight"] = value
+    return found

@@ -1,0 +1,152 @@
+"""Take a trained model elsewhere: a folder that ``transformers`` loads with its stock classes, no code beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_prep.errors import UserError
+from data_prep.files import new_folder
+from data_prep.tokenizers.tokenizer import Tokenizer
+from lm import __version__
+from lm.config.settings import READOUTS
+from lm.export.stock_architectures import StockClass, stock_class, stock_config, weight_names
+from lm.model.transformer import Transformer
+from lm.runs.checkpoint import Checkpoint
+from lm.runs.directory import Run, saved_evaluation
+
+OUR_CONFIG = "kindling.toml"  # what import_checkpoint reads to have every setting back
+
+
+def choose_readout(run: Run, wanted: str | None) -> str:
+    """The readout to export: the one wanted, or the first that a stock class can compute.
+
+    Raises:
+        UserError: the run was not trained for it, or no stock class computes it; the message says why.
+    """
+    trained = READOUTS[run.config.objective.objective]
+    if wanted is not None:
+        if wanted not in trained:
+            raise UserError(f"{run.path} was trained for {' and '.join(trained)}, not for {wanted}")
+        stock_class(run.config.model, wanted)
+        return wanted
+    problems = []
+    for readout in trained:
+        try:
+            stock_class(run.config.model, readout)
+            return readout
+        except UserError as problem:
+            problems.append(f"{readout}: {problem}")
+    raise UserError(f"{run.path} cannot be exported: {'; '.join(problems)}")
+
+
+def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str) -> None:
+    """Write a folder for ``AutoModelForCausalLM`` or ``AutoModelForMaskedLM``, and ``AutoTokenizer``.
+
+    Weights are float32. The tokenizer puts the end-of-text token before each text, as training did.
+
+    Raises:
+        UserError: no stock class computes this readout, or ``out`` holds something.
+    """
+    stock = stock_class(run.config.model, readout)
+    model = run.load_model(torch.device("cpu"), checkpoint)
+    with new_folder(out) as folder:
+        save_file(_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
+        for name, content in {
+            "config.json": stock_config(run.config, run.tokenizer, stock),
+            "generation_config.json": _generation_config(run.tokenizer, run.config.model.vocab_size),
+            "tokenizer.json": tokenizer_with_start(run.tokenizer),
+            "tokenizer_config.json": _tokenizer_config(run.tokenizer, run.config.data.context_length),
+        }.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+        run.config.save(folder / OUR_CONFIG)
+        (folder / "README.md").write_text(model_card(run, checkpoint, stock), encoding="utf-8")
+
+
+def _weights(model: Transformer) -> dict[str, Tensor]:
+    names = weight_names(model.config)
+    return {names[name]: tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def unwritable_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Ids that a model never writes: padding, masks, rows that only fill the matrix."""
+    return [tokenizer.padding_id, tokenizer.mask_id, *range(tokenizer.vocab_size, vocab_size)]
+
+
+def _generation_config(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    return {
+        "bos_token_id": tokenizer.end_of_text_id,
+        "eos_token_id": tokenizer.end_of_text_id,
+        "pad_token_id": tokenizer.padding_id,
+        "suppress_tokens": unwritable_ids(tokenizer, vocab_size),
+    }
+
+
+def tokenizer_with_start(tokenizer: Tokenizer) -> dict[str, Any]:
+    """``tokenizer.json`` that puts the end-of-text token before each text when special tokens are asked for."""
+    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    start = names[tokenizer.end_of_text_id]
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
+    special = {"SpecialToken": {"id": start, "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, special, second],
+        "special_tokens": {start: {"id": start, "ids": [tokenizer.end_of_text_id], "tokens": [start]}},
+    }
+    before = tokenizer.description["post_processor"]
+    processor = template if before is None else {"type": "Sequence", "processors": [before, template]}
+    return tokenizer.description | {"post_processor": processor}
+
+
+def tokenizer_without_start(description: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``tokenizer_with_start``; other descriptions stay as they are."""
+    processor: dict[str, Any] = description.get("post_processor") or {}
+    kind = processor.get("type")
+    if kind == "TemplateProcessing":
+        return description | {"post_processor": None}
+    if kind == "Sequence" and [part["type"] for part in processor["processors"]][1:] == ["TemplateProcessing"]:
+        return description | {"post_processor": processor["processors"][0]}
+    return description
+
+
+def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
+    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": names[tokenizer.end_of_text_id],
+        "eos_token": names[tokenizer.end_of_text_id],
+        "pad_token": names[tokenizer.padding_id],
+        "mask_token": names[tokenizer.mask_id],
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def model_card(run: Run, checkpoint: Checkpoint, stock: StockClass) -> str:
+    """README.md: what the model is, was trained on, reaches, and cannot."""
+    evaluation = saved_evaluation(run, checkpoint) or {}
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("model_card.md")
+    return template.render(
+        name=run.path.resolve().name,
+        stock=stock,
+        step=checkpoint.step,
+        config=run.config,
+        tokens=checkpoint.step * run.config.data.batch_tokens,
+        losses=evaluation.get("validation", {}),
+        floors=evaluation.get("floors", {}),
+        protocol=evaluation.get("protocol"),
+        version=__version__,
+    )

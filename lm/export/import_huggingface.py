@@ -1,0 +1,144 @@
+"""A checkpoint from elsewhere becomes a run directory: to sample, to evaluate, to fine-tune.
+
+Read are a folder, or a name on the Hugging Face hub, with ``config.json``, safetensors and a ``tokenizer.json``;
+nothing is unpickled, and no code of the folder runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_prep.errors import UserError
+from data_prep.files import new_folder, read_json
+from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.config.recipes import load_config
+from lm.config.settings import Config, ModelConfig
+from lm.export.huggingface import OUR_CONFIG, tokenizer_without_start
+from lm.export.stock_architectures import StockClass, model_config, weight_names
+from lm.model.transformer import Transformer
+from lm.runs import checkpoint
+from lm.runs.directory import CHECKPOINTS, METRICS, plain_settings
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_FILES = ("*.safetensors", INDEX, "config.json", "tokenizer.json", OUR_CONFIG)
+
+
+def import_checkpoint(source: str, out: Path) -> None:
+    """Write the run directory ``out`` from a checkpoint of a Llama, Qwen3 or EuroBERT.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or of a shape that is not ours; ``out`` holds something.
+    """
+    folder = _find(source)
+    shape, stock = model_config(_json(folder / "config.json"))
+    weights = _weights(folder, shape)
+    tokenizer = _tokenizer(folder)
+    if tokenizer.vocab_size > shape.vocab_size:
+        weights = _grown(weights, tokenizer.vocab_size)
+    shape_config = Config().replace(**vars(shape)).replace(vocab_size=max(shape.vocab_size, tokenizer.vocab_size))
+    config = _settings(folder, shape_config, stock)
+    with new_folder(out) as run:
+        config.save(run / "config.toml")
+        tokenizer.save(run / "tokenizer.json")
+        (run / METRICS).touch()
+        state = {
+            "imported_from": source,
+            "data_fingerprint": "",
+            "tokenizer_sha256": tokenizer.sha256,
+            "config": plain_settings(config),
+        }
+        checkpoint.save(run / CHECKPOINTS, 0, weights, {}, state)
+
+
+def _find(source: str) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{source} is a file: name the folder that holds config.json and {WEIGHTS}")
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
+    except errors.HFValidationError:
+        raise UserError(f"there is no folder {source}, and it is no name on the Hugging Face hub") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
+        raise UserError(
+            f"there is no folder {source}, and the Hugging Face hub could not give a model of that name"
+        ) from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {path}: it holds no object")
+    return content
+
+
+def _weights(folder: Path, shape: ModelConfig) -> dict[str, Tensor]:
+    """Our names and float32 tensors, each checked for its shape."""
+    files = {WEIGHTS}
+    if (folder / INDEX).is_file():
+        files = set(map(str, _json(folder / INDEX).get("weight_map", {}).values()))
+    found: dict[str, Tensor] = {}
+    for name in sorted(files):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder} has no file {name}: only safetensors are read, nothing is unpickled")
+        try:
+            found |= load_file(folder / name)
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{folder / name} is damaged: {error}") from None
+    if shape.num_layers > len(found):  # before as many are made as a damaged number says
+        raise UserError(f"{folder} does not fit its config.json: model.layers.{len(found)}.input_layernorm is missing")
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in Transformer(shape).state_dict().items()}
+    names = weight_names(shape)
+    weights = {}
+    for ours, size in wanted.items():
+        tensor = found.get(names[ours])
+        if tensor is None or tensor.shape != size:
+            had = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}, not {tuple(size)}"
+            raise UserError(f"{folder} does not fit its config.json: {names[ours]} {had}")
+        weights[ours] = tensor.float()
+    return weights
+
+
+def _grown(weights: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Embeddings with rows of the mean embedding for the special tokens that the tokenizer lacked."""
+    grown = dict(weights)
+    for name in ("embedding.weight", "head.weight"):
+        if name in weights:
+            old = weights[name]
+            grown[name] = torch.cat([old, old.mean(0, keepdim=True).expand(rows - len(old), -1)]).contiguous()
+    return grown
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    description = tokenizer_without_start(_json(folder / "tokenizer.json"))
+    return Tokenizer.from_json(json.dumps(description, ensure_ascii=False), name=str(folder / "tokenizer.json"))
+
+
+def _settings(folder: Path, from_shape: Config, stock: StockClass) -> Config:
+    """Our own settings where the folder has them and they describe these weights, else what config.json tells."""
+    if (folder / OUR_CONFIG).is_file():
+        ours = load_config(folder / OUR_CONFIG)
+        with torch.device("meta"):
+            same = [
+                {name: tensor.shape for name, tensor in Transformer(config.model).state_dict().items()}
+                for config in (ours, from_shape)
+            ]
+        if same[0] == same[1]:
+            return ours
+    context = int(_json(folder / "config.json").get("max_position_embeddings", 512))
+    objective = {"next_token": "next_token", "masked_token": "masked_token"}[stock.readout]
+    return from_shape.replace(context_length=context, batch_tokens=context, objective=objective)

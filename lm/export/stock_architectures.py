@@ -1,0 +1,174 @@
+"""Our model in the words of ``transformers``: which stock class computes the same, and what it calls each weight.
+
+===========================  ==================  ===========================================
+class                        readout             needs
+===========================  ==================  ===========================================
+LlamaForCausalLM             next_token          swiglu, no soft-capping
+Qwen3ForCausalLM             next_token          the same, and normalised queries and keys
+EuroBertForMaskedLM          masked_token        swiglu, no soft-capping, no such norms
+===========================  ==================  ===========================================
+
+All three have our shape: RMSNorm before each half of a block, rotary positions with a head's halves as pairs,
+grouped heads, no biases. A readout of masked_next_token, where a place predicts the token after it, has no stock class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.config.settings import Config, ModelConfig
+
+
+@dataclass(frozen=True)
+class StockClass:
+    """A model class of ``transformers``, and what of ours it computes."""
+
+    name: str
+    model_type: str
+    readout: str
+    qk_norm: bool
+
+
+STOCK_CLASSES = (
+    StockClass("LlamaForCausalLM", "llama", "next_token", qk_norm=False),
+    StockClass("Qwen3ForCausalLM", "qwen3", "next_token", qk_norm=True),
+    StockClass("EuroBertForMaskedLM", "eurobert", "masked_token", qk_norm=False),
+)
+
+
+def stock_class(model: ModelConfig, readout: str) -> StockClass:
+    """The class that computes this readout of a model.
+
+    Raises:
+        UserError: there is none; the message says what is in the way.
+    """
+    obstacles = []
+    if readout == "masked_next_token":
+        obstacles.append(
+            "stock masked models predict a hidden token at its own place, and masked_next_token at the place before it "
+            "(objective masked_token or hybrid_unshifted can be exported)"
+        )
+    if model.activation != "swiglu":
+        obstacles.append(f"the activation {model.activation} (swiglu can be exported)")
+    if model.logit_softcap:
+        obstacles.append(f"logit_softcap {model.logit_softcap:g} (0 can be exported)")
+    found = [stock for stock in STOCK_CLASSES if (stock.readout, stock.qk_norm) == (readout, model.qk_norm)]
+    if not found and readout == "masked_token":
+        obstacles.append("qk_norm in a masked model (false can be exported)")
+    if obstacles:
+        raise UserError(f"no model class of transformers has {'; nor '.join(obstacles)}")
+    return found[0]
+
+
+def weight_names(model: ModelConfig) -> dict[str, str]:
+    """Our name of each weight, and the stock classes' name of it."""
+    names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    if not model.tie_embeddings:
+        names["head.weight"] = "lm_head.weight"
+    parts = {
+        "attention_norm": "input_layernorm",
+        "attention.query": "self_attn.q_proj",
+        "attention.key": "self_attn.k_proj",
+        "attention.value": "self_attn.v_proj",
+        "attention.output": "self_attn.o_proj",
+        "feed_forward_norm": "post_attention_layernorm",
+        "feed_forward.gate": "mlp.gate_proj",
+        "feed_forward.up": "mlp.up_proj",
+        "feed_forward.down": "mlp.down_proj",
+    }
+    if model.qk_norm:
+        parts |= {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
+    for layer in range(model.num_layers):
+        for ours, theirs in parts.items():
+            names[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
+    return names
+
+
+def stock_config(config: Config, tokenizer: Tokenizer, stock: StockClass) -> dict[str, Any]:
+    """The content of ``config.json``, read alike by transformers 4 and 5 (they call the rotary base differently)."""
+    model = config.model
+    content = {
+        "architectures": [stock.name],
+        "model_type": stock.model_type,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.feed_forward_width,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.key_value_heads,
+        "head_dim": model.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.data.context_length,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": tokenizer.end_of_text_id,
+        "eos_token_id": tokenizer.end_of_text_id,
+        "pad_token_id": tokenizer.padding_id,
+        "torch_dtype": "float32",
+    }
+    if stock.readout == "masked_token":
+        content["mask_token_id"] = tokenizer.mask_id
+    return content
+
+
+def model_config(content: dict[str, Any]) -> tuple[ModelConfig, StockClass]:
+    """The shape that a ``config.json`` describes, if it is one of ours.
+
+    Raises:
+        UserError: it is of another architecture, or has something that our model has not.
+    """
+    kinds = {stock.model_type: stock for stock in STOCK_CLASSES}
+    kind = content.get("model_type")
+    if kind not in kinds:
+        raise UserError(f"model_type {kind!r} cannot be imported: only {', '.join(kinds)} have our shape")
+    stock = kinds[kind]
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", content.get("rope_theta", 10_000.0))
+    obstacles = [
+        f"{name} {content[name]!r}"
+        for name in ("attention_bias", "mlp_bias", "use_sliding_window")
+        if content.get(name, False)
+    ]
+    if content.get("hidden_act", "silu") != "silu":
+        obstacles.append(f"hidden_act {content['hidden_act']!r}")
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        obstacles.append(f"scaled rotary positions ({rope.get('rope_type', rope.get('type'))})")
+    if obstacles:
+        raise UserError(f"this {kind} cannot be imported: it has {', '.join(obstacles)}")
+    try:
+        heads = _size(content["num_attention_heads"])
+        return (
+            ModelConfig(
+                num_layers=_size(content["num_hidden_layers"]),
+                hidden_size=_size(content["hidden_size"]),
+                num_heads=heads,
+                num_key_value_heads=_size(content.get("num_key_value_heads") or heads),
+                head_size=_size(content.get("head_dim") or int(content["hidden_size"]) // heads),
+                feed_forward_size=_size(content["intermediate_size"]),
+                activation="swiglu",
+                qk_norm=stock.qk_norm,
+                tie_embeddings=bool(content.get("tie_word_embeddings", False)),
+                rope_theta=float(theta),
+                norm_epsilon=float(content.get("rms_norm_eps", 1e-6)),
+                vocab_size=_size(content["vocab_size"]),
+            ),
+            stock,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"config.json of this {kind} is damaged: {error}") from None
+
+
+def _size(value: Any) -> int:
+    """The value as a size; ValueError if it is none, or larger than that of any model."""
+    size = int(value)
+    if not 1 <= size <= 1 << 24:
+        raise ValueError(f"a size of {size}")
+    return size

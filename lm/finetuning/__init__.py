@@ -1,0 +1,1 @@
+"""Learn a task from labeled examples."""

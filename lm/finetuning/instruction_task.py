@@ -1,0 +1,173 @@
+"""Instruction tuning: the lesson of ``finetune`` that teaches a model to answer, by prompts and responses.
+
+A prompt is written as the chat template has it (``chat_template``), the response follows, and an end of text. Only the
+response and that end are predicted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from data_prep.errors import UserError
+from data_prep.files import write_atomically
+from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.config.settings import READOUTS, Config
+from lm.data.batch import IGNORED, Batch
+from lm.data.examples import Example, columns_of, content_hash, read_examples
+from lm.data.packed_sequences import packed
+from lm.finetuning.task_inputs import in_parts
+from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, render
+from lm.model.device import autocast
+from lm.model.transformer import Transformer
+from lm.runs.metrics_log import ReadoutLoss
+from lm.training.gradients import accumulated
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt and its response: ``tokens`` from the first end of text to the last; those from ``first`` on count."""
+
+    row: list[int]
+    first: int
+    response_bytes: int
+    cut: bool
+
+    @property
+    def tokens(self) -> int:
+        """Of the inputs: the last token is only a target."""
+        return len(self.row) - 1
+
+    @property
+    def predicted(self) -> int:
+        return len(self.row) - self.first
+
+
+def turn_of(example: Example, template: str, tokenizer: Tokenizer, context_length: int) -> Turn:
+    """Write an example as the template has it; what is too long loses the beginning of its prompt, then its end.
+
+    Raises:
+        UserError: the template does not write the conversation so far in front of the answer.
+    """
+    prompt, response = example.texts
+    asked = [{"role": "user", "content": prompt}]
+    before = render(asked, template)
+    whole = render([*asked, {"role": "assistant", "content": response}], template)
+    if not whole.startswith(before):
+        raise UserError(
+            f"{example.place}: with the response the chat template begins otherwise than it does without: it must "
+            "write the prompt, and the words before the response, alike in both"
+        )
+    answer = whole[len(before) :].rstrip("\n")
+    end = tokenizer.end_of_text_id
+    said, answered = tokenizer.encode(before), [*tokenizer.encode(answer), end]
+    kept = answered[:context_length]
+    room = context_length - len(kept)
+    shown = said[len(said) - min(len(said), room) :]
+    cut = len(kept) < len(answered) or len(shown) < len(said)
+    return Turn([end, *shown, *kept], 1 + len(shown), len(answer.encode()), cut)
+
+
+class InstructionLesson:
+    """Prompts and responses; the model is the trunk itself, and writes."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        task = config.finetune
+        if "next_token" not in READOUTS[config.objective.objective]:
+            raise UserError(
+                f"{task.base} was trained with {config.objective.objective} only: it cannot write, and so not follow "
+                "instructions"
+            )
+        self.config, self.tokenizer = config, tokenizer
+        self.template = read_template(task.chat_template)
+        read = [
+            read_examples(file, "instruction", columns_of(task)) if file else []
+            for file in (task.train, task.validation)
+        ]
+        self.fingerprint = content_hash([*read[0], Example((self.template,), None, "")])
+        self.train, self.validation = (
+            [turn_of(each, self.template, tokenizer, config.data.context_length) for each in examples]
+            for examples in read
+        )
+
+    @property
+    def examples(self) -> int:
+        return len(self.train)
+
+    @property
+    def tokens(self) -> int:
+        return sum(turn.tokens for turn in self.train)
+
+    def introduction(self) -> list[str]:
+        told = []
+        for name, turns in (("training", self.train), ("validation", self.validation)):
+            cut = sum(turn.cut for turn in turns)
+            more = f", {cut:,} of them longer than the context and cut" if cut else ""
+            told.append(f"{len(turns):,} {name} examples{more}")
+        return [*told, "only the responses are learned; the chat template is kept in the run directory"]
+
+    def save(self, path: Path) -> None:
+        write_atomically(path / CHAT_TEMPLATE, self.template)
+
+    def model(self, trunk: Transformer) -> Transformer:
+        return trunk
+
+    def batch(self, numbers: NDArray[np.int64]) -> list[Batch]:
+        turns = [self.train[n] for n in numbers.tolist()]
+        weight = 1 / sum(turn.predicted for turn in turns)
+        return list(self._batches(turns, weight))
+
+    def _batches(self, turns: Sequence[Turn], weight: float) -> Iterator[Batch]:
+        """Micro-batches, in which each predicted token has this weight."""
+        for first, stop in in_parts(turns, self.config.finetune.micro_batch_tokens):
+            yield pack_turns(turns[first:stop], weight, self.tokenizer.end_of_text_id, self.config.data.context_length)
+
+    def gradients(self, model: nn.Module, batch: list[Batch], step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        return {"response": accumulated(model, batch, self._loss, self.config, step)}, {"response": 1.0}
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        assert isinstance(model, Transformer)
+        batch = batch.to(model.norm.weight.device)
+        with autocast(batch.inputs.device, self.config.training.precision):
+            hidden = model(batch.inputs, batch.positions, batch.lo, batch.hi)
+            return model.loss(hidden, batch.targets, batch.loss_weights)
+
+    def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
+        if not self.validation:
+            return {"validation": {}}, None
+        model.eval()
+        with torch.no_grad():
+            nats = sum(float(self._loss(model, batch)) for batch in self._batches(self.validation, 1.0))
+        model.train()
+        predicted = sum(turn.predicted for turn in self.validation)
+        size = sum(turn.response_bytes for turn in self.validation)
+        loss = ReadoutLoss(nats / predicted, nats / math.log(2) / size, predicted)
+        return {"validation": {"response": loss.as_dict()}}, loss.nats_per_token
+
+
+def read_template(path: str) -> str:
+    """A chat template from a file; "" is plain turns."""
+    try:
+        return Path(path).read_text(encoding="utf-8") if path else PLAIN_TURNS
+    except (OSError, ValueError) as error:
+        raise UserError(f"the chat template {path} cannot be read: {error}") from None
+
+
+def pack_turns(turns: Sequence[Turn], weight: float, end_of_text: int, context_length: int) -> Batch:
+    """Conversations in as few rows as best fit finds, none seeing another, read causally."""
+    (rows,) = packed([turn.row[:-1] for turn in turns], "causal", end_of_text, context_length, len(turns))
+    targets = np.full(tuple(rows.batch.inputs.shape), IGNORED, dtype=np.int64)
+    for number, row, first in zip(rows.numbers.tolist(), rows.rows.tolist(), rows.first.tolist(), strict=True):
+        turn = turns[number]
+        targets[row, first + turn.first - 1 : first + len(turn.row) - 1] = turn.row[turn.first :]
+    weights = (targets != IGNORED).astype(np.float32) * np.float32(weight)
+    return dataclasses.replace(rows.batch, targets=torch.from_numpy(targets), loss_weights=torch.from_numpy(weights))

@@ -1,0 +1,251 @@
+"""The next token of several texts at once: one step of the model, with the keys and values of all before in a cache.
+
+On a CPU a step is bound by reading the weights, and by the time it takes to call some two hundred small operations. So
+there it is written out here, with the fewest and cheapest calls: matrices that share their input lie side by side and
+are packed for oneDNN, the norms' weights and the scale of the scores are multiplied into them beforehand, the views of
+the cache are made once for all layers, and rows with equally many keys share their attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lm.inference.kv_cache import KVCache, WritingTokens
+from lm.kernels import eager_on_cpu
+from lm.kernels.matmul import has_onednn
+from lm.model.transformer import Block, Transformer, rotary_table
+
+# Positions whose angles are computed at a time: the same ones together, so that their bits never depend on the batch.
+POSITIONS_AT_ONCE = 1024
+
+# The order chosen for 16 rows is the best for one row too: 1.5 times as fast as the one that is chosen for one row.
+PACKED_FOR_ROWS = 16
+
+Step = Callable[[list[int]], Tensor]
+
+
+def decoder(model: Transformer, cache: KVCache) -> Step:
+    """The function that reads one token of each of the first rows of ``cache``, and returns the logits of the next ones
+    (rows, vocabulary), float32, on the CPU; the caller may overwrite them."""
+    weight = model.embedding.weight
+    if eager_on_cpu(weight) and weight.dtype == torch.float32 and has_onednn():
+        return PackedDecoder(model, cache).step
+    return lambda tokens: _step_of_the_model(model, cache, tokens)
+
+
+def _step_of_the_model(model: Transformer, cache: KVCache, tokens: list[int]) -> Tensor:
+    writing = WritingTokens(cache, len(tokens))
+    inputs = torch.tensor(tokens, device=cache.stored.device)[:, None]
+    hidden = model(inputs, writing.positions, writing.lo, writing.hi, writing)
+    writing.done()
+    return model.logits(hidden[:, 0]).cpu()
+
+
+class Packed:
+    """A matrix (outputs, inputs) in the order in which oneDNN's product reads it fastest, for few rows of input."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.inputs = weight.shape[1]
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
+        self._product: Any = torch.ops.mkldnn._linear_pointwise.default  # looked up once: that takes time, too
+
+    def times(self, x: Tensor) -> Tensor:
+        """``x @ weight.T`` (rows, outputs), for x (rows, inputs)."""
+        return self._product(x, self._weight, None, "none", [], "")
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A block's matrices (outputs, inputs), with what else is linear in them. ``head_weights`` (query and key heads,
+    head width) are those of QK-norm, if there is one."""
+
+    heads: Tensor  # queries, keys, values
+    head_weights: Tensor | None
+    output: Tensor
+    inner: Tensor  # gate, if there is one, and up
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The same, packed."""
+
+    heads: Packed
+    head_weights: Tensor | None
+    output: Packed
+    inner: Packed
+    down: Packed
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring rows with equally many tokens, and for each layer the views of the cache that a step needs."""
+
+    start: int
+    end: int
+    places: tuple[Tensor, ...]  # of the new keys and values (rows, 2, key-value heads, head width)
+    keys: tuple[Tensor, ...]  # with the new ones, (rows · key-value heads, head width, tokens)
+    values: tuple[Tensor, ...]  # (rows · key-value heads, tokens, head width)
+
+
+class PackedDecoder:
+    """Steps in float32 on a CPU.
+
+    A row's logits are the same bits in every batch: each product is that of at least ``least_rows`` rows, the number
+    from which on oneDNN was seen to give a row the same bits among any others, and the rest is computed row by row.
+    Holds a second copy of the matrices.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self._config, self._cache = model.config, cache
+        with torch.inference_mode():
+            self._embedding = model.embedding.weight.detach()
+            self._layers = [_packed(folded(cast(Block, block))) for block in model.blocks]
+            self._head = Packed(folded_head(model))
+            self._turns = torch.empty(0, 2, self._config.head_width)
+            # The factor to the root mean square, and the learned weight, are in the matrix that follows a norm.
+            self._epsilon = torch.tensor(self._config.norm_epsilon * self._config.hidden_size)
+            self._head_epsilon = torch.tensor(self._config.norm_epsilon * self._config.head_width)
+            first = self._layers[0]
+            kinds = [first.heads, first.output, first.inner, first.down, self._head]
+            self.least_rows = least_rows_with_equal_bits(kinds, max(len(cache.lengths), PACKED_FOR_ROWS))
+
+    def step(self, tokens: list[int]) -> Tensor:
+        """Logits (rows, vocabulary) after one more token of each of the first rows; ``lengths`` grow by one."""
+        rows, cache, config = len(tokens), self._cache, self._config
+        padding = [0] * (self.least_rows - rows)
+        heads, kv_heads, width = config.num_heads, config.key_value_heads, config.head_width
+        runs = _runs(cache.stored, cache.lengths[:rows])
+        cos, sin = self._rotary(cache.lengths[:rows] + padding)
+        x = self._embedding.index_select(0, torch.tensor(tokens + padding))
+        for layer, matrices in enumerate(self._layers):
+            qkv = matrices.heads.times(_normed(x, self._epsilon)).view(len(x), -1, width)
+            qk = qkv.narrow(1, 0, heads + kv_heads)
+            if matrices.head_weights is not None:
+                qk.mul_(_inverse_norm(qk, self._head_epsilon)).mul_(matrices.head_weights)
+            # (a, b) of each pair becomes (a cos - b sin, b cos + a sin); the halves of a head hold a and b.
+            exchanged = qk.roll(width // 2, -1)
+            qk.mul_(cos).addcmul_(exchanged, sin)
+            x = matrices.output.times(_attend(qkv, runs, layer, heads, kv_heads)).add_(x)
+            inner = matrices.inner.times(_normed(x, self._epsilon))
+            if config.activation == "swiglu":
+                gate, up = inner.chunk(2, 1)
+                inner = F.silu(gate).mul_(up)
+            else:
+                inner.relu_().square_()
+            x = matrices.down.times(inner).add_(x)
+        for row in range(rows):
+            cache.lengths[row] += 1
+        logits = self._head.times(_normed(x, self._epsilon))[:rows]
+        return logits.tanh_().mul_(config.logit_softcap) if config.logit_softcap else logits
+
+    def _rotary(self, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """Cosines, and sines with the sign of the half, (rows, 1, head width), of some positions."""
+        while len(self._turns) <= max(positions):
+            fresh = torch.arange(len(self._turns), len(self._turns) + POSITIONS_AT_ONCE)
+            cos, sin = (each[:, 0] for each in rotary_table(fresh, self._config.head_width, self._config.rope_theta))
+            fresh = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1)
+            self._turns = torch.cat((self._turns, fresh))
+        chosen = self._turns.index_select(0, torch.tensor(positions))
+        return chosen[:, :1], chosen[:, 1:]
+
+
+def _runs(stored: Tensor, lengths: list[int]) -> list[_Run]:
+    """Rows of ``stored``, which hold ``lengths`` tokens before this step, as runs of neighbours with equally many."""
+    capacity, runs, start = stored.shape[4], [], 0
+    for length, run in groupby(lengths):
+        end = start + sum(1 for _ in run)
+        of_rows = stored[:, :, start:end]
+        keys, values = of_rows[..., : min(length + 1, capacity), :].flatten(2, 3).unbind(1)
+        places = of_rows[..., length % capacity, :].transpose(1, 2)
+        runs.append(_Run(start, end, places.unbind(), keys.transpose(2, 3).unbind(), values.unbind()))
+        start = end
+    return runs
+
+
+def _attend(qkv: Tensor, runs: list[_Run], layer: int, heads: int, kv_heads: int) -> Tensor:
+    """Store each row's new keys and values; what its queries see of its own ones, (padded rows, heads · width).
+
+    ``qkv`` is (padded rows, heads + 2 · key-value heads, width). A product for each row and key-value head, on its own.
+    """
+    width = qkv.shape[2]
+    parts = []
+    for run in runs:
+        count = run.end - run.start
+        of_run = qkv if count == len(qkv) else qkv[run.start : run.end]
+        run.places[layer].copy_(of_run.narrow(1, heads, 2 * kv_heads).view(count, 2, kv_heads, width))
+        queries = of_run.narrow(1, 0, heads).reshape(count * kv_heads, -1, width)
+        weights = torch.bmm(queries, run.keys[layer]).softmax(-1)
+        parts.append(torch.bmm(weights, run.values[layer]).view(count, -1))
+    if runs[-1].end < len(qkv):
+        parts.append(qkv.new_zeros(len(qkv) - runs[-1].end, heads * width))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _normed(x: Tensor, epsilon: Tensor) -> Tensor:
+    """x over its norm."""
+    return x * _inverse_norm(x, epsilon)
+
+
+def _inverse_norm(x: Tensor, epsilon: Tensor) -> Tensor:
+    """1 / sqrt(|x|² + epsilon) of the last dimension, which stays with size 1."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(epsilon).rsqrt_()
+
+
+def folded(block: Block) -> Matrices:
+    """A block's matrices, the weights of the norms before them and the scale of the scores multiplied into them."""
+    attention, feed_forward = block.attention, block.feed_forward
+    root, width = block.attention_norm.weight.numel() ** 0.5, attention.head_width
+    query, key, value = (
+        part.weight * block.attention_norm.weight * root for part in (attention.query, attention.key, attention.value)
+    )
+    head_weights = None
+    if attention.query_norm is None or attention.key_norm is None:
+        query = query * width**-0.5  # the scale of the scores
+    else:
+        query_weight, key_weight = attention.query_norm.weight, attention.key_norm.weight * width**0.5
+        per_head = ((query_weight, query), (key_weight, key))
+        head_weights = torch.cat([weight.expand(len(matrix) // width, width) for weight, matrix in per_head])
+    into = (feed_forward.gate, feed_forward.up) if feed_forward.gated else (feed_forward.up,)
+    norm = block.feed_forward_norm.weight * root
+    return Matrices(
+        heads=torch.cat((query, key, value)),
+        head_weights=head_weights,
+        output=attention.output.weight.detach(),
+        inner=torch.cat([matrix.weight * norm for matrix in into]),
+        down=feed_forward.down.weight.detach(),
+    )
+
+
+def folded_head(model: Transformer) -> Tensor:
+    """The head (vocabulary, hidden), the last norm's weight and the cap of the logits multiplied into it."""
+    head = model.head_weight * model.norm.weight * model.config.hidden_size**0.5
+    return head / model.config.logit_softcap if model.config.logit_softcap else head
+
+
+def _packed(matrices: Matrices) -> _Layer:
+    heads, output, inner, down = (
+        Packed(each) for each in (matrices.heads, matrices.output, matrices.inner, matrices.down)
+    )
+    return _Layer(heads, matrices.head_weights, output, inner, down)
+
+
+def least_rows_with_equal_bits(matrices: list[Packed], most: int) -> int:
+    """The smallest number of rows from which on, up to ``most``, each row's product is the same bits as among ``most``.
+
+    oneDNN takes another kernel for one row than for several where the inputs are many; others may differ elsewhere.
+    """
+    least = 1
+    for matrix in matrices:
+        x = torch.randn(most, matrix.inputs, generator=torch.Generator().manual_seed(0))
+        whole = matrix.times(x)
+        other = (rows for rows in range(most - 1, 0, -1) if not torch.equal(matrix.times(x[:rows]), whole[:rows]))
+        least = max(least, next(other, 0) + 1)
+    return least

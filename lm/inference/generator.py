@@ -1,0 +1,257 @@
+"""Continue many texts at once: requests come and go while others are being written."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from data_prep.errors import UserError
+from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.inference.decoding import decoder
+from lm.inference.detokenizer import TextStream
+from lm.inference.kv_cache import KVCache, ReadingPrompt
+from lm.inference.sampling import Sampling, draw, filtered, log_probabilities, penalised, writable
+from lm.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one step brought for one request.
+
+    Attributes:
+        handle: of the request, as ``Generator.add`` gave it.
+        token: the token that was written; None if the model ended the text instead.
+        text: what can be shown now: whole characters, nothing that may yet turn out to be part of a stop string.
+        logprob: natural log-probability of the token, if asked for: by the model's own distribution over all tokens
+            that can be written, before penalties, temperature and filters.
+        top_logprobs: the likeliest tokens by that distribution, the likeliest first, with theirs.
+        finish_reason: None while the text goes on; "stop" if the model ended it or a stop string came, "length" if it
+            has ``max_new_tokens``.
+    """
+
+    handle: int
+    token: int | None
+    text: str
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class _Request:
+    """One text that is being written."""
+
+    def __init__(self, handle: int, tokens: list[int], sampling: Sampling, tokenizer: Tokenizer) -> None:
+        self.handle, self.tokens, self.sampling = handle, tokens, sampling
+        self.stream = TextStream(tokenizer, sampling.stop, after=tokens)
+        self.written = 0
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._read: Tensor | None = None
+        self._counts: Tensor | None = None
+
+    def uniform(self) -> Tensor:
+        """The next number in [0, 1) of this request's own sequence."""
+        return torch.rand(1, generator=self._generator, dtype=torch.float64)
+
+    def penalised(self, logits: Tensor) -> Tensor:
+        """Logits (vocabulary,) after this request's penalties."""
+        if self._read is None or self._counts is None:
+            prompt = torch.tensor(self.tokens[1:], dtype=torch.int64)  # without the end of text that begins it
+            self._read, self._counts = prompt.bincount(minlength=len(logits)).float(), torch.zeros_like(logits)
+        return penalised(logits, self.sampling, self._read, self._counts)
+
+    def write(self, token: int) -> None:
+        self.tokens.append(token)
+        self.written += 1
+        if self._counts is not None:
+            self._counts[token] += 1
+
+
+class Generator:
+    """Writes with one model for any number of requests, up to ``max_rows`` of them at a time, the others waiting.
+
+        generator = Generator(model, tokenizer, context_length)
+        handle = generator.add("Once upon a time", Sampling())
+        while generator.busy:
+            for event in generator.step():
+                print(event.text, end="")
+
+    A text begins, as every document did in training, after an end-of-text token. Beyond ``context_length`` tokens each
+    new one sees the last ``context_length``, the most the model has been trained to look at; so that is what a row of
+    the cache holds. The first ``len(self._live)`` rows of the cache are the live requests', in their order.
+
+    What a request gets depends on its prompt and its settings only, not on what else is written at the same time.
+
+    Args:
+        reuse: when a prompt begins like the text that was written last in its row, read only what is new, as in a
+            chat. The keys and values are then those of other passes, equal but for rounding errors.
+        compiled: compile the step first (``lm.inference.compiled_decoding``), for one text at a time; ``compiling`` is
+            then a sentence that says how long that took, or why it is not.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        context_length: int,
+        *,
+        max_rows: int = 16,
+        reuse: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self._model, self._tokenizer = model.eval(), tokenizer
+        self._max_rows, self._reuse = max_rows, reuse
+        self._device = model.embedding.weight.device
+        self._cache = KVCache.empty(model.config, max_rows, context_length, model.embedding.weight)
+        self.compiling = ""
+        if compiled:
+            from lm.inference.compiled_decoding import compiled_decoder  # the compiler takes a second to import
+
+            self._next, self.compiling = compiled_decoder(model, self._cache)
+        else:
+            self._next = decoder(model, self._cache)
+        self._waiting: deque[_Request] = deque()
+        self._live: list[_Request] = []
+        self._left_over: list[int] = []  # the tokens that the first row after the live ones holds
+        self._handles = 0
+
+    def add(self, prompt: Sequence[int] | str, sampling: Sampling) -> int:
+        """Put a request in the queue; its handle is in every event of it.
+
+        Raises:
+            UserError: a setting that cannot be, or a token that the model does not have; all problems are told.
+        """
+        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        problems = sampling.problems()
+        if strangers := [token for token in ids if not 0 <= token < self._model.config.vocab_size]:
+            problems.append(f"the prompt holds token {strangers[0]}, but the model has {self._model.config.vocab_size}")
+        if problems:
+            raise UserError("\n".join(problems))
+        self._handles += 1
+        tokens = [self._tokenizer.end_of_text_id, *ids]
+        self._waiting.append(_Request(self._handles, tokens, sampling, self._tokenizer))
+        return self._handles
+
+    def cancel(self, handle: int) -> None:
+        """Forget a request; nothing happens if it is finished already."""
+        self._waiting = deque(request for request in self._waiting if request.handle != handle)
+        for row, request in enumerate(self._live):
+            if request.handle == handle:
+                self._leave(row)
+                return
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is waiting or being written."""
+        return bool(self._waiting or self._live)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Let waiting requests join while there are free rows, each prompt read in one pass, and write a token of each
+        live text. One event for each."""
+        while self._waiting and len(self._live) < self._max_rows:
+            self._join(self._waiting.popleft())
+        if not self._live:
+            return []
+        logits = self._next_logits()
+        chosen = self._choose(logits)
+        events = [self._event(*each) for each in zip(self._live, chosen, logits, strict=True)]
+        for row in reversed(range(len(events))):
+            if events[row].finish_reason:
+                self._leave(row)
+        return events
+
+    def _join(self, request: _Request) -> None:
+        """Read all but the last token of a prompt; that one is read with the next step of all rows."""
+        row = len(self._live)
+        self._cache.lengths[row] = self._reusable(request.tokens)
+        count = len(request.tokens) - 1 - self._cache.lengths[row]
+        if count:
+            reading = ReadingPrompt(self._cache, row, count)
+            inputs = torch.tensor([request.tokens[self._cache.lengths[row] : -1]], device=self._device)
+            self._model(inputs, reading.positions, reading.lo, reading.hi, reading)
+            reading.done()
+        self._live.append(request)
+        self._left_over = []
+
+    def _reusable(self, tokens: list[int]) -> int:
+        """How many of the tokens, from the first, the next free row of the cache holds already."""
+        if not self._reuse:
+            return 0
+        held = self._left_over
+        same = next((i for i, (a, b) in enumerate(zip(held, tokens[:-1], strict=False)) if a != b), None)
+        same = min(len(held), len(tokens) - 1) if same is None else same
+        # Going back needs tokens that may have lost their place.
+        return same if same == len(held) or len(held) <= self._cache.capacity else 0
+
+    def _leave(self, row: int) -> None:
+        """Free a row; the last live row takes its place."""
+        last = len(self._live) - 1
+        request = self._live.pop(row)
+        if row == last:
+            self._left_over = request.tokens[: self._cache.lengths[row]]
+        else:
+            self._live.insert(row, self._live.pop())
+            self._cache.move(last, row)
+            self._left_over = []
+
+    def _next_logits(self) -> Tensor:
+        """Logits (rows, vocabulary) of the token after the last of each live text, on the CPU, in float32."""
+        logits = self._next([request.tokens[-1] for request in self._live])
+        return writable(logits, self._tokenizer)
+
+    def _choose(self, logits: Tensor) -> list[int]:
+        """The next token of each live text; rows with equal filters are filtered together."""
+        if any(request.sampling.has_penalties for request in self._live):
+            logits = torch.stack(
+                [
+                    request.penalised(row) if request.sampling.has_penalties else row
+                    for request, row in zip(self._live, logits, strict=True)
+                ]
+            )
+        groups: dict[tuple[float, ...], list[int]] = {}
+        for row, request in enumerate(self._live):
+            groups.setdefault(request.sampling.filters, []).append(row)
+        chosen = [0] * len(self._live)
+        for rows in groups.values():
+            sampling = self._live[rows[0]].sampling
+            of_group = logits if len(rows) == len(logits) else logits[rows]
+            if sampling.temperature == 0:
+                tokens = of_group.argmax(-1)
+            else:
+                uniforms = torch.cat([self._live[row].uniform() for row in rows])
+                tokens = draw(filtered(of_group, sampling), uniforms)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                chosen[row] = token
+        return chosen
+
+    def _event(self, request: _Request, token: int, logits: Tensor) -> Event:
+        """Write the token, and tell of it."""
+        if token == self._tokenizer.end_of_text_id:
+            return Event(request.handle, None, request.stream.finish(), finish_reason="stop")
+        request.write(token)
+        text = request.stream.add(token)
+        reason: Literal["stop", "length"] | None = "stop" if request.stream.stopped else None
+        if reason is None and request.written == request.sampling.max_new_tokens:
+            text += request.stream.finish()
+            reason = "length"
+        logprob: float | None = None
+        top: list[tuple[int, float]] = []
+        if request.sampling.logprobs is not None:
+            log_p, top = log_probabilities(logits, request.sampling.logprobs)
+            logprob = float(log_p[token])
+        return Event(request.handle, token, text, logprob, tuple(top), reason)
+
+
+def stream(
+    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int] | str, sampling: Sampling, context_length: int
+) -> Iterator[Event]:
+    """Continue one text; the events of ``Generator`` as they come."""
+    generator = Generator(model, tokenizer, context_length, max_rows=1)
+    generator.add(prompt, sampling)
+    while generator.busy:
+        yield from generator.step()

@@ -1,0 +1,1 @@
+"""The transformer, and the device it computes on."""

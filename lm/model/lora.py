@@ -1,0 +1,59 @@
+"""LoRA (Hu et al. 2021): frozen matrices W learn by W + (alpha / rank) B A, with B and A of low rank.
+
+A matrix is replaced by a parametrisation of PyTorch that computes that sum wherever the weight is used, so every kernel
+sees a plain matrix, and merging, which keeps the last sum, changes no bit of what the model says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lm.model.transformer import Transformer
+
+# The matrices of a block, by their names in it.
+ATTENTION, FEED_FORWARD = ("query", "key", "value", "output"), ("gate", "up", "down")
+MATRICES = ATTENTION + FEED_FORWARD
+
+
+class LowRank(nn.Module):
+    """Adds (alpha / rank) B A to a matrix (outputs, inputs); A is (rank, inputs), B (outputs, rank) and 0 at first."""
+
+    def __init__(self, outputs: int, inputs: int, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, inputs))
+        self.b = nn.Parameter(torch.zeros(outputs, rank))
+        self.scale = alpha / rank
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.addmm(weight, self.b.to(weight.dtype), self.a.to(weight.dtype), alpha=self.scale)
+
+
+def add_lora(trunk: Transformer, rank: int, alpha: float, matrices: Sequence[str], seed: int) -> None:
+    """Freeze the model, and let the ``matrices`` (of ``MATRICES``) of each block learn by LoRA, drawn from ``seed``.
+
+    A has the variance 1 / inputs. A block without a gate has one matrix less.
+    """
+    trunk.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for block in trunk.blocks:
+        for part, names in ((block.attention, ATTENTION), (block.feed_forward, FEED_FORWARD)):
+            for name in names:
+                linear = getattr(part, name, None)
+                if name in matrices and linear is not None:
+                    outputs, inputs = linear.weight.shape
+                    added = LowRank(outputs, inputs, min(rank, outputs, inputs), alpha)
+                    with torch.no_grad():
+                        added.a.copy_(torch.randn(added.a.shape, generator=generator) * inputs**-0.5)
+                    parametrize.register_parametrization(linear, "weight", added)
+
+
+def merge_lora(trunk: Transformer) -> None:
+    """Make plain matrices of what LoRA has added; the model gives the same bits as before."""
+    for module in list(trunk.modules()):
+        if parametrize.is_parametrized(module):
+            with torch.no_grad():
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)

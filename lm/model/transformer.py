@@ -1,0 +1,229 @@
+"""The whole transformer.
+
+Llama's shape (Touvron et al. 2023): RMSNorm before each half of a block, rotary positions, grouped-query attention, a
+gated feed-forward, no biases. Which keys a query may see comes with each batch, so the same weights read a text
+causally (GPT) or both ways (BERT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lm import kernels
+from lm.config.settings import ModelConfig
+
+
+class Cache(Protocol):
+    """Where a pass leaves its keys and values and finds those of the tokens before (``lm.inference.kv_cache``)."""
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values (B, T, Hkv, D); return all that the intervals count, (B, Tk, Hkv, D)."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, times a learned weight (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.epsilon)
+
+
+def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (rows, T, 1, width / 2) that turn a head by its position (Su et al. 2021, eq. 34).
+
+    In float32, as the models of other libraries have it: exact to 2e-5 at position 2,000, to 1e-3 at 100,000.
+    """
+    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width)
+    angles = positions[..., None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def turned(heads: Tensor, rotary: tuple[Tensor, Tensor], norm: RMSNorm | None) -> Tensor:
+    """Heads (rows, T, heads, width), normalised if there is a norm, turned by their position."""
+    return kernels.rotary(heads, *rotary) if norm is None else kernels.rotary(heads, *rotary, norm.weight, norm.epsilon)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, kv_width = config.num_heads * config.head_width, config.key_value_heads * config.head_width
+        self.head_width = config.head_width
+        self.query = nn.Linear(config.hidden_size, width, bias=False)
+        self.key = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.value = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.output = nn.Linear(width, config.hidden_size, bias=False)
+        self.query_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        intervals: tuple[Tensor, Tensor],
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:
+        q, k, v = self.heads(x, rotary)  # (B, T, H, D) and twice (B, T, Hkv, D)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        out, _ = kernels.attention(q, k, v, *intervals)
+        return kernels.linear(out.flatten(2), self.output.weight)
+
+    def heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned by their position, and values."""
+        if torch.is_grad_enabled() and self.query_norm is None and kernels.eager_on_cpu(x):
+            return kernels.projections(x, self.query.weight, self.key.weight, self.value.weight, *rotary)
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_width)) for f in (self.query, self.key, self.value))
+        return turned(q, rotary, self.query_norm), turned(k, rotary, self.key_norm), v
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020) or squared ReLU (So et al. 2021)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gated = config.activation == "swiglu"
+        if self.gated:
+            self.gate = nn.Linear(config.hidden_size, config.feed_forward_width, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.feed_forward_width, bias=False)
+        self.down = nn.Linear(config.feed_forward_width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            return kernels.swiglu(x, self.gate.weight, self.up.weight, self.down.weight)
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        intervals: tuple[Tensor, Tensor],
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, intervals, cache, layer))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Transformer(nn.Module):
+    """Token ids in, hidden states out; ``logits`` and ``loss`` are the one head that every objective shares."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._compiled: Callable[..., Tensor] | None = None
+
+    def initialise(self, seed: int) -> Transformer:
+        """Draw all weights from ``seed``: the same ones on every device and for every number of threads.
+
+        Matrices are normal with variance 1 / (3 · inputs); those that write into the residual stream are zero, so that
+        every block starts as the identity (Goyal et al. 2017; Zhang et al. 2019, Fixup).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            elif name.endswith((".output.weight", ".down.weight")):
+                nn.init.zeros_(parameter)
+            else:
+                std = 0.02 if name in ("embedding.weight", "head.weight") else (3 * parameter.shape[1]) ** -0.5
+                with torch.no_grad():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        return self
+
+    def forward(self, inputs: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: Cache | None = None) -> Tensor:
+        """Hidden states (rows, T, hidden) of ``inputs``, int64 (rows, T).
+
+        ``positions`` (rows, T) are the rotary positions; ``lo`` and ``hi`` the key intervals, which count the
+        keys that the ``cache`` gives back, or without one those of ``inputs``.
+        """
+        blocks = self._compiled if self._compiled and self.training else self._through_blocks
+        return blocks(self.embedding(inputs), positions, lo, hi, cache)
+
+    def compile_training(self) -> None:
+        """Let training passes go through ``torch.compile``, at the first one of each shape; others stay as they are.
+
+        The embedding stays out: on a GPU the compiler adds up its gradient in an order that changes from run to run.
+        """
+        self._compiled = torch.compile(self._through_blocks, fullgraph=True)
+
+    def _through_blocks(self, x: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: Cache | None) -> Tensor:
+        rotary = rotary_table(positions, self.config.head_width, self.config.rope_theta)
+        x = self.dropout(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, (lo, hi), cache, layer)
+        return self.norm(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores (…, vocab_size) of hidden states (…, hidden). For generation; training uses ``loss``."""
+        logits = (hidden @ self.head_weight.T).float()
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def loss(self, hidden: Tensor, targets: Tensor, loss_weights: Tensor) -> Tensor:
+        """Weighted sum of cross-entropies, in nats; targets and weights (rows, T), -100 where nothing is predicted."""
+        return kernels.linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.head_weight,
+            targets.flatten(),
+            loss_weights=loss_weights.flatten(),
+            softcap=self.config.logit_softcap,
+        )
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters in all, in the embedding (and untied head), and in the blocks."""
+        total = sum(p.numel() for p in self.parameters())
+        embedding = self.embedding.weight.numel() * (1 if self.head is None else 2)
+        return {"total": total, "embedding": embedding, "blocks": total - embedding - self.norm.weight.numel()}
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Floating-point operations of one training token, by the convention of Chowdhery et al. 2022 (PaLM, app. B).
+
+        Each weight of a matrix product counts 6: a multiplication and an addition forward, twice that backward. Each
+        pair of a query and a key counts 12 for each number of its heads, all pairs of a row together: that a causal
+        query sees half of the keys on average is not counted in its favour. What attention computes again in the
+        backward pass, norms, rotary positions and activations are not counted.
+        """
+        matrices = sum(weight.numel() for weight in self.blocks.parameters() if weight.ndim == 2)
+        head = self.config.vocab_size * self.config.hidden_size
+        scores = 12 * self.config.num_layers * self.config.num_heads * self.config.head_width * context_length
+        return 6.0 * (matrices + head) + scores
+
+
+def describe(model: Transformer) -> str:
+    """One line: what this model is."""
+    c, counts = model.config, model.parameter_counts()
+    return (
+        f"{counts['total'] / 1e6:.2f}M parameters ({counts['embedding'] / 1e6:.2f}M embedding): "
+        f"{c.num_layers} layers x {c.hidden_size} wide, {c.num_heads} heads of {c.head_width}, "
+        f"{c.activation} {c.feed_forward_width}, vocabulary {c.vocab_size:,}"
+    )

@@ -1,0 +1,230 @@
+"""Runs beside one another: what differs in their settings, where they stand, and their curves in one picture.
+
+Only files that a run writes as it goes are read, so runs that are training can be compared too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.files import read_json, write_atomically
+from lm.config.settings import READOUTS
+from lm.reports.page import Panel, Series, draw, render
+from lm.runs.checkpoint import STATE
+from lm.runs.directory import METRICS, Run, open_run
+from lm.runs.metrics_log import overfitting, rows_validated, summary
+
+UNITS = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of the runs that are compared, with the lines of its metrics."""
+
+    name: str
+    run: Run
+    lines: list[dict[str, Any]]
+
+    @property
+    def objective(self) -> str:
+        """What it learns; the task of a fine-tuning."""
+        config = self.run.config
+        return config.finetune.task if config.is_finetuning else config.objective.objective
+
+    def tokens(self, step: int) -> int:
+        return step * self.run.config.data.batch_tokens
+
+    def training_losses(self) -> Series:
+        """(tokens seen, loss) for each objective, in nats per token."""
+        readouts = READOUTS.get(self.objective, (self.objective,))
+        alone = readouts[0] if len(readouts) == 1 else self.objective
+        found: Series = {}
+        for line in self.lines:
+            if "loss" in line:
+                losses = {key.removeprefix("loss_"): line[key] for key in line if key.startswith("loss_")}
+                for objective, loss in (losses or {alone: line["loss"]}).items():
+                    found.setdefault(objective, []).append((line["tokens"], loss))
+        return found
+
+    def validations(self) -> dict[str, list[dict[str, Any]]]:
+        """For each readout its losses, with the step and the tokens seen."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for line in self.lines:
+            for readout, loss in line.get("validation", {}).items():
+                place = {"step": line["step"], "tokens": self.tokens(line["step"])}
+                found.setdefault(readout, []).append(place | loss)
+        return found
+
+    def data_fingerprint(self) -> str | None:
+        """What names the content of the data, from the newest checkpoint that says so."""
+        for state in sorted(self.run.path.glob(f"checkpoints/step_*/{STATE}"), reverse=True):
+            try:
+                return str(read_json(state)["data_fingerprint"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return None
+
+
+def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
+    """The runs to compare, each by the name of its directory, or by its path where names are alike.
+
+    Raises:
+        UserError: there are not two, or one of them is no run or has logged nothing yet.
+    """
+    if len(paths) < 2:
+        raise UserError("name two runs to compare, or more")
+    names = [Path(path).resolve().name for path in paths]
+    entries = []
+    for path, name in zip(paths, names, strict=True):
+        run = open_run(path)
+        entries.append(Entry(name if names.count(name) == 1 else str(path), run, list(run.metrics())))
+    for entry in entries:
+        if not summary(entry.lines):
+            raise UserError(f"{entry.run.path} has nothing in its {METRICS} yet: train it first")
+    return entries
+
+
+def compare(entries: Sequence[Entry]) -> dict[str, Any]:
+    """What there is to say, ready for JSON.
+
+    Returns:
+        ``unit`` is the unit that losses may be compared in, ``remarks`` what must be known beside the numbers;
+        ``runs`` has for each run where it stands and, for each readout, its ``final`` and its ``best`` validation;
+        ``settings`` the values of those settings that differ, in the order of the runs.
+    """
+    flat = [entry.run.config.flat() for entry in entries]
+    same_tokenizer = _alike(entry.run.tokenizer.sha256 for entry in entries)
+    unit = "nats_per_token" if same_tokenizer else "bits_per_byte"
+    return {
+        "unit": unit,
+        "remarks": _remarks(entries, same_tokenizer=same_tokenizer),
+        "runs": [_standing(entry, unit) for entry in entries],
+        "settings": {name: [values[name] for values in flat] for name in flat[0] if not _alike(v[name] for v in flat)},
+    }
+
+
+def _standing(entry: Entry, unit: str) -> dict[str, Any]:
+    return {
+        "run": str(entry.run.path),
+        "name": entry.name,
+        "objective": entry.objective,
+        **summary(entry.lines),
+        "steps": entry.run.config.training.steps,
+        "training_loss": {objective: points[-1][1] for objective, points in entry.training_losses().items()},
+        "validation": {
+            readout: {"final": losses[-1], "best": min(losses, key=lambda loss: loss[unit])}
+            for readout, losses in entry.validations().items()
+        },
+    }
+
+
+def _remarks(entries: Sequence[Entry], *, same_tokenizer: bool) -> list[str]:
+    remarks = []
+    sizes = ", ".join(f"{entry.run.config.model.vocab_size:,}" for entry in entries)
+    if not same_tokenizer:
+        remarks.append(
+            f"The tokenizers differ (vocabularies of {sizes} tokens), so losses are compared in bits per byte; "
+            "training losses are per token and are left out."
+        )
+    elif not _alike(entry.run.config.model.vocab_size for entry in entries):
+        remarks.append(f"The vocabularies differ in size: {sizes} tokens.")
+    fingerprints = [entry.data_fingerprint() for entry in entries]
+    known = None not in fingerprints
+    if not _alike(fingerprints if known else [entry.run.config.data.data for entry in entries]):
+        remarks.append("The data differ, so the losses may be of different texts.")
+    parts = [[rows_validated(line) for line in entry.lines if line.get("validation")][-1:] for entry in entries]
+    if not _alike(parts):
+        told = ", ".join(
+            f"{e.name} {part[0] if part and part[0] else 'unknown'}" for e, part in zip(entries, parts, strict=True)
+        )
+        remarks.append(f"The validations are of different parts of the split: {told}.")
+    return remarks + [f"{entry.name}: {sentence}" for entry in entries if (sentence := overfitting(entry.lines))]
+
+
+def _alike(values: Any) -> bool:
+    first, *others = values
+    return all(other == first for other in others)
+
+
+def rows(comparison: dict[str, Any]) -> list[list[str]]:
+    """The numbers as a table of texts: the names of the runs, then what was measured and a cell for each run.
+
+    A cell is "" where a run does not have it.
+    """
+    runs, unit = comparison["runs"], comparison["unit"]
+    table = [
+        [f"losses in {UNITS[unit]}", *(run["name"] for run in runs)],
+        ["steps", *(f"{run['step']:,} of {run['steps']:,}" for run in runs)],
+        ["tokens seen", *(f"{run['tokens']:,}" for run in runs)],
+        ["epochs seen", *(f"{run['epoch']:.2f}" for run in runs)],
+        ["tokens/s, median", *(f"{run['tokens_per_second']:,.0f}" for run in runs)],
+    ]
+    if any("share_of_peak" in run for run in runs):
+        table.append(["share of peak, median", *(_cell(run.get("share_of_peak"), "{:.1%}") for run in runs)])
+    if any("memory_bytes" in run for run in runs):
+        table.append(["memory, most", *(_cell(run.get("memory_bytes"), "{:,} bytes") for run in runs)])
+    if unit == "nats_per_token":
+        for objective in _names(runs, "training_loss"):
+            cells = (_cell(run["training_loss"].get(objective), "{:.4f}") for run in runs)
+            table.append([f"training, {objective}", *cells])
+    for readout in _names(runs, "validation"):
+        for which in ("final", "best"):
+            found = [run["validation"].get(readout, {}).get(which) for run in runs]
+            cells = (
+                f"{loss[unit]:.4f} at step {loss['step']:,}, {loss['tokens'] / 1e6:.2f}M tokens" if loss else ""
+                for loss in found
+            )
+            table.append([f"validation, {readout}, {which}", *cells])
+    return table
+
+
+def differences(comparison: dict[str, Any]) -> list[list[str]]:
+    """The settings that differ, in the same form: the name of the setting, and a cell for each run."""
+    return [
+        [name, *(" ".join(value) if isinstance(value, tuple) else str(value) for value in values)]
+        for name, values in comparison["settings"].items()
+    ]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def write_comparison(entries: Sequence[Entry], comparison: dict[str, Any], out: Path) -> None:
+    """Write the page ``out``: the table, the curves over one another, and the settings that differ."""
+    page = render(
+        "compare.html",
+        names=[entry.name for entry in entries],
+        remarks=comparison["remarks"],
+        rows=rows(comparison),
+        curves=_curves(entries, comparison),
+        differences=differences(comparison),
+    )
+    write_atomically(out, page)
+
+
+def _curves(entries: Sequence[Entry], comparison: dict[str, Any]) -> list[str]:
+    """Training and validation losses against the tokens seen, a panel for each objective and readout."""
+    unit, runs = comparison["unit"], comparison["runs"]
+    training, validation = [], []
+    if unit == "nats_per_token":
+        curves = {entry.name: entry.training_losses() for entry in entries}
+        for objective in _names(runs, "training_loss"):
+            lines = {name: losses.get(objective, []) for name, losses in curves.items()}
+            training.append(Panel(f"training, {objective}, {UNITS[unit]}", lines, horizontal="tokens seen"))
+    losses = {entry.name: entry.validations() for entry in entries}
+    for readout in _names(runs, "validation"):
+        points = {
+            name: [(loss["tokens"], loss[unit]) for loss in found.get(readout, [])] for name, found in losses.items()
+        }
+        validation.append(Panel(f"validation, {readout}, {UNITS[unit]}", {}, points, horizontal="tokens seen"))
+    return [draw(panels, height=3.2) for panels in (training, validation) if panels]
+
+
+def _names(runs: Sequence[dict[str, Any]], key: str) -> list[str]:
+    """The objectives or readouts that any of the runs has, in their order."""
+    return list(dict.fromkeys(name for run in runs for name in run[key]))

@@ -1,0 +1,190 @@
+"""``report.html``: curves, losses, samples, settings and environment of a run, in one file that needs no network."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.errors import UserError
+from data_prep.files import write_atomically
+from lm import __version__
+from lm.config.settings import READOUTS, all_settings, pretraining_settings
+from lm.inference.fill_mask import fill_masks
+from lm.inference.generator import stream
+from lm.inference.sampling import Sampling
+from lm.model.device import choose_device
+from lm.model.transformer import Transformer, describe
+from lm.reports.page import Panel, draw, render
+from lm.runs.checkpoint import Checkpoint
+from lm.runs.directory import Run
+from lm.runs.metrics_log import best_validation, overfitting, rows_validated, series, summary
+
+SAMPLE = Sampling(temperature=0.7, top_p=0.95, max_new_tokens=100)
+RATES = ("learning_rate", "gradient_norm")
+
+
+def write_report(
+    run: Run,
+    evaluation: dict[str, Any] | None,
+    prompts: Sequence[str] = (),
+    fills: Sequence[str] = (),
+    checkpoint: Checkpoint | None = None,
+) -> Path:
+    """Write ``report.html`` into the run directory and return its path.
+
+    ``prompts`` are continued and ``fills`` filled, as far as the run's objective has taught it; ``evaluation`` is what
+    ``validation_loss.evaluate`` returned, or None; ``checkpoint`` is whose model writes them (None: the newest).
+    """
+    checkpoint = checkpoint or run.newest()
+    model = run.load_model(choose_device("auto"), checkpoint)
+    readouts = READOUTS[run.config.objective.objective]
+    context = run.config.data.context_length
+    continued = [
+        (prompt, "".join(event.text for event in stream(model, run.tokenizer, prompt, SAMPLE, context)))
+        for prompt in (prompts if "next_token" in readouts else ())
+    ]
+    filled = [_shown(model, run, text, readouts[-1]) for text in (fills if readouts[-1] != "next_token" else ())]
+    lines = list(run.metrics())
+    html = render(
+        "report.html",
+        name=run.path.name,
+        lead=f"{describe(model)}; trained with {run.config.objective.objective} "
+        f"to step {checkpoint.step:,} of {run.config.training.steps:,}.",
+        evaluation=_evaluation_rows(evaluation),
+        curves=_curves(lines),
+        remarks=[sentence] if (sentence := overfitting(lines)) else [],
+        summary=_summary(lines),
+        events=_events(lines),
+        continued=continued,
+        filled=filled,
+        sampling=f"Continued at temperature {SAMPLE.temperature:g}, top-p {SAMPLE.top_p:g}, seed {SAMPLE.seed}; "
+        "masks filled with the likeliest token, the surest first.",
+        settings=_settings(run),
+        environment=environment(model),
+    )
+    path = run.path / "report.html"
+    write_atomically(path, html)
+    return path
+
+
+def environment(model: Transformer) -> dict[str, str]:
+    """What the run was made with and on."""
+    device = next(model.parameters()).device
+    return {
+        "Kindling": __version__,
+        "Python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "tokenizers", "safetensors", "numpy")},
+        "machine": platform.platform(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads",
+    }
+
+
+def _evaluation_rows(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    return {
+        "rows": [
+            {
+                "name": name + (" (floor)" if is_floor else ""),
+                "floor": is_floor,
+                "nats": "" if loss["nats_per_token"] is None else f"{loss['nats_per_token']:.3f}",
+                "bits": f"{loss['bits_per_byte']:.3f}",
+            }
+            for losses, is_floor in ((evaluation["validation"], False), (evaluation["floors"], True))
+            for name, loss in losses.items()
+        ],
+        "protocol": evaluation["protocol"].capitalize(),
+        "size": f"{evaluation['validation_tokens']:,} tokens, {evaluation['validation_bytes']:,} bytes",
+        "step": evaluation["step"],
+    }
+
+
+def _shown(model: Transformer, run: Run, text: str, readout: str) -> dict[str, Any]:
+    try:
+        filled = fill_masks(model, run.tokenizer, text, readout, run.config.data.context_length)
+    except UserError as problem:  # one text that cannot be filled is no reason to go without a report
+        return {"pieces": [(f"{text} ({problem})", False)], "candidates": []}
+    told = [[(token.strip(), f"{probability:.0%}") for token, probability in each] for each in filled.candidates]
+    return {"pieces": filled.pieces, "candidates": told}
+
+
+def _settings(run: Run) -> dict[str, list[dict[str, Any]]]:
+    values = run.config.flat()
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for setting in all_settings() if run.config.is_finetuning else pretraining_settings():
+        row = {"name": setting.name, "value": values[setting.name], "help": setting.help}
+        sections.setdefault(setting.section, []).append(row)
+    return sections
+
+
+def _curves(lines: list[dict[str, Any]]) -> list[str]:
+    """Losses, learning rate, gradient and speed against the step, each pair as an SVG element."""
+    training = [line for line in lines if "loss" in line]
+    if not training:
+        return []
+    losses = sorted({key for line in training for key in line if key.startswith("loss_")}) or ["loss"]
+    curves = {key.removeprefix("loss_"): series(training, key) for key in losses}
+    validated = [line for line in lines if line.get("validation")]
+    points = {
+        f"{name}, validation": [
+            (line["step"], line["validation"][name]["nats_per_token"])
+            for line in validated
+            if name in line["validation"]
+        ]
+        for name in sorted({name for line in validated for name in line["validation"]})
+    }
+    best = best_validation(lines)
+    marks = {f"best validation, step {best['step']:,}": best["step"]} if best and best is not validated[-1] else {}
+    speed = [Panel("tokens per second", {"": series(training, "tokens_per_second")})]
+    if peak := series(training, "share_of_peak"):
+        speed.append(Panel("share of peak", {"": peak}))
+    return [
+        draw([Panel("loss, nats per token", curves, points, marks)], height=3.6),
+        draw([Panel(name.replace("_", " "), {"": series(training, name)}) for name in RATES], height=2.2),
+        draw(speed, height=2.2),
+    ]
+
+
+def _summary(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """Where the run stands, in words."""
+    words = {
+        "tokens": ("tokens seen", "{:,}"),
+        "epoch": ("epochs seen", "{:.2f}"),
+        "tokens_per_second": ("tokens per second, median", "{:,.0f}"),
+        "share_of_peak": ("share of the machine's peak, median", "{:.1%}"),
+        "memory_bytes": ("memory, most", "{:,} bytes"),
+    }
+    found = summary(lines)
+    told = {label: form.format(found[name]) for name, (label, form) in words.items() if name in found}
+    if best := best_validation(lines):
+        losses = ", ".join(f"{name} {loss['nats_per_token']:.3f}" for name, loss in best["validation"].items())
+        told["best validation"] = f"step {best['step']:,}: {losses} nats per token"
+        if part := rows_validated(best):
+            told["validated on"] = part
+    if skipped := sum(line["event"] in ("skip", "lower") for line in lines if "event" in line):
+        told["steps left out"] = f"{skipped:,}"
+    return told
+
+
+def _events(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    done = {
+        "skip": "left out",
+        "lower": "left out, learning rate lowered to {rate:g} of its plan",
+        "roll_back": "went back here, with {rate:g} of the planned learning rate",
+    }
+    return [
+        {
+            "step": f"{line['step']:,}",
+            "what": done.get(line["event"], line["event"]).format(rate=line["rate"]),
+            "why": line["reason"],
+        }
+        for line in lines
+        if "event" in line
+    ]

@@ -1,0 +1,118 @@
+"""``/api``: what OpenAI's API has no words for; the page lives on it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.inference.fill_mask import MASK_WORD
+from lm.inference.sampling import Sampling
+from lm.inference.scoring import TokenProbability, texts_of_tokens
+from lm.runs.directory import METRICS
+from lm.serve.answers import token_name
+from lm.serve.engine import Engine
+from lm.serve.guard import read_body, unless_gone
+from lm.serve.metrics_tail import metrics_from
+from lm.serve.schema import (
+    LARGEST_SEED,
+    MOST_ALTERNATIVES,
+    MOST_ROUNDS,
+    ApiError,
+    Fields,
+    parse_json,
+    refuse_enormous,
+    tokens_of,
+)
+from lm.serve.service import Service
+
+
+@dataclass(frozen=True)
+class Own:
+    """The endpoints."""
+
+    service: Service
+    engine: Engine
+
+    async def fill(self, request: Request) -> Response:
+        """``text`` with [MASK] → the filled text, in pieces, and for each mask the ``top`` likeliest tokens.
+
+        In at most ``rounds`` passes, for nothing else is computed meanwhile; drawn by ``temperature`` and ``seed``.
+        """
+        fields = await self._fields(request)
+        text, top = fields.text("text"), fields.whole("top", 5, 1, MOST_ALTERNATIVES)
+        rounds = fields.whole("rounds", MOST_ROUNDS, 1, MOST_ROUNDS)
+        temperature, seed = fields.number("temperature", 0.0, 0, 100), fields.whole("seed", 0, 0, LARGEST_SEED - 1)
+        sampling = Sampling(temperature=temperature, seed=seed)
+        fields.refuse(sampling)
+        fields.done()
+        service = self.service
+        words = text.replace(MASK_WORD, "")
+        await asyncio.to_thread(refuse_enormous, words, service.tokenizer, service.context_length, "text")
+        (filled,) = await unless_gone(request, self.engine.compute(service.fill(text, top, rounds, sampling)))
+        return JSONResponse(
+            {
+                "text": filled.text,
+                "pieces": [{"text": piece, "filled": is_filled} for piece, is_filled in filled.pieces],
+                "candidates": [
+                    [{"token": token, "probability": probability} for token, probability in candidates]
+                    for candidates in filled.candidates
+                ],
+            }
+        )
+
+    async def probabilities(self, request: Request) -> Response:
+        """``text`` → its tokens, and by each readout (or by ``readout`` alone) how likely each is, and what else."""
+        fields = await self._fields(request)
+        text, top = fields.text("text"), fields.whole("top", 10, 1, MOST_ALTERNATIVES)
+        readouts = self.service.readouts
+        if (wanted := fields.take("readout")) is not None:
+            if wanted not in readouts:
+                fields.problem("readout", f"must be one of {', '.join(readouts)}")
+            readouts = (wanted,)
+        fields.done()
+        tokenizer = self.service.tokenizer
+        tokens = list(await asyncio.to_thread(tokens_of, text, tokenizer, self.service.context_length, "text"))
+        found = {}
+        for readout in readouts:
+            work = self.engine.compute(self.service.probabilities(tokens, readout, top))
+            parts = await unless_gone(request, work)
+            found[readout] = [_told(one, tokenizer) for part in parts for one in part]
+        named = [
+            {"id": token, "name": token_name(tokenizer, token), "text": text}
+            for token, text in zip(tokens, texts_of_tokens(tokenizer, tokens), strict=True)
+        ]
+        return JSONResponse({"tokens": named, "readouts": found})
+
+    async def run(self, _: Request) -> Response:
+        return JSONResponse(self.service.about())
+
+    async def metrics(self, request: Request) -> Response:
+        """The lines of metrics.jsonl after the byte ``from`` of the ``file`` that an earlier answer named."""
+        start = request.query_params.get("from", "0")
+        if not (start.isascii() and start.isdecimal() and len(start) < 16):
+            raise ApiError(400, '"from" must be the "next" of an earlier answer', param="from")
+        path, file = self.service.run.path / METRICS, request.query_params.get("file", "")
+        return JSONResponse(await asyncio.to_thread(metrics_from, path, file, int(start)))
+
+    async def health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok", "requests": self.engine.taken, "places": self.engine.places})
+
+    async def _fields(self, request: Request) -> Fields:
+        return Fields(parse_json(await read_body(request, self.service.limits.body_bytes)))
+
+
+def _told(one: TokenProbability, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "probability": math.exp(one.logprob),
+        "rank": one.rank,
+        "alternatives": [
+            {"token": token_name(tokenizer, token), "probability": math.exp(logprob)}
+            for token, logprob in one.alternatives
+        ],
+    }

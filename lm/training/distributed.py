@@ -1,0 +1,317 @@
+"""Several processes under torchrun, with DDP or FSDP2; nothing else in the code knows about ranks.
+
+A process is a rank among ``world``. Each computes its rows of every batch; gradients, losses and what is decided from
+them are sums over all ranks, so that any number of ranks trains the same run. Whoever may be one of several takes a
+``Ranks``, which in a single process does nothing. ``joined`` makes the right one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_prep.cores import available_cores
+from data_prep.errors import MACHINE_ERROR_STATUS, USER_ERROR_STATUS, UserError
+from lm.config.settings import TrainingConfig
+from lm.data.batch import Batch
+from lm.model.device import choose_device
+from lm.model.transformer import Transformer
+from lm.objectives.text import Losses
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
+
+Result = TypeVar("Result")
+
+# torchrun ends all ranks as soon as one has ended: those with nothing to say wait until the one that tells has told.
+LEAVE_AFTER_SECONDS = 1.0
+
+CPU = torch.device("cpu")
+
+# What gloo and the store say when another process is gone; they raise it as plain RuntimeErrors.
+LOST = ("gloo", "Connection closed", "Connection reset", "Broken pipe")
+
+
+class Ranks:
+    """One process, for which there is nothing to do; ``ManyRanks`` is one of several."""
+
+    rank, world = 0, 1
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes files and talks."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """For the line that says where the run computes; empty in a single process."""
+        return ""
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Do ``work`` on rank 0 only; its result, or its UserError or OSError, is that of every rank."""
+        return work()
+
+    def highest(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        return value
+
+    def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The sums of small tensors over all ranks, equal on all to the last bit (of several ranks: float64, CPU)."""
+        return tensors
+
+    def spread(self, model: nn.Module) -> None:
+        """Make ``model``, which has the same weights on every rank, ready for ``losses``, on this rank's device."""
+        model.to(self.device)
+
+    def losses(self, model: Transformer, batch: Batch, causal: int) -> Tensor:
+        """``Losses`` of this rank's rows; ``backward`` leaves the sum of all ranks' gradients."""
+        return Losses(model)(batch, causal)
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
+        """Around forward and backward of a micro-batch; ranks need to exchange gradients only after the ``last``."""
+        return nullcontext()
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor that this rank holds."""
+        return tensor
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The tensor that the ranks' parts make up."""
+        return tensor
+
+    def cut(self, whole: Tensor, like: Tensor) -> Tensor:
+        """This rank's part of a whole tensor, on the device of ``like`` and parted like it."""
+        return whole.to(like.device)
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors for saving, on rank 0; nothing on the other ranks, all of which take part."""
+        return dict(tensors)
+
+    def map_matrices(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+        """``function`` of a stack of matrices (n, rows, columns), each computed by one of the ranks."""
+        return function(stack)
+
+
+class ManyRanks(Ranks):
+    """One of several processes. With ``parallel`` "ddp" each holds all weights, with "fsdp" a slice of each."""
+
+    def __init__(self, device: torch.device, rank: int, world: int, parallel: str) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        super().__init__(device)
+        self.rank, self.world, self.parallel = rank, world, parallel
+        self._mesh = init_device_mesh(device.type, (world,))
+
+    def describe(self) -> str:
+        return f"{self.world} processes ({self.parallel.upper()}), each on "
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        outcome: list[Any] = [None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except (UserError, OSError) as error:
+                outcome[0] = error
+        dist.broadcast_object_list(outcome, src=0, device=CPU)
+        if isinstance(outcome[0], (UserError, OSError)):
+            raise outcome[0]
+        result: Result = outcome[0]
+        return result
+
+    def highest(self, value: int) -> int:
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        flat = torch.cat([tensor.detach().flatten().double().cpu() for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+
+    def spread(self, model: nn.Module) -> None:
+        assert isinstance(
+            model, Transformer
+        )  # only pretraining is shared out (lm.finetuning.finetune refuses several processes)
+        self._losses = self._sharded(model) if self.parallel == "fsdp" else self._replicated(model)
+
+    def _replicated(self, model: Transformer) -> nn.Module:
+        replica = nn.parallel.DistributedDataParallel(Losses(model.to(self.device)), gradient_as_bucket_view=True)
+        # Gradients are sums, where DDP would average; a lambda, since DDP refuses annotations that are strings.
+        replica.register_comm_hook(None, lambda _, bucket: _sum(bucket.buffer()))
+        return replica
+
+    def _sharded(self, model: Transformer) -> nn.Module:
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        for block in model.blocks:
+            fully_shard(block, mesh=self._mesh)
+        losses = Losses(model)
+        fully_shard(losses, mesh=self._mesh)
+        for module in losses.modules():
+            if isinstance(module, FSDPModule):  # it would average, too
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        return losses
+
+    def losses(self, model: Transformer, batch: Batch, causal: int) -> Tensor:
+        losses: Tensor = self._losses(batch, causal)
+        return losses
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
+        """DDP exchanges once a step. FSDP does so for each micro-batch, or every rank would hold a whole gradient."""
+        if last or not isinstance(self._losses, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return self._losses.no_sync()
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if _is_parted(tensor) else tensor
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if _is_parted(tensor) else tensor
+
+    def cut(self, whole: Tensor, like: Tensor) -> Tensor:
+        if not _is_parted(like):
+            return super().cut(whole, like)
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(whole.to(self.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in tensors.items():
+            whole = self.whole(tensor)
+            if self.is_main:
+                found[name] = whole.cpu()
+        return found
+
+    def map_matrices(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        if not _is_parted(stack):
+            same = DTensor.from_local(stack, self._mesh, [Replicate()], run_check=False)
+            return self.local(self.map_matrices(function, same))
+        mine = self._exchanged(stack, Shard(0)).to_local()
+        made = DTensor.from_local(
+            function(mine) if len(mine) else mine,
+            self._mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=stack.shape,
+            stride=stack.stride(),
+        )
+        return self._exchanged(made, stack.placements[0])
+
+    def _exchanged(self, tensor: DTensor, placement: Placement) -> DTensor:
+        """The tensor parted in another way."""
+        if self.device.type == "cpu":  # gloo knows no all-to-all, and torch would warn of doing this
+            from torch.distributed.tensor import Replicate
+
+            tensor = tensor.redistribute(placements=[Replicate()])
+        return tensor.redistribute(placements=[placement])
+
+
+def _is_parted(tensor: Tensor) -> TypeGuard[DTensor]:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def _sum(gradients: Tensor) -> torch.futures.Future[Tensor]:
+    """The sum over ranks, under way."""
+    work = dist.all_reduce(gradients, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+@contextmanager
+def joined(settings: TrainingConfig) -> Iterator[Ranks]:
+    """This process as a rank among those that torchrun started; alone, if it did not.
+
+    What ends the block ends every rank, but only one of them tells: an error that any rank raises is raised by the
+    first that has it, and the others leave quietly with its exit status.
+
+    Raises:
+        UserError: the device that the settings ask for is not there.
+        ConnectionError: another rank has died.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        yield Ranks(choose_device(settings.device))
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    torch.set_num_threads(settings.threads or max(1, available_cores() // here))
+    store, rank, _ = _meeting_place()
+    try:
+        device = _device_of_rank(settings.device, here)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        yield ManyRanks(device, rank, world, settings.parallel)
+        dist.destroy_process_group()
+    except SystemExit:  # all ranks together were asked to stop
+        dist.destroy_process_group()
+        raise
+    except UserError:
+        _leave_unless_first(store, rank, USER_ERROR_STATUS)
+        raise
+    except OSError:
+        _leave_unless_first(store, rank, MACHINE_ERROR_STATUS)
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in LOST):
+            raise
+        _leave_unless_first(store, rank, MACHINE_ERROR_STATUS)
+        raise ConnectionError(
+            "another process of this run has died: the same command goes on from the newest checkpoint"
+        ) from None
+
+
+def leave_unless_first(status: int) -> None:
+    """What ``joined`` does about an error, for one that is met before: only the first rank that meets it goes on."""
+    store, rank, _ = _meeting_place()
+    _leave_unless_first(store, rank, status)
+
+
+def _meeting_place() -> tuple[dist.Store, int, int]:
+    """The store that all ranks see, this rank, and the world, from torchrun's variables."""
+    return next(iter(dist.rendezvous("env://")))
+
+
+def _device_of_rank(name: str, here: int) -> torch.device:
+    """The device of this rank, one of ``here`` on this machine."""
+    device = choose_device(name)
+    if device.type == "mps":
+        raise UserError(
+            "several processes train on CPUs or on CUDA GPUs: add --device cpu, or start train.py without torchrun"
+        )
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(
+                f"{here} processes share this machine's {gpus} GPUs: start torchrun with --nproc-per-node {gpus}"
+            )
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+def _leave_unless_first(store: dist.Store, rank: int, status: int) -> None:
+    """Return on the first rank that comes here; SystemExit with that rank's status on the others."""
+    own = f"{rank} {status}"
+    try:
+        first = store.compare_set("ended", "", own).decode()
+    except (RuntimeError, OSError):  # the store was the dead process's: better told twice than not at all
+        return
+    if first != own:
+        time.sleep(LEAVE_AFTER_SECONDS)
+        raise SystemExit(int(first.split()[1])) from None

@@ -1,0 +1,79 @@
+"""The gradient of one optimizer step, micro-batch by micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lm.config.settings import READOUTS, Config
+from lm.data import keyed_random
+from lm.data.batch import Batch
+from lm.model.device import autocast
+from lm.model.transformer import Transformer
+from lm.training.distributed import Ranks
+
+
+def step_gradients(
+    model: Transformer, batch: Batch, config: Config, step: int, ranks: Ranks | None = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Leave the gradient of a step's loss in the parameters; return each objective's loss and its share.
+
+    The batch's weights are normalised over the whole step, so the parts' gradients simply add up: k micro-batches give
+    what one big batch gives, and so do the parts of k ranks.
+
+    Args:
+        batch: this rank's rows; what is returned is of all ranks.
+
+    Returns:
+        For each objective that has rows: its loss times its share of the rows (the sum over objectives is the step's
+        loss, in nats per token), and that share.
+    """
+    ranks = ranks or Ranks(next(model.parameters()).device)
+    model.zero_grad()
+    rows = len(batch.masked)
+    at_once = config.data.micro_batch_rows or rows
+    sums = torch.zeros(2, device=ranks.device)
+    for first in range(0, rows, at_once):
+        part = batch.rows(first, first + at_once)
+        if config.model.dropout:
+            in_batch = ranks.rank + first * ranks.world  # the row's number among those of all ranks
+            torch.manual_seed(keyed_random.key(config.training.seed, 5, step, in_batch) >> 1)
+        causal = int((~part.masked).sum())  # the causal rows come first
+        part = part.to(ranks.device)
+        with ranks.accumulating(last=first + at_once >= rows):
+            with autocast(ranks.device, config.training.precision):
+                losses = ranks.losses(model, part, causal)
+            losses.sum().backward()
+        sums += losses.detach()
+    masked = int(batch.masked.sum())
+    sums, counts = ranks.sum(sums, torch.tensor([rows - masked, masked]))
+    readouts = READOUTS[config.objective.objective]
+    kinds = [
+        (name, loss, count / (rows * ranks.world))
+        for name, loss, count in zip((readouts[0], readouts[-1]), sums, counts.tolist(), strict=True)
+        if count
+    ]
+    return {name: loss for name, loss, _ in kinds}, {name: share for name, _, share in kinds}
+
+
+Part = TypeVar("Part")
+
+
+def accumulated(
+    model: nn.Module, parts: Sequence[Part], loss: Callable[[nn.Module, Part], Tensor], config: Config, step: int
+) -> Tensor:
+    """Leave the gradient of a step's loss, the sum over its parts, in the parameters; that sum.
+
+    Each part draws its dropout from the seed, the step, and its number.
+    """
+    model.zero_grad()
+    total = torch.zeros(())
+    for number, part in enumerate(parts):
+        torch.manual_seed(keyed_random.key(config.training.seed, 8, step, number) >> 1)
+        cost = loss(model, part)
+        cost.backward()
+        total = total.to(cost.device) + cost.detach()
+    return total

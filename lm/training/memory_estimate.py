@@ -1,0 +1,158 @@
+"""The memory of a training step, counted before it is taken.
+
+    settings -> a step of a model with one layer, and with two, on tensors that have shapes and no memory
+             -> bytes that are alive at once, operation by operation -> a line through both, up to all layers
+
+So the count follows whatever the model, its kernels and the optimizer do. It is exact for what PyTorch's allocator is
+asked for, up to the kernels' small working memory (tested against what autograd saves, and against the allocator).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lm.config.settings import READOUTS, Config, DataConfig, OptimizerConfig
+from lm.kernels.cross_entropy import CHUNK_LOGITS, CHUNK_TOKENS
+from lm.model.device import autocast
+from lm.model.transformer import Transformer
+from lm.training.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a step holds, by part; ``activations`` is all that it holds at its peak besides the other three."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def step_memory(config: Config, rows: int, device: torch.device) -> StepMemory:
+    """The memory of an optimizer step in micro-batches of ``rows`` rows, of a model whose vocabulary is known.
+
+    Counted as PyTorch's own operations would need it; Triton's kernels on a GPU save a little less.
+    """
+    low_precision = isinstance(autocast(device, config.training.precision), torch.autocast)
+    shape = DataConfig(context_length=config.data.context_length, batch_tokens=config.data.batch_tokens)
+    kind = OptimizerConfig(optimizer=config.optimizer.optimizer)
+    return _counted(Config(config.model, shape, config.objective, kind), rows, device.type, low_precision)
+
+
+@lru_cache(maxsize=64)
+def _counted(config: Config, rows: int, device: str, low_precision: bool) -> StepMemory:
+    layers = config.model.num_layers
+    one, two = (
+        astuple(_simulated(config.replace(num_layers=number), rows, device, low_precision)) for number in (1, 2)
+    )
+    along = [first + (second - first) * (layers - 1) for first, second in zip(one, two, strict=True)]
+    weights, gradients, optimizer, passes, update = along
+    return StepMemory(weights, gradients, optimizer, max(passes, update) - weights - gradients - optimizer)
+
+
+@dataclass(frozen=True)
+class _Peaks:
+    """Bytes of the parts, and the most that is alive in the passes and while the weights are updated."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    passes: int
+    update: int
+
+
+def _simulated(config: Config, rows: int, device: str, low_precision: bool) -> _Peaks:
+    """One step on tensors without memory."""
+    context = config.data.context_length
+    with FakeTensorMode(), LiveBytes(device) as live:
+        model = Transformer(config.model)
+        weights = live.now
+        optimizer = Optimizer(model, config.optimizer)
+        early = live.now
+        inputs = torch.zeros(rows, context, dtype=torch.int64)
+        positions = torch.zeros(rows, context, dtype=torch.int32)
+        if rows < config.data.batch_rows:  # an earlier micro-batch has left its gradients
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        live.restart()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+            hidden = model(inputs, positions, positions, positions)
+            causal = _causal_rows(config, rows)
+            losses = [
+                model.loss(hidden[which], inputs[which], torch.zeros(some, context))
+                for which, some in ((slice(0, causal), causal), (slice(causal, None), rows - causal))
+                if some
+            ]
+        torch.stack(losses).sum().backward()
+        passes = live.peak
+        del hidden, losses, inputs, positions
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
+        live.restart()
+        optimizer.clip()
+        optimizer.step(1.0)
+        after = live.now - gradients
+        # What the first update adds to the optimizer's state is there during the passes of all later steps.
+        return _Peaks(weights, gradients, after - weights, passes + after - early, live.peak)
+
+
+def _causal_rows(config: Config, rows: int) -> int:
+    """Rows of the micro-batch that has the most to hold which are read left to right: one with both kinds, if any."""
+    if len(READOUTS[config.objective.objective]) == 1:
+        return rows
+    whole = config.data.batch_rows
+    return (whole - int(whole * config.objective.masked_fraction)) % rows
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive while it is entered, ``now`` and at the ``peak``."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._kind = "cpu" if device == "cpu" else "gpu"
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    def restart(self) -> None:
+        """Begin a new peak."""
+        self.peak = self.now
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        if func is torch.ops.kindling.linear_cross_entropy.default:
+            hidden, weight = args[:2]
+            chunk = min(len(hidden), CHUNK_TOKENS[self._kind], max(1, CHUNK_LOGITS[self._kind] // len(weight)))
+            number = 4 if self._kind == "cpu" else hidden.element_size()
+            self.peak = max(self.peak, self.now + chunk * len(weight) * number)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+
+        def gone(_: object) -> None:
+            self.now -= size
+            del self._seen[key]
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)

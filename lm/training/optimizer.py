@@ -1,0 +1,216 @@
+"""Optimizers and the schedule of their learning rate.
+
+Muon (Jordan et al. 2024) moves the matrices inside the blocks: its update is the momentum with all singular values
+brought near one. AdamW (Loshchilov and Hutter 2019) moves the rest. ``torch.optim.Muon`` computes in bfloat16, which
+takes 30 times as long on a CPU that has none (docs/lab-notes.md); this one computes in float32 on a CPU, all matrices
+of one shape together, with a third of the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lm.config.settings import OptimizerConfig
+from lm.training.distributed import Ranks
+
+# The quintic of Jordan et al. 2024: its slope at zero is steep, so that five rounds lift small singular values to
+# between about 0.7 and 1.2, which is near enough.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+ROUNDS = 5
+# Singular values above this share of the norm come to between 0.58 and 1.42; for a tenth of it, 0.33 and 1.67.
+LOWEST = 0.005
+SMALL = 32  # matrices of this size and below are inverted by LAPACK
+
+
+def halley(lowest: float) -> tuple[float, float, float]:
+    """The a, b, c with which x (a + b x²) / (1 + c x²) stays nearest to 1 for all x from ``lowest`` to 1.
+
+    The dynamically weighted Halley step of Nakatsukasa, Bai and Gygi 2010, whose values lie between that for ``lowest``
+    and 1, made larger so that 1 is in the middle of them.
+    """
+    d = (4 * (1 - lowest**2) / lowest**4) ** (1 / 3)
+    a = (1 + d) ** 0.5 + 0.5 * (8 - 4 * d + 8 * (2 - lowest**2) / (lowest**2 * (1 + d) ** 0.5)) ** 0.5
+    b = (a - 1) ** 2 / 4
+    c = a + b - 1
+    middle = (1 + lowest * (a + b * lowest**2) / (1 + c * lowest**2)) / 2
+    return a / middle, b / middle, c
+
+
+def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
+    """The learning rate of step ``step`` (from 0) as a share of its peak: linear up, level, linear down."""
+    warmup, decay = config.warmup_fraction * steps, config.decay_fraction * steps
+    rise = (step + 1) / warmup if warmup else 1.0
+    floor = config.final_learning_rate_fraction
+    fall = floor + (1 - floor) * (steps - step) / decay if decay else 1.0
+    return min(1.0, rise, fall)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Bring the singular values of each matrix (n, rows, columns) near 1, keeping its singular vectors.
+
+    On a CPU by one inverse, elsewhere by products only, which a GPU does fastest. Small values stay small: below about
+    1/200 of the largest by the inverse, and 1/1000 by products, the closer to zero the less they are lifted.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = _by_inverse(x) if x.device.type == "cpu" else _by_products(x)
+    return x.mT if tall else x
+
+
+def _by_inverse(x: Tensor) -> Tensor:
+    """One Halley step of wide matrices: (b/c + (a - b/c) (1 + c G)⁻¹) x, where G = x xᵀ.
+
+    G's own norm is between the largest squared singular value and little more, so x is scaled by that first.
+    """
+    a, b, c = halley(LOWEST)
+    gram = x @ x.mT
+    norm = gram.norm(dim=(1, 2), keepdim=True).clamp(min=1e-14)
+    shifted = gram.mul_(c / norm)
+    shifted.diagonal(dim1=1, dim2=2).add_(1)
+    factor = inverse(shifted).mul_(a - b / c)
+    factor.diagonal(dim1=1, dim2=2).add_(b / c)
+    return factor.mul_(norm.rsqrt()) @ x
+
+
+def inverse(matrices: Tensor) -> Tensor:
+    """The inverse of each symmetric positive definite matrix (n, size, size), by blocks.
+
+    LAPACK's own takes one matrix after another, twice as long at size 128 and with results that depend on the number of
+    threads.
+    """
+    size = matrices.shape[1]
+    if size <= SMALL:
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrices).L)
+    half = size // 2
+    first, corner = inverse(matrices[:, :half, :half]), matrices[:, :half, half:]
+    across = first @ corner
+    last = inverse(torch.baddbmm(matrices[:, half:, half:], corner.mT, across, alpha=-1))  # of the Schur complement
+    beside = across @ last
+    result = torch.empty_like(matrices)
+    result[:, :half, :half] = torch.baddbmm(first, beside, across.mT)
+    result[:, :half, half:] = -beside
+    result[:, half:, :half] = -beside.mT
+    result[:, half:, half:] = last
+    return result
+
+
+def _by_products(x: Tensor) -> Tensor:
+    """Five Newton-Schulz rounds of wide matrices, on a CUDA GPU in bfloat16."""
+    a, b, c = QUINTIC
+    y = x.bfloat16() if x.is_cuda else x
+    for _ in range(ROUNDS):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.to(x.dtype)
+
+
+class Muon:
+    """Momentum, orthogonalised; one stack for all matrices of a shape."""
+
+    def __init__(
+        self,
+        named_parameters: Mapping[str, nn.Parameter],
+        momentum: float,
+        weight_decay: float,
+        ranks: Ranks | None = None,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        self.momentum, self.weight_decay, self.ranks = momentum, weight_decay, ranks or Ranks()
+        self.rates = rates or {}
+        self.groups: dict[torch.Size, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in named_parameters.items():
+            self.groups.setdefault(parameter.shape, []).append((name, parameter))
+        self.buffers = {
+            shape: torch.stack([torch.zeros_like(parameter, requires_grad=False) for _, parameter in group])
+            for shape, group in self.groups.items()
+        }
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        for shape, group in self.groups.items():
+            gradients = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for _, p in group])
+            buffer = self.buffers[shape].lerp_(gradients, 1 - self.momentum)
+            looking_ahead = gradients.lerp_(buffer, self.momentum)  # Nesterov
+            updates = self.ranks.map_matrices(orthogonalise, looking_ahead)
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            for (name, parameter), update in zip(group, updates, strict=True):
+                rate = learning_rate * self.rates.get(name, 1.0)
+                parameter.mul_(1 - rate * self.weight_decay).add_(update, alpha=-rate * scale)
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.momentum": self.buffers[shape][i]
+            for shape, group in self.groups.items()
+            for i, (name, _) in enumerate(group)
+        }
+
+
+class Optimizer:
+    """Muon and AdamW together, each parameter in the one that suits it; weight decay on the blocks' matrices only.
+
+    Parameters that require no gradient are left alone. ``rates`` has shares of the learning rate by the name of a
+    parameter, 1 where it has none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        ranks: Ranks | None = None,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        self.config, self.ranks, rates = config, ranks or Ranks(), rates or {}
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        matrices = {n: p for n, p in self.parameters.items() if p.ndim == 2 and "blocks" in n.split(".")}
+        by_muon = matrices if config.optimizer == "muon" else {}
+        self.muon = Muon(by_muon, config.momentum, config.weight_decay, self.ranks, rates)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            if name not in by_muon:
+                decay = config.weight_decay if name in matrices else 0.0
+                groups.setdefault((decay, rates.get(name, 1.0)), []).append(parameter)
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": part, "weight_decay": decay, "share": share}
+                for (decay, share), part in (groups or {(0.0, 1.0): []}).items()  # it must have a group
+            ],
+            lr=0.0,
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
+
+    def clip(self) -> Tensor:
+        """Scale the whole gradient down to ``gradient_clip``; return its norm before."""
+        limit = self.config.gradient_clip or float("inf")
+        return self.ranks.whole(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+
+    def step(self, factor: float) -> None:
+        """Move the weights, at ``factor`` times the peak learning rates."""
+        for group in self.adamw.param_groups:
+            group["lr"] = factor * self.config.learning_rate * group["share"]
+        self.adamw.step()
+        self.muon.step(factor * self.config.muon_learning_rate)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor to save, by name; views of the live state."""
+        tensors = self.muon.state()
+        for name, parameter in self.parameters.items():
+            for part, value in self.adamw.state.get(parameter, {}).items():
+                tensors[f"{name}.{part}"] = value
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, buffer in self.muon.state().items():
+            buffer.copy_(self.ranks.cut(tensors[name], buffer))
+        for name, parameter in self.parameters.items():
+            if f"{name}.exp_avg" in tensors:
+                self.adamw.state[parameter] = {
+                    "step": tensors[f"{name}.step"].to(parameter.device),
+                    **{
+                        part: self.ranks.cut(tensors[f"{name}.{part}"], parameter) for part in ("exp_avg", "exp_avg_sq")
+                    },
+                }

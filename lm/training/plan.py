@@ -1,0 +1,430 @@
+"""Will it fit, and how long will it take: what a run needs, told before it begins.
+
+    settings -> memory by part (memory_estimate) -> rows of a micro-batch -> a dry step, measured -> seconds to the end
+
+``train.py … --plan`` prints it and writes nothing; a run prints its short form and goes on. The dry step works on
+weights that are drawn anew afterwards, so that a run ends with the same bits as without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.errors import UserError
+from lm import kernels
+from lm.config.scaling import rule_for
+from lm.config.settings import Config
+from lm.data import keyed_random
+from lm.data.batch import Batch, Vocabulary, rows_of_windows
+from lm.data.corpora import Corpora, open_corpora, with_vocabulary
+from lm.model.device import (
+    available_memory,
+    choose_device,
+    is_out_of_memory,
+    keep_freed_memory,
+    machine_rate,
+    peak_memory,
+    resident_memory,
+    synchronize,
+)
+from lm.model.transformer import Transformer, describe
+from lm.objectives.batches import TrainingBatches
+from lm.objectives.text import make_batch
+from lm.training.gradients import step_gradients
+from lm.training.memory_estimate import StepMemory, step_memory
+from lm.training.optimizer import Optimizer
+
+# Share of the available memory that a chosen micro-batch may take.
+USABLE_SHARE = 0.8
+# A CPU is as fast with this many tokens at a time as with more of them, which only take memory (docs/lab-notes.md).
+CPU_MICRO_BATCH_TOKENS = 4096
+# On a CPU the holes between what malloc has given out, as a share of the activations, and the pages of PyTorch's code
+# and of the libraries it calls that the first step touches (docs/lab-notes.md).
+HEAP_HOLES, LIBRARIES = 0.25, 40_000_000
+# A dry step that would take longer than the first is done with fewer rows; a quick one is done again and again for the
+# second, since it takes several to reach the speed that they keep.
+DRY_SECONDS, ENOUGH_SECONDS, MOST_PASSES = 10.0, 3.0, 12
+# Runs of fewer steps begin at once.
+FEWEST_STEPS = 20
+
+
+@dataclass(frozen=True)
+class DryStep:
+    """What was measured: the micro-batch's rows, seconds of a whole optimizer step, and the peak memory in bytes."""
+
+    rows: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs, and what there is. Bytes, seconds, and floating-point operations (a second).
+
+    ``process_bytes`` is what the process holds besides a step's memory; ``epochs`` is None where no data is named.
+    """
+
+    config: Config
+    device: torch.device
+    model: str
+    parameters: int
+    flops_per_token: float
+    memory: StepMemory
+    process_bytes: int
+    available_bytes: int
+    machine_rate: float
+    data: str
+    epochs: float | None
+    dry_step: DryStep | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch."""
+        return self.config.data.micro_batch_rows or self.config.data.batch_rows
+
+    @property
+    def tokens(self) -> int:
+        return self.config.training.steps * self.config.data.batch_tokens
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory the run is expected to hold: measured if the dry step had a whole micro-batch."""
+        counted = self.process_bytes + self.memory.total
+        if self.dry_step is None:
+            return counted
+        return self.dry_step.peak_bytes if self.dry_step.rows == self.rows else max(counted, self.dry_step.peak_bytes)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.config.data.batch_tokens / self.dry_step.seconds if self.dry_step else None
+
+    @property
+    def share_of_peak(self) -> float | None:
+        speed = self.tokens_per_second
+        return speed * self.flops_per_token / self.machine_rate if speed else None
+
+    @property
+    def seconds(self) -> float | None:
+        """From the first step to the last, validation and saving aside."""
+        return self.config.training.steps * self.dry_step.seconds if self.dry_step else None
+
+    @property
+    def obstacle(self) -> str:
+        """Why the run does not fit, and what would; empty if it does."""
+        return _obstacle(self.config, self.device, self.available_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines; what was not measured is None."""
+        return {
+            "parameters": self.parameters,
+            "flops_per_token": self.flops_per_token,
+            "steps": self.config.training.steps,
+            "tokens": self.tokens,
+            "epochs": self.epochs,
+            "device": str(self.device),
+            "machine_flops_per_second": self.machine_rate,
+            "batch_rows": self.config.data.batch_rows,
+            "micro_batch_rows": self.rows,
+            "memory_bytes": {
+                **{f.name: getattr(self.memory, f.name) for f in dataclasses.fields(self.memory)},
+                "process": self.process_bytes,
+                "peak": self.peak_bytes,
+                "available": self.available_bytes,
+            },
+            "obstacle": self.obstacle,
+            "tokens_per_second": self.tokens_per_second,
+            "share_of_peak": self.share_of_peak,
+            "seconds": self.seconds,
+        }
+
+    def table(self) -> list[tuple[str, str]]:
+        """Name and value of each line that ``--plan`` prints."""
+        data, training = self.config.data, self.config.training
+        passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
+        rows = [
+            ("model", self.model),
+            ("objective", f"{self.config.objective.objective} on {self.data}"),
+            ("tokens", f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {millions(self.tokens)}{passes}"),
+            ("rule for this size", rule_for(self.config).told(self.config)),
+            ("FLOPs per token", f"{self.flops_per_token / 1e6:.1f}M, {told_flops(self.flops)} in all"),
+            ("device", f"{self._where()}; {kernels.describe(self.device)}"),
+            ("micro-batch", f"{self.rows} of the batch's {data.batch_rows} rows at a time"),
+            *((name, told_bytes(size)) for name, size in self._parts()),
+            ("peak memory", f"{told_bytes(self.peak_bytes)}; {told_bytes(self.available_bytes)} are available"),
+        ]
+        if self.obstacle:
+            rows.append(("does not fit", self.obstacle))
+        if self.dry_step:
+            whole = "" if self.dry_step.rows == self.rows else f", measured with {self.dry_step.rows} rows at a time"
+            rows += [
+                ("speed", f"{self.tokens_per_second:,.0f} tokens/s, {self.share_of_peak:.0%} of peak{whole}"),
+                ("time", f"{told_time(self.seconds or 0)} to the end, validation and saving aside"),
+            ]
+        return rows
+
+    def introduction(self, processes: str = "") -> list[str]:
+        """What a person wants to know before the first step, one sentence each.
+
+        ``processes`` says how many share the work, as the beginning of a phrase (``Ranks.describe``).
+        """
+        config = self.config
+        passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
+        return [
+            self.model,
+            f"{config.objective.objective} on {self.data}: {config.training.steps:,} steps x "
+            f"{config.data.batch_tokens:,} tokens = {millions(self.tokens)} tokens{passes}, {told_flops(self.flops)}",
+            f"on {processes}{self._where()}; {kernels.describe(self.device)}",
+            f"{self.rows} of the batch's {config.data.batch_rows} rows at a time: about {told_bytes(self.peak_bytes)} "
+            f"of memory ({', '.join(f'{name} {told_bytes(size)}' for name, size in self._parts())}); "
+            f"{told_bytes(self.available_bytes)} are available",
+        ] + (
+            [
+                f"about {self.tokens_per_second:,.0f} tokens/s, {self.share_of_peak:.0%} of peak: "
+                f"{told_time(self.seconds or 0)} for all steps, validation and saving aside"
+            ]
+            if self.dry_step
+            else []
+        )
+
+    @property
+    def flops(self) -> float:
+        """Of the whole run."""
+        return self.tokens * self.flops_per_token
+
+    def _parts(self) -> list[tuple[str, int]]:
+        memory = self.memory
+        parts = {
+            "weights": memory.weights,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "activations": memory.activations,
+        }
+        if self.device.type == "cpu":
+            parts["process"] = max(0, self.peak_bytes - memory.total)
+        return list(parts.items())
+
+    def _where(self) -> str:
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
+        return f"{name} ({self.machine_rate / 1e9:,.0f} GFLOP/s in matrix products)"
+
+
+def process_memory(memory: StepMemory, device: torch.device, resident: int) -> int:
+    """Bytes that a process, ``resident`` bytes large without a model, holds besides ``memory`` at a step's peak."""
+    return resident + LIBRARIES + int(HEAP_HOLES * memory.activations) if device.type == "cpu" else 0
+
+
+def _need(config: Config, rows: int, device: torch.device) -> int:
+    """Bytes of ``device`` that a run in micro-batches of ``rows`` rows will take beyond what the process has."""
+    memory = step_memory(config, rows, device)
+    return memory.total + process_memory(memory, device, 0)
+
+
+def _divisors(number: int) -> list[int]:
+    """From the largest down."""
+    return [n for n in range(number, 0, -1) if number % n == 0]
+
+
+def choose_rows(config: Config, device: torch.device, available: int) -> int | None:
+    """The rows of a micro-batch: the largest divisor of the batch's that fits into 80 % of ``available`` bytes.
+
+    On a CPU no more than 4,096 tokens, beyond which it is not faster. None: not even one row does.
+    """
+    most = max(1, CPU_MICRO_BATCH_TOKENS // config.data.context_length) if device.type == "cpu" else None
+    for rows in _divisors(config.data.batch_rows):
+        if (most is None or rows <= most) and _need(config, rows, device) <= USABLE_SHARE * available:
+            return rows
+    return None
+
+
+def settle_micro_batch(config: Config, device: torch.device, before: Config | None = None) -> Config:
+    """``config`` with the rows of a micro-batch settled: as asked, else as the run was begun (``before``), else chosen.
+
+    Raises:
+        UserError: it was to be chosen, and nothing fits.
+    """
+    if config.data.micro_batch_rows:
+        return config
+    if before is not None and before.data.micro_batch_rows in _divisors(config.data.batch_rows):
+        return config.replace(micro_batch_rows=before.data.micro_batch_rows)
+    available = available_memory(device)
+    config = config.replace(micro_batch_rows=choose_rows(config, device, available) or 1)
+    if obstacle := _obstacle(config, device, available):
+        raise UserError(obstacle)
+    return config
+
+
+def _obstacle(config: Config, device: torch.device, available: int) -> str:
+    rows = config.data.micro_batch_rows or config.data.batch_rows
+    need = _need(config, rows, device)
+    if need <= available:
+        return ""
+    told = f"micro_batch_rows {rows} needs about {told_bytes(need)}, and {told_bytes(available)} are available"
+    if fitting := choose_rows(config, device, available):
+        return f"{told}: micro_batch_rows {fitting} would fit, with the same result"
+    for layers in range(config.model.num_layers - 1, 0, -1):
+        if _need(config.replace(num_layers=layers), 1, device) <= USABLE_SHARE * available:
+            return f"{told}: num_layers {layers} would fit with one row at a time, or choose a shorter context_length"
+    return f"{told}: choose a smaller hidden_size or a shorter context_length"
+
+
+def dry_step(model: Transformer, config: Config, batch: Batch, affordable_rows: int) -> DryStep:
+    """Do a step as the run will do it, several times, and measure the later ones.
+
+    The weights should be as a run begins: with PyTorch's first ones logits lie so far apart that their exponentials are
+    denormal numbers, with which a CPU takes several times as long.
+
+    The model's weights stay as they are, its gradients are dropped; if a whole micro-batch would take too long, only
+    ``affordable_rows`` of its rows are taken and the time is scaled.
+    """
+    device = next(model.parameters()).device
+    count = len(batch.masked)
+    rows = max(1, min(config.data.micro_batch_rows or count, count, affordable_rows))
+    part = batch.every(0, count // rows).rows(0, rows)
+    config = config.replace(micro_batch_rows=rows)
+    optimizer = Optimizer(model, config.optimizer)
+    passes: list[float] = []
+    updates: list[float] = []
+    while len(passes) < MOST_PASSES:
+        began = time.perf_counter()
+        step_gradients(model, part, config, 0)
+        synchronize(device)
+        between = time.perf_counter()
+        optimizer.clip()
+        optimizer.step(0.0)
+        synchronize(device)
+        passes.append(between - began)
+        updates.append(time.perf_counter() - between)
+        spent = sum(passes) + sum(updates)
+        if spent > DRY_SECONDS or (spent > ENOUGH_SECONDS and len(passes) >= 4):
+            break
+    model.zero_grad()
+    # The first ones load and warm what the others use, unless there is no other.
+    later = slice(min(len(passes) - 1, max(1, len(passes) // 3)), None)
+    seconds = float(np.median(passes[later])) * count / rows + float(np.median(updates[later]))
+    return DryStep(rows, seconds, peak_memory(device))
+
+
+def make_plan(
+    config: Config,
+    model: Transformer,
+    batch: Batch,
+    device: torch.device,
+    *,
+    data: str,
+    epochs: float | None,
+    measure: bool,
+    may_shrink: bool,
+) -> Plan:
+    """The plan of a run whose micro-batch is settled; ``measure``: do the dry step too, if the run fits.
+
+    ``model`` stands on ``device``, or on the meta device if it is not to be measured. ``may_shrink``: if the dry step
+    runs out of memory, plan with fewer rows at a time, as the plan's config then says.
+    """
+    rows, rate = config.data.micro_batch_rows or config.data.batch_rows, machine_rate(device)
+    flops = model.flops_per_token(config.data.context_length)
+    memory = step_memory(config, rows, device)
+    held = 0 if next(model.parameters()).is_meta else memory.weights
+    plan = Plan(
+        config,
+        device,
+        describe(model),
+        model.parameter_counts()["total"],
+        flops,
+        memory,
+        process_memory(memory, device, max(0, resident_memory() - held)),
+        available_memory(device) + held,
+        rate,
+        data,
+        epochs,
+    )
+    if not measure or plan.obstacle:
+        return plan
+    affordable = int(DRY_SECONDS * rate / 2 / (flops * config.data.context_length))
+    try:
+        return dataclasses.replace(plan, dry_step=dry_step(model, config, batch, affordable))
+    except (MemoryError, RuntimeError) as error:
+        smaller = [n for n in _divisors(config.data.batch_rows) if n < rows]
+        if not (may_shrink and smaller and is_out_of_memory(error)):
+            raise
+    model.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    fewer = config.replace(micro_batch_rows=smaller[0])
+    return make_plan(fewer, model, batch, device, data=data, epochs=epochs, measure=measure, may_shrink=True)
+
+
+def plan_run(config: Config, before: Config | None = None) -> Plan:
+    """The plan of ``config``, or of going on with a run that was begun with ``before``; nothing is written.
+
+    Without data the vocabulary is ``vocab_size``, and a batch is drawn.
+
+    Raises:
+        UserError: there is neither data nor a vocabulary's size.
+    """
+    device = choose_device(config.training.device)
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    if device.type == "cpu":
+        keep_freed_memory()  # as the run will
+    if not config.data.data:
+        if not config.model.vocab_size:
+            raise UserError("a plan needs --data, or --vocab-size instead of it")
+        batch, data, epochs = _drawn_batch(config), "text that is not there yet", None
+    else:
+        corpora = open_corpora(config.data.data)
+        config = with_vocabulary(config, corpora)
+        batches = TrainingBatches(corpora, config)
+        batch, data, epochs = batches.batch(0), told_data(corpora, batches), batches.epochs(config.training.steps)
+    may_shrink = not config.data.micro_batch_rows
+    try:
+        config = settle_micro_batch(config, device, before)
+    except UserError:
+        config = config.replace(micro_batch_rows=1)  # so that the plan tells all else too
+    fits = not _obstacle(config, device, available_memory(device))
+    with torch.device("cpu" if fits else "meta"):
+        model = Transformer(config.model)
+    if fits:
+        model.initialise(config.training.seed).to(device)
+    return make_plan(config, model, batch, device, data=data, epochs=epochs, measure=fits, may_shrink=may_shrink)
+
+
+def told_data(corpora: Corpora, batches: TrainingBatches) -> str:
+    return f"{batches.tokens:,} tokens of {corpora.name}"
+
+
+def _drawn_batch(config: Config) -> Batch:
+    """A batch of tokens drawn at random, for want of text."""
+    rows, context, words = config.data.batch_rows, config.data.context_length, config.model.vocab_size
+    numbers = np.arange(rows, dtype=np.int64)
+    windows = (keyed_random.uniform(0, numbers, context + 1) * (words - 2)).astype(np.int64) + 2
+    vocabulary = Vocabulary(words, 0, 1)
+    return make_batch(rows_of_windows(windows, vocabulary), numbers, numbers, config.objective, vocabulary, 0)
+
+
+def millions(tokens: int) -> str:
+    return f"{tokens / 1e6:.1f}M"
+
+
+def told_bytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def told_flops(count: float) -> str:
+    return f"{count / 1e15:,.1f} PFLOP" if count >= 1e15 else f"{count / 1e12:.1f} TFLOP"
+
+
+def told_time(seconds: float) -> str:
+    """``43 s``, ``12 min``, ``3.5 h`` or ``2.1 days``."""
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

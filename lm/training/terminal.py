@@ -1,0 +1,82 @@
+"""How a run is going, in the terminal: a bar with the loss where there is a screen, plain lines where there is not."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from lm.runs.metrics_log import rows_validated
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class TerminalProgress:
+    """A ``Reporter`` that writes to stderr."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[state]}", table_column=Column()),  # the one that wraps where a screen is narrow
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self.console,
+        )
+        self.total, self.began, self.began_at, self.last_line = 0, 0.0, 0, 0.0
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def begin(self, done: int, total: int) -> None:
+        self.total, self.began, self.began_at = total, time.monotonic(), done
+        if self.console.is_terminal:
+            self.bar.start()
+            self.task = self.bar.add_task("", total=total, completed=done, state="")
+
+    def step(self, step: int) -> None:
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=step)
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        if "validation" in line or "metrics" in line:
+            self.note(_validation(line))
+        elif self.console.is_terminal:
+            self.bar.update(self.task, completed=line["step"], state=" · ".join(_state(line)))
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or line["step"] == self.total:
+            self.last_line = time.monotonic()
+            words = [*_state(line), f"learning rate {line['learning_rate']:.2e}", f"{self._left(line['step'])} left"]
+            self.note(f"step {line['step']:>6}/{self.total}  {'  '.join(words)}")
+
+    def end(self) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def _left(self, step: int) -> str:
+        seconds = (time.monotonic() - self.began) / (step - self.began_at) * (self.total - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _state(line: dict[str, Any]) -> list[str]:
+    """What of an interval is worth a glance."""
+    words = [f"loss {line['loss']:.3f}", f"epoch {line['epoch']:.2f}", f"{line['tokens_per_second']:,.0f} tokens/s"]
+    return words + ([f"{line['share_of_peak']:.0%} of peak"] if line.get("share_of_peak") else [])
+
+
+def _validation(line: dict[str, Any]) -> str:
+    """A validation, with the part of the split it is about, or with the metrics of a task."""
+    if "metrics" in line:
+        told = ", ".join(f"{name} {value:.4f}" for name, value in line["metrics"].items())
+        return f"step {line['step']:>6}  validation: {told or 'there are no validation examples'}"
+    results = ", ".join(
+        f"{name} {loss['nats_per_token']:.3f} nats/token ({loss['bits_per_byte']:.3f} bits/byte)"
+        for name, loss in line["validation"].items()
+    )
+    part = f", {rows_validated(line)}" if rows_validated(line) else ""
+    return f"step {line['step']:>6}  validation{part}: {results or 'the data has no validation text'}"

@@ -1,0 +1,297 @@
+"""The commands as a person calls them, and what happens when they are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from data_prep.shards.tokens import open_dataset
+
+Prep = Callable[..., Result]
+Tree = Callable[[Path], dict[str, bytes]]
+SMALL = ("--vocab-size", "300", "--max-document-bytes", "2000", "--workers", "1")
+
+
+@pytest.fixture(scope="session")
+def novel(make_text: Callable[[int, int], str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "novel.txt"
+    path.write_text(make_text(1, 80), encoding="utf-8")
+    return path
+
+
+def test_help_names_every_command_and_every_option_with_its_default(prep: Prep) -> None:
+    assert all(command in prep("--help").stdout for command in ("build", "convert", "inspect", "tokenizer", "verify"))
+    shown = " ".join(prep("build", "--help").stdout.split())
+    for default in ("8192", "bpe", "the cores available", "0.05", "65536", "text", "100000000", "67108864", "skip"):
+        assert f"[default: {default}]" in shown
+    assert "[required]" in shown
+
+
+def test_help_does_not_wait_for_heavy_imports() -> None:
+    program = (
+        "import sys, data_prep.cli.main; print(sorted({'numpy', 'tokenizers', 'rich', 'torch'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_build_tells_what_it_made_and_what_to_do_next(prep: Prep, novel: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = prep("build", novel, "--out", out, *SMALL)
+    assert result.exit_code == 0, result.stderr
+    split = open_dataset(out).split("train")
+    assert f"{split.tokens:,}" in result.stdout
+    assert "vocabulary: 300 tokens (bpe)" in result.stdout
+    assert f"next: python train.py configs/tiny.toml --data {out} --run runs/out" in result.stdout
+    again = prep("build", novel, "--out", out, *SMALL)
+    assert again.exit_code == 0
+    assert "already built" in again.stderr
+
+
+def test_json_is_all_that_is_on_stdout(prep: Prep, novel: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = prep("build", novel, "--out", out, "--json", "--validation-fraction", "0", *SMALL)
+    summary = json.loads(result.stdout)
+    split = open_dataset(out).split("train")
+    assert summary["splits"]["train"]["tokens"] == split.tokens
+    assert summary["splits"]["train"]["bytes_per_token"] == split.text_bytes / split.tokens
+    assert summary["splits"]["validation"]["bytes_per_token"] is None
+
+
+def test_what_is_left_out_is_told_and_changes_the_exit_status(prep: Prep, novel: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(novel.read_bytes())
+    (folder / "b.jsonl").write_text('{"text": "good"}\n{"text": ')
+    result = prep("build", folder, "--out", tmp_path / "out", "--validation-fraction", "0", *SMALL)
+    assert result.exit_code == 3
+    assert "left out: broken record 1\n" in result.stdout
+    assert 'left out: "texts/b.jsonl", byte 17: no JSON' in result.stderr
+    assert "–" in result.stdout
+
+
+def test_a_dry_run_writes_nothing(prep: Prep, novel: Path, tmp_path: Path) -> None:
+    result = prep("build", novel, "--out", tmp_path / "out", "--dry-run", *SMALL)
+    assert result.exit_code == 0, result.stderr
+    assert "nothing was written" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+    found = json.loads(prep("build", novel, "--out", tmp_path / "out", "--dry-run", "--json", *SMALL).stdout)
+    assert found["text_bytes"] == pytest.approx(novel.stat().st_size, rel=0.1)
+
+
+def test_text_can_be_piped_in(prep: Prep, novel: Path, tmp_path: Path, tree: Tree) -> None:
+    result = prep("build", "-", "--out", tmp_path / "out", *SMALL, stdin=novel.read_bytes())
+    assert result.exit_code == 0, result.stderr
+    assert not any("stdin" in name for name in tree(tmp_path / "out"))
+    prep("build", novel, "--out", tmp_path / "same", *SMALL)
+    piped, named = open_dataset(tmp_path / "out").manifest, open_dataset(tmp_path / "same").manifest
+    for name, split in piped["splits"].items():
+        for one, other in zip(split["shards"], named["splits"][name]["shards"], strict=True):
+            assert one["bin_sha256"] == other["bin_sha256"]
+    bad = prep("build", "-", "--out", tmp_path / "bad", *SMALL, stdin=b"\xff")
+    assert (bad.exit_code, (tmp_path / "bad").exists()) == (2, False)
+
+
+def test_a_tokenizer_can_be_judged_by_any_text(prep: Prep, novel: Path, tmp_path: Path) -> None:
+    prep("build", novel, "--out", tmp_path / "out", *SMALL)
+    result = prep("tokenizer", tmp_path / "out", novel, "--most-bytes", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "bytes per token: " in result.stdout
+    found = json.loads(prep("tokenizer", tmp_path / "out", novel, "--json").stdout)
+    split = open_dataset(tmp_path / "out").split("train")
+    assert found["bytes_per_token"] == pytest.approx(split.text_bytes / (split.tokens - split.documents), rel=0.05)
+    assert "cannot be looked at here" in prep("tokenizer", tmp_path / "out", "-").stderr
+
+
+MISTAKES = {
+    "no source": (["--out", "OUT"], "Missing argument 'SOURCE...'"),
+    "no out": (["TEXT"], "Missing option '--out'"),
+    "misspelt option": (["TEXT", "--ot", "OUT"], "--out"),
+    "unknown kind": (["TEXT", "--out", "OUT", "--tokenizer-kind", "words"], "'words' is not one of"),
+    "missing file": (["nothing.txt", "--out", "OUT"], 'there is no file or folder "nothing.txt"'),
+    "binary file": ([sys.executable, "--out", "OUT"], "is not UTF-8 text (byte 0x"),
+    "too few documents": (["TEXT", "--out", "OUT"], "--max-document-bytes"),
+    "large vocabulary": (["TEXT", "--out", "OUT", "--max-document-bytes", "999"], "--vocab-size 8192 is more than"),
+    "small vocabulary": (["TEXT", "--out", "OUT", "--max-document-bytes", "999", "--vocab-size", "9"], "at least 259"),
+    "no such tokenizer": (["TEXT", "--out", "OUT", "--tokenizer", "no.json"], "there is no tokenizer file"),
+    "text as a tokenizer": (["TEXT", "--out", "OUT", "--tokenizer", "TEXT"], "is not a readable tokenizer.json"),
+    "impossible fraction": (["TEXT", "--out", "OUT", "--validation-fraction", "1"], "below 1"),
+    "out is a file": (["TEXT", "--out", "TEXT"], "is a file"),
+    "out under a file": (["TEXT", "--out", "TEXT/out"], "not a directory"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_gets_a_sentence_and_leaves_nothing(
+    prep: Prep, novel: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = {"TEXT": str(novel), "TEXT/out": str(novel / "out"), "OUT": str(tmp_path / "out")}
+    result = prep("build", *(places.get(argument, argument) for argument in arguments))
+    assert result.exit_code == (1 if message == "not a directory" else 2)
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_what_is_no_dataset_gets_a_sentence(prep: Prep, tmp_path: Path, command: str) -> None:
+    result = prep(command, tmp_path)
+    assert result.exit_code == 2
+    assert "is not a Kindling dataset" in result.stderr
+
+
+def test_verify_says_that_all_is_well_or_names_the_file(prep: Prep, novel: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prep("build", novel, "--out", out, *SMALL)
+    result = prep("verify", out)
+    assert (result.exit_code, "is whole" in result.stdout) == (0, True)
+    assert json.loads(prep("verify", out, "--json").stdout)["whole"] is True
+    content = bytearray((out / "train-00000.bin").read_bytes())
+    content[100] ^= 4
+    (out / "train-00000.bin").write_bytes(content)
+    result = prep("verify", out)
+    assert result.exit_code == 2
+    assert 'train-00000.bin" is damaged' in result.stderr
+
+
+def prep_command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "data_prep", *(str(argument) for argument in arguments)]
+
+
+def test_an_unwritable_place_gets_a_sentence(novel: Path) -> None:
+    result = subprocess.run(prep_command("build", novel, "--out", "/proc/out"), capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith('error: "/proc/out":')
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def slow_build(
+    make_text: Callable[[int, int], str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[object], dict[str, bytes]]:
+    """Arguments of a build with dozens of shards, and the bytes it gives when nobody disturbs it."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "texts").mkdir()
+    for n in range(6):
+        (folder / "texts" / f"{n}.txt").write_text(make_text(n, 1000), encoding="utf-8")
+    arguments: list[object] = ["build", folder / "texts", "--vocab-size", 500, "--shard-tokens", 12_000]
+    arguments += ["--max-document-bytes", 4000, "--part-bytes", 120_000]
+    subprocess.run(prep_command(*arguments, "--out", folder / "out", "--workers", 1), check=True, capture_output=True)
+    content = {path.name: path.read_bytes() for path in sorted((folder / "out").iterdir())}
+    assert len(content) > 30
+    return arguments, content
+
+
+def stop_when(path: Path, number: signal.Signals, command: list[str], delay: float = 0.0) -> tuple[int, str]:
+    """Send a signal to the command, ``delay`` seconds after ``path`` exists; its status and what it said.
+
+    On a busy machine the command may end before this process sees the moment; then it is tried again from nothing.
+    """
+    for _ in range(10):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        while not path.exists() and process.poll() is None:
+            time.sleep(0.0005)
+        time.sleep(delay)
+        if process.poll() is None:
+            break
+        shutil.rmtree(path.parent)
+    else:
+        raise AssertionError("it always ended before it could be stopped")
+    if number == signal.SIGKILL:
+        process.kill()  # the workers must notice by themselves
+    else:
+        os.killpg(process.pid, number)  # what a terminal does
+    _, said = process.communicate(timeout=30)
+    for _ in range(1000):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return process.returncode, said
+        time.sleep(0.01)
+    raise AssertionError("worker processes outlive the command")
+
+
+@pytest.mark.parametrize(
+    ("moment", "workers"),
+    [("build.json", 1), ("tokenizer.json", 2), ("train-00000.idx", 1), ("train-00003.bin", 2)],
+)
+def test_killed_outright_it_goes_on_to_the_same_bytes(
+    slow_build: tuple[list[object], dict[str, bytes]], prep: Prep, tmp_path: Path, tree: Tree, moment: str, workers: int
+) -> None:
+    arguments, expected = slow_build
+    out = tmp_path / "out"
+    command = [*arguments, "--out", out, "--workers", workers]
+    status, _ = stop_when(out / moment, signal.SIGKILL, prep_command(*command))
+    assert status == -signal.SIGKILL
+    assert not (out / "manifest.json").exists()
+    assert "is not finished" in prep("verify", out).stderr
+    result = prep(*arguments, "--out", out, "--workers", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "going on with the build" in result.stderr
+    assert tree(out) == expected
+
+
+# The delays meet the worker processes while they start.
+@pytest.mark.parametrize(
+    ("moment", "workers", "delay"),
+    [("build.json", 1, 0), ("tokenizer.json", 2, 0.02), ("tokenizer.json", 2, 0.08), ("train-00001.idx", 2, 0)],
+)
+def test_ctrl_c_is_one_line_and_keeps_what_is_finished(
+    slow_build: tuple[list[object], dict[str, bytes]],
+    prep: Prep,
+    tmp_path: Path,
+    tree: Tree,
+    moment: str,
+    workers: int,
+    delay: float,
+) -> None:
+    arguments, expected = slow_build
+    out = tmp_path / "out"
+    command = prep_command(*arguments, "--out", out, "--workers", workers)
+    status, said = stop_when(out / moment, signal.SIGINT, command, delay)
+    assert status == 130
+    assert said.splitlines()[-1] == "stopped; call the same command again to go on"
+    assert "Traceback" not in said
+    assert not list(out.glob("*.tmp"))
+    assert prep(*arguments, "--out", out, "--workers", 1).exit_code == 0
+    assert tree(out) == expected
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_finished(
+    slow_build: tuple[list[object], dict[str, bytes]], prep: Prep, tmp_path: Path, tree: Tree
+) -> None:
+    arguments, expected = slow_build
+    out = tmp_path / "out"
+    limit = len(expected["tokenizer.json"]) + 100  # the shards are larger
+    result = subprocess.run(
+        prep_command(*arguments, "--out", out, "--workers", 1),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "error: file too large"
+    assert "Traceback" not in result.stderr
+    assert (out / "tokenizer.json").exists()
+    assert prep(*arguments, "--out", out, "--workers", 1).exit_code == 0
+    assert tree(out) == expected
+
+
+def test_a_reader_that_goes_away_is_no_error(prep: Prep, novel: Path, tmp_path: Path) -> None:
+    prep("build", novel, "--out", tmp_path / "out", *SMALL)
+    command = " ".join(prep_command("inspect", tmp_path / "out", "--documents", 50)) + " | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert result.stderr == ""
+    assert len(result.stdout.splitlines()) == 1

@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.errors import UserError
+from data_prep.files import write_atomically
+from data_prep.pipeline import build as pipeline
+from data_prep.pipeline import parts
+from data_prep.pipeline.build import BuildSettings, build
+from data_prep.pipeline.splitting import hash_of
+from data_prep.progress import SilentReporter
+from data_prep.shards.tokens import open_dataset
+from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+
+Tree = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture(scope="session")
+def corpus(make_text: Callable[[int, int], str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 120 KB: texts of several lengths, two of them equal, and records."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for n in range(12):
+        (folder / f"{n:02}.txt").write_text(make_text(n, 4 + 4 * n), encoding="utf-8")
+    (folder / "copy.md").write_text(make_text(3, 16), encoding="utf-8")
+    records = [json.dumps({"text": make_text(100 + n, 2)}) for n in range(40)]
+    (folder / "records.jsonl").write_text("\n".join([*records, "broken"]), encoding="utf-8")
+    return folder
+
+
+def settings_for(corpus: Path, out: Path, **changes: Any) -> BuildSettings:
+    small = {"vocab_size": 400, "shard_tokens": 4000, "max_document_bytes": 3000, "validation_fraction": 0.2}
+    return BuildSettings.from_options((str(corpus),), out, **(small | {"part_bytes": 40_000} | changes))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    build(settings_for(corpus, out))
+    return out
+
+
+def decoded(out: Path, split: str) -> list[str]:
+    dataset = open_dataset(out)
+    texts, start = [], 0
+    for length in dataset.split(split).document_lengths():
+        texts.append(dataset.tokenizer.decode_bytes(dataset.split(split).read(start, start + length)).decode())
+        start += int(length)
+    return texts
+
+
+def test_every_document_is_there_once_in_order_and_on_its_side(undisturbed: Path, corpus: Path) -> None:
+    train, validation = decoded(undisturbed, "train"), decoded(undisturbed, "validation")
+    threshold = int(open_dataset(undisturbed).manifest["split_rule"]["threshold"], 16)
+    assert all(hash_of(text.encode()) >= threshold for text in train)
+    assert all(hash_of(text.encode()) < threshold for text in validation)
+    texts: list[str] = []
+    for path in sorted(corpus.glob("*.*")):
+        if path.suffix == ".jsonl":
+            texts += [json.loads(line)["text"] for line in path.read_text().splitlines()[:-1]]
+        else:
+            texts.append(path.read_text())
+    whole = "".join(texts)
+    remaining = [iter(train), iter(validation)]
+    waiting = [next(documents, "") for documents in remaining]
+    while whole:  # each next piece of the corpus begins one of the two streams
+        side = 0 if waiting[0] and whole.startswith(waiting[0]) else 1
+        assert waiting[side] and whole.startswith(waiting[side])
+        whole = whole[len(waiting[side]) :]
+        waiting[side] = next(remaining[side], "")
+    assert waiting == ["", ""]
+
+
+def test_the_manifest_counts_what_is_there(undisturbed: Path, corpus: Path) -> None:
+    dataset = open_dataset(undisturbed)
+    dataset.verify()
+    for name in ("train", "validation"):
+        split, texts = dataset.split(name), decoded(undisturbed, name)
+        assert split.documents == len(texts)
+        assert split.text_bytes == sum(len(text.encode()) for text in texts)
+        assert split.words == sum(len(text.encode().split()) for text in texts)
+        assert split.tokens == sum(map(len, dataset.tokenizer.encode_batch(texts))) + len(texts)
+    names = [record.name for record in dataset.split("train").records]
+    assert {"train-00000", "train-00000_01", "train-00001"} <= set(names)
+    assert names == sorted(names)
+    assert dataset.manifest["left_out"] == {"broken record": 1}
+    size = sum(path.stat().st_size for path in corpus.iterdir())
+    assert dataset.manifest["sources"] == [{"name": "corpus0", "weight": 1.0, "files": 14, "bytes": size}]
+
+
+def test_nothing_tells_the_place_or_the_time(undisturbed: Path, corpus: Path) -> None:
+    for content in ((undisturbed / name).read_bytes() for name in ("manifest.json", "tokenizer.json")):
+        assert str(corpus.parent).encode() not in content
+        assert str(undisturbed).encode() not in content
+        assert time.strftime("%Y-%m").encode() not in content
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_number_of_workers_changes_no_byte(
+    undisturbed: Path, corpus: Path, tmp_path: Path, tree: Tree, workers: int
+) -> None:
+    build(settings_for(corpus, tmp_path / "out", workers=workers))
+    assert tree(tmp_path / "out") == tree(undisturbed)
+
+
+def test_ray_changes_no_byte(undisturbed: Path, corpus: Path, tmp_path: Path, tree: Tree) -> None:
+    pytest.importorskip("ray")
+    build(settings_for(corpus, tmp_path / "out", engine="ray", workers=2))
+    assert tree(tmp_path / "out") == tree(undisturbed)
+
+
+class KilledError(BaseException):
+    """Stands for a kill: nothing in the program expects it."""
+
+
+def build_until(settings: BuildSettings, count: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Build, and die just before file number ``count`` gets its name; whether the build ended before that."""
+    rename = Path.replace
+    left = count
+
+    def rename_or_die(path: Path, target: Path) -> Path:
+        nonlocal left
+        if left == 0:
+            raise KilledError
+        left -= 1
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", rename_or_die)
+        try:
+            build(settings)
+        except KilledError:
+            return False
+    return True
+
+
+def test_stopped_before_any_file_it_goes_on_to_the_same_bytes(
+    undisturbed: Path, corpus: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # many small builds; their safety is tested with kills
+    expected = tree(undisturbed)
+    for count in range(1000):
+        settings = settings_for(corpus, tmp_path / str(count))
+        if build_until(settings, count, monkeypatch):
+            break
+        build(settings)
+        assert tree(settings.out) == expected, f"stopped before file {count}"
+    shards = (len(expected) - 2) // 2
+    parts = 1 + int(open_dataset(undisturbed).split("train").records[-1].name.split("-")[1][:5])
+    # A shard is two files; a part's last two shards, one of each split, are written down with its summary.
+    assert count == 3 * shards - parts + 5, "every file of a shard and each state of a journal was a point to stop at"
+
+
+def test_stopped_again_and_again_it_still_ends(
+    undisturbed: Path, corpus: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(corpus, tmp_path / "out")
+    for _ in range(100):
+        if build_until(settings, 6, monkeypatch):
+            break
+    assert tree(settings.out) == tree(undisturbed)
+
+
+def test_finished_work_is_not_done_again(
+    undisturbed: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(corpus, tmp_path / "out")
+    assert not build_until(settings, 12, monkeypatch)
+    before = {path.name: path.stat().st_mtime_ns for path in settings.out.glob("*.*")}
+    shards = json.loads((settings.out / "work/part-00000.json").read_text())["shards"]
+    done = shards["train"] + shards["validation"]
+    assert done
+    monkeypatch.setattr(pipeline, "train_tokenizer", None)
+    monkeypatch.setattr(pipeline, "choose_engine", None)
+    words_counted: list[bytes] = []
+    monkeypatch.setattr(parts, "count_words", lambda content: words_counted.append(content) or 0)
+    build(settings)
+    for name in ["tokenizer.json", *(f"{record['name']}.bin" for record in done)]:
+        assert (settings.out / name).stat().st_mtime_ns == before[name], f"{name} was written again"
+    total = sum(open_dataset(settings.out).split(split).documents for split in ("train", "validation"))
+    assert len(words_counted) == total - sum(record["documents"] for record in done)
+
+
+class Notes(SilentReporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def test_a_finished_build_is_left_as_it_is(undisturbed: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = Notes()
+    monkeypatch.setattr(pipeline, "run_calls", None)  # nothing is read again
+    (undisturbed / "build.json").write_text("{}")  # as if killed just before the last step
+    (undisturbed / "work").mkdir()
+    manifest = build(settings_for(corpus, undisturbed), progress=notes)
+    assert manifest == json.loads((undisturbed / "manifest.json").read_text())
+    assert "already built" in notes.notes[0]
+    assert not (undisturbed / "build.json").exists()
+    assert not (undisturbed / "work").exists()
+
+
+def test_other_settings_or_sources_are_refused_by_name(undisturbed: Path, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"vocab size was 400, now 500.*choose another --out"):
+        build(settings_for(corpus, undisturbed, vocab_size=500))
+    with pytest.raises(UserError, match=r"text field was .*; validation fraction was 0\.2, now 0\.3"):
+        build(settings_for(corpus, undisturbed, validation_fraction=0.3, text_field="body"))
+    (tmp_path / "other.txt").write_text("x")
+    with pytest.raises(UserError, match=r"sources was .*corpus.*, now .*other\.txt"):
+        build(settings_for(tmp_path / "other.txt", undisturbed))
+    open_dataset(undisturbed).verify()
+
+
+def test_an_interrupted_build_refuses_other_settings_and_stays(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tree: Tree, undisturbed: Path
+) -> None:
+    settings = settings_for(corpus, tmp_path / "out")
+    build_until(settings, 6, monkeypatch)
+    before = tree(settings.out)
+    with pytest.raises(UserError, match="max document bytes was 3000, now 2000"):
+        build(settings_for(corpus, settings.out, max_document_bytes=2000))
+    assert tree(settings.out) == before
+    build(settings)
+    assert tree(settings.out) == tree(undisturbed)
+
+
+def test_a_damaged_journal_is_refused(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "build.json").write_text('{"identity": {}}')
+    with pytest.raises(UserError, match=r'build\.json" is damaged: remove'):
+        build(settings_for(corpus, tmp_path))
+
+
+def test_sources_that_change_meanwhile_are_noticed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"one two {n}\n\n" for n in range(100)))
+
+    def train_and_change(*arguments: Any) -> Any:
+        tokenizer = train_tokenizer(*arguments)
+        path.write_text("".join(f"one TWO {n}\n\n" for n in range(100)))
+        os.utime(path, ns=(1, 1))
+        return tokenizer
+
+    settings = settings_for(path, tmp_path / "new" / "out", vocab_size=259, max_document_bytes=70)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train_tokenizer", train_and_change)
+        with pytest.raises(UserError, match="the sources changed since the build in"):
+            build(settings)
+    os.utime(path, ns=(2, 2))
+    with pytest.raises(UserError, match="the sources changed since the build in"):
+        build(settings)
+
+
+def test_a_failed_new_build_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="more than this text can give"):
+        build(settings_for(corpus, tmp_path / "a" / "b" / "out", vocab_size=60_000))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="more than this text can give"):
+        build(settings_for(corpus, tmp_path / "empty", vocab_size=60_000))
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_folder_with_other_things_is_not_touched(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match=r'is not empty \(it holds "thesis.txt"\)'):
+        build(settings_for(corpus, tmp_path))
+    with pytest.raises(UserError, match="is a file"):
+        build(settings_for(corpus, tmp_path / "thesis.txt"))
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_two_builds_in_one_folder_are_refused(corpus: Path, tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another build is writing"):
+        build(settings_for(corpus, tmp_path))
+    os.close(descriptor)
+    write_atomically(tmp_path / "build.json.tmp", "")  # what a kill at the first write leaves
+    build(settings_for(corpus, tmp_path))
+
+
+def test_the_tokenizer_learns_from_training_documents_only(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def watched(texts: Any, *rest: Any) -> Any:
+        seen.extend(texts)
+        return train_tokenizer(iter(seen), *rest)
+
+    monkeypatch.setattr(pipeline, "train_tokenizer", watched)
+    build(settings_for(corpus, tmp_path / "out"))
+    assert seen == decoded(tmp_path / "out", "train")
+    seen.clear()
+    build(settings_for(corpus, tmp_path / "less", train_bytes=10_000))
+    assert 10_000 <= sum(len(text.encode()) for text in seen) < 13_000
+
+
+def test_a_given_tokenizer_is_taken(corpus: Path, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(iter(["a b c"]), TokenizerSettings("characters", 300))
+    tokenizer.save(tmp_path / "given.json")
+    settings = settings_for(corpus, tmp_path / "out", tokenizer=str(tmp_path / "given.json"))
+    manifest = build(settings)
+    assert manifest["tokenizer"]["sha256"] == tokenizer.sha256 == open_dataset(tmp_path / "out").tokenizer.sha256
+    assert manifest["settings"]["tokenizer_sha256"] == tokenizer.sha256
+    with pytest.raises(UserError, match="tokenizer sha256 was"):
+        build(settings_for(corpus, tmp_path / "out"))
+
+
+def test_bytes_need_no_vocabulary_size(corpus: Path, tmp_path: Path) -> None:
+    manifest = build(settings_for(corpus, tmp_path / "out", kind="bytes", vocab_size=0))
+    splits = manifest["splits"].values()
+    assert all(split["tokens"] == split["text_bytes"] + split["documents"] for split in splits)
+    assert "vocab_size" not in manifest["settings"]
+
+
+def test_equal_documents_fall_on_the_same_side_and_an_odd_one_is_split_off(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ["same"] * 20 + ["other"]))
+    settings = settings_for(tmp_path / "a.jsonl", tmp_path / "out", kind="bytes", validation_fraction=1e-9)
+    build(settings)
+    assert {frozenset(decoded(tmp_path / "out", split)) for split in ("train", "validation")} == {
+        frozenset({"same"}),
+        frozenset({"other"}),
+    }
+
+
+def test_a_document_above_the_shard_size_gets_its_own(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ["ab", "x" * 50, "cd"]))
+    settings = settings_for(
+        tmp_path / "a.jsonl", tmp_path / "out", kind="bytes", shard_tokens=10, validation_fraction=0.0
+    )
+    assert [shard["tokens"] for shard in build(settings)["splits"]["train"]["shards"]] == [3, 51, 3]
+    assert open_dataset(tmp_path / "out").split("validation").tokens == 0
+
+
+def test_all_wrong_settings_are_told_at_once(tmp_path: Path) -> None:
+    settings = BuildSettings.from_options(
+        (), tmp_path / "out", kind="words", validation_fraction=1.0, max_document_bytes=3, shard_tokens=0, workers=0,
+        errors="ignore", unicode_form="NFX", engine="spark",
+    )  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        build(settings)
+    assert len(str(caught.value).splitlines()) == 8
+    with pytest.raises(UserError, match="only once"):
+        build(BuildSettings(("-", "-"), tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_checksum_of_the_corpus_is_that_of_its_documents(corpus: Path, tmp_path: Path) -> None:
+    manifest = build(settings_for(corpus, tmp_path / "out", validation_fraction=0.0, part_bytes=1 << 20))
+    part = hashlib.sha256()
+    for text in decoded(tmp_path / "out", "train"):
+        part.update(len(text.encode()).to_bytes(8, "little") + hash_of(text.encode()).to_bytes(8, "little"))
+    assert manifest["corpus_sha256"] == hashlib.sha256(part.hexdigest().encode()).hexdigest()
+
+
+def test_duplicates_are_left_out_wherever_they_are(corpus: Path, tmp_path: Path) -> None:
+    manifest = build(settings_for(corpus, tmp_path / "out", duplicates="exact", part_bytes=20_000, document_per="file"))
+    build(settings_for(corpus, tmp_path / "all", part_bytes=20_000, document_per="file"))
+    kept, there = (
+        [*decoded(out, "train"), *decoded(out, "validation")] for out in (tmp_path / "out", tmp_path / "all")
+    )
+    assert len(kept) == len(set(kept)) < len(there)
+    assert set(kept) == set(there)
+    assert manifest["cleaning"]["exact duplicates"]["removed_documents"] == len(there) - len(kept)
+
+
+def test_cleaning_is_done_before_anything_else(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(["cafe\u0301 au lait"] * 50 + ["x"]))
+    settings = settings_for(
+        tmp_path / "a.txt", tmp_path / "out", kind="characters", document_per="\n\n", unicode_form="NFC",
+        min_characters=5, validation_fraction=0.0,
+    )  # fmt: skip
+    manifest = build(settings)
+    assert set(decoded(tmp_path / "out", "train")) == {"caf\u00e9 au lait"}
+    assert "\u0301" not in (tmp_path / "out/tokenizer.json").read_text()
+    assert manifest["splits"]["train"]["documents"] == 50
+    assert manifest["cleaning"]
+
+
+def test_sources_have_their_names_weights_and_shards(make_text: Callable[[int, int], str], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(make_text(ord(name), 40))
+    sources = (f"first={tmp_path / 'a.txt'}@2", str(tmp_path / "b.txt"))
+    build(BuildSettings.from_options(sources, tmp_path / "out", kind="bytes", max_document_bytes=500))
+    dataset = open_dataset(tmp_path / "out")
+    assert [(source["name"], source["weight"]) for source in dataset.manifest["sources"]] == [
+        ("first", 2),
+        ("b.txt", 1),
+    ]
+    split = dataset.split("train")
+    assert [record.source for record in split.records] == [0, 1]
+    assert [span.weight for span in split.source_spans] == [2, 1]
+    assert [span.name for span in split.source_spans] == ["first", "b.txt"]
+    assert split.source_spans[0].stop == split.source_spans[1].start == split.records[0].tokens
+    assert split.source_spans[1].stop == split.tokens
+    assert split.records[0].first.startswith("a.txt:")

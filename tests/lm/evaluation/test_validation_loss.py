@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import bz2
+import json
+import math
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from data_prep.shards.tokens import open_dataset
+from lm.evaluation import baselines
+from lm.evaluation.baselines import compressed_bytes, floors, token_counts
+from lm.evaluation.validation_loss import evaluate
+from lm.runs.directory import open_run
+from lm.training.validation import validate_readouts
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy, because an evaluation is kept in the run directory."""
+    return open_run(shutil.copytree(trained.path, tmp_path / "run"))
+
+
+def test_an_evaluation_is_over_the_whole_split_and_every_token(run, dataset):
+    result = evaluate(run)
+    model = run.load_model(torch.device("cpu"))
+    losses = validate_readouts(model, dataset, run.config, rows=0, every_token=True)
+    split = dataset.split("validation")
+    assert result["validation"] == {name: loss.as_dict() for name, loss in losses.items()}
+    assert result["step"] == run.newest().step == 100
+    assert (result["validation_tokens"], result["validation_bytes"]) == (split.tokens, split.text_bytes)
+    assert result["validation"]["next_token"]["predicted"] == split.tokens
+    assert result["validation"]["masked_next_token"]["predicted"] == split.tokens - split.documents
+    assert result["data_fingerprint"] == dataset.fingerprint
+    assert "windows of 32 tokens" in result["protocol"]
+    assert "one token in 7" in result["protocol"]
+    assert json.loads((run.path / "evaluation.json").read_text()) == result
+
+
+def test_a_trained_model_beats_the_floor_that_knows_no_context(run):
+    result = evaluate(run)
+    for losses in result["validation"].values():
+        assert losses["bits_per_byte"] < result["floors"]["unigram"]["bits_per_byte"]
+
+
+def test_the_unigram_floor_is_its_closed_form(dataset):
+    train, validation = dataset.split("train"), dataset.split("validation")
+    counts = Counter(train.read(0, train.tokens).tolist())
+    total = train.tokens + 400
+    nats = -sum(math.log((counts[t] + 1) / total) for t in validation.read(0, validation.tokens).tolist())
+    per_token, bits_per_byte = floors(dataset)["unigram"]
+    assert per_token == pytest.approx(nats / validation.tokens)
+    assert bits_per_byte == pytest.approx(nats / math.log(2) / validation.text_bytes)
+
+
+@pytest.mark.parametrize("at_once", [1 << 22, 37])
+def test_the_bz2_floor_is_the_compressed_text(dataset, at_once, monkeypatch):
+    monkeypatch.setattr(baselines, "READ_AT_ONCE", at_once)
+    split = dataset.split("validation")
+    text = dataset.tokenizer.decode_bytes(split.read(0, split.tokens).tolist())
+    assert len(text) == split.text_bytes
+    size = len(bz2.compress(text, 9))
+    assert compressed_bytes(dataset, split) == size
+    assert floors(dataset)["bz2 -9"] == (None, 8 * size / split.text_bytes)
+
+
+@pytest.mark.parametrize("at_once", [1 << 22, 37])
+def test_token_counts_count_every_token(dataset, at_once, monkeypatch):
+    monkeypatch.setattr(baselines, "READ_AT_ONCE", at_once)
+    split = dataset.split("train")
+    counts = token_counts(split, 400)
+    assert dict(enumerate(counts.tolist())) == dict.fromkeys(range(400), 0) | Counter(
+        split.read(0, split.tokens).tolist()
+    )
+    assert counts[0] == split.documents
+
+
+def test_an_evaluation_is_kept_until_the_checkpoint_or_the_data_changes(run, text_folder, make_dataset, tmp_path):
+    saved = run.path / "evaluation.json"
+    first = evaluate(run)
+    saved.write_text(json.dumps(first | {"protocol": "kept"}))
+    assert evaluate(run)["protocol"] == "kept"
+    saved.write_text(json.dumps(first | {"protocol": "kept", "checkpoint": "another"}))
+    assert evaluate(run) == first
+    tokenizer = run.path / "tokenizer.json"
+    other = make_dataset(text_folder, tmp_path / "other", tokenizer=tokenizer, validation_fraction=0.2)
+    second = evaluate(run, str(other.directory))
+    assert second["data_fingerprint"] != first["data_fingerprint"]
+    assert second["validation_tokens"] > first["validation_tokens"]
+    assert json.loads(saved.read_text()) == first  # other data does not take its place
+    assert evaluate(run) == first
+
+
+def test_data_of_another_tokenizer_is_refused(run, byte_dataset):
+    with pytest.raises(UserError, match=r"another tokenizer than .*tokenizer\.json"):
+        evaluate(run, str(byte_dataset.directory))
+    assert not (run.path / "evaluation.json").exists()
+
+
+def test_data_without_validation_text_is_refused(run, text_folder, make_dataset, tmp_path):
+    tokenizer = run.path / "tokenizer.json"
+    bare = make_dataset(text_folder, tmp_path / "bare", tokenizer=tokenizer, validation_fraction=0.0)
+    with pytest.raises(UserError, match="no validation text"):
+        evaluate(run, str(bare.directory))
+
+
+def test_a_run_without_a_checkpoint_cannot_be_evaluated(run):
+    shutil.rmtree(run.path / "checkpoints")
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        evaluate(run)
+
+
+def test_bits_per_byte_make_tokenizers_comparable(dataset, byte_dataset):
+    """Both hold the same text, so its bytes and the size bz2 finds are the same, whatever the tokens."""
+    a, b = (open_dataset(each.directory) for each in (dataset, byte_dataset))
+    assert a.split("validation").text_bytes == b.split("validation").text_bytes
+    assert floors(a)["bz2 -9"] == floors(b)["bz2 -9"]
+    assert floors(a)["unigram"][1] < floors(b)["unigram"][1]  # longer tokens know more
+
+
+def test_a_damaged_evaluation_is_made_again(trained, tmp_path):
+    import shutil
+
+    from lm.runs.directory import open_run
+
+    run = open_run(shutil.copytree(trained.path, tmp_path / "run"))
+    (run.path / "evaluation.json").write_text("garbage")
+    assert evaluate(run)["step"] == 100
+
+
+def test_data_too_short_to_train_on_can_be_evaluated(run, make_dataset, tmp_path):
+    (tmp_path / "few").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "few" / f"{name}.txt").write_text(f"The {name} owl.")
+    few = make_dataset(tmp_path / "few", tmp_path / "few_data", tokenizer=run.path / "tokenizer.json")
+    assert few.split("train").tokens <= run.config.data.context_length
+    assert evaluate(run, str(few.directory))["validation"]["next_token"]["predicted"] == few.split("validation").tokens

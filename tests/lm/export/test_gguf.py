@@ -1,0 +1,141 @@
+"""GGUF files: read back with the gguf package, and, where llama-cpp-python is installed, run by llama.cpp."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from lm.export.gguf import export_gguf, pre_tokenizer_name, tensors
+from lm.export.stock_architectures import STOCK_CLASSES
+from lm.inference.generator import stream
+from lm.inference.sampling import Sampling
+from lm.kernels import masks
+from lm.kernels.qkv_projection import side_by_side
+from lm.model.transformer import rotary_table
+from tests.conftest import sentences
+from tests.lm.export.test_huggingface import SHAPES, run_of
+
+gguf = pytest.importorskip("gguf")
+
+
+@pytest.fixture
+def make_run(small, dataset, tmp_path):
+    return lambda **changes: run_of(small.replace(**changes), dataset.tokenizer, tmp_path / "run")
+
+
+def exported(run, path, readout="next_token"):
+    export_gguf(run, path, run.newest(), readout)
+    return path
+
+
+def test_reordered_rows_turned_as_neighbours_are_what_halves_give(small):
+    """Scores of queries and keys, computed with llama.cpp's pairs from reordered weights, are ours."""
+    config = small.replace(num_heads=3, head_size=8).model
+    draw = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(24, 32, generator=draw) for _ in range(2))
+    x = torch.randn(1, 5, 32, generator=draw)
+    cos, sin = rotary_table(torch.arange(5)[None], 8, 10_000.0)
+
+    def by_halves(weight):
+        first, second = (x @ weight.T).view(1, 5, 3, 8).chunk(2, -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+    def by_neighbours(weight):
+        heads = (x @ side_by_side(weight, config.head_width).T).view(1, 5, 3, 4, 2)
+        even, odd = heads[..., 0], heads[..., 1]
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+
+    ours = torch.einsum("bqhd,bkhd->bhqk", by_halves(query), by_halves(key))
+    theirs = torch.einsum("bqhd,bkhd->bhqk", by_neighbours(query), by_neighbours(key))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_file_holds_shape_tokenizer_and_every_weight(make_run, tmp_path, shape, qk_norm):
+    run = make_run(objective="next_token", qk_norm=qk_norm, **shape)
+    reader = gguf.GGUFReader(exported(run, tmp_path / "model.gguf"))
+    kind = "qwen3" if qk_norm else "llama"
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == kind
+    assert fields[f"{kind}.block_count"] == run.config.model.num_layers
+    assert fields[f"{kind}.attention.head_count_kv"] == run.config.model.key_value_heads
+    assert fields[f"{kind}.rope.freq_base"] == run.config.model.rope_theta
+    assert fields["tokenizer.ggml.bos_token_id"] == run.tokenizer.end_of_text_id
+    assert len(fields["tokenizer.ggml.tokens"]) == run.config.model.vocab_size
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    stock = next(stock for stock in STOCK_CLASSES if stock.model_type == kind)
+    wanted = tensors(run.load_model(torch.device("cpu")), stock)
+    assert stored.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert np.array_equal(stored[name], tensor.numpy()), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "gpt-2"),
+        ({"digits": "single"}, "starcoder"),
+        ({"split": "llama3"}, "llama-bpe"),
+        ({"split": "qwen2"}, "qwen2"),
+        ({"split": "llama3", "digits": "single"}, "qwen2"),
+    ],
+)
+def test_each_way_to_cut_words_has_its_name_in_llama_cpp(settings, name):
+    tokenizer = train_tokenizer(iter([sentences(50, 0)]), TokenizerSettings(vocab_size=300, **settings))
+    assert pre_tokenizer_name(tokenizer) == name
+
+
+@pytest.mark.parametrize(("kind", "size"), [("bytes", 300), ("characters", 300), ("wordpiece", 600), ("unigram", 300)])
+def test_a_tokenizer_that_llama_cpp_lacks_is_refused(kind, size):
+    tokenizer = train_tokenizer(iter([sentences(200, 0)]), TokenizerSettings(kind=kind, vocab_size=size))
+    with pytest.raises(UserError, match=r"llama\.cpp cannot encode as this tokenizer does"):
+        pre_tokenizer_name(tokenizer)
+
+
+def test_what_is_there_and_what_cannot_be_is_refused_and_nothing_stays(make_run, tmp_path):
+    run = make_run(objective="masked_token")
+    with pytest.raises(UserError, match="from left to right"):
+        exported(run, tmp_path / "model.gguf", "masked_token")
+    (tmp_path / "there.gguf").write_text("precious")
+    with pytest.raises(UserError, match="there already"):
+        exported(run, tmp_path / "there.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "there.gguf"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_llama_cpp_writes_the_same_greedy_tokens(make_run, tmp_path, shape, qk_norm):
+    import llama_cpp
+
+    run = make_run(objective="next_token", qk_norm=qk_norm, **shape)
+    path = exported(run, tmp_path / "model.gguf")
+    float32 = llama_cpp.GGML_TYPE_F32  # its cache of keys and values is float16 otherwise
+    theirs = llama_cpp.Llama(
+        str(path), n_ctx=256, n_threads=1, logits_all=True, verbose=False, type_k=float32, type_v=float32
+    )
+    text = "The old miller found 12345 owls — naïve, isn't it?\n\n  x"
+    ids = theirs.tokenize(text.encode(), add_bos=True, special=False)
+    assert ids == [run.tokenizer.end_of_text_id, *run.tokenizer.encode(text)]
+    theirs.eval(ids)
+    model = run.load_model(torch.device("cpu"))
+    lo, hi = masks.causal(1, len(ids))
+    with torch.no_grad():
+        logits = model.logits(model(torch.tensor([ids]), torch.arange(len(ids))[None], lo, hi))[0]
+    np.testing.assert_allclose(np.array(theirs.scores)[: len(ids)], logits.numpy(), rtol=1e-3, atol=2e-3)
+    events = stream(model, run.tokenizer, text, Sampling(temperature=0, max_new_tokens=50), 256)
+    wanted = [event.token for event in events if event.token is not None]
+    made: list[int] = []
+    for _ in wanted:
+        last = np.array(theirs.scores[theirs.n_tokens - 1])
+        last[[run.tokenizer.mask_id, run.tokenizer.padding_id]] = -np.inf  # as sample.py does
+        made.append(int(last.argmax()))
+        theirs.eval(made[-1:])
+    assert len(made) > 10
+    assert made == wanted

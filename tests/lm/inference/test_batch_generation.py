@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from data_prep.errors import UserError
+from lm.inference.batch_generation import AHEAD, Prompt, check_prompts, in_order, read_prompts, whole_texts
+from lm.inference.generator import Generator
+from lm.inference.sampling import Sampling
+from tests.lm.inference.test_generator import restless_model, stream, text_of
+
+DEFAULTS = Sampling(max_new_tokens=6, temperature=1.0)
+
+
+def prompts_of(count: int) -> list[Prompt]:
+    """Texts of very different lengths, the first one the longest."""
+    return [
+        Prompt(f"The old {n}", Sampling(max_new_tokens=40 if n % 7 == 0 else 1 + n % 3, temperature=1.0, seed=n))
+        for n in range(count)
+    ]
+
+
+def test_texts_come_in_order_and_each_is_what_it_is_alone(dataset):
+    model, tokenizer = restless_model(400), dataset.tokenizer
+    prompts = prompts_of(20)
+    made = list(whole_texts(Generator(model, tokenizer, 32, max_rows=3), prompts, 3))
+    assert [written.prompt for written in made] == prompts
+    for written in made:
+        events = list(stream(model, tokenizer, written.prompt.text, written.prompt.sampling, 32))
+        assert written.text == text_of(events)
+        assert written.events[-1].finish_reason == written.finish_reason == events[-1].finish_reason
+
+
+def test_prompts_are_read_no_further_ahead_than_is_needed(dataset):
+    read = 0
+
+    def source():
+        nonlocal read
+        for prompt in prompts_of(24):
+            read += 1
+            yield prompt
+
+    finished = 0
+    for _, event in in_order(Generator(restless_model(400), dataset.tokenizer, 32, max_rows=2), source(), 2):
+        assert read <= finished + 2 * AHEAD
+        finished += event.finish_reason is not None
+    assert finished == read == 24
+
+
+def test_a_line_may_have_settings_of_its_own(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "é"}, {"prompt": "", "top_p": 1, "seed": 5, "stop": ["\n", "."], "logprobs": 2}]
+    path.write_text("\n\n".join(json.dumps(line) for line in lines) + "\n\n", encoding="utf-8")
+    assert check_prompts(path, DEFAULTS) == 2
+    first, second = read_prompts(path, DEFAULTS)
+    assert first == Prompt("é", DEFAULTS)
+    assert second.text == ""
+    assert second.sampling == Sampling(max_new_tokens=6, temperature=1.0, top_p=1, seed=5, stop=("\n", "."), logprobs=2)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('"text"', 'no object with a text "prompt"'),
+        ('{"prompt": 3}', 'no object with a text "prompt"'),
+        ('{"prompt": "a", "tempreature": 1}', 'unknown setting "tempreature"; there are temperature,'),
+        ('{"prompt": "a", "temperature": "warm"}', 'temperature must be a number, not "warm"'),
+        ('{"prompt": "a", "top_k": 1.5}', "top_k must be a whole number, not 1.5"),
+        ('{"prompt": "a", "seed": true}', "seed must be a whole number, not true"),
+        ('{"prompt": "a", "stop": "x"}', 'stop must be a list of texts, not "x"'),
+        ('{"prompt": "a", "top_p": 3}', "top_p must be above 0 and at most 1, not 3"),
+        ('{"prompt": "a", "temperature": NaN}', "temperature must be 0, or from"),
+        (b"\xff", "not UTF-8"),
+    ],
+)
+def test_a_line_that_cannot_be_is_told_with_its_place(tmp_path, line, words):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n\n' + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(UserError) as error:
+        check_prompts(path, DEFAULTS)
+    assert f"{path}, line 3: {words}" in str(error.value)
+    with pytest.raises(UserError, match="line 3"):
+        list(read_prompts(path, DEFAULTS))
+
+
+def test_all_bad_lines_are_told_but_not_endlessly(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("{\n" * 3)
+    with pytest.raises(UserError) as error:
+        check_prompts(path, DEFAULTS)
+    assert len(str(error.value).splitlines()) == 3
+    path.write_text("{\n" * 1000)
+    with pytest.raises(UserError, match="there may be more") as error:
+        check_prompts(path, DEFAULTS)
+    assert len(str(error.value).splitlines()) == 21
+    with pytest.raises(UserError, match="cannot read"):
+        check_prompts(tmp_path, DEFAULTS)

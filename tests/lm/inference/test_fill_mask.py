@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from data_prep.tokenizers.tokenizer import Tokenizer
+from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from lm.inference.fill_mask import fill_masks
+from lm.inference.sampling import Sampling
+from lm.kernels import masks
+from lm.model.transformer import Transformer
+from tests.lm.inference.test_generator import restless_model
+
+
+@pytest.fixture(scope="module")
+def model(trained) -> Transformer:
+    return trained.load_model(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> Tokenizer:
+    return train_tokenizer(iter([]), TokenizerSettings("bytes"))
+
+
+@pytest.mark.parametrize("readout", ["masked_token", "masked_next_token"])
+def test_masks_are_filled_surest_first_each_seeing_those_filled_before(dataset, readout):
+    model, tokenizer = restless_model(400), dataset.tokenizer
+    text = "The [MASK] found a silver [MASK] behind the [MASK]."
+    tokens = [tokenizer.end_of_text_id]
+    for number, part in enumerate(["The", " found a silver", " behind the", "."]):
+        tokens += [*([tokenizer.mask_id] if number else []), *tokenizer.encode(part)]
+    places = [i for i, token in enumerate(tokens) if token == tokenizer.mask_id]
+    top: dict[int, list[tuple[str, float]]] = {}
+    for _ in places:
+        lo, hi = masks.bidirectional(1, len(tokens))
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor([tokens]), torch.arange(len(tokens))[None], lo, hi))[0]
+        logits[:, [tokenizer.end_of_text_id, tokenizer.padding_id, tokenizer.mask_id]] = -math.inf
+        chances = logits.softmax(-1)
+        shift = readout == "masked_next_token"
+        still = [place for place in places if tokens[place] == tokenizer.mask_id]
+        surest = max(still, key=lambda place: float(chances[place - shift].max()))
+        best = chances[surest - shift].topk(5)
+        tokens[surest] = int(best.indices[0])
+        top[surest] = [
+            (tokenizer.decode([token]), chance)
+            for token, chance in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+    filled = fill_masks(model, tokenizer, text, readout, 64)
+    assert filled.text == tokenizer.decode(tokens[1:])
+    assert tokenizer.mask_id not in tokens
+    for got, wanted in zip(filled.candidates, (top[place] for place in places), strict=True):
+        assert [token for token, _ in got] == [token for token, _ in wanted]
+        assert [chance for _, chance in got] == pytest.approx([chance for _, chance in wanted], rel=1e-4)
+
+
+def test_a_trained_model_fills_a_word_of_its_text(model, trained):
+    filled = fill_masks(model, trained.tokenizer, "The old [MASK] found a silver key.", "masked_next_token", 32)
+    assert filled.text.startswith("The old ")
+    assert filled.text.endswith(" found a silver key.")
+    assert len(filled.candidates) == 1
+    assert len(filled.candidates[0]) == 5
+    chances = [chance for _, chance in filled.candidates[0]]
+    assert chances == sorted(chances, reverse=True)
+    assert 0 < sum(chances) <= 1 + 1e-6
+
+
+def test_text_around_masks_is_kept_whatever_the_tokenizer(byte_tokenizer):
+    model = restless_model(byte_tokenizer.vocab_size)
+    filled = fill_masks(model, byte_tokenizer, "[MASK]b [MASK] d[MASK]", "masked_token", 32, top=3)
+    assert len(filled.candidates) == 3
+    pieces = [candidates[0][0] for candidates in filled.candidates]
+    if not any("\ufffd" in piece for piece in pieces):
+        assert filled.text == f"{pieces[0]}b {pieces[1]} d{pieces[2]}"
+
+
+def test_nothing_to_fill_is_an_error(model, trained):
+    with pytest.raises(UserError, match=r"nothing to fill: write \[MASK\]"):
+        fill_masks(model, trained.tokenizer, "no mask here", "masked_next_token", 32)
+
+
+def test_a_text_beyond_the_context_cannot_be_filled(model, trained):
+    with pytest.raises(UserError, match="reads at most 32 at once"):
+        fill_masks(model, trained.tokenizer, "[MASK] and so on" * 20, "masked_next_token", 32)
+
+
+def test_a_number_stands_for_as_many_masks(model, trained):
+    tokenizer = trained.tokenizer
+    spelled = fill_masks(model, tokenizer, "The old [MASK][MASK][MASK] found", "masked_next_token", 32)
+    assert fill_masks(model, tokenizer, "The old [MASK:3] found", "masked_next_token", 32) == spelled
+    assert len(spelled.candidates) == 3
+    for text in ("The [MASK:0]", "The [MASK:]", "The [MASK:x]"):
+        with pytest.raises(UserError, match="nothing to fill"):
+            fill_masks(model, tokenizer, text, "masked_next_token", 32)
+
+
+def test_a_round_for_each_mask_is_what_is_done_without_a_number_of_rounds(dataset):
+    model, tokenizer = restless_model(400), dataset.tokenizer
+    text = "The [MASK:4] found [MASK] behind [MASK:2]"
+    assert fill_masks(model, tokenizer, text, "masked_token", 64, rounds=99) == fill_masks(
+        model, tokenizer, text, "masked_token", 64
+    )
+
+
+def test_one_round_takes_each_mask_as_it_is_seen_first(dataset):
+    model, tokenizer = restless_model(400), dataset.tokenizer
+    tokens = [tokenizer.end_of_text_id, *tokenizer.encode("The"), *[tokenizer.mask_id] * 6]
+    with torch.no_grad():
+        bounds = masks.bidirectional(1, len(tokens))
+        logits = model.logits(model(torch.tensor([tokens]), torch.arange(len(tokens))[None], *bounds))[0, -6:]
+    logits[:, [tokenizer.end_of_text_id, tokenizer.padding_id, tokenizer.mask_id]] = -math.inf
+    once = fill_masks(model, tokenizer, "The [MASK:6]", "masked_token", 64, rounds=1, top=1)
+    assert [each[0][0] for each in once.candidates] == [tokenizer.decode([int(i)]) for i in logits.argmax(-1)]
+
+
+def test_drawn_texts_are_those_of_their_seed_and_keep_what_was_there(model, trained):
+    def written(seed: int, rounds: int = 4, temperature: float = 1.5) -> str:
+        sampling = Sampling(temperature=temperature, seed=seed)
+        text = "The old miller [MASK:12] under a wide sky."
+        return fill_masks(
+            model, trained.tokenizer, text, "masked_next_token", 32, rounds=rounds, sampling=sampling
+        ).text
+
+    texts = [written(seed) for seed in range(4)]
+    assert texts == [written(seed) for seed in range(4)]
+    assert len(set(texts)) == 4
+    assert all(text.startswith("The old miller") and text.endswith(" under a wide sky.") for text in texts)
+    assert len({written(seed, temperature=0) for seed in range(4)}) == 1

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import html
+import re
+
+import jinja2
+import pytest
+
+from lm.reports.page import COLOURS, Panel, draw, render
+
+
+def test_a_drawing_has_its_titles_labels_and_no_date(read_page):
+    panels = [Panel("a loss", {"one": [(1, 2.0), (2, 1.0)]}, {"two": [(2, 1.5)]}, {"best": 2})]
+    svg = draw(panels, height=2)
+    assert svg.startswith("<svg")
+    assert svg == draw(panels, height=2)
+    read_page(svg)
+    for text in ("a loss", "one", "two", "best", "step"):
+        assert f"<!-- {text} -->" in svg
+
+
+def test_each_series_keeps_its_colour_where_others_are_empty():
+    series = {f"run {number}": [(0.0, 1.0), (1.0, 2.0)] for number in range(len(COLOURS) + 1)}
+    svg = draw([Panel("all", series)], height=2)
+    assert all(svg.count(colour) > draw([Panel("none", {})], height=2).count(colour) for colour in COLOURS)
+    second = draw([Panel("one", {"first": [], "second": [(0.0, 1.0)]})], height=2)
+    assert COLOURS[1] in second
+    assert COLOURS[0] not in second
+
+
+def test_names_are_drawn_as_they_are():
+    """Also where matplotlib would see mathematics, or hides the label."""
+    for name in ("_hidden", "a <b> & c"):
+        assert html.escape(name, quote=False) in draw([Panel("t", {name: [(0, 1)], "other": [(0, 2)]})], height=2)
+    for panel in (Panel("$x$", {}), Panel("", {"$x$": [(0, 1)], "other": [(0, 2)]})):
+        assert glyphs(Panel("$", {})) - glyphs(Panel("", {})) <= glyphs(panel)
+
+
+def glyphs(panel: Panel) -> set[str]:
+    return set(re.findall(r'<path id="(DejaVu[^"]*)"', draw([panel], height=2)))
+
+
+def test_a_page_refuses_a_value_that_it_lacks():
+    with pytest.raises(jinja2.UndefinedError):
+        render("compare.html", names=["a", "b"])
+
+
+def test_steps_are_told_in_thousands_and_shares_as_they_are():
+    def ticks(most):
+        return draw([Panel("t", {"": [(0.0, 1.0), (most, 2.0)]})], height=2)
+
+    assert "k -->" in ticks(4000.0)
+    assert "m -->" not in ticks(1.0)
+    assert "0.4 -->" in ticks(1.0)

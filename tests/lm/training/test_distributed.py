@@ -1,0 +1,351 @@
+"""Several processes against one. Started as a program, this file is one rank of several: the first half of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_prep.errors import UserError
+from data_prep.shards.tokens import open_dataset
+from lm.config.settings import Config
+from lm.data.batch import Batch
+from lm.data.corpora import Corpora
+from lm.model.transformer import Transformer
+from lm.objectives.batches import TrainingBatches
+from lm.runs import checkpoint
+from lm.training.distributed import Ranks, joined
+from lm.training.gradients import step_gradients
+from lm.training.optimizer import Optimizer
+from lm.training.pretraining import Pretraining
+from lm.training.reporter import Silence
+from lm.training.trainer import Training
+from lm.training.validation import validate_readouts
+
+ROOT = Path(__file__).parents[3]
+STEPS = 4
+# Nothing divides by 4: the slices of a weight differ in size and the last may be empty, and so may ranks' share of the
+# matrices of a shape.
+CONFIG = Config().replace(
+    num_layers=3, hidden_size=24, num_heads=4, qk_norm=True, feed_forward_size=42, vocab_size=403, tie_embeddings=False,
+    context_length=16, batch_tokens=16 * 32, masked_fraction=0.3, mask_rate=0.3, device="cpu", threads=1,
+    validation_rows=11, gradient_clip=0.5, learning_rate=0.01,
+)  # fmt: skip
+MODELS = {"tied": {"tie_embeddings": True}, "untied": {}, "adamw": {"optimizer": "adamw"}}
+Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
+
+
+def perturbed(config: Config) -> Transformer:
+    """A model whose every matrix has a gradient (some begin as zeros)."""
+    model = Transformer(config.model).initialise(0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return model
+
+
+def gradients(config: Config, corpora: Corpora, ranks: Ranks) -> Found:
+    """Gradient, losses and shares of the second step."""
+    batch = TrainingBatches(corpora, config).batch(1, ranks.rank, ranks.world)
+    model = perturbed(config)
+    ranks.spread(model)
+    losses, shares = step_gradients(model, batch, config, 1, ranks)
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return ranks.gathered(found), {"losses": {n: float(loss) for n, loss in losses.items()}, "shares": shares}
+
+
+def trained(config: Config, corpora: Corpora, ranks: Ranks) -> Found:
+    """Weights and optimizer after some steps, the optimizer saved and loaded half way; norms, losses, validation."""
+    batches, model = TrainingBatches(corpora, config), perturbed(config)
+    ranks.spread(model)
+    optimizer = Optimizer(model, config.optimizer, ranks)
+    told: dict[str, Any] = {"norms": [], "losses": []}
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            state = ranks.gathered(optimizer.state())
+            optimizer = Optimizer(model, config.optimizer, ranks)
+            optimizer.load_state(ranks.on_main(lambda state=state: state))  # as all would read it from a checkpoint
+        losses, _ = step_gradients(model, batches.batch(step, ranks.rank, ranks.world), config, step, ranks)
+        told["losses"].append(sum(map(float, losses.values())))
+        told["norms"].append(float(optimizer.clip()))
+        optimizer.step(1.0)
+    for rows in (2, 0):
+        validated = validate_readouts(model, corpora, config.replace(micro_batch_rows=rows), ranks=ranks)
+        told[f"validation by {rows}"] = {name: loss.as_dict() for name, loss in validated.items()}
+    held = {**model.state_dict(), **optimizer.state()}
+    told["numbers held"] = sum(ranks.local(tensor).numel() for tensor in held.values() if tensor.ndim)
+    return ranks.gathered(held), told
+
+
+def given_up(config: Config, corpora: Corpora, ranks: Ranks, path: Path) -> dict[str, Any]:
+    """What a run says that learns so fast that it is taken back again and again, and how often it was."""
+    config = config.replace(
+        learning_rate=1e30,
+        muon_learning_rate=1e30,
+        checkpoint_every=1,
+        steps=40,
+        decay_fraction=0.0,
+        warmup_fraction=0.1,
+    )
+    path.mkdir(exist_ok=True)
+    training = Training(Pretraining(config, path, corpora, ranks), path, ranks, Silence())
+    with pytest.raises(UserError) as error:
+        training.run(None)
+    return {"error": str(error.value), "went back": training.state.ladder.roll_backs}
+
+
+def rank_of_several(data: Path, out: Path) -> None:
+    """What one rank computes; rank 0 writes tensors to ``out``, each rank what else it found to ``out``.RANK."""
+    corpora = Corpora([open_dataset(data)])
+    tensors: dict[str, torch.Tensor] = {}
+    told: dict[str, Any] = {}
+
+    def refused() -> None:
+        raise UserError("rank 0 does not like it")
+
+    with joined(CONFIG.training) as ranks:
+        for parallel in ("ddp", "fsdp"):
+            ranks.parallel = parallel
+            for micro_batches in (1, 2, 4, 8):
+                rows = CONFIG.data.batch_rows // ranks.world // micro_batches
+                found, told[f"{parallel} {micro_batches}"] = gradients(
+                    CONFIG.replace(micro_batch_rows=rows), corpora, ranks
+                )
+                tensors |= {f"{parallel} {micro_batches} {name}": tensor for name, tensor in found.items()}
+            for name, changes in MODELS.items():
+                config = CONFIG.replace(micro_batch_rows=4, **changes)
+                found, told[f"{parallel} {name}"] = trained(config, corpora, ranks)
+                tensors |= {f"{parallel} {name} {key}": tensor for key, tensor in found.items()}
+            told[f"{parallel} given up"] = given_up(CONFIG, corpora, ranks, out.with_name(parallel))
+        told["highest"] = ranks.highest(ranks.rank * 10)
+        told["from main"] = ranks.on_main(lambda: ranks.rank + 5)
+        with suppress(UserError):
+            ranks.on_main(refused)
+            told["refused"] = False
+        if tensors:
+            save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, out)
+        out.with_name(f"{out.name}.{ranks.rank}").write_text(json.dumps(told), encoding="utf-8")
+        if ranks.rank == ranks.world - 1:
+            raise UserError("only the last rank knows")
+        ranks.highest(0)  # the others wait for it, in vain
+
+
+if __name__ == "__main__":
+    try:
+        rank_of_several(Path(sys.argv[1]), Path(sys.argv[2]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def several(request, dataset, tmp_path_factory):
+    """(world, tensors, what each rank found, (exit status, stderr) of each rank) of this file run as ranks."""
+    world, out = request.param, tmp_path_factory.mktemp("ranks") / "out"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    command = [sys.executable, __file__, str(dataset.directory), str(out)]
+    processes = [
+        subprocess.Popen(command, env=environment(RANK=str(rank), **meeting), stderr=subprocess.PIPE, text=True)
+        for rank in range(world)
+    ]
+    ends = [(process.communicate(timeout=300)[1], process.returncode) for process in processes]
+    assert out.exists(), ends
+    return world, load_file(out), [json.loads(Path(f"{out}.{r}").read_text()) for r in range(world)], ends
+
+
+@pytest.fixture(scope="module")
+def alone(dataset) -> Found:
+    """The same by one process, all rows of a batch at once."""
+    corpora, tensors, told = Corpora([dataset]), {}, {}
+    found, told["gradient"] = gradients(CONFIG, corpora, Ranks())
+    tensors |= {f"gradient {name}": tensor.clone() for name, tensor in found.items()}
+    for name, changes in MODELS.items():
+        found, told[name] = trained(CONFIG.replace(**changes), corpora, Ranks())
+        tensors |= {f"{name} {key}": tensor for key, tensor in found.items()}
+    return tensors, told
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
+def test_ranks_and_micro_batches_give_the_gradient_of_the_whole_batch(several, alone, parallel, micro_batches):
+    """Although each part has another number of hidden tokens."""
+    _, tensors, told, _ = several
+    expected = {name: tensor for name, tensor in alone[0].items() if name.startswith("gradient ")}
+    assert max(float(tensor.abs().max()) for tensor in expected.values()) > 0.01
+    for name, tensor in expected.items():
+        ours = tensors[name.replace("gradient", f"{parallel} {micro_batches}")]
+        torch.testing.assert_close(ours, tensor, rtol=1e-5, atol=1e-6)
+    for of_rank in told:
+        found = of_rank[f"{parallel} {micro_batches}"]
+        assert found["losses"] == pytest.approx(alone[1]["gradient"]["losses"], abs=1e-5)
+        assert found["shares"] == alone[1]["gradient"]["shares"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("model", MODELS)
+def test_ranks_take_the_steps_of_one_process(several, alone, parallel, model):
+    """Clipped, with an optimizer that was saved and loaded between."""
+    _, tensors, told, _ = several
+    for name, tensor in alone[0].items():
+        if name.startswith(f"{model} "):
+            torch.testing.assert_close(tensors[f"{parallel} {name}"], tensor, rtol=1e-4, atol=2e-5)
+    for part in ("norms", "losses"):
+        assert told[0][f"{parallel} {model}"][part] == pytest.approx(alone[1][model][part], abs=1e-5)
+    assert min(alone[1][model]["norms"]) > CONFIG.optimizer.gradient_clip
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_validation_is_that_of_one_process(several, alone, parallel):
+    """11 rows, which divide among no number of ranks here."""
+    for rows in ("validation by 2", "validation by 0"):
+        for readout, loss in alone[1]["untied"][rows].items():
+            assert several[2][0][f"{parallel} untied"][rows][readout] == pytest.approx(loss, abs=2e-6)
+
+
+def test_all_ranks_find_the_same_to_the_last_bit(several):
+    world, _, told, _ = several
+    for of_rank in told:
+        for name, found in of_rank.items():
+            mine, first = (dict(f) if isinstance(f, dict) else {"": f} for f in (found, told[0][name]))
+            mine.pop("numbers held", None), first.pop("numbers held", None)
+            assert mine == first
+    for parallel in ("ddp", "fsdp"):
+        assert told[0][f"{parallel} given up"]["error"].startswith("the loss is no longer finite")
+        assert told[0][f"{parallel} given up"]["went back"] == 4
+    assert told[0]["highest"] == 10 * (world - 1)
+    assert told[0]["from main"] == 5
+    assert "refused" not in told[0]
+
+
+def test_sharded_ranks_hold_each_number_once_and_replicas_hold_all(several, alone):
+    world, _, told, _ = several
+    for model in MODELS:
+        numbers = alone[1][model]["numbers held"]
+        assert [of_rank[f"ddp {model}"]["numbers held"] for of_rank in told] == [numbers] * world
+        held = [of_rank[f"fsdp {model}"]["numbers held"] for of_rank in told]
+        assert sum(held) == numbers
+        assert max(held) < 1.2 * numbers / world
+
+
+def test_an_error_of_one_rank_ends_all_and_is_told_once(several):
+    *_, ends = several
+    assert ends[-1] == ("error: only the last rank knows\n", 1)
+    for told, status in ends[:-1]:
+        assert status == 2
+        assert "error" not in told
+        assert "Traceback" not in told
+
+
+class Part(Ranks):
+    """A rank that never hears of the others."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__()
+        self.rank, self.world = rank, world
+
+
+def test_every_row_has_its_own_dropout_on_whatever_rank(dataset, small, monkeypatch):
+    config = small.replace(vocab_size=400, dropout=0.3, micro_batch_rows=1)
+    model, batches = Transformer(config.model), TrainingBatches(Corpora([dataset]), config)
+    seeds: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+
+    def drawn(ranks: Ranks) -> list[int]:
+        seeds.clear()
+        batch: Batch = batches.batch(3, ranks.rank, ranks.world)
+        step_gradients(model, batch, config, 3, ranks)
+        return seeds.copy()
+
+    rows = drawn(Ranks())
+    assert len(set(rows)) == 8
+    for world in (2, 4):
+        assert [drawn(Part(rank, world)) for rank in range(world)] == [rows[rank::world] for rank in range(world)]
+
+
+def torchrun(config: Config, run: Path, folder: Path, *options: str) -> subprocess.Popen:
+    config.save(folder / "recipe.toml")
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--"]
+    train = [str(ROOT / "train.py"), str(folder / "recipe.toml"), "--run", str(run), *options]
+    return subprocess.Popen(
+        [sys.executable, *command, *train], env=environment(), stderr=subprocess.PIPE, text=True, cwd=folder
+    )
+
+
+def signal_rank(launcher: subprocess.Popen, rank: int, number: int) -> None:
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            if parent == str(launcher.pid) and f"\0RANK={rank}\0" in (entry / "environ").read_text():
+                os.kill(int(entry.name), number)
+                return
+    pytest.fail(f"there is no rank {rank}")
+
+
+def end_at(step: int, launcher: subprocess.Popen, run: Path, rank: int, number: int) -> str:
+    """Send a rank a signal when a checkpoint of ``step`` or later is there; what was told until all had ended."""
+    until = time.monotonic() + 120
+    while not any(int(path.name[5:]) >= step for path in run.glob("checkpoints/step_????????")):
+        assert launcher.poll() is None, launcher.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    signal_rank(launcher, rank, number)
+    return launcher.communicate(timeout=30)[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
+def test_a_run_of_replicas_stopped_then_of_shards_killed_ends_alone_as_if_undisturbed(small, quietly, tmp_path):
+    config = small.replace(
+        steps=80, log_every=1, validate_every=25, checkpoint_every=2, learning_rate=0.002, muon_learning_rate=0.005
+    )
+    run = tmp_path / "run"
+    told = end_at(2, torchrun(config, run, tmp_path), run, 1, signal.SIGTERM)
+    stopped = checkpoint.latest(run / "checkpoints", pytest.fail).step
+    assert told.count(f"stopped at step {stopped}, which is saved") == 1
+    assert "on 2 processes (DDP), each on CPU" in told
+    assert "[rank" not in told  # torch's mark on what a rank says
+    told = end_at(stopped + 4, torchrun(config, run, tmp_path, "--parallel", "fsdp"), run, 1, signal.SIGKILL)
+    assert told.count(f"going on at step {stopped}") == 1
+    assert "on 2 processes (FSDP)" in told
+    assert told.count("error: another process of this run has died: the same command goes on") == 1
+    assert "(SIGKILL)" in told
+    assert "[rank" not in told
+    killed = checkpoint.latest(run / "checkpoints", pytest.fail).step
+    assert stopped + 4 <= killed < 80
+    config = config.replace(checkpoint_every=100)
+    finished, undisturbed = quietly(config, run), quietly(config, tmp_path / "undisturbed")
+    for line, expected in zip(finished.metrics(), undisturbed.metrics(), strict=True):
+        assert line.keys() == expected.keys()
+        for name in ("loss", "gradient_norm", "learning_rate", "tokens", "epoch"):
+            assert line.get(name) == pytest.approx(expected.get(name), abs=1e-5)
+        for readout, loss in expected.get("validation", {}).items():
+            assert line["validation"][readout] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_mistake_that_all_ranks_make_is_told_once(small, tmp_path):
+    launcher = torchrun(small, tmp_path / "run", tmp_path, "--batch-tokens", "96")
+    told = launcher.communicate(timeout=120)[1]
+    assert told.count("error: the batch's 3 rows do not divide among 2 ranks") == 1
+    assert told.count("error: ") == 1
+    launcher = torchrun(small, tmp_path / "run", tmp_path, "--batch-tokenz", "96")
+    told = launcher.communicate(timeout=120)[1]
+    assert told.count("error: unknown option --batch-tokenz") == 1
+    assert told.count("error: ") == 1
+    assert not (tmp_path / "run").exists()

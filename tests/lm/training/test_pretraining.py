@@ -1,0 +1,96 @@
+"""Continued pretraining: a run that begins with the weights of another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from data_prep.errors import UserError
+from lm.cli.main import main
+from lm.runs.base_weights import BASE
+from lm.runs.directory import open_run
+from lm.training.distributed import Ranks
+from lm.training.pretraining import Pretraining, train
+from tests.lm.finetuning.test_finetune import StopAt
+
+
+def test_a_run_begins_with_the_weights_of_another_and_learns_from_new_data(trained, other_dataset, tmp_path):
+    arguments = ["--init-from", trained.path, "--data", other_dataset.directory, "--run", tmp_path / "run"]
+    more = ["--steps", 4, "--log-every", 1, "--learning-rate", 0.001, "--muon-learning-rate", 0.001]
+    result = CliRunner().invoke(main, ["train", *map(str, (*arguments, *more))])
+    assert result.exit_code == 0, result.output
+    run = open_run(tmp_path / "run")
+    assert run.config.model == trained.config.model
+    first = next(line["loss"] for line in run.metrics() if "loss" in line)
+    begun = next(line["loss"] for line in trained.metrics() if "loss" in line)
+    assert first < 0.7 * begun
+    assert (run.path / BASE).read_bytes() == (trained.newest().path / "model.safetensors").read_bytes()
+
+
+def test_it_goes_on_as_if_undisturbed_whatever_becomes_of_the_other(trained, small, quietly, tmp_path, monkeypatch):
+    config = small.replace(steps=6, init_from=str(trained.path), dropout=0.1, checkpoint_every=2)
+    whole = quietly(config, tmp_path / "whole")
+
+    with pytest.raises(InterruptedError):
+        train(config, tmp_path / "run", StopAt(4))
+    monkeypatch.setattr("lm.training.pretraining.open_run", lambda path: pytest.fail("the other run was asked again"))
+    run = quietly(config, tmp_path / "run")
+    for name, tensor in whole.newest().model().items():
+        assert torch.equal(run.newest().model()[name], tensor)
+
+
+def test_a_run_of_another_shape_or_tokenizer_is_refused(trained, small, byte_dataset, quietly, tmp_path):
+    with pytest.raises(UserError, match="has a model of another shape: leave the recipe out"):
+        quietly(small.replace(init_from=str(trained.path), hidden_size=64), tmp_path / "run")
+    with pytest.raises(UserError, match="was made with another tokenizer than"):
+        other = small.replace(init_from=str(trained.path), data=(str(byte_dataset.directory),), vocab_size=400)
+        quietly(other, tmp_path / "run")
+    with pytest.raises(UserError, match="there is no run directory"):
+        quietly(small.replace(init_from=str(tmp_path / "nowhere")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fine_tuning_is_not_trained_further_as_pretraining(classifier):
+    result = CliRunner().invoke(main, ["train", "--run", str(classifier.run.path), "--resume"])
+    assert (result.exit_code, "is a fine-tuning: finetune.py goes on with it" in result.stderr) == (2, True)
+
+
+def test_a_compiled_run_learns_what_a_plain_one_learns(small, quietly, tmp_path):
+    config = small.replace(num_layers=1, steps=4, log_every=1)
+    losses = [
+        [
+            line["loss"]
+            for line in quietly(config.replace(compile=setting), tmp_path / str(setting)).metrics()
+            if "loss" in line
+        ]
+        for setting in (False, True)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] != losses[1]  # it was another program that computed them
+
+
+def test_a_compiled_run_that_was_cut_off_ends_with_the_same_bits(small, quietly, tmp_path):
+    config = small.replace(num_layers=1, steps=6, checkpoint_every=2, dropout=0.1, compile=True)
+    through = quietly(config, tmp_path / "through")
+    with pytest.raises(InterruptedError):
+        train(config, tmp_path / "run", StopAt(3))
+    resumed = quietly(config, tmp_path / "run")
+    for name, tensor in through.newest().model().items():
+        assert torch.equal(tensor, resumed.newest().model()[name]), name
+
+
+def test_where_there_is_no_compiler_one_sentence_says_so(small, quietly, tmp_path, monkeypatch):
+    def broken(*_: object) -> None:
+        raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr("lm.training.pretraining.step_gradients", broken)
+    with pytest.raises(UserError, match=r"could not be compiled: .*; --compile false trains without"):
+        quietly(small.replace(compile=True), tmp_path / "run")
+
+
+def test_several_processes_are_not_compiled(small, tmp_path):
+    ranks = Ranks()
+    ranks.world = 2
+    with pytest.raises(UserError, match="leave out --compile"):
+        Pretraining.open(small.replace(compile=True), tmp_path / "run", ranks)

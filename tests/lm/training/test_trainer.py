@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from data_prep.files import only_writer_of
+from lm.config.recipes import load_config
+from lm.config.settings import all_settings
+from lm.data.batch import Batch
+from lm.data.corpora import Corpora
+from lm.model.transformer import Transformer
+from lm.objectives.batches import TrainingBatches
+from lm.runs import checkpoint
+from lm.runs.resume import FIXED_SETTINGS, FREE_SETTINGS
+from lm.training.gradients import step_gradients
+from lm.training.pretraining import train
+from lm.training.trainer import told_memory
+
+
+@pytest.mark.parametrize("objective", ["next_token", "masked_token", "masked_next_token", "hybrid"])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(dataset, small, objective):
+    """Although each has another number of hidden tokens, and one may be causal and the next masked."""
+    config = small.replace(objective=objective, masked_fraction=0.3, vocab_size=400)
+    batch = TrainingBatches(Corpora([dataset]), config).batch(1)
+    model = Transformer(config.model).initialise(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.05)
+    found = []
+    for rows in (0, 4, 2, 1):
+        losses, shares = step_gradients(model, batch, config.replace(micro_batch_rows=rows), 1)
+        found.append((losses, shares, [p.grad.clone() for p in model.parameters()]))
+    for losses, shares, gradients in found[1:]:
+        assert shares == found[0][1]
+        assert losses.keys() == found[0][0].keys()
+        for name in losses:
+            torch.testing.assert_close(losses[name], found[0][0][name], rtol=1e-5, atol=1e-5)
+        for a, b in zip(gradients, found[0][2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert sum(found[0][1].values()) == 1
+
+
+def test_the_gradient_is_that_of_the_mean_loss(dataset, small):
+    """Computed once more from all logits, each kind of row averaged over its own predictions."""
+    config = small.replace(masked_fraction=0.25, vocab_size=400)
+    batch = TrainingBatches(Corpora([dataset]), config).batch(0)
+    model = Transformer(config.model).initialise(0)
+    losses, shares = step_gradients(model, batch, config, 0)
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    logits = model.logits(model(batch.inputs, batch.positions, batch.lo, batch.hi))
+    total = 0.0
+    for masked, name in ((False, "next_token"), (True, "masked_next_token")):
+        rows = batch.masked == masked
+        mean = torch.nn.functional.cross_entropy(logits[rows].flatten(0, 1), batch.targets[rows].flatten())
+        share = float(rows.float().mean())
+        assert shares[name] == share
+        assert float(losses[name]) == pytest.approx(share * float(mean.detach()), rel=1e-5)
+        total = total + share * mean
+    total.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_drawn_anew_for_each_step_and_micro_batch_and_the_same_again(dataset, small):
+    config = small.replace(objective="next_token", vocab_size=400, dropout=0.3, micro_batch_rows=1)
+    one = TrainingBatches(Corpora([dataset]), config).batch(0).rows(0, 1)
+    twice = Batch(*(torch.cat([tensor, tensor]) for tensor in vars(one).values()))
+    model = Transformer(config.model).initialise(0).train()
+
+    def loss(batch: Batch, step: int, seed: int = 0) -> float:
+        torch.manual_seed(123)  # the global stream has no say
+        return float(step_gradients(model, batch, config.replace(seed=seed), step)[0]["next_token"])
+
+    assert loss(one, 5) == loss(one, 5)
+    assert len({loss(one, 5), loss(one, 6), loss(one, 5, seed=1)}) == 3
+    assert loss(twice, 5) != pytest.approx(2 * loss(one, 5), rel=1e-6)
+
+
+def test_a_run_does_not_depend_on_its_micro_batches(small, quietly, tmp_path):
+    lines = []
+    for rows in (0, 2):
+        run = quietly(small.replace(steps=8, log_every=1, micro_batch_rows=rows), tmp_path / str(rows))
+        lines.append([line["loss"] for line in run.metrics() if "loss" in line])
+    assert lines[0] == pytest.approx(lines[1], abs=1e-4)
+
+
+def test_the_loss_falls(trained):
+    losses = [line["loss"] for line in trained.metrics() if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    first, last = [line["validation"] for line in trained.metrics() if "validation" in line]
+    for name in ("next_token", "masked_next_token"):
+        assert last[name]["nats_per_token"] < first[name]["nats_per_token"]
+
+
+def test_metrics_have_their_schema(trained):
+    lines = list(trained.metrics())
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(10, 101, 10))
+    for line in training:
+        assert list(line) == [
+            "step", "tokens", "epoch", "loss", "loss_next_token", "loss_masked_next_token", "gradient_norm",
+            "learning_rate", "tokens_per_second", "share_of_peak", "memory_bytes",
+        ]  # fmt: skip
+        assert 0 < line["share_of_peak"] < 1.5
+        assert line["memory_bytes"] > 1e8
+        assert line["tokens"] == line["step"] * 256
+        assert line["loss"] == pytest.approx((line["loss_next_token"] + line["loss_masked_next_token"]) / 2, rel=1e-5)
+    validated = [line for line in lines if "validation" in line]
+    assert [line["step"] for line in validated] == [50, 100]
+    for line in validated:
+        assert line["rows"]["taken"] == 8 < line["rows"]["of"]
+        assert list(line["validation"]) == ["next_token", "masked_next_token"]
+        for loss in line["validation"].values():
+            assert list(loss) == ["nats_per_token", "bits_per_byte", "predicted"]
+
+
+def test_the_run_directory_holds_all_that_was_asked_for(trained, dataset, small):
+    assert sorted(path.name for path in trained.path.iterdir()) == [
+        "checkpoints", "config.toml", "metrics.jsonl", "tokenizer.json"
+    ]  # fmt: skip
+    assert load_config(trained.path / "config.toml") == trained.config
+    assert trained.config == small.replace(
+        steps=100, learning_rate=0.01, validate_every=50, checkpoint_every=50, vocab_size=400, micro_batch_rows=8
+    )
+    assert trained.tokenizer.sha256 == dataset.tokenizer.sha256
+    state = trained.latest().state
+    assert state["data_fingerprint"] == dataset.fingerprint
+
+
+def test_more_steps_can_be_added_to_a_finished_run(small, quietly, recorder, tmp_path):
+    quietly(small.replace(steps=4), tmp_path / "run")
+    train(small.replace(steps=6, log_every=1, micro_batch_rows=2, prompts=("a",)), tmp_path / "run", recorder)
+    assert recorder.began == (4, 6)
+    assert [line["step"] for line in recorder.lines if "loss" in line] == [5, 6]
+
+
+def test_no_setting_is_both_free_and_fixed_and_all_exist():
+    assert not FREE_SETTINGS & FIXED_SETTINGS
+    assert {setting.name for setting in all_settings()} >= FREE_SETTINGS | FIXED_SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": 0.5}, ["learning_rate 0.01 (now 0.5)", "add --resume to change it"]),
+        ({"mask_rate": 0.4}, ["mask_rate 0.3 (now 0.4)", "--resume"]),
+        ({"hidden_size": 64}, ["hidden_size 32 (now 64)", "choose another --run"]),
+        ({"seed": 9, "context_length": 16}, ["seed 0 (now 9)", "context_length 32 (now 16)", "choose another --run"]),
+        ({"learning_rate": 0.5, "num_layers": 3}, ["learning_rate 0.01 (now 0.5)", "num_layers 2 (now 3)"]),
+    ],
+)
+def test_a_run_is_not_continued_with_other_settings_unawares(small, quietly, tmp_path, changes, words):
+    quietly(small.replace(steps=2), tmp_path / "run")
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    with pytest.raises(UserError) as refused:
+        quietly(small.replace(steps=4, **changes), tmp_path / "run")
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+    if changes.keys() & FIXED_SETTINGS:
+        assert "--resume" not in str(refused.value)
+        with pytest.raises(UserError, match="choose another --run"):
+            quietly(small.replace(steps=4, **changes), tmp_path / "run", accept_changes=True)
+    else:
+        run = quietly(small.replace(steps=4, **changes), tmp_path / "run", accept_changes=True)
+        assert run.latest().step == 4
+        assert load_config(run.path / "config.toml") == small.replace(
+            steps=4, vocab_size=400, micro_batch_rows=8, **changes
+        )
+
+
+def test_a_run_is_not_continued_with_other_data(small, quietly, text_folder, make_dataset, tmp_path):
+    quietly(small.replace(steps=2), tmp_path / "run")
+    other = make_dataset(text_folder, tmp_path / "other", vocab_size=400, validation_fraction=0.2)
+    with pytest.raises(UserError, match="was trained on other data"):
+        quietly(small.replace(steps=4, data=(str(other.directory),)), tmp_path / "run", accept_changes=True)
+
+
+def test_the_same_data_may_lie_elsewhere(small, dataset, quietly, tmp_path):
+    quietly(small.replace(steps=2), tmp_path / "run")
+    moved = shutil.copytree(dataset.directory, tmp_path / "moved")
+    run = quietly(small.replace(steps=3, data=(str(moved),)), tmp_path / "run")
+    assert run.latest().step == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": ()}, "no data: name a folder"),
+        ({"data": ("nowhere",)}, '"nowhere" is not a directory'),
+        ({"vocab_size": 300}, "vocab_size 300 is smaller than the tokenizer of .* which has 400"),
+        ({"context_length": 10**6, "batch_tokens": 10**6}, "context_length 1000000 is longer"),
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_nothing_behind(small, quietly, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        quietly(small.replace(**changes), tmp_path / "runs" / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_other_things_is_not_made_a_run(small, quietly, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not empty and is not a run directory"):
+        quietly(small, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_begun_anew(small, quietly, tmp_path):
+    run = quietly(small.replace(steps=2), tmp_path / "run")
+    (run.path / "checkpoints" / "step_00000002" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        quietly(small.replace(steps=4), tmp_path / "run")
+
+
+def test_a_loss_that_is_no_longer_finite_ends_the_run_and_is_not_saved(small, recorder, tmp_path):
+    config = small.replace(learning_rate=1e30, muon_learning_rate=1e30, log_every=1, checkpoint_every=3)
+    with pytest.raises(
+        UserError,
+        match=r"no longer finite, or far too high, at step \d+, .* begin another run with a lower learning_rate",
+    ):
+        train(config, tmp_path / "run", recorder)
+    for path in (tmp_path / "run").glob("checkpoints/*"):
+        for tensor in checkpoint.read(path).model().values():
+            assert torch.isfinite(tensor).all()
+
+
+def test_a_run_in_a_thread_trains_without_handling_signals(small, quietly, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(quietly, small.replace(steps=2), tmp_path / "run").result()
+    assert run.latest().step == 2
+
+
+def test_two_processes_do_not_train_one_run(small, quietly, tmp_path):
+    quietly(small.replace(steps=2), tmp_path / "run")
+    with (
+        only_writer_of(tmp_path / "run", "mine"),
+        pytest.raises(UserError, match=r"another process is training .*run: wait for it"),
+    ):
+        quietly(small.replace(steps=4), tmp_path / "run")
+    assert quietly(small.replace(steps=4), tmp_path / "run").latest().step == 4
+
+
+def test_an_allocation_that_fails_is_told_in_one_sentence_and_other_failures_as_they_are():
+    with pytest.raises(UserError, match="set micro_batch_rows lower"), told_memory():
+        torch.empty(2**60)
+    with pytest.raises(UserError, match="not enough memory"), told_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="size of tensor"), told_memory():
+        torch.empty(2) + torch.empty(3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "num_key_value_heads": 1},
+        {"tie_embeddings": False, "activation": "relu2", "logit_softcap": 10.0},
+        {"objective": "masked_token", "qk_norm": True},
+        {"precision": "bfloat16", "objective": "masked_next_token"},
+        {"vocab_size": 512, "objective": "next_token"},
+    ],
+)
+def test_every_kind_of_model_learns(small, quietly, tmp_path, changes):
+    run = quietly(small.replace(steps=25, learning_rate=0.01, log_every=5, **changes), tmp_path / "run")
+    losses = [line["loss"] for line in run.metrics() if "loss" in line]
+    assert losses[-1] < losses[0] - 0.4
+    model = run.load_model(torch.device("cpu"))
+    assert run.newest().step == 25
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_nothing_that_is_not_finite_is_ever_saved(small, recorder, tmp_path):
+    config = small.replace(learning_rate=1e30, muon_learning_rate=1e30, log_every=10, checkpoint_every=2)
+    with pytest.raises(UserError, match="no longer finite"):
+        train(config, tmp_path / "run", recorder)
+    for path in (tmp_path / "run").glob("checkpoints/*"):
+        assert all(torch.isfinite(t).all() for t in checkpoint.read(path).model().values())
+
+
+def test_the_screen_is_given_back_when_a_run_fails(small, recorder, tmp_path):
+    with pytest.raises(UserError):
+        train(small.replace(learning_rate=1e30, muon_learning_rate=1e30), tmp_path / "run", recorder)
+    assert recorder.ended == 1
+
+
+@pytest.mark.parametrize(("first", "then"), [("adamw", "muon"), ("muon", "adamw")])
+def test_the_optimizer_may_be_changed_with_resume_or_is_refused(small, quietly, tmp_path, first, then):
+    quietly(small.replace(optimizer=first, steps=2), tmp_path / "run")
+    try:
+        run = quietly(small.replace(optimizer=then, steps=4), tmp_path / "run", accept_changes=True)
+    except UserError:
+        return
+    assert run.latest().step == 4
+
+
+class StopIn:
+    def __init__(self, step):
+        self.at, self.notes = step, []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def begin(self, done, total): ...
+    def metrics(self, line): ...
+    def end(self): ...
+    def step(self, step):
+        if step == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_after_the_save_of_a_step_stops_only_after_another_save(small, tmp_path):
+    reporter = StopIn(3)
+    with pytest.raises(SystemExit):
+        train(small, tmp_path / "run", reporter)
+    saved = checkpoint.latest(tmp_path / "run" / "checkpoints", pytest.fail)
+    assert saved is not None
+    assert f"stopped at step {saved.step}, which is saved" in reporter.notes[-1]
+
+
+@pytest.mark.parametrize("left", ["tokenizer.json", "tokenizer.json.tmp", "config.toml.tmp"])
+def test_a_run_killed_while_its_directory_is_made_begins_anew(small, quietly, dataset, tmp_path, left):
+    (tmp_path / "run").mkdir()
+    dataset.tokenizer.save(tmp_path / "run" / left)
+    assert quietly(small.replace(steps=1), tmp_path / "run").latest().step == 1
+
+
+def test_a_run_that_is_being_trained_keeps_its_config(small, quietly, tmp_path):
+    from data_prep.files import only_writer_of
+
+    quietly(small.replace(steps=2), tmp_path / "run")
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    with only_writer_of(tmp_path / "run", "mine"), pytest.raises(UserError):
+        quietly(small.replace(steps=4), tmp_path / "run")
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
