@@ -26,7 +26,7 @@ from lm.data.corpora import open_corpora
 from lm.runs.directory import open_run
 from lm.training.optimizer import Optimizer
 from lm.training.pretraining import train
-from lm.training.reporter import Silence
+from lm.training.reporter import NullReporter
 from lm.training.validation import validate_readouts
 
 BASE: dict[str, Any] = {
@@ -129,7 +129,7 @@ def measure(name: str, settings: dict[str, Any], data: Path, folder: Path, threa
     path = folder / "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
     began = time.process_time()
     with averaging(AVERAGES if name.startswith("averaged") else ()) as averages:
-        train(config, path, Silence())
+        train(config, path, NullReporter())
     seconds = time.process_time() - began
     run = open_run(path)
     model = run.load_model(torch.device("cpu"))

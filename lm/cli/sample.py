@@ -242,10 +242,9 @@ def _fill(
     run: Run, model: Transformer, text: str, sampling: Sampling | None, rounds: int, top: int, as_json: bool
 ) -> None:
     """Fill one text and print it; ``sampling`` None: with the likeliest tokens."""
-    from lm.config.settings import READOUTS
     from lm.inference.fill_mask import GREEDY, fill_masks
 
-    readout = READOUTS[run.config.objective.objective][-1]
+    readout = run.config.readouts[-1]
     context_length = run.config.data.context_length
     filled = fill_masks(
         model, run.tokenizer, text, readout, context_length, top=top, rounds=rounds, sampling=sampling or GREEDY

@@ -20,7 +20,14 @@ from data_prep.files import write_atomically
 # Tasks of fine-tuning: the first four have a head of their own (``lm.finetuning.heads``).
 HEAD_TASKS = ("classification", "regression", "tokens", "choice")
 TASKS = (*HEAD_TASKS, "instruction", "contrastive")
-OBJECTIVES = ("next_token", "masked_token", "masked_next_token", "hybrid", "hybrid_unshifted")
+# Each objective, and the readouts that a model can be asked for after training with it.
+READOUTS = {
+    "next_token": ("next_token",),
+    "masked_token": ("masked_token",),
+    "masked_next_token": ("masked_next_token",),
+    "hybrid": ("next_token", "masked_next_token"),
+    "hybrid_unshifted": ("next_token", "masked_token"),
+}
 
 
 def setting(
@@ -104,7 +111,7 @@ class DataConfig:
 class ObjectiveConfig:
     """What the model learns to predict."""
 
-    objective: str = setting("hybrid", "what is predicted", choices=OBJECTIVES)
+    objective: str = setting("hybrid", "what is predicted", choices=tuple(READOUTS))
     masked_fraction: float = setting(
         0.5, "hybrid objectives: share of the rows that are masked and read both ways", minimum=0, maximum=1
     )
@@ -299,6 +306,11 @@ class Config:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     @property
+    def readouts(self) -> tuple[str, ...]:
+        """What the model can be asked for, by its objective: the causal readout, if there is one, comes first."""
+        return READOUTS[self.objective.objective]
+
+    @property
     def is_finetuning(self) -> bool:
         return self.finetune.task != "none"
 
@@ -452,19 +464,9 @@ def _inconsistencies_of_task(config: Config) -> list[str]:
     return problems
 
 
-# What the model can be asked for after training with each objective.
-READOUTS = {
-    "next_token": ("next_token",),
-    "masked_token": ("masked_token",),
-    "masked_next_token": ("masked_next_token",),
-    "hybrid": ("next_token", "masked_next_token"),
-    "hybrid_unshifted": ("next_token", "masked_token"),
-}
-
-
 def usual_reading(config: Config) -> str:
     """Both ways where the run has learnt to fill masks, else causally."""
-    return "causal" if READOUTS[config.objective.objective] == ("next_token",) else "bidirectional"
+    return "causal" if config.readouts == ("next_token",) else "bidirectional"
 
 
 def usual_pooling(reads: str) -> str:

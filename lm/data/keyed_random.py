@@ -5,11 +5,32 @@ So any row of any step can be made again, on any rank, after any restart.
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
 from numpy.typing import NDArray
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _ALL_BITS = (1 << 64) - 1
+
+
+class Stream(IntEnum):
+    """What a draw is for: part of its key, so that no two purposes share their numbers.
+
+    The values are part of what a run is: changed, a run would go on with other draws than it began with.
+    """
+
+    ROW_ORDER = 0
+    HIDDEN_TOKENS = 1
+    FATE_OF_HIDDEN_TOKENS = 2
+    RANDOM_TOKENS = 3
+    VALIDATION_FOLDS = 4
+    DROPOUT = 5
+    CORPUS = 6
+    EXAMPLE_ORDER = 7
+    FINETUNING_DROPOUT = 8
+    LORA = 9
+    TASK_HEAD = 10
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm.data import keyed_random
+from lm.data.keyed_random import Stream
 from lm.data.mixture import Schedule
 
 # Rows whose order is computed at one time: a permutation costs as much for one number as for hundreds.
@@ -61,12 +62,12 @@ class Order:
         places = np.empty_like(numbers)
         for t in np.unique(texts).tolist():
             text, of_text = self.texts[t], texts == t
-            seed = keyed_random.key(self.seed, 6, t) if t else self.seed
+            seed = keyed_random.key(self.seed, Stream.CORPUS, t) if t else self.seed
             epochs, rows = np.divmod(turns[of_text], text.per_epoch)
             found = np.empty_like(rows)
             for epoch in np.unique(epochs).tolist():
                 of_epoch = epochs == epoch
-                epoch_key = keyed_random.key(seed, 0, epoch)
+                epoch_key = keyed_random.key(seed, Stream.ROW_ORDER, epoch)
                 order = keyed_random.permuted(rows[of_epoch], text.per_epoch, epoch_key)
                 found[of_epoch] = text.places(order, epoch_key)
             places[of_text] = found

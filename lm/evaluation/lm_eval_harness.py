@@ -18,7 +18,6 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from data_prep.errors import UserError
-from lm.config.settings import READOUTS
 from lm.evaluation.perplexity import questions_of
 from lm.inference.generator import Generator
 from lm.inference.sampling import Sampling
@@ -55,7 +54,7 @@ class KindlingLM(LM):
     ) -> None:
         super().__init__()
         run = open_run(pretrained)
-        readouts = READOUTS[run.config.objective.objective]
+        readouts = run.config.readouts
         self.readout = readout or readouts[0]
         if self.readout not in readouts:
             raise UserError(f"{run.path} was trained for {' and '.join(readouts)}, not for {readout}")

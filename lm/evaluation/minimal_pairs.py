@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.settings import READOUTS
 from lm.data.corpora import open_corpora
 from lm.data.example_files import SUFFIXES, rows_of
 from lm.evaluation.baselines import token_counts, unigram_likelihoods
@@ -136,7 +135,7 @@ def evaluate_run(
         UserError: a sentence is longer than the model's context.
     """
     results = {}
-    for readout in READOUTS[run.config.objective.objective]:
+    for readout in run.config.readouts:
         progress(f"{readout}: {sum(len(pairs.good) for pairs in paradigms):,} pairs")
 
         def likelihoods(texts: list[list[int]], readout: str = readout) -> NDArray[np.float64]:

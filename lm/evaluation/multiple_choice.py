@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.settings import READOUTS
 from lm.data.examples import Example
 from lm.evaluation.bootstrap import TIE_NATS, Accuracy
 from lm.inference.scoring import log_likelihoods
@@ -125,7 +124,7 @@ def evaluate_choices(
     chance = np.array([1 / (len(example.texts) - 1) for example in examples])
     results = {}
     cut = 0
-    for readout in READOUTS[run.config.objective.objective]:
+    for readout in run.config.readouts:
         progress(f"{readout}: {len(examples):,} questions")
         context = run.config.data.context_length
         found, cut = likelihoods(model, run.tokenizer, examples, readout, context, between)

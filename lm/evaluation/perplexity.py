@@ -22,8 +22,8 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.sources.listing import STDIN, ReadReport, ReadSettings, parse_sources, parts_of, read_part
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.settings import READOUTS
 from lm.data import keyed_random
+from lm.data.keyed_random import Stream
 from lm.evaluation.baselines import _unigram
 from lm.inference.scoring import Question, ask
 from lm.model.transformer import Transformer
@@ -93,7 +93,9 @@ def questions_of(
             targets = row[window.first : window.last].tolist()
             yield Question(number, row[window.begin : window.end].tolist(), places, targets)
         return
-    fold_of = keyed_random.uniform_at(keyed_random.key(0, 4), np.array([number]), np.arange(len(row)))
+    fold_of = keyed_random.uniform_at(
+        keyed_random.key(0, Stream.VALIDATION_FOLDS), np.array([number]), np.arange(len(row))
+    )
     fold_of = (fold_of * folds).astype(np.int64)
     fold_of[0] = -1  # the end of text is never hidden
     shift = 1 if readout == "masked_next_token" else 0
@@ -144,7 +146,7 @@ def evaluate_text(
     counts[tokenizer.end_of_text_id] += documents
     folds = max(1, round(1 / run.config.objective.validation_mask_rate))
     validation = {}
-    for readout in READOUTS[run.config.objective.objective]:
+    for readout in run.config.readouts:
         progress(f"{readout}: {tokens:,} tokens")
         asked = (
             question

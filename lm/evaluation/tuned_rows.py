@@ -20,7 +20,7 @@ from lm.finetuning.finetune import finetune, finetune_config
 from lm.finetuning.predict import Predictor, open_predictor
 from lm.finetuning.predict import predict as predict_all
 from lm.runs.directory import Run
-from lm.training.reporter import Silence
+from lm.training.reporter import NullReporter
 
 
 class Tuner:
@@ -47,7 +47,7 @@ class Tuner:
                 "device": self.device.type,
             },
         )
-        done = finetune(config, folder / "run", Silence())
+        done = finetune(config, folder / "run", NullReporter())
         start = time.perf_counter()
         outputs, cut = outputs_of(open_predictor(done.run.path, self.device), examples, examples.test)
         seconds = learning_seconds(done.run) + time.perf_counter() - start

@@ -15,7 +15,6 @@ from data_prep.errors import UserError
 from data_prep.files import new_folder
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm import __version__
-from lm.config.settings import READOUTS
 from lm.export.stock_architectures import StockClass, stock_class, stock_config, weight_names
 from lm.model.transformer import Transformer
 from lm.runs.checkpoint import Checkpoint
@@ -30,7 +29,7 @@ def choose_readout(run: Run, wanted: str | None) -> str:
     Raises:
         UserError: the run was not trained for it, or no stock class computes it; the message says why.
     """
-    trained = READOUTS[run.config.objective.objective]
+    trained = run.config.readouts
     if wanted is not None:
         if wanted not in trained:
             raise UserError(f"{run.path} was trained for {' and '.join(trained)}, not for {wanted}")

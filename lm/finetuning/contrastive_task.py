@@ -26,6 +26,7 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.data import keyed_random
 from lm.data.examples import Columns, Example, columns_of, content_hash, read_examples, read_similar
+from lm.data.keyed_random import Stream
 from lm.data.packed_sequences import Packed, packed, pooled, sequence_of
 from lm.finetuning.metrics import regression_metrics
 from lm.inference.embedding import Reading, all_vectors
@@ -57,7 +58,7 @@ class Views:
     parts: list[tuple[int, Packed]]
 
 
-class ContrastiveLesson:
+class ContrastiveTask:
     """Texts, or pairs of texts that belong together; the model is the trunk itself, and embeds."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
@@ -127,7 +128,7 @@ class ContrastiveLesson:
 
     def _vectors(self, model: Transformer, part: Packed, step: int, number: int) -> Tensor:
         """Vectors of a part, float32 (sequences, hidden); its dropout, drawn from its number, is the same each time."""
-        torch.manual_seed(keyed_random.key(self.config.training.seed, 8, step, number) >> 1)
+        torch.manual_seed(keyed_random.key(self.config.training.seed, Stream.FINETUNING_DROPOUT, step, number) >> 1)
         batch = part.batch.to(model.norm.weight.device)
         with autocast(batch.inputs.device, self.config.training.precision):
             hidden = model(batch.inputs, batch.positions, batch.lo, batch.hi)

@@ -29,9 +29,10 @@ from lm.config.finetuning_defaults import DEFAULTS, LEARNING_RATES
 from lm.config.recipes import load_config
 from lm.config.settings import Config, OptimizerConfig, ReportConfig, TrainingConfig
 from lm.data import keyed_random
-from lm.finetuning.contrastive_task import ContrastiveLesson
-from lm.finetuning.head_task import HeadLesson, settle_reading
-from lm.finetuning.instruction_task import InstructionLesson
+from lm.data.keyed_random import Stream
+from lm.finetuning.contrastive_task import ContrastiveTask
+from lm.finetuning.head_task import HeadTask, settle_reading
+from lm.finetuning.instruction_task import InstructionTask
 from lm.finetuning.layer_decay import learning_rates
 from lm.model.transformer import Transformer
 from lm.runs.base_weights import keep_base, kept_base, starting_trunk
@@ -44,7 +45,7 @@ from lm.training.trainer import carry_out
 
 
 class Lesson(Protocol):
-    """What is learned, as far as tasks differ; see ``trainer.Work`` for what ``gradients`` and ``validate`` give."""
+    """What is learned, as far as tasks differ; see ``trainer.TrainModule`` for what ``gradients`` and ``validate`` give."""
 
     fingerprint: str
 
@@ -107,7 +108,7 @@ def finetune(config: Config, path: Path, reporter: Reporter, *, accept_changes: 
 
 
 class Finetuning:
-    """The ``lm.training.trainer.Work`` of a fine-tuning in the run directory ``path``."""
+    """The ``lm.training.trainer.TrainModule`` of a fine-tuning in the run directory ``path``."""
 
     def __init__(
         self, config: Config, path: Path, ranks: Ranks, lesson: Lesson, tokenizer: Tokenizer, weights: Path
@@ -138,11 +139,11 @@ class Finetuning:
         config = settle_reading(config)
         lesson: Lesson
         if config.finetune.task == "instruction":
-            lesson = InstructionLesson(config, tokenizer)
+            lesson = InstructionTask(config, tokenizer)
         elif config.finetune.task == "contrastive":
-            lesson = ContrastiveLesson(config, tokenizer)
+            lesson = ContrastiveTask(config, tokenizer)
         else:
-            lesson = HeadLesson(config, tokenizer)
+            lesson = HeadTask(config, tokenizer)
         return cls(settle_steps(config, lesson.examples), path, ranks, lesson, tokenizer, weights)
 
     def prepare(self, done: int) -> list[str]:
@@ -172,7 +173,7 @@ class Finetuning:
         numbers = np.empty_like(turns)
         for epoch in np.unique(epochs).tolist():
             of_epoch = epochs == epoch
-            seed = keyed_random.key(self.config.training.seed, 7, epoch)
+            seed = keyed_random.key(self.config.training.seed, Stream.EXAMPLE_ORDER, epoch)
             numbers[of_epoch] = keyed_random.permuted(turns[of_epoch], self.lesson.examples, seed)
         return self.lesson.batch(numbers)
 

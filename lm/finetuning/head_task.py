@@ -17,6 +17,7 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config, usual_pooling, usual_reading
 from lm.data import keyed_random
 from lm.data.examples import columns_of, content_hash, read_examples
+from lm.data.keyed_random import Stream
 from lm.finetuning import heads, metrics
 from lm.finetuning.answers import Answers
 from lm.finetuning.heads import ItemBatch, TaskModel, item_batch
@@ -46,7 +47,7 @@ class Part:
     weights: Tensor
 
 
-class HeadLesson:
+class HeadTask:
     """Classification, regression, words and choices: a head answers for each item."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
@@ -158,7 +159,7 @@ def task_model(config: Config, trunk: Transformer, answers: Answers) -> TaskMode
     """The trunk with a head drawn from the seed."""
     apart = config.finetune.pairs == "apart" and answers.texts == 2
     model = TaskModel(trunk, answers.outputs, config.model.dropout, pairs=apart)
-    model.initialise_head(keyed_random.key(config.training.seed, 10) >> 1)
+    model.initialise_head(keyed_random.key(config.training.seed, Stream.TASK_HEAD) >> 1)
     return model
 
 

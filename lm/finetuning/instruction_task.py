@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.settings import READOUTS, Config
+from lm.config.settings import Config
 from lm.data.batch import IGNORED, Batch
 from lm.data.examples import Example, columns_of, content_hash, read_examples
 from lm.data.packed_sequences import packed
@@ -77,12 +77,12 @@ def turn_of(example: Example, template: str, tokenizer: Tokenizer, context_lengt
     return Turn([end, *shown, *kept], 1 + len(shown), len(answer.encode()), cut)
 
 
-class InstructionLesson:
+class InstructionTask:
     """Prompts and responses; the model is the trunk itself, and writes."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         task = config.finetune
-        if "next_token" not in READOUTS[config.objective.objective]:
+        if "next_token" not in config.readouts:
             raise UserError(
                 f"{task.base} was trained with {config.objective.objective} only: it cannot write, and so not follow "
                 "instructions"

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lm.config.settings import READOUTS, ObjectiveConfig
 from lm.data import keyed_random
 from lm.data.batch import IGNORED, Batch, Rows, Vocabulary, assemble
+from lm.data.keyed_random import Stream
 from lm.model.transformer import Transformer
 
 
@@ -106,14 +107,17 @@ def _hide(
 
     Ends of text are never hidden, nor, when the neighbour to the left predicts, a first token that has none.
     """
-    chance = keyed_random.uniform(keyed_random.key(seed, 1), numbers, inputs.shape[1])
+    chance = keyed_random.uniform(keyed_random.key(seed, Stream.HIDDEN_TOKENS), numbers, inputs.shape[1])
     kept = inputs == vocabulary.end_of_text
     chance[kept | starts if shifted else kept] = 2.0
     # At least one token a row, so that no row is idle: the one with the smallest number.
     chosen = (chance < config.mask_rate) | ((chance == chance.min(axis=1, keepdims=True)) & (chance < 1))
     at = np.flatnonzero(chosen)
     row, column = np.divmod(at, inputs.shape[1])
-    fate, other = (keyed_random.uniform_at(keyed_random.key(seed, p), numbers[row], column) for p in (2, 3))
+    fate, other = (
+        keyed_random.uniform_at(keyed_random.key(seed, stream), numbers[row], column)
+        for stream in (Stream.FATE_OF_HIDDEN_TOKENS, Stream.RANDOM_TOKENS)
+    )
     corrupted = inputs.copy()
     shown = corrupted.ravel()[at]
     random_limit = config.mask_token_share + config.random_token_share
@@ -149,7 +153,7 @@ def validation_batch(
     if readout == "next_token":
         inputs, targets = windows[:, :-1], np.where(within[:, 1:], windows[:, 1:], IGNORED)
     else:
-        draws = keyed_random.uniform(keyed_random.key(0, 4), numbers, windows.shape[1])
+        draws = keyed_random.uniform(keyed_random.key(0, Stream.VALIDATION_FOLDS), numbers, windows.shape[1])
         chosen = ((draws * folds).astype(np.int64) == fold) & within & (windows != vocabulary.end_of_text)
         chosen[:, 0] = False
         inputs = np.where(chosen, vocabulary.mask, windows)

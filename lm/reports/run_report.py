@@ -13,7 +13,7 @@ import torch
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from lm import __version__
-from lm.config.settings import READOUTS, all_settings, pretraining_settings
+from lm.config.settings import all_settings, pretraining_settings
 from lm.inference.fill_mask import fill_masks
 from lm.inference.generator import stream
 from lm.inference.sampling import Sampling
@@ -42,7 +42,7 @@ def write_report(
     """
     checkpoint = checkpoint or run.newest()
     model = run.load_model(choose_device("auto"), checkpoint)
-    readouts = READOUTS[run.config.objective.objective]
+    readouts = run.config.readouts
     context = run.config.data.context_length
     continued = [
         (prompt, "".join(event.text for event in stream(model, run.tokenizer, prompt, SAMPLE, context)))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.settings import READOUTS
 from lm.inference.chat_template import read_template
 from lm.inference.fill_mask import Filled, fill_masks
 from lm.inference.generator import Generator
@@ -55,7 +54,7 @@ class Service:
 
     @property
     def readouts(self) -> tuple[str, ...]:
-        return READOUTS[self.run.config.objective.objective]
+        return self.run.config.readouts
 
     @property
     def masked_readout(self) -> str | None:

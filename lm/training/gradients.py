@@ -8,9 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lm.config.settings import READOUTS, Config
+from lm.config.settings import Config
 from lm.data import keyed_random
 from lm.data.batch import Batch
+from lm.data.keyed_random import Stream
 from lm.model.device import autocast
 from lm.model.transformer import Transformer
 from lm.training.distributed import Ranks
@@ -40,7 +41,7 @@ def step_gradients(
         part = batch.rows(first, first + at_once)
         if config.model.dropout:
             in_batch = ranks.rank + first * ranks.world  # the row's number among those of all ranks
-            torch.manual_seed(keyed_random.key(config.training.seed, 5, step, in_batch) >> 1)
+            torch.manual_seed(keyed_random.key(config.training.seed, Stream.DROPOUT, step, in_batch) >> 1)
         causal = int((~part.masked).sum())  # the causal rows come first
         part = part.to(ranks.device)
         with ranks.accumulating(last=first + at_once >= rows):
@@ -50,7 +51,7 @@ def step_gradients(
         sums += losses.detach()
     masked = int(batch.masked.sum())
     sums, counts = ranks.sum(sums, torch.tensor([rows - masked, masked]))
-    readouts = READOUTS[config.objective.objective]
+    readouts = config.readouts
     kinds = [
         (name, loss, count / (rows * ranks.world))
         for name, loss, count in zip((readouts[0], readouts[-1]), sums, counts.tolist(), strict=True)
@@ -72,7 +73,7 @@ def accumulated(
     model.zero_grad()
     total = torch.zeros(())
     for number, part in enumerate(parts):
-        torch.manual_seed(keyed_random.key(config.training.seed, 8, step, number) >> 1)
+        torch.manual_seed(keyed_random.key(config.training.seed, Stream.FINETUNING_DROPOUT, step, number) >> 1)
         cost = loss(model, part)
         cost.backward()
         total = total.to(cost.device) + cost.detach()

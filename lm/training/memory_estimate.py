@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lm.config.settings import READOUTS, Config, DataConfig, OptimizerConfig
+from lm.config.settings import Config, DataConfig, OptimizerConfig
 from lm.kernels.cross_entropy import CHUNK_LOGITS, CHUNK_TOKENS
 from lm.model.device import autocast
 from lm.model.transformer import Transformer
@@ -111,7 +111,7 @@ def _simulated(config: Config, rows: int, device: str, low_precision: bool) -> _
 
 def _causal_rows(config: Config, rows: int) -> int:
     """Rows of the micro-batch that has the most to hold which are read left to right: one with both kinds, if any."""
-    if len(READOUTS[config.objective.objective]) == 1:
+    if len(config.readouts) == 1:
         return rows
     whole = config.data.batch_rows
     return (whole - int(whole * config.objective.masked_fraction)) % rows

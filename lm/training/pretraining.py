@@ -29,7 +29,7 @@ from lm.training.validation import rows_of_validation, validate_readouts
 
 
 class Pretraining:
-    """The ``trainer.Work`` of pretraining in the run ``path``; ``may_shrink``: its micro-batch was not asked for."""
+    """Pretraining as a ``TrainModule``, in the run ``path``; ``may_shrink``: its micro-batch was not asked for."""
 
     def __init__(self, config: Config, path: Path, corpora: Corpora, ranks: Ranks, *, may_shrink: bool = False) -> None:
         self.config, self.path, self.corpora, self.ranks, self.may_shrink = config, path, corpora, ranks, may_shrink

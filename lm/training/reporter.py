@@ -15,7 +15,7 @@ class Reporter(Protocol):
     def end(self) -> None: ...
 
 
-class Silence:
+class NullReporter:
     """A ``Reporter`` that tells nobody."""
 
     def note(self, text: str) -> None: ...

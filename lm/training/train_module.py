@@ -13,7 +13,7 @@ from lm.runs.resume import Source
 Batch = TypeVar("Batch")
 
 
-class Work(Source, Protocol[Batch]):
+class TrainModule(Source, Protocol[Batch]):
     """What a run does where runs differ (``pretraining``, ``finetune``); the loop does what they share.
 
     Whatever is asked of it depends on the settings, the seed and the step alone. ``config`` has every setting, with

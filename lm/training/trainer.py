@@ -1,4 +1,4 @@
-"""The training loop, of pretraining and of fine-tuning: what differs between them is one object, the ``Work``.
+"""The training loop, of pretraining and of fine-tuning: what differs between them is one object, the ``TrainModule``.
 
 Nothing in it remembers where it is but the step: batches, learning rates, masking and dropout are functions of the seed
 and the step, so a run that was killed goes on from its newest checkpoint and ends with the same weights.
@@ -31,9 +31,9 @@ from lm.runs.resume import fingerprints, open_or_create, refuse_other_directorie
 from lm.training import trackers
 from lm.training.distributed import Ranks, joined
 from lm.training.optimizer import Optimizer, learning_rate_factor
-from lm.training.reporter import Reporter, Silence
+from lm.training.reporter import NullReporter, Reporter
 from lm.training.stability import ROLL_BACKS, Ladder, Verdict
-from lm.training.train_module import Batch, Work
+from lm.training.train_module import Batch, TrainModule
 
 
 class StopSignal:
@@ -60,7 +60,7 @@ class StopSignal:
 
 
 def carry_out(
-    open_work: Callable[[Ranks], Work[Any]],
+    open_work: Callable[[Ranks], TrainModule[Any]],
     settings: TrainingConfig,
     path: Path,
     reporter: Reporter,
@@ -86,7 +86,7 @@ def carry_out(
         if ranks.device.type == "cpu":
             keep_freed_memory()
         start = ranks.on_main(begin)
-        Training(work, path, ranks, reporter if ranks.is_main else Silence()).run(start)
+        Training(work, path, ranks, reporter if ranks.is_main else NullReporter()).run(start)
         return work.config
 
 
@@ -145,7 +145,7 @@ class StepClock:
 class Training(Generic[Batch]):
     """A run under way: the loop and what it works on."""
 
-    def __init__(self, work: Work[Batch], path: Path, ranks: Ranks, reporter: Reporter) -> None:
+    def __init__(self, work: TrainModule[Batch], path: Path, ranks: Ranks, reporter: Reporter) -> None:
         self.work, self.path, self.ranks, self.reporter = work, path, ranks, reporter
         self.folder, self.clock = path / CHECKPOINTS, StepClock()
 

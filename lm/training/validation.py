@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_prep.shards.tokens import Dataset
-from lm.config.settings import READOUTS, Config
+from lm.config.settings import Config
 from lm.data.corpora import Corpora
 from lm.data.rows import vocabulary_of
 from lm.model.device import autocast
@@ -90,5 +90,5 @@ def validate_readouts(
     numbers = windows.choose(config.training.validation_rows if rows is None else rows)
     return {
         readout: validate(model, windows, numbers, readout, config, every_token=every_token, ranks=ranks)
-        for readout in READOUTS[config.objective.objective]
+        for readout in config.readouts
     }

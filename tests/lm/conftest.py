@@ -11,7 +11,7 @@ import pytest
 
 from lm.config.settings import Config
 from lm.finetuning.finetune import Finetuned, finetune, finetune_config
-from lm.training.reporter import Silence
+from lm.training.reporter import NullReporter
 
 ANIMALS, PLACES = ("fox", "owl", "sparrow", "horse"), ("barn", "market", "river", "sky")
 
@@ -81,7 +81,7 @@ def task_settings(trained, task_files) -> Callable[..., Config]:
 
 @pytest.fixture(scope="session")
 def classifier(task_settings, tmp_path_factory) -> Finetuned:
-    return finetune(task_settings("classification"), tmp_path_factory.mktemp("finetuned") / "run", Silence())
+    return finetune(task_settings("classification"), tmp_path_factory.mktemp("finetuned") / "run", NullReporter())
 
 
 @pytest.fixture(scope="session")

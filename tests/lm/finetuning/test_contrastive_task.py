@@ -12,13 +12,13 @@ from data_prep.errors import UserError
 from lm.cli.main import main
 from lm.data.examples import Example
 from lm.data.packed_sequences import packed, pooled
-from lm.finetuning.contrastive_task import ContrastiveLesson, similarity
+from lm.finetuning.contrastive_task import ContrastiveTask, similarity
 from lm.finetuning.finetune import finetune, finetune_config
 from lm.finetuning.head_task import settle_reading
 from lm.inference.embedding import Reading, all_vectors, reading_of
 from lm.objectives.contrastive import info_nce
 from lm.runs.directory import Run
-from lm.training.reporter import Silence
+from lm.training.reporter import NullReporter
 
 SENTENCES = [
     f"{who} {did} {what}."
@@ -70,7 +70,7 @@ def test_the_loss_is_its_formula():
 @pytest.mark.parametrize("tokens", [64, 100_000])
 def test_the_gradient_in_parts_is_that_of_the_whole_batch(trained, config_of, tokens):
     config = settle_reading(config_of(micro_batch_tokens=tokens))
-    lesson = ContrastiveLesson(config, trained.tokenizer)
+    lesson = ContrastiveTask(config, trained.tokenizer)
     batch = lesson.batch(np.arange(8))
     assert (len(batch.parts) > 2) == (tokens == 64)
     model = trained.load_model(torch.device("cpu"))
@@ -96,7 +96,7 @@ def test_the_gradient_in_parts_is_that_of_the_whole_batch(trained, config_of, to
 def test_the_views_of_a_pair_are_its_two_texts(trained, config_of, tmp_path):
     rows = [{"text": one, "text_pair": other} for one, other in zip(SENTENCES, SENTENCES[::-1], strict=True)]
     config = settle_reading(config_of(train=write(tmp_path / "two.jsonl", rows), dropout=0.0))
-    lesson = ContrastiveLesson(config, trained.tokenizer)
+    lesson = ContrastiveTask(config, trained.tokenizer)
     assert lesson.pairs
     views = dict(lesson.batch(np.array([2, 5])).parts)
     for view, texts in enumerate((SENTENCES, SENTENCES[::-1])):
@@ -123,7 +123,7 @@ def test_training_tells_sentences_apart_and_makes_a_run_that_embeds(trained, con
     before = CliRunner().invoke(main, ["evaluate", str(trained.path), "--similarity", pairs, "--json"])
     assert before.exit_code == 0, before.output
     config = config_of(epochs=20, validation=pairs, learning_rate=0.002)
-    done = finetune(config, tmp_path / "out", Silence())
+    done = finetune(config, tmp_path / "out", NullReporter())
     after = CliRunner().invoke(
         main, ["evaluate", str(done.run.path), "--similarity", pairs, "--checkpoint", "best", "--json"]
     )
@@ -142,7 +142,7 @@ def test_what_cannot_be_trained_or_judged_is_refused(trained, config_of, pairs, 
         ({"validation": write(tmp_path / "v.jsonl", [{"text": "a", "label": 1}])}, "line 1: there is one text, where"),
     ):
         with pytest.raises(UserError, match=words):
-            ContrastiveLesson(settle_reading(config_of(**changes)), trained.tokenizer)
+            ContrastiveTask(settle_reading(config_of(**changes)), trained.tokenizer)
     for changes, words in (
         ({"method": "probe"}, "contrastive training has none"),
         ({"judged_by": "accuracy"}, "judged_by accuracy is not measured in contrastive training"),
@@ -153,7 +153,7 @@ def test_what_cannot_be_trained_or_judged_is_refused(trained, config_of, pairs, 
 
 def test_vectors_of_a_part_are_pooled_hidden_states(trained, config_of):
     config = settle_reading(config_of(dropout=0.1))
-    lesson = ContrastiveLesson(config, trained.tokenizer)
+    lesson = ContrastiveTask(config, trained.tokenizer)
     model = trained.load_model(torch.device("cpu"))
     (part,) = packed(lesson.views[0][:3], "bidirectional", trained.tokenizer.end_of_text_id, 32, 9)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from data_prep.errors import UserError
 from lm.data.examples import Example
 from lm.finetuning.answers import Answers
 from lm.finetuning.finetune import Finetuning, settle_steps
-from lm.finetuning.head_task import HeadLesson, settle_reading
+from lm.finetuning.head_task import HeadTask, settle_reading
 from lm.finetuning.layer_decay import learning_rates
 from lm.runs.base_weights import BASE, keep_base, starting_trunk
 from lm.training.distributed import Ranks
@@ -20,13 +20,13 @@ from lm.training.distributed import Ranks
 
 @pytest.fixture
 def lesson(task_settings, trained):
-    def made(kind, **changes) -> HeadLesson:
-        return HeadLesson(settle_reading(task_settings(kind, **changes)), trained.tokenizer)
+    def made(kind, **changes) -> HeadTask:
+        return HeadTask(settle_reading(task_settings(kind, **changes)), trained.tokenizer)
 
     return made
 
 
-def gradient_of(lesson: HeadLesson, path: Path) -> tuple[float, dict[str, torch.Tensor]]:
+def gradient_of(lesson: HeadTask, path: Path) -> tuple[float, dict[str, torch.Tensor]]:
     model = lesson.model(starting_trunk(lesson.config, path))
     losses, shares = lesson.gradients(model, lesson.batch(np.arange(24)), 0)
     assert shares == {lesson.kind: 1.0}
@@ -53,7 +53,7 @@ def test_balanced_classes_count_alike_in_the_loss(lesson, write_rows, tmp_path):
 
 def test_an_epoch_has_every_example_once_in_an_order_of_its_own(task_settings, trained, tmp_path):
     config = settle_reading(task_settings("classification", epochs=2))
-    lesson = HeadLesson(config, trained.tokenizer)
+    lesson = HeadTask(config, trained.tokenizer)
     seen: list[int] = []
     lesson.batch = lambda numbers: seen.extend(numbers.tolist())
     work = Finetuning(settle_steps(config, 192), tmp_path, Ranks(), lesson, trained.tokenizer, trained.plain_weights())

@@ -14,7 +14,7 @@ from data_prep.errors import UserError
 from lm.data.examples import Example
 from lm.finetuning.finetune import finetune, finetune_config
 from lm.finetuning.head_task import settle_reading
-from lm.finetuning.instruction_task import InstructionLesson, pack_turns, turn_of
+from lm.finetuning.instruction_task import InstructionTask, pack_turns, turn_of
 from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, read_template, render
 from lm.runs.base_weights import keep_base, starting_trunk
 from lm.runs.directory import open_run
@@ -69,13 +69,13 @@ def test_an_adapted_run_is_read_as_a_plain_one(config, recorder, tmp_path):
     done = finetune(config(method="lora"), tmp_path / "run", recorder)
     losses = [line["loss"] for line in recorder.lines if "loss" in line]
     assert losses[-1] < 0.7 * losses[0]
-    lesson = InstructionLesson(done.run.config, done.run.tokenizer)
+    lesson = InstructionTask(done.run.config, done.run.tokenizer)
     assert lesson.validate(done.run.load_model(CPU, done.run.checkpoint("best")))[1] == done.metrics["nats_per_token"]
 
 
 @torch.no_grad()
 def test_the_loss_is_that_of_the_responses_alone(config, trained, tmp_path):
-    lesson = InstructionLesson(settle_reading(config(micro_batch_tokens=60)), trained.tokenizer)
+    lesson = InstructionTask(settle_reading(config(micro_batch_tokens=60)), trained.tokenizer)
     model = trained.load_model(CPU)
     nats, count = 0.0, 0
     for turn in lesson.validation:
@@ -93,7 +93,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(config, trained, tmp
     keep_base(trained.newest().path / "model.safetensors", tmp_path)
     found = []
     for most in (4096, 30):
-        lesson = InstructionLesson(settle_reading(config(micro_batch_tokens=most)), trained.tokenizer)
+        lesson = InstructionTask(settle_reading(config(micro_batch_tokens=most)), trained.tokenizer)
         model = lesson.model(starting_trunk(lesson.config, tmp_path))
         losses, _ = lesson.gradients(model, lesson.batch(torch.arange(16).numpy()), 0)
         found.append((float(losses["response"]), [p.grad.clone() for p in model.parameters()]))

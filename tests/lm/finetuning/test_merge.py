@@ -17,10 +17,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def adapted(task_settings, tmp_path_factory):
-    from lm.training.reporter import Silence
+    from lm.training.reporter import NullReporter
 
     path = tmp_path_factory.mktemp("adapted") / "run"
-    return finetune(task_settings("classification", method="lora", epochs=1), path, Silence()).run
+    return finetune(task_settings("classification", method="lora", epochs=1), path, NullReporter()).run
 
 
 def answers_of(path, task_files) -> list:

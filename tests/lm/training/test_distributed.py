@@ -29,7 +29,7 @@ from lm.training.distributed import Ranks, joined
 from lm.training.gradients import step_gradients
 from lm.training.optimizer import Optimizer
 from lm.training.pretraining import Pretraining
-from lm.training.reporter import Silence
+from lm.training.reporter import NullReporter
 from lm.training.trainer import Training
 from lm.training.validation import validate_readouts
 
@@ -100,7 +100,7 @@ def given_up(config: Config, corpora: Corpora, ranks: Ranks, path: Path) -> dict
         warmup_fraction=0.1,
     )
     path.mkdir(exist_ok=True)
-    training = Training(Pretraining(config, path, corpora, ranks), path, ranks, Silence())
+    training = Training(Pretraining(config, path, corpora, ranks), path, ranks, NullReporter())
     with pytest.raises(UserError) as error:
         training.run(None)
     return {"error": str(error.value), "went back": training.state.ladder.roll_backs}
