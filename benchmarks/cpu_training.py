@@ -31,7 +31,7 @@ from lm.config.settings import Config, ModelConfig
 from lm.data.batch import Vocabulary, rows_of_windows
 from lm.model.device import keep_freed_memory, machine_rate
 from lm.model.transformer import Transformer
-from lm.objectives.text import make_batch
+from lm.objectives.objective import open_objective
 from lm.training.gradients import step_gradients
 from lm.training.optimizer import Optimizer
 
@@ -68,11 +68,11 @@ def kindling_step(config: Config, device: torch.device) -> Callable[[], object]:
     # No token is an end of text: each row is one document, as in nanoGPT.
     windows = np.random.default_rng(0).integers(1, size, (rows, config.data.context_length + 1))
     vocabulary = Vocabulary(size, end_of_text=0, mask=size - 1)
-    numbers = np.arange(rows)
-    batch = make_batch(rows_of_windows(windows, vocabulary), numbers, numbers, config.objective, vocabulary, 0)
+    objective = open_objective(config, vocabulary)
+    batch = objective.prepare(rows_of_windows(windows, vocabulary))
 
     def step() -> None:
-        step_gradients(model, batch, config, 0)
+        step_gradients(objective, model, batch, config, 0)
         optimizer.clip()
         optimizer.step(1.0)
 

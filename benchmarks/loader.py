@@ -33,7 +33,7 @@ from data_prep.shards.tokens import (
     open_dataset,
     split_totals,
 )
-from lm.config.settings import READOUTS, Config
+from lm.config.settings import OBJECTIVES, Config
 from lm.data.corpora import Corpora
 from lm.data.packing import plan_rows
 from lm.objectives.batches import TrainingBatches
@@ -126,10 +126,10 @@ def compare(folder: Path, rounds: int) -> None:
     candidates = {"nanoGPT, map opened for each batch": nanogpt(whole)}
     for packing in ("windows", "documents"):
         batches = TrainingBatches(Corpora([dataset]), config.replace(packing=packing))
-        for sentence in batches.introduction(1):
+        for sentence in batches.rows.introduction(1):
             print(sentence)
-        candidates[f"{packing}, inputs and targets"] = called(batches.rows)
-        for objective in READOUTS:
+        candidates[f"{packing}, inputs and targets"] = called(batches.rows.of_step)
+        for objective in OBJECTIVES:
             batches = TrainingBatches(Corpora([dataset]), config.replace(packing=packing, objective=objective))
             candidates[f"{packing}, {objective} for training"] = called(batches.batch)
     timings = in_turn(candidates, rounds=rounds)

@@ -117,8 +117,8 @@ def averaging(decays: tuple[float, ...]) -> Iterator[dict[float, dict[str, Tenso
 
 def losses(model: torch.nn.Module, data: Path, config: Config) -> dict[str, float]:
     corpora = open_corpora((str(data),))
-    found = validate_readouts(model, corpora, config, rows=0)  # type: ignore[arg-type]
-    return {readout: loss.nats_per_token for readout, loss in found.items()}
+    found = validate_readouts(model, corpora, config, rows=0)
+    return {readout: loss["nats_per_token"] for readout, loss in found.items()}
 
 
 def measure(name: str, settings: dict[str, Any], data: Path, folder: Path, threads: int) -> dict[str, Any]:

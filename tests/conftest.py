@@ -17,6 +17,7 @@ from hypothesis import settings
 from data_prep.pipeline.build import BuildSettings, build
 from data_prep.shards.tokens import Dataset, open_dataset
 from lm.config.settings import Config
+from lm.data.batch import Batch
 from lm.runs.directory import Run
 from lm.training.pretraining import train
 
@@ -37,6 +38,11 @@ def sentences(count: int, seed: int) -> str:
     parts = [list.split("|") for list in (SUBJECTS, VERBS, OBJECTS, PLACES)]
     made = (" ".join(draw.choice(part) for part in parts) for _ in range(count))
     return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in made)
+
+
+def masked_rows_of(batch: Batch) -> torch.Tensor:
+    """Which rows of a batch are read in both directions, bool (rows,)."""
+    return torch.tensor([name != "next_token" for name, rows in batch.parts.items() for _ in range(rows)])
 
 
 class Recorder:

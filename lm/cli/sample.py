@@ -137,15 +137,15 @@ def _impossible(
 
 
 def _check_readouts(run: Run, to_continue: object, to_fill: object) -> None:
-    from lm.config.settings import READOUTS
+    from lm.config.settings import OBJECTIVES
 
     objective = run.config.objective.objective
-    if to_continue and "next_token" not in READOUTS[objective]:
+    if to_continue and "next_token" not in OBJECTIVES[objective][1]:
         raise UserError(
             f"{run.path} was trained with {objective} only: it can fill masks (--fill, --unmask), "
             "but not continue a prompt"
         )
-    if to_fill and READOUTS[objective][-1] == "next_token":
+    if to_fill and OBJECTIVES[objective][1][-1] == "next_token":
         raise UserError(
             f"{run.path} was trained with {objective} only: it can continue a prompt (--prompt), but not fill masks"
         )

@@ -20,13 +20,13 @@ from data_prep.files import write_atomically
 # Tasks of fine-tuning: the first four have a head of their own (``lm.finetuning.heads``).
 HEAD_TASKS = ("classification", "regression", "tokens", "choice")
 TASKS = (*HEAD_TASKS, "instruction", "contrastive")
-# Each objective, and the readouts that a model can be asked for after training with it.
-READOUTS = {
-    "next_token": ("next_token",),
-    "masked_token": ("masked_token",),
-    "masked_next_token": ("masked_next_token",),
-    "hybrid": ("next_token", "masked_next_token"),
-    "hybrid_unshifted": ("next_token", "masked_token"),
+# Each objective: the file of lm/objectives that makes it, and the readouts that a model can be asked for afterwards.
+OBJECTIVES = {
+    "next_token": ("text", ("next_token",)),
+    "masked_token": ("text", ("masked_token",)),
+    "masked_next_token": ("text", ("masked_next_token",)),
+    "hybrid": ("text", ("next_token", "masked_next_token")),
+    "hybrid_unshifted": ("text", ("next_token", "masked_token")),
 }
 
 
@@ -111,7 +111,7 @@ class DataConfig:
 class ObjectiveConfig:
     """What the model learns to predict."""
 
-    objective: str = setting("hybrid", "what is predicted", choices=tuple(READOUTS))
+    objective: str = setting("hybrid", "what is predicted", choices=tuple(OBJECTIVES))
     masked_fraction: float = setting(
         0.5, "hybrid objectives: share of the rows that are masked and read both ways", minimum=0, maximum=1
     )
@@ -308,7 +308,7 @@ class Config:
     @property
     def readouts(self) -> tuple[str, ...]:
         """What the model can be asked for, by its objective: the causal readout, if there is one, comes first."""
-        return READOUTS[self.objective.objective]
+        return OBJECTIVES[self.objective.objective][1]
 
     @property
     def is_finetuning(self) -> bool:

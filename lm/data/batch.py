@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from lm.kernels import masks
 
 IGNORED = -100
+TENSORS = ("inputs", "targets", "loss_weights", "positions", "lo", "hi")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids that objectives need to know."""
+    """The token ids that objectives need to know."""
 
     size: int
     end_of_text: int
@@ -25,11 +26,16 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one forward pass; every tensor is (rows, T) except ``masked`` (rows,).
+    """Rows for one forward pass; every tensor is (rows, T).
 
-    ``targets`` is -100 where nothing is predicted. ``loss_weights`` already hold the normalisation of the whole
-    optimizer step: the step's loss is the plain sum of weight × cross-entropy over all of its micro-batches.
-    ``masked`` tells the rows that are read both ways, which come last.
+    Attributes:
+        inputs: int64, the tokens that are read.
+        targets: int64, the tokens to predict; -100 where nothing is predicted.
+        loss_weights: float32. They already hold the normalization of the whole optimizer step: the step's loss is the
+            plain sum of weight × cross-entropy over all of its micro-batches.
+        positions: int32, the rotary positions.
+        lo, hi: int32, the key intervals (``lm.kernels.masks``).
+        parts: the named parts of the loss, with the number of rows that each is about, in the order of the rows.
     """
 
     inputs: Tensor
@@ -38,41 +44,78 @@ class Batch:
     positions: Tensor
     lo: Tensor
     hi: Tensor
-    masked: Tensor
+    parts: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.inputs)
 
     def rows(self, start: int, stop: int) -> Batch:
         """A micro-batch: the rows from ``start`` to ``stop``."""
-        return Batch(*(getattr(self, f.name)[start:stop] for f in fields(self)))
+        return self._taken(slice(start, stop))
 
     def every(self, first: int, step: int) -> Batch:
-        """One rank's part: every ``step``-th row from ``first`` on, so that the kinds of rows are shared out evenly."""
-        return Batch(*(getattr(self, f.name)[first::step].contiguous() for f in fields(self)))
+        """One rank's share: every ``step``-th row from ``first`` on, so that each part of the loss is shared evenly."""
+        return self._taken(slice(first, None, step))
+
+    def _taken(self, chosen: slice) -> Batch:
+        start, stop, step = chosen.indices(len(self))
+        parts, begin = {}, 0
+        for name, rows in self.parts.items():
+            before, to_end = (len(range(start, min(stop, at), step)) for at in (begin, begin + rows))
+            parts[name], begin = to_end - before, begin + rows
+        return replace(self, parts=parts, **{name: getattr(self, name)[chosen].contiguous() for name in TENSORS})
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        """The batch on a device."""
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS})
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What the loader read, before an objective prepares it: rows of T places, each token the target of its place.
+    """Rows of tokens before an objective prepares them; T positions, each with its target.
 
-    ``inputs`` and ``targets`` are int64 (rows, T), the input being the token before the target; ``starts`` is bool
-    (rows, T), true where a document or a part of one begins; ``lengths`` (rows,) says how many places are used, the
-    places after them hold ends of text.
+    Attributes:
+        inputs, targets: int64 (rows, T), the input being the token before the target.
+        starts: bool (rows, T), true where a document or a part of one begins.
+        lengths: int64 (rows,), how many positions are used; the ones after them hold end-of-text tokens.
+        numbers: int64 (rows,), the rows' numbers in the whole run; with the seed they decide what is hidden.
+        turns: int64 (rows,), the rows' numbers among those of their own corpus; they decide which rows are masked, so
+            that each corpus has the same share of masked rows.
     """
 
     inputs: NDArray[np.int64]
     targets: NDArray[np.int64]
     starts: NDArray[np.bool_]
     lengths: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    turns: NDArray[np.int64]
 
 
-def rows_of_windows(windows: NDArray[np.int64], vocabulary: Vocabulary) -> Rows:
-    """Rows that are windows of the stream, (rows, T + 1) tokens, with a document beginning at each end of text."""
+def rows_of_windows(
+    windows: NDArray[np.int64],
+    vocabulary: Vocabulary,
+    numbers: NDArray[np.int64] | None = None,
+    turns: NDArray[np.int64] | None = None,
+) -> Rows:
+    """Rows that are windows of the stream, (rows, T + 1) tokens, with a document beginning at each end of text.
+
+    Args:
+        numbers, turns: as of ``Rows``; None: counted from 0.
+    """
     inputs = windows[:, :-1]
     starts = inputs == vocabulary.end_of_text
     starts[:, 0] = True
-    return Rows(inputs, windows[:, 1:], starts, np.full(len(inputs), inputs.shape[1]))
+    counted = np.arange(len(windows), dtype=np.int64)
+    lengths = np.full(len(inputs), inputs.shape[1])
+    return Rows(
+        inputs,
+        windows[:, 1:],
+        starts,
+        lengths,
+        counted if numbers is None else numbers,
+        counted if turns is None else turns,
+    )
 
 
 def assemble(
@@ -80,15 +123,19 @@ def assemble(
     targets: NDArray[np.int64],
     weights: NDArray[np.float32],
     starts: NDArray[np.bool_],
-    masked: NDArray[np.bool_],
+    bidirectional: NDArray[np.bool_],
     lengths: NDArray[np.int64] | None = None,
+    parts: dict[str, int] | None = None,
 ) -> Batch:
-    """Tensors of a batch whose documents begin where ``starts`` is true; rows in ``masked`` are read both ways.
+    """Tensors of a batch whose documents begin where ``starts`` is true.
 
-    Places from a row's ``lengths`` on (None: no row has any) see nothing and are seen by nobody.
+    Args:
+        bidirectional: bool (rows,), the rows that are read in both directions; the others are read causally.
+        lengths: (rows,), the used positions of each row: those after them see nothing and are not seen. None: all.
+        parts: as of ``Batch``.
     """
-    both_ways = torch.from_numpy(masked)
-    lo, hi = masks.packed(torch.from_numpy(starts), both_ways, None if lengths is None else torch.from_numpy(lengths))
+    used = None if lengths is None else torch.from_numpy(lengths)
+    lo, hi = masks.packed(torch.from_numpy(starts), torch.from_numpy(bidirectional), used)
     positions = torch.from_numpy(np.arange(inputs.shape[1], dtype=np.int32) - lo.numpy())
     return Batch(
         torch.from_numpy(np.ascontiguousarray(inputs)),
@@ -97,5 +144,5 @@ def assemble(
         positions,
         lo,
         hi,
-        both_ways,
+        parts or {},
     )

@@ -1,32 +1,35 @@
-"""The loader: ``batch = f(seed, step)``. It has no state, so there is nothing to save and nothing to restore.
+"""The rows of tokens that training and validation read: ``rows = f(seed, step)``, with no state to save or restore.
 
-Row g of the run is found by arithmetic alone. A schedule says which text it comes from and how many rows that text has
-had before (``lm.data.mixture``; with one text that is g). Each text has rows of its own: windows of ``context_length``
-targets, cut anew at another offset in each epoch from the stream bent into a ring, or whole documents packed once and
-for all (``lm.data.packing``). A keyed permutation per epoch gives the order in which they are visited.
+Each corpus is cut into rows in one of two ways: windows of ``context_length`` targets, at another offset in each epoch,
+or whole documents, packed once (``lm.data.packing``). ``lm.data.order`` says which of them a step reads.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.shards.tokens import Dataset, Split
+from lm.config.settings import Config
 from lm.data.batch import Rows, Vocabulary, rows_of_windows
 from lm.data.corpora import Corpora, JoinedSplit, Text
+from lm.data.mixture import Schedule
+from lm.data.order import Located, Order
 from lm.data.packing import plan_rows
 
 
 def vocabulary_of(dataset: Dataset | Corpora) -> Vocabulary:
+    """The token ids of a dataset that objectives need to know."""
     tokenizer = dataset.tokenizer
     return Vocabulary(tokenizer.vocab_size, tokenizer.end_of_text_id, tokenizer.mask_id)
 
 
 class Ring:
-    """The tokens ``start`` to ``stop`` of a split, bent into a ring: before the first stands the last."""
+    """The tokens ``start`` to ``stop`` of a split, read cyclically: position -1 is the last token."""
 
     def __init__(self, split: Split | JoinedSplit, start: int, stop: int) -> None:
         self._split, self._start, self.tokens = split, start, stop - start
@@ -43,9 +46,9 @@ class Ring:
 
 
 class Windows:
-    """Rows that are windows of a text, side by side: each token is a target once an epoch, but for a short remainder.
+    """Adjacent windows of a corpus as rows: each token is a target once an epoch, except for a short remainder.
 
-    Each epoch begins to cut at an offset of its own.
+    Each epoch has its own offset, so that windows differ between epochs.
     """
 
     def __init__(self, text: Text, context_length: int) -> None:
@@ -62,12 +65,14 @@ class Windows:
         return (epoch_key % self.context_length + rows * self.context_length) % self.ring.tokens
 
     @staticmethod
-    def read(found: list[tuple[Windows, int]], context_length: int, vocabulary: Vocabulary) -> Rows:
-        """The rows that begin at these places of these texts."""
-        windows = np.empty((len(found), context_length + 1), dtype=np.int64)
+    def read(
+        found: list[tuple[Windows, int]], located: Located, numbers: NDArray[np.int64], vocabulary: Vocabulary
+    ) -> Rows:
+        """The rows that begin at these positions of these corpora."""
+        windows = np.empty((len(found), found[0][0].context_length + 1), dtype=np.int64)
         for window, (text, place) in zip(windows, found, strict=True):
             text.ring.read_into(place - 1, window)
-        return rows_of_windows(windows, vocabulary)
+        return rows_of_windows(windows, vocabulary, numbers, located.turns)
 
 
 class Documents:
@@ -100,8 +105,11 @@ class Documents:
         return rows
 
     @staticmethod
-    def read(found: list[tuple[Documents, int]], context_length: int, vocabulary: Vocabulary) -> Rows:
-        """These rows of these plans; places that no document fills hold ends of text."""
+    def read(
+        found: list[tuple[Documents, int]], located: Located, numbers: NDArray[np.int64], vocabulary: Vocabulary
+    ) -> Rows:
+        """These rows of these plans; positions that no document fills hold end-of-text tokens."""
+        context_length = found[0][0].context_length
         shape = (len(found), context_length)
         inputs, targets = np.empty((2, *shape), dtype=np.int64)
         starts, lengths = np.zeros(shape, dtype=bool), np.empty(len(found), dtype=np.int64)
@@ -120,4 +128,74 @@ class Documents:
                 begin = end
             lengths[row] = begin
             inputs[row, begin:] = targets[row, begin:] = vocabulary.end_of_text
-        return Rows(inputs, targets, starts, lengths)
+        return Rows(inputs, targets, starts, lengths, numbers, located.turns)
+
+
+class TrainingRows:
+    """The training text of all corpora, as the rows of each step.
+
+    Raises:
+        UserError: a corpus is shorter than a row.
+    """
+
+    def __init__(self, corpora: Corpora, config: Config) -> None:
+        texts = corpora.training_texts()
+        self.batch_rows, self.vocabulary = config.data.batch_rows, vocabulary_of(corpora)
+        self.names, self.schedule = [text.name for text in texts], Schedule([text.weight for text in texts])
+        self._kind: type[Windows] | type[Documents] = Documents if config.data.packing == "documents" else Windows
+        self.texts = [self._kind(text, config.data.context_length) for text in texts]
+        self.order = Order(self.texts, self.schedule, config.training.seed, self.batch_rows)
+
+    def of_step(self, step: int) -> Rows:
+        """The rows of optimizer step ``step``, from 0."""
+        numbers = np.arange(step * self.batch_rows, (step + 1) * self.batch_rows, dtype=np.int64)
+        located = self.order.of_step(step)
+        pairs = zip(located.texts.tolist(), located.places.tolist(), strict=True)
+        found: list[Any] = [(self.texts[text], place) for text, place in pairs]
+        return self._kind.read(found, located, numbers, self.vocabulary)
+
+    def epochs(self, steps: int) -> float:
+        """Passes over all the text after ``steps`` steps."""
+        return steps * self.batch_rows / sum(text.per_epoch for text in self.texts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all corpora's training text."""
+        return sum(text.ring.tokens for text in self.texts)
+
+    def introduction(self, steps: int) -> list[str]:
+        """What to know about the corpora before the first of ``steps`` steps, one sentence each."""
+        sentences = []
+        counts = self.schedule.counts(steps * self.batch_rows)
+        for name, text, share, count in zip(self.names, self.texts, self.schedule.shares, counts, strict=True):
+            if len(self.texts) > 1:
+                sentences.append(
+                    f"{name}: {float(share):.1%} of the rows, {text.ring.tokens:,} tokens, "
+                    f"{count / text.per_epoch:.2f} epochs"
+                )
+            if isinstance(text, Documents):
+                sentences.append(f"{name}: {text.describe()}")
+        return sentences
+
+
+class ValidationRows:
+    """The validation split, cut into consecutive windows that cover every token once."""
+
+    def __init__(self, split: Split | JoinedSplit, context_length: int) -> None:
+        self.split, self.context_length = split, context_length
+        self._ring = Ring(split, 0, split.tokens)
+        self.count = -(-split.tokens // context_length)
+
+    def choose(self, rows: int) -> NDArray[np.int64]:
+        """``rows`` windows spread evenly over the split; all of them for 0 or if there are not as many."""
+        if not rows or rows >= self.count:
+            return np.arange(self.count, dtype=np.int64)
+        return np.arange(rows, dtype=np.int64) * self.count // rows
+
+    def windows(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The windows ``numbers``: int64 (rows, context_length + 1), and how many of each one's targets are text."""
+        starts = numbers * self.context_length
+        windows = np.empty((len(numbers), self.context_length + 1), dtype=np.int64)
+        for window, start in zip(windows, starts.tolist(), strict=True):
+            self._ring.read_into(start - 1, window)
+        return windows, np.minimum(self.split.tokens - starts, self.context_length)

@@ -27,8 +27,8 @@ from lm.data.keyed_random import Stream
 from lm.evaluation.baselines import _unigram
 from lm.inference.scoring import Question, ask
 from lm.model.transformer import Transformer
+from lm.objectives.text import loss_on_text
 from lm.runs.directory import Run
-from lm.runs.metrics_log import ReadoutLoss
 
 
 def documents_of(source: str, reading: ReadSettings) -> Iterator[str]:
@@ -157,7 +157,7 @@ def evaluate_text(
         for answers in ask(model, tokenizer, asked, readout, context):
             nats -= float(answers.nats.sum())
             predicted += len(answers.nats)
-        validation[readout] = ReadoutLoss(nats / predicted, nats / math.log(2) / size, predicted).as_dict()
+        validation[readout] = loss_on_text(nats / predicted, predicted, nats, size)
     floors: dict[str, dict[str, float | None]] = {}
     if (unigram := _unigram(run, counts, progress)) is not None:
         per_token = unigram / (tokens + documents)

@@ -49,7 +49,7 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
         "data_fingerprint": dataset.fingerprint,
         "validation_tokens": validation.tokens,
         "validation_bytes": validation.text_bytes,
-        "validation": {name: loss.as_dict() for name, loss in readouts.items()},
+        "validation": readouts,
         "floors": {name: {"nats_per_token": n, "bits_per_byte": b} for name, (n, b) in floors(dataset).items()},
         "protocol": "whole validation split, "
         f"windows of {run.config.data.context_length} tokens side by side, documents apart; "

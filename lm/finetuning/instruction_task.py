@@ -7,7 +7,6 @@ response and that end are predicted.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from lm.finetuning.task_inputs import in_parts
 from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, render
 from lm.model.device import autocast
 from lm.model.transformer import Transformer
-from lm.runs.metrics_log import ReadoutLoss
+from lm.objectives.text import loss_on_text
 from lm.training.gradients import accumulated
 
 
@@ -150,8 +149,8 @@ class InstructionTask:
         model.train()
         predicted = sum(turn.predicted for turn in self.validation)
         size = sum(turn.response_bytes for turn in self.validation)
-        loss = ReadoutLoss(nats / predicted, nats / math.log(2) / size, predicted)
-        return {"validation": {"response": loss.as_dict()}}, loss.nats_per_token
+        loss = loss_on_text(nats / predicted, predicted, nats, size)
+        return {"validation": {"response": loss}}, loss["nats_per_token"]
 
 
 def read_template(path: str) -> str:

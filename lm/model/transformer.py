@@ -1,8 +1,8 @@
-"""The whole transformer.
+"""The whole transformer: stem (token embedding) -> trunk (blocks) -> head (final norm, logits or loss).
 
 Llama's shape (Touvron et al. 2023): RMSNorm before each half of a block, rotary positions, grouped-query attention, a
-gated feed-forward, no biases. Which keys a query may see comes with each batch, so the same weights read a text
-causally (GPT) or both ways (BERT).
+gated feed-forward, no biases. Each batch says which keys a query may see, so the same weights read a text causally
+(GPT) or bidirectionally (BERT).
 """
 
 from __future__ import annotations
@@ -18,8 +18,21 @@ from lm import kernels
 from lm.config.settings import ModelConfig
 
 
+class Readable(Protocol):
+    """What a pass reads of a batch (``lm.data.batch.Batch``); all (rows, T)."""
+
+    @property
+    def inputs(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def lo(self) -> Tensor: ...
+    @property
+    def hi(self) -> Tensor: ...
+
+
 class Cache(Protocol):
-    """Where a pass leaves its keys and values and finds those of the tokens before (``lm.inference.kv_cache``)."""
+    """Keeps the keys and values of earlier tokens between passes (``lm.inference.kv_cache``)."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values (B, T, Hkv, D); return all that the intervals count, (B, Tk, Hkv, D)."""
@@ -39,21 +52,23 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (rows, T, 1, width / 2) that turn a head by its position (Su et al. 2021, eq. 34).
+    """Cosines and sines (rows, T, 1, width / 2) of the rotary embedding (Su et al. 2021, eq. 34).
 
-    In float32, as the models of other libraries have it: exact to 2e-5 at position 2,000, to 1e-3 at 100,000.
+    In float32, as in other libraries' models: exact to 2e-5 at position 2,000, to 1e-3 at 100,000.
     """
     frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width)
     angles = positions[..., None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
-def turned(heads: Tensor, rotary: tuple[Tensor, Tensor], norm: RMSNorm | None) -> Tensor:
-    """Heads (rows, T, heads, width), normalised if there is a norm, turned by their position."""
+def rotated(heads: Tensor, rotary: tuple[Tensor, Tensor], norm: RMSNorm | None) -> Tensor:
+    """Apply QK-norm (optional) and the rotary embedding to heads (rows, T, heads, width)."""
     return kernels.rotary(heads, *rotary) if norm is None else kernels.rotary(heads, *rotary, norm.weight, norm.epsilon)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions over the keys that the intervals let each query see."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, kv_width = config.num_heads * config.head_width, config.key_value_heads * config.head_width
@@ -80,11 +95,11 @@ class Attention(nn.Module):
         return kernels.linear(out.flatten(2), self.output.weight)
 
     def heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, turned by their position, and values."""
+        """Rotated queries and keys, and values: (B, T, H, D) and twice (B, T, Hkv, D)."""
         if torch.is_grad_enabled() and self.query_norm is None and kernels.eager_on_cpu(x):
             return kernels.projections(x, self.query.weight, self.key.weight, self.value.weight, *rotary)
         q, k, v = (f(x).unflatten(-1, (-1, self.head_width)) for f in (self.query, self.key, self.value))
-        return turned(q, rotary, self.query_norm), turned(k, rotary, self.key_norm), v
+        return rotated(q, rotary, self.query_norm), rotated(k, rotary, self.key_norm), v
 
 
 class FeedForward(nn.Module):
@@ -105,6 +120,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then the feed-forward, each added to the residual stream x (B, T, hidden)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
@@ -125,15 +142,36 @@ class Block(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
+class Trunk(nn.ModuleList):
+    """The blocks, which know neither words nor patches."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(Block(config) for _ in range(config.num_layers))
+        self.config = config
+
+    def forward(self, x: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: Cache | None) -> Tensor:
+        """Hidden states (rows, T, hidden) of x, what the stem made of the inputs; the rest as of ``Transformer``."""
+        rotary = rotary_table(positions, self.config.head_width, self.config.rope_theta)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self):
+            x = block(x, rotary, (lo, hi), cache, layer)
+        return x
+
+    def flops_per_token(self, context_length: int) -> float:
+        """As of ``Transformer.flops_per_token``, without the head."""
+        matrices = sum(weight.numel() for weight in self.parameters() if weight.ndim == 2)
+        config = self.config
+        return 6.0 * matrices + 12 * config.num_layers * config.num_heads * config.head_width * context_length
+
+
 class Transformer(nn.Module):
-    """Token ids in, hidden states out; ``logits`` and ``loss`` are the one head that every objective shares."""
+    """Token ids in, hidden states out; ``logits`` and ``loss`` are the one head that all of text's objectives share."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = Trunk(config)
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._compiled: Callable[..., Tensor] | None = None
@@ -151,7 +189,7 @@ class Transformer(nn.Module):
             elif name.endswith((".output.weight", ".down.weight")):
                 nn.init.zeros_(parameter)
             else:
-                std = 0.02 if name in ("embedding.weight", "head.weight") else (3 * parameter.shape[1]) ** -0.5
+                std = (3 * parameter.shape[1]) ** -0.5 if name.startswith("blocks.") else 0.02
                 with torch.no_grad():
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
@@ -160,27 +198,29 @@ class Transformer(nn.Module):
         """Hidden states (rows, T, hidden) of ``inputs``, int64 (rows, T).
 
         ``positions`` (rows, T) are the rotary positions; ``lo`` and ``hi`` the key intervals, which count the
-        keys that the ``cache`` gives back, or without one those of ``inputs``.
+        keys that the ``cache`` returns, or without one those of ``inputs``.
         """
-        blocks = self._compiled if self._compiled and self.training else self._through_blocks
-        return blocks(self.embedding(inputs), positions, lo, hi, cache)
+        through = self._compiled if self._compiled and self.training else self._through_trunk
+        return through(self.embedding(inputs), positions, lo, hi, cache)
+
+    def read(self, batch: Readable) -> Tensor:
+        """Hidden states (rows, T, hidden) of a batch that is on the model's device."""
+        hidden: Tensor = self(batch.inputs, batch.positions, batch.lo, batch.hi)
+        return hidden
 
     def compile_training(self) -> None:
-        """Let training passes go through ``torch.compile``, at the first one of each shape; others stay as they are.
+        """Run training passes through ``torch.compile``, at the first one of each shape; others stay eager.
 
         The embedding stays out: on a GPU the compiler adds up its gradient in an order that changes from run to run.
         """
-        self._compiled = torch.compile(self._through_blocks, fullgraph=True)
+        self._compiled = torch.compile(self._through_trunk, fullgraph=True)
 
-    def _through_blocks(self, x: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: Cache | None) -> Tensor:
-        rotary = rotary_table(positions, self.config.head_width, self.config.rope_theta)
-        x = self.dropout(x)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, (lo, hi), cache, layer)
-        return self.norm(x)
+    def _through_trunk(self, x: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: Cache | None) -> Tensor:
+        return self.norm(self.blocks(x, positions, lo, hi, cache))
 
     @property
     def head_weight(self) -> Tensor:
+        """The matrix (vocab_size, hidden) that turns hidden states into logits."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -210,13 +250,10 @@ class Transformer(nn.Module):
 
         Each weight of a matrix product counts 6: a multiplication and an addition forward, twice that backward. Each
         pair of a query and a key counts 12 for each number of its heads, all pairs of a row together: that a causal
-        query sees half of the keys on average is not counted in its favour. What attention computes again in the
+        query sees half of the keys on average is not taken into account. What attention computes again in the
         backward pass, norms, rotary positions and activations are not counted.
         """
-        matrices = sum(weight.numel() for weight in self.blocks.parameters() if weight.ndim == 2)
-        head = self.config.vocab_size * self.config.hidden_size
-        scores = 12 * self.config.num_layers * self.config.num_heads * self.config.head_width * context_length
-        return 6.0 * (matrices + head) + scores
+        return 6.0 * self.head_weight.numel() + self.blocks.flops_per_token(context_length)
 
 
 def describe(model: Transformer) -> str:

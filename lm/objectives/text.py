@@ -16,23 +16,27 @@ hybrid_unshifted      the same with masked_token
 
 masked_next_token shifts BERT's targets by one (BehnamGhader et al. 2024, LLM2Vec; Charpentier and Samuel 2024,
 GPT-BERT), so that one head serves both readings. No stock class of other libraries reads masked text like that:
-hybrid_unshifted is for models that are to be exported both ways.
+hybrid_unshifted is for models that will be exported as both.
 """
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lm.config.settings import READOUTS, ObjectiveConfig
+from lm.config.settings import Config
 from lm.data import keyed_random
 from lm.data.batch import IGNORED, Batch, Rows, Vocabulary, assemble
 from lm.data.keyed_random import Stream
+from lm.data.rows import ValidationRows
 from lm.model.transformer import Transformer
+from lm.objectives.objective import Measure
 
 
 def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
@@ -45,85 +49,134 @@ def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_
     return np.array([a > b for a, b in zip(after, before, strict=True)], dtype=bool)
 
 
-def make_batch(
-    rows: Rows,
-    numbers: NDArray[np.int64],
-    turns: NDArray[np.int64],
-    config: ObjectiveConfig,
-    vocabulary: Vocabulary,
-    seed: int,
-) -> Batch:
-    """The batch of one optimizer step.
+class TextObjective:
+    """Next-token and masked-token prediction, and their mixtures: an ``lm.objectives.objective.Objective``."""
+
+    def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
+        self.config, self.vocabulary, self.seed = config.objective, vocabulary, config.training.seed
+        self.readouts = config.readouts
+
+    def prepare(self, rows: Rows) -> Batch:
+        """The batch of one optimizer step, the causal rows first.
+
+        Within each kind of row the losses are averaged over its own predicted tokens, then the kinds are mixed by
+        their share of the rows: a masked row predicts fewer tokens, but counts as much as a causal one.
+        """
+        causal, masked_readout = "next_token" in self.readouts, self.readouts[-1]
+        fraction = (self.config.masked_fraction if masked_readout != "next_token" else 0.0) if causal else 1.0
+        masked = masked_rows(rows.turns, fraction)
+        order = np.argsort(masked, kind="stable")
+        inputs, targets, starts = rows.inputs[order], rows.targets[order], rows.starts[order]
+        numbers, masked, lengths = rows.numbers[order], masked[order], rows.lengths[order]
+        first_masked = len(masked) - int(masked.sum())
+        padded = bool((lengths < inputs.shape[1]).any())
+        if padded:
+            targets[np.arange(inputs.shape[1]) >= lengths[:, None]] = IGNORED
+        if first_masked < len(masked):
+            inputs[first_masked:], targets[first_masked:] = self._hide(
+                inputs[first_masked:],
+                starts[first_masked:],
+                numbers[first_masked:],
+                shifted=masked_readout == "masked_next_token",
+            )
+        weights = np.zeros(targets.shape, dtype=np.float32)
+        for some in (slice(0, first_masked), slice(first_masked, None)):
+            predicted = targets[some] != IGNORED
+            if predicted.any():
+                weights[some] = predicted * np.float32(len(predicted) / len(masked) / np.count_nonzero(predicted))
+        counts = (first_masked, len(masked) - first_masked) if len(self.readouts) > 1 else (len(masked),)
+        parts = dict(zip(self.readouts, counts, strict=True))
+        return assemble(inputs, targets, weights, starts, masked, lengths if padded else None, parts)
+
+    def _hide(
+        self, inputs: NDArray[np.int64], starts: NDArray[np.bool_], numbers: NDArray[np.int64], *, shifted: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Hide tokens as BERT does (Devlin et al. 2019, section 3.1): (inputs with tokens hidden, targets).
+
+        Ends of text are never hidden, nor, when the neighbor to the left predicts, a first token that has none.
+        """
+        config = self.config
+        chance = keyed_random.uniform(keyed_random.key(self.seed, Stream.HIDDEN_TOKENS), numbers, inputs.shape[1])
+        kept = inputs == self.vocabulary.end_of_text
+        chance[kept | starts if shifted else kept] = 2.0
+        # At least one token a row, so that no row is idle: the one with the smallest number.
+        chosen = (chance < config.mask_rate) | ((chance == chance.min(axis=1, keepdims=True)) & (chance < 1))
+        at = np.flatnonzero(chosen)
+        row, column = np.divmod(at, inputs.shape[1])
+        fate, other = (
+            keyed_random.uniform_at(keyed_random.key(self.seed, stream), numbers[row], column)
+            for stream in (Stream.FATE_OF_HIDDEN_TOKENS, Stream.RANDOM_TOKENS)
+        )
+        corrupted = inputs.copy()
+        shown = corrupted.ravel()[at]
+        random_limit = config.mask_token_share + config.random_token_share
+        shown = np.where(fate < random_limit, (other * self.vocabulary.size).astype(np.int64), shown)
+        corrupted.ravel()[at] = np.where(fate < config.mask_token_share, self.vocabulary.mask, shown)
+        return corrupted, _targets_of_hidden(inputs, chosen, shifted=shifted)
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return losses(model, batch)
+
+    def after_step(self, model: nn.Module, step: int) -> None: ...
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None: ...
+
+    def validate(
+        self, held_out: ValidationRows, measure: Measure, *, rows: int, every_token: bool
+    ) -> dict[str, dict[str, float]]:
+        """The loss of each readout on ``rows`` windows of the validation split.
+
+        A masked readout hides one token in round(1 / validation_mask_rate) at a time. ``every_token`` repeats it until
+        every token has been hidden once; otherwise one pass predicts that share of the tokens, always the same ones.
+        """
+        numbers, split = held_out.choose(rows), held_out.split
+        found = {}
+        for readout in self.readouts:
+            folds = 1 if readout == "next_token" else max(1, round(1 / self.config.validation_mask_rate))
+
+            def batch(fold: int, part: NDArray[np.int64], readout: str = readout, folds: int = folds) -> Batch:
+                windows, real = held_out.windows(part)
+                return validation_batch(windows, real, part, readout, self.vocabulary, fold=fold, folds=folds)
+
+            nats, predicted = measure(numbers, [partial(batch, fold) for fold in range(folds if every_token else 1)])
+            # Ends of text have no bytes; the causal readout predicts them too, the masked ones do not.
+            predictable = split.tokens if readout == "next_token" else split.tokens - split.documents
+            per_token = nats / max(predicted, 1)
+            found[readout] = loss_on_text(per_token, int(predicted), per_token * predictable, split.text_bytes)
+        return found
+
+
+open_objective = TextObjective
+
+
+def loss_on_text(nats_per_token: float, predicted: int, nats: float, text_bytes: int) -> dict[str, float]:
+    """What a log or a result says of a readout's loss on a text.
 
     Args:
-        numbers: (rows,) the rows' numbers in the whole run; with ``seed`` they decide what is hidden.
-        turns: (rows,) the rows' numbers among those of their own text; they decide which rows are masked, so that each
-            text has the same share of masked rows.
-
-    Within each kind of row the losses are averaged over its own predicted tokens, then the kinds are mixed by their
-    share of the rows: a masked row predicts fewer tokens, but counts as much as a causal one.
+        nats_per_token: the mean cost of the ``predicted`` tokens.
+        nats: what the whole text costs, or would. Spread over its UTF-8 bytes, it makes tokenizers comparable.
     """
-    causal, masked_readout = "next_token" in READOUTS[config.objective], READOUTS[config.objective][-1]
-    fraction = (config.masked_fraction if masked_readout != "next_token" else 0.0) if causal else 1.0
-    masked = masked_rows(turns, fraction)
-    order = np.argsort(masked, kind="stable")
-    numbers, masked = numbers[order], masked[order]
-    inputs, targets, starts, lengths = rows.inputs[order], rows.targets[order], rows.starts[order], rows.lengths[order]
-    first_masked = len(masked) - int(masked.sum())
-    padded = bool((lengths < inputs.shape[1]).any())
-    if padded:
-        targets[np.arange(inputs.shape[1]) >= lengths[:, None]] = IGNORED
+    bits_per_byte = nats / text_bytes / math.log(2)
+    return {"nats_per_token": nats_per_token, "bits_per_byte": bits_per_byte, "predicted": predicted}
 
-    if first_masked < len(masked):
-        shifted = masked_readout == "masked_next_token"
-        inputs[first_masked:], targets[first_masked:] = _hide(
-            inputs[first_masked:],
-            starts[first_masked:],
-            numbers[first_masked:],
-            config,
-            vocabulary,
-            seed,
-            shifted=shifted,
+
+def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The weighted cross-entropy of each part of a batch, in one pass through the model; 0 of a part without rows."""
+    assert isinstance(model, Transformer)
+    hidden = model.read(batch)
+    found, first = {}, 0
+    for name, rows in batch.parts.items():
+        some = slice(first, first + rows)
+        found[name] = (
+            model.loss(hidden[some], batch.targets[some], batch.loss_weights[some])
+            if rows
+            else hidden.new_zeros((), dtype=torch.float32)
         )
-    weights = np.zeros(targets.shape, dtype=np.float32)
-    for some in (slice(0, first_masked), slice(first_masked, None)):
-        predicted = targets[some] != IGNORED
-        if predicted.any():
-            weights[some] = predicted * np.float32(len(predicted) / len(masked) / np.count_nonzero(predicted))
-    return assemble(inputs, targets, weights, starts, masked, lengths if padded else None)
-
-
-def _hide(
-    inputs: NDArray[np.int64],
-    starts: NDArray[np.bool_],
-    numbers: NDArray[np.int64],
-    config: ObjectiveConfig,
-    vocabulary: Vocabulary,
-    seed: int,
-    *,
-    shifted: bool,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Hide tokens as BERT does (Devlin et al. 2019, section 3.1): (inputs with tokens hidden, targets).
-
-    Ends of text are never hidden, nor, when the neighbour to the left predicts, a first token that has none.
-    """
-    chance = keyed_random.uniform(keyed_random.key(seed, Stream.HIDDEN_TOKENS), numbers, inputs.shape[1])
-    kept = inputs == vocabulary.end_of_text
-    chance[kept | starts if shifted else kept] = 2.0
-    # At least one token a row, so that no row is idle: the one with the smallest number.
-    chosen = (chance < config.mask_rate) | ((chance == chance.min(axis=1, keepdims=True)) & (chance < 1))
-    at = np.flatnonzero(chosen)
-    row, column = np.divmod(at, inputs.shape[1])
-    fate, other = (
-        keyed_random.uniform_at(keyed_random.key(seed, stream), numbers[row], column)
-        for stream in (Stream.FATE_OF_HIDDEN_TOKENS, Stream.RANDOM_TOKENS)
-    )
-    corrupted = inputs.copy()
-    shown = corrupted.ravel()[at]
-    random_limit = config.mask_token_share + config.random_token_share
-    shown = np.where(fate < random_limit, (other * vocabulary.size).astype(np.int64), shown)
-    corrupted.ravel()[at] = np.where(fate < config.mask_token_share, vocabulary.mask, shown)
-    return corrupted, _targets_of_hidden(inputs, chosen, shifted=shifted)
+        first += rows
+    return found
 
 
 def _targets_of_hidden(tokens: NDArray[np.int64], chosen: NDArray[np.bool_], *, shifted: bool) -> NDArray[np.int64]:
@@ -160,23 +213,5 @@ def validation_batch(
         targets = _targets_of_hidden(windows, chosen, shifted=readout == "masked_next_token")
     starts = windows[:, : inputs.shape[1]] == vocabulary.end_of_text
     masked = np.full(len(windows), readout != "next_token")
-    return assemble(inputs, targets, (targets != IGNORED).astype(np.float32), starts, masked)
-
-
-class Losses(nn.Module):
-    """Forward pass and head in one call, since that is what DDP and FSDP can wrap."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, causal: int) -> Tensor:
-        """Weighted loss of the first ``causal`` rows and of the others, (2,)."""
-        hidden = self.model(batch.inputs, batch.positions, batch.lo, batch.hi)
-        parts = [
-            self.model.loss(hidden[rows], batch.targets[rows], batch.loss_weights[rows])
-            if rows.start < rows.stop
-            else hidden.new_zeros((), dtype=torch.float32)
-            for rows in (slice(0, causal), slice(causal, len(hidden)))
-        ]
-        return torch.stack(parts)
+    weights = (targets != IGNORED).astype(np.float32)
+    return assemble(inputs, targets, weights, starts, masked, parts={readout: len(windows)})

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.files import read_json, write_atomically
-from lm.config.settings import READOUTS
+from lm.config.settings import OBJECTIVES
 from lm.reports.page import Panel, Series, draw, render
 from lm.runs.checkpoint import STATE
 from lm.runs.directory import METRICS, Run, open_run
@@ -40,7 +40,7 @@ class Entry:
 
     def training_losses(self) -> Series:
         """(tokens seen, loss) for each objective, in nats per token."""
-        readouts = READOUTS.get(self.objective, (self.objective,))
+        readouts = OBJECTIVES.get(self.objective, ("", (self.objective,)))[1]
         alone = readouts[0] if len(readouts) == 1 else self.objective
         found: Series = {}
         for line in self.lines:

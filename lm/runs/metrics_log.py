@@ -125,8 +125,8 @@ def series(lines: Iterable[dict[str, Any]], name: str) -> list[tuple[float, floa
 
 
 def loss_of_readouts(line: dict[str, Any]) -> float | None:
-    """Mean over the readouts of a validation line, in nats per token: what a run's best is judged by. None: no text."""
-    losses = [loss["nats_per_token"] for loss in line["validation"].values()]
+    """The score of a validation line: the mean of its groups' first numbers, for text nats per token. None: no text."""
+    losses = [next(iter(group.values())) for group in line["validation"].values()]
     return sum(losses) / len(losses) if losses else None
 
 
@@ -172,21 +172,6 @@ def overfitting(lines: Iterable[dict[str, Any]]) -> str:
         f"The validation loss was lowest at step {best['step']:,} and has not come back to it in "
         f"{len(validated) - validated.index(best) - 1} validations since: the model is learning its text by heart."
     )
-
-
-@dataclass(frozen=True)
-class ReadoutLoss:
-    """``predicted`` tokens were predicted at a mean cost of ``nats_per_token``.
-
-    ``bits_per_byte`` spreads that cost over the text's UTF-8 bytes, which makes tokenizers comparable.
-    """
-
-    nats_per_token: float
-    bits_per_byte: float
-    predicted: int
-
-    def as_dict(self) -> dict[str, float]:
-        return {"nats_per_token": self.nats_per_token, "bits_per_byte": self.bits_per_byte, "predicted": self.predicted}
 
 
 OVERFITTING = 3  # validations in a row worse than the best, after which it is told

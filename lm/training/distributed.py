@@ -1,8 +1,8 @@
 """Several processes under torchrun, with DDP or FSDP2; nothing else in the code knows about ranks.
 
 A process is a rank among ``world``. Each computes its rows of every batch; gradients, losses and what is decided from
-them are sums over all ranks, so that any number of ranks trains the same run. Whoever may be one of several takes a
-``Ranks``, which in a single process does nothing. ``joined`` makes the right one.
+them are sums over all ranks, so that any number of ranks trains the same run. Code that may run in one of several
+processes takes a ``Ranks``, which in a single process does nothing. ``joined`` makes the right one.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from data_prep.cores import available_cores
 from data_prep.errors import MACHINE_ERROR_STATUS, USER_ERROR_STATUS, UserError
 from lm.config.settings import TrainingConfig
-from lm.data.batch import Batch
 from lm.model.device import choose_device
-from lm.model.transformer import Transformer
-from lm.objectives.text import Losses
+from lm.model.transformer import Trunk
+from lm.objectives.objective import Objective
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
@@ -37,6 +36,17 @@ CPU = torch.device("cpu")
 
 # What gloo and the store say when another process is gone; they raise it as plain RuntimeErrors.
 LOST = ("gloo", "Connection closed", "Connection reset", "Broken pipe")
+
+
+class _Losses(nn.Module):
+    """A model and the objective's loss in one call, which is what DDP and FSDP can wrap."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        return self.objective.loss(self.model, batch)
 
 
 class Ranks:
@@ -68,13 +78,13 @@ class Ranks:
         """The sums of small tensors over all ranks, equal on all to the last bit (of several ranks: float64, CPU)."""
         return tensors
 
-    def spread(self, model: nn.Module) -> None:
+    def spread(self, model: nn.Module, objective: Objective | None) -> None:
         """Make ``model``, which has the same weights on every rank, ready for ``losses``, on this rank's device."""
         model.to(self.device)
 
-    def losses(self, model: Transformer, batch: Batch, causal: int) -> Tensor:
-        """``Losses`` of this rank's rows; ``backward`` leaves the sum of all ranks' gradients."""
-        return Losses(model)(batch, causal)
+    def losses(self, objective: Objective, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """The objective's loss on this rank's rows; ``backward`` leaves the sum of all ranks' gradients."""
+        return objective.loss(model, batch)
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
         """Around forward and backward of a micro-batch; ranks need to exchange gradients only after the ``last``."""
@@ -138,24 +148,23 @@ class ManyRanks(Ranks):
         parts = flat.split([tensor.numel() for tensor in tensors])
         return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
-    def spread(self, model: nn.Module) -> None:
-        assert isinstance(
-            model, Transformer
-        )  # only pretraining is shared out (lm.finetuning.finetune refuses several processes)
-        self._losses = self._sharded(model) if self.parallel == "fsdp" else self._replicated(model)
+    def spread(self, model: nn.Module, objective: Objective | None) -> None:
+        assert objective is not None  # only pretraining runs in several processes
+        losses = _Losses(model, objective)
+        self._losses = self._sharded(losses) if self.parallel == "fsdp" else self._replicated(losses)
 
-    def _replicated(self, model: Transformer) -> nn.Module:
-        replica = nn.parallel.DistributedDataParallel(Losses(model.to(self.device)), gradient_as_bucket_view=True)
+    def _replicated(self, losses: _Losses) -> nn.Module:
+        replica = nn.parallel.DistributedDataParallel(losses.to(self.device), gradient_as_bucket_view=True)
         # Gradients are sums, where DDP would average; a lambda, since DDP refuses annotations that are strings.
         replica.register_comm_hook(None, lambda _, bucket: _sum(bucket.buffer()))
         return replica
 
-    def _sharded(self, model: Transformer) -> nn.Module:
+    def _sharded(self, losses: _Losses) -> nn.Module:
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        for block in model.blocks:
-            fully_shard(block, mesh=self._mesh)
-        losses = Losses(model)
+        for trunk in [module for module in losses.modules() if isinstance(module, Trunk)]:
+            for block in trunk:
+                fully_shard(block, mesh=self._mesh)
         fully_shard(losses, mesh=self._mesh)
         for module in losses.modules():
             if isinstance(module, FSDPModule):  # it would average, too
@@ -163,8 +172,8 @@ class ManyRanks(Ranks):
                 module.set_force_sum_reduction_for_comms(True)
         return losses
 
-    def losses(self, model: Transformer, batch: Batch, causal: int) -> Tensor:
-        losses: Tensor = self._losses(batch, causal)
+    def losses(self, objective: Objective, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = self._losses(batch)
         return losses
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:

@@ -13,51 +13,47 @@ from lm.data import keyed_random
 from lm.data.batch import Batch
 from lm.data.keyed_random import Stream
 from lm.model.device import autocast
-from lm.model.transformer import Transformer
+from lm.objectives.objective import Objective
 from lm.training.distributed import Ranks
 
 
 def step_gradients(
-    model: Transformer, batch: Batch, config: Config, step: int, ranks: Ranks | None = None
+    objective: Objective, model: nn.Module, batch: Batch, config: Config, step: int, ranks: Ranks | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Leave the gradient of a step's loss in the parameters; return each objective's loss and its share.
+    """Leave the gradient of a step's loss in the parameters; return each part of the loss and its share of the rows.
 
-    The batch's weights are normalised over the whole step, so the parts' gradients simply add up: k micro-batches give
-    what one big batch gives, and so do the parts of k ranks.
+    The batch's weights are normalized over the whole step, so the gradients of its micro-batches simply add up: k
+    micro-batches give what one big batch gives, and so do the batches of k ranks.
 
     Args:
         batch: this rank's rows; what is returned is of all ranks.
 
     Returns:
-        For each objective that has rows: its loss times its share of the rows (the sum over objectives is the step's
-        loss, in nats per token), and that share.
+        For each part that has rows: its loss (the sum over the parts is the step's loss, for text in nats per token
+        times the part's share), and the share of the rows that it is about.
     """
     ranks = ranks or Ranks(next(model.parameters()).device)
     model.zero_grad()
-    rows = len(batch.masked)
+    rows = len(batch)
     at_once = config.data.micro_batch_rows or rows
-    sums = torch.zeros(2, device=ranks.device)
+    sums = torch.zeros(len(batch.parts), device=ranks.device)
     for first in range(0, rows, at_once):
         part = batch.rows(first, first + at_once)
         if config.model.dropout:
             in_batch = ranks.rank + first * ranks.world  # the row's number among those of all ranks
             torch.manual_seed(keyed_random.key(config.training.seed, Stream.DROPOUT, step, in_batch) >> 1)
-        causal = int((~part.masked).sum())  # the causal rows come first
-        part = part.to(ranks.device)
         with ranks.accumulating(last=first + at_once >= rows):
             with autocast(ranks.device, config.training.precision):
-                losses = ranks.losses(model, part, causal)
+                losses = torch.stack(list(ranks.losses(objective, model, part.to(ranks.device)).values()))
             losses.sum().backward()
         sums += losses.detach()
-    masked = int(batch.masked.sum())
-    sums, counts = ranks.sum(sums, torch.tensor([rows - masked, masked]))
-    readouts = config.readouts
-    kinds = [
-        (name, loss, count / (rows * ranks.world))
-        for name, loss, count in zip((readouts[0], readouts[-1]), sums, counts.tolist(), strict=True)
+    sums, counts = ranks.sum(sums, torch.tensor(list(batch.parts.values())))
+    found = {
+        name: (loss, count / (rows * ranks.world))
+        for name, loss, count in zip(batch.parts, sums, counts.tolist(), strict=True)
         if count
-    ]
-    return {name: loss for name, loss, _ in kinds}, {name: share for name, _, share in kinds}
+    }
+    return {name: loss for name, (loss, _) in found.items()}, {name: share for name, (_, share) in found.items()}
 
 
 Part = TypeVar("Part")

@@ -22,9 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lm.config.settings import Config, DataConfig, OptimizerConfig
+from lm.data.batch import Batch
 from lm.kernels.cross_entropy import CHUNK_LOGITS, CHUNK_TOKENS
 from lm.model.device import autocast
 from lm.model.transformer import Transformer
+from lm.objectives.text import losses
 from lm.training.optimizer import Optimizer
 
 
@@ -85,21 +87,17 @@ def _simulated(config: Config, rows: int, device: str, low_precision: bool) -> _
         early = live.now
         inputs = torch.zeros(rows, context, dtype=torch.int64)
         positions = torch.zeros(rows, context, dtype=torch.int32)
+        weights_of_loss = torch.zeros(rows, context)
+        parts = _parts(config, rows)
         if rows < config.data.batch_rows:  # an earlier micro-batch has left its gradients
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         live.restart()
         with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
-            hidden = model(inputs, positions, positions, positions)
-            causal = _causal_rows(config, rows)
-            losses = [
-                model.loss(hidden[which], inputs[which], torch.zeros(some, context))
-                for which, some in ((slice(0, causal), causal), (slice(causal, None), rows - causal))
-                if some
-            ]
-        torch.stack(losses).sum().backward()
+            found = losses(model, Batch(inputs, inputs, weights_of_loss, positions, positions, positions, parts))
+        torch.stack(list(found.values())).sum().backward()
         passes = live.peak
-        del hidden, losses, inputs, positions
+        del found, inputs, positions, weights_of_loss
         gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
         live.restart()
         optimizer.clip()
@@ -109,12 +107,13 @@ def _simulated(config: Config, rows: int, device: str, low_precision: bool) -> _
         return _Peaks(weights, gradients, after - weights, passes + after - early, live.peak)
 
 
-def _causal_rows(config: Config, rows: int) -> int:
-    """Rows of the micro-batch that has the most to hold which are read left to right: one with both kinds, if any."""
+def _parts(config: Config, rows: int) -> dict[str, int]:
+    """Rows of each kind in the micro-batch that has the most to hold: one with both kinds, if there is one."""
     if len(config.readouts) == 1:
-        return rows
+        return {config.readouts[0]: rows}
     whole = config.data.batch_rows
-    return (whole - int(whole * config.objective.masked_fraction)) % rows
+    causal = (whole - int(whole * config.objective.masked_fraction)) % rows
+    return dict(zip(config.readouts, (causal, rows - causal), strict=True))
 
 
 class LiveBytes(TorchDispatchMode):

@@ -21,8 +21,9 @@ from lm import kernels
 from lm.config.scaling import rule_for
 from lm.config.settings import Config
 from lm.data import keyed_random
-from lm.data.batch import Batch, Vocabulary, rows_of_windows
+from lm.data.batch import Rows, Vocabulary, rows_of_windows
 from lm.data.corpora import Corpora, open_corpora, with_vocabulary
+from lm.data.rows import TrainingRows
 from lm.model.device import (
     available_memory,
     choose_device,
@@ -35,7 +36,7 @@ from lm.model.device import (
 )
 from lm.model.transformer import Transformer, describe
 from lm.objectives.batches import TrainingBatches
-from lm.objectives.text import make_batch
+from lm.objectives.objective import Objective, open_objective
 from lm.training.gradients import step_gradients
 from lm.training.memory_estimate import StepMemory, step_memory
 from lm.training.optimizer import Optimizer
@@ -276,7 +277,7 @@ def _obstacle(config: Config, device: torch.device, available: int) -> str:
     return f"{told}: choose a smaller hidden_size or a shorter context_length"
 
 
-def dry_step(model: Transformer, config: Config, batch: Batch, affordable_rows: int) -> DryStep:
+def dry_step(model: Transformer, objective: Objective, config: Config, batch: Any, affordable_rows: int) -> DryStep:
     """Do a step as the run will do it, several times, and measure the later ones.
 
     The weights should be as a run begins: with PyTorch's first ones logits lie so far apart that their exponentials are
@@ -286,7 +287,7 @@ def dry_step(model: Transformer, config: Config, batch: Batch, affordable_rows: 
     ``affordable_rows`` of its rows are taken and the time is scaled.
     """
     device = next(model.parameters()).device
-    count = len(batch.masked)
+    count = len(batch)
     rows = max(1, min(config.data.micro_batch_rows or count, count, affordable_rows))
     part = batch.every(0, count // rows).rows(0, rows)
     config = config.replace(micro_batch_rows=rows)
@@ -295,7 +296,7 @@ def dry_step(model: Transformer, config: Config, batch: Batch, affordable_rows: 
     updates: list[float] = []
     while len(passes) < MOST_PASSES:
         began = time.perf_counter()
-        step_gradients(model, part, config, 0)
+        step_gradients(objective, model, part, config, 0)
         synchronize(device)
         between = time.perf_counter()
         optimizer.clip()
@@ -316,7 +317,8 @@ def dry_step(model: Transformer, config: Config, batch: Batch, affordable_rows: 
 def make_plan(
     config: Config,
     model: Transformer,
-    batch: Batch,
+    objective: Objective,
+    batch: Any,
     device: torch.device,
     *,
     data: str,
@@ -350,7 +352,7 @@ def make_plan(
         return plan
     affordable = int(DRY_SECONDS * rate / 2 / (flops * config.data.context_length))
     try:
-        return dataclasses.replace(plan, dry_step=dry_step(model, config, batch, affordable))
+        return dataclasses.replace(plan, dry_step=dry_step(model, objective, config, batch, affordable))
     except (MemoryError, RuntimeError) as error:
         smaller = [n for n in _divisors(config.data.batch_rows) if n < rows]
         if not (may_shrink and smaller and is_out_of_memory(error)):
@@ -359,7 +361,7 @@ def make_plan(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     fewer = config.replace(micro_batch_rows=smaller[0])
-    return make_plan(fewer, model, batch, device, data=data, epochs=epochs, measure=measure, may_shrink=True)
+    return make_plan(fewer, model, objective, batch, device, data=data, epochs=epochs, measure=measure, may_shrink=True)
 
 
 def plan_run(config: Config, before: Config | None = None) -> Plan:
@@ -378,12 +380,16 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
     if not config.data.data:
         if not config.model.vocab_size:
             raise UserError("a plan needs --data, or --vocab-size instead of it")
-        batch, data, epochs = _drawn_batch(config), "text that is not there yet", None
+        vocabulary = Vocabulary(config.model.vocab_size, 0, 1)
+        objective = open_objective(config, vocabulary)
+        batch = objective.prepare(_drawn_rows(config, vocabulary))
+        data, epochs = "text that is not there yet", None
     else:
         corpora = open_corpora(config.data.data)
         config = with_vocabulary(config, corpora)
         batches = TrainingBatches(corpora, config)
-        batch, data, epochs = batches.batch(0), told_data(corpora, batches), batches.epochs(config.training.steps)
+        objective, batch = batches.objective, batches.batch(0)
+        data, epochs = told_data(corpora, batches.rows), batches.rows.epochs(config.training.steps)
     may_shrink = not config.data.micro_batch_rows
     try:
         config = settle_micro_batch(config, device, before)
@@ -394,20 +400,20 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
         model = Transformer(config.model)
     if fits:
         model.initialise(config.training.seed).to(device)
-    return make_plan(config, model, batch, device, data=data, epochs=epochs, measure=fits, may_shrink=may_shrink)
+    return make_plan(
+        config, model, objective, batch, device, data=data, epochs=epochs, measure=fits, may_shrink=may_shrink
+    )
 
 
-def told_data(corpora: Corpora, batches: TrainingBatches) -> str:
-    return f"{batches.tokens:,} tokens of {corpora.name}"
+def told_data(corpora: Corpora, rows: TrainingRows) -> str:
+    return f"{rows.tokens:,} tokens of {corpora.name}"
 
 
-def _drawn_batch(config: Config) -> Batch:
-    """A batch of tokens drawn at random, for want of text."""
-    rows, context, words = config.data.batch_rows, config.data.context_length, config.model.vocab_size
-    numbers = np.arange(rows, dtype=np.int64)
-    windows = (keyed_random.uniform(0, numbers, context + 1) * (words - 2)).astype(np.int64) + 2
-    vocabulary = Vocabulary(words, 0, 1)
-    return make_batch(rows_of_windows(windows, vocabulary), numbers, numbers, config.objective, vocabulary, 0)
+def _drawn_rows(config: Config, vocabulary: Vocabulary) -> Rows:
+    """A step's rows of tokens drawn at random, to plan without text."""
+    numbers = np.arange(config.data.batch_rows, dtype=np.int64)
+    drawn = keyed_random.uniform(0, numbers, config.data.context_length + 1) * (vocabulary.size - 2)
+    return rows_of_windows(drawn.astype(np.int64) + 2, vocabulary)
 
 
 def millions(tokens: int) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from lm.config.recipes import load_config
 from lm.config.settings import Config
-from lm.data.batch import Batch
 from lm.data.corpora import Corpora, open_corpora, with_vocabulary
 from lm.model.transformer import Transformer
 from lm.objectives.batches import TrainingBatches
+from lm.objectives.objective import Objective
 from lm.runs.base_weights import keep_base, kept_base, load_base
 from lm.runs.directory import Run, open_run
 from lm.runs.metrics_log import OVERFITTING, Best, loss_of_readouts
@@ -24,17 +24,19 @@ from lm.training.distributed import Ranks
 from lm.training.gradients import step_gradients
 from lm.training.plan import FEWEST_STEPS, make_plan, settle_micro_batch, told_data
 from lm.training.reporter import Reporter
+from lm.training.train_module import TrainModule
 from lm.training.trainer import carry_out
 from lm.training.validation import rows_of_validation, validate_readouts
 
 
-class Pretraining:
+class Pretraining(TrainModule[Any]):
     """Pretraining as a ``TrainModule``, in the run ``path``; ``may_shrink``: its micro-batch was not asked for."""
 
     def __init__(self, config: Config, path: Path, corpora: Corpora, ranks: Ranks, *, may_shrink: bool = False) -> None:
         self.config, self.path, self.corpora, self.ranks, self.may_shrink = config, path, corpora, ranks, may_shrink
         self.start: Path | None = None  # the weights it begins with, if they are another run's
         self.batches = TrainingBatches(corpora, config)
+        self.objective: Objective = self.batches.objective
         self.batches.check_ranks(ranks.world)
         self.name, self.tokenizer, self.fingerprint = corpora.name, corpora.tokenizer, corpora.fingerprint
 
@@ -85,10 +87,11 @@ class Pretraining:
         self.plan = make_plan(
             self.config,
             Transformer(self.config.model).initialise(training.seed).to(self.ranks.device),
+            self.objective,
             self.batch(done),
             self.ranks.device,
-            data=told_data(self.corpora, self.batches),
-            epochs=self.batches.epochs(training.steps),
+            data=told_data(self.corpora, self.batches.rows),
+            epochs=self.batches.rows.epochs(training.steps),
             measure=one_model and training.steps - done >= FEWEST_STEPS,
             may_shrink=self.may_shrink,
         )
@@ -97,7 +100,7 @@ class Pretraining:
             told.append(f"memory ran out with {asked.data.micro_batch_rows} rows at a time")
         if training.compile:
             told.append("the first step compiles the model, which takes half a minute or so")
-        told += [*self.plan.introduction(self.ranks.describe()), *self.batches.introduction(training.steps)]
+        told += [*self.plan.introduction(self.ranks.describe()), *self.batches.rows.introduction(training.steps)]
         return told + ([f"this may not fit: {self.plan.obstacle}"] if self.plan.obstacle else [])
 
     def model(self) -> Transformer:
@@ -111,29 +114,26 @@ class Pretraining:
             model.compile_training()
         return model
 
-    def rates(self, model: nn.Module) -> dict[str, float]:
-        return {}
-
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Any:
         return self.batches.batch(step, self.ranks.rank, self.ranks.world)
 
-    def gradients(self, model: nn.Module, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        assert isinstance(model, Transformer)
+    def gradients(self, model: nn.Module, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         if not self.config.training.compile:
-            return step_gradients(model, batch, self.config, step, self.ranks)
+            return step_gradients(self.objective, model, batch, self.config, step, self.ranks)
         from torch._dynamo.exc import TorchDynamoException  # two seconds to import
 
         try:
-            return step_gradients(model, batch, self.config, step, self.ranks)
+            return step_gradients(self.objective, model, batch, self.config, step, self.ranks)
         except TorchDynamoException as problem:
             reason = str(problem).strip().partition("\n")[0]
             raise UserError(f"the model could not be compiled: {reason}; --compile false trains without") from problem
 
     def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
-        assert isinstance(model, Transformer)
-        results = validate_readouts(model, self.corpora, self.config, ranks=self.ranks)
-        line: dict[str, Any] = {"validation": {name: result.as_dict() for name, result in results.items()}}
-        if results:
+        objective, ranks = self.objective, self.ranks
+        line: dict[str, Any] = {
+            "validation": validate_readouts(model, self.corpora, self.config, objective=objective, ranks=ranks)
+        }
+        if line["validation"]:
             line["rows"] = rows_of_validation(self.corpora, self.config)
         return line, loss_of_readouts(line)
 
@@ -145,13 +145,10 @@ class Pretraining:
             f"heart. That step's checkpoint is kept; more text, dropout or fewer steps would help"
         )
 
-    def is_enough(self, best: Best) -> bool:
-        return False
+    def progress(self, steps: int) -> dict[str, float]:
+        return {"tokens": steps * self.config.data.batch_tokens, "epoch": round(self.batches.rows.epochs(steps), 6)}
 
-    def amount(self, steps: int) -> dict[str, float]:
-        return {"tokens": steps * self.config.data.batch_tokens, "epoch": round(self.batches.epochs(steps), 6)}
-
-    def speed(self, seconds_per_step: float) -> dict[str, float]:
+    def throughput(self, seconds_per_step: float) -> dict[str, float]:
         speed = self.config.data.batch_tokens / seconds_per_step
         peak = self.plan.machine_rate * self.ranks.world
         return {

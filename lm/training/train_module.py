@@ -1,63 +1,70 @@
-"""What the training loop asks of the thing it trains."""
+"""What the training loop asks of what it trains."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from lm.config.settings import Config
+from lm.objectives.objective import Objective
 from lm.runs.metrics_log import Best
 from lm.runs.resume import Source
 
 Batch = TypeVar("Batch")
 
 
-class TrainModule(Source, Protocol[Batch]):
-    """What a run does where runs differ (``pretraining``, ``finetune``); the loop does what they share.
+class TrainModule(ABC, Source, Generic[Batch]):
+    """The part of a run that depends on what is trained (``pretraining``, ``lm.finetuning.finetune``).
 
-    Whatever is asked of it depends on the settings, the seed and the step alone. ``config`` has every setting, with
-    ``training.steps`` the last step. The weights that are trained and saved are those that require a gradient.
+    Everything it returns depends on the settings, the seed and the step alone. The weights that are trained and saved
+    are those that require a gradient.
+
+    Attributes:
+        config: every setting, with ``training.steps`` the last step.
+        objective: what is learned, if it may keep state of its own or be trained by several processes.
     """
 
     config: Config
+    objective: Objective | None = None
 
+    @abstractmethod
     def prepare(self, done: int) -> list[str]:
-        """Get ready to go on at step ``done`` and say what a person wants to know first; may change ``config``."""
-        ...
+        """Get ready to start or resume at step ``done``; return the lines to print first. May change ``config``."""
 
+    @abstractmethod
     def model(self) -> nn.Module:
         """A model with the weights of step 0."""
-        ...
 
-    def rates(self, model: nn.Module) -> dict[str, float]:
-        """Shares of the learning rate, by the name of a parameter; 1 for those left out."""
-        ...
+    def lr_multipliers(self, model: nn.Module) -> dict[str, float]:
+        """Learning-rate multipliers by the name of a parameter; 1 for those left out."""
+        return {}
 
+    @abstractmethod
     def batch(self, step: int) -> Batch:
-        """This rank's part of the batch of step ``step``, from 0; called in a thread of its own."""
-        ...
+        """This rank's share of the batch of step ``step``, from 0; called in a thread of its own."""
 
+    @abstractmethod
     def gradients(self, model: nn.Module, batch: Batch, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Leave a step's gradient in the parameters; each part of its loss (they add up), and that part's share."""
-        ...
+        """Leave a step's gradient in the parameters; return the loss by named part (they add up), and their shares."""
 
+    @abstractmethod
     def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
-        """What the log says of a validation, and the number it is judged by: the lower the better; None: by none."""
-        ...
+        """The log's line of a validation, and its score (lower is better; None: there is none)."""
 
     def remark(self, best: Best) -> str:
-        """What a person should know after a validation; "" for nothing."""
-        ...
+        """A remark for the user after a validation, or ""."""
+        return ""
 
-    def is_enough(self, best: Best) -> bool:
-        """Whether to end here, a validation having said so."""
-        ...
+    def should_stop(self, best: Best) -> bool:
+        """Whether the last validation ends the run early."""
+        return False
 
-    def amount(self, steps: int) -> dict[str, float]:
+    @abstractmethod
+    def progress(self, steps: int) -> dict[str, float]:
         """What ``steps`` steps have read, for the log: ``tokens`` and ``epoch``."""
-        ...
 
-    def speed(self, seconds_per_step: float) -> dict[str, float]:
-        """How fast that is, for the log: ``tokens_per_second``, and more where it is known."""
-        ...
+    @abstractmethod
+    def throughput(self, seconds_per_step: float) -> dict[str, float]:
+        """The speed, for the log: ``tokens_per_second``, and more where it is known."""

@@ -1,94 +1,84 @@
-"""The loss on text the model has not seen, for each way of reading it."""
+"""The loss on text that the model has not seen, for each readout."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from data_prep.shards.tokens import Dataset
 from lm.config.settings import Config
 from lm.data.corpora import Corpora
-from lm.data.rows import vocabulary_of
+from lm.data.rows import ValidationRows, vocabulary_of
 from lm.model.device import autocast
-from lm.model.transformer import Transformer
-from lm.objectives.batches import ValidationRows
-from lm.runs.metrics_log import ReadoutLoss
+from lm.objectives.objective import Objective, open_objective
 from lm.training.distributed import Ranks
 
 
 def rows_of_validation(dataset: Dataset | Corpora, config: Config) -> dict[str, int]:
     """How many rows a validation in the middle of a run takes (``taken``), ``of`` how many of the split."""
-    rows = ValidationRows(dataset.split("validation"), vocabulary_of(dataset), config.data.context_length)
+    rows = ValidationRows(dataset.split("validation"), config.data.context_length)
     return {"taken": len(rows.choose(config.training.validation_rows)), "of": rows.count}
 
 
-@torch.no_grad()
-def validate(
-    model: Transformer,
-    rows: ValidationRows,
-    numbers: NDArray[np.int64],
-    readout: str,
-    config: Config,
-    *,
-    every_token: bool,
-    ranks: Ranks | None = None,
-) -> ReadoutLoss:
-    """Loss of one readout on the windows ``numbers`` of the validation split.
+class LossMeasure:
+    """Sums a model's loss on held-out rows over all ranks: a ``Measure``."""
 
-    A masked readout hides one token in round(1 / validation_mask_rate) at a time. ``every_token`` repeats it until
-    every token has been hidden once; otherwise one pass predicts that share of the tokens, the same ones every time.
-    The windows are shared out among ``ranks``, and the result is of all of them.
-    """
-    ranks = ranks or Ranks(next(model.parameters()).device)
-    own = numbers[ranks.rank :: ranks.world]
-    # Every rank makes as many forward passes as the others: some read a window that does not count.
-    idle = -(-len(numbers) // ranks.world) - len(own)
-    padded = np.concatenate([own, numbers[:idle]])
-    folds = 1 if readout == "next_token" else max(1, round(1 / config.objective.validation_mask_rate))
-    chunk = max(1, config.data.micro_batch_rows or min(config.data.batch_rows, 32))
-    model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)  # nats, and tokens predicted
-    for fold in range(folds if every_token else 1):
-        left = len(own)
-        for batch in rows.batches(padded, readout, fold, folds, chunk):
-            batch.loss_weights[max(0, left) :] = 0
-            left -= len(batch.masked)
-            part, causal = batch.to(ranks.device), int((~batch.masked).sum())
-            with autocast(ranks.device, config.training.precision):
-                nats = float(ranks.losses(model, part, causal).sum())
-            sums += torch.tensor([nats, float(batch.loss_weights.sum())])
-    model.train()
-    total, predicted = ranks.sum(sums)[0].tolist()
-    split = rows.split
-    # Ends of text have no bytes; the causal readout predicts them too, the masked ones do not.
-    predictable = split.tokens if readout == "next_token" else split.tokens - split.documents
-    nats = total / max(predicted, 1)
-    return ReadoutLoss(nats, nats * predictable / split.text_bytes / math.log(2), int(predicted))
+    def __init__(self, model: nn.Module, objective: Objective, config: Config, ranks: Ranks) -> None:
+        self.model, self.objective, self.config, self.ranks = model, objective, config, ranks
+
+    @torch.no_grad()
+    def __call__(
+        self, numbers: NDArray[np.int64], batches: Sequence[Callable[[NDArray[np.int64]], Any]]
+    ) -> tuple[float, float]:
+        ranks, config = self.ranks, self.config
+        own = numbers[ranks.rank :: ranks.world]
+        # Every rank makes as many forward passes as the others: some read a row that does not count.
+        idle = -(-len(numbers) // ranks.world) - len(own)
+        padded = np.concatenate([own, numbers[:idle]])
+        chunk = max(1, config.data.micro_batch_rows or min(config.data.batch_rows, 32))
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch_of in batches:
+            for first in range(0, len(padded), chunk):
+                batch = batch_of(padded[first : first + chunk])
+                batch.loss_weights[max(0, len(own) - first) :] = 0
+                with autocast(ranks.device, config.training.precision):
+                    losses = ranks.losses(self.objective, self.model, batch.to(ranks.device))
+                loss = float(sum(losses.values()))
+                sums += torch.tensor([loss, float(batch.loss_weights.sum())])
+        self.model.train()
+        loss, weight = ranks.sum(sums)[0].tolist()
+        return loss, weight
 
 
 def validate_readouts(
-    model: Transformer,
+    model: nn.Module,
     dataset: Dataset | Corpora,
     config: Config,
     *,
     rows: int | None = None,
     every_token: bool = False,
+    objective: Objective | None = None,
     ranks: Ranks | None = None,
-) -> dict[str, ReadoutLoss]:
-    """The validation loss of each way the model was trained to read; empty if the dataset has no validation text.
+) -> dict[str, dict[str, float]]:
+    """What the objective measures on the validation split; empty if the dataset has no validation text.
 
-    ``rows`` windows are taken (None: as the config says; 0: the whole split); ``every_token`` and ``ranks`` as in
-    ``validate``.
+    Args:
+        rows: how many rows of the split to read (None: as the settings say; 0: all).
+        every_token: as of ``Objective.validate``.
+        objective: None: as the settings say.
+        ranks: which share the rows; the result is of all of them.
     """
-    split = dataset.split("validation")
-    if not split.tokens:
+    if not dataset.split("validation").tokens:
         return {}
-    windows = ValidationRows(split, vocabulary_of(dataset), config.data.context_length)
-    numbers = windows.choose(config.training.validation_rows if rows is None else rows)
-    return {
-        readout: validate(model, windows, numbers, readout, config, every_token=every_token, ranks=ranks)
-        for readout in config.readouts
-    }
+    ranks = ranks or Ranks(next(model.parameters()).device)
+    objective = objective or open_objective(config, vocabulary_of(dataset))
+    held_out = ValidationRows(dataset.split("validation"), config.data.context_length)
+    wanted = config.training.validation_rows if rows is None else rows
+    measure = LossMeasure(model, objective, config, ranks)
+    return objective.validate(held_out, measure, rows=wanted, every_token=every_token)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.shards.tokens import SourceSpan, Split
-from lm.data.batch import IGNORED, Batch
+from lm.data.batch import IGNORED, TENSORS, Batch
 from lm.data.corpora import Corpora
 from lm.data.order import BLOCK_ROWS
-from lm.data.rows import Ring, vocabulary_of
-from lm.objectives.batches import TrainingBatches, ValidationRows
+from lm.data.rows import Ring, ValidationRows, vocabulary_of
+from lm.objectives.batches import TrainingBatches
+from tests.conftest import masked_rows_of
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_a_batch_is_a_function_of_its_step_alone(dataset, small):
     first = [forwards.batch(step) for step in range(5)]
     for step in (4, 0, 2):
         again = TrainingBatches(Corpora([dataset]), small).batch(step)
-        assert all(torch.equal(a, b) for a, b in zip(vars(first[step]).values(), vars(again).values(), strict=True))
+        assert same(first[step], again)
     assert not torch.equal(first[0].inputs, first[1].inputs)
     other_seed = TrainingBatches(Corpora([dataset]), small.replace(seed=1)).batch(0)
     assert not torch.equal(first[0].inputs, other_seed.inputs)
@@ -60,11 +61,11 @@ def test_a_batch_is_a_function_of_its_step_alone(dataset, small):
 def test_every_epoch_visits_each_window_once_in_an_order_of_its_own(dataset, causal, context):
     config = causal.replace(context_length=context, batch_tokens=context)
     batches = TrainingBatches(Corpora([dataset]), config)
-    tokens, windows = dataset.split("train").tokens, batches.texts[0].per_epoch
+    tokens, windows = dataset.split("train").tokens, batches.rows.texts[0].per_epoch
     assert windows == tokens // context
     orders = []
     for epoch in range(3):
-        *_, starts = batches.order.locate(np.arange(epoch * windows, (epoch + 1) * windows))
+        *_, starts = batches.rows.order.locate(np.arange(epoch * windows, (epoch + 1) * windows))
         covered = Counter(((starts[:, None] + np.arange(context)) % tokens).ravel().tolist())
         assert len(covered) == windows * context  # no token twice
         assert max(covered.values()) == 1
@@ -76,7 +77,7 @@ def test_every_epoch_visits_each_window_once_in_an_order_of_its_own(dataset, cau
 def test_a_row_holds_the_tokens_from_its_start_and_the_one_before(dataset, causal, stream):
     batches = TrainingBatches(Corpora([dataset]), causal)
     batch = batches.batch(3)
-    *_, starts = batches.order.locate(np.arange(24, 32))
+    *_, starts = batches.rows.order.locate(np.arange(24, 32))
     for row, start in enumerate(starts.tolist()):
         assert np.array_equal(batch.targets[row], np.take(stream, np.arange(start, start + 32), mode="wrap"))
         assert np.array_equal(batch.inputs[row], np.take(stream, np.arange(start - 1, start + 31), mode="wrap"))
@@ -95,8 +96,8 @@ def test_the_rows_of_a_run_do_not_depend_on_the_batch_size(dataset, small, objec
 
 def test_epochs_counts_passes_over_the_text(dataset, small):
     batches = TrainingBatches(Corpora([dataset]), small)
-    assert batches.epochs(batches.texts[0].per_epoch) == 8
-    assert batches.epochs(0) == 0
+    assert batches.rows.epochs(batches.rows.texts[0].per_epoch) == 8
+    assert batches.rows.epochs(0) == 0
 
 
 def test_a_context_longer_than_the_text_is_refused_with_both_numbers(dataset, small):
@@ -154,7 +155,7 @@ def test_the_batches_of_one_dataset_are_those_of_earlier_versions(dataset, causa
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    return a.parts == b.parts and all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
 
 
 @pytest.mark.parametrize("packing", ["windows", "documents"])
@@ -164,11 +165,12 @@ def test_the_parts_of_all_ranks_are_the_batch_of_one(dataset, small, packing, ob
     whole = TrainingBatches(Corpora([dataset]), config).batch(5)
     for world in (1, 2, 3, 8):
         parts = [TrainingBatches(Corpora([dataset]), config).batch(5, rank, world) for rank in range(world)]
-        for name, tensor in vars(whole).items():
+        for name in TENSORS:
             interleaved = torch.stack([getattr(part, name) for part in parts], dim=1).flatten(0, 1)
-            assert torch.equal(interleaved, tensor)
-        assert {len(part.masked) for part in parts} == {24 // world}
-        assert np.ptp([int(part.masked.sum()) for part in parts]) <= 1
+            assert torch.equal(interleaved, getattr(whole, name))
+        assert {name: sum(part.parts[name] for part in parts) for name in whole.parts} == whole.parts
+        assert {len(part) for part in parts} == {24 // world}
+        assert np.ptp([int(masked_rows_of(part).sum()) for part in parts]) <= 1
 
 
 def test_rows_that_do_not_divide_among_the_ranks_are_refused(dataset, small):
@@ -187,7 +189,7 @@ def test_packed_documents_have_each_token_once_an_epoch_and_documents_whole(data
     orders = []
     for epoch in range(2):
         found, order = Counter(), []
-        for step in range(epoch * batches.texts[0].per_epoch, (epoch + 1) * batches.texts[0].per_epoch):
+        for step in range(epoch * batches.rows.texts[0].per_epoch, (epoch + 1) * batches.rows.texts[0].per_epoch):
             batch = batches.batch(step)
             bounds = [*np.flatnonzero(batch.positions[0].numpy() == 0), context]
             used = int((batch.targets[0] != IGNORED).sum())
@@ -204,8 +206,8 @@ def test_places_that_no_document_fills_see_nothing_are_not_seen_and_weigh_nothin
     config = small.replace(objective=objective, packing="documents", context_length=64, batch_tokens=64 * 8)
     batches = TrainingBatches(Corpora([dataset]), config)
     padded = 0
-    for step in range(batches.texts[0].per_epoch // 8):
-        batch, rows = batches.batch(step), batches.rows(step)
+    for step in range(batches.rows.texts[0].per_epoch // 8):
+        batch, rows = batches.batch(step), batches.rows.of_step(step)
         used = (batch.lo < batch.hi).sum(1)
         assert sorted(used.tolist()) == sorted(rows.lengths.tolist())
         for row, length in enumerate(used.tolist()):
@@ -233,11 +235,11 @@ def test_the_first_token_of_a_fragment_is_never_predicted_from_another_document(
 
 def test_the_introduction_tells_how_full_packed_rows_are(dataset, causal):
     batches = TrainingBatches(Corpora([dataset]), causal.replace(packing="documents"))
-    told = batches.introduction(10)
-    plan = batches.texts[0].plan
+    told = batches.rows.introduction(10)
+    plan = batches.rows.texts[0].plan
     assert len(told) == 1
     assert f"{dataset.split('train').tokens / (plan.rows * 32):.2%} full" in told[0]
-    assert TrainingBatches(Corpora([dataset]), causal).introduction(10) == []
+    assert TrainingBatches(Corpora([dataset]), causal).rows.introduction(10) == []
 
 
 @pytest.mark.parametrize("packing", ["windows", "documents"])
@@ -246,8 +248,8 @@ def test_corpora_share_the_rows_by_weight_and_each_has_its_own_epochs(dataset, o
     config = causal.replace(packing=packing, batch_tokens=32 * 9)
     batches = TrainingBatches(corpora, config)
     alone = [TrainingBatches(Corpora([d]), config) for d in (dataset, other_dataset)]
-    size = batches.texts[1].per_epoch
-    texts, _, places = batches.order.locate(np.arange(3 * 2 * size))
+    size = batches.rows.texts[1].per_epoch
+    texts, _, places = batches.rows.order.locate(np.arange(3 * 2 * size))
     assert Counter(texts.tolist()) == {0: 4 * size, 1: 2 * size}
     of_second = places[texts == 1]
     for epoch in (of_second[:size], of_second[size:]):
@@ -256,8 +258,8 @@ def test_corpora_share_the_rows_by_weight_and_each_has_its_own_epochs(dataset, o
         assert sorted(of_second[:size].tolist()) == list(range(size))
     assert of_second[:size].tolist() != of_second[size:].tolist()
     # The first corpus is visited in the order that it has by itself.
-    assert np.array_equal(places[texts == 0], alone[0].order.locate(np.arange(4 * size)).places)
-    assert "66.7% of the rows" in batches.introduction(1)[0]
+    assert np.array_equal(places[texts == 0], alone[0].rows.order.locate(np.arange(4 * size)).places)
+    assert "66.7% of the rows" in batches.rows.introduction(1)[0]
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.25])
@@ -266,13 +268,13 @@ def test_each_corpus_has_its_own_share_of_masked_rows(dataset, other_dataset, sm
     corpora = Corpora([dataset, other_dataset], [Fraction(1), Fraction(1)])
     config = small.replace(objective="hybrid", masked_fraction=fraction, batch_tokens=32)
     batches = TrainingBatches(corpora, config)
-    texts = batches.order.locate(np.arange(80)).texts
-    masked = np.array([bool(batches.batch(step).masked[0]) for step in range(80)])
+    texts = batches.rows.order.locate(np.arange(80)).texts
+    masked = np.array([bool(masked_rows_of(batches.batch(step))[0]) for step in range(80)])
     assert [int(masked[texts == text].sum()) for text in (0, 1)] == [40 * fraction, 40 * fraction]
 
 
 def test_corpora_of_one_size_have_orders_of_their_own(dataset, causal):
-    located = TrainingBatches(Corpora([dataset] * 2, [Fraction(1)] * 2), causal).order.locate(np.arange(200))
+    located = TrainingBatches(Corpora([dataset] * 2, [Fraction(1)] * 2), causal).rows.order.locate(np.arange(200))
     assert located.places[located.texts == 0].tolist() != located.places[located.texts == 1].tolist()
 
 
@@ -288,15 +290,15 @@ def test_sources_of_unequal_weight_take_turns_and_equal_ones_are_one_stream(data
     assert same(TrainingBatches(Corpora([dataset]), causal).batch(7), plain)
     monkeypatch.setattr(Split, "source_spans", spans(3.0))
     batches = TrainingBatches(Corpora([dataset]), causal)
-    assert batches.names == [f"{name} in {dataset.directory}" for name in "ab"]
-    texts, *_ = batches.order.locate(np.arange(400))
+    assert batches.rows.names == [f"{name} in {dataset.directory}" for name in "ab"]
+    texts, *_ = batches.rows.order.locate(np.arange(400))
     assert (texts == 1).sum() == 300
     first = split.read(0, middle)
-    of_first = [row for row, text in zip(batches.rows(0).targets, texts[:8], strict=True) if text == 0]
+    of_first = [row for row, text in zip(batches.rows.of_step(0).targets, texts[:8], strict=True) if text == 0]
     circle = " ".join(map(str, [*first.tolist(), *first[:32].tolist()]))
     assert len(of_first) == 2
     assert all(" ".join(map(str, row.tolist())) in circle for row in of_first)
-    told = batches.introduction(50)
+    told = batches.rows.introduction(50)
     assert len(told) == 2
     assert f"{middle:,} tokens" in told[0]
 
@@ -304,15 +306,14 @@ def test_sources_of_unequal_weight_take_turns_and_equal_ones_are_one_stream(data
 @pytest.mark.parametrize("context", [7, 32, 100_000])
 def test_validation_windows_cover_every_token_once(dataset, context):
     split = dataset.split("validation")
-    rows = ValidationRows(split, vocabulary_of(dataset), context)
-    batches = list(rows.batches(rows.choose(0), "next_token", 0, 1, 5))
-    assert all(len(batch.masked) <= 5 for batch in batches)
-    targets = torch.cat([batch.targets.flatten() for batch in batches])
-    assert np.array_equal(targets[targets != IGNORED], split.read(0, split.tokens))
+    rows = ValidationRows(split, context)
+    windows, real = rows.windows(rows.choose(0))
+    targets = np.concatenate([window[1 : 1 + count] for window, count in zip(windows, real, strict=True)])
+    assert np.array_equal(targets, split.read(0, split.tokens))
 
 
 def test_chosen_validation_windows_are_spread_evenly_and_always_the_same(dataset):
-    rows = ValidationRows(dataset.split("validation"), vocabulary_of(dataset), 16)
+    rows = ValidationRows(dataset.split("validation"), 16)
     assert rows.count > 20
     assert rows.choose(0).tolist() == rows.choose(rows.count + 5).tolist() == list(range(rows.count))
     for wanted in (1, 3, rows.count - 1):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.config.settings import READOUTS, ObjectiveConfig
-from lm.data.batch import IGNORED, Batch, Vocabulary, rows_of_windows
+from lm.config.settings import OBJECTIVES, Config
+from lm.data.batch import IGNORED, TENSORS, Batch, Vocabulary, rows_of_windows
 from lm.kernels import masks
-from lm.objectives.text import make_batch, masked_rows, validation_batch
+from lm.objectives.text import TextObjective, masked_rows, validation_batch
+from tests.conftest import masked_rows_of
 
 VOCABULARY = Vocabulary(size=50, end_of_text=0, mask=2)
 
@@ -26,13 +27,13 @@ def windows_of(rows: int, length: int, seed: int = 0, *, ends: float = 0.1) -> n
 
 def batch_of(windows: np.ndarray, objective: str, seed: int = 0, first: int = 0, **changes) -> Batch:
     numbers = np.arange(first, first + len(windows))
-    config = ObjectiveConfig(objective=objective, **changes)
-    return make_batch(rows_of_windows(windows, VOCABULARY), numbers, numbers, config, VOCABULARY, seed)
+    config = Config().replace(objective=objective, seed=seed, **changes)
+    return TextObjective(config, VOCABULARY).prepare(rows_of_windows(windows, VOCABULARY, numbers, numbers))
 
 
 def assert_same(a: Batch, b: Batch) -> None:
-    for field in fields(Batch):
-        assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+    for name in TENSORS:
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
 @pytest.mark.parametrize(
@@ -64,18 +65,18 @@ def test_which_rows_are_masked_depends_on_their_numbers_alone(fraction, first, r
 
 def test_a_hybrid_batch_has_its_causal_rows_first():
     batch = batch_of(windows_of(8, 16), "hybrid", masked_fraction=0.25)
-    assert batch.masked.tolist() == [False] * 6 + [True] * 2
+    assert masked_rows_of(batch).tolist() == [False] * 6 + [True] * 2
 
 
-@pytest.mark.parametrize("objective", READOUTS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @given(rows=st.integers(1, 9), seed=st.integers(0, 50), first=st.integers(0, 99))
 def test_loss_weights_of_a_step_add_up_to_one(objective, rows, seed, first):
     batch = batch_of(windows_of(rows, 12, seed, ends=0.05), objective, seed, first)
     assert float(batch.loss_weights.sum()) == pytest.approx(1, abs=1e-5)
     assert torch.equal(batch.loss_weights > 0, batch.targets != IGNORED)
     for kind in (False, True):  # each kind of row weighs what it is of the rows, evenly over its predictions
-        of_kind = batch.loss_weights[batch.masked == kind]
-        assert float(of_kind.sum()) == pytest.approx(float((batch.masked == kind).sum()) / rows, abs=1e-5)
+        of_kind = batch.loss_weights[masked_rows_of(batch) == kind]
+        assert float(of_kind.sum()) == pytest.approx(float((masked_rows_of(batch) == kind).sum()) / rows, abs=1e-5)
         assert len(of_kind[of_kind > 0].unique()) <= 1
 
 
@@ -167,7 +168,8 @@ def test_what_is_hidden_in_a_row_does_not_depend_on_the_rows_beside_it(objective
     order = np.argsort(masked_rows(np.arange(10, 16), 0.5), kind="stable") if objective == "hybrid" else range(6)
     for place, row in enumerate(order):
         alone = batch_of(windows[row : row + 1], objective, seed, first=10 + int(row))
-        for name in ("inputs", "targets", "positions", "lo", "hi", "masked"):
+        assert masked_rows_of(alone)[0] == masked_rows_of(together)[place]
+        for name in ("inputs", "targets", "positions", "lo", "hi"):
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[place]), name
 
 
@@ -180,11 +182,16 @@ def test_what_is_hidden_differs_by_seed_and_by_row():
 
 def test_rows_cut_a_batch_into_micro_batches():
     batch = batch_of(windows_of(5, 8), "hybrid")
-    for field in fields(Batch):
-        whole = getattr(batch, field.name)
-        parts = [getattr(batch.rows(start, start + 2), field.name) for start in (0, 2, 4)]
-        assert torch.equal(torch.cat(parts), whole)
-        assert torch.equal(getattr(batch.to(torch.device("cpu")), field.name), whole)
+    cut = [batch.rows(start, start + 2) for start in (0, 2, 4)]
+    for name in TENSORS:
+        whole = getattr(batch, name)
+        assert torch.equal(torch.cat([getattr(part, name) for part in cut]), whole)
+        assert torch.equal(getattr(batch.to(torch.device("cpu")), name), whole)
+    assert [part.parts for part in cut] == [
+        {"next_token": 2, "masked_next_token": 0},
+        {"next_token": 1, "masked_next_token": 1},
+        {"next_token": 0, "masked_next_token": 1},
+    ]
 
 
 def stream_windows(stream: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -231,7 +238,7 @@ def test_the_vocabulary_is_all_an_objective_knows_of_the_tokenizer():
     """Other ids for the special tokens: nothing is hard-wired."""
     other = replace(VOCABULARY, end_of_text=49, mask=48)
     windows = np.where(windows_of(3, 16) == 0, 49, windows_of(3, 16))
-    config, numbers = ObjectiveConfig(objective="masked_token", mask_rate=1.0), np.arange(3)
-    batch = make_batch(rows_of_windows(windows, other), numbers, numbers, config, other, 0)
+    config, numbers = Config().replace(objective="masked_token", mask_rate=1.0), np.arange(3)
+    batch = TextObjective(config, other).prepare(rows_of_windows(windows, other, numbers, numbers))
     assert (batch.inputs == 48).any()
     assert not (batch.targets == 49).any()

@@ -58,10 +58,10 @@ def perturbed(config: Config) -> Transformer:
 
 def gradients(config: Config, corpora: Corpora, ranks: Ranks) -> Found:
     """Gradient, losses and shares of the second step."""
-    batch = TrainingBatches(corpora, config).batch(1, ranks.rank, ranks.world)
-    model = perturbed(config)
-    ranks.spread(model)
-    losses, shares = step_gradients(model, batch, config, 1, ranks)
+    batches, model = TrainingBatches(corpora, config), perturbed(config)
+    batch = batches.batch(1, ranks.rank, ranks.world)
+    ranks.spread(model, batches.objective)
+    losses, shares = step_gradients(batches.objective, model, batch, config, 1, ranks)
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     return ranks.gathered(found), {"losses": {n: float(loss) for n, loss in losses.items()}, "shares": shares}
 
@@ -69,7 +69,7 @@ def gradients(config: Config, corpora: Corpora, ranks: Ranks) -> Found:
 def trained(config: Config, corpora: Corpora, ranks: Ranks) -> Found:
     """Weights and optimizer after some steps, the optimizer saved and loaded half way; norms, losses, validation."""
     batches, model = TrainingBatches(corpora, config), perturbed(config)
-    ranks.spread(model)
+    ranks.spread(model, batches.objective)
     optimizer = Optimizer(model, config.optimizer, ranks)
     told: dict[str, Any] = {"norms": [], "losses": []}
     for step in range(STEPS):
@@ -77,13 +77,15 @@ def trained(config: Config, corpora: Corpora, ranks: Ranks) -> Found:
             state = ranks.gathered(optimizer.state())
             optimizer = Optimizer(model, config.optimizer, ranks)
             optimizer.load_state(ranks.on_main(lambda state=state: state))  # as all would read it from a checkpoint
-        losses, _ = step_gradients(model, batches.batch(step, ranks.rank, ranks.world), config, step, ranks)
+        batch = batches.batch(step, ranks.rank, ranks.world)
+        losses, _ = step_gradients(batches.objective, model, batch, config, step, ranks)
         told["losses"].append(sum(map(float, losses.values())))
         told["norms"].append(float(optimizer.clip()))
         optimizer.step(1.0)
     for rows in (2, 0):
-        validated = validate_readouts(model, corpora, config.replace(micro_batch_rows=rows), ranks=ranks)
-        told[f"validation by {rows}"] = {name: loss.as_dict() for name, loss in validated.items()}
+        told[f"validation by {rows}"] = validate_readouts(
+            model, corpora, config.replace(micro_batch_rows=rows), objective=batches.objective, ranks=ranks
+        )
     held = {**model.state_dict(), **optimizer.state()}
     told["numbers held"] = sum(ranks.local(tensor).numel() for tensor in held.values() if tensor.ndim)
     return ranks.gathered(held), told
@@ -271,7 +273,7 @@ def test_every_row_has_its_own_dropout_on_whatever_rank(dataset, small, monkeypa
     def drawn(ranks: Ranks) -> list[int]:
         seeds.clear()
         batch: Batch = batches.batch(3, ranks.rank, ranks.world)
-        step_gradients(model, batch, config, 3, ranks)
+        step_gradients(batches.objective, model, batch, config, 3, ranks)
         return seeds.copy()
 
     rows = drawn(Ranks())

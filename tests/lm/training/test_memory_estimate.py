@@ -29,7 +29,7 @@ def losses_of(model: Transformer, config: Config, rows: int) -> torch.Tensor:
     positions = torch.arange(context, dtype=torch.int32).expand(rows, context).contiguous()
     with torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bfloat16"):
         hidden = model(inputs, positions, torch.zeros_like(positions), positions + 1)
-        causal = memory_estimate._causal_rows(config, rows)
+        causal = memory_estimate._parts(config, rows).get("next_token", 0)
         parts = [part for part in (slice(0, causal), slice(causal, None)) if len(hidden[part])]
         return sum(model.loss(hidden[p], inputs[p], torch.ones(len(hidden[p]), context)) for p in parts)
 

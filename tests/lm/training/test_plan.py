@@ -54,23 +54,25 @@ def test_a_run_with_a_dry_step_is_the_same_bit_for_bit(small, quietly, tmp_path,
 
 def test_a_dry_step_leaves_weights_and_gradients_as_they_are(dataset, known):
     model = Transformer(known.model).initialise(0)
-    batch = TrainingBatches(Corpora([dataset]), known).batch(0)
-    found = dry_step(model, known.replace(micro_batch_rows=4), batch, 100)
+    batches = TrainingBatches(Corpora([dataset]), known)
+    objective, batch = batches.objective, batches.batch(0)
+    found = dry_step(model, objective, known.replace(micro_batch_rows=4), batch, 100)
     assert found.rows == 4
     assert found.seconds > 0
     assert all(p.grad is None for p in model.parameters())
     again = Transformer(known.model).initialise(0)
     for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert dry_step(model, known, batch, 3).rows == 3
+    assert dry_step(model, objective, known, batch, 3).rows == 3
 
 
 def test_the_time_of_part_of_a_batch_is_scaled_to_all_of_it(dataset, known, monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(plan.time, "perf_counter", lambda: float(next(clock)))
-    batch = TrainingBatches(Corpora([dataset]), known).batch(0)
+    batches = TrainingBatches(Corpora([dataset]), known)
+    objective, batch = batches.objective, batches.batch(0)
     # Each pass over 2 of the 8 rows takes one second of this clock, and each update one.
-    assert dry_step(Transformer(known.model), known, batch, 2).seconds == 4 * 1 + 1
+    assert dry_step(Transformer(known.model), objective, known, batch, 2).seconds == 4 * 1 + 1
 
 
 def test_the_largest_micro_batch_that_fits_is_chosen(known, monkeypatch):
@@ -134,7 +136,7 @@ def test_a_micro_batch_that_was_asked_for_is_tried_and_the_doubt_told(small, rec
 
 
 def test_memory_that_runs_out_in_the_dry_step_makes_the_micro_batch_smaller(small, recorder, tmp_path, monkeypatch):
-    def scarce(model, config, batch, affordable_rows):
+    def scarce(model, objective, config, batch, affordable_rows):
         if config.data.micro_batch_rows > 2:
             raise torch.OutOfMemoryError("out of memory")
         return DryStep(config.data.micro_batch_rows, 1.0, 10**9)

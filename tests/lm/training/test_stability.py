@@ -120,8 +120,8 @@ def spoil(monkeypatch):
     def install(factors: dict[int, float], *, only_once: bool = True) -> None:
         left = dict(factors)
 
-        def spoilt(model, batch, config, step, ranks):
-            losses, shares = honest(model, batch, config, step, ranks)
+        def spoilt(objective, model, batch, config, step, ranks):
+            losses, shares = honest(objective, model, batch, config, step, ranks)
             factor = left.pop(step, 1.0) if only_once else left.get(step, 1.0)
             return {name: loss * factor for name, loss in losses.items()}, shares
 
@@ -228,14 +228,10 @@ def test_a_run_killed_after_going_back_does_not_go_on_from_what_it_left(small, r
 def test_overfitting_is_told_once_and_the_best_is_in_the_state(small, recorder, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.1, 2.2, 2.3, 2.4])
 
-    class Result:
-        def __init__(self, loss):
-            self.nats_per_token = loss
+    def validated(*_, **__):
+        return {"next_token": {"nats_per_token": next(losses), "bits_per_byte": 1.0, "predicted": 1}}
 
-        def as_dict(self):
-            return {"nats_per_token": self.nats_per_token, "bits_per_byte": 1.0, "predicted": 1}
-
-    monkeypatch.setattr(pretraining, "validate_readouts", lambda *_, **__: {"next_token": Result(next(losses))})
+    monkeypatch.setattr(pretraining, "validate_readouts", validated)
     run = pretraining.train(small.replace(steps=12, validate_every=2), tmp_path / "run", recorder)
     told = [note for note in recorder.notes if "validation loss has been rising since step 4" in note]
     assert len(told) == 1

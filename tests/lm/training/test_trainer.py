@@ -11,7 +11,7 @@ from data_prep.errors import UserError
 from data_prep.files import only_writer_of
 from lm.config.recipes import load_config
 from lm.config.settings import all_settings
-from lm.data.batch import Batch
+from lm.data.batch import TENSORS, Batch
 from lm.data.corpora import Corpora
 from lm.model.transformer import Transformer
 from lm.objectives.batches import TrainingBatches
@@ -20,20 +20,22 @@ from lm.runs.resume import FIXED_SETTINGS, FREE_SETTINGS
 from lm.training.gradients import step_gradients
 from lm.training.pretraining import train
 from lm.training.trainer import told_memory
+from tests.conftest import masked_rows_of
 
 
 @pytest.mark.parametrize("objective", ["next_token", "masked_token", "masked_next_token", "hybrid"])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(dataset, small, objective):
     """Although each has another number of hidden tokens, and one may be causal and the next masked."""
     config = small.replace(objective=objective, masked_fraction=0.3, vocab_size=400)
-    batch = TrainingBatches(Corpora([dataset]), config).batch(1)
+    batches = TrainingBatches(Corpora([dataset]), config)
+    objective, batch = batches.objective, batches.batch(1)
     model = Transformer(config.model).initialise(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.05)
     found = []
     for rows in (0, 4, 2, 1):
-        losses, shares = step_gradients(model, batch, config.replace(micro_batch_rows=rows), 1)
+        losses, shares = step_gradients(objective, model, batch, config.replace(micro_batch_rows=rows), 1)
         found.append((losses, shares, [p.grad.clone() for p in model.parameters()]))
     for losses, shares, gradients in found[1:]:
         assert shares == found[0][1]
@@ -48,15 +50,16 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(dataset, small, obje
 def test_the_gradient_is_that_of_the_mean_loss(dataset, small):
     """Computed once more from all logits, each kind of row averaged over its own predictions."""
     config = small.replace(masked_fraction=0.25, vocab_size=400)
-    batch = TrainingBatches(Corpora([dataset]), config).batch(0)
+    batches = TrainingBatches(Corpora([dataset]), config)
+    objective, batch = batches.objective, batches.batch(0)
     model = Transformer(config.model).initialise(0)
-    losses, shares = step_gradients(model, batch, config, 0)
+    losses, shares = step_gradients(objective, model, batch, config, 0)
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     logits = model.logits(model(batch.inputs, batch.positions, batch.lo, batch.hi))
     total = 0.0
     for masked, name in ((False, "next_token"), (True, "masked_next_token")):
-        rows = batch.masked == masked
+        rows = masked_rows_of(batch) == masked
         mean = torch.nn.functional.cross_entropy(logits[rows].flatten(0, 1), batch.targets[rows].flatten())
         share = float(rows.float().mean())
         assert shares[name] == share
@@ -69,13 +72,15 @@ def test_the_gradient_is_that_of_the_mean_loss(dataset, small):
 
 def test_dropout_is_drawn_anew_for_each_step_and_micro_batch_and_the_same_again(dataset, small):
     config = small.replace(objective="next_token", vocab_size=400, dropout=0.3, micro_batch_rows=1)
-    one = TrainingBatches(Corpora([dataset]), config).batch(0).rows(0, 1)
-    twice = Batch(*(torch.cat([tensor, tensor]) for tensor in vars(one).values()))
+    batches = TrainingBatches(Corpora([dataset]), config)
+    objective, one = batches.objective, batches.batch(0).rows(0, 1)
+    doubled = {name: torch.cat([getattr(one, name)] * 2) for name in TENSORS}
+    twice = Batch(**doubled, parts={name: 2 * rows for name, rows in one.parts.items()})
     model = Transformer(config.model).initialise(0).train()
 
     def loss(batch: Batch, step: int, seed: int = 0) -> float:
         torch.manual_seed(123)  # the global stream has no say
-        return float(step_gradients(model, batch, config.replace(seed=seed), step)[0]["next_token"])
+        return float(step_gradients(objective, model, batch, config.replace(seed=seed), step)[0]["next_token"])
 
     assert loss(one, 5) == loss(one, 5)
     assert len({loss(one, 5), loss(one, 6), loss(one, 5, seed=1)}) == 3

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lm.data.rows import vocabulary_of
+from lm.data.rows import ValidationRows, vocabulary_of
 from lm.model.device import autocast
-from lm.objectives.batches import ValidationRows
-from lm.training.validation import rows_of_validation, validate, validate_readouts
+from lm.objectives.text import validation_batch
+from lm.training.validation import rows_of_validation, validate_readouts
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +43,25 @@ def test_the_causal_loss_equals_a_sum_over_documents_read_one_by_one(model, data
     split = dataset.split("validation")
     assert count == split.tokens
     loss = validate_readouts(model, dataset, trained.config, rows=0, every_token=True)["next_token"]
-    assert loss.predicted == count
-    assert loss.nats_per_token == pytest.approx(total / count, rel=1e-5)
-    assert loss.bits_per_byte == pytest.approx(total / math.log(2) / split.text_bytes, rel=1e-5)
+    assert loss["predicted"] == count
+    assert loss["nats_per_token"] == pytest.approx(total / count, rel=1e-5)
+    assert loss["bits_per_byte"] == pytest.approx(total / math.log(2) / split.text_bytes, rel=1e-5)
 
 
 def masked_loss_by_hand(model, dataset, config) -> tuple[float, int]:
     """Of every fold, the cross-entropy at each hidden token, found by comparing inputs with the stream."""
     split = dataset.split("validation")
     stream = split.read(0, split.tokens).astype(np.int64)
-    rows = ValidationRows(split, vocabulary_of(dataset), 32)
+    rows = ValidationRows(split, 32)
     folds = round(1 / config.objective.validation_mask_rate)
     total, count = 0.0, 0
     for fold in range(folds):
         for number in range(rows.count):
-            (batch,) = rows.batches(np.array([number]), "masked_next_token", fold, folds, 1)
+            one = np.array([number])
+            windows, real = rows.windows(one)
+            batch = validation_batch(
+                windows, real, one, "masked_next_token", vocabulary_of(dataset), fold=fold, folds=folds
+            )
             original = torch.from_numpy(np.take(stream, np.arange(number * 32 - 1, number * 32 + 32), mode="wrap"))
             hidden_at = (batch.inputs[0] != original).nonzero()[:, 0]
             assert (batch.inputs[0, hidden_at] == 2).all()
@@ -74,21 +78,21 @@ def test_the_masked_loss_predicts_every_word_once_over_its_folds(model, dataset,
     split = dataset.split("validation")
     assert count == split.tokens - split.documents
     loss = validate_readouts(model, dataset, trained.config, rows=0, every_token=True)["masked_next_token"]
-    assert loss.predicted == count
-    assert loss.nats_per_token == pytest.approx(total / count, rel=1e-5)
-    assert loss.bits_per_byte == pytest.approx(total / math.log(2) / split.text_bytes, rel=1e-5)
+    assert loss["predicted"] == count
+    assert loss["nats_per_token"] == pytest.approx(total / count, rel=1e-5)
+    assert loss["bits_per_byte"] == pytest.approx(total / math.log(2) / split.text_bytes, rel=1e-5)
 
 
 def test_a_quick_validation_hides_a_share_of_the_tokens_and_is_the_same_each_time(model, dataset, trained):
     first, again = (validate_readouts(model, dataset, trained.config, rows=0) for _ in range(2))
     assert first == again
     split = dataset.split("validation")
-    assert first["next_token"].predicted == split.tokens
-    share = first["masked_next_token"].predicted / (split.tokens - split.documents)
+    assert first["next_token"]["predicted"] == split.tokens
+    share = first["masked_next_token"]["predicted"] / (split.tokens - split.documents)
     assert share == pytest.approx(1 / 7, abs=0.03)
     whole = validate_readouts(model, dataset, trained.config, rows=0, every_token=True)
-    assert first["masked_next_token"].nats_per_token == pytest.approx(
-        whole["masked_next_token"].nats_per_token, abs=0.5
+    assert first["masked_next_token"]["nats_per_token"] == pytest.approx(
+        whole["masked_next_token"]["nats_per_token"], abs=0.5
     )
 
 
@@ -97,9 +101,9 @@ def test_the_micro_batch_does_not_change_the_loss(model, dataset, trained):
         validate_readouts(model, dataset, trained.config.replace(micro_batch_rows=rows), rows=9) for rows in (1, 4, 0)
     ]
     for name in ("next_token", "masked_next_token"):
-        values = [loss[name].nats_per_token for loss in losses]
+        values = [loss[name]["nats_per_token"] for loss in losses]
         assert values == pytest.approx([values[0]] * 3, rel=1e-5)
-        assert len({loss[name].predicted for loss in losses}) == 1
+        assert len({loss[name]["predicted"] for loss in losses}) == 1
 
 
 def test_validation_ignores_dropout_and_leaves_the_model_training(dataset, small):
@@ -107,11 +111,10 @@ def test_validation_ignores_dropout_and_leaves_the_model_training(dataset, small
 
     config = small.replace(vocab_size=400, dropout=0.5)
     model = Transformer(config.model).initialise(0).train()
-    rows = ValidationRows(dataset.split("validation"), vocabulary_of(dataset), 32)
-    losses = [validate(model, rows, rows.choose(4), "next_token", config, every_token=True) for _ in range(2)]
+    losses = [validate_readouts(model, dataset, config, rows=4, every_token=True)["next_token"] for _ in range(2)]
     assert losses[0] == losses[1]
     assert model.training
-    assert losses[0].nats_per_token == pytest.approx(math.log(400), abs=0.1)
+    assert losses[0]["nats_per_token"] == pytest.approx(math.log(400), abs=0.1)
 
 
 def test_the_readouts_are_those_of_the_objective(model, dataset, trained):
