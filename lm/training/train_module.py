@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from lm.config.settings import Config
 from lm.runs.metrics_log import Best
-from lm.runs.resume import Source
+from lm.runs.resume import TrainingSource
 
 Batch = TypeVar("Batch")
 
 
-class TrainModule(Source, Protocol[Batch]):
+class TrainModule(TrainingSource, Protocol[Batch]):
     """What a run does where runs differ (``pretraining``, ``finetune``); the loop does what they share.
 
     Whatever is asked of it depends on the settings, the seed and the step alone. ``config`` has every setting, with
