@@ -18,7 +18,7 @@ from lm.config.recipes import find_recipe, load_config
 from lm.model.transformer import Transformer, describe
 from lm.runs import checkpoint
 from lm.runs.checkpoint import Retention
-from lm.runs.checkpoint_writer import Saver, snapshot
+from lm.runs.checkpoint_writer import CheckpointWriter, snapshot
 from lm.training.optimizer import Optimizer
 
 ROUNDS = 15
@@ -38,7 +38,7 @@ def main(recipe: str) -> None:
     pauses: dict[str, list[tuple[float, float]]] = {"written while it waits": [], "in the background": []}
     with tempfile.TemporaryDirectory(dir=".") as name:
         folder, keep = Path(name), Retention(2)
-        with Saver(folder, keep, 0, lambda: None) as saver:
+        with CheckpointWriter(folder, keep, 0, lambda: None) as saver:
             for step in range(1, 2 * ROUNDS, 2):
                 wall, cpu = time.perf_counter(), time.thread_time()
                 checkpoint.save(folder, step, snapshot(weights), snapshot(state), {})

@@ -57,6 +57,8 @@ class Tokenizer:
             in lower case.
     """
 
+    file_name = "tokenizer.json"  # in a run or a dataset
+
     def __init__(self, engine: Engine) -> None:
         # Text must not be able to spell a control token: "<|mask|>" in a document stays eight characters.
         engine.encode_special_tokens = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -12,27 +11,12 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
-from lm.cli.options import json_option, run_argument, settings_options
-from lm.config.settings import Setting, all_settings
+from lm.cli.options import given_settings, json_option, run_argument, seeds_of, settings_options
+from lm.config.settings import finetuning_settings
 
 if TYPE_CHECKING:
     from lm.config.settings import Config
     from lm.finetuning.finetune import Finetuned
-
-
-def finetuning_settings() -> list[Setting]:
-    """The settings that a fine-tuning has, with its own defaults; the others are those of its base."""
-    from lm.config.finetuning_defaults import DEFAULTS, DERIVED, LEARNING_RATES
-
-    own = [s for s in all_settings() if s.section in ("finetune", "optimizer", "training") or s.name == "dropout"]
-    kept = [s for s in own if s.name not in (*DERIVED, "base")]
-    kept.sort(key=lambda setting: setting.section != "finetune")
-    rates = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
-    more = {"learning_rate": f"; the default by method: {rates}"}
-    return [
-        dataclasses.replace(s, default=DEFAULTS.get(s.name, s.default), help=s.help + more.get(s.name, ""))
-        for s in kept
-    ]
 
 
 @click.command(
@@ -83,12 +67,7 @@ def finetune(
     from lm.training.terminal import TerminalProgress
 
     unknown = tuple(argument.split("=")[0] for argument in context.args if argument.startswith("-"))
-    given = {
-        name: value[0] if isinstance(value, tuple) and len(value) == 1 else value
-        for name, value in settings.items()
-        if value not in (None, ())
-    }
-    config = finetune_config(open_run(run), given, recipe, unknown_options=unknown)
+    config = finetune_config(open_run(run), given_settings(settings), recipe, unknown_options=unknown)
     if context.args and not unknown:
         raise UserError(f"unexpected argument {context.args[0]!r}")
     done = [
@@ -101,10 +80,7 @@ def _runs(config: Config, out: Path, seeds: str) -> list[tuple[Config, Path]]:
     """Settings and run directory of each of the seeds; of the one of the settings, if none are named."""
     if not seeds:
         return [(config, out)]
-    numbers = [seed.strip() for seed in seeds.split(",")]
-    if not all(seed.isdecimal() for seed in numbers) or len(set(numbers)) < len(numbers):
-        raise UserError(f"--seeds {seeds} are not different whole numbers with commas between them, as 0,1,2 are")
-    return [(config.replace(seed=int(seed)), out / f"seed_{seed}") for seed in numbers]
+    return [(config.replace(seed=seed), out / f"seed_{seed}") for seed in seeds_of(seeds)]
 
 
 def _tell(done: list[Finetuned], as_json: bool) -> None:

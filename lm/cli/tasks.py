@@ -11,8 +11,16 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
-from lm.cli.finetune import finetuning_settings
-from lm.cli.options import device_option, json_option, reading_options, run_argument, settings_options
+from lm.cli.options import (
+    device_option,
+    given_settings,
+    json_option,
+    reading_options,
+    run_argument,
+    seeds_of,
+    settings_options,
+)
+from lm.config.settings import finetuning_settings
 
 if TYPE_CHECKING:
     from lm.evaluation.task_table import Cell, Examples
@@ -75,12 +83,8 @@ def tasks(
     from lm.runs.directory import open_run
 
     opened, where = open_run(run), choose_device(device)
-    chosen, numbers = _rows(rows), _seeds(seeds)
-    given = {
-        name: value[0] if isinstance(value, tuple) and len(value) == 1 else value
-        for name, value in settings.items()
-        if value not in (None, ())
-    }
+    chosen, numbers = _rows(rows), seeds_of(seeds)
+    given = given_settings(settings)
     one_task = {name: value for name, value in (*given.items(), ("test", test)) if name in ONE_TASK and value}
     if file is not None and one_task:
         raise UserError(f"--tasks names the tasks: leave {', '.join(f'--{name}' for name in one_task)} out")
@@ -115,13 +119,6 @@ def _rows(text: str) -> list[str]:
     if unknown := [row for row in rows if row not in ROWS]:
         raise UserError(f'there is no row "{unknown[0]}": choose of {", ".join(ROWS)}')
     return [row for row in ROWS if row in rows]
-
-
-def _seeds(text: str) -> list[int]:
-    numbers = [seed.strip() for seed in text.split(",")]
-    if not all(seed.isdecimal() for seed in numbers) or len(set(numbers)) < len(numbers):
-        raise UserError(f"--seeds {text} are not different whole numbers with commas between them, as 0,1,2 are")
-    return [int(seed) for seed in numbers]
 
 
 def _tell(out: Path, examples: list[Examples], cells: list[Cell], as_json: bool) -> None:

@@ -12,7 +12,7 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import USER_ERROR_STATUS, UserError
-from lm.cli.options import json_option, settings_options
+from lm.cli.options import given_settings, json_option, settings_options
 from lm.config.recipes import find_recipe, load_config
 from lm.config.settings import Config, FinetuneConfig, ReportConfig, pretraining_settings
 
@@ -118,12 +118,9 @@ def _config_and_run(
         raise UserError(
             f"{run_path} is not a run directory yet: name a recipe to begin it with (configs/tiny.toml, say)"
         )
-    given = {
-        name: value[0] if isinstance(value, tuple) and len(value) == 1 else value
-        for name, value in settings.items()
-        if value not in (None, ())
-    }
-    config = load_config(find_recipe(recipe) if recipe else None, given, unknown_options=unknown, base=base)
+    config = load_config(
+        find_recipe(recipe) if recipe else None, given_settings(settings), unknown_options=unknown, base=base
+    )
     if config.is_finetuning:
         raise UserError(f"{run_path} is a fine-tuning: finetune.py goes on with it")
     if extras:

@@ -1,1 +1,1 @@
-"""Every setting: recipes, defaults and the rules that choose them."""
+"""Every setting of a run: defaults, recipe files, and the rules that check and choose them."""

@@ -1,7 +1,7 @@
 """Recipe files and command lines, read into a ``Config``.
 
 ``learning_rate = 0.01`` under ``[optimizer]`` in a recipe (TOML) and ``--learning-rate 0.01`` on the command line are
-two spellings of one setting. Whatever is wrong with a configuration is collected and told at once.
+two spellings of one setting. All problems of a configuration are reported together.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from lm.config.settings import Config, Setting, all_settings, inconsistencies
+from lm.config.consistency import inconsistencies
+from lm.config.settings import Config, Setting, all_settings
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe: a path, or the bare name of one that comes with Kindling (``tiny``).
+    """Return the file of a recipe, given its path or the name of one that comes with Kindling (``tiny``).
 
     Raises:
-        UserError: there is no such file; the message lists the recipes that exist.
+        UserError: there is no such file; the message suggests the closest name or lists all recipes.
     """
     path = Path(name)
     if path.is_file():
@@ -34,8 +35,8 @@ def find_recipe(name: str) -> Path:
     if name in known:
         return known[name]
     hint = difflib.get_close_matches(path.stem, known, 1)
-    meant = f'did you mean "{known[hint[0]].name}"?' if hint else f"recipes that exist: {', '.join(sorted(known))}"
-    raise UserError(f'no recipe "{name}": {meant}')
+    help = f'did you mean "{known[hint[0]].name}"?' if hint else f"available recipes: {', '.join(sorted(known))}"
+    raise UserError(f'no recipe "{name}": {help}')
 
 
 def load_config(
@@ -45,16 +46,16 @@ def load_config(
     unknown_options: Sequence[str] = (),
     base: Config | None = None,
 ) -> Config:
-    """Read a recipe and put the command line's settings over it.
+    """Read a recipe and apply the command line's settings on top.
 
     Args:
-        recipe: a TOML file; None: the defaults.
+        recipe: a TOML file, if any.
         overrides: setting names and values, as text (from the command line) or typed (from Python).
-        unknown_options: options that the command line could not place; reported with everything else.
-        base: what holds where neither recipe nor overrides say anything; None: the defaults.
+        unknown_options: options that the command line did not recognize; reported with the other problems.
+        base: the values of settings in neither recipe nor overrides; None: the defaults.
 
     Raises:
-        UserError: one line for each thing that is wrong, all at once.
+        UserError: one line per problem.
     """
     known = {s.name: s for s in all_settings()}
     values: dict[str, Any] = {}
@@ -66,7 +67,7 @@ def load_config(
         except ValueError as problem:
             problems.append(f"{f'{name} in {where}' if where else known[name].option} {problem}")
     for option in unknown_options:
-        problems.append(f"unknown option {option}{_meant(option, [s.option for s in known.values()])}")
+        problems.append(f"unknown option {option}{_suggestion(option, [s.option for s in known.values()])}")
     config = (base or Config()).replace(**values)
     problems += inconsistencies(config)
     if problems:
@@ -77,7 +78,7 @@ def load_config(
 def _recipe_values(
     recipe: Path | None, known: Mapping[str, Setting], problems: list[str]
 ) -> Iterator[tuple[str, Any, str]]:
-    """The settings of a recipe file that exist, as (name, value, file); what does not exist goes to ``problems``."""
+    """Yield a recipe's settings as (name, value, file); add a line to ``problems`` for each unknown one."""
     if recipe is None:
         return
     try:
@@ -87,14 +88,14 @@ def _recipe_values(
     sections = [f.name for f in dataclasses.fields(Config)]
     for section, settings in content.items():
         if not isinstance(settings, dict):
-            home = f": it belongs under [{known[section].section}]" if section in known else _meant(section, known)
+            home = f": it belongs under [{known[section].section}]" if section in known else _suggestion(section, known)
             problems.append(f'setting "{section}" outside a section in {recipe}{home}')
         elif section not in sections:
-            problems.append(f'unknown section "[{section}]" in {recipe}{_meant(section, sections)}')
+            problems.append(f'unknown section "[{section}]" in {recipe}{_suggestion(section, sections)}')
         else:
             for name, value in settings.items():
                 if name not in known:
-                    problems.append(f'unknown setting "{name}" in {recipe}{_meant(name, known)}')
+                    problems.append(f'unknown setting "{name}" in {recipe}{_suggestion(name, known)}')
                 elif known[name].section != section:
                     problems.append(
                         f'setting "{name}" in {recipe} belongs under [{known[name].section}], not [{section}]'
@@ -103,13 +104,13 @@ def _recipe_values(
                     yield name, value, str(recipe)
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), 1, cutoff=0.6)
     return f': did you mean "{close[0]}"?' if close else ""
 
 
 def _convert(setting: Setting, value: Any) -> Any:
-    """``value`` in the setting's type and within its limits; ValueError says what it should have been."""
+    """Convert ``value`` to the setting's type and check its limits; the ValueError says what is expected."""
     wanted = type(setting.default)
     if wanted is tuple:
         if isinstance(value, str):
@@ -127,7 +128,7 @@ def _convert(setting: Setting, value: Any) -> Any:
         except ValueError:
             raise ValueError(f"must be {_article(setting.kind)}, not {value!r}") from None
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 10**300 else math.inf  # told below
+        value = float(value) if abs(value) < 10**300 else math.inf  # reported below
     if wanted is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not wanted:
@@ -145,11 +146,13 @@ def _convert(setting: Setting, value: Any) -> Any:
 
 def _check_choice(setting: Setting, value: Any) -> None:
     if setting.choices and value not in setting.choices:
-        raise ValueError(f"must be one of {', '.join(setting.choices)}, not {value!r}{_meant(value, setting.choices)}")
+        raise ValueError(
+            f"must be one of {', '.join(setting.choices)}, not {value!r}{_suggestion(value, setting.choices)}"
+        )
 
 
 def _texts(text: str) -> Any:
-    """What the command line says for a list: one as in a recipe, or a single text."""
+    """Parse the command line's value of a list: a TOML list as in a recipe, or a single text."""
     try:
         value = tomllib.loads(f"texts = {text}")["texts"]
     except ValueError:

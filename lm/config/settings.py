@@ -1,7 +1,7 @@
-"""Every setting of a run, in one place: its meaning, unit, default and limits.
+"""Every setting of a run, in one place: its meaning, unit, default, limits, and whether a resumed run may change it.
 
-Setting names are unique over all sections, so that the command line needs no prefixes. ``recipes`` reads recipe
-files and command lines into these dataclasses.
+Setting names are unique across sections, so the command line needs no prefixes. ``recipes`` reads recipe files and
+command lines into these dataclasses.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 
 from data_prep.files import write_atomically
 
-# Tasks of fine-tuning: the first four have a head of their own (``lm.finetuning.heads``).
+# The tasks of fine-tuning; the first four have a head of their own (``lm.finetuning.heads``).
 HEAD_TASKS = ("classification", "regression", "tokens", "choice")
 TASKS = (*HEAD_TASKS, "instruction", "contrastive")
 # Each objective: the file of lm/objectives that makes it, and the readouts that a model can be asked for afterwards.
@@ -28,6 +28,50 @@ OBJECTIVES = {
     "hybrid": ("text", ("next_token", "masked_next_token")),
     "hybrid_unshifted": ("text", ("next_token", "masked_token")),
 }
+# The methods of fine-tuning, each with AdamW's default learning rate.
+METHODS = {"full": 1e-3, "lora": 5e-3, "probe": 1e-2}
+# The matrices of a block that LoRA can adapt, by their names in it.
+ATTENTION_MATRICES, FEED_FORWARD_MATRICES = ("query", "key", "value", "output"), ("gate", "up", "down")
+LORA_MATRICES = ATTENTION_MATRICES + FEED_FORWARD_MATRICES
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting, as the command line and the recipes see it.
+
+    Attributes:
+        default: its type is the setting's type.
+        minimum, maximum: limits of a number, inclusive.
+        on_resume: what happens if it differs when a run is resumed. "free": nothing, it changes neither the model nor
+            the order of the data. "ask": it needs --resume. "never": the run is refused, since its weights or the
+            meaning of a step depend on it.
+        finetuning: the default in fine-tuning; None: the same.
+        pretraining_only: fine-tuning derives it from its own settings, or does without.
+        of_task: part of what a task is in a table of tasks, not of how a model is fine-tuned on it.
+    """
+
+    name: str
+    section: str
+    default: Any
+    help: str
+    minimum: float | None
+    maximum: float | None
+    choices: tuple[str, ...]
+    on_resume: Literal["free", "ask", "never"]
+    finetuning: Any
+    pretraining_only: bool
+    of_task: bool
+
+    @property
+    def kind(self) -> str:
+        """Its type, as help and messages name it."""
+        return {bool: "true|false", int: "integer", float: "number", str: "text", tuple: "list of texts"}[
+            type(self.default)
+        ]
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
 
 
 def setting(
@@ -37,33 +81,39 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     choices: tuple[str, ...] = (),
+    on_resume: Literal["free", "ask", "never"] = "ask",
+    finetuning: Any = None,
+    pretraining_only: bool = False,
+    of_task: bool = False,
 ) -> Any:
-    """A dataclass field with its explanation and limits (both inclusive); the default's type is the setting's type."""
-    return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum, "choices": choices})
+    """A dataclass field that describes a ``Setting``; the arguments are its attributes."""
+    return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of the transformer."""
 
-    num_layers: int = setting(4, "transformer blocks", minimum=1)
-    hidden_size: int = setting(192, "width of the residual stream", minimum=8)
-    num_heads: int = setting(6, "query heads of each attention", minimum=1)
-    num_key_value_heads: int = setting(0, "key and value heads (grouped-query attention); 0: num_heads", minimum=0)
-    head_size: int = setting(0, "width of one head, even; 0: hidden_size / num_heads", minimum=0)
+    num_layers: int = setting(4, "number of transformer blocks", minimum=1, on_resume="never")
+    hidden_size: int = setting(192, "width of the residual stream", minimum=8, on_resume="never")
+    num_heads: int = setting(6, "number of query heads", minimum=1, on_resume="never")
+    num_key_value_heads: int = setting(
+        0, "number of key and value heads (grouped-query attention); 0: num_heads", minimum=0, on_resume="never"
+    )
+    head_size: int = setting(0, "width of one head, even; 0: hidden_size / num_heads", minimum=0, on_resume="never")
     feed_forward_size: int = setting(
-        0, "inner width of the feed-forward; 0: 8/3 (swiglu) or 4 (relu2) x hidden_size", minimum=0
+        0, "width inside the feed-forward; 0: 8/3 (swiglu) or 4 (relu2) x hidden_size", minimum=0, on_resume="never"
     )
-    activation: str = setting("swiglu", "feed-forward activation", choices=("swiglu", "relu2"))
-    qk_norm: bool = setting(False, "RMS-normalise each query and key head")
-    tie_embeddings: bool = setting(True, "one matrix for the input embedding and the output head")
-    logit_softcap: float = setting(0.0, "squash logits into (-c, c) by c*tanh(x/c); 0: off", minimum=0)
+    activation: str = setting("swiglu", "feed-forward activation", choices=("swiglu", "relu2"), on_resume="never")
+    qk_norm: bool = setting(False, "RMS-normalize queries and keys, per head", on_resume="never")
+    tie_embeddings: bool = setting(True, "one matrix for the input embedding and the output head", on_resume="never")
+    logit_softcap: float = setting(0.0, "limit logits to (-c, c) by c*tanh(x/c); 0: off", minimum=0, on_resume="never")
     dropout: float = setting(
-        0.0, "share of activations dropped after the embedding, attention and feed-forward", minimum=0, maximum=0.9
+        0.0, "dropout (embedding, attention, feed-forward)", minimum=0, maximum=0.9, on_resume="never", finetuning=0.1
     )
-    rope_theta: float = setting(10_000.0, "base of the rotary position frequencies", minimum=1)
-    norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", minimum=0)
-    vocab_size: int = setting(0, "tokens in the vocabulary; 0: as many as the data's tokenizer has", minimum=0)
+    rope_theta: float = setting(10_000.0, "base of the rotary position frequencies", minimum=1, on_resume="never")
+    norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", minimum=0, on_resume="never")
+    vocab_size: int = setting(0, "vocabulary size; 0: that of the data's tokenizer", minimum=0, on_resume="never")
 
     @property
     def key_value_heads(self) -> int:
@@ -75,7 +125,7 @@ class ModelConfig:
 
     @property
     def feed_forward_width(self) -> int:
-        """As set, or the usual multiple of the width, rounded up to a multiple of 32."""
+        """``feed_forward_size``, or the usual multiple of ``hidden_size``, rounded up to a multiple of 32."""
         multiple = {"swiglu": 8 / 3, "relu2": 4}[self.activation]
         return self.feed_forward_size or -(-int(multiple * self.hidden_size) // 32) * 32
 
@@ -86,21 +136,26 @@ class DataConfig:
 
     data: tuple[str, ...] = setting(
         (),
-        "folders of token shards, made by: python -m data_prep build; FOLDER@WEIGHT gives several their shares of the "
-        "rows (weight 1 if not said)",
+        "folders of token shards, made by: python -m data_prep build; with several, FOLDER@WEIGHT sets a folder's "
+        "share of the rows (weight 1 if omitted)",
+        on_resume="free",
     )
     packing: str = setting(
         "windows",
-        "windows: rows are cut from the stream side by side; documents: whole documents are packed into rows, and only "
-        "those longer than a row are cut",
+        "windows: cut rows from the token stream one after another; documents: pack whole documents into rows and cut "
+        "only those longer than a row",
         choices=("windows", "documents"),
+        on_resume="never",
     )
-    context_length: int = setting(256, "tokens of one row", minimum=2)
-    batch_tokens: int = setting(8192, "tokens of one optimizer step, a multiple of context_length", minimum=2)
+    context_length: int = setting(256, "tokens per row", minimum=2, on_resume="never")
+    batch_tokens: int = setting(8192, "tokens per step, a multiple of context_length", minimum=2, on_resume="never")
     micro_batch_rows: int = setting(
-        0, "rows of one forward pass; 0: chosen, as many as fit into memory (on a CPU up to 4,096 tokens)", minimum=0
+        0,
+        "rows per forward pass; 0: as many as fit into memory (CPU: at most 4,096 tokens)",
+        minimum=0,
+        on_resume="free",
     )
-    verify_data: bool = setting(True, "compare all of the data with its checksums before the first step")
+    verify_data: bool = setting(True, "check all data against its checksums before the first step", on_resume="free")
 
     @property
     def batch_rows(self) -> int:
@@ -111,46 +166,50 @@ class DataConfig:
 class ObjectiveConfig:
     """What the model learns to predict."""
 
-    objective: str = setting("hybrid", "what is predicted", choices=tuple(OBJECTIVES))
+    objective: str = setting("hybrid", "what the model predicts", choices=tuple(OBJECTIVES))
     masked_fraction: float = setting(
-        0.5, "hybrid objectives: share of the rows that are masked and read both ways", minimum=0, maximum=1
+        0.5, "hybrid objectives: share of the rows that are masked and read bidirectionally", minimum=0, maximum=1
     )
     mask_rate: float = setting(0.3, "share of a masked row's tokens to predict", minimum=0.01, maximum=1)
-    mask_token_share: float = setting(0.8, "share of those that are replaced by the mask token", minimum=0, maximum=1)
+    mask_token_share: float = setting(0.8, "share of predicted tokens that become the mask token", minimum=0, maximum=1)
     random_token_share: float = setting(
-        0.1, "share of those that are replaced by a random token; the rest stays as it is", minimum=0, maximum=1
+        0.1, "share of predicted tokens that become a random token; the rest is unchanged", minimum=0, maximum=1
     )
     validation_mask_rate: float = setting(
-        0.15, "share of tokens hidden at once when the masked readout is validated", minimum=0.01, maximum=1
+        0.15, "share of the tokens hidden at once when validating the masked readout", minimum=0.01, maximum=1
     )
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How the weights move."""
+    """How the weights are updated."""
 
     optimizer: str = setting(
         "muon",
-        "muon: Muon for the matrices inside the blocks, AdamW for the rest; adamw: AdamW for all",
+        "muon: Muon for the matrices inside the blocks and AdamW for the rest; adamw: AdamW for everything",
         choices=("muon", "adamw"),
+        on_resume="never",
+        finetuning="adamw",
     )
-    learning_rate: float = setting(0.01, "peak learning rate of AdamW", minimum=0)
-    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", minimum=0)
-    weight_decay: float = setting(0.1, "decoupled decay of the matrices, per step and unit of learning rate", minimum=0)
-    beta1: float = setting(0.9, "AdamW: decay of the mean of the gradient", minimum=0, maximum=0.9999)
-    beta2: float = setting(0.95, "AdamW: decay of the mean of its square", minimum=0, maximum=0.99999)
+    learning_rate: float = setting(0.01, "peak learning rate of AdamW", minimum=0, finetuning=METHODS["full"])
+    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", minimum=0, finetuning=0.002)
+    weight_decay: float = setting(
+        0.1, "decoupled weight decay of the matrices, multiplied by the learning rate", minimum=0, finetuning=0.01
+    )
+    beta1: float = setting(0.9, "AdamW: decay of the mean gradient", minimum=0, maximum=0.9999)
+    beta2: float = setting(
+        0.95, "AdamW: decay of the mean squared gradient", minimum=0, maximum=0.99999, finetuning=0.98
+    )
     momentum: float = setting(0.95, "Muon: decay of the momentum", minimum=0, maximum=0.9999)
     gradient_clip: float = setting(1.0, "largest norm of the whole gradient; 0: off", minimum=0)
     spike_threshold: float = setting(
-        8.0,
-        "a step whose loss is this many standard deviations above the running mean is left out; 0: none is",
-        minimum=0,
+        8.0, "skip a step whose loss is this many standard deviations above the running mean; 0: off", minimum=0
     )
     warmup_fraction: float = setting(
-        0.02, "first share of the steps, over which the learning rate rises linearly", minimum=0, maximum=1
+        0.02, "linear warmup, as a share of the steps", minimum=0, maximum=1, finetuning=0.1
     )
     decay_fraction: float = setting(
-        0.7, "last share of the steps, over which the learning rate falls linearly", minimum=0, maximum=1
+        0.7, "linear decay at the end, as a share of the steps", minimum=0, maximum=1, finetuning=0.9
     )
     final_learning_rate_fraction: float = setting(
         0.0, "learning rate at the end of the decay, as a share of the peak", minimum=0, maximum=1
@@ -159,143 +218,166 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long, how often, and on what."""
+    """How long, how often, and on which device."""
 
-    steps: int = setting(1000, "optimizer steps of the whole run", minimum=1)
-    init_from: str = setting("", "run whose newest weights are trained further, with other data say; empty: drawn ones")
-    seed: int = setting(0, "of the weights, the order of the data, masking and dropout", minimum=0, maximum=2**63 - 1)
-    log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1)
-    validate_every: int = setting(250, "steps between validations", minimum=1)
-    validation_rows: int = setting(
-        128, "rows of each validation, the same ones every time; 0: the whole split", minimum=0
+    steps: int = setting(1000, "optimizer steps of the whole run", minimum=1, on_resume="free", pretraining_only=True)
+    init_from: str = setting(
+        "",
+        "run whose newest weights to start from, for example to continue with other data; empty: random weights",
+        on_resume="never",
+        pretraining_only=True,
     )
-    checkpoint_every: int = setting(250, "steps between checkpoints", minimum=1)
+    seed: int = setting(
+        0, "random seed of weights, data order, masking and dropout", minimum=0, maximum=2**63 - 1, on_resume="never"
+    )
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1, on_resume="free")
+    validate_every: int = setting(250, "steps between validations", minimum=1, on_resume="free", pretraining_only=True)
+    validation_rows: int = setting(
+        128, "rows per validation, always the same ones; 0: all", minimum=0, on_resume="free", pretraining_only=True
+    )
+    checkpoint_every: int = setting(250, "steps between checkpoints", minimum=1, on_resume="free", finetuning=200)
     keep_checkpoints: int = setting(
-        2, "newest checkpoints that are kept, beside that of the best validation", minimum=1
+        2, "number of newest checkpoints to keep, in addition to the best", minimum=1, on_resume="free", finetuning=1
     )
     keep_every: int = setting(
-        0, "steps between checkpoints that are kept for good, a multiple of checkpoint_every; 0: none are", minimum=0
+        0, "steps between permanent checkpoints, a multiple of checkpoint_every; 0: none", minimum=0, on_resume="free"
     )
     device: str = setting(
-        "auto", "where to compute; auto: a GPU if there is one", choices=("auto", "cpu", "cuda", "mps")
+        "auto", "device; auto: a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"), on_resume="free"
     )
     precision: str = setting(
         "auto",
-        "of the matrix products; auto: bfloat16 on a GPU that has it, else float32",
+        "precision of matrix products; auto: bfloat16 on a GPU that supports it, else float32",
         choices=("auto", "float32", "bfloat16"),
+        on_resume="free",
     )
     compile: bool = setting(
-        False, "torch.compile the model, which takes half a minute: a GPU then trains a third faster, a CPU does not"
+        False,
+        "torch.compile the model, which takes half a minute; a GPU then trains a third faster, a CPU does not",
+        on_resume="free",
+        pretraining_only=True,
     )
     threads: int = setting(
-        0, "CPU threads; 0: PyTorch's choice, or each of several processes its share of the cores", minimum=0
+        0, "CPU threads; 0: PyTorch's default, or an equal share of the cores per process", minimum=0, on_resume="free"
     )
     parallel: str = setting(
         "ddp",
-        "several processes (torchrun): ddp: each holds the whole model; fsdp: each holds a slice of every weight, its "
-        "gradient and its optimizer's state",
+        "with several processes (torchrun), ddp: each holds the whole model; fsdp: each holds a slice of every weight, "
+        "its gradient and its optimizer state",
         choices=("ddp", "fsdp"),
+        on_resume="free",
+        pretraining_only=True,
     )
     trackers: tuple[str, ...] = setting(
-        (), "where each line of metrics.jsonl goes too", choices=("tensorboard", "wandb", "trackio")
+        (), "send each line of metrics.jsonl here too", choices=("tensorboard", "wandb", "trackio"), on_resume="free"
     )
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What the report shows the model doing."""
+    """Samples to show in the report."""
 
     prompts: tuple[str, ...] = setting(
-        (), 'texts to continue in report.html (a list in a recipe, --prompts \'["a", "b"]\' here)'
+        (), 'texts to continue in report.html (a list in a recipe, --prompts \'["a", "b"]\' here)', on_resume="free"
     )
-    fills: tuple[str, ...] = setting((), "texts with [MASK] to fill in report.html")
+    fills: tuple[str, ...] = setting((), "texts with [MASK] to fill in report.html", on_resume="free")
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """A task that a pretrained run is fine-tuned on; a run without a task is pretraining, and has no such section."""
+    """The task on which a pretrained run is fine-tuned; pretraining has no such section in its files."""
 
-    task: str = setting("none", "what is learned; none: pretraining", choices=("none", *TASKS))
-    base: str = setting("", "pretrained run whose newest weights, tokenizer and shape are taken")
+    task: str = setting(
+        "none", "task to learn; none: pretraining", choices=("none", *TASKS), on_resume="never", of_task=True
+    )
+    base: str = setting("", "pretrained run that gives the weights, tokenizer and shape", on_resume="never")
     weights: str = setting(
-        "pretrained", "weights to begin with; random: the same shape, untrained", choices=("pretrained", "random")
+        "pretrained", "initial weights; random: untrained", choices=("pretrained", "random"), on_resume="never"
     )
-    train: str = setting("", "examples to learn from: .jsonl, .csv, .tsv or .parquet, or hf:NAME[:SPLIT]")
-    validation: str = setting("", "examples to choose the best step by; empty: none")
-    text_column: str = setting("text", "column of the text")
+    train: str = setting(
+        "", "training examples: .jsonl, .csv, .tsv or .parquet, or hf:NAME[:SPLIT]", on_resume="free", of_task=True
+    )
+    validation: str = setting("", "examples to choose the best step by; empty: none", on_resume="free", of_task=True)
+    text_column: str = setting("text", "column with the text, or the question of a choice", of_task=True)
     text_pair_column: str = setting(
-        "auto", "column of the second text of a pair; auto: text_pair, if the file has it; empty: there is none"
+        "auto", "column with the second text of a pair; auto: text_pair, if present; empty: no pairs", of_task=True
     )
-    label_column: str = setting("label", "column of the answer")
-    choices_column: str = setting("choices", "choice: column with the list of choices, or several as in a,b,c")
-    words_column: str = setting("words", "tokens: column of the words, a list or text with spaces")
-    tags_column: str = setting("tags", "tokens: column of the words' labels")
-    prompt_column: str = setting("prompt", "instruction: column of what the user says")
-    response_column: str = setting("response", "instruction: column of what the model should say")
-    chat_template: str = setting(
-        "", "instruction: file with a Jinja template of conversations; empty: plain turns, User: and Assistant:"
+    label_column: str = setting("label", "column with the answer", of_task=True)
+    choices_column: str = setting(
+        "choices", "choice: column with the list of choices, or several columns with one each, as in a,b,c"
     )
+    words_column: str = setting("words", "tokens: column with the words, a list or text with spaces")
+    tags_column: str = setting("tags", "tokens: column with the labels of the words")
+    prompt_column: str = setting("prompt", "instruction: column with what the user says")
+    response_column: str = setting("response", "instruction: column with what the model should say")
+    chat_template: str = setting("", "instruction: file with a Jinja chat template; empty: User: and Assistant: turns")
     reads: str = setting(
         "auto",
-        "how texts are read; auto: bidirectionally if the base was trained to fill masks, else causally",
+        "attention over the texts; auto: bidirectional if the base was trained to fill masks, else causal",
         choices=("auto", "bidirectional", "causal"),
     )
     pooling: str = setting(
         "auto",
-        "what stands for a text: the mean of its tokens' hidden states, or the last one; auto: mean where texts are "
-        "read bidirectionally, else last",
+        "vector of a text: the mean of its tokens' hidden states, or the last one; auto: mean with bidirectional "
+        "attention, else last",
         choices=("auto", "mean", "last"),
     )
     long_texts: str = setting(
         "truncate",
-        "texts longer than the context: truncate keeps the beginning, window averages windows side by side; pairs that "
+        "texts longer than the context: truncate keeps the beginning, window averages consecutive windows; pairs that "
         "are read together are always truncated, the longer text first",
         choices=("truncate", "window"),
     )
     pairs: str = setting(
         "apart",
-        "of a classification or regression: apart: each text is read by itself, and the head sees both vectors, their "
-        "difference and their product; together: a pair is one document, in which each text sees the other",
+        "pairs in classification or regression: apart: read each text by itself, and give the head both vectors, "
+        "their difference and their product; together: read a pair as one document, in which each text sees the other",
         choices=("apart", "together"),
+        on_resume="never",
     )
     method: str = setting(
         "full",
-        "what learns: full: all weights; lora: low-rank additions to matrices; probe: the head alone",
-        choices=("full", "lora", "probe"),
+        "what is trained: full: all weights; lora: low-rank additions to matrices; probe: only the head",
+        choices=tuple(METHODS),
+        on_resume="never",
     )
-    lora_rank: int = setting(8, "lora: rank of the additions", minimum=1)
-    lora_alpha: float = setting(16.0, "lora: the additions are multiplied by this, divided by the rank", minimum=0)
+    lora_rank: int = setting(8, "lora: rank of the additions", minimum=1, on_resume="never")
+    lora_alpha: float = setting(16.0, "lora: additions are scaled by this / lora_rank", minimum=0, on_resume="never")
     lora_matrices: tuple[str, ...] = setting(
-        ("query", "key", "value", "output", "gate", "up", "down"),
-        "lora: the matrices of each block that have additions",
-        choices=("query", "key", "value", "output", "gate", "up", "down"),
+        LORA_MATRICES, "lora: matrices of each block to adapt", choices=LORA_MATRICES, on_resume="never"
     )
-    epochs: float = setting(3.0, "passes over the training examples", minimum=0.01)
-    batch_examples: int = setting(32, "examples of one optimizer step", minimum=1)
+    epochs: float = setting(3.0, "passes over the training examples", minimum=0.01, on_resume="free")
+    batch_examples: int = setting(32, "examples per optimizer step", minimum=1, on_resume="never")
     micro_batch_tokens: int = setting(
-        4096, "tokens of one forward pass, at most (or one example); without dropout the result is the same", minimum=1
+        4096,
+        "most tokens per forward pass (at least one example is taken); without dropout it does not change the result",
+        minimum=1,
+        on_resume="free",
     )
-    validations_per_epoch: float = setting(1.0, "validations in one pass over the training examples", minimum=0.01)
-    patience: int = setting(0, "validations in a row without a new best after which it ends; 0: never", minimum=0)
+    validations_per_epoch: float = setting(1.0, "validations per epoch", minimum=0.01, on_resume="free")
+    patience: int = setting(
+        0, "stop after this many validations in a row without a new best; 0: never", minimum=0, on_resume="free"
+    )
     judged_by: str = setting(
         "auto",
-        "metric whose best validation is kept; auto: accuracy, spearman for a regression and contrastive, loss for "
-        "instructions",
+        "metric that chooses the best validation; auto: accuracy; spearman for regression and contrastive; loss for "
+        "instruction",
         choices=("auto", "loss", "accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"),
+        of_task=True,
     )
     layer_decay: float = setting(
         1.0, "learning rate of each block as a share of that of the block above it", minimum=0.1, maximum=1
     )
     class_weights: str = setting(
-        "none", "weights of the classes in the loss; balanced: all classes count alike", choices=("none", "balanced")
+        "none", "weights of the classes in the loss; balanced: all classes count equally", choices=("none", "balanced")
     )
-    temperature: float = setting(0.05, "contrastive: cosines are divided by this", minimum=0.001)
-    label_smoothing: float = setting(0.0, "share of the answer that is spread over all classes", minimum=0, maximum=0.9)
+    temperature: float = setting(0.05, "contrastive: cosine similarities are divided by this", minimum=0.001)
+    label_smoothing: float = setting(0.0, "share of the target spread over all classes", minimum=0, maximum=0.9)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. ``config.toml`` in a run directory is exactly this, as text."""
+    """All settings of a run. ``config.toml`` in a run directory is exactly this, as text."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -307,7 +389,7 @@ class Config:
 
     @property
     def readouts(self) -> tuple[str, ...]:
-        """What the model can be asked for, by its objective: the causal readout, if there is one, comes first."""
+        """The readouts of a model with this objective, the causal one first."""
         return OBJECTIVES[self.objective.objective][1]
 
     @property
@@ -316,11 +398,11 @@ class Config:
 
     @property
     def has_task_head(self) -> bool:
-        """Whether the model answers a task with a head of its own, and so writes no text."""
+        """Whether the model has a task's head instead of a language model's, and so generates no text."""
         return self.finetune.task in HEAD_TASKS
 
     def replace(self, **settings: Any) -> Config:
-        """A copy with some settings changed, by their names: ``config.replace(steps=10, hidden_size=64)``."""
+        """Return a copy with some settings changed by name: ``config.replace(steps=10, hidden_size=64)``."""
         owners = {s.name: s.section for s in all_settings()}
         sections = {owners[name] for name in settings}
         changed = {
@@ -332,7 +414,7 @@ class Config:
         return dataclasses.replace(self, **changed)
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by its name."""
+        """The value of every setting, by name."""
         return {s.name: getattr(getattr(self, s.section), s.name) for s in all_settings()}
 
     def to_toml(self) -> str:
@@ -345,30 +427,6 @@ class Config:
         write_atomically(path, self.to_toml())
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One setting as the command line and the recipe see it."""
-
-    name: str
-    section: str
-    default: Any
-    help: str
-    minimum: float | None
-    maximum: float | None
-    choices: tuple[str, ...]
-
-    @property
-    def kind(self) -> str:
-        """The word for its type in help and messages."""
-        return {bool: "true|false", int: "integer", float: "number", str: "text", tuple: "list of texts"}[
-            type(self.default)
-        ]
-
-    @property
-    def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-
 def all_settings() -> Iterator[Setting]:
     """Every setting, section by section, in the order of the dataclasses."""
     for section in dataclasses.fields(Config):
@@ -377,98 +435,43 @@ def all_settings() -> Iterator[Setting]:
 
 
 def pretraining_settings() -> list[Setting]:
-    """The settings of a run that is no fine-tuning."""
+    """The settings of pretraining."""
     return [setting for setting in all_settings() if setting.section != "finetune"]
 
 
+def finetuning_settings() -> list[Setting]:
+    """The settings of fine-tuning with its own defaults, those of the task first; all others come from the base run."""
+    own = [s for s in all_settings() if s.section in ("finetune", "optimizer", "training") or s.name == "dropout"]
+    own = [s for s in own if s.name != "base" and not s.pretraining_only]
+    more = {
+        "learning_rate": f"; the default by method: {', '.join(f'{name} {rate:g}' for name, rate in METHODS.items())}"
+    }
+    defaults = finetuning_defaults()
+    return [
+        dataclasses.replace(s, default=defaults.get(s.name, s.default), help=s.help + more.get(s.name, ""))
+        for s in sorted(own, key=lambda s: s.section != "finetune")
+    ]
+
+
+def finetuning_defaults() -> dict[str, Any]:
+    """The defaults that differ in fine-tuning, by name; ``learning_rate`` is that of the method "full"."""
+    return {s.name: s.finetuning for s in all_settings() if s.finetuning is not None}
+
+
 def corpus_of(text: str) -> tuple[str, Fraction]:
-    """Path and weight of one entry of the setting ``data``: ``PATH`` (weight 1) or ``PATH@WEIGHT``."""
+    """Split an entry of the setting ``data``, ``PATH@WEIGHT`` or ``PATH`` (weight 1), into path and weight."""
     path, at, weight = text.rpartition("@")
     try:
         return (path, Fraction(weight)) if at else (text, Fraction(1))
     except (ValueError, ZeroDivisionError):
-        return text, Fraction(1)  # the "@" belongs to the path
-
-
-def inconsistencies(config: Config) -> list[str]:
-    """What cannot be true together, one sentence each."""
-    model, data, optimizer = config.model, config.data, config.optimizer
-    problems = []
-    if not model.head_size and model.hidden_size % model.num_heads:
-        problems.append(
-            f"hidden_size {model.hidden_size} is not divisible by num_heads {model.num_heads}: "
-            "change one of them, or set head_size"
-        )
-    elif model.head_width % 2:
-        problems.append(
-            f"a head is {model.head_width} wide, but rotary positions need an even width: change num_heads or head_size"
-        )
-    if model.num_heads % model.key_value_heads:
-        problems.append(
-            f"num_heads {model.num_heads} is not divisible by num_key_value_heads {model.num_key_value_heads}"
-        )
-    if data.batch_tokens % data.context_length:
-        nearest = max(1, round(data.batch_tokens / data.context_length)) * data.context_length
-        problems.append(
-            f"batch_tokens {data.batch_tokens} is not a multiple of context_length {data.context_length}: "
-            f"the nearest is {nearest}"
-        )
-    elif data.micro_batch_rows and data.batch_rows % data.micro_batch_rows:
-        problems.append(f"micro_batch_rows {data.micro_batch_rows} does not divide the batch's {data.batch_rows} rows")
-    if config.training.keep_every % config.training.checkpoint_every:
-        problems.append(
-            f"keep_every {config.training.keep_every} is not a multiple of checkpoint_every "
-            f"{config.training.checkpoint_every}: no checkpoint is made at those steps"
-        )
-    problems += [f'data: the weight of "{text}" must be above 0' for text in data.data if corpus_of(text)[1] <= 0]
-    problems += [
-        f'fills: there is no [MASK] in "{text}": write it where a word is missing'
-        for text in config.report.fills
-        if "[MASK]" not in text
-    ]
-    if config.objective.mask_token_share + config.objective.random_token_share > 1:
-        problems.append("mask_token_share and random_token_share add up to more than 1")
-    if optimizer.warmup_fraction + optimizer.decay_fraction > 1:
-        problems.append("warmup_fraction and decay_fraction add up to more than 1")
-    return problems + _inconsistencies_of_task(config)
-
-
-def _inconsistencies_of_task(config: Config) -> list[str]:
-    task = config.finetune
-    problems = []
-    if task.task == "instruction" and task.method == "probe":
-        problems.append("method probe trains a task's head, and instruction tuning has none: choose full or lora")
-    if task.task == "instruction" and task.reads == "bidirectional":
-        problems.append("instruction tuning teaches to write, so texts are read causally: leave reads out")
-    if task.judged_by in ("pearson", "spearman") and task.task in ("classification", "tokens", "choice"):
-        problems.append(f"judged_by {task.judged_by} is for a regression: choose accuracy, or loss")
-    if task.task == "contrastive" and task.method == "probe":
-        problems.append("method probe trains a task's head, and contrastive training has none: choose full or lora")
-    if task.task == "contrastive" and task.judged_by not in ("auto", "pearson", "spearman"):
-        problems.append(f"judged_by {task.judged_by} is not measured in contrastive training: choose auto, or pearson")
-    if task.judged_by not in ("auto", "loss", "pearson", "spearman") and task.task == "regression":
-        problems.append(f"judged_by {task.judged_by} is for classes, and a regression has none: choose auto, or loss")
-    if task.judged_by not in ("auto", "loss") and task.task == "instruction":
-        problems.append(f"judged_by {task.judged_by} is not measured of instructions: choose auto, or loss")
-    if task.task in ("regression", "choice", "instruction", "contrastive"):
-        problems += [
-            f"{name} is for classes, and {task.task} has none: leave it out"
-            for name, is_set in (
-                ("label_smoothing", task.label_smoothing > 0),
-                ("class_weights", task.class_weights != "none"),
-            )
-            if is_set
-        ]
-    if task.method == "lora" and not task.lora_matrices:
-        problems.append("lora_matrices names none: name query, say, or choose method probe")
-    return problems
+        return text, Fraction(1)  # the "@" is part of the path
 
 
 def usual_reading(config: Config) -> str:
-    """Both ways where the run has learnt to fill masks, else causally."""
+    """The attention for reading texts: "bidirectional" if the run was trained to fill masks, else "causal"."""
     return "causal" if config.readouts == ("next_token",) else "bidirectional"
 
 
 def usual_pooling(reads: str) -> str:
-    """The last token, if only that one has seen the whole text; else the mean over all."""
+    """The pooling for this attention: "last" if only the last token has seen the whole text, else "mean"."""
     return "last" if reads == "causal" else "mean"

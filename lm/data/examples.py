@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from data_prep.sources.records import known_fields
 from lm.config.settings import FinetuneConfig
 from lm.data.example_files import rows_of
 
-KINDS = ("classification", "regression", "tokens", "choice", "instruction", "contrastive")
 MOST_PROBLEMS = 5  # that are told at once
 
 
@@ -50,14 +49,14 @@ class Columns:
     a list of texts, or several with a text each.
     """
 
-    text: str = "text"
+    text: str = FinetuneConfig.text_column
     text_pair: str | None = None
-    label: str = "label"
-    choices: tuple[str, ...] = ("choices",)
-    words: str = "words"
-    tags: str = "tags"
-    prompt: str = "prompt"
-    response: str = "response"
+    label: str = FinetuneConfig.label_column
+    choices: tuple[str, ...] = (FinetuneConfig.choices_column,)
+    words: str = FinetuneConfig.words_column
+    tags: str = FinetuneConfig.tags_column
+    prompt: str = FinetuneConfig.prompt_column
+    response: str = FinetuneConfig.response_column
 
     def needed(self, kind: str, first: dict[str, Any], *, labelled: bool) -> dict[str, str]:
         """The columns that examples of a kind have, by what each is for; ``first`` is the file's first row."""
@@ -75,7 +74,7 @@ class Columns:
 
 
 def read_examples(source: str | Path, kind: str, columns: Columns = Columns()) -> list[Example]:
-    """All examples of a file or of a Hugging Face dataset (``hf:NAME[:SPLIT]``); ``kind`` is one of ``KINDS``.
+    """All examples of a file or of a Hugging Face dataset (``hf:NAME[:SPLIT]``); ``kind`` is one of ``settings.TASKS``.
 
     Raises:
         UserError: the source cannot be read or holds nothing, a column is not there (the message names those that are),
@@ -284,16 +283,9 @@ def _constant(examples: Sequence[Example], label: Any) -> UserError:
 
 def columns_of(task: FinetuneConfig) -> Columns:
     """Which columns the settings name."""
-    return Columns(
-        text=task.text_column,
-        text_pair=None if task.text_pair_column == "auto" else task.text_pair_column,
-        label=task.label_column,
-        choices=tuple(task.choices_column.split(",")),
-        words=task.words_column,
-        tags=task.tags_column,
-        prompt=task.prompt_column,
-        response=task.response_column,
-    )
+    named: dict[str, Any] = {f.name: getattr(task, f"{f.name}_column") for f in fields(Columns)}
+    named |= {"choices": tuple(named["choices"].split(","))}
+    return Columns(**named | ({"text_pair": None} if named["text_pair"] == "auto" else {}))
 
 
 def content_hash(examples: Sequence[Example]) -> str:

@@ -25,9 +25,8 @@ from data_prep.files import sha256_of_file
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm import kernels
-from lm.config.finetuning_defaults import DEFAULTS, LEARNING_RATES
 from lm.config.recipes import load_config
-from lm.config.settings import Config, OptimizerConfig, ReportConfig, TrainingConfig
+from lm.config.settings import METHODS, Config, OptimizerConfig, ReportConfig, TrainingConfig, finetuning_defaults
 from lm.data import keyed_random
 from lm.data.keyed_random import Stream
 from lm.finetuning.contrastive_task import ContrastiveTask
@@ -65,16 +64,16 @@ class Lesson(Protocol):
 def finetune_config(
     run: Run, settings: Mapping[str, Any], recipe: Path | None = None, *, unknown_options: Sequence[str] = ()
 ) -> Config:
-    """The settings of a fine-tuning of ``run``: its shape and way of reading, ``DEFAULTS``, and what is given here.
+    """The settings of a fine-tuning of ``run``: its shape, fine-tuning's defaults, and what is given.
 
     Arguments and errors as of ``lm.config.recipes.load_config``; the task must be among the settings.
     """
     start = dataclasses.replace(
         run.config, optimizer=OptimizerConfig(), training=TrainingConfig(), report=ReportConfig()
-    ).replace(**DEFAULTS, base=str(run.path))
+    ).replace(**finetuning_defaults(), base=str(run.path))
     given = {"unknown_options": unknown_options}
     method = load_config(recipe, settings, base=start, **given).finetune.method
-    return load_config(recipe, settings, base=start.replace(learning_rate=LEARNING_RATES[method]), **given)
+    return load_config(recipe, settings, base=start.replace(learning_rate=METHODS[method]), **given)
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Finetuning(TrainModule[Any]):
     def __init__(
         self, config: Config, path: Path, ranks: Ranks, lesson: Lesson, tokenizer: Tokenizer, weights: Path
     ) -> None:
-        self.path, self.ranks, self.lesson, self.tokenizer, self.weights = path, ranks, lesson, tokenizer, weights
+        self.path, self.ranks, self.lesson, self.processor, self.weights = path, ranks, lesson, tokenizer, weights
         self.config, self.name = config, config.finetune.train
         self.fingerprint = hashlib.sha256(f"{lesson.fingerprint} {sha256_of_file(weights)}".encode()).hexdigest()
 

@@ -111,7 +111,7 @@ def losses(kind: str, outputs: Tensor, labels: Tensor, items: Tensor, label_smoo
     """What the answers cost, (labels,): cross-entropy in nats, or for a regression the squared distance.
 
     Args:
-        kind: one of ``lm.data.examples.KINDS`` but instructions.
+        kind: one of ``lm.config.settings.TASKS`` but instructions.
         outputs: of a forward pass, (items, outputs).
         labels: a class an item (classification, tokens), a number an item (regression), or which of its items is right
             of each example (choice).

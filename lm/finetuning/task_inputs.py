@@ -47,7 +47,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How examples of a kind (``examples.KINDS`` but instructions) become sequences of at most ``context_length``.
+    """How examples of a kind (``settings.TASKS`` but instructions) become sequences of at most ``context_length``.
 
     ``pooling`` is "mean" or "last". A text that is longer than the context is truncated, or with ``windows`` read in
     windows side by side, whose means are averaged; of a pair the longer text is truncated first, token by token, and

@@ -3,73 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.config.sampling import Sampling
 
-MOST_LOGPROBS = 20
 LARGEST_UNIFORM = 1 - 2.0**-52  # times a sum it is below the sum, however the product is rounded
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a text is continued.
-
-    Attributes:
-        temperature: divides the logits; 0 takes the likeliest token always, whatever the filters say.
-        top_k, top_p, min_p, typical_p: filters, in this order and after the temperature (see ``filtered``).
-        repetition_penalty: makes every token of the prompt and the text less likely (see ``penalised``); 1: off.
-        presence_penalty, frequency_penalty: the same by a fixed amount of each token written so far, and by that amount
-            for each time it was; 0: off.
-        max_new_tokens: tokens to write at most.
-        stop: texts at which to stop; what is written ends before the first of them.
-        seed: of the draws; the same seed writes the same text.
-        logprobs: tell the log-probability of each token, and of this many likeliest ones; None: not at all.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    max_new_tokens: int = 100
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-    logprobs: int | None = None
-
-    def problems(self) -> list[str]:
-        """What cannot be, one sentence each; empty if all is well."""
-        s = self
-        limits = [
-            (s.temperature == 0 or 0.01 <= s.temperature <= 100, "temperature", "must be 0, or from 0.01 to 100"),
-            (s.top_k >= 0, "top_k", "must be at least 0"),
-            (0 < s.top_p <= 1, "top_p", "must be above 0 and at most 1"),
-            (0 <= s.min_p <= 1, "min_p", "must be between 0 and 1"),
-            (0 < s.typical_p <= 1, "typical_p", "must be above 0 and at most 1"),
-            (0.01 <= s.repetition_penalty <= 100, "repetition_penalty", "must be from 0.01 to 100"),
-            (-100 <= s.presence_penalty <= 100, "presence_penalty", "must be from -100 to 100"),
-            (-100 <= s.frequency_penalty <= 100, "frequency_penalty", "must be from -100 to 100"),
-            (s.max_new_tokens >= 1, "max_new_tokens", "must be at least 1"),
-            (all(s.stop), "stop", "must hold no empty text"),
-            (0 <= s.seed < 2**63, "seed", "must be at least 0 and below 2^63"),
-            (s.logprobs is None or 0 <= s.logprobs <= MOST_LOGPROBS, "logprobs", f"must be from 0 to {MOST_LOGPROBS}"),
-        ]
-        return [f"{name} {rule}, not {getattr(self, name)}" for holds, name, rule in limits if not holds]
-
-    @property
-    def filters(self) -> tuple[float, int, float, float, float]:
-        """All that ``filtered`` looks at: rows in which it is equal can be filtered together."""
-        return self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p
-
-    @property
-    def has_penalties(self) -> bool:
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 def penalised(logits: Tensor, sampling: Sampling, read: Tensor, written: Tensor) -> Tensor:

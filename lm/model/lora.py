@@ -12,11 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lm.config.settings import ATTENTION_MATRICES, FEED_FORWARD_MATRICES
 from lm.model.transformer import Transformer
-
-# The matrices of a block, by their names in it.
-ATTENTION, FEED_FORWARD = ("query", "key", "value", "output"), ("gate", "up", "down")
-MATRICES = ATTENTION + FEED_FORWARD
 
 
 class LowRank(nn.Module):
@@ -33,14 +30,14 @@ class LowRank(nn.Module):
 
 
 def add_lora(trunk: Transformer, rank: int, alpha: float, matrices: Sequence[str], seed: int) -> None:
-    """Freeze the model, and let the ``matrices`` (of ``MATRICES``) of each block learn by LoRA, drawn from ``seed``.
+    """Freeze the model and let ``matrices`` (of ``LORA_MATRICES``) of each block learn by LoRA, drawn from ``seed``.
 
     A has the variance 1 / inputs. A block without a gate has one matrix less.
     """
     trunk.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for block in trunk.blocks:
-        for part, names in ((block.attention, ATTENTION), (block.feed_forward, FEED_FORWARD)):
+        for part, names in ((block.attention, ATTENTION_MATRICES), (block.feed_forward, FEED_FORWARD_MATRICES)):
             for name in names:
                 linear = getattr(part, name, None)
                 if name in matrices and linear is not None:

@@ -1,7 +1,6 @@
-"""The weights of another run that a run begins with, and what of them a fine-tuning moves.
+"""The weights of another run that a run starts from, and which of them fine-tuning updates.
 
-They are kept in the run directory (``base.safetensors``), so that it stands alone, whatever becomes of the run that
-they are from.
+They are kept in the run directory (``base.safetensors``), so you can move or delete the other run.
 """
 
 from __future__ import annotations
@@ -27,30 +26,30 @@ BASE = "base.safetensors"
 
 
 def kept_base(path: Path) -> Path | None:
-    """The weights that the run in ``path`` began with; None if it has not made a step yet that is saved."""
+    """The weights that the run in ``path`` started from; None if it has no checkpoint yet."""
     return path / BASE if checkpoint.steps(path / "checkpoints") and (path / BASE).is_file() else None
 
 
 def keep_base(weights: Path, path: Path) -> None:
-    """Have the file ``weights``, which never changes, in the run directory ``path`` too: as a link where that can be.
+    """Link or copy the file ``weights``, which never changes, into the run directory ``path``.
 
     Raises:
         OSError: it could not be copied.
     """
-    final, beside = path / BASE, path / f"{BASE}.tmp"
+    final, temporary = path / BASE, path / f"{BASE}.tmp"
     if weights == final:
         return
-    beside.unlink(missing_ok=True)
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(weights, beside)
+        os.link(weights, temporary)
     except OSError:  # another disk, or one without links
-        shutil.copyfile(weights, beside)
-    beside.rename(final)
+        shutil.copyfile(weights, temporary)
+    temporary.rename(final)
     sync_directory(path)
 
 
 def load_base(model: Transformer, path: Path) -> None:
-    """Give ``model`` the weights that the run directory ``path`` begins with; UserError if that cannot be."""
+    """Load the weights that the run in ``path`` started from; UserError if they are unreadable or do not fit."""
     try:
         model.load_state_dict(load_file(path / BASE))
     except (OSError, safetensors.SafetensorError) as error:
@@ -60,13 +59,13 @@ def load_base(model: Transformer, path: Path) -> None:
 
 
 def starting_trunk(config: Config, path: Path) -> Transformer:
-    """The model that the fine-tuning in the run directory ``path`` begins with; what learns requires a gradient.
+    """The model that the fine-tuning in ``path`` starts from; the weights it updates require a gradient.
 
     Raises:
-        UserError: the weights are not there, or do not fit.
+        UserError: the weights are unreadable or do not fit.
     """
     task, seed = config.finetune, config.training.seed
-    # A probe has the features as they are; dropout is then the head's alone.
+    # A probe's features are fixed, so dropout applies only in the head.
     trunk = Transformer(dataclasses.replace(config.model, dropout=0.0) if task.method == "probe" else config.model)
     if task.weights == "random":
         trunk.initialise(seed)

@@ -1,12 +1,12 @@
-"""Checkpoints: a folder that is either complete and checked or not there.
+"""Checkpoints: folders that are either complete and verified, or absent.
 
-``checkpoints/step_00002000/`` holds ``model.safetensors``, ``optimizer.safetensors`` and ``state.json``, which has the
-SHA-256 of the other two and of its own content. It is written under another name, flushed to the disk, and renamed;
-nothing in it can carry code.
+``checkpoints/step_00002000/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``objective.safetensors`` if the
+objective has a state, and ``state.json``, which has the SHA-256 of the other files and of its own content. The folder
+is written under another name, flushed to the disk, and renamed. None of the formats can contain code.
 
-A checkpoint is *scheduled* if the settings asked for it. One that only a stop signal asked for is good to go on from,
-but an undisturbed run has none such, so nothing else may depend on it: it counts for nothing, and goes when a newer one
-comes.
+A checkpoint is *scheduled* if the settings asked for it. One that only a stop signal asked for can be resumed from, but
+an uninterrupted run would not have it, so nothing else may depend on it: it is ignored by retention and removed by the
+next save.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from data_prep.errors import UserError
 from data_prep.files import read_json, sha256_of_file, sync_directory
 
 FORMAT = 2
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-UNFINISHED = (".tmp", ".old")  # endings of folders that are being written and being removed
+MODEL, OPTIMIZER, OBJECTIVE = "model.safetensors", "optimizer.safetensors", "objective.safetensors"
+STATE = "state.json"
+UNFINISHED = (".tmp", ".old")  # of folders that are being written or removed
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. ``state`` is what was given to ``save``; tensors are read when asked for, on the CPU."""
+    """A verified checkpoint. ``state`` is what ``save`` received; the methods read tensors from the disk to the CPU."""
 
     path: Path
     step: int
@@ -44,7 +45,7 @@ class Checkpoint:
 
     @property
     def best_step(self) -> int:
-        """The step of the best validation up to this one; 0: there was none."""
+        """The step of the best validation up to this checkpoint; 0: there was none."""
         return int(self.state["best_step"])
 
     def model(self) -> dict[str, Tensor]:
@@ -53,12 +54,17 @@ class Checkpoint:
     def optimizer(self) -> dict[str, Tensor]:
         return load_file(self.path / OPTIMIZER)
 
+    def objective(self) -> dict[str, Tensor]:
+        """The objective's state; empty if it has none."""
+        return load_file(self.path / OBJECTIVE) if OBJECTIVE in self.state["sha256"] else {}
+
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints are kept, beside the newest and those of the best validation.
+    """Which checkpoints to keep in addition to the newest and the best ones.
 
-    The ``newest`` scheduled ones, and for good each scheduled one whose step is a multiple of ``every`` (0: none is).
+    These are the ``newest`` scheduled ones, and permanently each scheduled one whose step is a multiple of ``every``
+    (0: none).
     """
 
     newest: int
@@ -74,60 +80,62 @@ def save(
     *,
     scheduled: bool = True,
     best_step: int = 0,
+    objective: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write the checkpoint of ``step`` into ``folder``; no other is touched.
+    """Write the checkpoint of ``step`` into ``folder``, without touching any other.
 
     Args:
-        model: tensors on the CPU, contiguous, none sharing its memory (``checkpoint_writer.snapshot`` makes them so).
+        model: tensors on the CPU, contiguous and not sharing memory (``checkpoint_writer.snapshot`` returns such).
         optimizer: likewise.
-        state: whatever JSON can hold.
-        scheduled: False: only a stop asked for it.
-        best_step: of the best validation so far; 0: there was none.
+        state: anything that JSON can hold.
+        scheduled: False if only a stop signal asked for it.
+        best_step: the step of the best validation so far; 0: there was none.
+        objective: tensors like ``model``, of an objective that has a state.
 
     Raises:
-        OSError: it could not be written (the disk is full, say); what was there before is as it was.
+        OSError: it could not be written (for example, the disk is full); the earlier checkpoints are unchanged.
     """
     final = folder / _folder_name(step)
-    beside = final.with_suffix(".tmp")
+    temporary = final.with_suffix(".tmp")
+    marks = {"format": FORMAT, "step": step, "scheduled": scheduled, "best_step": best_step}
+    files = {MODEL: model, OPTIMIZER: optimizer} | ({OBJECTIVE: objective} if objective else {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)
-        beside.mkdir()
-        checksums = {}
-        for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
-            _write_tensors(beside / name, tensors)
-            checksums[name] = sha256_of_file(beside / name)
-        content = {
-            "format": FORMAT,
-            "step": step,
-            "scheduled": scheduled,
-            "best_step": best_step,
-            "sha256": checksums,
-            **state,
-        }
-        sealed = {**content, "state_sha256": _seal(content)}
-        (beside / STATE).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
-        _sync_file(beside / STATE)
-        sync_directory(beside)
+        temporary.mkdir()
+        _write(temporary, files, marks, state)
         if final.exists():
-            _remove(final)  # a damaged one that this run has caught up with
-        beside.rename(final)
+            _remove(final)  # a damaged one from before the run was resumed
+        temporary.rename(final)
         sync_directory(folder)
     except (OSError, safetensors.SafetensorError) as error:
         number, reason = _reason(error)
         raise OSError(
             number,
-            f"the checkpoint of step {step:,} could not be written ({reason}); finished ones are as they were, and the "
-            "same command goes on from the newest",
+            f"the checkpoint of step {step:,} could not be written ({reason}); finished ones are unchanged, and the "
+            "same command resumes from the newest",
             str(folder),
         ) from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
+def _write(
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], marks: Mapping[str, Any], state: Mapping[str, Any]
+) -> None:
+    """Write the tensor files and the sealed state, and flush them to the disk."""
+    for name, tensors in files.items():
+        _write_tensors(folder / name, tensors)
+    content = {**marks, "sha256": {name: sha256_of_file(folder / name) for name in files}, **state}
+    sealed = {**content, "state_sha256": _seal(content)}
+    (folder / STATE).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
+    _sync_file(folder / STATE)
+    sync_directory(folder)
+
+
 def tidy(folder: Path, step: int, keep: Retention) -> None:
-    """Remove the checkpoints that need not be kept, now that the one of ``step`` is there."""
+    """Remove the checkpoints that ``keep`` does not cover, up to ``step``, the newest one."""
     paths = [path for path in _folders(folder) if _step(path) <= step]
     claims = {path: _claims(path) for path in paths}
     scheduled = [path for path in paths if claims[path].scheduled]
@@ -145,37 +153,37 @@ def steps(folder: Path) -> list[int]:
 
 
 def of_step(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of a step; UserError if it is damaged or not there."""
+    """Read the checkpoint of a step; UserError if it is damaged or missing."""
     return read(folder / _folder_name(step))
 
 
 def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose checksums hold; each damaged one before it is named to ``warn``. None: there is none.
+    """Read the newest checkpoint that is not damaged, and report damaged newer ones to ``warn``; None if there is none.
 
     Raises:
-        UserError: there are checkpoints, and all are damaged.
+        UserError: all checkpoints are damaged.
     """
     return _first_good(_folders(folder), folder, warn)
 
 
 def to_go_back_to(folder: Path, warn: Callable[[str], None], before: int | None = None) -> Checkpoint | None:
-    """As ``latest``, of the scheduled ones, and of those before the step ``before`` if there are any."""
+    """As ``latest``, among the scheduled checkpoints; among those before the step ``before``, if there are any."""
     scheduled = [path for path in _folders(folder) if _claims(path).scheduled]
     earlier = [path for path in scheduled if before is None or _step(path) < before]
     return _first_good(earlier or scheduled[-1:], folder, warn)
 
 
 def remove_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps than ``step``."""
+    """Remove the checkpoints after ``step``."""
     for path in _folders(folder):
         if _step(path) > step:
             _remove(path)
 
 
 def read(path: Path) -> Checkpoint:
-    """Open one checkpoint and verify it; UserError says which file is damaged.
+    """Open and verify one checkpoint; the UserError names the damaged file.
 
-    Files that have not changed since this process last read them are not read again.
+    Files that have not changed since this process last verified them are not read again.
     """
     try:
         state = read_json(path / STATE)
@@ -183,7 +191,7 @@ def read(path: Path) -> Checkpoint:
             raise UserError(f"checkpoint {path} has format {state['format']}; this Kindling reads {FORMAT}")
         if state.pop("state_sha256") != _seal(state) or path.name != _folder_name(state["step"]):
             raise UserError(f"damaged checkpoint {path}: {STATE} does not match its checksum")
-        for name in (MODEL, OPTIMIZER):
+        for name in (MODEL, OPTIMIZER, *([OBJECTIVE] if OBJECTIVE in state["sha256"] else [])):
             if _sha256(path / name, _stamp(path / name)) != state["sha256"][name]:
                 raise UserError(f"damaged checkpoint {path}: {name} does not match its checksum")
         return Checkpoint(path, state["step"], state)
@@ -193,7 +201,7 @@ def read(path: Path) -> Checkpoint:
 
 @dataclass(frozen=True)
 class _Claims:
-    """What a checkpoint says of itself, not verified. A state that cannot be read claims nothing."""
+    """What a checkpoint's state says, unverified; the defaults if it cannot be read."""
 
     scheduled: bool = False
     best_step: int = 0
@@ -216,7 +224,7 @@ def _first_good(paths: Iterable[Path], folder: Path, warn: Callable[[str], None]
             warn(str(damage))
             damaged = True
     if damaged:
-        raise UserError(f"every checkpoint in {folder} is damaged: nothing to go on from")
+        raise UserError(f"every checkpoint in {folder} is damaged: there is nothing to resume from")
     return None
 
 
@@ -235,27 +243,27 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; whenever that ends, there is all of it or nothing."""
-    dying = path.with_suffix(".old")
-    shutil.rmtree(dying, ignore_errors=True)
-    path.rename(dying)
-    shutil.rmtree(dying, ignore_errors=True)
+    """Remove a checkpoint; if interrupted, it is either complete or gone."""
+    doomed = path.with_suffix(".old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a killed process was writing or removing."""
+    """Remove what a killed process left half written or half removed."""
     for path in folder.glob("step_*"):
         if path.suffix in UNFINISHED:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _seal(state: Mapping[str, Any]) -> str:
-    """SHA-256 of a state's content, however it is laid out in the file."""
+    """SHA-256 of a state's content, independent of its layout in the file."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    """What changes when a file does."""
+    """Inode, size and modification time, which change when the file does."""
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -269,12 +277,12 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(dict(tensors), path)
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+    path.chmod(0o666 & ~umask)  # safetensors creates files that only their owner can read
     _sync_file(path)
 
 
 def _reason(error: Exception) -> tuple[int | None, str]:
-    """The system's number and words for a failure; safetensors hides them in its own."""
+    """The error number of a failure, if any, and its description; safetensors hides both in its own message."""
     number = error.errno if isinstance(error, OSError) else None
     if hidden := re.search(r"os error (\d+)", str(error)):
         number = int(hidden[1])

@@ -1,7 +1,7 @@
-"""Checkpoints written while training goes on.
+"""Write checkpoints while training continues.
 
-What is to be saved is copied first, and that copy is the only pause; one background thread then writes it. There is
-never more than one copy: a save that comes too soon waits for the one before it.
+Training pauses only while the tensors are copied; one background thread then writes the copy. There is never more than
+one copy: a save waits for the previous one to finish.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lm.runs.checkpoint import Retention
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, contiguous, that no later step changes."""
+    """Contiguous copies on the CPU, which no later step changes."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -28,42 +28,42 @@ def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes of a model, by name: the weights that require a gradient; views of the live ones."""
+    """The weights of a model that require a gradient, by name, as views of the live ones."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors of ``trained_tensors`` back into a model; what requires no gradient stays as it is.
+    """Load the tensors of ``trained_tensors`` into a model, leaving weights without a gradient unchanged.
 
     Raises:
-        RuntimeError: they are not all of the model's, or others, or of another shape.
+        RuntimeError: the names or shapes are not those of the model.
     """
     wanted = trained_tensors(model)
-    if apart := sorted(tensors.keys() ^ wanted.keys()):
-        raise RuntimeError(f"{apart[0]} is only in one of them")
+    if unmatched := sorted(tensors.keys() ^ wanted.keys()):
+        raise RuntimeError(f"{unmatched[0]} is only in one of them")
     for name, tensor in wanted.items():
         if tensors[name].shape != tensor.shape:
             raise RuntimeError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
     model.load_state_dict(dict(tensors), strict=False)
 
 
-class Saver:
-    """Writes the checkpoints of a run into ``folder`` and removes those that ``keep`` lets go.
+class CheckpointWriter:
+    """Writes a run's checkpoints into ``folder`` in the background, and removes those that ``keep`` does not cover.
 
-    A context manager; leaving it waits for what is being written. An error while writing is raised by whichever method
-    is called next, or on leaving.
+    A context manager; leaving it waits for the last checkpoint. An error while writing is raised by the next method
+    that is called, or on leaving.
 
     Args:
-        folder: None: another process of this run writes them, and nothing is done here.
-        step: the checkpoint that the run goes on from; 0: it begins.
-        first: called before each checkpoint is written, in the background: what must be on the disk before it is.
+        folder: None: another process of this run writes the checkpoints, and nothing is done here.
+        step: the checkpoint that the run was resumed from; 0: it is new.
+        first: called in the background before each checkpoint is written, to bring to the disk what must precede it.
     """
 
     def __init__(self, folder: Path | None, keep: Retention, step: int, first: Callable[[], None]) -> None:
         self._folder, self._keep, self._first = folder, keep, first
-        self._pool = ThreadPoolExecutor(1, "kindling-saver")
+        self._pool = ThreadPoolExecutor(1, "kindling-checkpoints")
         self._pending: Future[None] | None = None
-        # A kill may have come between a checkpoint and the removal of older ones, which must not be gone back to.
+        # A kill may have come between a checkpoint and the removal of older ones, which a rollback must not find.
         if folder is not None:
             checkpoint.tidy(folder, step, keep)
 
@@ -76,23 +76,24 @@ class Saver:
         *,
         scheduled: bool,
         best_step: int,
+        objective: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Copy everything and return; it is written by ``lm.runs.checkpoint.save``. ``state`` must not change later."""
+        """Copy the tensors and return; ``lm.runs.checkpoint.save`` writes them later. ``state`` must not change."""
         if self._folder is None:
             return
         self.wait()
         arguments = (step, snapshot(model), snapshot(optimizer), state)
-        marks = {"scheduled": scheduled, "best_step": best_step}
+        marks: dict[str, Any] = {"scheduled": scheduled, "best_step": best_step, "objective": snapshot(objective or {})}
         self._pending = self._pool.submit(self._write, self._folder, *arguments, **marks)
 
     def wait(self) -> None:
-        """Return when all that was saved is on the disk."""
+        """Return when the last checkpoint is on the disk."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def check(self) -> None:
-        """Raise the error of a save that has failed; do not wait."""
+        """Raise the error of a save that has failed, without waiting."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
@@ -108,5 +109,5 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._pool.shutdown()
-        if error is None:  # otherwise that is what the run ends with
+        if error is None:  # otherwise the run ends with that error
             self.wait()

@@ -1,7 +1,7 @@
-"""A run directory: all that sampling, evaluation and the report need of a trained model.
+"""A run directory: everything that sampling, evaluation and the report need of a trained model.
 
-``config.toml``, ``tokenizer.json``, ``metrics.jsonl``, ``checkpoints/`` and, once made, ``evaluation.json`` and
-``report.html``.
+``config.toml``, ``tokenizer.json`` (or another processor), ``metrics.jsonl``, ``checkpoints/`` and, once they exist,
+``evaluation.json`` and ``report.html``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from data_prep.errors import UserError
-from data_prep.files import read_json
+from data_prep.files import read_json, sha256_of_file
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.recipes import load_config
@@ -29,6 +29,42 @@ from lm.runs.checkpoint import MODEL, Checkpoint
 from lm.runs.checkpoint_writer import load_trained
 
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+TOKENIZER, PROCESSOR = "tokenizer.json", "processor.json"
+
+
+class Processor(Protocol):
+    """What turns raw data into model inputs: a tokenizer, or for example the preprocessing of images.
+
+    Attributes:
+        file_name: its file in the run directory, ``TOKENIZER`` or ``PROCESSOR``.
+        sha256: the hash of that file.
+    """
+
+    file_name: str
+
+    @property
+    def sha256(self) -> str: ...
+    def save(self, path: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class ProcessorFile:
+    """A processor that is no tokenizer, as saved in a run directory."""
+
+    path: Path
+
+    @property
+    def file_name(self) -> str:
+        return self.path.name
+
+    @cached_property
+    def sha256(self) -> str:
+        return sha256_of_file(self.path)
+
+
+def sha256_key(file_name: str) -> str:
+    """The key of a processor's hash in a checkpoint's state: ``tokenizer_sha256`` for ``tokenizer.json``."""
+    return f"{Path(file_name).stem}_sha256"
 
 
 def warn(message: str) -> None:
@@ -37,60 +73,69 @@ def warn(message: str) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """An existing run directory; ``open_run`` makes it."""
+    """An existing run directory; ``open_run`` opens one."""
 
     path: Path
     config: Config
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.path / "tokenizer.json")
+        """The run's tokenizer; UserError if it has none."""
+        if not (self.path / TOKENIZER).is_file():
+            raise UserError(f"{self.path} has no {TOKENIZER}: it cannot read or write text")
+        return load_tokenizer(self.path / TOKENIZER)
+
+    @cached_property
+    def processor(self) -> Tokenizer | ProcessorFile:
+        """The run's tokenizer, or the file of its other processor."""
+        other = self.path / PROCESSOR
+        return ProcessorFile(other) if other.is_file() else self.tokenizer
 
     def latest(self, warn: Callable[[str], None] = warn) -> Checkpoint | None:
         return checkpoint.latest(self.path / CHECKPOINTS, warn)
 
     def newest(self) -> Checkpoint:
-        """The newest good checkpoint; UserError if the run has none yet."""
+        """The newest checkpoint that is not damaged; UserError if the run has none yet."""
         found = self.latest()
         if found is None:
             raise UserError(f"{self.path} has no checkpoint yet: train it first, with train.py … --run {self.path}")
         return found
 
     def checkpoint(self, which: str, warn: Callable[[str], None] = warn) -> Checkpoint:
-        """The checkpoint that a person asks for: "newest", "best" (of the validation), or the number of its step.
+        """Return a checkpoint by name: "newest", "best" (of the validation), or the number of its step.
 
-        A run that was not validated yet has no best one: ``warn`` is told that the newest is taken.
+        A run that was not validated yet has no best one: the newest is returned, after a message to ``warn``.
 
         Raises:
-            UserError: it is not there, or damaged.
+            UserError: it is missing or damaged.
         """
         newest = self.newest()
         if which == "best" and not newest.best_step:
-            warn(f"{self.path} was not validated yet: its newest checkpoint, of step {newest.step:,}, is taken")
+            warn(f"{self.path} was not validated yet: using its newest checkpoint, step {newest.step:,}")
         if which == "newest" or (which == "best" and not newest.best_step):
             return newest
         if which != "best" and not which.isdecimal():
-            raise UserError(f'there is no checkpoint "{which}": say newest, best, or the number of a step')
+            raise UserError(f'there is no checkpoint "{which}": choose newest, best, or the number of a step')
         step = newest.best_step if which == "best" else int(which)
         there = checkpoint.steps(self.path / CHECKPOINTS)
         if step not in there:
-            best = ", which validated best" if which == "best" else ""
+            best = ", the best one" if which == "best" else ""
             raise UserError(
-                f"{self.path} has no checkpoint of step {step}{best}: there are those of {', '.join(map(str, there))}"
+                f"{self.path} has no checkpoint of step {step}{best}: available are {', '.join(map(str, there))}"
             )
         return checkpoint.of_step(self.path / CHECKPOINTS, step)
 
     def load_model(self, device: torch.device, saved: Checkpoint | None = None) -> Transformer:
-        """The model of a checkpoint (None: the newest good one), ready to be read from.
+        """The model of a checkpoint (None: the newest one), on ``device`` and in evaluation mode.
 
         Raises:
-            UserError: the checkpoint was trained with another model or tokenizer than the run directory says, or the
-                run answers a task.
+            UserError: the checkpoint does not match the run directory's model or processor, or the run has a task's
+                head instead of a language model's.
         """
         if self.config.has_task_head:
             raise UserError(
-                f"{self.path} is fine-tuned for {self.config.finetune.task} and is no language model now: "
-                "kindling predict asks it for its answers, kindling merge --trunk-only makes a plain run of it"
+                f"{self.path} is fine-tuned for {self.config.finetune.task} and is no longer a language model: "
+                "use kindling predict for its answers, or kindling merge --trunk-only to make it a plain run"
             )
         saved = saved or self.newest()
         self.refuse_another(saved)
@@ -108,25 +153,24 @@ class Run:
         return model.to(device).eval()
 
     def plain_weights(self) -> Path:
-        """The file with the run's newest weights, all of them.
+        """The file with all of the run's newest weights.
 
         Raises:
-            UserError: it has a task's head, or additions by LoRA, or no checkpoint.
+            UserError: the run has a task's head, LoRA matrices or no checkpoint.
         """
         if self.config.has_task_head or (self.config.is_finetuning and self.config.finetune.method != "full"):
-            raise UserError(f"{self.path} is itself fine-tuned: kindling merge makes a plain run of it")
+            raise UserError(f"{self.path} is itself fine-tuned: make it a plain run with kindling merge")
         return self.newest().path / checkpoint.MODEL
 
     def refuse_another(self, saved: Checkpoint) -> None:
-        """UserError if a checkpoint was trained with another model or tokenizer than the run directory says."""
+        """Raise UserError if a checkpoint does not match the run directory's model or processor."""
         model = {setting.name for setting in all_settings() if setting.section == "model"}
         if edited := {name: values for name, values in changes(saved, self.config).items() if name in model}:
-            told = ", ".join(f"{name} {there!r} (config.toml: {here!r})" for name, (there, here) in edited.items())
-            raise UserError(f"checkpoint {saved.path} does not fit config.toml: it was trained with {told}")
-        if saved.state["tokenizer_sha256"] != self.tokenizer.sha256:
-            raise UserError(
-                f"checkpoint {saved.path} was trained with another tokenizer than {self.path}/tokenizer.json"
-            )
+            values = ", ".join(f"{name} {there!r} (config.toml: {here!r})" for name, (there, here) in edited.items())
+            raise UserError(f"checkpoint {saved.path} does not fit config.toml: it was trained with {values}")
+        file = self.path / self.processor.file_name
+        if saved.state.get(sha256_key(file.name)) != self.processor.sha256:
+            raise UserError(f"checkpoint {saved.path} was trained with another {file.stem} than {file}")
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl (``lm.runs.metrics_log``)."""
@@ -134,13 +178,13 @@ class Run:
 
 
 def changes(saved: Checkpoint, config: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings that a checkpoint was not trained with as ``config`` has them: its value and that of ``config``."""
+    """The settings in which a checkpoint and ``config`` differ, each with both values, the checkpoint's first."""
     trained, now = saved.state["config"], plain_settings(config)
     return {n: (trained[n], now[n]) for n in now if n in trained and trained[n] != now[n]}
 
 
 def plain_settings(config: Config) -> dict[str, Any]:
-    """Every setting by its name, as JSON gives it back."""
+    """Every setting by name, as it is read back from JSON (lists for tuples)."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in config.flat().items()}
 
 
@@ -148,11 +192,11 @@ def open_run(path: str | Path) -> Run:
     """Open a run directory.
 
     Raises:
-        UserError: there is no such directory, or it is not one of a run.
+        UserError: there is no such directory, or it is not a run directory.
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"there is no run directory {path}: train.py makes one")
+        raise UserError(f"there is no run directory {path}: train.py creates one")
     if not (path / "config.toml").is_file():
         raise UserError(f"{path} is not a run directory: it has no config.toml")
     return Run(path, load_config(path / "config.toml"))
@@ -162,7 +206,7 @@ RESULT = "evaluation.json"
 
 
 def saved_evaluation(run: Run, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What ``evaluate`` found, if this checkpoint is what it was last asked for and the file is whole."""
+    """The result of the last ``evaluate``, if it is of this checkpoint and the file is intact."""
     try:
         known: dict[str, Any] = read_json(run.path / RESULT)
         return known if known["checkpoint"] == checkpoint.state["sha256"][MODEL] else None

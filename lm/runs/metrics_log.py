@@ -1,8 +1,8 @@
-"""``metrics.jsonl``: what a run tells about itself, one JSON object a line, in the order of its steps.
+"""``metrics.jsonl``: the log of a run, one JSON object per line, in the order of its steps.
 
-A line has ``step`` and either ``loss`` and what belongs to it (means over the steps since the last such line),
-``validation`` (the losses of each readout, and on how many ``rows`` of how many), ``metrics`` (of a task that is
-fine-tuned on) or ``event`` (a step skipped, a rate lowered, a run taken back).
+A line has ``step`` and either ``loss`` with other means over the steps since the last such line, ``validation`` (the
+losses of each readout, and on how many ``rows`` of how many), ``metrics`` (of the task in fine-tuning) or ``event`` (a
+skipped step, a lower learning rate, a rollback).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from data_prep.files import parse_json, write_atomically
 
 @dataclass
 class Interval:
-    """Sums since the last line with a loss; saved with a checkpoint, so that a continued run logs the same.
+    """Sums since the last line with a loss; saved in checkpoints, so that a resumed run logs the same.
 
     ``losses`` are weighted by ``weights``, the share of each objective in the steps' rows.
     """
@@ -42,7 +42,7 @@ class Interval:
         self.gradient_norm += float(gradient_norm)
 
     def means(self) -> dict[str, float]:
-        """Mean loss, mean of each objective, mean norm of the gradient, and the steps that were skipped, if any."""
+        """Mean loss, mean loss of each objective, mean gradient norm, and the number of skipped steps, if any."""
         line = {"loss": sum(self.losses.values()) / self.steps}
         if len(self.losses) > 1:
             line |= {f"loss_{name}": loss / self.weights[name] for name, loss in self.losses.items()}
@@ -51,7 +51,7 @@ class Interval:
 
 
 class Follower(Protocol):
-    """Who is given what goes into the file (``lm.training.trackers``)."""
+    """Receives each line of the file (``lm.training.trackers``)."""
 
     def write(self, line: dict[str, Any]) -> None: ...
     def go_back(self, step: int) -> None: ...
@@ -59,10 +59,10 @@ class Follower(Protocol):
 
 
 class MetricsLog:
-    """The file, open for writing from step ``step`` on: lines of later steps, which will be done again, are dropped.
+    """The file, open for writing after step ``step``: lines of later steps, which will be repeated, are dropped.
 
-    The ``followers`` are given each line after the file has it, and are closed with it. Without a path nothing is kept:
-    another process writes the file.
+    The ``followers`` receive each line after it is written, and are closed with the file. Without a path nothing is
+    written, since another process writes the file.
     """
 
     def __init__(self, path: Path | None, step: int, followers: Sequence[Follower] = ()) -> None:
@@ -76,7 +76,7 @@ class MetricsLog:
             follower.write(line)
 
     def sync(self) -> None:
-        """Have every line so far on the disk."""
+        """Flush every line so far to the disk."""
         os.fsync(self._file.fileno())
 
     def go_back(self, step: int) -> None:
@@ -104,7 +104,7 @@ class MetricsLog:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl, none if there is no file; it ends before a line that a crash has cut off."""
+    """Yield the lines of a metrics.jsonl, if it exists, up to a line that a crash has truncated."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as lines:
@@ -131,13 +131,13 @@ def loss_of_readouts(line: dict[str, Any]) -> float | None:
 
 
 def best_validation(lines: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The validation line with the lowest mean over the readouts, the first of equals; None if there is none."""
+    """The first validation line with the lowest mean loss over the readouts; None if there is none."""
     validated = [line for line in lines if line.get("validation")]
     return min(validated, key=lambda line: loss_of_readouts(line) or 0.0, default=None)
 
 
 def rows_validated(line: dict[str, Any]) -> str:
-    """What part of the split a validation line is about, in words; "" where the line does not say (older runs)."""
+    """How much of the split a validation line covers, in words; "" if unknown (older runs)."""
     if "rows" not in line:
         return ""
     taken, there = line["rows"]["taken"], line["rows"]["of"]
@@ -145,10 +145,10 @@ def rows_validated(line: dict[str, Any]) -> str:
 
 
 def summary(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Where a run stands and how it went there; empty if it has logged no interval yet.
+    """The progress and speed of a run; empty if it has logged no interval yet.
 
-    Speed and share of peak are medians over the intervals, memory is the most of any; the last two are left out where
-    the lines do not say (older runs).
+    Speed and share of peak are medians over the intervals, memory is their maximum; the last two are missing if unknown
+    (older runs).
     """
     intervals = [line for line in lines if "loss" in line]
     if not intervals:
@@ -163,18 +163,18 @@ def summary(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def overfitting(lines: Iterable[dict[str, Any]]) -> str:
-    """A sentence if the validation loss has been rising; "" if not."""
+    """A sentence if the model is overfitting; "" if not."""
     validated = [line for line in lines if line.get("validation")]
     best = best_validation(validated)
     if best is None or len(validated) - validated.index(best) <= OVERFITTING:
         return ""
     return (
-        f"The validation loss was lowest at step {best['step']:,} and has not come back to it in "
-        f"{len(validated) - validated.index(best) - 1} validations since: the model is learning its text by heart."
+        f"The validation loss was lowest at step {best['step']:,} and has not improved in "
+        f"{len(validated) - validated.index(best) - 1} validations since: the model is overfitting."
     )
 
 
-OVERFITTING = 3  # validations in a row worse than the best, after which it is told
+OVERFITTING = 3  # validations in a row worse than the best, after which it is reported
 
 
 @dataclass
@@ -186,7 +186,7 @@ class Best:
     worse: int = 0
 
     def add(self, step: int, loss: float) -> bool:
-        """Take in what a validation is judged by, the lower the better; is it the best?"""
+        """Record a validation score (lower is better); return True if it is the best so far."""
         if math.isfinite(loss) and (self.loss is None or loss < self.loss):
             self.step, self.loss, self.worse = step, loss, 0
             return True

@@ -1,4 +1,4 @@
-"""Whether a run may go on: which settings may have changed, and what must be as it was."""
+"""Whether a run may be resumed: which settings may have changed, and what must be the same."""
 
 from __future__ import annotations
 
@@ -9,42 +9,38 @@ from typing import Any, Protocol
 import torch
 
 from data_prep.errors import UserError
-from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config, all_settings
 from lm.runs.checkpoint import Checkpoint
-from lm.runs.directory import Run, changes, open_run, plain_settings
+from lm.runs.directory import PROCESSOR, TOKENIZER, Processor, Run, changes, open_run, plain_settings, sha256_key
 
-# Settings that a run may be continued with changed: they alter neither the model nor the order of its data.
-FREE_SETTINGS = {
-    *("steps", "log_every", "validate_every", "validation_rows", "checkpoint_every", "keep_checkpoints", "keep_every"),
-    *("device", "precision", "compile", "threads", "parallel", "micro_batch_rows", "prompts", "fills", "data"),
-    *("verify_data", "trackers", "train", "validation", "epochs", "validations_per_epoch", "patience"),
-    "micro_batch_tokens",
-}
-# Settings that can never change: the weights, or the meaning of a step, depend on them.
-FIXED_SETTINGS = {s.name for s in all_settings() if s.section == "model"} | {
-    *("context_length", "batch_tokens", "packing", "seed", "optimizer", "init_from"),
-    *("task", "base", "weights", "method", "lora_rank", "lora_alpha", "lora_matrices", "batch_examples", "pairs"),
-}
+ON_RESUME = {setting.name: setting.on_resume for setting in all_settings()}
 
 
-class Source(Protocol):
-    """Where a run's weights come from: ``fingerprint`` is a hash of its content, ``name`` what a person calls it."""
+class TrainingSource(Protocol):
+    """What a run's weights are trained on.
+
+    Attributes:
+        name: what messages call it.
+        fingerprint: a hash of its content.
+        processor: what turned it into model inputs.
+    """
 
     name: str
     fingerprint: str
-    tokenizer: Tokenizer
+
+    @property
+    def processor(self) -> Processor: ...
 
 
 def refuse_other_directories(path: Path) -> None:
-    """A run goes into a new or empty directory, or into its own (which may have been killed while it was made).
+    """Check that ``path`` is new, empty or a run directory, including one whose creation was interrupted.
 
     Raises:
-        UserError: something else lies at ``path``.
+        UserError: something else is at ``path``.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: choose another --run")
-    own = {f"{name}{ending}" for name in ("config.toml", "tokenizer.json") for ending in ("", ".tmp")}
+    own = {f"{name}{ending}" for name in ("config.toml", TOKENIZER, PROCESSOR) for ending in ("", ".tmp")}
     if path.exists() and not (path / "config.toml").exists() and {p.name for p in path.iterdir()} - own:
         raise UserError(f"{path} is not empty and is not a run directory: choose another --run")
 
@@ -52,16 +48,16 @@ def refuse_other_directories(path: Path) -> None:
 def open_or_create(
     config: Config,
     path: Path,
-    source: Source,
+    source: TrainingSource,
     device: torch.device,
     note: Callable[[str], None],
     *,
     accept_changes: bool,
 ) -> Checkpoint | None:
-    """The checkpoint to go on from, if there is one; the directory's files are only written when everything fits.
+    """Return the checkpoint to resume from, if any; write the directory's files only if everything fits.
 
     Raises:
-        UserError: the run that is there was trained on other data or with other settings, or is damaged.
+        UserError: the existing run was trained on other data or with other settings, or is damaged.
     """
     newest = None
     if (path / "config.toml").exists():
@@ -69,70 +65,69 @@ def open_or_create(
         newest = before.latest(note)
         if newest is not None:
             _check(before, newest, config, source, accept_changes=accept_changes)
-            _tell_another_place(newest, device, note)
-    source.tokenizer.save(path / "tokenizer.json")
+            _note_other_environment(newest, device, note)
+    source.processor.save(path / source.processor.file_name)
     config.save(path / "config.toml")
     return newest
 
 
-def fingerprints(config: Config, source: Source, device: torch.device) -> dict[str, Any]:
-    """What a checkpoint says of all that its weights come from, to be compared when the run goes on."""
+def fingerprints(config: Config, source: TrainingSource, device: torch.device) -> dict[str, Any]:
+    """The part of a checkpoint's state that is compared on resume: data, processor, settings and environment."""
     return {
         "data_fingerprint": source.fingerprint,
-        "tokenizer_sha256": source.tokenizer.sha256,
+        sha256_key(source.processor.file_name): source.processor.sha256,
         "config": plain_settings(config),
-        "place": _place(device),
+        "place": _environment(device),
     }
 
 
-def _place(device: torch.device) -> dict[str, Any]:
-    """What the last bits of a sum depend on, beside the settings."""
-    place: dict[str, Any] = {"PyTorch": torch.__version__, "device": device.type}
+def _environment(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a sum depend on, in addition to the settings."""
+    environment: dict[str, Any] = {"PyTorch": torch.__version__, "device": device.type}
     if device.type == "cpu":
-        place |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
-    return place
+        environment |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    return environment
 
 
-def _check(run: Run, newest: Checkpoint, config: Config, source: Source, *, accept_changes: bool) -> None:
-    """Refuse to go on from ``newest`` with what is not what it was trained with."""
+def _check(run: Run, newest: Checkpoint, config: Config, source: TrainingSource, *, accept_changes: bool) -> None:
+    """Raise UserError if ``newest`` was trained with other data, another processor or other settings."""
     path = run.path
     if newest.state["data_fingerprint"] != source.fingerprint:
         raise UserError(
             f"{path} was trained on other data than {source.name} holds now: choose another --run, or restore the data"
         )
-    kept = path / "tokenizer.json"
-    if kept.exists() and run.tokenizer.sha256 != newest.state["tokenizer_sha256"]:
+    kept = path / source.processor.file_name
+    if kept.exists() and run.processor.sha256 != newest.state.get(sha256_key(kept.name)):
         raise UserError(
-            f"{kept} is not the tokenizer that {path} was trained with: remove it, and the data's, which is, takes its "
-            "place"
+            f"{kept} is not the {kept.stem} that {path} was trained with: remove it, and the data's own replaces it"
         )
-    edited = {} if accept_changes else _binding(changes(newest, run.config))
+    edited = {} if accept_changes else _not_free(changes(newest, run.config))
     if edited:
         raise UserError(
-            f"{path}/config.toml does not say what its newest checkpoint was trained with, {_told(edited)}: put it "
-            f"back, or choose another --run{_unless_fixed(edited)}"
+            f"{path}/config.toml does not match its newest checkpoint, which was trained with {_describe(edited)}: "
+            f"restore it, or choose another --run{_resume_hint(edited)}"
         )
-    blocking = _binding(changes(newest, config))
+    refused = _not_free(changes(newest, config))
     if accept_changes:
-        blocking = {name: values for name, values in blocking.items() if name in FIXED_SETTINGS}
-    if blocking:
-        raise UserError(f"{path} was begun with {_told(blocking)}: choose another --run{_unless_fixed(blocking)}")
+        refused = {name: values for name, values in refused.items() if ON_RESUME[name] == "never"}
+    if refused:
+        raise UserError(f"{path} was started with {_describe(refused)}: choose another --run{_resume_hint(refused)}")
 
 
-def _binding(changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
-    return {name: changed[name] for name in sorted(changed) if name not in FREE_SETTINGS}
+def _not_free(changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    return {name: changed[name] for name in sorted(changed) if ON_RESUME[name] != "free"}
 
 
-def _told(changed: dict[str, tuple[Any, Any]]) -> str:
+def _describe(changed: dict[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{name} {before!r} (now {now!r})" for name, (before, now) in changed.items())
 
 
-def _unless_fixed(changed: dict[str, tuple[Any, Any]]) -> str:
-    return "" if changed.keys() & FIXED_SETTINGS else ", or add --resume to change it"
+def _resume_hint(changed: dict[str, tuple[Any, Any]]) -> str:
+    return "" if any(ON_RESUME[name] == "never" for name in changed) else ", or add --resume to change it"
 
 
-def _tell_another_place(newest: Checkpoint, device: torch.device, note: Callable[[str], None]) -> None:
-    before, now = newest.state["place"], _place(device)
-    moved = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
-    if moved:
-        note(f"trained so far with {_told(moved)}: it goes on, to rounding, not bit for bit, as it would have there")
+def _note_other_environment(newest: Checkpoint, device: torch.device, note: Callable[[str], None]) -> None:
+    before, now = newest.state["place"], _environment(device)
+    changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
+    if changed:
+        note(f"trained so far with {_describe(changed)}: results will match to rounding, not bit for bit")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.inference.sampling import MOST_LOGPROBS, Sampling
+from lm.config.sampling import MOST_LOGPROBS, Sampling
 
 LARGEST_SEED = 2**63
 MOST_CHOICES = 128

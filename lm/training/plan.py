@@ -152,7 +152,7 @@ class Plan:
             ("model", self.model),
             ("objective", f"{self.config.objective.objective} on {self.data}"),
             ("tokens", f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {millions(self.tokens)}{passes}"),
-            ("rule for this size", rule_for(self.config).told(self.config)),
+            ("rule for this size", rule_for(self.config).describe(self.config)),
             ("FLOPs per token", f"{self.flops_per_token / 1e6:.1f}M, {told_flops(self.flops)} in all"),
             ("device", f"{self._where()}; {kernels.describe(self.device)}"),
             ("micro-batch", f"{self.rows} of the batch's {data.batch_rows} rows at a time"),

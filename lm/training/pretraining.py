@@ -38,7 +38,7 @@ class Pretraining(TrainModule[Any]):
         self.batches = TrainingBatches(corpora, config)
         self.objective: Objective = self.batches.objective
         self.batches.check_ranks(ranks.world)
-        self.name, self.tokenizer, self.fingerprint = corpora.name, corpora.tokenizer, corpora.fingerprint
+        self.name, self.processor, self.fingerprint = corpora.name, corpora.tokenizer, corpora.fingerprint
 
     @classmethod
     def open(cls, config: Config, path: Path, ranks: Ranks) -> Pretraining:
@@ -70,7 +70,7 @@ class Pretraining(TrainModule[Any]):
             raise UserError(
                 f"{start.path} has a model of another shape: leave the recipe out, and the shape is its own"
             )
-        if start.tokenizer.sha256 != self.tokenizer.sha256:
+        if start.tokenizer.sha256 != self.processor.sha256:
             raise UserError(
                 f"{self.name} was made with another tokenizer than {start.path}: "
                 f"prepare it with --tokenizer {start.path}/tokenizer.json"

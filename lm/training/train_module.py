@@ -9,23 +9,27 @@ from torch import Tensor, nn
 
 from lm.config.settings import Config
 from lm.objectives.objective import Objective
+from lm.runs.directory import Processor
 from lm.runs.metrics_log import Best
-from lm.runs.resume import Source
 
 Batch = TypeVar("Batch")
 
 
-class TrainModule(ABC, Source, Generic[Batch]):
+class TrainModule(ABC, Generic[Batch]):
     """The part of a run that depends on what is trained (``pretraining``, ``lm.finetuning.finetune``).
 
     Everything it returns depends on the settings, the seed and the step alone. The weights that are trained and saved
     are those that require a gradient.
 
     Attributes:
+        name, fingerprint, processor: as of ``lm.runs.resume.TrainingSource``.
         config: every setting, with ``training.steps`` the last step.
         objective: what is learned, if it may keep state of its own or be trained by several processes.
     """
 
+    name: str
+    fingerprint: str
+    processor: Processor
     config: Config
     objective: Objective | None = None
 

@@ -24,7 +24,7 @@ from lm.config.settings import Config, TrainingConfig
 from lm.data.prefetch import Prefetch
 from lm.model.device import is_out_of_memory, keep_freed_memory, peak_memory
 from lm.runs import checkpoint
-from lm.runs.checkpoint_writer import Saver, load_trained, trained_tensors
+from lm.runs.checkpoint_writer import CheckpointWriter, load_trained, trained_tensors
 from lm.runs.directory import CHECKPOINTS, METRICS
 from lm.runs.metrics_log import Best, Interval, MetricsLog
 from lm.runs.resume import fingerprints, open_or_create, refuse_other_directories
@@ -174,7 +174,7 @@ class Training(Generic[Batch]):
             with (
                 MetricsLog(self.path / METRICS if main else None, self.state.step, followers) as self.log,
                 StopSignal() as self.stop,
-                Saver(self.folder if main else None, keep, self.state.step, self.log.sync) as self.saver,
+                CheckpointWriter(self.folder if main else None, keep, self.state.step, self.log.sync) as self.saver,
             ):
                 while not self.ended:
                     self._train_on()

@@ -117,9 +117,7 @@ def test_a_checkpoint_may_be_chosen(run):
     ]
     assert written[0] != written[1] == written[2]
     for command in (["sample", run, "--prompt", "a"], ["evaluate", run], ["report", run]):
-        assert_refused(
-            kindling(*command, "--checkpoint", "7"), "has no checkpoint of step 7: there are those of 100, 50"
-        )
+        assert_refused(kindling(*command, "--checkpoint", "7"), "has no checkpoint of step 7: available are 100, 50")
 
 
 def test_a_run_is_named_after_its_recipe(dataset, tmp_path, monkeypatch):

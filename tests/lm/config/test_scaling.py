@@ -48,6 +48,6 @@ def test_the_weights_of_the_blocks_are_counted_as_the_model_has_them(shape):
     assert block_weights(shape) == sum(p.numel() for p in Transformer(shape).blocks.parameters() if p.ndim == 2)
 
 
-def test_what_a_run_does_otherwise_is_told():
+def test_a_rule_is_described_with_the_values_that_differ():
     config = Config().replace(learning_rate=0.5)
-    assert "learning_rate 0.01 (here 0.5), muon_learning_rate 0.02" in rule_for(config).told(config)
+    assert "learning_rate 0.01 (here 0.5), muon_learning_rate 0.02" in rule_for(config).describe(config)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lm.config.settings import Config, ModelConfig, all_settings, inconsistencies
+from lm.config.settings import METHODS, Config, ModelConfig, all_settings, finetuning_defaults, finetuning_settings
 
 
 def test_setting_names_are_unique_over_all_sections():
@@ -24,10 +24,6 @@ def test_every_setting_is_explained_and_its_default_is_within_its_limits(setting
         assert setting.default >= setting.minimum
     if setting.maximum is not None:
         assert setting.default <= setting.maximum
-
-
-def test_the_defaults_fit_together():
-    assert inconsistencies(Config()) == []
 
 
 def test_replace_finds_each_setting_in_its_section_and_leaves_the_original():
@@ -67,33 +63,47 @@ def test_head_sizes_and_counts_have_their_usual_values_unless_set():
     assert Config().replace(batch_tokens=1024, context_length=128).data.batch_rows == 8
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"hidden_size": 100, "num_heads": 6}, ["hidden_size 100", "num_heads 6", "head_size"]),
-        ({"hidden_size": 30, "num_heads": 6}, ["head is 5 wide", "even"]),
-        ({"head_size": 7}, ["head is 7 wide", "even"]),
-        ({"num_heads": 6, "num_key_value_heads": 4}, ["num_heads 6", "num_key_value_heads 4"]),
-        ({"batch_tokens": 1000, "context_length": 300}, ["batch_tokens 1000", "context_length 300", "nearest is 900"]),
-        ({"batch_tokens": 10, "context_length": 300}, ["nearest is 300"]),
-        ({"batch_tokens": 1024, "micro_batch_rows": 3}, ["micro_batch_rows 3", "4 rows"]),
-        ({"keep_every": 600, "checkpoint_every": 250}, ["keep_every 600", "checkpoint_every 250"]),
-        ({"mask_token_share": 0.8, "random_token_share": 0.3}, ["mask_token_share", "random_token_share"]),
-        ({"warmup_fraction": 0.5, "decay_fraction": 0.6}, ["warmup_fraction", "decay_fraction"]),
-        ({"task": "instruction", "method": "probe"}, ["method probe", "choose full or lora"]),
-        ({"task": "instruction", "reads": "bidirectional"}, ["read causally", "leave reads out"]),
-        ({"task": "tokens", "judged_by": "pearson"}, ["judged_by pearson", "accuracy"]),
-        ({"task": "regression", "judged_by": "f1"}, ["judged_by f1", "regression has none"]),
-        ({"task": "instruction", "judged_by": "pearson"}, ["judged_by pearson", "choose auto"]),
-        ({"task": "choice", "label_smoothing": 0.1}, ["label_smoothing", "choice has none"]),
-        ({"task": "regression", "class_weights": "balanced"}, ["class_weights", "regression has none"]),
-        ({"task": "classification", "method": "lora", "lora_matrices": ()}, ["lora_matrices names none"]),
-    ],
-)
-def test_what_cannot_be_together_is_told_with_its_values(changes, words):
-    (problem,) = inconsistencies(Config().replace(**changes))
-    assert all(word in problem for word in words), problem
+# What a run of version 0.1 could be resumed with.
+FREE = """steps log_every validate_every validation_rows checkpoint_every keep_checkpoints keep_every device precision
+    compile threads parallel micro_batch_rows prompts fills data verify_data trackers train validation epochs
+    validations_per_epoch patience micro_batch_tokens"""
+NEVER = """num_layers hidden_size num_heads num_key_value_heads head_size feed_forward_size activation qk_norm
+    tie_embeddings logit_softcap dropout rope_theta norm_epsilon vocab_size context_length batch_tokens packing seed
+    optimizer init_from task base weights method lora_rank lora_alpha lora_matrices batch_examples pairs"""
+ASK = """objective masked_fraction mask_rate mask_token_share random_token_share validation_mask_rate learning_rate
+    muon_learning_rate weight_decay beta1 beta2 momentum gradient_clip spike_threshold warmup_fraction decay_fraction
+    final_learning_rate_fraction text_column text_pair_column label_column choices_column words_column tags_column
+    prompt_column response_column chat_template reads pooling long_texts judged_by layer_decay class_weights temperature
+    label_smoothing"""
 
 
-def test_a_head_size_of_its_own_frees_the_width():
-    assert inconsistencies(Config().replace(hidden_size=100, num_heads=6, head_size=16)) == []
+@pytest.mark.parametrize(("answer", "names"), [("free", FREE), ("never", NEVER), ("ask", ASK)])
+def test_what_may_change_on_resume(answer, names):
+    assert sorted(s.name for s in all_settings() if s.on_resume == answer) == sorted(names.split())
+
+
+def test_the_defaults_of_finetuning():
+    assert finetuning_defaults() == {
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "muon_learning_rate": 0.002,
+        "weight_decay": 0.01,
+        "beta2": 0.98,
+        "warmup_fraction": 0.1,
+        "decay_fraction": 0.9,
+        "dropout": 0.1,
+        "checkpoint_every": 200,
+        "keep_checkpoints": 1,
+    }
+    assert METHODS == {"full": 1e-3, "lora": 5e-3, "probe": 1e-2}
+    shown = {s.name: s.default for s in finetuning_settings()}
+    assert shown.items() >= finetuning_defaults().items()
+    left_out = {"steps", "validate_every", "validation_rows", "parallel", "init_from", "compile", "base"}
+    assert not shown.keys() & left_out
+    assert {s.name for s in all_settings() if s.section in ("training", "finetune")} <= shown.keys() | left_out
+
+
+def test_what_a_task_is():
+    assert [s.name for s in all_settings() if s.of_task] == (
+        ["task", "train", "validation", "text_column", "text_pair_column", "label_column", "judged_by"]
+    )

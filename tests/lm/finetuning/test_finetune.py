@@ -145,7 +145,7 @@ def test_early_stopping_ends_the_run_keeps_the_best_and_does_not_go_on(task_sett
 
 def test_another_task_or_data_is_refused_and_more_epochs_are_not(task_settings, task_files, recorder, tmp_path):
     finetune(task_settings("classification", epochs=1), tmp_path / "run", recorder)
-    with pytest.raises(UserError, match=r"was begun with method 'full' \(now 'lora'\): choose another --run"):
+    with pytest.raises(UserError, match=r"was started with method 'full' \(now 'lora'\): choose another --run"):
         finetune(task_settings("classification", method="lora"), tmp_path / "run", recorder)
     with pytest.raises(UserError, match="was trained on other data"):
         finetune(task_settings("classification", train=task_files["classification"][1]), tmp_path / "run", recorder)
@@ -181,7 +181,7 @@ def test_layer_decay_slows_the_lower_blocks(task_settings, recorder, tmp_path, t
 
 
 def test_a_run_with_a_head_writes_no_text_and_a_plain_run_answers_nothing(classifier, trained):
-    with pytest.raises(UserError, match="for classification and is no language model now: kindling predict"):
+    with pytest.raises(UserError, match="for classification and is no longer a language model: use kindling predict"):
         classifier.run.load_model(CPU)
     with pytest.raises(UserError, match="answers no task: kindling finetune"):
         open_predictor(trained.path, CPU)

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lm.model.lora import MATRICES, add_lora, merge_lora
+from lm.config.settings import LORA_MATRICES
+from lm.model.lora import add_lora, merge_lora
 from lm.model.transformer import Transformer
 from lm.runs.checkpoint_writer import load_trained, trained_tensors
 
@@ -29,10 +30,10 @@ def shaken(trunk: Transformer) -> Transformer:
 
 def test_at_first_it_changes_nothing_and_only_the_additions_learn(trunk):
     before = say(trunk)
-    add_lora(trunk, 4, 16.0, MATRICES, 0)
+    add_lora(trunk, 4, 16.0, LORA_MATRICES, 0)
     assert torch.equal(say(trunk), before)
     names = trained_tensors(trunk).keys()
-    assert len(names) == 2 * len(MATRICES) * 2
+    assert len(names) == 2 * len(LORA_MATRICES) * 2
     say(trunk).sum().backward()
     assert all(p.grad is None for p in trunk.parameters() if not p.requires_grad)
 
@@ -49,7 +50,7 @@ def test_a_matrix_is_w_plus_alpha_over_rank_b_a(trunk):
 
 def test_merging_changes_no_bit_and_leaves_plain_matrices(trunk):
     names = trunk.state_dict().keys()
-    add_lora(trunk, 3, 16.0, MATRICES, 1)
+    add_lora(trunk, 3, 16.0, LORA_MATRICES, 1)
     before = say(shaken(trunk))
     merge_lora(trunk)
     assert torch.equal(say(trunk), before)
@@ -70,5 +71,5 @@ def test_additions_are_drawn_from_the_seed_and_can_be_taken_elsewhere(small, tru
 
 def test_a_block_without_a_gate_has_one_matrix_less(small):
     trunk = Transformer(small.replace(vocab_size=60, activation="relu2").model).initialise(0)
-    add_lora(trunk, 2, 2.0, MATRICES, 0)
-    assert len(trained_tensors(trunk)) == 2 * (len(MATRICES) - 1) * 2
+    add_lora(trunk, 2, 2.0, LORA_MATRICES, 0)
+    assert len(trained_tensors(trunk)) == 2 * (len(LORA_MATRICES) - 1) * 2

@@ -135,7 +135,7 @@ def test_trouble_the_best_validation_and_what_it_cost_are_told(run, tmp_path, re
     (troubled.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = read_page(write_report(troubled, None).read_text(encoding="utf-8"))
     words = page.words()
-    assert "The validation loss was lowest at step 40 and has not come back to it in 3 validations since" in words
+    assert "The validation loss was lowest at step 40 and has not improved in 3 validations since" in words
     assert "best validation step 40: next_token 2.500 nats per token validated on 8 of 1,024 rows" in words
     assert "epochs seen 2.00" in words
     assert "tokens per second, median 1,055" in words

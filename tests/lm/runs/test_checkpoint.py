@@ -51,6 +51,20 @@ def test_a_checkpoint_holds_safetensors_and_json_only(tmp_path):
         assert set(file.keys()) == set(MODEL)
 
 
+def test_an_objective_with_a_state_has_a_file_of_its_own_which_is_verified_too(tmp_path):
+    assert checkpoint.read(save(tmp_path, 1)).objective() == {}
+    teacher = {"teacher.weight": torch.randn(2, 3)}
+    path = checkpoint.save(tmp_path, 2, snapshot(MODEL), snapshot(OPTIMIZER), {}, objective=teacher)
+    read = checkpoint.read(path)
+    assert sorted(read.state["sha256"]) == ["model.safetensors", "objective.safetensors", "optimizer.safetensors"]
+    assert read.objective().keys() == teacher.keys()
+    assert torch.equal(read.objective()["teacher.weight"], teacher["teacher.weight"])
+    flip_a_bit(path / "objective.safetensors")
+    with pytest.raises(UserError, match=r"step_00000002.*objective\.safetensors"):
+        checkpoint.read(path)
+    assert warnings_of(tmp_path)[0].step == 1
+
+
 def cut_off(path):
     path.write_bytes(path.read_bytes()[:-3])
 

@@ -7,19 +7,19 @@ import torch
 
 from lm.runs import checkpoint
 from lm.runs.checkpoint import Retention
-from lm.runs.checkpoint_writer import Saver, snapshot
+from lm.runs.checkpoint_writer import CheckpointWriter, snapshot
 
 
 def weights(value: float) -> dict[str, torch.Tensor]:
     return {"a": torch.full((4, 3), value)}
 
 
-def save(saver: Saver, step: int, model: dict[str, torch.Tensor] | None = None) -> None:
-    saver.save(step, model or weights(step), weights(-step), {"note": step}, scheduled=True, best_step=0)
+def save(writer: CheckpointWriter, step: int, model: dict[str, torch.Tensor] | None = None) -> None:
+    writer.save(step, model or weights(step), weights(-step), {"note": step}, scheduled=True, best_step=0)
 
 
-def make(folder, first=lambda: None, step: int = 0) -> Saver:
-    return Saver(folder, Retention(2), step, first)
+def make(folder, first=lambda: None, step: int = 0) -> CheckpointWriter:
+    return CheckpointWriter(folder, Retention(2), step, first)
 
 
 def test_a_snapshot_is_contiguous_and_does_not_follow_what_it_was_taken_from():
@@ -39,13 +39,13 @@ def test_a_snapshot_is_contiguous_and_does_not_follow_what_it_was_taken_from():
 def test_a_save_returns_before_it_is_written_and_holds_the_weights_of_its_moment(tmp_path):
     go_on = threading.Event()
     model = weights(1.0)
-    with make(tmp_path, first=lambda: go_on.wait(30)) as saver:
-        save(saver, 1, model)
+    with make(tmp_path, first=lambda: go_on.wait(30)) as writer:
+        save(writer, 1, model)
         model["a"].fill_(99)  # training goes on
         assert checkpoint.steps(tmp_path) == []
-        saver.check()
+        writer.check()
         go_on.set()
-        saver.wait()
+        writer.wait()
         assert checkpoint.steps(tmp_path) == [1]
     saved = checkpoint.of_step(tmp_path, 1)
     assert torch.equal(saved.model()["a"], weights(1.0)["a"])
@@ -53,11 +53,23 @@ def test_a_save_returns_before_it_is_written_and_holds_the_weights_of_its_moment
     assert saved.state["note"] == 1
 
 
+def test_the_state_of_an_objective_is_copied_and_written_with_the_rest(tmp_path):
+    teacher = weights(5.0)
+    with make(tmp_path) as writer:
+        writer.save(1, weights(1), weights(-1), {}, scheduled=True, best_step=0, objective=teacher)
+        teacher["a"].fill_(99)
+        writer.save(2, weights(2), weights(-2), {}, scheduled=True, best_step=0)
+    first, second = (checkpoint.of_step(tmp_path, step) for step in (1, 2))
+    assert torch.equal(first.objective()["a"], weights(5.0)["a"])
+    assert second.objective() == {}
+    assert not (second.path / "objective.safetensors").exists()
+
+
 def test_a_second_save_waits_for_the_first_and_leaving_for_the_last(tmp_path):
     order = []
-    with make(tmp_path, first=lambda: order.append(checkpoint.steps(tmp_path))) as saver:
+    with make(tmp_path, first=lambda: order.append(checkpoint.steps(tmp_path))) as writer:
         for step in (1, 2, 3):
-            save(saver, step)
+            save(writer, step)
     assert order == [[], [1], [2, 1]]
     assert checkpoint.steps(tmp_path) == [3, 2]
 
@@ -66,8 +78,8 @@ def test_what_must_be_on_the_disk_first_is_there_before_the_checkpoint_or_it_is_
     def full() -> None:
         raise OSError("the log could not be written")
 
-    with pytest.raises(OSError, match="the log"), make(tmp_path, first=full) as saver:
-        save(saver, 1)
+    with pytest.raises(OSError, match="the log"), make(tmp_path, first=full) as writer:
+        save(writer, 1)
     assert checkpoint.steps(tmp_path) == []
 
 
@@ -75,21 +87,21 @@ def test_what_must_be_on_the_disk_first_is_there_before_the_checkpoint_or_it_is_
 def test_an_error_of_the_thread_is_raised_once_by_whatever_is_called_next(tmp_path, then):
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(OSError, match="the checkpoint of step 1 could not be written"), make(file) as saver:
-        save(saver, 1)
+    with pytest.raises(OSError, match="the checkpoint of step 1 could not be written"), make(file) as writer:
+        save(writer, 1)
         if then == "check":
-            while not saver._pending.done():
+            while not writer._pending.done():
                 pass
-            saver.check()
+            writer.check()
         elif then == "wait":
-            saver.wait()
+            writer.wait()
         elif then == "save":
-            save(saver, 2)
+            save(writer, 2)
 
 
 def test_leaving_with_an_error_waits_for_what_is_being_written_and_keeps_that_error(tmp_path):
-    with pytest.raises(KeyError, match="mine"), make(tmp_path) as saver:
-        save(saver, 1)
+    with pytest.raises(KeyError, match="mine"), make(tmp_path) as writer:
+        save(writer, 1)
         raise KeyError("mine")
     assert checkpoint.steps(tmp_path) == [1]
 

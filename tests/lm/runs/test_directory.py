@@ -78,8 +78,8 @@ def test_a_checkpoint_is_asked_for_by_name_or_step(path, trained):
     best = run.newest().best_step
     assert run.checkpoint("best").step == best
     for which, words in (
-        ("75", r"has no checkpoint of step 75: there are those of 100, 50"),
-        ("latest", r'there is no checkpoint "latest": say newest, best, or the number of a step'),
+        ("75", r"has no checkpoint of step 75: available are 100, 50"),
+        ("latest", r'there is no checkpoint "latest": choose newest, best, or the number of a step'),
         ("-1", r'there is no checkpoint "-1"'),
     ):
         with pytest.raises(UserError, match=words):
@@ -95,7 +95,7 @@ def test_the_best_checkpoint_of_a_run_that_was_not_validated_is_its_newest_with_
     shutil.rmtree(run.path / "checkpoints" / "step_00000004")
     told: list[str] = []
     assert run.checkpoint("best", told.append).step == 2
-    assert told == [f"{run.path} was not validated yet: its newest checkpoint, of step 2, is taken"]
+    assert told == [f"{run.path} was not validated yet: using its newest checkpoint, step 2"]
 
 
 def test_a_best_checkpoint_that_was_removed_is_told(small, quietly, tmp_path):
@@ -105,7 +105,7 @@ def test_a_best_checkpoint_that_was_removed_is_told(small, quietly, tmp_path):
     del content["state_sha256"]
     state.write_text(json.dumps(content | {"state_sha256": checkpoint._seal(content)}))
     shutil.rmtree(run.path / "checkpoints" / "step_00000003", ignore_errors=True)
-    with pytest.raises(UserError, match="has no checkpoint of step 3, which validated best: there are those of 6, 4"):
+    with pytest.raises(UserError, match="has no checkpoint of step 3, the best one: available are 6, 4"):
         run.checkpoint("best")
 
 

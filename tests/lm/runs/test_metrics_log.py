@@ -101,7 +101,7 @@ def test_overfitting_is_told_after_three_validations_that_did_not_reach_the_best
     lines = [validation(step, next_token=loss) for step, loss in ((10, 3.0), (20, 2.0), (30, 2.5), (40, 2.1))]
     assert overfitting(lines) == ""
     told = overfitting([*lines, validation(50, next_token=2.0)])
-    assert told.startswith("The validation loss was lowest at step 20 and has not come back to it in 3 validations")
+    assert told.startswith("The validation loss was lowest at step 20 and has not improved in 3 validations")
     assert overfitting([*lines, validation(50, next_token=1.9)]) == ""
     assert overfitting([]) == ""
 

@@ -1,0 +1,59 @@
+"""The settings of sampling, for the command line and for Python; ``lm.inference.sampling`` applies them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lm.config.settings import setting
+
+MOST_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue a text. The filters apply in the order of their fields, after the temperature."""
+
+    temperature: float = setting(0.8, "below 1: safer; above 1: more varied; 0: always take the most likely token")
+    top_k: int = setting(0, "draw from the k most likely tokens; 0: from all")
+    top_p: float = setting(1.0, "draw from the most likely tokens that together reach this probability")
+    min_p: float = setting(0.0, "drop tokens whose probability is below this fraction of the top token's")
+    typical_p: float = setting(
+        1.0, "draw from the tokens closest to the expected information that together reach this probability"
+    )
+    repetition_penalty: float = setting(1.0, "make tokens of the prompt and of the new text less likely; 1: off")
+    presence_penalty: float = setting(0.0, "subtract this from the logit of every generated token; 0: off")
+    frequency_penalty: float = setting(0.0, "subtract this for each time the token was generated; 0: off")
+    max_new_tokens: int = setting(200, "generate at most this many tokens")
+    stop: tuple[str, ...] = setting((), "stop before this text")
+    seed: int = setting(0, "random seed; the same seed gives the same text")
+    logprobs: int | None = setting(
+        None, "return the log-probability of each token and of this many most likely ones; None: neither"
+    )
+
+    def problems(self) -> list[str]:
+        """Return one sentence per value that is out of range."""
+        s = self
+        limits = [
+            (s.temperature == 0 or 0.01 <= s.temperature <= 100, "temperature", "must be 0, or from 0.01 to 100"),
+            (s.top_k >= 0, "top_k", "must be at least 0"),
+            (0 < s.top_p <= 1, "top_p", "must be above 0 and at most 1"),
+            (0 <= s.min_p <= 1, "min_p", "must be between 0 and 1"),
+            (0 < s.typical_p <= 1, "typical_p", "must be above 0 and at most 1"),
+            (0.01 <= s.repetition_penalty <= 100, "repetition_penalty", "must be from 0.01 to 100"),
+            (-100 <= s.presence_penalty <= 100, "presence_penalty", "must be from -100 to 100"),
+            (-100 <= s.frequency_penalty <= 100, "frequency_penalty", "must be from -100 to 100"),
+            (s.max_new_tokens >= 1, "max_new_tokens", "must be at least 1"),
+            (all(s.stop), "stop", "must hold no empty text"),
+            (0 <= s.seed < 2**63, "seed", "must be at least 0 and below 2^63"),
+            (s.logprobs is None or 0 <= s.logprobs <= MOST_LOGPROBS, "logprobs", f"must be from 0 to {MOST_LOGPROBS}"),
+        ]
+        return [f"{name} {rule}, not {getattr(self, name)}" for holds, name, rule in limits if not holds]
+
+    @property
+    def filters(self) -> tuple[float, int, float, float, float]:
+        """The settings that ``lm.inference.sampling.filtered`` uses; rows with equal ones can be filtered together."""
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
