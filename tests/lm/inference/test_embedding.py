@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from data_prep.errors import UserError
 from lm.cli.main import main
+from lm.inference import embedding
 from lm.inference.embedding import Reading, all_vectors, vectors_of, write_vectors
 from lm.runs.directory import Run
 
@@ -63,7 +64,7 @@ def test_normalised_vectors_have_length_one(trained, model):
 
 
 def test_texts_are_taken_a_block_at_a_time(trained, model, monkeypatch):
-    monkeypatch.setattr("lm.inference.embedding.TEXTS_AT_ONCE", 4)
+    monkeypatch.setattr(embedding, "TEXTS_AT_ONCE", 4)
     taken = []
 
     def texts():
