@@ -60,7 +60,7 @@ def rows_of(kind: str, count: int, seed: int) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def random_run(small: Config, dataset: Dataset, tmp_path_factory) -> Run:
-    """A run of the hybrid objective with random weights: its outputs depend on all it reads, and it costs no training."""
+    """A run of the hybrid objective with random weights: its outputs depend on all it reads, without training."""
     path = tmp_path_factory.mktemp("runs") / "random"
     path.mkdir()
     config = small.replace(vocab_size=dataset.tokenizer.vocab_size)
