@@ -1,11 +1,13 @@
-"""One small text, one dataset and one trained model that many tests look at; none of them changes it."""
+"""One small text, one dataset and one trained model that many tests read and none changes."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def masked_rows_of(batch: Batch) -> torch.Tensor:
 
 
 class Recorder:
-    """A reporter that keeps what it is told."""
+    """A reporter, of a run or of a build, that keeps everything it receives."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -69,12 +71,37 @@ class Recorder:
     def end(self) -> None:
         self.ended += 1
 
+    @contextmanager
+    def stage(self, name: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
+        yield lambda size: None
+
+
+def raise_interrupted() -> None:
+    raise InterruptedError
+
+
+def terminate() -> None:
+    """Send this process the signal of a polite ``kill``."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class StopAt(Recorder):
+    """A recorder that calls ``stop`` after a step."""
+
+    def __init__(self, step: int, stop: Callable[[], None] = raise_interrupted) -> None:
+        super().__init__()
+        self.at, self.stop = step, stop
+
+    def step(self, step: int) -> None:
+        if step == self.at:
+            self.stop()
+
 
 VOID = {"meta", "br", "img", "hr", "input", "link"}
 
 
 class Page(HTMLParser):
-    """Checks that tags are balanced and nothing is fetched or run, and keeps tags, attributes and text."""
+    """Checks that tags are balanced and that nothing is fetched or executed; keeps tags, attributes and text."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -132,7 +159,7 @@ def recorder() -> Recorder:
 
 @pytest.fixture(scope="session")
 def quietly() -> Callable[..., Run]:
-    """``train`` without anybody watching: (config, path) → the run."""
+    """``train`` with its reports kept to itself: (config, path) → the run."""
     return lambda config, path, **arguments: train(config, path, Recorder(), **arguments)
 
 
@@ -165,7 +192,7 @@ def dataset(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Data
 
 @pytest.fixture(scope="session")
 def other_dataset(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Other, fewer documents as tokens of the same tokenizer."""
+    """Fewer and different documents, as tokens of the same tokenizer."""
     folder = tmp_path_factory.mktemp("other")
     lines = (json.dumps({"text": sentences(2 + number % 4, 1000 + number)}) + "\n" for number in range(80))
     (folder / "other.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -174,13 +201,13 @@ def other_dataset(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def byte_dataset(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """The same documents, one token a byte."""
+    """The same documents, one token per byte."""
     return build_dataset(text_folder, tmp_path_factory.mktemp("data") / "bytes", kind="bytes")
 
 
 @pytest.fixture(scope="session")
 def small(dataset: Dataset) -> Config:
-    """The settings of a run that takes a second."""
+    """The settings of a run that takes one second."""
     return Config().replace(
         num_layers=2,
         hidden_size=32,
@@ -197,6 +224,6 @@ def small(dataset: Dataset) -> Config:
 
 @pytest.fixture(scope="session")
 def trained(small: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of the hybrid objective that has learnt a little."""
+    """A run of the hybrid objective that has learned a little."""
     config = small.replace(steps=100, learning_rate=0.01, validate_every=50, checkpoint_every=50)
     return train(config, tmp_path_factory.mktemp("runs") / "trained", Recorder())

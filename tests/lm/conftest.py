@@ -1,4 +1,4 @@
-"""Small tasks, and a run that was fine-tuned on one; no test changes them."""
+"""A run with random weights, small tasks, and a run fine-tuned on one of them; no test changes them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from data_prep.shards.tokens import Dataset
 from lm.config.settings import Config
 from lm.finetuning.finetune import Finetuned, finetune, finetune_config
+from lm.model.transformer import Transformer
+from lm.runs import checkpoint
+from lm.runs.directory import CHECKPOINTS, Run, plain_settings
 from lm.training.reporter import NullReporter
 
 ANIMALS, PLACES = ("fox", "owl", "sparrow", "horse"), ("barn", "market", "river", "sky")
@@ -30,7 +35,7 @@ def sentence(draw: random.Random, word: str) -> str:
 
 
 def rows_of(kind: str, count: int, seed: int) -> list[dict]:
-    """Examples that a word decides: an animal or a place."""
+    """Examples whose label depends on one word: an animal or a place."""
     draw, rows = random.Random(seed), []
     for _ in range(count):
         is_place = draw.random() < 0.5
@@ -54,8 +59,27 @@ def rows_of(kind: str, count: int, seed: int) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
+def random_run(small: Config, dataset: Dataset, tmp_path_factory) -> Run:
+    """A run of the hybrid objective with random weights: its outputs depend on all it reads, without training."""
+    path = tmp_path_factory.mktemp("runs") / "random"
+    path.mkdir()
+    config = small.replace(vocab_size=dataset.tokenizer.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    model = Transformer(config.model)
+    weights = {
+        name: (torch.randn(tensor.shape, generator=generator) * 0.3 if tensor.ndim > 1 else tensor.detach())
+        for name, tensor in model.named_parameters()
+    }
+    config.save(path / "config.toml")
+    dataset.tokenizer.save(path / "tokenizer.json")
+    state = {"tokenizer_sha256": dataset.tokenizer.sha256, "config": plain_settings(config)}
+    checkpoint.save(path / CHECKPOINTS, 1, weights, {}, state)
+    return Run(path, config)
+
+
+@pytest.fixture(scope="session")
 def task_files(tmp_path_factory) -> dict[str, tuple[str, str]]:
-    """Of each kind of task a training and a validation file."""
+    """A training and a validation file for each kind of task."""
     folder = tmp_path_factory.mktemp("tasks")
     kinds = ("classification", "pair", "regression", "tokens", "choice")
     return {

@@ -22,7 +22,7 @@ from lm.runs.directory import Run
 from lm.training.optimizer import orthogonalise
 from lm.training.pretraining import train
 from lm.training.validation import validate_readouts
-from tests.lm.finetuning.test_finetune import StopAt
+from tests.conftest import StopAt
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.cleaning import settings as cleaning_settings
 from data_prep.cleaning.cleaner import Cleaner, CleaningReport, StepReport, without_control_characters
 from data_prep.cleaning.settings import CleaningSettings, _load_language_identifier
 from data_prep.errors import UserError
@@ -200,7 +201,7 @@ def test_all_that_is_wrong_is_told_at_once_and_good_settings_get_no_word() -> No
 
 
 def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch) -> None:
-    monkeypatch.setattr("data_prep.cleaning.settings._version_of", lambda package: "")
+    monkeypatch.setattr(cleaning_settings, "_version_of", lambda package: "")
     found = list(CleaningSettings(language=("en",), duplicates="near").check())
     assert [sentence.split(":")[0] for sentence in found] == [
         "near duplicates need the package rensa",

@@ -17,9 +17,9 @@ from data_prep.pipeline import build as pipeline
 from data_prep.pipeline import parts
 from data_prep.pipeline.build import BuildSettings, build
 from data_prep.pipeline.splitting import hash_of
-from data_prep.progress import SilentReporter
 from data_prep.shards.tokens import open_dataset
 from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from tests.conftest import Recorder
 
 Tree = Callable[[Path], dict[str, bytes]]
 
@@ -189,16 +189,8 @@ def test_finished_work_is_not_done_again(
     assert len(words_counted) == total - sum(record["documents"] for record in done)
 
 
-class Notes(SilentReporter):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-
 def test_a_finished_build_is_left_as_it_is(undisturbed: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    notes = Notes()
+    notes = Recorder()
     monkeypatch.setattr(pipeline, "run_calls", None)  # nothing is read again
     (undisturbed / "build.json").write_text("{}")  # as if killed just before the last step
     (undisturbed / "work").mkdir()

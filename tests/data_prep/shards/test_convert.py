@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from data_prep.cli.main import EXPORTED, IMPORTED
 from data_prep.errors import UserError
-from data_prep.shards import layouts
+from data_prep.shards import convert, layouts
 from data_prep.shards.convert import export_dataset, import_dataset, text_size
 from data_prep.shards.tokens import SPLITS, Dataset, ShardWriter, count_words, open_dataset
 from data_prep.tokenizers.tokenizer import Tokenizer
@@ -350,7 +350,7 @@ def test_text_is_measured_across_pieces_as_in_one(monkeypatch: pytest.MonkeyPatc
     text = "  été and\u2003words, \n two "
     tokens = np.array(ids(text))
     for piece in range(1, 12):
-        monkeypatch.setattr("data_prep.shards.convert.PIECE_TOKENS", piece)
+        monkeypatch.setattr(convert, "PIECE_TOKENS", piece)
         assert text_size(BYTES, tokens) == (len(text.encode()), count_words(text.encode()))
 
 
@@ -407,7 +407,7 @@ def test_a_full_disk_leaves_nothing_behind(dataset: Dataset, tmp_path: Path, mon
         raise OSError(28, os.strerror(28))
 
     before = set(tmp_path.iterdir())
-    monkeypatch.setattr("data_prep.shards.convert.save_manifest", full)
+    monkeypatch.setattr(convert, "save_manifest", full)
     with pytest.raises(OSError, match="No space left"):
         import_dataset([dataset.directory], "megatron", BYTES, tmp_path / "back")
     monkeypatch.setattr(layouts, "olmo_borders", full)

@@ -20,13 +20,13 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def model(trained):
-    return trained.load_model(torch.device("cpu"))
+def model(random_run):
+    return random_run.load_model(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("readout", ["next_token", "masked_next_token"])
-def test_an_answer_is_scored_behind_its_question_by_every_normalisation(trained, model, readout):
-    tokenizer = trained.tokenizer
+def test_an_answer_is_scored_behind_its_question_by_every_normalisation(random_run, model, readout):
+    tokenizer = random_run.tokenizer
     found, cut = likelihoods(model, tokenizer, QUESTIONS, readout, 32)
     assert cut == 0
     for example, scores in zip(QUESTIONS, found, strict=True):
@@ -42,8 +42,8 @@ def test_an_answer_is_scored_behind_its_question_by_every_normalisation(trained,
             assert scores["unconditional"][number] == pytest.approx(given - free, abs=1e-4)
 
 
-def test_a_question_that_is_too_long_loses_its_beginning(trained, model):
-    tokenizer = trained.tokenizer
+def test_a_question_that_is_too_long_loses_its_beginning(random_run, model):
+    tokenizer = random_run.tokenizer
     encoded, cut = encode_behind(tokenizer, "The captain lost " * 9, "an owl", 20)
     assert cut
     assert len(encoded.tokens) == 20
@@ -57,8 +57,8 @@ def test_a_question_that_is_too_long_loses_its_beginning(trained, model):
     assert cut == 2
 
 
-def test_where_question_and_answer_grow_into_one_token_the_answer_has_it(trained):
-    tokenizer = trained.tokenizer
+def test_where_question_and_answer_grow_into_one_token_the_answer_has_it(random_run):
+    tokenizer = random_run.tokenizer
     encoded, _ = encode_behind(tokenizer, "The old mil", "ler", 31)
     assert encoded.tokens == tokenizer.encode("The old miller")
     assert tokenizer.decode(encoded.tokens[: encoded.first]) == "The old mil"[: len("The old")]
@@ -71,23 +71,23 @@ def test_equally_likely_answers_share_the_point():
     assert score(np.array([-1.0, -1.0]), 0) == 0.5
 
 
-def test_accuracy_is_the_share_of_points_beside_chance(trained, model):
-    results, _ = evaluate_choices(trained, model, QUESTIONS * 3)
+def test_accuracy_is_the_share_of_points_beside_chance(random_run, model):
+    results, _ = evaluate_choices(random_run, model, QUESTIONS * 3)
     assert list(results) == ["next_token", "masked_next_token", "chance (floor)"]
     assert results["next_token"]["byte"].mean == 1.0
     assert results["chance (floor)"]["sum"].mean == pytest.approx((1 / 2 + 1 / 3) / 2)
     wrong = [Example(e.texts, (e.label + 1) % 2, e.place) for e in QUESTIONS]
-    mixed, _ = evaluate_choices(trained, model, [*QUESTIONS, *wrong] * 25)
+    mixed, _ = evaluate_choices(random_run, model, [*QUESTIONS, *wrong] * 25)
     accuracy = mixed["next_token"]["byte"]
     assert accuracy.mean == 0.5
     assert accuracy.error == pytest.approx((0.25 / 100) ** 0.5, rel=0.1)
 
 
-def test_the_command_prints_accuracies_of_a_file(trained, tmp_path):
+def test_the_command_prints_accuracies_of_a_file(random_run, tmp_path):
     path = tmp_path / "q.jsonl"
     rows = [{"q": e.texts[0], "choices": e.texts[1:], "label": e.label} for e in QUESTIONS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["evaluate", str(trained.path), "--choices", str(path), "--text-column", "q"]
+    arguments = ["evaluate", str(random_run.path), "--choices", str(path), "--text-column", "q"]
     told = CliRunner().invoke(main, arguments)
     assert told.exit_code == 0, told.output
     assert "unconditional" in told.stdout

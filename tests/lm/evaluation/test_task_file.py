@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from data_prep.errors import UserError
 from lm.cli.main import main
 from lm.data.examples import Example
+from lm.evaluation import tuned_rows
 from lm.evaluation.task_file import make_task, read_tasks
 from lm.evaluation.task_table import TUNED, read_task
 from lm.evaluation.tuned_rows import Tuner, learning_seconds
@@ -126,10 +127,8 @@ def test_a_class_that_the_fine_tuning_was_not_shown_has_probability_zero(trained
     task = make_task(trained, "verbs", {}, {}, of_task(folder), {})
     examples = read_task(task)
     answers = [({"probabilities": {"good": 0.75}, "label": "good"}, False)]
-    monkeypatch.setattr("lm.evaluation.tuned_rows.predict_all", lambda predictor, asked: iter(answers))
-    from lm.evaluation.tuned_rows import outputs_of
-
-    assert outputs_of(None, examples, [Example(("x",), "good", "f")])[0].tolist() == [[0.0, 0.75]]
+    monkeypatch.setattr(tuned_rows, "predict_all", lambda predictor, asked: iter(answers))
+    assert tuned_rows.outputs_of(None, examples, [Example(("x",), "good", "f")])[0].tolist() == [[0.0, 0.75]]
 
 
 def test_the_command_makes_a_table_goes_on_and_does_nothing_twice(trained, folder):

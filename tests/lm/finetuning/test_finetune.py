@@ -20,6 +20,7 @@ from lm.finetuning.predict import open_predictor, predict, read_inputs
 from lm.runs import checkpoint
 from lm.runs.base_weights import BASE, starting_trunk
 from lm.runs.directory import open_run
+from tests.conftest import StopAt
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -67,19 +68,6 @@ def test_every_method_learns_and_moves_only_what_it_may(changes, task_settings, 
         assert done.metrics["accuracy"] > (0.7 if changes.get("weights") == "random" else 0.9)
 
 
-class StopAt:
-    def __init__(self, step: int) -> None:
-        self.at = step
-
-    def note(self, text: str) -> None: ...
-    def begin(self, done: int, total: int) -> None: ...
-    def metrics(self, line: dict) -> None: ...
-    def end(self) -> None: ...
-    def step(self, step: int) -> None:
-        if step == self.at:
-            raise InterruptedError
-
-
 def assert_same_run(a: Path, b: Path) -> None:
     differ = {"tokens_per_second", "memory_bytes"}
     lines = [
@@ -120,7 +108,7 @@ def test_finetune_py_killed_and_called_again_ends_as_if_undisturbed(
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     while not checkpoint.steps(tmp_path / "run" / "checkpoints"):
         assert first.poll() is None, first.stderr.read()
-        time.sleep(0.001)
+        time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[0] < 96

@@ -15,8 +15,8 @@ from lm.model.transformer import Transformer
 TEXTS = ("the old fox", "a", "an owl found the long river before the rain came", "", "seven apples " * 12)
 
 
-def model_of(trained, outputs=2) -> TaskModel:
-    model = TaskModel(trained.load_model(torch.device("cpu")), outputs, 0.0).eval()
+def model_of(random_run, outputs=2) -> TaskModel:
+    model = TaskModel(random_run.load_model(torch.device("cpu")), outputs, 0.0).eval()
     model.initialise_head(1)
     return model
 
@@ -24,8 +24,8 @@ def model_of(trained, outputs=2) -> TaskModel:
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 @pytest.mark.parametrize("reads", ["causal", "bidirectional"])
 @torch.no_grad()
-def test_an_item_is_the_mean_of_its_places_window_by_window(trained, reads, pooling):
-    tokenizer, model = trained.tokenizer, model_of(trained)
+def test_an_item_is_the_mean_of_its_places_window_by_window(random_run, reads, pooling):
+    tokenizer, model = random_run.tokenizer, model_of(random_run)
     encoder = Encoder(tokenizer, "classification", 16, pooling, windows=True)
     encoded = encoder.encode([Example((text,), None, "") for text in TEXTS])
     found = model.vectors(item_batch(encoded, reads, tokenizer.end_of_text_id, 16))
@@ -42,9 +42,9 @@ def test_an_item_is_the_mean_of_its_places_window_by_window(trained, reads, pool
 
 
 @torch.no_grad()
-def test_pairs_that_are_read_apart_are_put_together_from_their_texts_vectors(trained):
-    tokenizer = trained.tokenizer
-    model = TaskModel(trained.load_model(torch.device("cpu")), 3, 0.0, pairs=True).eval()
+def test_pairs_that_are_read_apart_are_put_together_from_their_texts_vectors(random_run):
+    tokenizer = random_run.tokenizer
+    model = TaskModel(random_run.load_model(torch.device("cpu")), 3, 0.0, pairs=True).eval()
     model.initialise_head(1)
     encoder = Encoder(tokenizer, "classification", 16, "mean", windows=True, apart=True)
     pairs = [("the old fox", "seven apples " * 12), ("a", ""), ("", "an owl"), ("an owl", "an owl")]
@@ -88,8 +88,8 @@ def test_a_choice_is_among_as_many_as_the_example_has():
     assert chances[0, 2] == 0
 
 
-def test_the_vocabulary_head_of_a_task_model_does_not_learn(trained):
-    trunk = Transformer(trained.config.replace(tie_embeddings=False).model)
+def test_the_vocabulary_head_of_a_task_model_does_not_learn(random_run):
+    trunk = Transformer(random_run.config.replace(tie_embeddings=False).model)
     model = TaskModel(trunk, 2, 0.0)
     assert "trunk.head.weight" in model.state_dict()
     assert not trunk.head.weight.requires_grad

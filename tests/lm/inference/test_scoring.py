@@ -13,8 +13,8 @@ from lm.model.transformer import Transformer
 
 
 @pytest.fixture(scope="module")
-def model(trained) -> Transformer:
-    return trained.load_model(torch.device("cpu"))
+def model(random_run) -> Transformer:
+    return random_run.load_model(torch.device("cpu"))
 
 
 def one_by_one(model, tokenizer, text, readout, first=0) -> float:
@@ -36,32 +36,32 @@ def one_by_one(model, tokenizer, text, readout, first=0) -> float:
 
 @pytest.mark.parametrize("readout", ["next_token", "masked_next_token", "masked_token"])
 @given(lengths=st.lists(st.integers(1, 15), min_size=1, max_size=12), seed=st.integers(0, 99))
-def test_packed_scores_are_those_of_each_text_by_itself(model, trained, readout, lengths, seed):
+def test_packed_scores_are_those_of_each_text_by_itself(model, random_run, readout, lengths, seed):
     draw = np.random.default_rng(seed)
     texts = [draw.integers(5, 400, length).tolist() for length in lengths]
     firsts = [int(draw.integers(0, length)) for length in lengths]
     for starts in (None, firsts):
-        found = log_likelihoods(model, trained.tokenizer, texts, readout, 32, firsts=starts)
+        found = log_likelihoods(model, random_run.tokenizer, texts, readout, 32, firsts=starts)
         wanted = [
-            one_by_one(model, trained.tokenizer, text, readout, first)
+            one_by_one(model, random_run.tokenizer, text, readout, first)
             for text, first in zip(texts, starts or [0] * len(texts), strict=True)
         ]
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_texts_of_equal_tokens_are_equally_likely_wherever_they_are_packed(model, trained):
+def test_texts_of_equal_tokens_are_equally_likely_wherever_they_are_packed(model, random_run):
     text = list(range(20, 29))
-    found = log_likelihoods(model, trained.tokenizer, [text, [7] * 13, text, [9] * 3, text], "next_token", 32)
+    found = log_likelihoods(model, random_run.tokenizer, [text, [7] * 13, text, [9] * 3, text], "next_token", 32)
     np.testing.assert_allclose(found[[2, 4]], found[0], rtol=1e-5)
 
 
-def test_an_empty_text_and_no_texts_cost_nothing(model, trained):
+def test_an_empty_text_and_no_texts_cost_nothing(model, random_run):
     for readout in ("next_token", "masked_next_token"):
-        assert log_likelihoods(model, trained.tokenizer, [[]], readout, 32).tolist() == [0.0]
-        assert log_likelihoods(model, trained.tokenizer, [], readout, 32).tolist() == []
+        assert log_likelihoods(model, random_run.tokenizer, [[]], readout, 32).tolist() == [0.0]
+        assert log_likelihoods(model, random_run.tokenizer, [], readout, 32).tolist() == []
 
 
-def test_a_text_beyond_the_context_is_refused(model, trained):
-    log_likelihoods(model, trained.tokenizer, [[5] * 31], "next_token", 32)
+def test_a_text_beyond_the_context_is_refused(model, random_run):
+    log_likelihoods(model, random_run.tokenizer, [[5] * 31], "next_token", 32)
     with pytest.raises(UserError, match="has 32 tokens; this model reads at most 31"):
-        log_likelihoods(model, trained.tokenizer, [[5] * 32], "next_token", 32)
+        log_likelihoods(model, random_run.tokenizer, [[5] * 32], "next_token", 32)

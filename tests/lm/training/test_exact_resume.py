@@ -29,23 +29,44 @@ from lm.runs.metrics_log import MetricsLog
 from lm.training.optimizer import Optimizer
 from lm.training.pretraining import train
 from lm.training.stability import Ladder, Verdict
+from tests.conftest import StopAt, terminate
 
 ROOT = Path(__file__).parents[3]
-DIFFER = {"tokens_per_second", "memory_bytes", "share_of_peak"}  # of a machine at a time, not of a run
+DIFFER = {"tokens_per_second", "memory_bytes", "share_of_peak"}  # they describe the machine, not the run
 
-# Importing takes seconds, a fork milliseconds: this process imports everything once, and each child it forks then does
-# all that train.py does. It reads a line for each: recipe, run, where stderr goes, largest file in bytes (0: any).
+# Imports take seconds, a fork milliseconds: this process imports everything once, and each child it forks then does all
+# that train.py does. It reads one line per child: recipe, run, file for stderr, largest file in bytes (0: no limit),
+# and the file operation of its third save before which it kills itself (0: none). A save takes a few milliseconds, so
+# a signal from outside would usually miss it.
 SERVER = """
 import os, resource, signal, sys
+from pathlib import Path
 import lm.cli.main, lm.evaluation.validation_loss, lm.training.terminal, lm.reports.run_report, lm.training.trainer
 import matplotlib.figure, torch._dynamo
+
+def die_while_saving(operation):
+    saves, operations = set(), 0
+    def count(event, arguments):
+        nonlocal operations
+        if event not in ("open", "os.mkdir", "os.rename", "os.chmod"):
+            return
+        folder, unfinished, _ = str(arguments[0]).partition(".tmp")
+        if unfinished and Path(folder).name.startswith("step_"):
+            saves.add(folder)
+            operations += len(saves) == 3
+            if operations == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+
 for line in sys.stdin:
-    recipe, run, told, largest = line.rstrip("\\n").split("\\t")
+    recipe, run, stderr, largest, operation = line.rstrip("\\n").split("\\t")
     child = os.fork()
     if child == 0:
-        os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
         if int(largest):
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest), int(largest)))
+        if int(operation):
+            die_while_saving(int(operation))
         lm.cli.main.train([recipe, "--run", run])
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -64,10 +85,10 @@ class TrainingProcess:
             env=os.environ | {"PYTHONUTF8": "1", "COLUMNS": "1000"},
         )
 
-    def start(self, config: Config, run: Path, largest_file: int = 0) -> None:
+    def start(self, config: Config, run: Path, largest_file: int = 0, die_at_operation: int = 0) -> None:
         recipe, self.stderr = run.with_suffix(".toml"), run.with_suffix(".stderr")
         config.save(recipe)
-        self.server.stdin.write(f"{recipe}\t{run}\t{self.stderr}\t{largest_file}\n".encode())
+        self.server.stdin.write(f"{recipe}\t{run}\t{self.stderr}\t{largest_file}\t{die_at_operation}\n".encode())
         self.server.stdin.flush()
         self.pid = int(self.server.stdout.readline())
 
@@ -77,8 +98,8 @@ class TrainingProcess:
     def wait_for(self, condition: Callable[[], bool]) -> None:
         until = time.monotonic() + 60
         while not condition() and not self.has_ended():
-            assert time.monotonic() < until, self.told()
-            time.sleep(0.0002)
+            assert time.monotonic() < until, self.stderr_text()
+            time.sleep(0.05)
 
     def end(self, number: int = 0) -> int:
         """Send a signal (0: none) and wait for the end: its exit status, or minus the signal that killed it."""
@@ -86,7 +107,7 @@ class TrainingProcess:
             os.kill(self.pid, number)
         return int(self.server.stdout.readline())
 
-    def told(self) -> str:
+    def stderr_text(self) -> str:
         return self.stderr.read_text()
 
     def close(self) -> None:
@@ -137,31 +158,26 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 def test_a_run_killed_at_ten_moments_some_while_it_saves_ends_as_if_undisturbed(long, quietly, process, tmp_path):
-    """Five kills come some steps and milliseconds after the start, two while it starts, three while it writes."""
+    """Five kills come some steps and milliseconds after the start, two while it starts, three while it saves."""
     config, draw = long.replace(steps=150, keep_checkpoints=3, keep_every=40), random.Random(5)
     whole = quietly(config, tmp_path / "undisturbed").path
-    run, while_saving = tmp_path / "run", 0
+    run = tmp_path / "run"
     moments = ["steps"] * 5 + ["start"] * 2 + ["saving"] * 3
     draw.shuffle(moments)
-    for attempt in range(40):
-        if attempt >= len(moments) and while_saving >= 3:
-            break
-        moment = moments[attempt] if attempt < len(moments) else "saving"
+    for moment in moments:
         reached = max(saved_steps(run), default=0)
-        for path in run.glob("checkpoints/*.tmp"):
-            shutil.rmtree(path)  # so that one that is seen below is of this attempt
-        process.start(config, run)
+        process.start(config, run, die_at_operation=draw.randint(2, 6) if moment == "saving" else 0)
         if moment == "steps":
-            further = reached + draw.randint(4, 12)
+            further = reached + draw.randint(1, 8)
             process.wait_for(lambda: max(saved_steps(run), default=0) >= further)  # noqa: B023
-        elif moment == "saving":
-            process.wait_for(lambda: any(run.glob("checkpoints/*.tmp")))
-        time.sleep({"steps": draw.uniform(0, 0.03), "start": draw.uniform(0, 0.2), "saving": 0.0}[moment])
-        assert process.end(signal.SIGKILL) == -signal.SIGKILL, process.told()
-        while_saving += any(run.glob("checkpoints/*.tmp"))
-    assert while_saving >= 3
+            time.sleep(draw.uniform(0, 0.03))
+        elif moment == "start":
+            time.sleep(draw.uniform(0, 0.2))
+        assert process.end(0 if moment == "saving" else signal.SIGKILL) == -signal.SIGKILL, process.stderr_text()
+        if moment == "saving":
+            assert any(run.glob("checkpoints/*.tmp"))
     process.start(config, run)
-    assert process.end() == 0, process.told()
+    assert process.end() == 0, process.stderr_text()
     assert_same_run(run, whole)
 
 
@@ -172,7 +188,7 @@ def test_train_py_killed_and_called_again_ends_as_if_undisturbed(long, undisturb
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     while not any(run.glob("checkpoints/step_????????")):
         assert first.poll() is None, first.stderr.read()
-        time.sleep(0.001)
+        time.sleep(0.05)
     first.kill()
     first.communicate()
     assert saved_steps(run)[0] < 60
@@ -186,50 +202,38 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(long, undisturbed, proces
     process.start(long, run)
     process.wait_for(lambda: any(saved_steps(run)))
     assert process.end(number) == status
-    assert "Traceback" not in process.told()
+    assert "Traceback" not in process.stderr_text()
     stopped = saved_steps(run)[0]
-    assert process.told().splitlines()[-1].startswith(f"stopped at step {stopped}, which is saved: the same command")
+    assert (
+        process.stderr_text()
+        .splitlines()[-1]
+        .startswith(f"stopped at step {stopped}, which is saved: the same command")
+    )
     assert stopped < 60
     train(long, run, recorder)
     assert recorder.began == (stopped, 60)
     assert_same_run(run, undisturbed.path)
 
 
-class StopAt:
-    """A reporter that sends this process a signal when it is told of a step's metrics."""
+class StopAtMetrics(StopAt):
+    """A recorder that calls ``stop`` when it receives the metrics of a step."""
 
-    def __init__(self, step: int) -> None:
-        self.at = step
-
-    def note(self, text: str) -> None: ...
-    def begin(self, done: int, total: int) -> None: ...
     def step(self, step: int) -> None: ...
-    def end(self) -> None: ...
     def metrics(self, line: dict) -> None:
         if line["step"] == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            self.stop()
 
 
 @pytest.mark.parametrize("step", [7, 25, 56])
 def test_a_run_stopped_beside_its_checkpoints_ends_as_if_undisturbed(long, undisturbed, quietly, tmp_path, step):
     run, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
-        train(long, run, StopAt(step))
+        train(long, run, StopAtMetrics(step, terminate))
     assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before  # the process has its own handlers back
     assert saved_steps(run)[0] == step
     quietly(long, run)
     assert_same_run(run, undisturbed.path)
-
-
-class StopAfter(StopAt):
-    """The same, when it is told of a step."""
-
-    def step(self, step: int) -> None:
-        if step == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def metrics(self, line: dict) -> None: ...
 
 
 @pytest.mark.parametrize("stops", [[29], [30, 33], [34, 35, 33], [36, 30]])
@@ -248,7 +252,7 @@ def test_a_run_stopped_before_and_in_trouble_goes_back_as_if_undisturbed(long, q
     run = tmp_path / "run"
     for step in stops:
         with pytest.raises(SystemExit):
-            train(config, run, StopAfter(step - 1))
+            train(config, run, StopAt(step - 1, terminate))
         assert saved_steps(run)[0] == step
     quietly(config, run)
     assert_same_run(run, undisturbed)
@@ -328,16 +332,16 @@ def test_a_finished_run_returns_at_once_and_stays_as_it_is(long, undisturbed, re
 def begun(long, tmp_path) -> Path:
     """A run that was stopped after 25 steps of 60."""
     with pytest.raises(SystemExit):
-        train(long, tmp_path / "run", StopAt(25))
+        train(long, tmp_path / "run", StopAtMetrics(25, terminate))
     return tmp_path / "run"
 
 
-def assert_one_sentence(told: str, words: str) -> None:
-    errors = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, told
+def assert_one_sentence(stderr: str, words: str) -> None:
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, stderr
     assert words in errors[0]
-    assert told.splitlines()[-1] == errors[0]
-    assert "Traceback" not in told
+    assert stderr.splitlines()[-1] == errors[0]
+    assert "Traceback" not in stderr
 
 
 def test_a_file_that_may_not_grow_ends_the_run_in_one_sentence_and_nothing_is_lost(
@@ -347,12 +351,12 @@ def test_a_file_that_may_not_grow_ends_the_run_in_one_sentence_and_nothing_is_lo
     process.start(long, begun, largest_file=limit)
     assert process.end() == 1
     assert_one_sentence(
-        process.told(), "the checkpoint of step 28 could not be written (File too large); finished ones"
+        process.stderr_text(), "the checkpoint of step 28 could not be written (File too large); finished ones"
     )
     assert saved_steps(begun) == [25, 24, 20]
     assert [path.name for path in begun.glob("checkpoints/*.*")] == []
     process.start(long, begun)
-    assert process.end() == 0, process.told()
+    assert process.end() == 0, process.stderr_text()
     assert_same_run(begun, undisturbed.path)
 
 
@@ -376,12 +380,12 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_nothing_is_lost(long, undi
     with mounted(disk, "-t", "tmpfs", "-o", f"size={int(2.5 * size)}", "none"):
         process.start(long, disk / "run")
         assert process.end() == 1
-        assert_one_sentence(process.told(), "the checkpoint of step 12 could not be written (")
-        assert "o space left on device" in process.told()
+        assert_one_sentence(process.stderr_text(), "the checkpoint of step 12 could not be written (")
+        assert "o space left on device" in process.stderr_text()
         assert saved_steps(disk / "run") == [8, 4]
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         process.start(long, disk / "run")
-        assert process.end() == 0, process.told()
+        assert process.end() == 0, process.stderr_text()
         assert_same_run(disk / "run", undisturbed.path)
 
 
@@ -393,11 +397,11 @@ def test_a_directory_that_cannot_be_written_ends_the_run_in_one_sentence_and_not
         subprocess.run(["mount", "-o", "remount,ro,bind", begun / place], check=True)
         process.start(long, begun)
         assert process.end() == 1
-        assert_one_sentence(process.told(), words)
-        assert "ead-only file system" in process.told()
+        assert_one_sentence(process.stderr_text(), words)
+        assert "ead-only file system" in process.stderr_text()
         assert saved_steps(begun) == [25, 24, 20]
     process.start(long, begun)
-    assert process.end() == 0, process.told()
+    assert process.end() == 0, process.stderr_text()
     assert_same_run(begun, undisturbed.path)
 
 

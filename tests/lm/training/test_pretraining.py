@@ -10,9 +10,10 @@ from data_prep.errors import UserError
 from lm.cli.main import main
 from lm.runs.base_weights import BASE
 from lm.runs.directory import open_run
+from lm.training import pretraining
 from lm.training.distributed import Ranks
 from lm.training.pretraining import Pretraining, train
-from tests.lm.finetuning.test_finetune import StopAt
+from tests.conftest import StopAt
 
 
 def test_a_run_begins_with_the_weights_of_another_and_learns_from_new_data(trained, other_dataset, tmp_path):
@@ -34,7 +35,7 @@ def test_it_goes_on_as_if_undisturbed_whatever_becomes_of_the_other(trained, sma
 
     with pytest.raises(InterruptedError):
         train(config, tmp_path / "run", StopAt(4))
-    monkeypatch.setattr("lm.training.pretraining.open_run", lambda path: pytest.fail("the other run was asked again"))
+    monkeypatch.setattr(pretraining, "open_run", lambda path: pytest.fail("the other run was asked again"))
     run = quietly(config, tmp_path / "run")
     for name, tensor in whole.newest().model().items():
         assert torch.equal(run.newest().model()[name], tensor)
@@ -84,7 +85,7 @@ def test_where_there_is_no_compiler_one_sentence_says_so(small, quietly, tmp_pat
     def broken(*_: object) -> None:
         raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no C++ compiler"), None)
 
-    monkeypatch.setattr("lm.training.pretraining.step_gradients", broken)
+    monkeypatch.setattr(pretraining, "step_gradients", broken)
     with pytest.raises(UserError, match=r"could not be compiled: .*; --compile false trains without"):
         quietly(small.replace(compile=True), tmp_path / "run")
 

@@ -14,6 +14,7 @@ from lm.runs import checkpoint
 from lm.runs.metrics_log import Best
 from lm.training import pretraining, trainer
 from lm.training.stability import CALM, FORGIVEN, MEMORY, RECOVERY, ROLL_BACKS, SKIPS, Ladder, Verdict
+from tests.conftest import StopAt
 
 
 def calm_ladder(loss: float = 2.0, noise: float = 0.1) -> Ladder:
@@ -177,20 +178,8 @@ def test_a_run_in_trouble_that_was_stopped_ends_as_if_it_had_not_been(small, qui
         spoil(factors)
         path = tmp_path / f"stopped-{number}"
 
-        class PulledError(Exception):
-            pass
-
-        class Puller:
-            def note(self, text): ...
-            def begin(self, done, total): ...
-            def metrics(self, line): ...
-            def end(self): ...
-            def step(self, step, stop=stop, pull=PulledError):
-                if step == stop:
-                    raise pull
-
-        with pytest.raises(PulledError):
-            pretraining.train(config, path, Puller())
+        with pytest.raises(InterruptedError):
+            pretraining.train(config, path, StopAt(stop))
         newest = checkpoint.latest(path / "checkpoints", pytest.fail)
         spoil({step: value for step, value in factors.items() if step >= newest.step})
         quietly(config, path)

@@ -16,6 +16,7 @@ from lm.runs.metrics_log import MetricsLog
 from lm.training import trackers
 from lm.training.pretraining import train
 from lm.training.trackers import open_trackers, require, values_of
+from tests.conftest import StopAt
 
 ROOT = Path(__file__).parents[3]
 LOSS = {"step": 10, "tokens": 2560, "epoch": 0.5, "loss": 3.0, "gradient_norm": 1.5, "tokens_per_second": 100.0}
@@ -127,19 +128,8 @@ def test_tensorboard_shows_what_is_in_the_file(tracked, quietly, tmp_path):
 def test_a_continued_run_goes_on_in_the_same_log_without_repeating_steps(tracked, quietly, tmp_path):
     """Killed after step 7, the file and the log are ahead of the newest checkpoint, which is of step 4."""
 
-    class KilledError(Exception): ...
-
-    class Killer:
-        def note(self, text): ...
-        def begin(self, done, total): ...
-        def metrics(self, line): ...
-        def end(self): ...
-        def step(self, step):
-            if step == 7:
-                raise KilledError
-
-    with pytest.raises(KilledError):
-        train(tracked, tmp_path / "run", Killer())
+    with pytest.raises(InterruptedError):
+        train(tracked, tmp_path / "run", StopAt(7))
     assert [step for step, _ in scalars(tmp_path / "run")["train/loss"]] == [2, 4, 6]
     quietly(tracked, tmp_path / "run")
     assert_same(tmp_path / "run")

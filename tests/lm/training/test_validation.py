@@ -14,8 +14,8 @@ from lm.training.validation import rows_of_validation, validate_readouts
 
 
 @pytest.fixture(scope="module")
-def model(trained):
-    return trained.load_model(torch.device("cpu"))
+def model(random_run):
+    return random_run.load_model(torch.device("cpu"))
 
 
 def causal_loss_by_hand(model, dataset, context: int) -> tuple[float, int]:
@@ -38,11 +38,11 @@ def causal_loss_by_hand(model, dataset, context: int) -> tuple[float, int]:
     return total, count
 
 
-def test_the_causal_loss_equals_a_sum_over_documents_read_one_by_one(model, dataset, trained):
+def test_the_causal_loss_equals_a_sum_over_documents_read_one_by_one(model, dataset, random_run):
     total, count = causal_loss_by_hand(model, dataset, 32)
     split = dataset.split("validation")
     assert count == split.tokens
-    loss = validate_readouts(model, dataset, trained.config, rows=0, every_token=True)["next_token"]
+    loss = validate_readouts(model, dataset, random_run.config, rows=0, every_token=True)["next_token"]
     assert loss["predicted"] == count
     assert loss["nats_per_token"] == pytest.approx(total / count, rel=1e-5)
     assert loss["bits_per_byte"] == pytest.approx(total / math.log(2) / split.text_bytes, rel=1e-5)
@@ -73,32 +73,33 @@ def masked_loss_by_hand(model, dataset, config) -> tuple[float, int]:
     return total, count
 
 
-def test_the_masked_loss_predicts_every_word_once_over_its_folds(model, dataset, trained):
-    total, count = masked_loss_by_hand(model, dataset, trained.config)
+def test_the_masked_loss_predicts_every_word_once_over_its_folds(model, dataset, random_run):
+    total, count = masked_loss_by_hand(model, dataset, random_run.config)
     split = dataset.split("validation")
     assert count == split.tokens - split.documents
-    loss = validate_readouts(model, dataset, trained.config, rows=0, every_token=True)["masked_next_token"]
+    loss = validate_readouts(model, dataset, random_run.config, rows=0, every_token=True)["masked_next_token"]
     assert loss["predicted"] == count
     assert loss["nats_per_token"] == pytest.approx(total / count, rel=1e-5)
     assert loss["bits_per_byte"] == pytest.approx(total / math.log(2) / split.text_bytes, rel=1e-5)
 
 
-def test_a_quick_validation_hides_a_share_of_the_tokens_and_is_the_same_each_time(model, dataset, trained):
-    first, again = (validate_readouts(model, dataset, trained.config, rows=0) for _ in range(2))
+def test_a_quick_validation_hides_a_share_of_the_tokens_and_is_the_same_each_time(model, dataset, random_run):
+    first, again = (validate_readouts(model, dataset, random_run.config, rows=0) for _ in range(2))
     assert first == again
     split = dataset.split("validation")
     assert first["next_token"]["predicted"] == split.tokens
     share = first["masked_next_token"]["predicted"] / (split.tokens - split.documents)
     assert share == pytest.approx(1 / 7, abs=0.03)
-    whole = validate_readouts(model, dataset, trained.config, rows=0, every_token=True)
+    whole = validate_readouts(model, dataset, random_run.config, rows=0, every_token=True)
     assert first["masked_next_token"]["nats_per_token"] == pytest.approx(
         whole["masked_next_token"]["nats_per_token"], abs=0.5
     )
 
 
-def test_the_micro_batch_does_not_change_the_loss(model, dataset, trained):
+def test_the_micro_batch_does_not_change_the_loss(model, dataset, random_run):
     losses = [
-        validate_readouts(model, dataset, trained.config.replace(micro_batch_rows=rows), rows=9) for rows in (1, 4, 0)
+        validate_readouts(model, dataset, random_run.config.replace(micro_batch_rows=rows), rows=9)
+        for rows in (1, 4, 0)
     ]
     for name in ("next_token", "masked_next_token"):
         values = [loss[name]["nats_per_token"] for loss in losses]
@@ -117,7 +118,7 @@ def test_validation_ignores_dropout_and_leaves_the_model_training(dataset, small
     assert losses[0]["nats_per_token"] == pytest.approx(math.log(400), abs=0.1)
 
 
-def test_the_readouts_are_those_of_the_objective(model, dataset, trained):
+def test_the_readouts_are_those_of_the_objective(model, dataset, random_run):
     for objective, names in {
         "next_token": ["next_token"],
         "masked_token": ["masked_token"],
@@ -125,21 +126,24 @@ def test_the_readouts_are_those_of_the_objective(model, dataset, trained):
         "hybrid": ["next_token", "masked_next_token"],
         "hybrid_unshifted": ["next_token", "masked_token"],
     }.items():
-        config = trained.config.replace(objective=objective)
+        config = random_run.config.replace(objective=objective)
         assert list(validate_readouts(model, dataset, config, rows=2)) == names
 
 
-def test_the_rows_of_a_validation_are_counted_with_all_there_are(dataset, trained):
+def test_the_rows_of_a_validation_are_counted_with_all_there_are(dataset, random_run):
     rows = -(-dataset.split("validation").tokens // 32)
-    assert rows_of_validation(dataset, trained.config) == {"taken": 8, "of": rows}
+    assert rows_of_validation(dataset, random_run.config) == {"taken": 8, "of": rows}
     for asked in (0, rows, rows + 1):
-        assert rows_of_validation(dataset, trained.config.replace(validation_rows=asked)) == {"taken": rows, "of": rows}
+        assert rows_of_validation(dataset, random_run.config.replace(validation_rows=asked)) == {
+            "taken": rows,
+            "of": rows,
+        }
 
 
-def test_without_validation_text_there_is_no_loss(model, trained, text_folder, make_dataset, tmp_path):
-    tokenizer = trained.path / "tokenizer.json"
+def test_without_validation_text_there_is_no_loss(model, random_run, text_folder, make_dataset, tmp_path):
+    tokenizer = random_run.path / "tokenizer.json"
     bare = make_dataset(text_folder, tmp_path / "bare", tokenizer=tokenizer, validation_fraction=0.0)
-    assert validate_readouts(model, bare, trained.config) == {}
+    assert validate_readouts(model, bare, random_run.config) == {}
 
 
 def test_products_are_in_bfloat16_only_where_that_was_asked_for():
