@@ -16,42 +16,51 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.command(cls=FriendlyCommand)
 @run_argument
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of this machine's."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0: all addresses of this machine.",
 )
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
+@click.option(
+    "--port",
+    default=8000,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Port to listen on; 0: any free port.",
+)
 @click.option(
     "--api-key",
     envvar="KINDLING_API_KEY",
     show_envvar=True,
-    help="What requests must send as Authorization: Bearer KEY. Default: nothing.",
+    help="Key that requests must send as Authorization: Bearer KEY. Default: none.",
 )
 @click.option(
     "--max-concurrent",
     default=16,
     show_default=True,
     type=click.IntRange(1, 1024),
-    help="Texts that are written at the same time; each takes memory for its context.",
+    help="Texts generated at the same time; each takes memory for its context.",
 )
 @click.option(
     "--max-waiting",
     default=256,
     show_default=True,
     type=click.IntRange(0),
-    help="Texts that may wait for their turn; more are refused (HTTP status 429).",
+    help="Texts that may wait for their turn; further requests are refused (HTTP status 429).",
 )
 @click.option(
     "--max-tokens",
     default=2048,
     show_default=True,
     type=click.IntRange(1),
-    help="Tokens that a request may ask for, each of its texts.",
+    help="The most tokens that a request may ask for, per text.",
 )
 @click.option(
     "--allow-origin",
     "origins",
     multiple=True,
     metavar="ORIGIN",
-    help="Let pages of another site ask, such as http://localhost:3000; may be repeated.",
+    help="Another website whose pages may send requests, such as http://localhost:3000; may be repeated.",
 )
 @compile_option
 @device_option
@@ -69,25 +78,25 @@ def serve(
     device: str,
     which: str,
 ) -> None:
-    """Serve RUN over HTTP: OpenAI's API (completions, chat, models), and a page to write, fill and watch it train.
+    """Serve RUN over HTTP, with OpenAI's API (completions, chat, models) and a web page. Ctrl-C stops it.
 
-    Ctrl-C ends it.
+    The page generates text, fills masks, shows token probabilities, and follows the run while it trains.
     """
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
-        raise UserError('serving needs packages that are not here: pip install "kindling-lm[serve]"') from None
+        raise UserError('serving needs packages that are not installed: pip install "kindling-lm[serve]"') from None
     from lm.model.device import choose_device
     from lm.runs.directory import open_run
     from lm.serve.app import make_app
-    from lm.serve.guard import LOCAL_NAMES, Door
+    from lm.serve.guard import LOCAL_NAMES, AccessPolicy
     from lm.serve.schema import Limits
     from lm.serve.server import listen, serve
     from lm.serve.service import Service
 
     if api_key == "":
-        raise UserError("the API key is empty: give one, or leave --api-key and KINDLING_API_KEY away")
+        raise UserError("the API key is empty: set one, or remove --api-key and KINDLING_API_KEY")
     opened = open_run(run)
     checkpoint = opened.checkpoint(which)
     limits = Limits(concurrent=max_concurrent, waiting=max_waiting, new_tokens=max_tokens)
@@ -96,9 +105,12 @@ def serve(
         service = Service.open(opened, checkpoint, model, limits, compiled=compiled)
         local = host in LOCAL
         if not local and api_key is None:
-            click.echo(f"warning: whoever reaches {host} can use this model: --api-key keeps others out", err=True)
-        app = make_app(service, Door(api_key, LOCAL_NAMES if local else None, origins))
+            click.echo(f"warning: anyone who can reach {host} can use this model; --api-key restricts access", err=True)
+        app = make_app(service, AccessPolicy(api_key, LOCAL_NAMES if local else None, origins))
         name = f"[{host}]" if ":" in host else host
-        where = f"http://{name}:{listening.getsockname()[1]}"
-        click.echo(f"{service.name}, step {checkpoint.step:,}, at {where} (API: {where}/v1); Ctrl-C ends it", err=True)
+        url = f"http://{name}:{listening.getsockname()[1]}"
+        click.echo(
+            f"serving {service.name}, step {checkpoint.step:,}, at {url} (API: {url}/v1); press Ctrl-C to stop",
+            err=True,
+        )
         serve(app, listening)

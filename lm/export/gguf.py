@@ -16,7 +16,7 @@ from data_prep.files import sync_directory
 from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.tokenizers.training import LLAMA3_WORDS, QWEN2_WORDS
 from lm.export.stock_architectures import StockClass, stock_class
-from lm.kernels.qkv_projection import side_by_side
+from lm.kernels.rotary import interleave_halves
 from lm.model.transformer import Transformer
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run
@@ -146,7 +146,7 @@ def tensors(model: Transformer, stock: StockClass) -> dict[str, Tensor]:
         if name.startswith("blocks."):
             _, layer, part = name.removesuffix(".weight").split(".", 2)
             if stock.model_type == "llama" and part in ("attention.query", "attention.key"):
-                value = side_by_side(value, config.head_width)
+                value = interleave_halves(value, config.head_width)
             found[f"blk.{layer}.{PARTS[part]}.weight"] = value
         else:
             theirs = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}[name.split(".")[0]]

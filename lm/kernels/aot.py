@@ -1,9 +1,9 @@
-"""Compile every kernel for GPUs that are not here, and look at what the compiler made: ``python -m lm.kernels.aot``.
+"""Compile every kernel without a GPU, and check the machine code: ``python -m lm.kernels.aot``.
 
-The launchers themselves are called, on small CPU tensors, with a driver that claims to be the GPU and with launches
-turned into compilations. So what is compiled is what a real call would compile, with the same specialisations, for each
-entry of the table of configurations. The result is compared with ``aot.json``, which ``--update`` rewrites: a change of
-registers or tensor-core instructions is then a line in a diff, not a surprise on somebody's GPU.
+The real launchers are called on small CPU tensors, with a driver that claims to be the GPU and with launches replaced
+by compilations. So this compiles what a real call would, with the same specializations, for every entry of the table of
+tile sizes. The result is compared with ``aot.json``, which ``--update`` rewrites: a change of registers or tensor-core
+instructions then shows as a line in a diff instead of surprising someone on a GPU.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lm.kernels import dispatch, masks
 
 SNAPSHOT = Path(__file__).with_name("aot.json")
 ARCHITECTURES = (80, 90, 120)
-# The most shared memory a block may ask for. Triton compiles past it, and the launch then fails.
+# The most shared memory a block may use. Triton compiles kernels that exceed it, whose launch then fails.
 SHARED_MEMORY_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}
-# What most models run in: these may not spill, and must use the tensor cores (on Hopper, its own instructions).
+# What most models use: these must not spill, and must use the tensor cores (on Hopper, its wgmma instructions).
 MAIN_WIDTHS, MAIN_KERNELS = (64, 128), ("attention_forward", "attention_query_gradient", "attention_key_gradient")
-# But for this: measured on an H200, it is faster with some bytes spilled than in any tiles that spill none.
+# The exception: on an H200 it was faster with some bytes spilled than with any tile sizes that spill none.
 MAY_SPILL = {("sm_90", "attention_key_gradient"): 256}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one kernel: registers a thread, bytes, and numbers of instructions in the machine code."""
+    """One compiled kernel: registers per thread, bytes, and counts of instructions in the machine code."""
 
     registers: int
     spilled_bytes: int
@@ -48,8 +48,8 @@ class Compiled:
     tma: int
 
 
-class PretendedDriver:
-    """As much of Triton's driver as compiling asks for."""
+class FakeDriver:
+    """The part of Triton's driver that compilation needs."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -60,7 +60,7 @@ class PretendedDriver:
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int:
-        return self.architecture  # Triton keeps what it has compiled by device
+        return self.architecture  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -71,7 +71,7 @@ class PretendedDriver:
 
 @contextmanager
 def compiling_for(architecture: int) -> Iterator[list[tuple[str, Any]]]:
-    """Make launches compile for ``architecture`` and run nothing; yields the list of (name, compiled kernel)."""
+    """Make launches compile for ``architecture`` without running; yield the list of (name, compiled kernel)."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -84,7 +84,7 @@ def compiling_for(architecture: int) -> Iterator[list[tuple[str, Any]]]:
         return kernel
 
     before = driver._active
-    driver.set_active(PretendedDriver(architecture))
+    driver.set_active(FakeDriver(architecture))
     JITFunction.run = compile_only
     try:
         yield made
@@ -93,8 +93,8 @@ def compiling_for(architecture: int) -> Iterator[list[tuple[str, Any]]]:
         driver._active = before
 
 
-def look_at(kernel: Any) -> Compiled:
-    """Read the machine code with the tools that Triton brings."""
+def inspect_kernel(kernel: Any) -> Compiled:
+    """Read the machine code of a compiled kernel with the tools that come with Triton."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -114,7 +114,7 @@ def look_at(kernel: Any) -> Compiled:
 
 
 def attention_case(dtype: torch.dtype, width: int, heads: int, kv_heads: int, softcap: float) -> None:
-    """Forward and backward over a batch, then a step of decoding."""
+    """Compile forward and backward over a batch, then a step of decoding."""
     from lm.kernels import attention_triton, decoding_triton
 
     q, k, v = (torch.zeros(2, 128, count, width, dtype=dtype) for count in (heads, kv_heads, kv_heads))
@@ -146,7 +146,7 @@ Case = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 
 def cases() -> list[Case]:
-    """(name, function, arguments): every entry of the table, and each branch of a kernel once."""
+    """(name, function, arguments): every entry of the table, and every branch of a kernel once."""
     every: list[Case] = []
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
@@ -171,21 +171,21 @@ def cases() -> list[Case]:
 
 
 def compile_case(architecture: int, case: Case) -> dict[str, Compiled]:
-    """ "sm_90 bfloat16 64 attention_forward" → what became of it."""
+    """The compiled kernels of a case by name, such as "sm_90 bfloat16 64 attention_forward"."""
     name, function, arguments = case
     with compiling_for(architecture) as made:
         function(*arguments)
-    return {f"sm_{architecture} {name} {kernel}": look_at(compiled) for kernel, compiled in made}
+    return {f"sm_{architecture} {name} {kernel}": inspect_kernel(compiled) for kernel, compiled in made}
 
 
 def problems(result: dict[str, Compiled]) -> list[str]:
-    """What must not be, one sentence each."""
+    """What violates the limits above, one sentence each."""
     found = []
     for name, compiled in result.items():
         architecture, dtype, width, *variant, kernel = name.split()
         limit = SHARED_MEMORY_BYTES[int(architecture.removeprefix("sm_"))]
         if compiled.shared_bytes > limit:
-            found.append(f"{name} asks for {compiled.shared_bytes:,} bytes of shared memory; a block has {limit:,}")
+            found.append(f"{name} needs {compiled.shared_bytes:,} bytes of shared memory; a block has {limit:,}")
         if kernel in MAIN_KERNELS and dtype != "float32" and int(width) in MAIN_WIDTHS and not variant:
             if compiled.spilled_bytes > MAY_SPILL.get((architecture, kernel), 0):
                 found.append(f"{name} spills {compiled.spilled_bytes} bytes of registers")
@@ -195,18 +195,18 @@ def problems(result: dict[str, Compiled]) -> list[str]:
 
 
 def changes(result: dict[str, Compiled], snapshot: dict[str, Any]) -> list[str]:
-    """How the result differs from the snapshot, one line each; nothing is said of another version of Triton."""
+    """How the result differs from the snapshot, one line each; none if the versions of Triton differ."""
     import triton
 
     if snapshot["triton"] != triton.__version__:
         return []
     before = {name: Compiled(*numbers) for name, numbers in snapshot["kernels"].items()}
-    told = [f"{name} is new" for name in sorted(result.keys() - before.keys())]
-    told += [f"{name} is gone" for name in sorted(before.keys() - result.keys())]
+    lines = [f"{name} is new" for name in sorted(result.keys() - before.keys())]
+    lines += [f"{name} is gone" for name in sorted(before.keys() - result.keys())]
     for name in sorted(result.keys() & before.keys()):
         now, then = asdict(result[name]), asdict(before[name])
-        told += [f"{name}: {what} {then[what]} → {now[what]}" for what in now if now[what] != then[what]]
-    return told
+        lines += [f"{name}: {what} {then[what]} → {now[what]}" for what in now if now[what] != then[what]]
+    return lines
 
 
 def table(result: dict[str, Compiled]) -> str:
@@ -220,7 +220,7 @@ def table(result: dict[str, Compiled]) -> str:
 
 
 def to_json(result: dict[str, Compiled]) -> str:
-    """The text of ``aot.json``, a line for each kernel, so that a change shows as one."""
+    """The text of ``aot.json``, one line per kernel, so that a change shows as one line."""
     import triton
 
     lines = (f"  {json.dumps(name)}: {json.dumps(astuple(compiled))}" for name, compiled in result.items())
@@ -229,15 +229,21 @@ def to_json(result: dict[str, Compiled]) -> str:
 
 
 @click.command()
-@click.option("--update", is_flag=True, help="Write the result into the snapshot instead of comparing it.")
-@click.option("--arch", "architectures", multiple=True, type=click.Choice([str(a) for a in ARCHITECTURES]))
-@click.option("--only", default="", help="Only cases whose name begins so; nothing is compared.")
+@click.option("--update", is_flag=True, help="Write the result to the snapshot instead of comparing it.")
+@click.option(
+    "--arch",
+    "architectures",
+    multiple=True,
+    type=click.Choice([str(a) for a in ARCHITECTURES]),
+    help="Only for this one.",
+)
+@click.option("--only", default="", help="Only cases whose name begins with this; nothing is compared.")
 def main(update: bool, architectures: tuple[str, ...], only: str) -> None:
     """Compile every kernel for sm_80, sm_90 and sm_120, without a GPU."""
     import triton
 
     if dispatch.interpreted():
-        raise click.UsageError("unset TRITON_INTERPRET: interpreted kernels are not compiled")
+        raise click.UsageError("unset TRITON_INTERPRET: the interpreter compiles no kernels")
     tasks = [
         (int(architecture), case)
         for architecture in architectures or map(str, ARCHITECTURES)
@@ -256,7 +262,7 @@ def main(update: bool, architectures: tuple[str, ...], only: str) -> None:
     for sentence in wrong:
         click.echo(sentence, err=True)
     if wrong:
-        raise SystemExit("the kernels are not as they should be, or were: see above; --update accepts changes")
+        raise SystemExit("the kernels have problems or differ from the snapshot (see above); --update accepts changes")
     click.echo(f"{len(result)} kernels compiled")
 
 

@@ -1,13 +1,13 @@
-"""Attention over key intervals by PyTorch's own operations: the path of every device without Triton, above all the CPU.
+"""Attention over key intervals with PyTorch's own operations, for devices without Triton: mostly CPUs.
 
-PyTorch's CPU kernel computes every pair of the queries and keys it is given, seen or not. So the work is cut first:
+PyTorch's CPU kernel computes every pair of the queries and keys it receives, visible or not. So the work is cut first:
 
-    lo, hi -> plan: pieces of (some rows) x (a run of queries) x (the keys they see) -> one kernel call a piece
+    lo, hi -> plan: pieces of (some rows) x (a run of queries) x (the keys they see) -> one kernel call per piece
 
-A dynamic programme over a grid of places to cut, and a model of what a call costs, choose the pieces: packed documents
-come apart, long causal ones are cut into blocks of queries with the keys up to them, tiny ones share a masked piece,
-rows with equal intervals share a call, and where nothing pays the whole batch is one call. A plan depends only on the
-numbers in ``lo`` and ``hi`` and on shapes, and is kept by them: all layers of a model share it.
+Dynamic programming over a grid of possible cuts, with a cost model of a call, chooses the pieces: packed documents are
+separated, long causal ones are cut into blocks of queries with the keys up to them, tiny ones share a masked piece,
+rows with equal intervals share a call, and if no cut pays off, the whole batch is one call. A plan depends only on
+``lo``, ``hi`` and shapes and is cached by them, so all layers of a model share it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What a call costs forward and backward, in microseconds of one AVX2 core; fitted to 1,222 pieces of widths 16 to 128,
-# and only the ratios matter. Each head and each of the kernel's blocks of queries has its own matrix products.
+# The cost of a call, forward and backward, in microseconds of one AVX2 core, fitted to 1,222 pieces of widths 16 to
+# 128; only the ratios matter. Each head and each of the kernel's blocks of queries has its own matrix products.
 CALL_COST = 100.0
-BLOCK_COST, BLOCK_COST_PER_KEY = 1.7, 0.0004  # the second for each number of a key: its gradient is read and written
+BLOCK_COST, BLOCK_COST_PER_KEY = 1.7, 0.0004  # the second per number of a key, whose gradient is read and written
 PAIR_COST, PAIR_COST_PER_WIDTH = 0.00255, 0.0002
-MASK_COST = 0.00045  # of a pair
-TOKEN_COST_PER_WIDTH = 0.0043  # copies in and out, and fresh memory
-# Cutting must promise to save this much over one call for everything, or it is not done.
+MASK_COST = 0.00045  # per pair
+TOKEN_COST_PER_WIDTH = 0.0043  # copies in and out, and newly allocated memory
+# Cuts are made only if the cost model predicts this saving over a single call.
 LEAST_SAVING = 0.135
-# Places to cut: one in each run of this many queries, and no more than so many in a row.
+# Possible cuts: one per this many queries, and at most so many in a row.
 FINEST_GRAIN, MOST_CUTS = 32, 64
-# Numbers in one result of a call. Rows are split beyond it: fresh pages from the system cost more than another call.
+# The most numbers in a call's result. Beyond it rows are split: new pages from the system cost more than another call.
 LARGEST_RESULT = 1 << 19
 
 Kind = Literal["full", "causal", "masked"]
@@ -44,9 +44,10 @@ _aten = torch.ops.aten
 class Piece:
     """One call: the queries ``[queries[0], queries[1])`` of ``rows`` with the keys ``[keys[0], keys[1])``.
 
-    ``kind`` says what they see of each other: "full" all, "causal" the last query all and each before it one key less,
-    "masked" what ``bias`` says. ``bias`` holds 0 and -inf, (1 or rows, 1, queries, keys); None where no mask is needed
-    ("full", and "causal" with as many queries as keys). ``first_on_keys``: no piece before it has any of its keys.
+    ``kind`` is what the queries see: "full": all keys; "causal": the last query sees all keys, and each query before it
+    one key less; "masked": the keys where ``bias`` is 0. ``bias`` holds 0 and -inf, (1 or rows, 1, queries, keys), and
+    is None where no mask is needed ("full", and "causal" with as many queries as keys). ``first_on_keys``: no earlier
+    piece has any of its keys.
     """
 
     rows: range
@@ -58,26 +59,29 @@ class Piece:
 
     @property
     def causal_flag(self) -> bool:
-        """Whether the kernel's own causal flag is the mask: it counts from the first query and the first key."""
+        """Whether the kernel's own causal flag, which aligns the first query with the first key, is the mask."""
         return self.kind == "causal" and self.bias is None
 
     def of_queries(self, x: Tensor) -> Tensor:
-        """A view of (B, Tq, H, D), what belongs to this piece, as (R, H, queries, D)."""
+        """This piece's part of x (B, Tq, H, D), as a view (R, H, queries, D)."""
         return _part(x, self.rows, self.queries)
 
     def of_keys(self, x: Tensor) -> Tensor:
-        """A view of (B, Tk, Hkv, D), what belongs to this piece, as (R, Hkv, keys, D)."""
+        """This piece's part of x (B, Tk, Hkv, D), as a view (R, Hkv, keys, D)."""
         return _part(x, self.rows, self.keys)
 
     def of_lse(self, lse: Tensor) -> Tensor:
-        """A view of (B, H, Tq) as (R, H, queries)."""
+        """This piece's part of lse (B, H, Tq), as a view (R, H, queries)."""
         return lse[self.rows.start : self.rows.stop : self.rows.step, :, slice(*self.queries)]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The pieces of a batch, and what they leave out: ``blind`` is bool (rows, 1, Tq), None if every query sees a key;
-    ``all_keys`` is true if every key of every row is in a piece that is ``first_on_keys``."""
+class AttentionPlan:
+    """The pieces of a batch, and what they leave out.
+
+    ``blind`` is bool (rows, 1, Tq), true for queries that see no key; None if all see one. ``all_keys`` is true if
+    every key of every row is in a piece that is ``first_on_keys``.
+    """
 
     pieces: tuple[Piece, ...]
     blind: Tensor | None
@@ -85,14 +89,14 @@ class Plan:
 
     @property
     def is_one_call(self) -> bool:
-        """Whether one call takes all rows, queries and keys: its results are the whole result."""
+        """Whether a single call covers all rows, queries and keys, so that its result is the whole result."""
         return len(self.pieces) == 1 and self.blind is None and self.all_keys
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan depends on besides the intervals. ``heads`` are those of the keys, ``groups`` queries' heads to each;
-    ``threads`` of them are computed at a time."""
+    """What a plan depends on besides the intervals: ``heads`` of keys, with ``groups`` query heads each, of which
+    ``threads`` are computed at a time."""
 
     rows: int
     queries: int
@@ -111,14 +115,14 @@ def forward(
     """Softmax attention in which query ``i`` of row ``b`` sees the keys ``lo[b, i] <= j < hi[b, i]``.
 
     Args:
-        q: (B, Tq, H, D). k, v: (B, Tk, Hkv, D), of the same dtype; H is a multiple of Hkv. Strided views are fine, as
-            long as the last dimension is dense.
+        q: (B, Tq, H, D). k, v: (B, Tk, Hkv, D), of the same dtype; H is a multiple of Hkv. The last dimension must be
+            dense; other strides are arbitrary.
         lo, hi: int32 (B, Tq), any values.
-        scale: factor of the scores. softcap: scores are squashed into (-softcap, softcap) by tanh; 0: off.
+        scale: factor of the scores. softcap: limits scores to (-softcap, softcap) by tanh; 0: off.
 
     Returns:
-        out (B, Tq, H, D) in q's dtype, contiguous, and the natural logarithm of each softmax's denominator, (B, H, Tq)
-        in float32 (float64 for float64). A query that sees nothing has zeros and -inf.
+        The output (B, Tq, H, D) in q's dtype, contiguous, and the natural logarithm of each softmax's denominator,
+        (B, H, Tq) in float32 (float64 for float64). A query that sees nothing has zeros and -inf.
     """
     plan = plan_for(q, k, lo, hi)
     if plan.is_one_call:
@@ -149,7 +153,7 @@ def backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by q, k and v, each contiguous and of its shape and dtype; arguments as in and from ``forward``."""
+    """Gradients of q, k and v, contiguous, of the same shapes and dtypes; arguments and results as in ``forward``."""
     plan = plan_for(q, k, lo, hi)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
@@ -172,9 +176,9 @@ def backward(
     return grad_q, grad_k, grad_v
 
 
-def plan_for(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor) -> Plan:
-    """The plan of these intervals for tensors like q and k, made once for all calls with equal ones."""
-    # A GPU is taken for many cores, so that it gets few and large calls.
+def plan_for(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor) -> AttentionPlan:
+    """The plan of these intervals for tensors like q and k, cached for calls with equal ones."""
+    # A GPU counts as many cores, so that it gets few, large calls.
     threads = torch.get_num_threads() if q.device.type == "cpu" else 64
     rows, queries, heads, width = q.shape
     groups = heads // k.shape[2]
@@ -183,21 +187,21 @@ def plan_for(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor) -> Plan:
     return make_plan(lo_bytes, hi_bytes, shape)
 
 
-# A plan may hold masks, so only a few are kept: a training step uses one, then never again.
+# Only a few are cached, because a plan may hold masks, and those of a training step are never used again.
 @lru_cache(maxsize=8)
-def make_plan(lo_bytes: bytes, hi_bytes: bytes, shape: Shape) -> Plan:
+def make_plan(lo_bytes: bytes, hi_bytes: bytes, shape: Shape) -> AttentionPlan:
     """The plan of intervals given as the bytes of int32 (rows, queries)."""
     if not shape.rows * shape.queries:
-        return Plan((), None, all_keys=False)
+        return AttentionPlan((), None, all_keys=False)
     lo, hi = (np.frombuffer(x, np.int32).reshape(shape.rows, shape.queries) for x in (lo_bytes, hi_bytes))
     lo, hi = lo.clip(0, shape.keys), hi.clip(0, shape.keys)
     keys = int(lo[0, 0]), int(hi[0, 0])
     if keys[0] < keys[1] and (lo == keys[0]).all() and (hi == keys[1]).all():
-        # Nothing to cut, and no time to lose: each token that is generated has intervals of its own.
+        # A shortcut for generation, where every token has new intervals and nothing can be cut.
         whole = Piece(range(shape.rows), (0, shape.queries), keys, "full", first_on_keys=True, bias=None)
-        return Plan((whole,), None, keys == (0, shape.keys))
+        return AttentionPlan((whole,), None, keys == (0, shape.keys))
     blind = lo >= hi
-    # An empty interval that widens no other's piece, and makes the piece masked.
+    # Make these intervals empty such that they widen no piece, and turn theirs into a masked one.
     lo, hi = np.where(blind, shape.keys, lo), np.where(blind, 0, hi)
     pieces, fresh_keys = [], 0
     for rows, queries, keys, kind, first_on_keys in _cut(lo, hi, shape):
@@ -206,11 +210,11 @@ def make_plan(lo_bytes: bytes, hi_bytes: bytes, shape: Shape) -> Plan:
         pieces.append(Piece(rows, queries, keys, kind, first_on_keys, bias))
         fresh_keys += first_on_keys * len(rows) * (keys[1] - keys[0])
     blind_queries = torch.from_numpy(blind).to(shape.device)[:, None] if blind.any() else None
-    return Plan(tuple(pieces), blind_queries, fresh_keys == shape.rows * shape.keys)
+    return AttentionPlan(tuple(pieces), blind_queries, fresh_keys == shape.rows * shape.keys)
 
 
 def _runs_of_equal_rows(lo: np.ndarray, hi: np.ndarray) -> list[range]:
-    """The rows in runs of equal intervals, each run evenly spaced."""
+    """Group the rows into runs of equal intervals; the rows of each run are evenly spaced."""
     alike: dict[bytes, list[int]] = {}
     for row, interval in enumerate(np.concatenate((lo, hi), axis=1)):
         alike.setdefault(interval.tobytes(), []).append(row)
@@ -228,23 +232,23 @@ def _runs_of_equal_rows(lo: np.ndarray, hi: np.ndarray) -> list[range]:
 
 
 def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span, Span, Kind, bool]]:
-    """The first five fields of the cheapest pieces: each run of equal rows is cut for itself, or all rows at the same
-    places, or nothing at all. From the last queries to the first, so that of a causal document's blocks the one with
-    the keys of all others comes first."""
+    """The first five fields of the cheapest pieces: cut each run of equal rows separately, or all rows at the same
+    positions, or nothing. Ordered from the last queries to the first, so that of a causal document's blocks, the one
+    with the keys of all others comes first."""
     runs = _runs_of_equal_rows(lo, hi)
     candidates, together, first = [*runs, range(shape.rows)], len(runs), [run.start for run in runs]
-    # What a candidate's rows see, at least and at most, (candidates, Tq); the rows of a run are equal.
+    # The least and greatest bounds of a candidate's rows, (candidates, Tq); the rows of a run are equal.
     bounds = [
         np.concatenate((bound[first], extreme(bound, axis=0, keepdims=True)))
         for bound, extreme in ((lo, np.min), (lo, np.max), (hi, np.min), (hi, np.max))
     ]
     lo_min, _, _, hi_max = bounds
-    places = _places_to_cut(lo_min, hi_max, shape)
-    # [c, i, j]: the first key and one past the last that candidate c's queries from place i to place j + 1 see.
-    seen_from, seen_to = _over_cells(np.minimum, lo_min, places), _over_cells(np.maximum, hi_max, places)
-    queries = places[:, None, 1:] - places[:, :-1, None]
+    cuts = _cut_positions(lo_min, hi_max, shape)
+    # [c, i, j]: the first key, and one past the last, that candidate c's queries from cut i to cut j + 1 see.
+    seen_from, seen_to = _over_cells(np.minimum, lo_min, cuts), _over_cells(np.maximum, hi_max, cuts)
+    queries = cuts[:, None, 1:] - cuts[:, :-1, None]
     cost = _cost(queries, seen_to - seen_from, np.array([len(rows) for rows in candidates])[:, None, None], shape)
-    best, came_from = _cheapest_ways(cost)
+    best, came_from = _cheapest_paths(cost)
     kind_of_all: Kind = "masked"
     if len(runs) == 1:
         kind_of_all = _kinds(bounds, *np.array([[together], [0], [shape.queries]])).item()
@@ -259,7 +263,7 @@ def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span
             chosen.append((c, came_from[c][end], end))
             end = came_from[c][end]
     of, begins, ends = np.array(chosen).T
-    starts, stops = places[of, begins], places[of, ends]
+    starts, stops = cuts[of, begins], cuts[of, ends]
     columns = (
         starts,
         stops,
@@ -268,7 +272,7 @@ def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span
         _kinds(bounds, of, starts, stops),
     )
     lowest_key = [shape.keys] * len(candidates)
-    cuts: list[tuple[range, Span, Span, Kind, bool]] = []
+    pieces: list[tuple[range, Span, Span, Kind, bool]] = []
     for (c, _, _), start, stop, key, last_key, kind in zip(chosen, *(x.tolist() for x in columns), strict=True):
         if key >= last_key:
             continue  # blind queries only
@@ -276,35 +280,35 @@ def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span
         lowest_key[c] = min(lowest_key[c], key)
         at_once = len(rows) if one_call else int(_rows_at_once(max(stop - start, last_key - key), shape))
         for i in range(0, len(rows), at_once):
-            cuts.append((rows[i : i + at_once], (start, stop), (key, last_key), kind, first_on_keys))
-    return cuts
+            pieces.append((rows[i : i + at_once], (start, stop), (key, last_key), kind, first_on_keys))
+    return pieces
 
 
 def _kinds(bounds: list[np.ndarray], of: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """The kind of each of some runs of queries ``[starts, stops)`` of the candidates ``of``; see ``Piece``."""
+    """The kinds (see ``Piece``) of runs of queries ``[starts, stops)`` of the candidates ``of``."""
     lo_min, lo_max, hi_min, hi_max = bounds
-    unlike = (lo_min != lo_max) | (hi_min != hi_max)
-    moved = (np.diff(lo_min, axis=1, prepend=lo_min[:, :1]) != 0) | unlike
+    unequal = (lo_min != lo_max) | (hi_min != hi_max)
+    moved = (np.diff(lo_min, axis=1, prepend=lo_min[:, :1]) != 0) | unequal
     step = np.diff(hi_min, axis=1, prepend=hi_min[:, :1])
-    # So many queries, up to each, do not go on from the one before it as in a full piece, or in a causal one.
+    # How many queries, up to each, break the pattern of a full piece, or of a causal one.
     full, causal = ((moved | (step != by)).cumsum(axis=1) for by in (0, 1))
-    full, causal = ((breaks[of, stops - 1] == breaks[of, starts]) & ~unlike[of, starts] for breaks in (full, causal))
+    full, causal = ((breaks[of, stops - 1] == breaks[of, starts]) & ~unequal[of, starts] for breaks in (full, causal))
     return np.where(full, "full", np.where(causal, "causal", "masked"))
 
 
-def _over_cells(extreme: np.ufunc, bound: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """[c, i, j]: the extreme of candidate c's bounds (candidates, Tq) from place i to place j + 1; 0 where j < i."""
-    count, cells = len(places), places.shape[1] - 1
-    begins = places[:, :-1] + bound.shape[1] * np.arange(count)[:, None]
+def _over_cells(extreme: np.ufunc, bound: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+    """[c, i, j]: the extreme of candidate c's bounds (candidates, Tq) from cut i to cut j + 1; 0 where j < i."""
+    count, cells = len(cuts), cuts.shape[1] - 1
+    begins = cuts[:, :-1] + bound.shape[1] * np.arange(count)[:, None]
     values = extreme.reduceat(bound.ravel(), begins.ravel()).reshape(count, 1, cells)
     later = np.tri(cells, dtype=bool).T
     neutral = np.iinfo(values.dtype).max if extreme is np.minimum else 0
     return extreme.accumulate(np.where(later, values, neutral), axis=2) * later
 
 
-def _cheapest_ways(cost: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
-    """For each candidate of ``cost`` (candidates, i, j): the least sum of costs that leads from the first place to the
-    last, and for each place the one before it on the cheapest way there."""
+def _cheapest_paths(cost: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
+    """For each candidate of ``cost`` (candidates, i, j): the cost of the cheapest path from the first cut to the last,
+    and for each cut its predecessor on the cheapest path to it."""
     count, cells, _ = cost.shape
     best, came_from = np.zeros((count, cells + 1)), np.zeros((count, cells + 1), np.int64)
     each = np.arange(count)
@@ -315,15 +319,15 @@ def _cheapest_ways(cost: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
     return best[:, -1], came_from.tolist()
 
 
-def _places_to_cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> np.ndarray:
-    """(candidates, cells + 1): 0, a rising grid of queries, Tq. Nearby places that no key's queries straddle win."""
+def _cut_positions(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> np.ndarray:
+    """(candidates, cells + 1): 0, a grid of queries, Tq. Cuts move to nearby ones that separate no key's queries."""
     grain = max(FINEST_GRAIN, -(-shape.queries // MOST_CUTS))
     cells = max(1, shape.queries // grain)
     seen_before = np.maximum.accumulate(hi, axis=1)[:, :-1]
     needed_after = np.minimum.accumulate(lo[:, ::-1], axis=1)[:, ::-1][:, 1:]
     clean = np.zeros((len(lo), (cells + 1) * grain), bool)
     clean[:, 1 : shape.queries] = seen_before <= needed_after
-    # Interior place n lies in the window of one grain around n * grain.
+    # Interior cut n lies in the window of one grain around n * grain.
     windows = clean[:, grain // 2 : grain // 2 + (cells - 1) * grain].reshape(len(lo), cells - 1, grain)
     grid = np.arange(1, cells) * grain
     inside = np.where(windows.any(2), grid - grain + grain // 2 + windows.argmax(2), grid)
@@ -331,7 +335,7 @@ def _places_to_cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 def _cost(queries: np.ndarray, keys: np.ndarray, rows: np.ndarray, shape: Shape) -> np.ndarray:
-    """What pieces are thought to cost, copies included; nothing where there are no keys."""
+    """The estimated cost of pieces, including copies; 0 where there are no keys."""
     keys = np.maximum(keys, 0)
     calls = -(-rows // _rows_at_once(np.maximum(queries, keys), shape))
     tokens = (queries + keys) * (TOKEN_COST_PER_WIDTH * shape.width)
@@ -340,7 +344,7 @@ def _cost(queries: np.ndarray, keys: np.ndarray, rows: np.ndarray, shape: Shape)
 
 
 def _cost_of_one_call(kind: Kind, shape: Shape) -> float:
-    """What one call for everything is thought to cost; its results need not be copied."""
+    """The estimated cost of a single call for everything, whose results need not be copied."""
     queries, keys, pairs = (np.array(float(x)) for x in (shape.queries, shape.keys, shape.queries * shape.keys))
     causal = kind == "causal" and queries == keys
     if causal:  # the flag skips what lies beyond the kernel's blocks of 512 keys
@@ -358,7 +362,7 @@ def _cost_of_head(queries: np.ndarray, keys: np.ndarray, pairs: np.ndarray, shap
 
 
 def _head_calls(rows: np.ndarray, shape: Shape) -> np.ndarray:
-    """How many queries' heads a thread computes, one after the other."""
+    """How many query heads a thread computes, one after another."""
     return -(-rows * shape.heads // shape.threads) * shape.groups
 
 
@@ -367,7 +371,7 @@ def _rows_at_once(longest: np.ndarray | int, shape: Shape) -> np.ndarray:
 
 
 def _bias(lo: np.ndarray, hi: np.ndarray, keys: Span, kind: Kind, shape: Shape) -> Tensor | None:
-    """The mask of a piece with the intervals lo, hi (rows, queries), as PyTorch's kernel adds it to the scores."""
+    """The mask that PyTorch's kernel adds to the scores of a piece with the intervals lo, hi (rows, queries)."""
     count, seen = lo.shape[1], keys[1] - keys[0]
     if kind == "full" or (kind == "causal" and count == seen):
         return None
@@ -380,7 +384,7 @@ def _bias(lo: np.ndarray, hi: np.ndarray, keys: Span, kind: Kind, shape: Shape) 
 
 
 def _causal_bias(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(1, 1, queries, keys) in which the last query sees all keys, and each before it one less: a view of a strip."""
+    """(1, 1, queries, keys) in which the last query sees all keys and each before it one less: a view of a strip."""
     earlier = keys - queries
     height, width = (1 << (x - 1).bit_length() for x in (queries, max(earlier, 1)))
     return _strip(height, width, dtype, device).as_strided(
@@ -426,7 +430,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, piece: Piece, scale: float, softcap
 def _differentiate(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: Piece, scale: float, cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by q, k and v of one piece, shaped as in ``_attend`` (Dao et al. 2022, FlashAttention, B.2)."""
+    """Gradients of q, k and v of one piece, shaped as in ``_attend`` (Dao et al. 2022, FlashAttention, B.2)."""
     if q.device.type == "cpu" and not cap:
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, piece.causal_flag, attn_mask=piece.bias, scale=scale
@@ -444,13 +448,13 @@ def _differentiate(
 
 
 def _grouped(heads: int, *tensors: Tensor) -> list[Tensor]:
-    """(R, heads * G, n, D) as (R, heads, G * n, D), in float32 at least: the queries that share a head's keys in a row,
-    so that one product serves them and sums the gradients over them."""
+    """(R, heads * G, n, D) as (R, heads, G * n, D), in at least float32: queries that share a key head become
+    contiguous, so that one product computes them and sums their gradients."""
     return [x.to(_accumulator(x.dtype)).reshape(x.shape[0], heads, -1, x.shape[-1]) for x in tensors]
 
 
 def _scores(q: Tensor, k: Tensor, piece: Piece, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
-    """Masked scores (R, Hkv, G * n, m), and their derivative by the scores before the softcap, if there is one."""
+    """Masked scores (R, Hkv, G * n, m), and with a softcap their derivative by the scores before it."""
     scores, slope = (q @ k.transpose(-1, -2)).mul_(scale), None
     if softcap:
         squashed = torch.tanh(scores / softcap)

@@ -1,12 +1,12 @@
-"""Attention over key intervals as fused Triton kernels, forward and backward, on the tiles that have something to see.
+"""Attention over key intervals as fused Triton kernels, forward and backward, visiting visible tiles only.
 
-The softmax is computed online, one tile of keys after another (Dao et al. 2022, FlashAttention; Dao 2023). A tile is
-empty, full or partial for a block of queries: the empty ones are never visited, the full ones need no mask, and both
-are told apart from the block's own ``lo`` and ``hi``. The backward pass recomputes the scores and has one kernel for
-the queries and one for the keys and values, so that no sum depends on the order in which programs run.
+The softmax is computed online, one tile of keys after another (Dao et al. 2022, FlashAttention; Dao 2023). For a block
+of queries a tile is empty, full or partial, as the block's ``lo`` and ``hi`` show: empty tiles are skipped, and full
+ones need no mask. The backward pass recomputes the scores and has one kernel for the queries and one for the keys and
+values, so that no sum depends on the order in which programs run.
 
-Scores are kept in units of log2, for ``exp2`` is what the hardware has. Offsets to rows, heads and tokens are 64 bits
-wide; offsets within a tile are 32.
+Scores are in units of log2, because the hardware computes ``exp2``. Offsets to rows, heads and tokens have 64 bits;
+offsets within a tile have 32.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lm.kernels import tile_sizes
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-TOKENS_AT_ONCE = 1024  # queries that one step of _query_ranges looks at
+TOKENS_AT_ONCE = 1024  # queries that one step of attention_query_ranges reads
 
 
 @triton.jit
 def tile(base, start, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, end, CHECK: tl.constexpr):
-    """Rows [start, start + ROWS) of a matrix (tokens, WIDTH), zeros past ``end`` (if CHECK) and past WIDTH."""
+    """Load rows [start, start + ROWS) of a matrix (tokens, WIDTH); zeros past ``end`` (if CHECK) and past WIDTH."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     pointers = base + start.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     if CHECK and COLUMNS != WIDTH:
@@ -39,7 +39,7 @@ def tile(base, start, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: 
 
 @triton.jit
 def store_tile(base, start, stride, values, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, end):
-    """Write what ``tile`` would read."""
+    """Store a tile that ``tile`` would load."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     pointers = base + start.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     inside = (start + rows < end)[:, None] & (columns < WIDTH)[None, :]
@@ -48,7 +48,7 @@ def store_tile(base, start, stride, values, WIDTH: tl.constexpr, ROWS: tl.conste
 
 @triton.jit
 def intervals(LO, HI, base, m, inside, keys):
-    """The bounds of the queries ``m``, the keys that any of them sees, and the keys that all of them see."""
+    """The bounds of the queries ``m``, the range of keys that any of them sees, and that of keys they all see."""
     lo = tl.maximum(tl.load(LO + base + m, mask=inside, other=0), 0)
     hi = tl.minimum(tl.load(HI + base + m, mask=inside, other=0), keys)
     seeing = lo < hi
@@ -61,7 +61,7 @@ def intervals(LO, HI, base, m, inside, keys):
 
 @triton.jit
 def tiles(first, end, full_first, full_end, BLOCK: tl.constexpr):
-    """How many tiles [first, end) takes, and the numbers [left, right) of those that lie in [full_first, full_end)."""
+    """The number of tiles in [first, end), and the indices [left, right) of those within [full_first, full_end)."""
     count = tl.cdiv(tl.maximum(end - first, 0), BLOCK)
     left = tl.minimum(tl.cdiv(tl.maximum(full_first - first, 0), BLOCK), count)
     right = tl.minimum(tl.maximum(tl.maximum(full_end - first, 0) // BLOCK, left), count)
@@ -75,7 +75,7 @@ def tanh(x):
 
 @triton.jit
 def probabilities(products, lse, scale, softcap, SOFTCAP: tl.constexpr):
-    """Softmax of the scaled products given its log-sum-exp (in log2), and the slope of the soft cap."""
+    """Softmax of the scaled products, given its log-sum-exp (in log2), and the slope of the softcap."""
     if SOFTCAP:
         squashed = tanh(products * (scale / softcap))
         p = tl.exp2(squashed * (softcap * LOG2E) - lse)
@@ -92,7 +92,7 @@ def attend_tile(
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take one tile of keys into the running output, sum and maximum of a block of queries."""
+    """Add one tile of keys to the running output, sum and maximum of a block of queries."""
     k = tile(K, start, k_token, WIDTH, BLOCK_N, BLOCK_D, keys, MASKED)
     scores = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION)
     if SOFTCAP:
@@ -104,7 +104,7 @@ def attend_tile(
         n = start + tl.arange(0, BLOCK_N)
         scores = tl.where((lo[:, None] <= n[None, :]) & (n[None, :] < hi[:, None]), scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * unit)
-    # A query that has seen nothing yet has the maximum -inf: subtract 0 instead, so that exp2 gives 0 and not NaN.
+    # The maximum of a query that has seen nothing yet is -inf: subtract 0 instead, so that exp2 gives 0, not NaN.
     offset = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
     p = tl.exp2(scores * unit - offset[:, None])
     shrink = tl.exp2(top - offset)
@@ -122,7 +122,7 @@ def attention_forward(
 ):  # fmt: skip
     """One block of queries of one head: OUT (B, Tq, H, D), LSE (B, H, Tq)."""
     blocks = tl.cdiv(queries, BLOCK_M)
-    # The last blocks of a causal row have the most to do: they begin first.
+    # The last blocks of a causal row have the most work, so they start first.
     start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     head = tl.program_id(0) // blocks % heads
     row = (tl.program_id(0) // blocks // heads).to(tl.int64)
@@ -220,10 +220,10 @@ def attention_query_gradient(
 
 @triton.jit(do_not_specialize=["queries", "keys"])
 def attention_query_ranges(LO, HI, RANGES, queries, keys, BLOCK_N: tl.constexpr, TOKENS: tl.constexpr):
-    """For one block of keys of one row: which queries see any of it [0, 1), and which see all of it [2, 3).
+    """For one block of keys of one row: RANGES[0:2] is the range of queries that see any of it, RANGES[2:4] all of it.
 
-    The queries that see a key are contiguous where neither bound decreases along the row. Where a caller's intervals
-    are not like that, the first range still covers all who see something, and the second is empty.
+    The queries that see a key are contiguous if neither bound decreases along the row. For other intervals the first
+    range still covers all queries that see any key of the block, and the second is empty.
     """
     blocks = tl.cdiv(keys, BLOCK_N)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -270,7 +270,7 @@ def key_gradient_tile(
     if MASKED:
         lo = tl.maximum(tl.load(LO + m, mask=m < queries, other=0), 0)
         hi = tl.minimum(tl.load(HI + m, mask=m < queries, other=0), keys)
-        # After exp2, for the log-sum-exp of a query that sees nothing is -inf.
+        # After exp2, because the log-sum-exp of a query that sees nothing is -inf.
         p = tl.where((lo[None, :] <= n[:, None]) & (n[:, None] < hi[None, :]), p, 0.0)
     grad_v = tl.dot(p.to(grad_out.dtype), grad_out, grad_v, out_dtype=ACC, input_precision=PRECISION)
     grad_p = tl.dot(v, tl.trans(grad_out), out_dtype=ACC, input_precision=PRECISION)
@@ -350,7 +350,7 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
     scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, from what ``forward`` took and returned. The same inputs give the same bits."""
+    """Gradients of q, k and v, from the arguments and results of ``forward``. Deterministic, bit for bit."""
     rows, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
     q, k, v = (row_major(x) for x in (q, k, v))
@@ -381,7 +381,7 @@ def backward(
 
 
 def row_major(x: Tensor) -> Tensor:
-    """``x`` with its last dimension contiguous, which is all that the kernels ask for."""
+    """``x`` with its last dimension contiguous, as the kernels require."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -395,13 +395,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def constants(q: Tensor, softcap: float) -> dict[str, object]:
-    """What the compiler knows of the inputs."""
+    """The compile-time constants of the kernels for inputs like q (B, T, H, D)."""
     width = q.shape[-1]
     return {
         "WIDTH": width,
-        "BLOCK_D": tile_sizes.padded(width),
+        "BLOCK_D": tile_sizes.padded_width(width),
         "SOFTCAP": softcap > 0,
         "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
-        # Triton's own default would compute float32 in tf32; here PyTorch's switch says whether that is wanted.
+        # Triton's default computes float32 in tf32; here PyTorch's setting decides.
         "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
     }

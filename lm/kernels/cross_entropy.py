@@ -1,8 +1,8 @@
-"""The output head and its loss in one: cross-entropy over the vocabulary that never holds all the logits.
+"""The output head and its loss fused: cross-entropy over the vocabulary that never holds all the logits.
 
-The tokens are taken in chunks. For each, the logits, the loss and both gradients are computed in the forward pass and
-the logits are forgotten, so that memory grows with ``chunk × vocabulary`` instead of ``tokens × vocabulary``. It costs
-no extra products: the forward pass does what the backward pass would have done.
+Tokens are processed in chunks. The forward pass computes the logits, the loss and both gradients of a chunk, then
+discards the logits, so memory grows with ``chunk × vocabulary`` instead of ``tokens × vocabulary``. No product is
+computed twice: the forward pass does the work of the backward pass.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from lm.kernels import dispatch, reference
-from lm.kernels.matmul import times
+from lm.kernels.matmul import matmul
 
-# Tokens and logits of a chunk, at most. Each chunk reads all of the head's weight and writes all of its gradient, so
-# the products want many rows: at 2^21 logits (64 tokens, with 32,768 words) the head takes up to twice as long on a CPU
-# as at 8 million (244 tokens, 32 MB, the largest block that glibc keeps for the next chunk). A GPU wants thousands of
-# rows (2^27 bfloat16 are 256 MiB: 2,700 tokens with 50,000 words).
+# The most tokens and logits in a chunk. Each chunk reads all of the head's weight and writes all of its gradient, so
+# the products need many rows: at 2^21 logits (64 tokens, with a vocabulary of 32,768) the head takes up to twice as
+# long on a CPU as at 8 million (244 tokens, 32 MB, the largest block that glibc keeps for the next chunk). A GPU needs
+# thousands of rows (2^27 bfloat16 are 256 MiB: 2,700 tokens with a vocabulary of 50,000).
 CHUNK_TOKENS = {"cpu": 1024, "gpu": 8192}
 CHUNK_LOGITS = {"cpu": 8_000_000, "gpu": 1 << 27}
-# Between the products, PyTorch's operations take a chunk block by block: 2^20 float32 stay in a CPU's caches from one
-# operation to the next.
+# Between the products, PyTorch's operations process a chunk block by block: 2^20 float32 stay in a CPU's caches from
+# one operation to the next.
 BLOCK_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 25}
 
 
@@ -35,47 +35,48 @@ def linear_cross_entropy(
     softcap: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Weighted sum of the cross-entropies of ``softcap(hidden @ weight.T)`` against the targets.
+    """Weighted sum of the cross-entropies, in nats, of ``softcap(hidden @ weight.T)`` against the targets.
 
     Args:
-        hidden: (N, D), rounded to the dtype of ``torch.autocast`` where that is on.
-        weight: (V, D), of the same floating dtype or float32; its gradient is never rounded to less than its own dtype.
-        targets: int64 (N,), -100 (or any negative number) where there is nothing to predict.
-        loss_weights: (N,), one number a target; None: all 1. They carry no gradient.
-        softcap: squash logits into (-softcap, softcap) by tanh; 0: off.
+        hidden: (N, D), any floating dtype; float32 is cast to the dtype of ``torch.autocast`` where that is on.
+        weight: (V, D), of the same dtype or float32; its gradient is never rounded to less than its own dtype.
+        targets: int64 (N,), -100 (or any negative number) where nothing is predicted.
+        loss_weights: (N,), one weight per target; None: all 1. They carry no gradient.
+        softcap: limit logits to (-softcap, softcap) by tanh; 0: off.
         z_loss: weight of the squared log-sum-exp, added to each loss (Chowdhery et al. 2022, PaLM, section 5); 0: off.
 
     Returns:
-        A scalar in float32 (float64 for float64 inputs), differentiable once by ``hidden`` and ``weight``.
+        A scalar in float32 (float64 for float64 inputs), differentiable once with respect to ``hidden`` and ``weight``.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or (on a CPU) a target is not in the vocabulary. On a
-            GPU such a target makes the loss NaN.
+        ValueError: shapes, dtypes or devices do not match, or (on a CPU) a target is not in the vocabulary. On a GPU
+            a target outside the vocabulary makes the loss NaN.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(device))
     _check(hidden, weight, targets, loss_weights)
-    if dispatch.reference_is_asked_for():
+    if dispatch.reference_requested():
         return reference.linear_cross_entropy(
             hidden, weight.to(hidden.dtype), targets, loss_weights=loss_weights, softcap=softcap, z_loss=z_loss
         )
-    asked = torch.is_grad_enabled()
-    needs = (asked and hidden.requires_grad, asked and weight.requires_grad)
-    operator = _Direct.apply if dispatch.eager_on_cpu(hidden) and dispatch.has_memory(hidden) else _operator
-    return operator(hidden, weight, targets, loss_weights, float(softcap), float(z_loss), *needs)[0]
+    enabled = torch.is_grad_enabled()
+    needs_grad = (enabled and hidden.requires_grad, enabled and weight.requires_grad)
+    operator = _Direct.apply if dispatch.eager_on_cpu(hidden) and dispatch.has_data(hidden) else _operator
+    return operator(hidden, weight, targets, loss_weights, float(softcap), float(z_loss), *needs_grad)[0]
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor | None) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} are not (N, D) and (V, D)")
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D)")
     if not hidden.dtype.is_floating_point or weight.dtype not in (hidden.dtype, torch.float32):
         raise ValueError(
-            f"hidden is {hidden.dtype} and weight {weight.dtype}: they must be of one floating dtype, or weight float32"
+            f"hidden is {hidden.dtype} and weight {weight.dtype}: "
+            "weight must have the same floating-point dtype as hidden, or float32"
         )
     for name, given in (("targets", targets), ("loss_weights", loss_weights)):
         if given is not None and given.shape != hidden.shape[:1]:
-            raise ValueError(f"{name} {tuple(given.shape)} is not {tuple(hidden.shape[:1])}, (N,)")
+            raise ValueError(f"{name} {tuple(given.shape)} must be {tuple(hidden.shape[:1])}, (N,)")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets are {targets.dtype}: they must be int64")
     if any(x is not None and x.device != hidden.device for x in (weight, targets, loss_weights)):
@@ -86,18 +87,19 @@ def compute(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor | None, softcap: float, z_loss: float,
     hidden_needs_grad: bool, weight_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss, its gradients by hidden and weight (empty where not needed), and a scalar to multiply both by.
+    """The loss, its gradients with respect to hidden (N, D) and weight (V, D), and a scalar to multiply both by.
 
-    The scalar is the largest loss weight: the gradients are kept relative to it, so that none vanishes in float16.
+    A gradient that is not needed is empty. The scalar is the largest loss weight: gradients are kept relative to it, so
+    that none underflows in float16.
     """
-    path = dispatch.choose(hidden)
+    backend = dispatch.choose(hidden)
     precise = torch.promote_types(hidden.dtype, torch.float32)
-    # A CPU multiplies 16-bit numbers 5 to 80 times as slowly as float32, unless it is of a recent kind.
-    factors = precise if path == "torch" and hidden.device.type == "cpu" else hidden.dtype
+    # All but recent CPUs multiply 16-bit numbers 5 to 80 times as slowly as float32.
+    factors = precise if backend == "torch" and hidden.device.type == "cpu" else hidden.dtype
     total = torch.zeros((), dtype=precise, device=hidden.device)
     grad_hidden = hidden.new_zeros(hidden.shape if hidden_needs_grad else (0,))
-    turned: Tensor | None = None  # the weight's gradient, (D, V)
-    # Rows without a target cost nothing: a masked batch predicts only some of its tokens.
+    transposed: Tensor | None = None  # the weight's gradient, (D, V)
+    # Tokens without a target cost nothing: a masked batch predicts only some of its tokens.
     kept = (targets >= 0).nonzero()[:, 0]
     if not len(kept):
         nothing = torch.zeros(weight.shape if weight_needs_grad else (0,), dtype=precise, device=weight.device)
@@ -107,27 +109,27 @@ def compute(
     loss_weights = loss_weights.to(precise)
     heaviest = loss_weights[kept].abs().max().clamp(min=torch.finfo(precise).tiny)
     needs_grad = hidden_needs_grad or weight_needs_grad
-    differentiate = _chunk_by_triton if path == "triton" else _chunk_by_torch
+    differentiate = _differentiate_by_triton if backend == "triton" else _differentiate_by_torch
     kind = _kind(hidden)
     rows = min(len(kept), CHUNK_TOKENS[kind], max(1, CHUNK_LOGITS[kind] // weight.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes have been chosen above
         weight = weight.to(factors)
         for part in kept.split(rows):
             inputs, shares = hidden[part].to(factors), loss_weights[part] / heaviest
-            logits = times(inputs, weight.T)
+            logits = matmul(inputs, weight.T)
             losses, grad, row_factors = differentiate(logits, targets[part], shares, softcap, z_loss, needs_grad)
             total += losses @ loss_weights[part]
             if hidden_needs_grad:
-                by_inputs = times(grad, weight)
+                grad_inputs = matmul(grad, weight)
                 if row_factors is not None:
-                    by_inputs.mul_(row_factors)
-                grad_hidden[part] = by_inputs.to(grad_hidden.dtype)
+                    grad_inputs.mul_(row_factors)
+                grad_hidden[part] = grad_inputs.to(grad_hidden.dtype)
             if weight_needs_grad:
                 inputs = inputs if row_factors is None else inputs.mul_(row_factors)
-                turned = _add_product(turned, inputs, grad, precise)
-            del logits, grad  # before the next chunk's: never two at a time
-    by_weight = weight.new_empty(0, dtype=precise) if turned is None else turned.T.contiguous()
-    return total, grad_hidden, by_weight, heaviest
+                transposed = _add_product(transposed, inputs, grad, precise)
+            del logits, grad  # so that two chunks are never held at a time
+    grad_weight = weight.new_empty(0, dtype=precise) if transposed is None else transposed.T.contiguous()
+    return total, grad_hidden, grad_weight, heaviest
 
 
 _operator = torch.library.custom_op("kindling::linear_cross_entropy", compute, mutates_args=())
@@ -152,19 +154,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.weight_dtype = weight.dtype
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # else zeros as large as the head come with every backward pass
+    ctx.set_materialize_grads(False)  # or every backward pass would allocate zeros as large as the head
 
 
 def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        raise RuntimeError("linear_cross_entropy can be differentiated once only: leave out create_graph=True")
-    by_hidden, by_weight, heaviest = ctx.saved_tensors
+        raise RuntimeError("linear_cross_entropy can be differentiated only once: do not set create_graph=True")
+    grad_hidden, grad_weight, heaviest = ctx.saved_tensors
     if grad_loss is None:
         return (None,) * 8
     factor = grad_loss * heaviest
     return (
-        (by_hidden * factor).to(by_hidden.dtype) if ctx.hidden_needs_grad else None,
-        (by_weight * factor).to(ctx.weight_dtype) if ctx.weight_needs_grad else None,
+        (grad_hidden * factor).to(grad_hidden.dtype) if ctx.hidden_needs_grad else None,
+        (grad_weight * factor).to(ctx.weight_dtype) if ctx.weight_needs_grad else None,
         *(None,) * 6,
     )
 
@@ -173,7 +175,7 @@ _operator.register_autograd(_differentiate, setup_context=_save)
 
 
 class _Direct(torch.autograd.Function):
-    """The operator without its dispatch, which with a small vocabulary takes longer than the loss itself."""
+    """The operator without PyTorch's dispatcher, which with a small vocabulary takes longer than the loss itself."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -188,15 +190,15 @@ def _kind(tensor: Tensor) -> str:
     return "cpu" if tensor.device.type == "cpu" else "gpu"
 
 
-def _chunk_by_torch(
+def _differentiate_by_torch(
     logits: Tensor, targets: Tensor, shares: Tensor, softcap: float, z_loss: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses (n,) of a chunk of logits (n, V), and two factors, (n, V) and (n, 1) or None, of their gradient.
+    """Losses (n,) of a chunk of logits (n, V), and two factors of the logits' gradient, (n, V) and (n, 1) or None.
 
-    The gradient of each row is taken times its ``shares`` (n,). The first factor stands in the logits' place.
+    The gradient of each row is multiplied by its ``shares`` (n,). The first factor overwrites the logits.
     """
     if logits.device.type == "cpu" and int(targets.max()) >= logits.shape[1]:
-        raise ValueError(f"target {int(targets.max())} is not in a vocabulary of {logits.shape[1]}")
+        raise ValueError(f"target {int(targets.max())} is not in the vocabulary of {logits.shape[1]}")
     rows = max(1, BLOCK_LOGITS[_kind(logits)] // logits.shape[1])
     losses, sums = torch.empty((2, len(logits), 1), dtype=shares.dtype, device=logits.device)
     narrow = logits.dtype != shares.dtype
@@ -213,14 +215,14 @@ def _chunk_by_torch(
 def _block_by_torch(
     logits: Tensor, targets: Tensor, softcap: float, z_loss: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Losses (n, 1) of logits (n, V), and numbers (n, 1) by which to divide what then stands in the logits' place.
+    """Losses (n, 1) of logits (n, V), which are overwritten by their gradient times the second result, (n, 1).
 
-    As few passes over the logits as can be: what is one number a row is left out of them.
+    With as few passes over the logits as possible: factors per row are applied elsewhere.
     """
     slope = None
     if softcap:
-        # c tanh(x / c) = c (2 s - 1) with s = sigmoid(2 x / c), its slope 4 (s - s²): PyTorch's sigmoid takes a quarter
-        # of the time of its tanh.
+        # c tanh(x / c) = c (2 s - 1) with s = sigmoid(2 x / c), and its slope is 4 (s - s²): PyTorch's sigmoid takes a
+        # quarter of the time of its tanh.
         sigmoid = logits.mul_(2 / softcap).sigmoid_()
         slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1) if needs_grad else None
         logits = sigmoid.mul_(2 * softcap).sub_(softcap)
@@ -230,11 +232,11 @@ def _block_by_torch(
     sums = exponentials.sum(1, keepdim=True)
     log_sums = sums.log()
     lse = top + log_sums
-    # Added up in this order, the logarithm does not lose its digits to a large maximum.
+    # Added in this order, the logarithm does not lose its digits to a large maximum.
     losses = (top - at_target) + log_sums + z_loss * lse**2
     if not needs_grad:
         return losses, sums
-    # d loss / d logits = exponentials / sums · (1 + 2 z lse) − onehot, here times sums
+    # d loss / d logits = exponentials / sums · (1 + 2 z lse) − onehot; here multiplied by sums
     if z_loss:
         exponentials.mul_(1 + 2 * z_loss * lse)
     exponentials.scatter_add_(1, targets, -sums)
@@ -244,20 +246,20 @@ def _block_by_torch(
     return losses, sums / 4
 
 
-def _chunk_by_triton(
+def _differentiate_by_triton(
     logits: Tensor, targets: Tensor, shares: Tensor, softcap: float, z_loss: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As ``_chunk_by_torch``; the gradient takes the place of the logits, in their dtype."""
+    """Like ``_differentiate_by_torch``; the whole gradient overwrites the logits, in their dtype."""
     from lm.kernels import cross_entropy_triton
 
     return cross_entropy_triton.differentiate(logits, targets, shares, softcap, z_loss, needs_grad), logits, None
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``total + a.T @ b``, (D, V) of (n, D) and (n, V), summed in ``dtype``; a total of None is 0."""
+    """``total + a.T @ b``, (D, V) of (n, D) and (n, V), summed in ``dtype``; a total of None counts as 0."""
     if not a.is_cuda or a.dtype == dtype:
-        return times(a.T.to(dtype).contiguous(), b.to(dtype), plus=total)
+        return matmul(a.T.to(dtype).contiguous(), b.to(dtype), addend=total)
     if total is None:
         total = torch.zeros(a.shape[1], b.shape[1], dtype=dtype, device=a.device)
-    # The tensor cores multiply in 16 bits and add in 32, straight into the total.
+    # The tensor cores multiply in 16 bits and add in 32, directly into the total.
     return torch.addmm(total, a.T, b, out_dtype=dtype, out=total)

@@ -1,4 +1,4 @@
-"""Cross-entropy of a chunk of logits as one Triton kernel: the loss, and in the logits' place their gradient."""
+"""Cross-entropy of a chunk of logits as one Triton kernel, which overwrites the logits with their gradient."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from lm.kernels.attention_triton import accumulator, tanh
 
-# Logits one program holds at a time. A whole row of a large vocabulary would spill out of the registers.
+# Logits that a program holds at a time. The whole row of a large vocabulary would not fit in the registers.
 BLOCK = 4096
 WARPS = 8
 
 
 @triton.jit
 def squashed_block(LOGITS, n, vocabulary, softcap, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
-    """A block of one row, -inf past its end, and the slope of the soft cap."""
+    """Load a block of one row, -inf past its end, and compute the slope of the softcap."""
     logits = tl.load(LOGITS + n, mask=n < vocabulary, other=float("-inf")).to(ACC)
     if SOFTCAP:
         flat = tanh(logits / softcap)
@@ -43,16 +43,16 @@ def cross_entropy_row(
         new_top = tl.maximum(top, tl.max(logits, 0))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logits - new_top), 0)
         top = new_top
-    # Kept apart: added up, the digits of the logarithm would drown in a large maximum.
+    # Kept separate: in their sum a large maximum would swallow the digits of the logarithm.
     log_total = tl.log(total)
     lse = top + log_total
-    # A target that is not in the vocabulary reads nothing and makes the loss NaN, which nobody overlooks.
+    # A target outside the vocabulary reads nothing and makes the loss NaN, which is hard to overlook.
     there = tl.load(LOGITS + target, mask=target < vocabulary, other=float("nan")).to(ACC)
     if SOFTCAP:
         there = tanh(there / softcap) * softcap
     tl.store(LOSSES + row, (top - there) + log_total + z_loss * lse * lse)
     if GRADIENT:
-        # The target's logit is read above, before any program of this row overwrites it: a row has but one program.
+        # The target's logit has been read above, before it is overwritten: each row has only one program.
         tl.debug_barrier()
         share = tl.load(SHARES + row)
         for start in range(0, vocabulary, SIZE):

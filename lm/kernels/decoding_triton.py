@@ -1,8 +1,8 @@
-"""Attention of few queries over a long cache: the keys are split over programs, then the parts are put together.
+"""Attention of few queries over a long cache: the keys are split among programs, then the parts are combined.
 
-Writing one token reads the whole cache and computes little, so one program a head would leave most of a GPU idle
-(Dao et al. 2023, Flash-Decoding). The parts have a fixed number of keys, counted from the first that a row's queries
-see, so that a row gives the same bits whatever else is in the batch and however large the cache is.
+Generating one token reads the whole cache and computes little, so one program per head would leave most of a GPU idle
+(Dao et al. 2023, Flash-Decoding). Each part has a fixed number of keys, counted from the first that a row's queries
+see, so that a row's bits do not depend on the rest of the batch or on the size of the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lm.kernels import tile_sizes
 from lm.kernels.attention_triton import LN2, accumulator, attend_tile, constants, row_major, strides
 
 KEYS_PER_PART = 256
-MOST_QUERIES = 64  # queries of one key-value head, those of its whole group counted
+MOST_QUERIES = 64  # queries per key-value head, summed over its group
 PARTS_AT_ONCE = 16
 
 
@@ -37,7 +37,7 @@ def decoding_part(
     part = tl.program_id(0) % parts
     kv_head = (tl.program_id(0) // parts % kv_heads).to(tl.int64)
     row = (tl.program_id(0) // parts // kv_heads).to(tl.int64)
-    # The tile's lines are (query, member of the group).
+    # Each line of the tile is a pair (query, member of the group).
     line = tl.arange(0, BLOCK_M)
     query, head = line // group, kv_head * group + line % group
     inside = line < queries * group
@@ -62,7 +62,7 @@ def decoding_part(
         )  # fmt: skip
     blind = total == 0
     out = out / tl.where(blind, 1.0, total)[:, None]
-    # In units of log2 here, which is what putting together wants.
+    # In units of log2, as decoding_whole expects.
     lse = tl.where(blind, float("-inf"), top + tl.log2(tl.where(blind, 1.0, total)))
     each = ((part * (tl.num_programs(0) // parts // kv_heads) + row) * queries + query) * heads + head
     tl.store(LSE + each, lse, mask=inside)
@@ -74,7 +74,7 @@ def decoding_whole(
     PARTS, PART_LSE, OUT, LSE, lines, parts, queries, heads,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Put together the parts of one query of one head: OUT (B, Tq, H, D), LSE (B, H, Tq)."""
+    """Combine the parts of one query of one head: OUT (B, Tq, H, D), LSE (B, H, Tq)."""
     line = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     out = tl.zeros([BLOCK_D], ACC)
@@ -103,7 +103,7 @@ def decoding_whole(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """What ``attention_triton.forward`` returns, for calls that ``serves`` accepts."""
+    """The same result as ``attention_triton.forward``, for calls that ``serves`` accepts."""
     rows, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
     q, k, v = (row_major(x) for x in (q, k, v))
@@ -115,11 +115,11 @@ def forward(
     if not lines:
         return out, lse
     chosen, known = tile_sizes.choose("decoding_part", q.dtype, width), constants(q, softcap)
-    lines_of_a_tile = max(chosen.block_m, tile_sizes.padded(queries * heads // kv_heads))
+    block_m = max(chosen.block_m, tile_sizes.padded_width(queries * heads // kv_heads))
     decoding_part[(rows * kv_heads * parts,)](
         q, k, v, lo.contiguous(), hi.contiguous(), part_out, part_lse, *strides(q, k, v), scale, softcap,
         queries, keys, heads, heads // kv_heads, parts,
-        KEYS=KEYS_PER_PART, **known, **(chosen.arguments() | {"BLOCK_M": lines_of_a_tile}),
+        KEYS=KEYS_PER_PART, **known, **(chosen.arguments() | {"BLOCK_M": block_m}),
     )  # fmt: skip
     decoding_whole[(lines,)](
         part_out, part_lse, out, lse, lines, parts, queries, heads,

@@ -1,4 +1,4 @@
-"""Attention over key intervals: the public function, and its operators, which a compiled model calls as they are."""
+"""Attention over key intervals: the public function and its custom operators, which ``torch.compile`` calls whole."""
 
 from __future__ import annotations
 
@@ -14,51 +14,53 @@ from lm.kernels import attention_torch, dispatch, reference
 def attention(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *, scale: float | None = None, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention in which each query sees one contiguous run of keys, ``lo <= key < hi``.
+    """Softmax attention in which each query sees one contiguous range of keys, ``lo <= key < hi``.
 
-    Any intervals give the right result. Work is proportional to what is visible where neither bound decreases along a
-    row, as in all masks of ``lm.kernels.masks``. The same inputs give the same bits, gradients included.
+    The result is correct for any intervals. The work is proportional to the visible pairs if neither bound decreases
+    along a row, as in all masks of ``lm.kernels.masks``. Outputs and gradients are deterministic, bit for bit.
 
     Args:
-        q: (B, Tq, H, D), float32, bfloat16 or float16 (float64 too, but not by Triton on a GPU). Under autocast all
-            three are taken in its dtype.
+        q: (B, Tq, H, D), D at most 256, float32, bfloat16 or float16 (or float64, which Triton does not compute on a
+            GPU). Under autocast q, k and v are cast to its dtype.
         k, v: (B, Tk, Hkv, D), H a multiple of Hkv (grouped-query attention, Ainslie et al. 2023).
-        lo, hi: int32 (B, Tq); bounds beyond [0, Tk] count as these.
+        lo, hi: int32 (B, Tq), clamped to [0, Tk].
         scale: factor of the scores, above 0; None: 1 / sqrt(D).
-        softcap: squash scores into (-softcap, softcap) by tanh; 0: off.
+        softcap: limit scores to (-softcap, softcap) by tanh; 0: off.
 
     Returns:
         The output (B, Tq, H, D), zeros for a query that sees nothing, and the natural log-sum-exp of the scores
-        (B, H, Tq), -inf for such a query, in float32 (float64 for float64); it carries no gradient.
+        (B, H, Tq), -inf for such a query, in float32 (float64 for float64 inputs), without gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together.
+        ValueError: shapes, dtypes or devices do not match.
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     _check(q, k, v, lo, hi, scale, softcap)
-    if dispatch.reference_is_asked_for():
+    if dispatch.reference_requested():
         return reference.attention(q, k, v, lo, hi, scale=scale, softcap=softcap)
-    forward = _Direct.apply if dispatch.eager_on_cpu(q) and dispatch.has_memory(q) else _forward
+    forward = _Direct.apply if dispatch.eager_on_cpu(q) and dispatch.has_data(q) else _forward
     return forward(q, k, v, lo, hi, scale, float(softcap))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not (B, Tq, H, D) and (B, Tk, Hkv, D)"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be (B, Tq, H, D) and (B, Tk, Hkv, D)"
         )
     if q.shape[2] % max(k.shape[2], 1):
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key-value heads")
     if not 1 <= q.shape[3] <= 256:
-        raise ValueError(f"heads of {q.shape[3]} dimensions: 256 is the most")
+        raise ValueError(f"the head dimension is {q.shape[3]}: it must be between 1 and 256")
     if lo.shape != q.shape[:2] or hi.shape != q.shape[:2]:
-        raise ValueError(f"lo {tuple(lo.shape)} and hi {tuple(hi.shape)} are not {tuple(q.shape[:2])}, (B, Tq)")
+        raise ValueError(f"lo {tuple(lo.shape)} and hi {tuple(hi.shape)} must be {tuple(q.shape[:2])}, (B, Tq)")
     if lo.dtype != torch.int32 or hi.dtype != torch.int32:
         raise ValueError(f"lo is {lo.dtype} and hi {hi.dtype}: they must be int32")
     if not q.dtype.is_floating_point or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: they must be of one floating dtype")
+        raise ValueError(
+            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: they must have the same floating-point dtype"
+        )
     if any(x.device != q.device for x in (k, v, lo, hi)):
         raise ValueError("q, k, v, lo and hi must be on one device")
     if scale <= 0 or softcap < 0:
@@ -122,7 +124,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 class _Direct(torch.autograd.Function):
-    """The operator without its dispatch, which at 768 tokens takes as long as the attention itself."""
+    """The operator without PyTorch's dispatcher, which at 768 tokens takes as long as the attention itself."""
 
     @staticmethod
     def forward(

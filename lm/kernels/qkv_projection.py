@@ -1,8 +1,8 @@
-"""Queries, keys and values of one attention, turned by their positions: one operation for training on a CPU.
+"""Fused query, key and value projections with rotary positions: one operation, for training on a CPU.
 
-A complex product turns a pair of numbers that lie side by side eight times as fast as PyTorch's operations turn two
-halves of a head. So the rows of the query and key weights are put in that order before the products. The scores of
-queries and keys do not depend on an order that both share.
+A complex product rotates pairs of adjacent numbers eight times as fast as PyTorch's operations rotate the two halves of
+a head. So the rows of the query and key weights are interleaved before the products. Attention scores do not depend on
+the order of dimensions, as long as queries and keys share it.
 """
 
 from __future__ import annotations
@@ -13,40 +13,41 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lm.kernels.matmul import times, transposed_times
+from lm.kernels.matmul import matmul, weight_gradient
+from lm.kernels.rotary import interleave_halves, separate_halves
 
 
-def projections(
+def qkv_projection(
     x: Tensor, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads of queries and keys, turned as by ``lm.kernels.rotary`` but with their dimensions in another order, and of
-    values.
+    """Queries and keys, rotated as by ``lm.kernels.rotary`` but with interleaved dimensions, and values.
 
     Args:
-        x: (B, T, hidden). query: (H · D, hidden). key, value: (Hkv · D, hidden).
+        x: (B, T, hidden), float32 or float64 on a CPU; the other tensors have the same dtype.
+        query: weight (H · D, hidden). key, value: weights (Hkv · D, hidden).
         cos, sin: (B, T, 1, D / 2), of the angles; they carry no gradient.
 
     Returns:
-        (B, T, H, D), and (B, T, Hkv, D) twice. Dimension i of ``rotary`` is 2i here, D / 2 + i is 2i + 1.
+        Queries (B, T, H, D), keys and values (B, T, Hkv, D). Dimension i of ``rotary`` is 2i here, and D / 2 + i is
+        2i + 1.
     """
-    out: tuple[Tensor, Tensor, Tensor] = _Projections.apply(x, query, key, value, torch.complex(cos, sin))
+    out: tuple[Tensor, Tensor, Tensor] = _QKVProjection.apply(x, query, key, value, torch.complex(cos, sin))
     return out
 
 
-class _Projections(torch.autograd.Function):
-    """All in one product: its columns are those of the queries, the keys and the values."""
+class _QKVProjection(torch.autograd.Function):
+    """One product for all three; its columns are those of the queries, the keys and the values."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         width = 2 * rotation.shape[-1]
-        weight = torch.cat((side_by_side(query, width), side_by_side(key, width), value))
+        weight = torch.cat((interleave_halves(query, width), interleave_halves(key, width), value))
         ctx.save_for_backward(x, weight, rotation)
         ctx.heads = [part.shape[0] // width for part in (query, key, value)]
-        heads = times(x, weight.T).unflatten(-1, (-1, width))
-        turned = heads[:, :, : -ctx.heads[2]]
-        _pairs(turned).mul_(rotation)
+        heads = matmul(x, weight.T).unflatten(-1, (-1, width))
+        _pairs(heads[:, :, : -ctx.heads[2]]).mul_(rotation)
         q, k, v = heads.split(ctx.heads, dim=2)
         return q, k, v
 
@@ -58,20 +59,11 @@ class _Projections(torch.autograd.Function):
         _pairs(grad[:, :, : -ctx.heads[2]]).mul_(rotation.conj_physical())
         grad = grad.flatten(2)
         width = 2 * rotation.shape[-1]
-        parts = transposed_times(grad, x).split([heads * width for heads in ctx.heads])
-        return times(grad, weight), _in_halves(parts[0], width), _in_halves(parts[1], width), parts[2], None
+        parts = weight_gradient(grad, x).split([heads * width for heads in ctx.heads])
+        grad_query, grad_key = (separate_halves(part, width) for part in parts[:2])
+        return matmul(grad, weight), grad_query, grad_key, parts[2], None
 
 
 def _pairs(heads: Tensor) -> Tensor:
     """(B, T, H, D) as complex numbers (B, T, H, D / 2), a view."""
     return torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
-
-
-def side_by_side(weight: Tensor, width: int) -> Tensor:
-    """Weight (heads · width, K), contiguous, with row i of each head at 2i, and row width / 2 + i at 2i + 1."""
-    return weight.view(-1, 2, width // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _in_halves(weight: Tensor, width: int) -> Tensor:
-    """The inverse of ``side_by_side``."""
-    return weight.view(-1, width // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

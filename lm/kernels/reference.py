@@ -1,4 +1,4 @@
-"""Each kernel in plain PyTorch, as its formula reads: slow, any dtype, the judge of all others."""
+"""Each kernel in plain PyTorch, as its formula reads: slow, for any dtype, the reference for all others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm.kernels import masks
 def attention(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, *, scale: float | None = None, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over key intervals; shapes as in ``lm.kernels.attention``. No visible key: zeros, lse -inf."""
+    """Softmax attention over key intervals; arguments and result as in ``lm.kernels.attention``."""
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -20,7 +20,7 @@ def attention(
         scores = softcap * torch.tanh(scores / softcap)
     visible = masks.dense(lo, hi, k.shape[1])[:, None]
     seeing = visible.any(-1, keepdim=True)
-    # Rows that see nothing are computed as if they saw all, then zeroed: no NaN in either direction.
+    # Queries that see nothing are computed as if they saw everything, then zeroed: no NaN, forward or backward.
     scores = scores.masked_fill(~visible & seeing, float("-inf"))
     out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1) * seeing, v)
     lse = torch.where(seeing[..., 0], scores.logsumexp(-1), float("-inf")).to(
@@ -56,7 +56,7 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, epsilon: float = 0.0) -> Tensor:
-    """Normalise each head (with a ``weight``) and turn it by its position; arguments as in ``lm.kernels.rotary``."""
+    """Normalize each head (with a ``weight``) and rotate it by its position; arguments as in ``lm.kernels.rotary``."""
     if weight is not None:
         x = F.rms_norm(x, weight.shape, weight.to(x.dtype), epsilon)
     a, b = x.chunk(2, dim=-1)

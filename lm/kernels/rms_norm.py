@@ -1,4 +1,4 @@
-"""RMSNorm. On a CPU one autograd function takes a third of the time of ``F.rms_norm``, which PyTorch composes there."""
+"""RMSNorm. On a CPU it takes a third of the time of ``F.rms_norm``, which PyTorch composes of other operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm.kernels import dispatch
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Divide x (…, D) by the root mean square of its last dimension, times ``weight`` (D,) (Zhang and Sennrich 2019).
 
-    ``epsilon`` is added to the mean square. The result is of x's dtype.
+    ``epsilon`` is added to the mean square. The result has x's dtype.
     """
     if not dispatch.eager_on_cpu(x):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), epsilon)
@@ -35,9 +35,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
-        # LayerNorm's gradient with a mean of zero is RMSNorm's, but for the mean of grad · weight that it takes off.
+        # LayerNorm's gradient at a mean of zero is RMSNorm's minus the mean of grad · weight, which is added back.
         grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x, weight.shape, torch.zeros_like(inverse), inverse, weight, None, [True, True, False]
         )
-        taken_off = (grad @ weight).unsqueeze(-1).mul_(inverse).div_(x.shape[-1])
-        return grad_x.add_(taken_off), grad_weight, None
+        subtracted = (grad @ weight).unsqueeze(-1).mul_(inverse).div_(x.shape[-1])
+        return grad_x.add_(subtracted), grad_weight, None

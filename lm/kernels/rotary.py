@@ -1,7 +1,7 @@
-"""Rotary positions and the normalisation of query and key heads before them, in one pass over the heads.
+"""Rotary positions, optionally after QK-norm, in one pass over the heads.
 
-Only a GPU takes a kernel of its own here. Compiled by PyTorch the pair reads each head twice on the way forward and
-moves 2.3 times the bytes it must on the way back, for a reduction and a rotation do not fuse (docs/lab-notes.md).
+Only GPUs have a kernel for it. Compiled by PyTorch, the two steps read each head twice in the forward pass and move 2.3
+times the necessary bytes in the backward pass, because a reduction and a rotation do not fuse (docs/lab-notes.md).
 """
 
 from __future__ import annotations
@@ -15,22 +15,35 @@ from lm.kernels import dispatch, reference
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, epsilon: float = 0.0) -> Tensor:
-    """Turn the pairs (x[i], x[i + D / 2]) of each head by its position (Su et al. 2021, eq. 34).
+    """Rotate the pairs (x[i], x[i + D / 2]) of each head by its position's angles (Su et al. 2021, eq. 34).
 
     Args:
         x: (B, T, H, D), D even.
         cos, sin: float32 (B, T, 1, D / 2), of the angles; they carry no gradient.
-        weight: (D,), to divide each head by its root mean square and multiply by this first (QK-norm, Henry et al.
-            2020; Dehghani et al. 2023); None: not.
-        epsilon: added to the mean square.
+        weight: (D,), of the RMSNorm applied to each head first (QK-norm, Henry et al. 2020; Dehghani et al. 2023);
+            None: no norm.
+        epsilon: added to the mean square by the norm.
 
     Returns:
         (B, T, H, D) in x's dtype, computed in float32 at least.
     """
-    if dispatch.reference_is_asked_for() or not (x.is_cuda or dispatch.interpreted()):
+    if dispatch.reference_requested() or not (x.is_cuda or dispatch.interpreted()):
         return reference.rotary(x, cos, sin, weight, epsilon)
     out: Tensor = _forward(x, cos, sin, weight, epsilon)
     return out
+
+
+def interleave_halves(weight: Tensor, width: int) -> Tensor:
+    """Reorder the rows of a projection (heads · width, K) so that the pairs of ``rotary`` become adjacent.
+
+    Row i of each head moves to 2i, and row width / 2 + i to 2i + 1. The result is contiguous.
+    """
+    return weight.view(-1, 2, width // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def separate_halves(weight: Tensor, width: int) -> Tensor:
+    """The inverse of ``interleave_halves``."""
+    return weight.view(-1, width // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 @torch.library.custom_op("kindling::rotary", mutates_args=())
@@ -51,7 +64,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, epsilon: float
 def _backward(
     grad_out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight (empty without a weight)."""
+    """Gradients of x, (B, T, H, D), and of the weight, (D,), or (0,) without one."""
     if dispatch.choose(x) == "triton":
         from lm.kernels import rotary_triton
 

@@ -1,4 +1,4 @@
-"""QK-norm and rotary positions as one Triton kernel each way: every head is read once and written once."""
+"""QK-norm and rotary positions as one Triton kernel per direction: every head is read once and written once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WARPS = 4
 
 @triton.jit
 def head_lines(X, row_stride, token_stride, head_stride, tokens, heads, ROWS: tl.constexpr):
-    """Pointers to ROWS heads (x at the end, as a column), the tokens that they belong to, and which of them exist."""
+    """Pointers to ROWS heads of X, as a column, and the tokens they belong to."""
     line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = line // heads
     pointers = X + token // tokens * row_stride + token % tokens * token_stride + line % heads * head_stride
@@ -27,7 +27,7 @@ def rotary_forward(
     X, COS, SIN, WEIGHT, OUT, x_row, x_token, x_head, rows, tokens, heads, epsilon,
     HALF: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """ROWS heads: OUT (B, T, H, 2 HALF)."""
+    """Rotate ROWS heads: OUT (B, T, H, 2 HALF)."""
     x, token = head_lines(X, x_row, x_token, x_head, tokens, heads, ROWS)
     out, _ = head_lines(OUT, tokens * heads * 2 * HALF, heads * 2 * HALF, 2 * HALF, tokens, heads, ROWS)
     d = tl.arange(0, COLUMNS)
@@ -49,7 +49,7 @@ def rotary_backward(
     GRAD_OUT, X, COS, SIN, WEIGHT, GRAD_X, PARTS, x_row, x_token, x_head, rows, tokens, heads, epsilon,
     HALF: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """ROWS heads: GRAD_X (B, T, H, 2 HALF), and with NORM what they add to the weight's gradient: PARTS (., 2 HALF)."""
+    """ROWS heads: GRAD_X (B, T, H, 2 HALF), and with NORM their part of the weight's gradient: PARTS (., 2 HALF)."""
     line = heads * 2 * HALF
     grad_out, token = head_lines(GRAD_OUT, tokens * line, line, 2 * HALF, tokens, heads, ROWS)
     grad_x, _ = head_lines(GRAD_X, tokens * line, line, 2 * HALF, tokens, heads, ROWS)
@@ -80,7 +80,7 @@ def rotary_backward(
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
-    """Arguments and result as of ``lm.kernels.rotary``."""
+    """Arguments and result as in ``lm.kernels.rotary``."""
     x = row_major(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
@@ -94,7 +94,7 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, epsilon:
 def backward(
     grad_out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x (B, T, H, D) and of the weight (D,), empty without one. The same inputs give the same bits."""
+    """Gradients of x (B, T, H, D) and of the weight (D,), or (0,) without one. Deterministic, bit for bit."""
     x = row_major(x)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width = 0 if weight is None else x.shape[3]

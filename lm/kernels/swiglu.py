@@ -1,4 +1,4 @@
-"""The gated feed-forward: on a CPU one operation, which keeps two of its four inner results."""
+"""The gated feed-forward. On a CPU it is one operation, which keeps two of its four intermediate results."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lm.kernels import dispatch, reference
-from lm.kernels.matmul import times, transposed_times
+from lm.kernels.matmul import matmul, weight_gradient
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """``(silu(x @ gate.T) * (x @ up.T)) @ down.T`` (Shazeer 2020): x (…, D), gate and up (F, D), down (D, F)."""
+    """``(silu(x @ gate.T) * (x @ up.T)) @ down.T`` (Shazeer 2020): x (…, D), gate, up (F, D), down (D, F)."""
     if not dispatch.eager_on_cpu(x):
         return reference.swiglu(x, gate, up, down)
     out: Tensor = _SwiGLU.apply(x, gate, up, down)
@@ -24,17 +24,17 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        gated, raised = times(x, gate.T), times(x, up.T)
-        ctx.save_for_backward(x, gate, up, down, gated, raised)
-        return times(F.silu(gated).mul_(raised), down.T)
+        gate_out, up_out = matmul(x, gate.T), matmul(x, up.T)
+        ctx.save_for_backward(x, gate, up, down, gate_out, up_out)
+        return matmul(F.silu(gate_out).mul_(up_out), down.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, gate, up, down, gated, raised = ctx.saved_tensors
-        by_inner, activated = times(grad, down), F.silu(gated)
-        by_down = transposed_times(grad, activated * raised)
-        by_raised = activated.mul_(by_inner)
-        by_gated = torch.ops.aten.silu_backward(by_inner.mul_(raised), gated)
-        by_x = times(by_gated, gate, plus=times(by_raised, up))
-        return by_x, transposed_times(by_gated, x), transposed_times(by_raised, x), by_down
+        x, gate, up, down, gate_out, up_out = ctx.saved_tensors
+        grad_inner, activated = matmul(grad, down), F.silu(gate_out)
+        grad_down = weight_gradient(grad, activated * up_out)
+        grad_up_out = activated.mul_(grad_inner)
+        grad_gate_out = torch.ops.aten.silu_backward(grad_inner.mul_(up_out), gate_out)
+        grad_x = matmul(grad_gate_out, gate, addend=matmul(grad_up_out, up))
+        return grad_x, weight_gradient(grad_gate_out, x), weight_gradient(grad_up_out, x), grad_down

@@ -1,7 +1,7 @@
-"""Tile sizes, warps and pipeline stages of the kernels: looked up in a table, never tuned while training.
+"""Tile sizes, warps and pipeline stages of the kernels: looked up in a table, never tuned during training.
 
-``configurations.json`` maps architecture, kernel, bits of the dtype and head dimension to four numbers. It is written
-by ``python -m lm.kernels.tune`` on the GPU in question.
+``tile_sizes.json`` maps architecture, kernel, bits of the dtype and head dimension to four numbers.
+``python -m lm.kernels.tune`` measures and writes them on a GPU of that architecture.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lm.kernels import dispatch
 
 TABLE = Path(__file__).with_suffix(".json")
 SMALLEST_WIDTH, LARGEST_WIDTH = 16, 256
-# Tested tile sizes are small there, for the interpreter's cost is the number of operations.
+# Small in the interpreter, where time depends on the number of operations.
 INTERPRETED = (32, 32, 4, 1)
 
 
 @dataclass(frozen=True)
-class Configuration:
-    """How one kernel is cut: ``block_m`` queries and ``block_n`` keys a tile."""
+class TileSizes:
+    """The tiling of one kernel: ``block_m`` queries by ``block_n`` keys, and how a tile is computed."""
 
     block_m: int
     block_n: int
@@ -31,7 +31,7 @@ class Configuration:
     num_stages: int
 
     def arguments(self) -> dict[str, int]:
-        """As the keyword arguments of a kernel's launch."""
+        """The keyword arguments of a kernel's launch."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -40,26 +40,26 @@ class Configuration:
         }
 
 
-def padded(width: int) -> int:
-    """The power of two in which a head of ``width`` is computed; tensor cores want 16 at least."""
+def padded_width(width: int) -> int:
+    """The power of two to which a head of ``width`` is padded; tensor cores need at least 16."""
     return max(SMALLEST_WIDTH, 1 << (width - 1).bit_length())
 
 
-def choose(kernel: str, dtype: torch.dtype, width: int) -> Configuration:
-    """The entry for the current device; ``width`` is the head dimension, at most 256."""
+def choose(kernel: str, dtype: torch.dtype, width: int) -> TileSizes:
+    """The tile sizes of ``kernel`` on the current device; ``width`` is the head dimension, at most 256."""
     if dispatch.interpreted():
-        return Configuration(*INTERPRETED)
+        return TileSizes(*INTERPRETED)
     from triton.runtime import driver
 
     architecture = str(driver.active.get_current_target().arch)
-    return table()[nearest(architecture)][kernel][str(8 * dtype.itemsize)][padded(width)]
+    return table()[nearest(architecture)][kernel][str(8 * dtype.itemsize)][padded_width(width)]
 
 
 def nearest(architecture: str) -> str:
-    """The architecture of the table that stands for this one.
+    """The architecture whose entries are used for this one.
 
-    Where there is no entry, one with the same shared memory a block serves: 99 KiB on consumer cards from 8.6 on, the
-    227 KiB of Hopper on Blackwell's data-centre cards, else the 163 KiB of Ampere's.
+    If it has none, one with the same shared memory per block: 99 KiB on consumer cards from 8.6, 227 KiB (Hopper's) on
+    Blackwell's data center cards, otherwise 163 KiB (Ampere's).
     """
     if architecture in table():
         return architecture
@@ -68,12 +68,12 @@ def nearest(architecture: str) -> str:
 
 
 @functools.cache
-def table() -> dict[str, dict[str, dict[str, dict[int, Configuration]]]]:
-    """Architecture → kernel → bits → padded head dimension → configuration."""
+def table() -> dict[str, dict[str, dict[str, dict[int, TileSizes]]]]:
+    """Architecture → kernel → bits → padded head dimension → tile sizes."""
     return {
         architecture: {
             kernel: {
-                bits: {int(width): Configuration(*numbers) for width, numbers in widths.items()}
+                bits: {int(width): TileSizes(*numbers) for width, numbers in widths.items()}
                 for bits, widths in by_bits.items()
             }
             for kernel, by_bits in kernels.items()
@@ -82,8 +82,8 @@ def table() -> dict[str, dict[str, dict[str, dict[int, Configuration]]]]:
     }
 
 
-def to_json(entries: dict[str, dict[str, dict[str, dict[int, Configuration]]]]) -> str:
-    """The text of ``configurations.json`` for a table, one line for each kernel and size of dtype."""
+def to_json(entries: dict[str, dict[str, dict[str, dict[int, TileSizes]]]]) -> str:
+    """The text of ``tile_sizes.json``, one line per kernel and size of dtype."""
     architectures = []
     for architecture, kernels in sorted(entries.items(), key=lambda item: int(item[0])):
         lines = []

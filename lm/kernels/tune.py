@@ -1,6 +1,6 @@
-"""Find the fastest tile sizes on the GPU that is here and write them into the table: ``python -m lm.kernels.tune``.
+"""Find the fastest tile sizes on this GPU and write them to the table: ``python -m lm.kernels.tune``.
 
-Training never tunes: it looks up ``configurations.json``, so that every run and every rank computes alike.
+Training never tunes: it looks sizes up in ``tile_sizes.json``, so that every run and every rank computes the same.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ import click
 import torch
 
 from lm.kernels import dispatch, masks, tile_sizes
-from lm.kernels.tile_sizes import Configuration
+from lm.kernels.tile_sizes import TileSizes
 
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = {"16": torch.bfloat16, "32": torch.float32}
-# Another configuration must be this much faster than the one that stands, or noise would rewrite the table.
+# Other tile sizes must be this much faster than the current ones, or noise would rewrite the table.
 WORTHWHILE = 1.02
 
 Timer = Callable[[Callable[[], object]], float]
 
 
-def candidates(kernel: str, bits: str) -> Iterator[Configuration]:
-    """What is worth trying. float32 multiplies without tensor cores and needs small tiles; decoding has few queries."""
+def candidates(kernel: str, bits: str) -> Iterator[TileSizes]:
+    """Tile sizes worth trying. float32 does not use tensor cores and needs small tiles; decoding has few queries."""
     sizes = (64, 128) if bits == "16" else (16, 32, 64)
     queries = (16,) if kernel == "decoding_part" else sizes
     keys = (32, 64, 128) if bits == "16" else (16, 32, 64)
     for block_m, block_n, warps, stages in itertools.product(queries, keys, (4, 8), (1, 2, 3, 4)):
-        a_warp = block_m * block_n // warps  # scores: more than 2,048 do not fit into its registers, few are soon done
-        if kernel == "decoding_part" or bits == "32" or 512 <= a_warp <= 2048:
-            yield Configuration(block_m, block_n, warps, stages)
+        per_warp = block_m * block_n // warps  # scores: more than 2,048 do not fit in its registers, few waste it
+        if kernel == "decoding_part" or bits == "32" or 512 <= per_warp <= 2048:
+            yield TileSizes(block_m, block_n, warps, stages)
 
 
 def workloads(width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
-    """For each kernel of the table, a call whose time it decides: a cache of 16,384 keys, or a batch of rows of 2,048.
+    """A call to time for each kernel of the table: a cache of 16,384 keys, or a batch of 16 rows of 2,048 tokens.
 
-    Of the 16 rows, 12 are packed with documents of 1,024 tokens on average and 4 are of one document; of each kind,
-    some are read both ways, so that each makes up between an eighth and a third of the work.
+    12 rows are packed with documents of 1,024 tokens on average and 4 hold one document each. Some rows of either kind
+    are bidirectional, so that each of the four combinations makes up between an eighth and a third of the work.
     """
     from lm.kernels import attention_triton, decoding_triton
 
@@ -50,9 +50,9 @@ def workloads(width: int, dtype: torch.dtype, device: torch.device) -> dict[str,
     q, k, v = (torch.randn(rows, length, heads, width, dtype=dtype, device=device) for _ in range(3))
     starts = torch.rand(rows, length, generator=torch.Generator().manual_seed(0)) < 1 / 1024
     starts[12:] = False
-    both_ways = torch.zeros(rows, dtype=torch.bool)
-    both_ways[8:13] = True
-    lo, hi = (bound.to(device) for bound in masks.packed(starts, both_ways))
+    bidirectional = torch.zeros(rows, dtype=torch.bool)
+    bidirectional[8:13] = True
+    lo, hi = (bound.to(device) for bound in masks.packed(starts, bidirectional))
     out, lse = attention_triton.forward(q, k, v, lo, hi, scale, 0.0)
     cache = torch.randn(4, 16384, heads, width, dtype=dtype, device=device)
     cached = masks.causal(4, 1, past=16383, device=device)
@@ -69,10 +69,10 @@ def workloads(width: int, dtype: torch.dtype, device: torch.device) -> dict[str,
 
 
 @contextmanager
-def using(kernel: str, configuration: Configuration) -> Iterator[None]:
-    """Let one kernel run in another configuration than the table's."""
+def using(kernel: str, tiles: TileSizes) -> Iterator[None]:
+    """Run one kernel with these tile sizes instead of the table's."""
     choose = tile_sizes.choose
-    tile_sizes.choose = lambda name, *rest: configuration if name == kernel else choose(name, *rest)
+    tile_sizes.choose = lambda name, *rest: tiles if name == kernel else choose(name, *rest)
     try:
         yield
     finally:
@@ -80,58 +80,60 @@ def using(kernel: str, configuration: Configuration) -> Iterator[None]:
 
 
 def fastest(
-    kernel: str, standing: Configuration, choices: Iterator[Configuration], call: Callable[[], object], time: Timer
-) -> tuple[Configuration, dict[Configuration, float]]:
-    """The configuration to keep, and the milliseconds of all that ran; ``standing`` stays unless clearly beaten."""
-    times: dict[Configuration, float] = {}
-    for choice in dict.fromkeys([standing, *choices]):
+    kernel: str, current: TileSizes, choices: Iterator[TileSizes], call: Callable[[], object], time: Timer
+) -> tuple[TileSizes, dict[TileSizes, float]]:
+    """The tile sizes to keep, and the milliseconds of all that ran; ``current`` stays unless clearly beaten."""
+    times: dict[TileSizes, float] = {}
+    for choice in dict.fromkeys([current, *choices]):
         try:
             with using(kernel, choice):
                 times[choice] = time(call)
-        except Exception as error:  # what a GPU cannot run, Triton tells with errors of many kinds
+        except Exception as error:  # Triton raises many kinds of errors for what a GPU cannot run
             click.echo(f"  {choice}: {str(error).splitlines()[0][:80]}", err=True)
     best = min(times, key=times.__getitem__)
-    kept = standing if standing in times and times[standing] < WORTHWHILE * times[best] else best
+    kept = current if current in times and times[current] < WORTHWHILE * times[best] else best
     return kept, times
 
 
-def compile_ahead(case: tuple[str, str, int, Configuration]) -> None:
-    """Compile one kernel in one configuration, for a later process to find in Triton's cache on disk."""
+def compile_ahead(case: tuple[str, str, int, TileSizes]) -> None:
+    """Compile one kernel with one choice of tile sizes into Triton's cache on disk, for a later process."""
     kernel, bits, width, choice = case
     call = workloads(width, DTYPES[bits], torch.device("cuda"))[kernel]
-    with using(kernel, choice), suppress(Exception):  # ``fastest`` tells what cannot be compiled
+    with using(kernel, choice), suppress(Exception):  # ``fastest`` reports what cannot be compiled
         call()
 
 
 @click.command()
-@click.option("--kernel", "kernels", multiple=True, help="Only this kernel of the table (may be repeated).")
-@click.option("--width", "widths", multiple=True, type=click.Choice([str(w) for w in WIDTHS]))
-@click.option("--bits", "sizes", multiple=True, type=click.Choice(list(DTYPES)))
+@click.option("--kernel", "kernels", multiple=True, help="Tune only this kernel (may be repeated).")
+@click.option(
+    "--width", "widths", multiple=True, type=click.Choice([str(w) for w in WIDTHS]), help="Only this head dimension."
+)
+@click.option("--bits", "sizes", multiple=True, type=click.Choice(list(DTYPES)), help="Only dtypes of this size.")
 def main(kernels: tuple[str, ...], widths: tuple[str, ...], sizes: tuple[str, ...]) -> None:
-    """Time the kernels of the table in other configurations, and keep what is at least 2 % faster."""
+    """Time the kernels with other tile sizes, and keep those that are at least 2 % faster."""
     if not torch.cuda.is_available() or dispatch.obstacle_to_triton(torch.device("cuda")):
-        raise click.UsageError("there is no CUDA GPU here that the kernels run on: the table can only be tuned on one")
+        raise click.UsageError("the table can only be tuned on a GPU, and no CUDA GPU that runs the kernels was found")
     import triton.testing
 
     device = torch.device("cuda")
     architecture = "".join(map(str, torch.cuda.get_device_capability(device)))
     table = tile_sizes.table()
-    mine = table.setdefault(architecture, copy.deepcopy(table[tile_sizes.nearest(architecture)]))
-    asked = list(itertools.product(sizes or DTYPES, map(int, widths or map(str, WIDTHS))))
+    entries = table.setdefault(architecture, copy.deepcopy(table[tile_sizes.nearest(architecture)]))
+    requested = list(itertools.product(sizes or DTYPES, map(int, widths or map(str, WIDTHS))))
     cases = [
         (kernel, bits, width, choice)
-        for bits, width in asked
-        for kernel in (kernels or mine)
+        for bits, width in requested
+        for kernel in (kernels or entries)
         for choice in candidates(kernel, bits)
     ]
     click.echo(f"compiling {len(cases):,} kernels", err=True)
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 2), get_context("spawn")) as pool, suppress(BrokenExecutor):
         list(pool.map(compile_ahead, cases, chunksize=8))
-    for bits, width in asked:
+    for bits, width in requested:
         for kernel, call in workloads(width, DTYPES[bits], device).items():
             if kernels and kernel not in kernels:
                 continue
-            before = mine[kernel][bits][width]
+            before = entries[kernel][bits][width]
             kept, times = fastest(
                 kernel,
                 before,
@@ -139,11 +141,11 @@ def main(kernels: tuple[str, ...], widths: tuple[str, ...], sizes: tuple[str, ..
                 call,
                 lambda call: triton.testing.do_bench(call, warmup=10, rep=30, return_mode="median"),
             )
-            mine[kernel][bits][width] = kept
-            told = f"{before} {times.get(before, float('nan')):.3f} ms"
-            click.echo(f"{kernel} {bits} bits, heads of {width}: {told} → {kept} {times[kept]:.3f} ms")
+            entries[kernel][bits][width] = kept
+            old = f"{before} {times.get(before, float('nan')):.3f} ms"
+            click.echo(f"{kernel} {bits} bits, heads of {width}: {old} → {kept} {times[kept]:.3f} ms")
             tile_sizes.TABLE.write_text(tile_sizes.to_json(table), encoding="utf-8")
-    click.echo("now: make kernels-aot UPDATE=--update, and look at what changed")
+    click.echo("next: make kernels-aot UPDATE=--update, and review what changed")
 
 
 if __name__ == "__main__":

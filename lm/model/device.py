@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data_prep.errors import UserError
-from lm.kernels.matmul import times
+from lm.kernels.matmul import matmul
 
 # Edges of the square matrices that are multiplied: small machines are at their best in caches, GPUs with large ones.
 EDGES = {"cpu": (384, 768, 1024), "gpu": (2048, 4096, 8192)}
@@ -44,7 +44,7 @@ def _measured_rate(device: torch.device, threads: int) -> float:
     while not until or time.perf_counter() < until:
         for matrix in factors:
             began = time.perf_counter()
-            times(matrix, matrix)
+            matmul(matrix, matrix)
             synchronize(device)
             if until:
                 best = max(best, 2 * len(matrix) ** 3 / (time.perf_counter() - began))

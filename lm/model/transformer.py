@@ -97,7 +97,7 @@ class Attention(nn.Module):
     def heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values: (B, T, H, D) and twice (B, T, Hkv, D)."""
         if torch.is_grad_enabled() and self.query_norm is None and kernels.eager_on_cpu(x):
-            return kernels.projections(x, self.query.weight, self.key.weight, self.value.weight, *rotary)
+            return kernels.qkv_projection(x, self.query.weight, self.key.weight, self.value.weight, *rotary)
         q, k, v = (f(x).unflatten(-1, (-1, self.head_width)) for f in (self.query, self.key, self.value))
         return rotated(q, rotary, self.query_norm), rotated(k, rotary, self.key_norm), v
 

@@ -1,5 +1,10 @@
-"""``kindling serve``: a run over HTTP, in OpenAI's words and as a page to play with.
+"""Serve a run over HTTP, with OpenAI's API and a web page: ``server.serve(app.make_app(service, policy), socket)``.
 
-``engine`` computes, in a thread of its own; ``schema`` reads requests, ``answers`` words the answers; ``guard`` stands
-at the door; ``app`` puts them together.
+The web packages are an extra, so ``app``, ``guard`` and ``server``, which need them, are imported where they are used.
 """
+
+from lm.serve.engine import Engine
+from lm.serve.schema import ApiError, Limits
+from lm.serve.service import Service
+
+__all__ = ["ApiError", "Engine", "Limits", "Service"]

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's words, whole or as server-sent events."""
+"""Answers in OpenAI's format, whole or as server-sent events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ END_OF_EVENTS = "data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class Scored:
-    """A token with its log-probability, in nats, and the likeliest ones in its place."""
+    """A token with its log-probability, in nats, and the most likely alternatives, (token, log-probability) each."""
 
     token: int
     logprob: float
@@ -28,9 +28,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one choice: its text, its tokens where log-probabilities were asked for, and how it ended, if it did.
+    """A part of one choice: its text, its tokens if log-probabilities were requested, and why the choice ended, if it
+    did.
 
-    ``written`` counts the tokens that the model wrote.
+    ``written`` is the number of tokens that the model generated for it.
     """
 
     text: str
@@ -39,18 +40,19 @@ class Piece:
     finish_reason: str | None = None
 
 
-Pieces = AsyncGenerator[tuple[int, Piece], None]  # (which choice, what comes next of it)
+Pieces = AsyncGenerator[tuple[int, Piece], None]  # (index of the choice, its next piece)
 
 
-def piece_of(event: Event) -> Piece:
+def piece_from(event: Event) -> Piece:
+    """The piece of a choice that one step of the generator produced."""
     scored: tuple[Scored, ...] = ()
     if event.token is not None and event.logprob is not None:
         scored = (Scored(event.token, event.logprob, event.top_logprobs),)
     return Piece(event.text, scored, int(event.token is not None), event.finish_reason)
 
 
-def joined(pieces: Sequence[Piece]) -> Piece:
-    """Pieces of one choice as one."""
+def join_pieces(pieces: Sequence[Piece]) -> Piece:
+    """Join the pieces of one choice."""
     return Piece(
         "".join(piece.text for piece in pieces),
         tuple(scored for piece in pieces for scored in piece.scored),
@@ -61,7 +63,7 @@ def joined(pieces: Sequence[Piece]) -> Piece:
 
 @dataclass
 class Usage:
-    """Tokens read and written; each prompt is counted once."""
+    """Counts of tokens read and generated; each prompt is counted once."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -72,7 +74,7 @@ class Usage:
 
 
 class Shape(Protocol):
-    """How one of the two kinds of answers looks."""
+    """The format of one of the two kinds of answers."""
 
     prefix: str
     kind: str
@@ -85,7 +87,7 @@ class Shape(Protocol):
 
 @dataclass
 class CompletionShape:
-    """``/v1/completions``. ``starts`` are the lengths, in characters, of what stands before each choice's text."""
+    """``/v1/completions``. ``starts``: the offset, in characters, at which each choice's text begins."""
 
     tokenizer: Tokenizer
     starts: Sequence[int]
@@ -93,7 +95,7 @@ class CompletionShape:
     prefix: str = "cmpl-"
     kind: str = "text_completion"
     kind_of_chunk: str = "text_completion"
-    _places: dict[int, tuple[TextStream, int]] = field(default_factory=dict)
+    _positions: dict[int, tuple[TextStream, int]] = field(default_factory=dict)
 
     def whole(self, index: int, piece: Piece) -> dict[str, Any]:
         return self.delta(index, piece)
@@ -119,13 +121,13 @@ class CompletionShape:
         }
 
     def _offsets(self, index: int, scored: Sequence[Scored]) -> list[int]:
-        """Where each token's text begins, in characters; goes on where the choice's last piece ended."""
-        stream, place = self._places.get(index) or (TextStream(self.tokenizer), self.starts[index])
+        """Where each token's text begins, in characters, counted on from the choice's last piece."""
+        stream, offset = self._positions.get(index) or (TextStream(self.tokenizer), self.starts[index])
         offsets = []
         for one in scored:
-            offsets.append(place)
-            place += len(stream.add(one.token))
-        self._places[index] = stream, place
+            offsets.append(offset)
+            offset += len(stream.add(one.token))
+        self._positions[index] = stream, offset
         return offsets
 
 
@@ -150,10 +152,10 @@ class ChatShape:
         return self._choice(index, piece, {"delta": {"content": piece.text} if piece.text else {}})
 
     def _choice(self, index: int, piece: Piece, content: dict[str, Any]) -> dict[str, Any]:
-        told = {"content": [self._told(one) for one in piece.scored], "refusal": None} if piece.scored else None
-        return {"index": index, **content, "logprobs": told, "finish_reason": piece.finish_reason}
+        logprobs = {"content": [self._scored(one) for one in piece.scored], "refusal": None} if piece.scored else None
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
-    def _told(self, one: Scored) -> dict[str, Any]:
+    def _scored(self, one: Scored) -> dict[str, Any]:
         top = [self._named(token, logprob) for token, logprob in one.top]
         return {**self._named(one.token, one.logprob), "top_logprobs": top}
 
@@ -163,7 +165,7 @@ class ChatShape:
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:
-    """A token as a text; a piece of a character, which is none, as ``bytes:\\xe2\\x82``."""
+    """A token as text, or if it is only part of a character, as ``bytes:\\xe2\\x82``."""
     data = tokenizer.decode_bytes([token])
     try:
         return data.decode("utf-8") or tokenizer.decode([token])
@@ -172,7 +174,7 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _by_name(tokenizer: Tokenizer, one: Scored) -> dict[str, float]:
-    """The likeliest tokens and the one that is there, by name; of several with one name the likeliest."""
+    """Log-probabilities by name, of the most likely tokens and the actual one; of equal names the highest."""
     named: dict[str, float] = {}
     for token, logprob in [*one.top, (one.token, one.logprob)]:
         named.setdefault(token_name(tokenizer, token), logprob)
@@ -180,18 +182,19 @@ def _by_name(tokenizer: Tokenizer, one: Scored) -> dict[str, float]:
 
 
 def header(shape: Shape, kind: str, model: str) -> dict[str, Any]:
+    """The fields that all answers have, with a new id."""
     return {"id": shape.prefix + secrets.token_hex(12), "object": kind, "created": int(time.time()), "model": model}
 
 
 async def whole_answer(shape: Shape, model: str, pieces: Pieces, choices: int, usage: Usage) -> dict[str, Any]:
-    """All choices, once they are finished."""
+    """The body of an answer with all choices, once they are finished; adds the generated tokens to ``usage``."""
     parts: list[list[Piece]] = [[] for _ in range(choices)]
     async with aclosing(pieces):
         async for index, piece in pieces:
             parts[index].append(piece)
             usage.completion_tokens += piece.written
-    told = [shape.whole(index, joined(each)) for index, each in enumerate(parts)]
-    return {**header(shape, shape.kind, model), "choices": told, "usage": usage.body()}
+    finished = [shape.whole(index, join_pieces(each)) for index, each in enumerate(parts)]
+    return {**header(shape, shape.kind, model), "choices": finished, "usage": usage.body()}
 
 
 async def events_of_answer(
@@ -202,11 +205,11 @@ async def events_of_answer(
     include_usage: bool,
     failure: Callable[[Exception], dict[str, Any]],
 ) -> AsyncGenerator[str, None]:
-    """The pieces as server-sent events, as they come; something that fails on the way is told as the last of them.
+    """The pieces as server-sent events, as they arrive; ``failure`` makes the last event from an exception.
 
-    A failure before the first piece is raised instead: it can still be an HTTP error.
+    An exception before the first piece is raised instead, because it can still become an HTTP error.
     """
-    about = header(shape, shape.kind_of_chunk, model)
+    common = header(shape, shape.kind_of_chunk, model)
     opened: set[int] = set()
     try:
         async with aclosing(pieces):
@@ -219,17 +222,17 @@ async def events_of_answer(
                 if piece.text or piece.scored or piece.finish_reason:
                     choices.append(shape.delta(index, piece))
                 for choice in choices:
-                    yield event({**about, "choices": [choice], **({"usage": None} if include_usage else {})})
+                    yield event({**common, "choices": [choice], **({"usage": None} if include_usage else {})})
     except Exception as error:
         if not opened:
             raise
         yield event(failure(error))
         return
     if include_usage:
-        yield event({**about, "choices": [], "usage": usage.body()})
+        yield event({**common, "choices": [], "usage": usage.body()})
     yield END_OF_EVENTS
 
 
 def event(data: dict[str, Any]) -> str:
-    """One server-sent event."""
+    """``data`` as one server-sent event."""
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

@@ -1,4 +1,4 @@
-"""The application: which address answers what."""
+"""The web application and its routes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from starlette.staticfiles import StaticFiles
 
 from data_prep.errors import UserError
 from lm.serve.engine import BusyError, Engine, FailedError, StoppedError
-from lm.serve.guard import Door, Guard, error_of, error_response
-from lm.serve.kindling_api import Own
-from lm.serve.openai_api import OpenAI
+from lm.serve.guard import AccessPolicy, Guard, error_of, error_response
+from lm.serve.kindling_api import KindlingAPI
+from lm.serve.openai_api import OpenAIAPI
 from lm.serve.schema import ApiError
 from lm.serve.service import Service
 
 PAGE = Path(__file__).parent / "static"
 
 
-def make_app(service: Service, door: Door) -> Starlette:
-    """The application that serves a run to whom the door lets in; ``state.engine`` is its engine."""
+def make_app(service: Service, policy: AccessPolicy) -> Starlette:
+    """The application that serves a run to the clients that ``policy`` admits; ``state.engine`` is its engine."""
     engine = Engine(service.make_writer, service.places)
-    openai, own = OpenAI(service, engine), Own(service, engine)
+    openai, kindling = OpenAIAPI(service, engine), KindlingAPI(service, engine)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -45,34 +45,32 @@ def make_app(service: Service, door: Door) -> Starlette:
     routes = [
         Route("/", page),
         Mount("/static", StaticFiles(directory=PAGE)),
-        Route("/health", own.health),
+        Route("/health", kindling.health),
         Route("/v1/completions", openai.completions, methods=["POST"]),
         Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
         Route("/v1/models", openai.models),
         Route("/v1/models/{name:path}", openai.model),
-        Route("/api/fill", own.fill, methods=["POST"]),
-        Route("/api/probabilities", own.probabilities, methods=["POST"]),
-        Route("/api/run", own.run),
-        Route("/api/metrics", own.metrics),
+        Route("/api/fill", kindling.fill, methods=["POST"]),
+        Route("/api/probabilities", kindling.probabilities, methods=["POST"]),
+        Route("/api/run", kindling.run),
+        Route("/api/metrics", kindling.metrics),
     ]
-    middleware = [Middleware(Guard, door=door)]
-    if door.origins:
+    middleware = [Middleware(Guard, policy=policy)]
+    if policy.origins:
         cors = Middleware(
             CORSMiddleware,
-            allow_origins=door.origins,
+            allow_origins=policy.origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
         middleware = [cors, *middleware]
-    told = dict.fromkeys((ApiError, UserError, BusyError, StoppedError, FailedError), _tell)
     app = Starlette(
         routes=routes,
         middleware=middleware,
         exception_handlers={
-            **told,
-            HTTPException: _tell_http,
-            ClientDisconnect: _tell_nobody,
-            Exception: _tell,
+            **dict.fromkeys((ApiError, UserError, BusyError, StoppedError, FailedError, Exception), _answer_error),
+            HTTPException: _answer_http_error,
+            ClientDisconnect: _answer_disconnected,
         },
         lifespan=lifespan,
     )
@@ -80,12 +78,12 @@ def make_app(service: Service, door: Door) -> Starlette:
     return app
 
 
-async def _tell(_: Request, error: Exception) -> Response:
+async def _answer_error(_: Request, error: Exception) -> Response:
     return error_response(error_of(error))
 
 
-async def _tell_http(request: Request, error: Exception) -> Response:
-    """No such address, or not by this method."""
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    """An unknown path, or a method that the path does not have."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail.lower()}"
     response = error_response(ApiError(error.status_code, message))
@@ -93,5 +91,5 @@ async def _tell_http(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _tell_nobody(_: Request, __: Exception) -> Response:
+async def _answer_disconnected(_: Request, __: Exception) -> Response:
     return Response(status_code=400)

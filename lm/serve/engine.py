@@ -1,8 +1,8 @@
-"""One thread that owns the model. Requests reach it by a queue, and whatever is there together is computed together.
+"""One thread that owns the model. Requests reach it through a queue, and concurrent texts are generated in one batch.
 
-The thread goes round: it takes in what has arrived, lets go of what nobody waits for any more, lets the generator make
-one token for every text being written, and does one piece of other work (filling, probabilities), so that neither kind
-holds up the other for longer than a forward pass.
+Each iteration the thread accepts new requests, drops abandoned ones, lets the generator produce one token for every
+active text, and does one piece of other work (filling, probabilities), so that neither kind of work delays the other by
+more than a forward pass.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ Piece = TypeVar("Piece")
 
 
 class BusyError(Exception):
-    """There is no place for another request now."""
+    """The engine is at capacity and accepts no request now."""
 
 
 class StoppedError(Exception):
-    """The server is going down."""
+    """The server is shutting down."""
 
 
 class FailedError(Exception):
-    """The model failed at this request; the traceback has been written to stderr."""
+    """The model failed on this request; the traceback has been written to stderr."""
 
 
 class Writer(Protocol):
-    """What the engine needs of ``lm.inference.generator.Generator``."""
+    """The part of ``lm.inference.generator.Generator`` that the engine uses."""
 
     def add(self, prompt: Sequence[int], sampling: Sampling) -> int: ...
     def step(self) -> list[Event]: ...
@@ -46,8 +46,8 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One text to write: the tokens of its prompt, and how to go on."""
+class TextRequest:
+    """One text to generate: the token ids of its prompt, and how to sample its continuation."""
 
     prompt: Sequence[int]
     sampling: Sampling
@@ -55,12 +55,12 @@ class Asked:
 
 @dataclass(eq=False)
 class _Job:
-    """What the thread is given, a text to write or an iterator to exhaust; its ``inbox`` gets (number, what comes)."""
+    """A text to generate or an iterator to exhaust. Results go to ``inbox`` as (``number``, result)."""
 
-    work: Asked | Iterator[Any]
+    work: TextRequest | Iterator[Any]
     number: int
     inbox: asyncio.Queue[tuple[int, Any]]
-    unwanted: bool = False
+    abandoned: bool = False
 
 
 class _Finished:
@@ -68,16 +68,16 @@ class _Finished:
 
 
 class Engine:
-    """Write texts, and do other work with the model, for coroutines of one event loop.
+    """Generate texts, and do other work with the model, for coroutines of one event loop.
 
     Args:
         make_writer: makes the generator; called in the thread, and again if the generator fails.
-        places: texts and other work that may be under way or waiting, all together.
+        capacity: the most texts and other jobs that may be active or waiting at a time.
     """
 
-    def __init__(self, make_writer: Callable[[], Writer], places: int) -> None:
-        self.places = places
-        self.taken = 0
+    def __init__(self, make_writer: Callable[[], Writer], capacity: int) -> None:
+        self.capacity = capacity
+        self.in_use = 0
         self._make_writer = make_writer
         self._arriving: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -86,37 +86,37 @@ class Engine:
         self._closed = False
 
     def start(self) -> None:
-        """Begin; called from the event loop that will ask."""
+        """Start the thread. Call this from the event loop that will submit requests."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self) -> None:
-        """Take nothing more, and let go of everything: who waits is told so."""
+        """Refuse new requests, cancel all others and notify their callers with ``StoppedError``."""
         self._closed = True
         self._arriving.put(None)
 
     async def close(self) -> None:
-        """``stop``, and wait until the thread has ended."""
+        """Stop, and wait until the thread has ended."""
         self.stop()
         await asyncio.to_thread(self._thread.join)
 
     @asynccontextmanager
-    async def write(self, asked: Sequence[Asked]) -> AsyncIterator[AsyncIterator[tuple[int, Event]]]:
-        """Texts as they are written: (place in ``asked``, event) in the order of the events, until all are finished.
+    async def write(self, requests: Sequence[TextRequest]) -> AsyncIterator[AsyncIterator[tuple[int, Event]]]:
+        """Generate texts; yields (index in ``requests``, event) in the order of the events until all are finished.
 
-        Whoever leaves the context before that lets go of the rest.
+        Leaving the context earlier cancels the remaining texts.
 
         Raises:
-            BusyError: there are not as many places free; nothing was begun.
+            BusyError: there is no room for all of them; none was started.
             StoppedError, FailedError, UserError: from the iterator.
         """
-        with self._begun(asked) as inbox:
-            yield _until_all_finished(inbox, len(asked))
+        with self._submitted(requests) as inbox:
+            yield _until_all_finished(inbox, len(requests))
 
     async def compute(self, pieces: Iterator[Piece]) -> list[Piece]:
-        """All that an iterator yields; it runs in the thread, piece by piece. Raises as ``write`` does."""
+        """Run an iterator in the thread, piece by piece, and return its items. Raises as ``write`` does."""
         collected: list[Piece] = []
-        with self._begun([pieces]) as inbox:
+        with self._submitted([pieces]) as inbox:
             while True:
                 _, item = await inbox.get()
                 if isinstance(item, Exception):
@@ -126,12 +126,12 @@ class Engine:
                 collected.append(item)
 
     @contextmanager
-    def _begun(self, work: Sequence[Asked | Iterator[Any]]) -> Iterator[asyncio.Queue[tuple[int, Any]]]:
+    def _submitted(self, work: Sequence[TextRequest | Iterator[Any]]) -> Iterator[asyncio.Queue[tuple[int, Any]]]:
         if self._closed:
             raise StoppedError
-        if self.taken + len(work) > self.places:
+        if self.in_use + len(work) > self.capacity:
             raise BusyError
-        self.taken += len(work)
+        self.in_use += len(work)
         inbox: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         jobs = [_Job(each, number, inbox) for number, each in enumerate(work)]
         try:
@@ -139,53 +139,53 @@ class Engine:
                 self._arriving.put(job)
             yield inbox
         finally:
-            self.taken -= len(work)
+            self.in_use -= len(work)
             for job in jobs:
-                job.unwanted = True
+                job.abandoned = True
 
     def _work(self) -> None:
         writer = self._make_writer()
-        while self._take_in(writer):
-            self._let_go(writer)
+        while self._accept(writer):
+            self._drop_abandoned(writer)
             try:
                 self._write(writer)
             except Exception as error:
-                self._tell([(job, _failure(error)) for job in self._texts.values()])
+                self._notify([(job, _failure(error)) for job in self._texts.values()])
                 self._texts.clear()
                 writer = self._make_writer()
             self._do_one_piece()
-        self._tell([(job, StoppedError()) for job in [*self._texts.values(), *self._others]])
+        self._notify([(job, StoppedError()) for job in [*self._texts.values(), *self._others]])
 
-    def _take_in(self, writer: Writer) -> bool:
-        """Begin what has arrived; with nothing to do, wait for it. False: it is time to end."""
+    def _accept(self, writer: Writer) -> bool:
+        """Start new requests, waiting for one if there is nothing to do. Return False when the engine stops."""
         idle = not self._texts and not self._others
         while idle or not self._arriving.empty():
             job = self._arriving.get()
             if job is None:
                 return False
             idle = False
-            if job.unwanted:
+            if job.abandoned:
                 continue
-            if not isinstance(job.work, Asked):
+            if not isinstance(job.work, TextRequest):
                 self._others.append(job)
                 continue
             try:
                 self._texts[writer.add(job.work.prompt, job.work.sampling)] = job
             except Exception as error:
-                self._tell([(job, _failure(error))])
+                self._notify([(job, _failure(error))])
         return True
 
-    def _let_go(self, writer: Writer) -> None:
-        for handle in [handle for handle, job in self._texts.items() if job.unwanted]:
+    def _drop_abandoned(self, writer: Writer) -> None:
+        for handle in [handle for handle, job in self._texts.items() if job.abandoned]:
             writer.cancel(handle)
             del self._texts[handle]
-        self._others = deque(job for job in self._others if not job.unwanted)
+        self._others = deque(job for job in self._others if not job.abandoned)
 
     def _write(self, writer: Writer) -> None:
         if not self._texts:
             return
         events = writer.step()
-        self._tell([(self._texts[event.handle], event) for event in events])
+        self._notify([(self._texts[event.handle], event) for event in events])
         for event in events:
             if event.finish_reason is not None:
                 del self._texts[event.handle]
@@ -194,23 +194,23 @@ class Engine:
         if not self._others:
             return
         job = self._others.popleft()
-        assert not isinstance(job.work, Asked)
+        assert not isinstance(job.work, TextRequest)
         try:
             piece = next(job.work, _Finished())
         except Exception as error:
             piece = _failure(error)
         if not isinstance(piece, (Exception, _Finished)):
             self._others.append(job)
-        self._tell([(job, piece)])
+        self._notify([(job, piece)])
 
-    def _tell(self, news: list[tuple[_Job, Any]]) -> None:
-        """Put news into the inboxes, all in one turn of the event loop."""
-        if news and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_deliver, news)
+    def _notify(self, results: list[tuple[_Job, Any]]) -> None:
+        """Put results into the inboxes of their jobs, all in one iteration of the event loop."""
+        if results and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_deliver, results)
 
 
-def _deliver(news: list[tuple[_Job, Any]]) -> None:
-    for job, item in news:
+def _deliver(results: list[tuple[_Job, Any]]) -> None:
+    for job, item in results:
         job.inbox.put_nowait((job.number, item))
 
 
@@ -224,7 +224,7 @@ async def _until_all_finished(inbox: asyncio.Queue[tuple[int, Any]], running: in
 
 
 def _failure(error: Exception) -> Exception:
-    """What the asker is told: a mistake of the user's as it is, of anything else only that it happened."""
+    """The exception for the caller: a UserError itself; for any other, which is printed here, a FailedError."""
     if isinstance(error, UserError):
         return error
     traceback.print_exception(error, file=sys.stderr)

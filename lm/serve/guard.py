@@ -1,8 +1,8 @@
-"""The door: who may ask, from which page, and how much at once.
+"""Access control: which clients and web pages may send requests, and how large these may be.
 
-A page of another site that a person has open can send requests to this machine as well, and by a name of its own that
-it lets point here (DNS rebinding) it could even read the answers. So a request must call the server by a name that it
-has, and one that a page sends must come from our own page, or from one that was allowed.
+Any website open in a browser can send requests to this machine, and by pointing a domain of its own here (DNS
+rebinding) it could even read the answers. So the Host header must be one of the server's own names, and requests from a
+web page must come from the server's page or from an allowed origin.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-KEYED = ("/v1/", "/api/")
+KEY_REQUIRED = ("/v1/", "/api/")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 BODY_SECONDS = 60
-# A client that is told "too large" before it has sent all of it sees a broken connection instead of the answer.
-READ_AND_DROPPED = 64
+# Read, in multiples of the limit, before refusing: a client that cannot send its whole body would not see the answer.
+DISCARDED_BODIES = 64
 
 
 @dataclass(frozen=True)
-class Door:
-    """Who is let in.
+class AccessPolicy:
+    """Which clients are admitted.
 
     Attributes:
-        key: what ``Authorization: Bearer …`` must say; None: nothing.
-        hosts: the names that a request may call the server by, without the port; None: any.
-        origins: pages of other sites that may ask.
+        key: the key required in ``Authorization: Bearer …``; None: no key.
+        hosts: the names of the server that a Host header may have, without the port; None: any.
+        origins: other websites whose pages may send requests.
     """
 
     key: str | None = None
@@ -54,10 +54,10 @@ class Door:
 
 
 class Guard:
-    """An ASGI application around another, which is not called for what may not pass."""
+    """An ASGI application that wraps another and answers requests that the policy forbids itself."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
-        self.app, self.door = app, door
+    def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
+        self.app, self.policy = app, policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,45 +81,46 @@ class Guard:
     def _check(self, path: str, headers: Headers) -> None:
         host = headers.get("host", "")
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if self.door.hosts is not None and name.lower() not in self.door.hosts:
-            raise ApiError(403, f'this server does not go by the name "{name}"', code="unknown_host")
+        if self.policy.hosts is not None and name.lower() not in self.policy.hosts:
+            raise ApiError(403, f'"{name}" is not a name of this server', code="unknown_host")
         origin = headers.get("origin")
-        if origin is not None and origin.split("://")[-1] != host and origin not in self.door.origins:
-            raise ApiError(403, f"pages of {origin} may not ask here: see --allow-origin", code="foreign_origin")
-        if self.door.key is not None and path.startswith(KEYED):
+        if origin is not None and origin.split("://")[-1] != host and origin not in self.policy.origins:
+            raise ApiError(403, f"pages of {origin} may not use this server: see --allow-origin", code="foreign_origin")
+        if self.policy.key is not None and path.startswith(KEY_REQUIRED):
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), self.door.key.encode()):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), self.policy.key.encode()):
                 raise ApiError(
                     401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
                 )
 
 
 def error_of(error: Exception) -> ApiError:
-    """What a client is told about an exception."""
+    """The error that a client receives for an exception."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UserError):
         return ApiError(400, "; ".join(str(error).splitlines()))
     if isinstance(error, BusyError):
-        return ApiError(429, "the server has as many requests as it takes: try again soon", code="rate_limit_exceeded")
+        return ApiError(429, "the server is at capacity: try again soon", code="rate_limit_exceeded")
     if isinstance(error, StoppedError):
-        return ApiError(503, "the server is going down")
-    return ApiError(500, "the server failed at this request: its log says why")
+        return ApiError(503, "the server is shutting down")
+    return ApiError(500, "the server failed on this request: see its log")
 
 
 def error_response(error: ApiError) -> JSONResponse:
+    """The HTTP answer for an error, in OpenAI's format."""
     extra = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
     return JSONResponse(error.body(), error.status, extra.get(error.status))
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body. Raises ApiError if it is longer than ``limit`` bytes, or takes more than a minute."""
+    """The request's body. Raises ApiError if it is longer than ``limit`` bytes or takes more than a minute."""
     body, size = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > limit * READ_AND_DROPPED:
+                if size > limit * DISCARDED_BODIES:
                     break
                 if size <= limit:
                     body += chunk
@@ -130,13 +131,13 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def unless_gone(request: Request, wanted: Awaitable[Result]) -> Result:
-    """Wait for something on behalf of a client; when the client goes away it is cancelled.
+async def unless_disconnected(request: Request, wanted: Awaitable[Result]) -> Result:
+    """Await something on behalf of a client, and cancel it when the client disconnects.
 
     Raises:
-        ClientDisconnect: it did.
+        ClientDisconnect: the client disconnected.
     """
-    task, gone = asyncio.ensure_future(wanted), asyncio.ensure_future(_gone(request))
+    task, gone = asyncio.ensure_future(wanted), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -148,6 +149,6 @@ async def unless_gone(request: Request, wanted: Awaitable[Result]) -> Result:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""``/api``: what OpenAI's API has no words for; the page lives on it."""
+"""``/api``: what OpenAI's API lacks; the web page uses it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lm.inference.scoring import TokenProbability, texts_of_tokens
 from lm.runs.directory import METRICS
 from lm.serve.answers import token_name
 from lm.serve.engine import Engine
-from lm.serve.guard import read_body, unless_gone
-from lm.serve.metrics_tail import metrics_from
+from lm.serve.guard import read_body, unless_disconnected
+from lm.serve.metrics_tail import read_tail
 from lm.serve.schema import (
     LARGEST_SEED,
     MOST_ALTERNATIVES,
@@ -26,35 +26,35 @@ from lm.serve.schema import (
     ApiError,
     Fields,
     parse_json,
-    refuse_enormous,
-    tokens_of,
+    prompt_tokens_of,
+    refuse_oversized,
 )
 from lm.serve.service import Service
 
 
 @dataclass(frozen=True)
-class Own:
-    """The endpoints."""
+class KindlingAPI:
+    """The endpoints under ``/api``, and ``/health``."""
 
     service: Service
     engine: Engine
 
     async def fill(self, request: Request) -> Response:
-        """``text`` with [MASK] → the filled text, in pieces, and for each mask the ``top`` likeliest tokens.
+        """Fill ``text`` with [MASK]: the filled text, in pieces, and the ``top`` most likely tokens for each mask.
 
-        In at most ``rounds`` passes, for nothing else is computed meanwhile; drawn by ``temperature`` and ``seed``.
+        In at most ``rounds`` passes, because nothing else is computed meanwhile; sampled by ``temperature``, ``seed``.
         """
         fields = await self._fields(request)
-        text, top = fields.text("text"), fields.whole("top", 5, 1, MOST_ALTERNATIVES)
-        rounds = fields.whole("rounds", MOST_ROUNDS, 1, MOST_ROUNDS)
-        temperature, seed = fields.number("temperature", 0.0, 0, 100), fields.whole("seed", 0, 0, LARGEST_SEED - 1)
+        text, top = fields.text("text"), fields.integer("top", 5, 1, MOST_ALTERNATIVES)
+        rounds = fields.integer("rounds", MOST_ROUNDS, 1, MOST_ROUNDS)
+        temperature, seed = fields.number("temperature", 0.0, 0, 100), fields.integer("seed", 0, 0, LARGEST_SEED - 1)
         sampling = Sampling(temperature=temperature, seed=seed)
         fields.refuse(sampling)
         fields.done()
         service = self.service
-        words = text.replace(MASK_WORD, "")
-        await asyncio.to_thread(refuse_enormous, words, service.tokenizer, service.context_length, "text")
-        (filled,) = await unless_gone(request, self.engine.compute(service.fill(text, top, rounds, sampling)))
+        unmasked = text.replace(MASK_WORD, "")
+        await asyncio.to_thread(refuse_oversized, unmasked, service.tokenizer, service.context_length, "text")
+        (filled,) = await unless_disconnected(request, self.engine.compute(service.fill(text, top, rounds, sampling)))
         return JSONResponse(
             {
                 "text": filled.text,
@@ -67,9 +67,9 @@ class Own:
         )
 
     async def probabilities(self, request: Request) -> Response:
-        """``text`` → its tokens, and by each readout (or by ``readout`` alone) how likely each is, and what else."""
+        """The tokens of ``text``, with probability, rank and alternatives by each readout (or only by ``readout``)."""
         fields = await self._fields(request)
-        text, top = fields.text("text"), fields.whole("top", 10, 1, MOST_ALTERNATIVES)
+        text, top = fields.text("text"), fields.integer("top", 10, 1, MOST_ALTERNATIVES)
         readouts = self.service.readouts
         if (wanted := fields.take("readout")) is not None:
             if wanted not in readouts:
@@ -77,12 +77,12 @@ class Own:
             readouts = (wanted,)
         fields.done()
         tokenizer = self.service.tokenizer
-        tokens = list(await asyncio.to_thread(tokens_of, text, tokenizer, self.service.context_length, "text"))
+        tokens = list(await asyncio.to_thread(prompt_tokens_of, text, tokenizer, self.service.context_length, "text"))
         found = {}
         for readout in readouts:
             work = self.engine.compute(self.service.probabilities(tokens, readout, top))
-            parts = await unless_gone(request, work)
-            found[readout] = [_told(one, tokenizer) for part in parts for one in part]
+            parts = await unless_disconnected(request, work)
+            found[readout] = [_scored(one, tokenizer) for part in parts for one in part]
         named = [
             {"id": token, "name": token_name(tokenizer, token), "text": text}
             for token, text in zip(tokens, texts_of_tokens(tokenizer, tokens), strict=True)
@@ -90,24 +90,26 @@ class Own:
         return JSONResponse({"tokens": named, "readouts": found})
 
     async def run(self, _: Request) -> Response:
+        """The model, and the settings of its run."""
         return JSONResponse(self.service.about())
 
     async def metrics(self, request: Request) -> Response:
-        """The lines of metrics.jsonl after the byte ``from`` of the ``file`` that an earlier answer named."""
+        """The lines of metrics.jsonl from byte ``from`` of ``file`` on; both come from an earlier answer."""
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdecimal() and len(start) < 16):
             raise ApiError(400, '"from" must be the "next" of an earlier answer', param="from")
         path, file = self.service.run.path / METRICS, request.query_params.get("file", "")
-        return JSONResponse(await asyncio.to_thread(metrics_from, path, file, int(start)))
+        return JSONResponse(await asyncio.to_thread(read_tail, path, file, int(start)))
 
     async def health(self, _: Request) -> Response:
-        return JSONResponse({"status": "ok", "requests": self.engine.taken, "places": self.engine.places})
+        """How many requests are active or waiting, and how many may be."""
+        return JSONResponse({"status": "ok", "requests": self.engine.in_use, "places": self.engine.capacity})
 
     async def _fields(self, request: Request) -> Fields:
         return Fields(parse_json(await read_body(request, self.service.limits.body_bytes)))
 
 
-def _told(one: TokenProbability, tokenizer: Tokenizer) -> dict[str, Any]:
+def _scored(one: TokenProbability, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "probability": math.exp(one.logprob),
         "rank": one.rank,

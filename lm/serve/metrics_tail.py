@@ -1,4 +1,4 @@
-"""A run's metrics.jsonl while it grows."""
+"""Read a run's metrics.jsonl while it grows."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 READ_AT_ONCE = 1 << 20
 
 
-def metrics_from(path: Path, file: str, start: int) -> dict[str, Any]:
-    """The whole lines from byte ``start`` on, at most about a megabyte of them.
+def read_tail(path: Path, file: str, start: int) -> dict[str, Any]:
+    """Read the complete lines from byte ``start`` on, at most about a megabyte.
 
     Returns:
-        ``lines``; ``file`` and ``next``, with which to ask for what follows; ``more``, whether it is there already; and
-        ``whole``: the lines are from the beginning, for the file is another than ``file`` says (a run that goes on
-        from a checkpoint cuts its own back) or ``start`` is beyond its end. Numbers that JSON has not are None.
+        ``lines``, as objects, with None for NaN and infinite numbers; ``file`` and ``next``, the arguments of the call
+        that continues; ``more``, whether there are more lines already; and ``whole``, true if the lines start at the
+        beginning: because ``start`` is 0 or beyond the end, or the file is not the one that ``file`` identifies (a run
+        that resumes from a checkpoint replaces its log by a shorter one).
     """
     try:
         opened = path.open("rb")

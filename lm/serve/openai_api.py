@@ -1,4 +1,4 @@
-"""``/v1``: completions, chat completions and models, as OpenAI's API has them."""
+"""``/v1``: completions, chat completions and models, as in OpenAI's API."""
 
 from __future__ import annotations
 
@@ -20,56 +20,64 @@ from lm.serve.answers import (
     Shape,
     Usage,
     events_of_answer,
-    piece_of,
+    piece_from,
     whole_answer,
 )
-from lm.serve.engine import Asked, Engine
-from lm.serve.guard import error_of, read_body, unless_gone
-from lm.serve.schema import ApiError, Wishes, of_choice, parse_json, read_chat, read_completion, tokens_of
+from lm.serve.engine import Engine, TextRequest
+from lm.serve.guard import error_of, read_body, unless_disconnected
+from lm.serve.schema import (
+    ApiError,
+    CommonOptions,
+    choice_sampling,
+    parse_json,
+    prompt_tokens_of,
+    read_chat,
+    read_completion,
+)
 from lm.serve.service import Service
 
 
 @dataclass(frozen=True)
-class OpenAI:
-    """The endpoints."""
+class OpenAIAPI:
+    """The endpoints under ``/v1``."""
 
     service: Service
     engine: Engine
 
     async def completions(self, request: Request) -> Response:
         service = self.service
-        asked = read_completion(parse_json(await read_body(request, service.limits.body_bytes)), service.limits)
-        wishes = asked.wishes
-        service.check(wishes.model, len(asked.prompts) * wishes.choices)
-        prompts = await asyncio.to_thread(self._tokens, asked.prompts, "prompt")
+        parsed = read_completion(parse_json(await read_body(request, service.limits.body_bytes)), service.limits)
+        options = parsed.options
+        service.check(options.model, len(parsed.prompts) * options.choices)
+        prompts = await asyncio.to_thread(self._tokens, parsed.prompts, "prompt")
         texts = [service.tokenizer.decode(tokens) for tokens in prompts]
-        sampling = replace(wishes.sampling, max_new_tokens=max(1, asked.max_tokens))
-        jobs = [Asked(tokens, of_choice(sampling, n)) for tokens in prompts for n in range(wishes.choices)]
-        echo = [(text, tokens) for text, tokens in zip(texts, prompts, strict=True) for _ in range(wishes.choices)]
-        pieces = self._written(jobs if asked.max_tokens else [])
-        if asked.echo:
-            pieces = self._echoed(echo, pieces, sampling.logprobs, ends=not asked.max_tokens)
-        starts = [0 if asked.echo else len(text) for text, _ in echo]
+        sampling = replace(options.sampling, max_new_tokens=max(1, parsed.max_tokens))
+        jobs = [TextRequest(tokens, choice_sampling(sampling, n)) for tokens in prompts for n in range(options.choices)]
+        echo = [(text, tokens) for text, tokens in zip(texts, prompts, strict=True) for _ in range(options.choices)]
+        pieces = self._written(jobs if parsed.max_tokens else [])
+        if parsed.echo:
+            pieces = self._echoed(echo, pieces, sampling.logprobs, ends=not parsed.max_tokens)
+        starts = [0 if parsed.echo else len(text) for text, _ in echo]
         shape = CompletionShape(service.tokenizer, starts, sampling.logprobs is not None)
         usage = Usage(sum(map(len, prompts)))
-        return await self._answer(request, shape, pieces, len(echo), usage, wishes)
+        return await self._answer(request, shape, pieces, len(echo), usage, options)
 
     async def chat_completions(self, request: Request) -> Response:
         service = self.service
-        asked = read_chat(parse_json(await read_body(request, service.limits.body_bytes)), service.limits)
-        wishes = asked.wishes
-        service.check(wishes.model, wishes.choices)
-        text = await asyncio.to_thread(render, asked.messages, service.template)
+        parsed = read_chat(parse_json(await read_body(request, service.limits.body_bytes)), service.limits)
+        options = parsed.options
+        service.check(options.model, options.choices)
+        text = await asyncio.to_thread(render, parsed.messages, service.template)
         (tokens,) = await asyncio.to_thread(self._tokens, [text], "messages")
         room = min(service.context_length - 1 - len(tokens), service.limits.new_tokens)
         sampling = replace(
-            wishes.sampling,
-            max_new_tokens=asked.max_tokens or max(1, room),
-            stop=wishes.sampling.stop + (PLAIN_STOPS if service.template is None else ()),
+            options.sampling,
+            max_new_tokens=parsed.max_tokens or max(1, room),
+            stop=options.sampling.stop + (PLAIN_STOPS if service.template is None else ()),
         )
-        pieces = self._written([Asked(tokens, of_choice(sampling, n)) for n in range(wishes.choices)])
+        pieces = self._written([TextRequest(tokens, choice_sampling(sampling, n)) for n in range(options.choices)])
         shape = ChatShape(service.tokenizer, sampling.logprobs is not None)
-        return await self._answer(request, shape, pieces, wishes.choices, Usage(len(tokens)), wishes)
+        return await self._answer(request, shape, pieces, options.choices, Usage(len(tokens)), options)
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model()]})
@@ -77,7 +85,9 @@ class OpenAI:
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name != self.service.name:
-            raise ApiError(404, f'there is no model "{name}" here, only "{self.service.name}"', code="model_not_found")
+            raise ApiError(
+                404, f'there is no model "{name}"; this server has "{self.service.name}"', code="model_not_found"
+            )
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, object]:
@@ -86,17 +96,17 @@ class OpenAI:
 
     def _tokens(self, prompts: Sequence[str | list[int]], param: str) -> list[Sequence[int]]:
         service = self.service
-        return [tokens_of(prompt, service.tokenizer, service.context_length, param) for prompt in prompts]
+        return [prompt_tokens_of(prompt, service.tokenizer, service.context_length, param) for prompt in prompts]
 
-    async def _written(self, asked: Sequence[Asked]) -> Pieces:
-        async with self.engine.write(asked) as events:
+    async def _written(self, requests: Sequence[TextRequest]) -> Pieces:
+        async with self.engine.write(requests) as events:
             async for index, event in events:
-                yield index, piece_of(event)
+                yield index, piece_from(event)
 
     async def _echoed(
         self, prompts: Sequence[tuple[str, Sequence[int]]], written: Pieces, logprobs: int | None, *, ends: bool
     ) -> Pieces:
-        """First each choice's prompt, with the log-probabilities of its tokens if they are asked for."""
+        """Put each choice's prompt first, with the log-probabilities of its tokens if they are requested."""
         for index, (text, tokens) in enumerate(prompts):
             scored: list[Scored] = []
             if logprobs is not None:
@@ -109,19 +119,19 @@ class OpenAI:
             yield each
 
     async def _answer(
-        self, request: Request, shape: Shape, pieces: Pieces, choices: int, usage: Usage, wishes: Wishes
+        self, request: Request, shape: Shape, pieces: Pieces, choices: int, usage: Usage, options: CommonOptions
     ) -> Response:
-        if not wishes.stream:
+        if not options.stream:
             answer = whole_answer(shape, self.service.name, pieces, choices, usage)
-            return JSONResponse(await unless_gone(request, answer))
+            return JSONResponse(await unless_disconnected(request, answer))
         events = events_of_answer(
-            shape, self.service.name, pieces, usage, wishes.include_usage, lambda error: error_of(error).body()
+            shape, self.service.name, pieces, usage, options.include_usage, lambda error: error_of(error).body()
         )
-        return EventStream(await unless_gone(request, anext(events)), events)
+        return EventStream(await unless_disconnected(request, anext(events)), events)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, of which the first is there already. However it ends, ``rest`` is closed."""
+    """A stream of server-sent events, ``first`` and then ``rest``, which is closed however the stream ends."""
 
     def __init__(self, first: str, rest: AsyncGenerator[str, None]) -> None:
         self._first, self._rest = first, rest

@@ -1,4 +1,4 @@
-"""What a request says, read and checked: all that is wrong with it is told at once, in OpenAI's form."""
+"""Parse and check requests. One error, in OpenAI's format, lists everything that is wrong with a request."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MOST_CHOICES = 128
 MOST_STOPS = 16
 MOST_ALTERNATIVES = 50
 MOST_ROUNDS = 32
-CHARACTERS_LOOKED_AT = 64  # for each token of the context
-# Fields that say something to OpenAI's own service, and change nothing here.
-WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-# Fields of OpenAI's that are not here, with the values that ask for nothing.
-NOT_HERE: dict[str, tuple[Any, ...]] = {
+CHARACTERS_CHECKED = 64  # per token of the context
+# Fields that concern OpenAI's own service, and have no effect here.
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+# Fields of OpenAI's API that are not supported, with the values that request nothing and are accepted.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
     "logit_bias": ({},),
@@ -40,7 +40,7 @@ NOT_HERE: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """An answer that is an error: ``status`` is HTTP's, the rest as OpenAI words it."""
+    """An error to answer with: ``status`` is the HTTP status; the rest are the fields of OpenAI's errors."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str = ""
@@ -50,18 +50,19 @@ class ApiError(Exception):
         self.kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
 
     def body(self) -> dict[str, Any]:
+        """The JSON body of the answer."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, and all together, may ask for.
+    """Limits of one request, and of all requests together.
 
     Attributes:
-        concurrent: texts that are written at the same time.
+        concurrent: texts generated at the same time.
         waiting: texts that may wait for their turn.
-        new_tokens: tokens of one text.
-        body_bytes: of a request.
+        new_tokens: tokens generated per text.
+        body_bytes: size of a request's body.
     """
 
     concurrent: int = 16
@@ -71,14 +72,14 @@ class Limits:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object that a request is. Raises ApiError."""
+    """Parse a request's body as a JSON object. Raises ApiError."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails on unpaired surrogates, which are not text
     except RecursionError:
-        raise ApiError(400, "the request is not JSON that can be read: it is nested too deeply") from None
+        raise ApiError(400, "the request cannot be read as JSON: it is nested too deeply") from None
     except UnicodeEncodeError:
-        raise ApiError(400, "the request has half of a surrogate pair, which is no character") from None
+        raise ApiError(400, "the request has an unpaired surrogate, which is not a character") from None
     except ValueError as error:
         raise ApiError(400, f"the request is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -87,13 +88,13 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 class Fields:
-    """The fields of a request: each is taken once, with a default; ``done`` raises if any was wrong or is left over.
+    """The fields of a request. Its methods take one field each; ``done`` raises if any was invalid or is unknown.
 
-    ``null`` is the same as not given.
+    ``null`` counts as not given.
     """
 
     def __init__(self, body: dict[str, Any], where: str = "") -> None:
@@ -103,14 +104,16 @@ class Fields:
         self.problems: list[tuple[str, str]] = []  # (field, sentence)
 
     def problem(self, name: str, sentence: str) -> None:
+        """Record what is wrong with a field: a sentence without its subject, such as "must be …"."""
         self.problems.append((self._where + name, f'"{self._where}{name}" {sentence}'))
 
     def take(self, name: str) -> Any:
-        """The value as it came; None: not given."""
+        """The raw value; None if it is not given."""
         self._known.add(name)
         return self._body.get(name)
 
-    def whole(self, name: str, default: int, low: int, high: int) -> int:
+    def integer(self, name: str, default: int, low: int, high: int) -> int:
+        """An integer in [low, high]."""
         value = self.take(name)
         if value is None:
             return default
@@ -120,6 +123,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
+        """A number in [low, high]."""
         value = self.take(name)
         if value is None:
             return default
@@ -129,21 +133,22 @@ class Fields:
         return float(value)
 
     def flag(self, name: str) -> bool:
+        """A boolean; False if it is not given."""
         value = self.take(name)
         if value is not None and type(value) is not bool:
             self.problem(name, f"must be true or false, not {_short(value)}")
         return value is True
 
     def text(self, name: str) -> str:
-        """A text that must be given."""
+        """A required string."""
         value = self.take(name)
         if not isinstance(value, str):
-            self.problem(name, "must be a text" + ("" if value is None else f", not {_short(value)}"))
+            self.problem(name, "must be a string" + ("" if value is None else f", not {_short(value)}"))
             return ""
         return value
 
     def inner(self, name: str) -> Fields:
-        """The fields of an object within; what is wrong with them is told here too."""
+        """The fields of a nested object; their problems are added to those of this one."""
         value = self.take(name)
         if value is not None and not isinstance(value, dict):
             self.problem(name, f"must be an object, not {_short(value)}")
@@ -153,22 +158,23 @@ class Fields:
         return within
 
     def refuse(self, sampling: Sampling) -> None:
-        """What cannot be of settings made of these fields is wrong with the fields."""
+        """Record the problems of settings that were made from these fields."""
         for problem in sampling.problems():
             self.problem(*problem.split(" ", 1))
 
     def leftovers(self) -> None:
-        """Every field that was not taken is wrong."""
+        """Record every field that was not taken."""
         for name, value in self._body.items():
-            if name in self._known or name in WITHOUT_EFFECT or value in NOT_HERE.get(name, ()):
+            if name in self._known or name in IGNORED or value in UNSUPPORTED.get(name, ()):
                 continue
-            if name in NOT_HERE:
+            if name in UNSUPPORTED:
                 self.problem(name, "is not supported here")
                 continue
             near = difflib.get_close_matches(name, self._known, 1)
-            self.problem(_short(name)[1:-1], "is not known" + (f': did you mean "{near[0]}"?' if near else ""))
+            self.problem(_short(name)[1:-1], "is unknown" + (f': did you mean "{near[0]}"?' if near else ""))
 
     def done(self) -> None:
+        """Raise ApiError if there is any problem, or a field that was not taken."""
         self.leftovers()
         if self.problems:
             raise ApiError(400, "; ".join(text for _, text in self.problems[:10]), param=self.problems[0][0])
@@ -180,8 +186,8 @@ def _short(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What completions and chat completions have in common."""
+class CommonOptions:
+    """The options that completions and chat completions have in common."""
 
     model: str | None
     sampling: Sampling
@@ -190,70 +196,70 @@ class Wishes:
     include_usage: bool
 
 
-def of_choice(sampling: Sampling, number: int) -> Sampling:
-    """How one of several choices is written: each has a seed of its own, the first the one that was asked for."""
+def choice_sampling(sampling: Sampling, number: int) -> Sampling:
+    """The settings of one of several choices: the first has the requested seed, the others the seeds after it."""
     return replace(sampling, seed=(sampling.seed + number) % LARGEST_SEED)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A request to ``/v1/completions``. ``max_tokens`` of 0 (only with ``echo``) writes nothing."""
+    """A request to ``/v1/completions``. With ``max_tokens`` 0 (allowed only with ``echo``) nothing is generated."""
 
     prompts: list[str | list[int]]
     echo: bool
     max_tokens: int
-    wishes: Wishes
+    options: CommonOptions
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A request to ``/v1/chat/completions``. ``max_tokens`` of None: what the context has room for."""
+    """A request to ``/v1/chat/completions``. ``max_tokens`` None: as many as fit in the context."""
 
     messages: list[dict[str, str]]
     max_tokens: int | None
-    wishes: Wishes
+    options: CommonOptions
 
 
 def read_completion(body: dict[str, Any], limits: Limits) -> Completion:
-    """Raises ApiError."""
+    """Parse a request to ``/v1/completions``. Raises ApiError."""
     fields = Fields(body)
     prompts = _prompts(fields)
     echo = fields.flag("echo")
-    max_tokens = fields.whole("max_tokens", 16, 0 if echo else 1, limits.new_tokens)
+    max_tokens = fields.integer("max_tokens", 16, 0 if echo else 1, limits.new_tokens)
     logprobs = fields.take("logprobs")
     if logprobs is not None:
-        logprobs = fields.whole("logprobs", 0, 0, MOST_LOGPROBS)
-    wishes = _wishes(fields, logprobs, max(1, max_tokens))
+        logprobs = fields.integer("logprobs", 0, 0, MOST_LOGPROBS)
+    options = _common_options(fields, logprobs, max(1, max_tokens))
     fields.done()
-    return Completion(prompts, echo, max_tokens, wishes)
+    return Completion(prompts, echo, max_tokens, options)
 
 
 def read_chat(body: dict[str, Any], limits: Limits) -> Chat:
-    """Raises ApiError."""
+    """Parse a request to ``/v1/chat/completions``. Raises ApiError."""
     fields = Fields(body)
     messages = _messages(fields)
     given = "max_tokens" if fields.take("max_completion_tokens") is None else "max_completion_tokens"
     max_tokens = None
     if fields.take(given) is not None:
-        max_tokens = fields.whole(given, 1, 1, limits.new_tokens)
-    top = fields.whole("top_logprobs", 0, 0, MOST_LOGPROBS)
+        max_tokens = fields.integer(given, 1, 1, limits.new_tokens)
+    top = fields.integer("top_logprobs", 0, 0, MOST_LOGPROBS)
     wanted = fields.flag("logprobs")
     if top and not wanted:
         fields.problem("top_logprobs", 'needs "logprobs" to be true')
-    wishes = _wishes(fields, top if wanted else None, max_tokens or limits.new_tokens)
+    options = _common_options(fields, top if wanted else None, max_tokens or limits.new_tokens)
     fields.done()
-    return Chat(messages, max_tokens, wishes)
+    return Chat(messages, max_tokens, options)
 
 
-def _wishes(fields: Fields, logprobs: int | None, max_new_tokens: int) -> Wishes:
+def _common_options(fields: Fields, logprobs: int | None, max_new_tokens: int) -> CommonOptions:
     seed = fields.take("seed")
     if seed is None:
         seed = secrets.randbelow(LARGEST_SEED)
     else:
-        seed = fields.whole("seed", 0, -LARGEST_SEED, LARGEST_SEED - 1) % LARGEST_SEED
+        seed = fields.integer("seed", 0, -LARGEST_SEED, LARGEST_SEED - 1) % LARGEST_SEED
     sampling = Sampling(
         temperature=fields.number("temperature", 1.0, 0, 100),
-        top_k=fields.whole("top_k", 0, 0, 1 << 30),
+        top_k=fields.integer("top_k", 0, 0, 1 << 30),
         top_p=fields.number("top_p", 1.0, 0, 1),
         min_p=fields.number("min_p", 0.0, 0, 1),
         typical_p=fields.number("typical_p", 1.0, 0, 1),
@@ -268,19 +274,19 @@ def _wishes(fields: Fields, logprobs: int | None, max_new_tokens: int) -> Wishes
     fields.refuse(sampling)
     stream = fields.flag("stream")
     model = None if fields.take("model") is None else fields.text("model")
-    options = fields.inner("stream_options")
-    include_usage = options.flag("include_usage")
-    options.flag("include_obfuscation")
-    options.leftovers()
-    choices = fields.whole("n", 1, 1, MOST_CHOICES)
-    return Wishes(model, sampling, choices, stream, include_usage)
+    stream_options = fields.inner("stream_options")
+    include_usage = stream_options.flag("include_usage")
+    stream_options.flag("include_obfuscation")
+    stream_options.leftovers()
+    choices = fields.integer("n", 1, 1, MOST_CHOICES)
+    return CommonOptions(model, sampling, choices, stream, include_usage)
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:
     value = fields.take("stop")
     stops = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
-        fields.problem("stop", f"must be a text or a list of at most {MOST_STOPS} texts, none empty")
+        fields.problem("stop", f"must be a string or a list of at most {MOST_STOPS} strings, none empty")
         return ()
     return tuple(stops)
 
@@ -296,14 +302,14 @@ def _prompts(fields: Fields) -> list[str | list[int]]:
             return value
         if all(isinstance(ids, list) and ids and all(type(token) is int for token in ids) for ids in value):
             return value
-    fields.problem("prompt", "must be a text, a list of texts, a list of token ids, or a list of such lists")
+    fields.problem("prompt", "must be a string, a list of strings, a list of token ids, or a list of such lists")
     return []
 
 
 def _messages(fields: Fields) -> list[dict[str, str]]:
     value = fields.take("messages")
     if not isinstance(value, list) or not value:
-        fields.problem("messages", "must be a list of messages, at least one")
+        fields.problem("messages", "must be a list of at least one message")
         return []
     return [_message(fields, number, message) for number, message in enumerate(value)]
 
@@ -323,33 +329,33 @@ def _message(fields: Fields, number: int, message: Any) -> dict[str, str]:
         parts = [part.get("text") for part in content]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(content, str):
-        fields.problem(f"{name}.content", "must be a text, or a list of parts of the type text")
+        fields.problem(f"{name}.content", "must be a string, or a list of parts of type text")
         return {}
     return {"role": role, "content": content}
 
 
-def tokens_of(prompt: str | list[int], tokenizer: Tokenizer, context_length: int, param: str) -> Sequence[int]:
-    """The tokens of a prompt. Raises ApiError if some do not exist, or they are more than the model reads at once."""
+def prompt_tokens_of(prompt: str | list[int], tokenizer: Tokenizer, context_length: int, param: str) -> Sequence[int]:
+    """The token ids of a prompt. Raises ApiError if an id does not exist, or the prompt exceeds the context."""
     if isinstance(prompt, str):
-        refuse_enormous(prompt, tokenizer, context_length, param)
+        refuse_oversized(prompt, tokenizer, context_length, param)
         tokens = tokenizer.encode(prompt)
     else:
         tokens = prompt
     if len(tokens) >= context_length:
         raise _too_long(f"{len(tokens):,}", context_length, param)
-    if strange := next((token for token in tokens if not 0 <= token < tokenizer.vocab_size), None):
+    if invalid := next((token for token in tokens if not 0 <= token < tokenizer.vocab_size), None):
         raise ApiError(
-            400, f'"{param}" has the token id {strange}; ids are from 0 to {tokenizer.vocab_size - 1}', param=param
+            400, f'"{param}" has the token id {invalid}; ids range from 0 to {tokenizer.vocab_size - 1}', param=param
         )
     return tokens
 
 
-def refuse_enormous(text: str, tokenizer: Tokenizer, context_length: int, param: str) -> None:
-    """Raise ApiError if the beginning of a text alone is far too long: a megabyte is not encoded only to be refused.
+def refuse_oversized(text: str, tokenizer: Tokenizer, context_length: int, param: str) -> None:
+    """Raise ApiError if the beginning of a text alone is far too long, without encoding a megabyte first.
 
-    Where a text is cut its tokens may be others than in the whole, but never so many.
+    The tokens next to the cut may differ from those of the whole text, but never by that many.
     """
-    beginning = text[: CHARACTERS_LOOKED_AT * context_length]
+    beginning = text[: CHARACTERS_CHECKED * context_length]
     if len(beginning) < len(text) and len(tokenizer.encode(beginning)) >= 2 * context_length:
         raise _too_long(f"more than {context_length:,}", context_length, param)
 

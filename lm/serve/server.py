@@ -1,4 +1,4 @@
-"""Take a port, and serve an application on it until a signal comes."""
+"""Open a port, and serve an application on it until a signal arrives."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from data_prep.errors import UserError
 from lm.serve.engine import Engine
 
 WAITING_CONNECTIONS = 2048
-# What is still being answered when a signal comes is let go of after this.
+# Requests that are still running this long after a signal are canceled.
 SECONDS_TO_FINISH = 5
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one. UserError: it cannot be had."""
+    """A listening socket; port 0 chooses a free port. Raises UserError if it cannot be opened."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=WAITING_CONNECTIONS)
     except socket.gaierror:
-        raise UserError(f'"{host}" is no address of this machine: say --host 127.0.0.1, or --host 0.0.0.0') from None
+        raise UserError(f'"{host}" is not an address of this machine: use --host 127.0.0.1 or --host 0.0.0.0') from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} of {host} is taken by another program: choose another --port") from None
+            raise UserError(f"port {port} of {host} is in use by another program: choose another --port") from None
         if error.errno == errno.EACCES:
-            raise UserError(f"port {port} needs rights that you do not have: choose a --port above 1023") from None
+            raise UserError(f"you do not have permission to use port {port}: choose a --port above 1023") from None
         raise UserError(f"cannot listen on {host}, port {port}: {(error.strerror or str(error)).lower()}") from None
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which gives the engine up when what is being answered at its end does not finish."""
+    """uvicorn's server, which on shutdown stops the engine if running requests do not finish in time."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
         self._engine = engine
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        giving_up = asyncio.get_running_loop().call_later(SECONDS_TO_FINISH, self._engine.stop)
+        deadline = asyncio.get_running_loop().call_later(SECONDS_TO_FINISH, self._engine.stop)
         await super().shutdown(sockets)
-        giving_up.cancel()
+        deadline.cancel()
 
 
 def make_server(app: Starlette) -> Server:
-    """A server without a log of each request; ``run`` it on sockets of ``listen``."""
+    """A server that does not log requests, for an application of ``make_app``; ``run`` it on sockets of ``listen``."""
     return Server(
         uvicorn.Config(
             app,
@@ -58,17 +58,17 @@ def make_server(app: Starlette) -> Server:
             server_header=False,
             lifespan="on",
             ws="none",
-            timeout_graceful_shutdown=2 * SECONDS_TO_FINISH,  # for clients that do not read what they are told
+            timeout_graceful_shutdown=2 * SECONDS_TO_FINISH,  # for clients that do not read their answers
         ),
         app.state.engine,
     )
 
 
 def serve(app: Starlette, listening: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM; what is being answered then has some seconds to finish."""
+    """Serve until SIGINT or SIGTERM; running requests then have ``SECONDS_TO_FINISH`` to finish."""
     server = make_server(app)
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that hung up
-    # Having ended, uvicorn raises the signal again; leaving is then no failure.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns about every client that disconnects
+    # uvicorn raises the signal again when it has shut down; the process should still exit normally.
     before = {number: signal.signal(number, _ignore) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[listening])

@@ -1,4 +1,4 @@
-"""What is served: one checkpoint of one run, and what its model can do."""
+"""The served model: one checkpoint of a run, and what it can do."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from lm.serve.schema import ApiError, Limits
 
 @dataclass(frozen=True)
 class Service:
-    """One checkpoint of a run, loaded. ``template`` is the run's own chat template; None: plain turns.
+    """One loaded checkpoint of a run.
 
-    ``compiled``: its steps are compiled before it answers.
+    ``template`` is the run's own chat template, or None for plain turns. With ``compiled``, decoding steps are compiled
+    before the first answer.
     """
 
     run: Run
@@ -41,7 +42,7 @@ class Service:
 
     @property
     def name(self) -> str:
-        """What requests call the model: the name of the run's folder."""
+        """The name of the model in requests: that of the run's folder."""
         return self.run.path.resolve().name
 
     @property
@@ -58,7 +59,7 @@ class Service:
 
     @property
     def masked_readout(self) -> str | None:
-        """How it fills masks; None: it cannot."""
+        """The readout that fills masks; None if the model was not trained for it."""
         return self.readouts[-1] if self.readouts[-1] != "next_token" else None
 
     @property
@@ -73,28 +74,31 @@ class Service:
         return writer
 
     def check(self, model: str | None, texts: int = 1) -> None:
-        """Raises ApiError if a request to write ``texts`` texts asks for another model, or this one cannot write."""
+        """Raise ApiError if a request for ``texts`` texts names another model, or if this one cannot generate them."""
         if model is not None and model != self.name:
             raise ApiError(
-                404, f'there is no model "{model}" here, only "{self.name}"', param="model", code="model_not_found"
+                404,
+                f'there is no model "{model}"; this server has "{self.name}"',
+                param="model",
+                code="model_not_found",
             )
         if "next_token" not in self.readouts:
             raise ApiError(
                 400,
                 f"{self.name} was trained with {self.run.config.objective.objective} only: it can fill masks "
-                "(POST /api/fill), but not continue a text",
+                "(POST /api/fill), but not continue text",
                 code="unsupported_readout",
             )
         if texts > self.places:
-            raise ApiError(400, f"the request asks for {texts:,} texts; {self.places:,} are taken at once")
+            raise ApiError(400, f"the request asks for {texts:,} texts; this server accepts {self.places:,} at a time")
 
     def fill(self, text: str, top: int, rounds: int, sampling: Sampling) -> Iterator[Filled]:
-        """One result, for ``Engine.compute``. Raises ApiError at once if the model cannot fill, UserError later."""
+        """One result, for ``Engine.compute``. Raises ApiError if the model cannot fill; iterating raises UserError."""
         readout = self.masked_readout
         if readout is None:
             raise ApiError(
                 400,
-                f"{self.name} was trained with {self.run.config.objective.objective} only: it can continue a text "
+                f"{self.name} was trained with {self.run.config.objective.objective} only: it can continue text "
                 "(POST /v1/completions), but not fill masks",
                 code="unsupported_readout",
             )
@@ -114,11 +118,11 @@ class Service:
         return filled()
 
     def probabilities(self, tokens: list[int], readout: str, top: int) -> Iterator[list[TokenProbability]]:
-        """The text's tokens in parts, for ``Engine.compute``."""
+        """The probabilities of a text's tokens, in parts, for ``Engine.compute``."""
         return token_probabilities(self.model, self.tokenizer, tokens, readout, self.context_length, top)
 
     def about(self) -> dict[str, Any]:
-        """What the page, or any other client, needs to know."""
+        """The body of ``/api/run``: the model, its limits and its settings."""
         return {
             "name": self.name,
             "description": describe(self.model),

@@ -28,28 +28,29 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     """Small tiles, so that short rows have empty, full and partial ones; on a GPU also the table's own (None)."""
     chosen = getattr(request, "param", (32, 16))
     if chosen is not None:
-        monkeypatch.setattr(tile_sizes, "choose", lambda *_: tile_sizes.Configuration(*chosen, 4, 1))
+        monkeypatch.setattr(tile_sizes, "choose", lambda *_: tile_sizes.TileSizes(*chosen, 4, 1))
     return chosen
 
 
 def intervals(kind: str, rows: int, queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random intervals of a kind; ``keys`` beyond ``queries`` are a cache that came before."""
     starts = torch.rand(rows, queries) < 0.1
-    both_ways = torch.rand(rows) < 0.5
+    bidirectional = torch.rand(rows) < 0.5
     past = keys - queries
     if kind == "causal":
         lo, hi = masks.causal(rows, queries, past=past)
     elif kind == "packed":
-        lo, hi = masks.packed(starts, both_ways)
+        lo, hi = masks.packed(starts, bidirectional)
         lo, hi = lo + past, hi + past
     elif kind == "window":
-        lo, hi = masks.sliding_window(*masks.packed(starts, both_ways), 7)
+        lo, hi = masks.sliding_window(*masks.packed(starts, bidirectional), 7)
     elif kind == "padding":
-        lo, hi = masks.padding(queries, torch.randint(0, keys + 1, (rows,)))
+        hi = torch.randint(0, keys + 1, (rows, 1)).expand(rows, queries)
+        lo = torch.zeros_like(hi)
     elif kind == "prefix":
         lo, hi = masks.prefix(rows, queries, torch.randint(0, keys + 1, (rows,)))
     elif kind == "blind":
-        lo, hi = masks.packed(starts, both_ways)
+        lo, hi = masks.packed(starts, bidirectional)
         seen = torch.rand(rows, queries) < 0.7
         lo, hi = lo * seen, hi * seen
     elif kind == "anything":
@@ -154,13 +155,13 @@ def test_packed_documents_equal_each_document_alone():
     starts = torch.zeros(1, sum(lengths), dtype=torch.bool)
     starts[0, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
     q, k, v = heads(1, sum(lengths), sum(lengths), 2, 1, 16, torch.float32)
-    for both_ways in (False, True):
-        lo, hi = masks.packed(starts, torch.tensor([both_ways]))
+    for bidirectional in (False, True):
+        lo, hi = masks.packed(starts, torch.tensor([bidirectional]))
         packed, _ = attention(q, k, v, lo.to(DEVICE), hi.to(DEVICE))
         first = 0
         for length in lengths:
             part = slice(first, first + length)
-            alone = masks.bidirectional(1, length) if both_ways else masks.causal(1, length)
+            alone = masks.bidirectional(1, length) if bidirectional else masks.causal(1, length)
             out, _ = attention(q[:, part], k[:, part], v[:, part], *(x.to(DEVICE) for x in alone))
             torch.testing.assert_close(packed[:, part], out, rtol=1e-5, atol=1e-5)
             first += length

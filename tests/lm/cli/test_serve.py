@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def kindling(monkeypatch):
-    """``kindling serve …`` which comes back as soon as it would answer requests; its doors."""
+    """Run ``kindling serve …``, which returns as soon as it would answer requests, with the applications it made."""
     apps = []
     monkeypatch.setattr(server, "serve", lambda app, listening: apps.append(app))
 
@@ -31,44 +31,44 @@ def kindling(monkeypatch):
     return call
 
 
-def door(apps: list):
+def policy(apps: list):
     (app,) = apps
-    return next(each.kwargs["door"] for each in app.user_middleware if "door" in each.kwargs)
+    return next(each.kwargs["policy"] for each in app.user_middleware if "policy" in each.kwargs)
 
 
-def test_it_listens_to_this_machine_alone_unless_told_otherwise(kindling, trained):
+def test_it_listens_on_this_machine_only_by_default(kindling, trained):
     result, apps = kindling(trained.path, "--port", 0)
     assert result.exit_code == 0, result.output
-    assert re.search(r"^trained, step 100, at http://127\.0\.0\.1:\d+ ", result.stderr)
+    assert re.search(r"^serving trained, step 100, at http://127\.0\.0\.1:\d+ ", result.stderr)
     assert "warning" not in result.stderr
-    assert door(apps).hosts == ("localhost", "127.0.0.1", "[::1]")
-    assert door(apps).key is None
+    assert policy(apps).hosts == ("localhost", "127.0.0.1", "[::1]")
+    assert policy(apps).key is None
 
 
-def test_whoever_opens_it_to_others_without_a_key_is_warned_once(kindling, trained):
+def test_opening_it_to_others_without_a_key_warns_once(kindling, trained):
     result, apps = kindling(trained.path, "--port", 0, "--host", "0.0.0.0")
     assert result.stderr.count("warning") == 1
     assert "--api-key" in result.stderr
-    assert door(apps).hosts is None
+    assert policy(apps).hosts is None
 
 
 def test_with_a_key_there_is_no_warning(kindling, trained):
     result, apps = kindling(trained.path, "--port", 0, "--host", "0.0.0.0", "--api-key", "k")
     assert "warning" not in result.stderr
-    assert door(apps).key == "k"
+    assert policy(apps).key == "k"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--host", "no.such.host.invalid"), "is no address of this machine"),
+        (("--host", "no.such.host.invalid"), "is not an address of this machine"),
         (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1"),
         (("--api-key", ""), "the API key is empty"),
         (("--checkpoint", "77"), "no checkpoint of step 77"),
         (("--max-concurrent", 0), "--max-concurrent"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(kindling, trained, arguments, words):
+def test_invalid_options_are_reported_in_one_sentence(kindling, trained, arguments, words):
     result, apps = kindling(trained.path, "--port", 0, *arguments)
     assert result.exit_code == 2
     assert apps == []
@@ -76,12 +76,12 @@ def test_what_cannot_be_is_one_sentence(kindling, trained, arguments, words):
     assert "Traceback" not in result.stderr
 
 
-def test_a_port_that_is_taken_is_named(kindling, trained):
+def test_a_port_in_use_is_named(kindling, trained):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result, _ = kindling(trained.path, "--port", port)
     assert result.exit_code == 2
-    assert result.stderr == f"error: port {port} of 127.0.0.1 is taken by another program: choose another --port\n"
+    assert result.stderr == f"error: port {port} of 127.0.0.1 is in use by another program: choose another --port\n"
 
 
 def test_without_the_extra_it_says_what_to_install(kindling, trained, monkeypatch):
@@ -92,7 +92,7 @@ def test_without_the_extra_it_says_what_to_install(kindling, trained, monkeypatc
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_what_is_being_written_finish_and_ends_it_cleanly(trained, number):
+def test_a_signal_lets_running_requests_finish_and_exits_cleanly(trained, number):
     command = [sys.executable, "-c", "from lm.cli.main import main; main()", "serve", str(trained.path), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:

@@ -15,7 +15,7 @@ from lm.export.stock_architectures import STOCK_CLASSES
 from lm.inference.generator import stream
 from lm.inference.sampling import Sampling
 from lm.kernels import masks
-from lm.kernels.qkv_projection import side_by_side
+from lm.kernels.rotary import interleave_halves
 from lm.model.transformer import rotary_table
 from tests.conftest import sentences
 from tests.lm.export.test_huggingface import SHAPES, run_of
@@ -33,7 +33,7 @@ def exported(run, path, readout="next_token"):
     return path
 
 
-def test_reordered_rows_turned_as_neighbours_are_what_halves_give(small):
+def test_interleaved_rows_rotated_as_neighbors_give_the_scores_of_halves(small):
     """Scores of queries and keys, computed with llama.cpp's pairs from reordered weights, are ours."""
     config = small.replace(num_heads=3, head_size=8).model
     draw = torch.Generator().manual_seed(0)
@@ -45,13 +45,13 @@ def test_reordered_rows_turned_as_neighbours_are_what_halves_give(small):
         first, second = (x @ weight.T).view(1, 5, 3, 8).chunk(2, -1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
-    def by_neighbours(weight):
-        heads = (x @ side_by_side(weight, config.head_width).T).view(1, 5, 3, 4, 2)
+    def by_neighbors(weight):
+        heads = (x @ interleave_halves(weight, config.head_width).T).view(1, 5, 3, 4, 2)
         even, odd = heads[..., 0], heads[..., 1]
         return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
 
     ours = torch.einsum("bqhd,bkhd->bhqk", by_halves(query), by_halves(key))
-    theirs = torch.einsum("bqhd,bkhd->bhqk", by_neighbours(query), by_neighbours(key))
+    theirs = torch.einsum("bqhd,bkhd->bhqk", by_neighbors(query), by_neighbors(key))
     torch.testing.assert_close(ours, theirs)
 
 

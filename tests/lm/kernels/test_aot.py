@@ -23,7 +23,7 @@ def doubled(X, N: tl.constexpr):  # noqa: N803
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-def test_a_launch_compiles_for_a_gpu_that_is_not_there(architecture):
+def test_a_launch_compiles_for_an_absent_gpu(architecture):
     before = triton.runtime.driver._active
     x = torch.ones(64)
     with aot.compiling_for(architecture) as made:
@@ -31,7 +31,7 @@ def test_a_launch_compiles_for_a_gpu_that_is_not_there(architecture):
     assert [name for name, _ in made] == ["doubled"]
     assert (x == 1).all()
     assert f"sm_{architecture}" in made[0][1].asm["ptx"]
-    compiled = aot.look_at(made[0][1])
+    compiled = aot.inspect_kernel(made[0][1])
     assert compiled.registers > 0
     assert (compiled.spilled_bytes, compiled.wgmma, compiled.mma) == (0, 0, 0)
     assert triton.runtime.driver._active is before
@@ -50,7 +50,7 @@ def test_other_lengths_and_documents_compile_nothing_new():
 
 def test_shared_memory_over_the_chips_limit_is_a_problem():
     assert aot.problems({MAIN: replace(GOOD, shared_bytes=300_000)}) == [
-        f"{MAIN} asks for 300,000 bytes of shared memory; a block has 232,448"
+        f"{MAIN} needs 300,000 bytes of shared memory; a block has 232,448"
     ]
 
 
@@ -68,10 +68,10 @@ def test_main_configurations_may_not_spill_or_lose_their_tensor_cores():
         assert aot.problems({other: replace(GOOD, spilled_bytes=8, wgmma=0)}) == []
 
 
-def test_a_change_against_the_snapshot_is_told_line_by_line():
+def test_changes_from_the_snapshot_are_listed_line_by_line():
     snapshot = json.loads(aot.to_json({MAIN: GOOD, "sm_80 old kernel": GOOD}))
-    told = aot.changes({MAIN: replace(GOOD, registers=200, wgmma=0), "sm_80 new kernel": GOOD}, snapshot)
-    assert told == [
+    lines = aot.changes({MAIN: replace(GOOD, registers=200, wgmma=0), "sm_80 new kernel": GOOD}, snapshot)
+    assert lines == [
         "sm_80 new kernel is new",
         "sm_80 old kernel is gone",
         f"{MAIN}: registers 128 → 200",

@@ -36,7 +36,7 @@ def costs(*, cut_often: bool) -> Iterator[None]:
 
 def intervals(kind: str, rows: int, queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random intervals; the kinds that ``masks`` makes are cut down or moved where queries and keys differ."""
-    starts, both_ways = torch.rand(rows, queries) < 0.1, torch.rand(rows) < 0.5
+    starts, bidirectional = torch.rand(rows, queries) < 0.1, torch.rand(rows) < 0.5
     if kind == "wild":
         lo, hi = torch.randint(-5, keys + 5, (2, rows, queries), dtype=torch.int32)
         return lo, hi
@@ -47,8 +47,9 @@ def intervals(kind: str, rows: int, queries: int, keys: int) -> tuple[torch.Tens
     if kind == "prefix":
         return masks.prefix(rows, queries, torch.randint(0, queries + 1, (rows,)))
     if kind == "padding":
-        return masks.padding(queries, torch.randint(0, queries + 1, (rows,)))
-    lo, hi = masks.packed(starts, both_ways)
+        hi = torch.randint(0, queries + 1, (rows, 1), dtype=torch.int32).expand(rows, queries)
+        return torch.zeros_like(hi), hi
+    lo, hi = masks.packed(starts, bidirectional)
     if kind == "window":
         return masks.sliding_window(lo, hi, int(torch.randint(1, 20, ())))
     if kind == "blind":
@@ -134,18 +135,18 @@ def test_half_precision_errs_at_most_twice_as_much_as_pytorch(kind, softcap, dty
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.booleans(), st.booleans())
-def test_packed_documents_equal_each_document_alone(lengths, both_ways, cut_often):
+def test_packed_documents_equal_each_document_alone(lengths, bidirectional, cut_often):
     total = sum(lengths)
     torch.manual_seed(total)
     starts = torch.zeros(1, total, dtype=torch.bool)
     starts[0, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
     inputs = tensors(1, total, total, (2, 1), 4)
     with costs(cut_often=cut_often):
-        packed = ours(*inputs, *masks.packed(starts, torch.tensor([both_ways])))
+        packed = ours(*inputs, *masks.packed(starts, torch.tensor([bidirectional])))
         first = 0
         for length in lengths:
             part = slice(first, first + length)
-            alone = masks.bidirectional(1, length) if both_ways else masks.causal(1, length)
+            alone = masks.bidirectional(1, length) if bidirectional else masks.causal(1, length)
             results = ours(*(x[:, part] for x in inputs), *alone)
             for whole, single in zip((packed[0], *packed[2:]), (results[0], *results[2:]), strict=True):
                 torch.testing.assert_close(whole[:, part], single)
@@ -233,10 +234,10 @@ def test_pieces_cover_every_visible_pair_once_and_no_other(kind, rows, queries, 
         assert 0 <= piece.keys[0] < piece.keys[1] <= keys
         row = torch.tensor(list(piece.rows))
         times[row[:, None, None], torch.arange(*piece.queries)[:, None], torch.arange(*piece.keys)] += visible(piece)
-        place = row[:, None], torch.arange(*piece.keys)
+        cells = row[:, None], torch.arange(*piece.keys)
         if piece.first_on_keys:
-            assert not written[place].any()
-            written[place] = True
+            assert not written[cells].any()
+            written[cells] = True
     assert torch.equal(times, masks.dense(lo, hi, keys).int())
     blind = (lo.clamp(min=0) >= hi.clamp(max=keys))[:, None]
     assert torch.equal(blind, made.blind) if made.blind is not None else not blind.any()
@@ -280,9 +281,9 @@ def test_tiny_documents_share_a_masked_piece():
     assert {piece.kind for piece in made.pieces} == {"masked"}
 
 
-@pytest.mark.parametrize("both_ways", [[1, 1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0, 1, 0]])
-def test_rows_read_alike_share_calls_wherever_they_stand(both_ways):
-    both = torch.tensor(both_ways, dtype=torch.bool)
+@pytest.mark.parametrize("bidirectional", [[1, 1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0, 1, 0]])
+def test_rows_with_equal_masks_share_calls_wherever_they_are(bidirectional):
+    both = torch.tensor(bidirectional, dtype=torch.bool)
     made = plan(*masks.packed(torch.zeros(8, 512, dtype=torch.bool), both), 512)
     full = [list(piece.rows) for piece in made.pieces if piece.kind == "full" and piece.queries == (0, 512)]
     assert full == [both.nonzero()[:, 0].tolist()]

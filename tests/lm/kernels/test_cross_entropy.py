@@ -73,7 +73,7 @@ def test_nothing_to_predict_costs_nothing():
     assert (weight.grad == 0).all()
 
 
-def test_the_loss_is_the_same_where_no_gradient_is_asked_for():
+def test_the_loss_is_the_same_where_no_gradient_is_needed():
     hidden, weight, targets = head_inputs()
     loss = linear_cross_entropy(hidden.detach(), weight.detach(), targets, softcap=2.0)
     assert not loss.requires_grad
@@ -160,7 +160,7 @@ def test_the_gradient_can_be_taken_twice():
 
 def test_a_gradient_of_the_gradient_is_refused():
     hidden, weight, targets = head_inputs()
-    with pytest.raises(RuntimeError, match="once only"):
+    with pytest.raises(RuntimeError, match="only once"):
         torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), hidden, create_graph=True)
 
 
@@ -189,7 +189,7 @@ def test_sixteen_bit_logits_keep_their_dtype_and_their_loss(monkeypatch):
     exact = logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
     (gradient,) = torch.autograd.grad(expected, exact, shares.double())
-    losses, grad, row_factors = cross_entropy._chunk_by_torch(logits, targets, shares, 0.0, 0.0, True)
+    losses, grad, row_factors = cross_entropy._differentiate_by_torch(logits, targets, shares, 0.0, 0.0, True)
     assert row_factors is None
     assert grad.dtype == torch.float16
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
@@ -242,12 +242,12 @@ def test_a_compiled_loss_has_no_graph_break_and_the_same_gradients():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"weight": torch.zeros(7, 4)}, "are not"),
-        ({"weight": torch.zeros(7, 5, dtype=torch.float64)}, "one floating dtype"),
-        ({"targets": torch.zeros(10, dtype=torch.int64)}, r"targets \(10,\) is not \(11,\)"),
+        ({"weight": torch.zeros(7, 4)}, "must be"),
+        ({"weight": torch.zeros(7, 5, dtype=torch.float64)}, "the same floating-point dtype"),
+        ({"targets": torch.zeros(10, dtype=torch.int64)}, r"targets \(10,\) must be \(11,\)"),
         ({"targets": torch.zeros(11, dtype=torch.int32)}, "they must be int64"),
         ({"loss_weights": torch.zeros(3)}, "loss_weights"),
-        ({"targets": torch.full((11,), 7)}, "target 7 is not in a vocabulary of 7"),
+        ({"targets": torch.full((11,), 7)}, "target 7 is not in the vocabulary of 7"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_in_a_sentence(change, sentence):
@@ -257,7 +257,7 @@ def test_arguments_that_do_not_fit_are_refused_in_a_sentence(change, sentence):
         linear_cross_entropy(**arguments)
 
 
-def test_the_reference_can_be_asked_for(monkeypatch):
+def test_the_reference_can_be_requested(monkeypatch):
     monkeypatch.setenv("KINDLING_KERNELS", "reference")
     hidden, weight, targets = head_inputs()
     with LargestTensor() as largest:

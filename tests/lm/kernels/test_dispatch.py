@@ -9,8 +9,8 @@ from lm.kernels import dispatch
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-class OnTheGpu:
-    """What ``choose`` asks of a tensor."""
+class OnGpu:
+    """The part of a tensor that ``choose`` needs."""
 
     is_cuda, device = True, GPU
 
@@ -33,55 +33,55 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
 
 
-def test_a_cpu_takes_pytorch_and_says_why():
+def test_a_cpu_uses_pytorch_and_gives_the_reason():
     assert dispatch.choose(torch.zeros(1)) == "torch"
     assert dispatch.describe(CPU) == "kernels: PyTorch (Triton needs a CUDA GPU)"
 
 
-def test_a_cuda_gpu_takes_triton_but_for_float64(hopper):
-    assert dispatch.choose(OnTheGpu(torch.bfloat16)) == "triton"
-    assert dispatch.choose(OnTheGpu(torch.float64)) == "torch"
+def test_a_cuda_gpu_uses_triton_except_for_float64(hopper):
+    assert dispatch.choose(OnGpu(torch.bfloat16)) == "triton"
+    assert dispatch.choose(OnGpu(torch.float64)) == "torch"
     assert dispatch.describe(GPU) == "kernels: Triton (NVIDIA H100)"
 
 
-def test_an_old_gpu_takes_pytorch(monkeypatch):
+def test_an_old_gpu_uses_pytorch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert dispatch.choose(OnTheGpu(torch.float16)) == "torch"
-    assert "7.5, and 8.0 is the least" in dispatch.describe(GPU)
+    assert dispatch.choose(OnGpu(torch.float16)) == "torch"
+    assert "7.5; at least 8.0 is required" in dispatch.describe(GPU)
 
 
-def test_an_amd_gpu_takes_pytorch(hopper, monkeypatch):
+def test_an_amd_gpu_uses_pytorch(hopper, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert dispatch.choose(OnTheGpu(torch.float16)) == "torch"
+    assert dispatch.choose(OnGpu(torch.float16)) == "torch"
     assert "AMD" in dispatch.describe(GPU)
 
 
-def test_without_triton_pytorch_is_taken(hopper, monkeypatch):
+def test_without_triton_pytorch_is_used(hopper, monkeypatch):
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
-    assert dispatch.choose(OnTheGpu(torch.float16)) == "torch"
+    assert dispatch.choose(OnGpu(torch.float16)) == "torch"
     assert "not installed" in dispatch.describe(GPU)
 
 
-def test_other_devices_take_pytorch():
-    assert dispatch.describe(torch.device("mps")) == "kernels: PyTorch (Triton does not know the device mps)"
+def test_other_devices_use_pytorch():
+    assert dispatch.describe(torch.device("mps")) == "kernels: PyTorch (Triton does not support mps devices)"
 
 
-def test_the_reference_can_be_asked_for_anywhere(monkeypatch, hopper):
+def test_the_reference_can_be_requested_anywhere(monkeypatch, hopper):
     monkeypatch.setenv("KINDLING_KERNELS", "reference")
-    assert dispatch.choose(torch.zeros(1)) == dispatch.choose(OnTheGpu(torch.float64)) == "reference"
-    assert dispatch.describe(CPU) == "kernels: the plain reference (KINDLING_KERNELS asks for it)"
+    assert dispatch.choose(torch.zeros(1)) == dispatch.choose(OnGpu(torch.float64)) == "reference"
+    assert dispatch.describe(CPU) == "kernels: the plain reference (requested by KINDLING_KERNELS)"
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.setenv("KINDLING_KERNELS", "triton")
-    with pytest.raises(UserError, match="only under TRITON_INTERPRET=1"):
+    with pytest.raises(UserError, match="only with TRITON_INTERPRET=1"):
         dispatch.choose(torch.zeros(1))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     dispatch.obstacle_to_triton.cache_clear()
     assert dispatch.choose(torch.zeros(1)) == "triton"
 
 
-def test_an_unknown_path_is_refused_in_a_sentence(monkeypatch):
+def test_an_unknown_backend_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setenv("KINDLING_KERNELS", "tritton")
     with pytest.raises(UserError, match='KINDLING_KERNELS is "tritton": set it to auto, triton or reference'):
         dispatch.choose(torch.zeros(1))

@@ -28,22 +28,21 @@ def never_decreases(bound: Tensor) -> bool:
     return bool((bound.diff(dim=1) >= 0).all())
 
 
-@given(tables_of(st.booleans()))
-def test_document_bounds_enclose_exactly_the_positions_of_the_same_document(starts):
-    lo, hi = masks.document_bounds(starts)
-    numbers = document_numbers(starts)
-    assert torch.equal(masks.dense(lo, hi, starts.shape[1]), numbers[:, :, None] == numbers[:, None, :])
-    assert lo.dtype == hi.dtype == torch.int32
-
-
-@given(tables_of(st.booleans()), st.lists(st.booleans(), min_size=3, max_size=3))
-def test_packed_rows_see_their_own_document_and_causal_ones_no_further_than_themselves(starts, both_ways):
+@given(tables_of(st.booleans()), st.lists(st.booleans(), min_size=3, max_size=3), st.data())
+def test_packed_queries_see_exactly_their_document_causal_ones_up_to_themselves_and_no_padding(
+    starts, bidirectional, data
+):
     rows, length = starts.shape
-    both = torch.tensor(both_ways[:rows])
-    lo, hi = masks.packed(starts, both)
+    both = torch.tensor(bidirectional[:rows])
+    lengths = data.draw(st.none() | st.lists(st.integers(0, length), min_size=rows, max_size=rows).map(torch.tensor))
+    lo, hi = masks.packed(starts, both, lengths)
     numbers, at = document_numbers(starts), torch.arange(length)
     expected = (numbers[:, :, None] == numbers[:, None, :]) & (both[:, None, None] | (at <= at[:, None]))
+    if lengths is not None:
+        used = at < lengths[:, None]
+        expected &= used[:, :, None] & used[:, None, :]
     assert torch.equal(masks.dense(lo, hi, length), expected)
+    assert lo.dtype == hi.dtype == torch.int32
     assert never_decreases(lo)
     assert never_decreases(hi)
 
@@ -60,8 +59,8 @@ def test_bidirectional_queries_see_everything():
 
 
 @given(tables_of(st.booleans()), st.booleans(), st.integers(1, 6))
-def test_sliding_window_leaves_the_keys_less_than_a_window_away(starts, both_ways, window):
-    lo, hi = masks.packed(starts, torch.full((len(starts),), both_ways))
+def test_sliding_window_leaves_the_keys_less_than_a_window_away(starts, bidirectional, window):
+    lo, hi = masks.packed(starts, torch.full((len(starts),), bidirectional))
     length = starts.shape[1]
     at = torch.arange(length)
     near = (at[:, None] - at).abs() < window
@@ -79,18 +78,10 @@ def test_sliding_window_counts_from_the_end_of_the_past(queries, past, window):
 
 
 @given(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=1, max_size=3))
-def test_prefix_is_read_both_ways_and_the_rest_causally(queries, lengths):
+def test_a_prefix_is_bidirectional_and_the_rest_causal(queries, lengths):
     lengths = [min(length, queries) for length in lengths]
     lo, hi = masks.prefix(len(lengths), queries, torch.tensor(lengths))
     query, key = torch.arange(queries)[:, None], torch.arange(queries)
     for row, length in enumerate(lengths):
         assert torch.equal(masks.dense(lo, hi, queries)[row], (key <= query) | (key < length))
     assert never_decreases(hi)
-
-
-@given(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=1, max_size=3))
-def test_padding_is_seen_by_nobody(queries, lengths):
-    visible = masks.dense(*masks.padding(queries, torch.tensor(lengths)), queries)
-    for row, length in enumerate(lengths):
-        assert visible[row, :, :length].all()
-        assert not visible[row, :, length:].any()

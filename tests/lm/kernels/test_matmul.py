@@ -17,10 +17,10 @@ def test_a_product_of_either_library_is_the_product(monkeypatch, shape, columns,
     a, b = torch.randn(shape, dtype=dtype), torch.randn(shape[-1], columns, dtype=dtype)
     for right in (b, b.T.contiguous().T):
         exact = a.double() @ right.double()
-        torch.testing.assert_close(matmul.times(a, right).double(), exact, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(matmul.matmul(a, right).double(), exact, rtol=1e-4, atol=1e-4)
         total = torch.randn(*shape[:-1], columns, dtype=dtype)
         expected = exact + total.double()
-        torch.testing.assert_close(matmul.times(a, right, plus=total).double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(matmul.matmul(a, right, addend=total).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gradients_of_linear_are_right():

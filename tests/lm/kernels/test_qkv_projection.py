@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lm.kernels import projections, reference
+from lm.kernels import qkv_projection, reference
 
 
 def inputs(heads, key_heads, width=6, dtype=torch.float64):
@@ -15,12 +15,12 @@ def inputs(heads, key_heads, width=6, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (3, 1)])
-def test_they_are_those_of_the_formulas_with_their_dimensions_in_pairs(heads, key_heads):
+def test_the_heads_are_those_of_the_formulas_with_interleaved_dimensions(heads, key_heads):
     arguments, cos, sin = inputs(heads, key_heads)
     x, *weights = arguments
     plain = [F.linear(x, weight).unflatten(-1, (-1, 6)) for weight in weights]
     plain[:2] = (reference.rotary(part, cos, sin)[..., [0, 3, 1, 4, 2, 5]] for part in plain[:2])
-    ours = projections(*arguments, cos, sin)
+    ours = qkv_projection(*arguments, cos, sin)
     directions = [torch.randn_like(part) for part in plain]
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b)
@@ -29,6 +29,6 @@ def test_they_are_those_of_the_formulas_with_their_dimensions_in_pairs(heads, ke
         torch.testing.assert_close(a, b)
 
 
-def test_their_gradient_passes_gradcheck():
+def test_the_gradient_passes_gradcheck():
     arguments, cos, sin = inputs(2, 1, width=4)
-    assert torch.autograd.gradcheck(lambda *parts: projections(*parts, cos, sin), arguments)
+    assert torch.autograd.gradcheck(lambda *parts: qkv_projection(*parts, cos, sin), arguments)

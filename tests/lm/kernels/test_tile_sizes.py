@@ -7,8 +7,8 @@ import torch
 import triton.runtime
 
 from lm.kernels import tile_sizes
-from lm.kernels.aot import ARCHITECTURES, SHARED_MEMORY_BYTES, PretendedDriver
-from lm.kernels.tile_sizes import Configuration
+from lm.kernels.aot import ARCHITECTURES, SHARED_MEMORY_BYTES, FakeDriver
+from lm.kernels.tile_sizes import TileSizes
 
 KERNELS = ("attention_forward", "attention_query_gradient", "attention_key_gradient", "decoding_part")
 
@@ -18,7 +18,7 @@ def on_gpu(monkeypatch):
     """Let Triton believe in a GPU of an architecture."""
 
     def pretend(architecture: int) -> None:
-        monkeypatch.setattr(triton.runtime.driver, "_active", PretendedDriver(architecture))
+        monkeypatch.setattr(triton.runtime.driver, "_active", FakeDriver(architecture))
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     return pretend
@@ -61,7 +61,7 @@ def test_an_architecture_without_an_entry_takes_one_with_no_more_shared_memory(a
     ("width", "padded"), [(1, 16), (16, 16), (17, 32), (64, 64), (80, 128), (128, 128), (129, 256), (256, 256)]
 )
 def test_heads_are_padded_to_powers_of_two_that_tensor_cores_take(width, padded):
-    assert tile_sizes.padded(width) == padded
+    assert tile_sizes.padded_width(width) == padded
 
 
 def test_the_table_is_written_as_it_was_read():
@@ -72,4 +72,4 @@ def test_the_table_is_written_as_it_was_read():
 
 def test_the_interpreter_has_small_tiles(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert tile_sizes.choose("attention_forward", torch.float32, 64) == Configuration(32, 32, 4, 1)
+    assert tile_sizes.choose("attention_forward", torch.float32, 64) == TileSizes(32, 32, 4, 1)

@@ -5,13 +5,13 @@ import torch
 from click.testing import CliRunner
 
 from lm.kernels import tile_sizes, tune
-from lm.kernels.tile_sizes import Configuration
+from lm.kernels.tile_sizes import TileSizes
 
-STANDING, OTHER, BROKEN = Configuration(64, 64, 4, 2), Configuration(128, 64, 4, 2), Configuration(128, 128, 4, 4)
+CURRENT, OTHER, BROKEN = TileSizes(64, 64, 4, 2), TileSizes(128, 64, 4, 2), TileSizes(128, 128, 4, 4)
 
 
-def timer(milliseconds: dict[Configuration, float]):
-    """Pretends that a call takes what its configuration is said to take."""
+def timer(milliseconds: dict[TileSizes, float]):
+    """A timer that returns the given times instead of measuring."""
 
     def time(call) -> float:
         chosen = call()
@@ -22,30 +22,30 @@ def timer(milliseconds: dict[Configuration, float]):
     return time
 
 
-def call() -> Configuration:
+def call() -> TileSizes:
     return tile_sizes.choose("attention_forward", torch.bfloat16, 64)
 
 
-@pytest.mark.parametrize(("faster", "kept"), [(0.5, OTHER), (0.99, STANDING), (2.0, STANDING)])
+@pytest.mark.parametrize(("faster", "kept"), [(0.5, OTHER), (0.99, CURRENT), (2.0, CURRENT)])
 def test_the_fastest_is_kept_if_it_is_clearly_faster(faster, kept):
     choices = iter([OTHER, BROKEN])
-    found, times = tune.fastest("attention_forward", STANDING, choices, call, timer({STANDING: 1.0, OTHER: faster}))
+    found, times = tune.fastest("attention_forward", CURRENT, choices, call, timer({CURRENT: 1.0, OTHER: faster}))
     assert found == kept
-    assert times == {STANDING: 1.0, OTHER: faster}
+    assert times == {CURRENT: 1.0, OTHER: faster}
 
 
-def test_what_cannot_run_here_is_passed_over_even_if_it_stands_in_the_table():
+def test_tile_sizes_that_cannot_run_are_skipped_even_if_they_are_in_the_table():
     found, times = tune.fastest("attention_forward", BROKEN, iter([OTHER]), call, timer({OTHER: 1.0}))
     assert found == OTHER
     assert BROKEN not in times
 
 
-def test_only_the_tuned_kernel_runs_in_the_other_configuration(monkeypatch):
-    monkeypatch.setattr(tile_sizes, "choose", lambda *_: STANDING)
+def test_only_the_tuned_kernel_uses_the_other_tile_sizes(monkeypatch):
+    monkeypatch.setattr(tile_sizes, "choose", lambda *_: CURRENT)
     with tune.using("attention_forward", OTHER):
         assert call() == OTHER
-        assert tile_sizes.choose("decoding_part", torch.bfloat16, 64) == STANDING
-    assert call() == STANDING
+        assert tile_sizes.choose("decoding_part", torch.bfloat16, 64) == CURRENT
+    assert call() == CURRENT
 
 
 def test_candidates_are_tiles_that_the_kernels_take():

@@ -19,17 +19,17 @@ from lm.inference.generator import Event, Generator
 from lm.inference.sampling import Sampling
 from lm.runs.directory import Run
 from lm.serve.app import make_app
-from lm.serve.guard import Door
+from lm.serve.guard import AccessPolicy
 from lm.serve.schema import Limits
 from lm.serve.server import listen, make_server
 from lm.serve.service import Service
 
 POISON = [7, 7, 7]
-LOCAL, FEW = Door(), Limits(concurrent=4)
+LOCAL, FEW = AccessPolicy(), Limits(concurrent=4)
 
 
 class WatchedGenerator(Generator):
-    """Counts what was let go of, and the most texts that one step wrote; fails at one prompt."""
+    """Counts cancellations and the most texts of one step; fails at one prompt."""
 
     cancelled = 0
     most_at_once = 0
@@ -110,7 +110,7 @@ class Served:
         return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
 
     def settle(self) -> None:
-        """Wait until nothing is under way any more."""
+        """Wait until all requests are finished."""
         until = time.monotonic() + 20
         while self.ask("/health").json["requests"] or self.writer.busy:
             assert time.monotonic() < until
@@ -118,11 +118,11 @@ class Served:
 
 
 @contextmanager
-def serve_run(run: Run, door: Door = LOCAL, limits: Limits = FEW) -> Iterator[Served]:
+def serve_run(run: Run, policy: AccessPolicy = LOCAL, limits: Limits = FEW) -> Iterator[Served]:
     checkpoint = run.newest()
     service = WatchedService.open(run, checkpoint, run.load_model(torch.device("cpu"), checkpoint), limits)
     listening = listen("127.0.0.1", 0)
-    server = make_server(make_app(service, door))
+    server = make_server(make_app(service, policy))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -141,18 +141,18 @@ def serve_run(run: Run, door: Door = LOCAL, limits: Limits = FEW) -> Iterator[Se
 
 @pytest.fixture(scope="session")
 def serving() -> Callable[..., Any]:
-    """Serve a run while a block lasts: ``with serving(run, door, limits) as served``."""
+    """Serve a run for a block: ``with serving(run, policy, limits) as served``."""
     return serve_run
 
 
 @pytest.fixture(scope="session")
 def served(trained: Run) -> Iterator[Served]:
-    """The hybrid run that has learnt a little, served; no test changes it."""
+    """A served hybrid run, trained for 100 steps; no test changes it."""
     with serve_run(trained) as served:
         yield served
 
 
 @pytest.fixture(scope="session")
 def poison() -> list[int]:
-    """A prompt at which the model fails, as if the machine did."""
+    """A prompt at which the model fails, as if the machine had failed."""
     return POISON

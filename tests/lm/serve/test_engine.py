@@ -8,18 +8,18 @@ import pytest
 from data_prep.errors import UserError
 from lm.inference.generator import Event
 from lm.inference.sampling import Sampling
-from lm.serve.engine import Asked, BusyError, Engine, FailedError, StoppedError
+from lm.serve.engine import BusyError, Engine, FailedError, StoppedError, TextRequest
 
 ENDLESS = 10**9
 
 
 class Counting:
-    """A writer that counts: from the prompt's first token up, as many as the second says; at 13 it breaks."""
+    """A generator that counts up from the prompt's first token, as many times as the second; it fails at 13."""
 
     def __init__(self) -> None:
         self.live: dict[int, list[int]] = {}
         self.handles = 0
-        self.steps: list[int] = []  # how many texts each step wrote
+        self.steps: list[int] = []  # how many texts each step continued
         self.cancelled: list[int] = []
 
     def add(self, prompt, sampling) -> int:
@@ -46,8 +46,8 @@ class Counting:
         self.live.pop(handle, None)
 
 
-def run(test: Callable, places: int = 8) -> list[Counting]:
-    """Run a coroutine function of an engine; the writers that the engine made."""
+def run(test: Callable, capacity: int = 8) -> list[Counting]:
+    """Run a test with a new engine; return the generators that the engine made."""
     writers: list[Counting] = []
 
     def make() -> Counting:
@@ -55,20 +55,20 @@ def run(test: Callable, places: int = 8) -> list[Counting]:
         return writers[-1]
 
     async def body() -> None:
-        engine = Engine(make, places)
+        engine = Engine(make, capacity)
         engine.start()
         try:
             await asyncio.wait_for(test(engine), 20)
         finally:
             await engine.close()
-        assert engine.taken == 0
+        assert engine.in_use == 0
 
     asyncio.run(body())
     return writers
 
 
-def counts(*prompts: tuple[int, int]) -> list[Asked]:
-    return [Asked(prompt, Sampling()) for prompt in prompts]
+def counts(*prompts: tuple[int, int]) -> list[TextRequest]:
+    return [TextRequest(prompt, Sampling()) for prompt in prompts]
 
 
 async def written(engine: Engine, *prompts: tuple[int, int]) -> list[str]:
@@ -79,7 +79,7 @@ async def written(engine: Engine, *prompts: tuple[int, int]) -> list[str]:
     return texts
 
 
-def test_each_text_reaches_the_one_who_asked_for_it():
+def test_each_text_reaches_its_own_caller():
     async def test(engine: Engine) -> None:
         results = await asyncio.gather(written(engine, (1, 3), (5, 2)), written(engine, (7, 1)), written(engine))
         assert results == [["1 2 3 ", "5 6 "], ["7 "], []]
@@ -87,54 +87,54 @@ def test_each_text_reaches_the_one_who_asked_for_it():
     run(test)
 
 
-def test_texts_that_are_there_together_are_written_together():
+def test_concurrent_texts_are_generated_in_one_batch():
     async def test(engine: Engine) -> None:
-        started, go_on = asyncio.Event(), asyncio.Event()
-        other = asyncio.create_task(engine.compute(blocking(asyncio.get_running_loop(), started, go_on)))
+        started, resume = asyncio.Event(), asyncio.Event()
+        other = asyncio.create_task(engine.compute(blocking(asyncio.get_running_loop(), started, resume)))
         await started.wait()
         texts = asyncio.gather(*(written(engine, (0, 5)) for _ in range(3)))
         await asyncio.sleep(0)
-        go_on.set()
+        resume.set()
         await asyncio.gather(texts, other)
 
     (writer,) = run(test)
     assert writer.steps == [3] * 5
 
 
-def test_who_leaves_is_not_written_for_any_more():
+def test_an_abandoned_text_is_canceled():
     async def test(engine: Engine) -> None:
         async with engine.write(counts((100, ENDLESS))) as events:
             await anext(events)
-        assert engine.taken == 0
-        assert await written(engine, (1, 1)) == ["1 "]  # the thread goes on, and has let go before
+        assert engine.in_use == 0
+        assert await written(engine, (1, 1)) == ["1 "]  # the thread continues, and has canceled the other first
 
     (writer,) = run(test)
     assert writer.cancelled == [1]
     assert not writer.live
 
 
-def test_who_left_before_a_text_began_costs_nothing():
+def test_a_text_abandoned_before_it_began_is_never_started():
     async def test(engine: Engine) -> None:
-        started, go_on = asyncio.Event(), asyncio.Event()
-        other = asyncio.create_task(engine.compute(blocking(asyncio.get_running_loop(), started, go_on)))
+        started, resume = asyncio.Event(), asyncio.Event()
+        other = asyncio.create_task(engine.compute(blocking(asyncio.get_running_loop(), started, resume)))
         await started.wait()
         async with engine.write(counts((100, ENDLESS))):
             pass
-        go_on.set()
+        resume.set()
         await other
 
     (writer,) = run(test)
     assert writer.handles == 0
 
 
-def blocking(loop: asyncio.AbstractEventLoop, started: asyncio.Event, go_on: asyncio.Event) -> Iterator[int]:
-    """Keeps the engine's thread busy until it is told to go on."""
+def blocking(loop: asyncio.AbstractEventLoop, started: asyncio.Event, resume: asyncio.Event) -> Iterator[int]:
+    """Keep the engine's thread busy until ``resume`` is set."""
     loop.call_soon_threadsafe(started.set)
-    asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result()
+    asyncio.run_coroutine_threadsafe(resume.wait(), loop).result()
     yield 1
 
 
-def test_a_failing_model_fails_those_who_wait_for_it_and_nobody_after_them(capsys):
+def test_a_failing_model_fails_the_active_requests_and_none_after_them(capsys):
     async def test(engine: Engine) -> None:
         results = await asyncio.gather(written(engine, (11, 9)), written(engine, (20, ENDLESS)), return_exceptions=True)
         assert [type(result) for result in results] == [FailedError, FailedError]
@@ -144,7 +144,7 @@ def test_a_failing_model_fails_those_who_wait_for_it_and_nobody_after_them(capsy
     assert "RuntimeError: thirteen" in capsys.readouterr().err
 
 
-def test_a_mistake_is_told_to_who_made_it_alone():
+def test_a_mistake_is_reported_only_to_its_own_caller():
     async def test(engine: Engine) -> None:
         other = asyncio.create_task(written(engine, (20, 50)))
         with pytest.raises(UserError, match="nothing to count"):
@@ -154,7 +154,7 @@ def test_a_mistake_is_told_to_who_made_it_alone():
     run(test)
 
 
-def test_no_more_is_taken_than_there_are_places_and_places_come_back():
+def test_no_more_than_the_capacity_is_accepted_and_finished_work_frees_it():
     async def test(engine: Engine) -> None:
         async with engine.write(counts((20, ENDLESS), (20, ENDLESS))) as events:
             await anext(events)
@@ -164,10 +164,10 @@ def test_no_more_is_taken_than_there_are_places_and_places_come_back():
             assert await engine.compute(iter([1])) == [1]
         assert await written(engine, (1, 1), (1, 1), (1, 1)) == ["1 "] * 3
 
-    run(test, places=3)
+    run(test, capacity=3)
 
 
-def test_other_work_and_texts_take_turns():
+def test_other_work_and_texts_alternate():
     async def test(engine: Engine) -> None:
         async with engine.write(counts((20, ENDLESS))) as events:
             await anext(events)
@@ -178,7 +178,7 @@ def test_other_work_and_texts_take_turns():
     run(test)
 
 
-def test_work_that_fails_fails_alone(capsys):
+def test_failing_work_affects_no_other(capsys):
     def failing() -> Iterator[int]:
         yield 1
         raise ZeroDivisionError
@@ -198,7 +198,7 @@ def test_work_that_fails_fails_alone(capsys):
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_closing_tells_those_who_still_wait():
+def test_stopping_notifies_waiting_callers():
     async def test(engine: Engine) -> None:
         task = asyncio.create_task(written(engine, (20, ENDLESS)))
         await asyncio.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Who is let in, and what happens to what makes no sense."""
+"""Which requests are admitted, and how malformed ones are refused."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import socket
 import openai
 import pytest
 
-from lm.serve.guard import Door
+from lm.serve.guard import AccessPolicy
 
 GREEDY = {"prompt": "the", "max_tokens": 2}
 
 
 @pytest.fixture(scope="module")
 def kept(trained, serving):
-    """A server with a key, that goes by any name, and lets pages of one other site ask."""
-    with serving(trained, Door(key="sésame", hosts=None, origins=("https://friend.example",))) as served:
+    """A server with a key and any name, which admits the pages of one other site."""
+    with serving(trained, AccessPolicy(key="sésame", hosts=None, origins=("https://friend.example",))) as served:
         yield served
 
 
 @pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "LOCALHOST", "[::1]:8000"])
-def test_a_local_server_goes_by_local_names(served, host):
+def test_a_local_server_answers_to_local_names(served, host):
     assert served.ask("/health", headers={"Host": host}).status == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8000", "", "[::2]", "10.0.0.1:8000"])
-def test_a_local_server_goes_by_no_other_name(served, host):
+def test_a_local_server_answers_to_no_other_name(served, host):
     for path in ("/", "/api/run", "/static/app.js"):
         answer = served.ask(path, headers={"Host": host})
         assert (answer.status, answer.error["code"]) == (403, "unknown_host")
 
 
-def test_only_its_own_page_may_ask(served):
+def test_only_its_own_page_may_send_requests(served):
     def ask(origin: str):
         return served.ask("/v1/completions", GREEDY, {"Origin": origin, "Host": f"localhost:{served.port}"})
 
@@ -48,7 +48,7 @@ def test_only_its_own_page_may_ask(served):
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_pages_that_were_allowed_may_ask_and_read(kept):
+def test_allowed_pages_may_send_requests_and_read_answers(kept):
     headers = {"Origin": "https://friend.example", "Authorization": "Bearer sésame".encode().decode("latin-1")}
     answer = kept.ask("/v1/completions", GREEDY, headers)
     assert answer.status == 200
@@ -60,17 +60,17 @@ def test_pages_that_were_allowed_may_ask_and_read(kept):
 
 
 @pytest.mark.parametrize("given", [None, "Bearer wrong", "Bearer", "sesame", "Basic sésame", "Bearer sésam"])
-def test_with_a_key_nothing_is_told_without_it(kept, given):
+def test_nothing_is_revealed_without_the_key(kept, given):
     headers = {} if given is None else {"Authorization": given.encode().decode("latin-1")}
     for path, body in (("/v1/models", None), ("/api/run", None), ("/api/metrics", None), ("/v1/completions", GREEDY)):
         answer = kept.ask(path, body, headers)
         assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
         assert answer.headers["www-authenticate"] == "Bearer"
-    assert kept.ask("/", headers=headers).status == 200  # the page itself says nothing of the run
+    assert kept.ask("/", headers=headers).status == 200  # the page itself reveals nothing about the run
 
 
-def test_openais_client_is_let_in_by_its_key_and_told_without(trained, serving):
-    with serving(trained, Door(key="sesame")) as served:
+def test_openais_client_is_admitted_with_its_key_and_gets_an_error_without(trained, serving):
+    with serving(trained, AccessPolicy(key="sesame")) as served:
         url = f"{served.url}/v1"
         with openai.OpenAI(base_url=url, api_key="sesame", max_retries=0) as client:
             assert client.completions.create(model="trained", **GREEDY).choices
@@ -91,7 +91,7 @@ def test_every_answer_forbids_what_the_page_does_not_need(served):
         assert "server" not in answer.headers
 
 
-def test_a_body_that_is_too_large_is_refused_and_told(served):
+def test_a_body_that_is_too_large_is_refused_with_an_answer(served):
     limit = served.service.limits.body_bytes
     answer = served.ask("/v1/completions", b'{"prompt": "' + b"a" * limit + b'"}')
     assert (answer.status, answer.error["code"]) == (413, "request_too_large")
@@ -102,7 +102,7 @@ def test_a_body_that_is_too_large_is_refused_and_told(served):
         assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
 
 
-def test_addresses_and_methods_that_are_not_there_are_told_as_the_rest(served):
+def test_unknown_paths_and_methods_get_errors_in_the_same_format(served):
     assert served.ask("/v1/embeddings", {}).error["message"] == "POST /v1/embeddings: not found"
     answer = served.ask("/v1/completions")
     assert (answer.status, answer.headers["allow"]) == (405, "POST")
@@ -125,7 +125,7 @@ def test_noise_is_answered_with_4xx_and_the_server_lives(served):
     assert served.ask("/health").status == 200
 
 
-def test_a_client_that_sends_slowly_holds_up_nobody(served):
+def test_a_slow_client_delays_no_other(served):
     with socket.create_connection(("127.0.0.1", served.port), timeout=20) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
         assert served.ask("/health").json["requests"] == 0

@@ -11,7 +11,7 @@ from lm.inference.scoring import log_likelihoods
 TEXT = "The old miller found a café."
 
 
-def test_filling_is_that_of_the_command_line(served):
+def test_filling_is_the_same_as_in_the_library(served):
     service, text = served.service, "the [MASK] miller found a [MASK]."
     answer = served.ask("/api/fill", {"text": text, "top": 3}).json
     expected = fill_masks(service.model, service.tokenizer, text, "masked_next_token", service.context_length, top=3)
@@ -41,12 +41,12 @@ def test_many_masks_are_filled_in_few_rounds_by_temperature_and_seed(served):
         ({"text": "[MASK]", "rounds": 33}, "from 1 to 32"),
         ({"text": "no masks"}, "nothing to fill"),
         ({"text": "[MASK]" * 40}, "reads at most 32"),
-        ({}, '"text" must be a text'),
+        ({}, '"text" must be a string'),
         ({"text": "[MASK]", "top": 0}, '"top" must be a whole number'),
         ({"txt": "[MASK]"}, 'did you mean "text"'),
     ],
 )
-def test_what_cannot_be_filled_is_told(served, body, words):
+def test_invalid_requests_to_fill_are_reported(served, body, words):
     answer = served.ask("/api/fill", body)
     assert answer.status == 400
     assert words in answer.error["message"]
@@ -65,14 +65,14 @@ def test_probabilities_by_each_readout_add_up_to_the_score(served):
         assert all(len(one["alternatives"]) == 4 and one["rank"] >= 1 for one in each)
 
 
-def test_one_readout_can_be_asked_for_and_nothing_has_none(served):
+def test_one_readout_can_be_requested_and_an_empty_text_has_no_tokens(served):
     answer = served.ask("/api/probabilities", {"text": "", "readout": "next_token"}).json
     assert answer == {"tokens": [], "readouts": {"next_token": []}}
     answer = served.ask("/api/probabilities", {"text": "a", "readout": "masked_token"})
     assert "must be one of next_token, masked_next_token" in answer.error["message"]
 
 
-def test_a_run_that_only_writes_says_so(small, quietly, tmp_path, serving):
+def test_a_run_that_cannot_fill_masks_says_so(small, quietly, tmp_path, serving):
     run = quietly(small.replace(objective="next_token", steps=2), tmp_path / "writer")
     with serving(run) as served:
         answer = served.ask("/api/fill", {"text": "a [MASK]"})
@@ -89,7 +89,7 @@ def test_the_run_is_described(served, trained):
     assert about["settings"]["hidden_size"] == 32
 
 
-def test_metrics_come_as_they_are_in_the_file(served, trained):
+def test_metrics_are_those_of_the_file(served, trained):
     answer = served.ask("/api/metrics").json
     assert answer["lines"] == list(trained.metrics())
     again = served.ask(f"/api/metrics?from={answer['next']}&file={answer['file']}").json

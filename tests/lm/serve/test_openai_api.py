@@ -1,4 +1,4 @@
-"""OpenAI's own client, and plain HTTP, against a server that really runs."""
+"""OpenAI's client, and plain HTTP, against a running server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lm.serve.engine import _Job
 from lm.serve.schema import Limits
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
-ENDLESS = {"temperature": 0, "repetition_penalty": 0.5}  # says the same again and again
+ENDLESS = {"temperature": 0, "repetition_penalty": 0.5}  # repeats itself endlessly
 HELLO = [{"role": "user", "content": "the old miller"}]
 
 
@@ -36,12 +36,12 @@ def client(served):
 
 
 def alone(service, prompt: str, **settings) -> str:
-    """What the generator writes when nobody else is there."""
+    """What the generator writes without other requests."""
     events = stream(service.model, service.tokenizer, prompt, Sampling(**settings), service.context_length)
     return "".join(event.text for event in events)
 
 
-def test_a_completion_is_what_the_generator_writes(client, served):
+def test_a_completion_is_the_text_of_the_generator(client, served):
     answer = client.completions.create(model="trained", prompt="the captain", **GREEDY)
     assert answer.object == "text_completion"
     assert answer.model == "trained"
@@ -117,11 +117,11 @@ def test_echo_goes_on_with_what_is_written(client):
 
 def test_log_probabilities_of_what_is_written_are_the_models(client):
     choice = client.completions.create(model="trained", prompt="the captain", logprobs=3, **GREEDY).choices[0]
-    told = choice.logprobs
-    assert "".join(told.tokens) == choice.text
-    for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+    logprobs = choice.logprobs
+    assert "".join(logprobs.tokens) == choice.text
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert top[token] == logprob == max(top.values())  # greedy: the likeliest
-    assert told.text_offset[0] == len("the captain")
+    assert logprobs.text_offset[0] == len("the captain")
 
 
 def test_a_chat_is_the_continuation_of_its_rendering(client, served):
@@ -152,12 +152,12 @@ def test_a_chat_without_a_limit_ends_where_the_context_does(client, served):
     answer = client.chat.completions.create(model="trained", messages=HELLO, temperature=0.0, logprobs=True)
     prompt = answer.usage.prompt_tokens
     assert answer.usage.completion_tokens <= served.service.context_length - 1 - prompt
-    told = answer.choices[0].logprobs.content
-    assert b"".join(bytes(one.bytes) for one in told).decode().startswith(answer.choices[0].message.content)
-    assert all(one.logprob <= 0 for one in told)
+    logprobs = answer.choices[0].logprobs.content
+    assert b"".join(bytes(one.bytes) for one in logprobs).decode().startswith(answer.choices[0].message.content)
+    assert all(one.logprob <= 0 for one in logprobs)
 
 
-def test_a_run_with_its_own_template_chats_by_it(served, trained, serving, tmp_path):
+def test_a_run_with_its_own_template_uses_it(served, trained, serving, tmp_path):
     run = shutil.copytree(trained.path, tmp_path / "own")
     (run / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %} and")
     with serving(open_run(run)) as own:
@@ -174,7 +174,7 @@ def test_models_are_listed(client):
         client.models.retrieve("gpt")
 
 
-def test_the_client_gets_its_own_kinds_of_errors(client):
+def test_the_client_raises_its_own_exceptions(client):
     def create(**changes):
         return client.completions.create(**{"model": "trained", "prompt": "a", **changes})
 
@@ -195,7 +195,7 @@ def test_the_client_gets_its_own_kinds_of_errors(client):
         client.chat.completions.create(model="trained", messages=[{"role": "user", "content": "word " * 100}])
 
 
-def test_a_run_that_only_fills_says_so(small, quietly, tmp_path, serving):
+def test_a_run_that_cannot_continue_text_says_so(small, quietly, tmp_path, serving):
     run = quietly(small.replace(objective="masked_token", steps=2), tmp_path / "masks")
     with serving(run) as served:
         for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": HELLO})):
@@ -240,7 +240,7 @@ def test_two_hundred_requests_at_once_are_all_answered(trained, serving):
         served.settle()
 
 
-def test_beyond_the_limit_requests_are_told_to_come_again(trained, serving):
+def test_requests_beyond_the_limit_are_refused_with_429(trained, serving):
     with serving(trained, limits=Limits(concurrent=1, waiting=1)) as served:
 
         async def together() -> list[int]:
@@ -257,7 +257,7 @@ def test_beyond_the_limit_requests_are_told_to_come_again(trained, serving):
 
 
 def hang_up(served, streamed: bool, texts: int = 1) -> None:
-    """Ask for long texts, wait until they are being written, and hang up."""
+    """Request long texts, wait until they are being generated, and disconnect."""
     data = json.dumps({"prompt": "the", "max_tokens": 2048, "n": texts, "stream": streamed, **ENDLESS}).encode()
     with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
         connection.sendall(
@@ -273,7 +273,7 @@ def hang_up(served, streamed: bool, texts: int = 1) -> None:
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_hangs_up_is_not_written_for(served, streamed):
+def test_the_text_of_a_client_that_disconnects_is_canceled(served, streamed):
     served.settle()
     before = served.writer.cancelled
     hang_up(served, streamed, texts=2)
@@ -284,7 +284,7 @@ def test_a_client_that_hangs_up_is_not_written_for(served, streamed):
     served.settle()
 
 
-def test_nothing_is_left_behind_by_clients_that_misbehave(served):
+def test_misbehaving_clients_leave_nothing_behind(served):
     served.settle()
     for number in range(20):
         hang_up(served, streamed=number % 2 == 0)
@@ -299,7 +299,7 @@ def test_nothing_is_left_behind_by_clients_that_misbehave(served):
     assert served.ask("/health").json == {"status": "ok", "requests": 0, "places": served.service.places}
 
 
-def test_a_model_that_fails_is_told_of_and_serves_on(served, poison, capfd):
+def test_after_a_failure_of_the_model_the_server_answers_again(served, poison, capfd):
     for streamed in (False, True):
         answer = served.ask("/v1/completions", {"prompt": poison, "stream": streamed})
         assert (answer.status, answer.error["type"]) == (500, "server_error")
@@ -327,7 +327,7 @@ def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(trained, serving,
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_what_does_not_finish_in_time_is_told_that_the_server_ends(trained, serving, monkeypatch, streamed, caplog):
+def test_requests_that_do_not_finish_in_time_get_an_error(trained, serving, monkeypatch, streamed, caplog):
     monkeypatch.setattr(server, "SECONDS_TO_FINISH", 0.1)
     limits = Limits(new_tokens=100_000)
     with serving(trained, limits=limits) as served, ThreadPoolExecutor() as threads:
@@ -341,13 +341,15 @@ def test_what_does_not_finish_in_time_is_told_that_the_server_ends(trained, serv
         while not served.writer.busy:
             time.sleep(0.001)
         served.stop()
-        told = answer.result(30)
-    assert told.status == (200 if streamed else 503)
-    error = json.loads(told.body.decode().split("\n\n")[-2].removeprefix("data: ") if streamed else told.body)["error"]
-    assert error["message"] == "the server is going down"
+        ended = answer.result(30)
+    assert ended.status == (200 if streamed else 503)
+    error = json.loads(ended.body.decode().split("\n\n")[-2].removeprefix("data: ") if streamed else ended.body)[
+        "error"
+    ]
+    assert error["message"] == "the server is shutting down"
     assert "Traceback" not in caplog.text
 
 
 def test_probabilities_are_probabilities(client):
-    told = client.completions.create(model="trained", prompt="the", max_tokens=5, logprobs=20).choices[0].logprobs
-    assert all(sum(map(math.exp, top.values())) <= 1.0001 for top in told.top_logprobs)
+    logprobs = client.completions.create(model="trained", prompt="the", max_tokens=5, logprobs=20).choices[0].logprobs
+    assert all(sum(map(math.exp, top.values())) <= 1.0001 for top in logprobs.top_logprobs)

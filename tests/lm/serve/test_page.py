@@ -1,4 +1,4 @@
-"""The page needs no network, runs nothing that is not its own file, and puts nothing from outside in as markup."""
+"""The page needs no network, runs only its own files, and inserts foreign content only as text."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_the_page_is_served_with_all_its_files(served):
         assert answer.headers["content-type"].startswith(kinds[path.suffix])
 
 
-def test_everything_that_is_referred_to_is_there():
+def test_every_referenced_file_exists_and_no_other():
     referred = [value for _, each in ELEMENTS for name, value in each.items() if name in ("src", "href")]
     for path in SCRIPTS:
         referred += [f"static/{name}" for name in re.findall(r'from "\./([\w.]+)"', path.read_text(encoding="utf-8"))]
     assert {name.removeprefix("static/") for name in referred} | {"index.html"} == {path.name for path in FILES}
 
 
-def test_nothing_is_inline_that_the_policy_forbids():
+def test_nothing_that_the_policy_forbids_is_inline():
     for tag, attributes in ELEMENTS:
         assert tag != "style"
         assert tag != "script" or "src" in attributes
@@ -54,7 +54,7 @@ def test_nothing_is_inline_that_the_policy_forbids():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_no_file_needs_another_machine(path):
+def test_no_file_refers_to_another_server(path):
     text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
     assert "http:" not in text
     assert "https:" not in text
@@ -64,14 +64,14 @@ def test_no_file_needs_another_machine(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_what_comes_from_outside_is_put_in_as_text(path):
+def test_foreign_content_is_inserted_as_text(path):
     text = path.read_text(encoding="utf-8")
-    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "srcdoc"):
-        assert way not in text
+    for method in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "srcdoc"):
+        assert method not in text
     assert not re.search(r'setAttribute\(\s*"(on|style|src|href)', text)
 
 
-def test_what_scripts_and_labels_name_is_on_the_page():
+def test_every_id_in_scripts_and_labels_is_on_the_page():
     for path in SCRIPTS:
         named = re.findall(r'(?:\$|say)\("([\w-]+)"', path.read_text(encoding="utf-8"))
         assert set(named) <= IDS, path.name
@@ -81,7 +81,7 @@ def test_what_scripts_and_labels_name_is_on_the_page():
 
 
 def test_every_field_has_a_label():
-    labelled = {attributes["for"] for tag, attributes in ELEMENTS if tag == "label" and "for" in attributes}
+    labeled = {attributes["for"] for tag, attributes in ELEMENTS if tag == "label" and "for" in attributes}
     within = set(re.findall(r'<label>[^<]*(?:<output[^>]*></output>)?\s*<input[^>]* id="(\w+)"', HTML))
     fields = {attributes["id"] for tag, attributes in ELEMENTS if tag in ("input", "textarea")}
-    assert fields == labelled | within
+    assert fields == labeled | within

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.inference.sampling import Sampling
-from lm.serve.schema import ApiError, Limits, of_choice, parse_json, read_chat, read_completion, tokens_of
+from lm.serve.schema import ApiError, Limits, choice_sampling, parse_json, prompt_tokens_of, read_chat, read_completion
 
 LIMITS = Limits(new_tokens=500)
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -23,14 +23,14 @@ def refused(read, body) -> ApiError:
 def test_defaults_are_openais():
     asked = read_completion({"prompt": "a"}, LIMITS)
     assert (asked.prompts, asked.max_tokens, asked.echo) == (["a"], 16, False)
-    wishes, sampling = asked.wishes, asked.wishes.sampling
-    assert (wishes.model, wishes.choices, wishes.stream, wishes.include_usage) == (None, 1, False, False)
+    options, sampling = asked.options, asked.options.sampling
+    assert (options.model, options.choices, options.stream, options.include_usage) == (None, 1, False, False)
     assert sampling == Sampling(temperature=1.0, max_new_tokens=16, seed=sampling.seed)
-    assert read_completion({"prompt": "a"}, LIMITS).wishes.sampling.seed != sampling.seed
+    assert read_completion({"prompt": "a"}, LIMITS).options.sampling.seed != sampling.seed
     assert read_chat(HELLO, LIMITS).max_tokens is None
 
 
-def test_everything_that_is_asked_for_arrives():
+def test_every_field_is_read():
     body = {
         "prompt": ["a", "b"],
         "max_tokens": 7,
@@ -52,12 +52,12 @@ def test_everything_that_is_asked_for_arrives():
         "model": "m",
     }
     asked = read_completion(body, LIMITS)
-    assert asked.wishes.sampling == Sampling(0.0, 4, 0.5, 0.25, 0.75, 2.0, 1.5, -1.0, 7, ("x",), 5, 3)
-    assert (asked.wishes.choices, asked.wishes.stream, asked.wishes.include_usage) == (2, True, True)
-    assert (asked.prompts, asked.echo, asked.wishes.model) == (["a", "b"], True, "m")
+    assert asked.options.sampling == Sampling(0.0, 4, 0.5, 0.25, 0.75, 2.0, 1.5, -1.0, 7, ("x",), 5, 3)
+    assert (asked.options.choices, asked.options.stream, asked.options.include_usage) == (2, True, True)
+    assert (asked.prompts, asked.echo, asked.options.model) == (["a", "b"], True, "m")
 
 
-def test_null_is_as_if_it_were_not_there():
+def test_null_counts_as_not_given():
     names = ("max_tokens", "temperature", "stop", "logprobs", "n", "stream", "stream_options", "suffix", "model")
     asked = read_completion({"prompt": "a", "seed": 1} | dict.fromkeys(names), LIMITS)
     assert asked == read_completion({"prompt": "a", "seed": 1}, LIMITS)
@@ -68,18 +68,18 @@ def test_chat_reads_parts_and_old_and_new_names():
     asked = read_chat({"messages": [message], "max_completion_tokens": 5, "logprobs": True}, LIMITS)
     assert asked.messages == [{"role": "system", "content": "ab"}]
     assert asked.max_tokens == 5
-    assert asked.wishes.sampling.logprobs == 0
+    assert asked.options.sampling.logprobs == 0
     assert read_chat(HELLO | {"max_tokens": 6}, LIMITS).max_tokens == 6
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prompt": None}, "must be a text, a list of texts"),
-        ({"prompt": []}, "must be a text, a list of texts"),
-        ({"prompt": [1, "a"]}, "must be a text, a list of texts"),
-        ({"prompt": [[1], []]}, "must be a text, a list of texts"),
-        ({"prompt": [True]}, "must be a text, a list of texts"),
+        ({"prompt": None}, "must be a string, a list of strings"),
+        ({"prompt": []}, "must be a string, a list of strings"),
+        ({"prompt": [1, "a"]}, "must be a string, a list of strings"),
+        ({"prompt": [[1], []]}, "must be a string, a list of strings"),
+        ({"prompt": [True]}, "must be a string, a list of strings"),
         ({"max_tokens": 0}, "from 1 to 500, not 0"),
         ({"max_tokens": 501}, "from 1 to 500, not 501"),
         ({"max_tokens": True}, "whole number"),
@@ -94,15 +94,15 @@ def test_chat_reads_parts_and_old_and_new_names():
         ({"stop": ["a"] * 17}, "at most 16"),
         ({"seed": 2**63}, "whole number"),
         ({"logprobs": 21}, "from 0 to 20"),
-        ({"model": 3}, "must be a text"),
+        ({"model": 3}, "must be a string"),
         ({"stream_options": 3}, "must be an object"),
-        ({"stream_options": {"include_usag": True}}, '"stream_options.include_usag" is not known: did you mean'),
+        ({"stream_options": {"include_usag": True}}, '"stream_options.include_usag" is unknown: did you mean'),
         ({"max_tokns": 5}, 'did you mean "max_tokens"'),
         ({"logit_bias": {"5": 1}}, "not supported"),
         ({"best_of": 2}, "not supported"),
     ],
 )
-def test_what_cannot_be_is_named(change, words):
+def test_invalid_fields_are_named(change, words):
     error = refused(read_completion, {"prompt": "a"} | change)
     assert words in error.message
     assert error.param == next(iter(change)) or error.param.startswith("stream_options.")
@@ -116,23 +116,26 @@ def test_what_cannot_be_is_named(change, words):
         ({"messages": []}, "at least one"),
         ({"messages": ["a"]}, '"messages[0]" must be an object'),
         ({"messages": [{"role": "tool", "content": "a"}]}, '"messages[0].role" must be system, user or assistant'),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, '"messages[0].content" must be a text'),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, '"messages[0].content" must be a text'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            '"messages[0].content" must be a string',
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, '"messages[0].content" must be a string'),
         (HELLO | {"top_logprobs": 2}, 'needs "logprobs"'),
         (HELLO | {"logprobs": 2}, "true or false"),
         (HELLO | {"tools": [{}]}, "not supported"),
     ],
 )
-def test_what_cannot_be_in_a_chat_is_named(body, words):
+def test_invalid_fields_of_a_chat_are_named(body, words):
     assert words in refused(read_chat, body).message
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     error = refused(read_completion, {"prompt": 1, "n": "x", "stream": "yes", "what": 1})
     assert all(f'"{name}"' in error.message for name in ("prompt", "n", "stream", "what"))
 
 
-def test_fields_that_ask_for_nothing_are_taken():
+def test_unsupported_fields_that_request_nothing_are_accepted():
     nothing = {"user": "me", "best_of": 1, "logit_bias": {}, "suffix": ""}
     assert read_completion({"prompt": "a", "seed": 1} | nothing, LIMITS) == read_completion(
         {"prompt": "a", "seed": 1}, LIMITS
@@ -140,10 +143,10 @@ def test_fields_that_ask_for_nothing_are_taken():
     assert read_chat(HELLO | {"response_format": {"type": "text"}, "tools": [], "metadata": {"a": "b"}}, LIMITS)
 
 
-def test_choices_have_seeds_of_their_own_and_the_first_the_one_asked_for():
+def test_choices_have_different_seeds_and_the_first_the_requested_one():
     sampling = Sampling(seed=2**63 - 1)
-    assert [of_choice(sampling, number).seed for number in range(3)] == [2**63 - 1, 0, 1]
-    assert read_completion({"prompt": "a", "seed": -1}, LIMITS).wishes.sampling.seed == 2**63 - 1
+    assert [choice_sampling(sampling, number).seed for number in range(3)] == [2**63 - 1, 0, 1]
+    assert read_completion({"prompt": "a", "seed": -1}, LIMITS).options.sampling.seed == 2**63 - 1
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def test_choices_have_seeds_of_their_own_and_the_first_the_one_asked_for():
     ],
     ids=lambda body: repr(body[:12]),
 )
-def test_what_is_no_json_object_is_refused(body):
+def test_what_is_not_a_json_object_is_refused(body):
     with pytest.raises(ApiError) as caught:
         parse_json(body)
     assert caught.value.status == 400
@@ -186,7 +189,7 @@ MESSAGES = st.lists(st.fixed_dictionaries({"role": VALUES | st.just("user"), "co
     messages=MESSAGES,
     options=VALUES,
 )
-def test_no_json_does_more_harm_than_a_refusal(body, messages, options):
+def test_any_json_is_parsed_or_refused(body, messages, options):
     for read, more in ((read_completion, {}), (read_chat, {"messages": messages, "stream_options": options})):
         try:
             read({**body, **more}, LIMITS)
@@ -197,14 +200,14 @@ def test_no_json_does_more_harm_than_a_refusal(body, messages, options):
 
 def test_prompts_longer_than_the_context_and_unknown_ids_are_refused(trained):
     tokenizer = trained.tokenizer
-    assert list(tokens_of("The captain", tokenizer, 32, "prompt")) == tokenizer.encode("The captain")
-    assert tokens_of([1] * 31, tokenizer, 32, "prompt") == [1] * 31
+    assert list(prompt_tokens_of("The captain", tokenizer, 32, "prompt")) == tokenizer.encode("The captain")
+    assert prompt_tokens_of([1] * 31, tokenizer, 32, "prompt") == [1] * 31
     with pytest.raises(ApiError, match="has 32 tokens; this model reads at most 31") as caught:
-        tokens_of([1] * 32, tokenizer, 32, "prompt")
+        prompt_tokens_of([1] * 32, tokenizer, 32, "prompt")
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(ApiError, match="has more than 32 tokens; this model reads at most 31") as caught:
-        tokens_of("The captain " * 1000, tokenizer, 32, "prompt")
+        prompt_tokens_of("The captain " * 1000, tokenizer, 32, "prompt")
     assert caught.value.code == "context_length_exceeded"
-    for strange in (-1, tokenizer.vocab_size):
-        with pytest.raises(ApiError, match=f"token id {strange}"):
-            tokens_of([1, strange], tokenizer, 32, "prompt")
+    for invalid in (-1, tokenizer.vocab_size):
+        with pytest.raises(ApiError, match=f"token id {invalid}"):
+            prompt_tokens_of([1, invalid], tokenizer, 32, "prompt")
