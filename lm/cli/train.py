@@ -139,10 +139,10 @@ def _like(run: str) -> Config:
 
 def _print_plan(config: Config, run_path: Path, as_json: bool) -> None:
     from lm.training.plan import plan_run
-    from lm.training.trainer import told_memory
+    from lm.training.trainer import explain_out_of_memory
 
     saved = run_path / "config.toml"
-    with told_memory():
+    with explain_out_of_memory():
         plan = plan_run(config, load_config(saved) if saved.is_file() else None)
     if as_json:
         click.echo(json.dumps(plan.as_dict()))

@@ -1,6 +1,6 @@
-"""One dataset, or several with weights, as a run sees them: one tokenizer, weighted training texts, one validation.
+"""The corpora of a run: one dataset, or several with weights, that share a tokenizer and are validated as one.
 
-A run names them as ``PATH`` or ``PATH@WEIGHT``. A weight is a share of the training rows, whatever the sizes.
+A run names them as ``PATH`` or ``PATH@WEIGHT``. Weights are shares of the training rows, independent of the sizes.
 """
 
 from __future__ import annotations
@@ -101,17 +101,17 @@ class Corpora:
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Read everything; raises ``UserError`` at the first file that is not what it was when it was built."""
+        """Read everything; raise a UserError at the first file that has changed since the build."""
         for dataset in self.datasets:
             dataset.verify()
 
     def split(self, name: str) -> Split | JoinedSplit:
-        """The split called ``train`` or ``validation``, one dataset's after the other's."""
+        """The split ``train`` or ``validation``, the datasets one after another."""
         parts = [dataset.split(name) for dataset in self.datasets]
         return parts[0] if len(parts) == 1 else JoinedSplit(parts)
 
     def training_texts(self) -> list[Text]:
-        """What takes turns in training: each dataset, or its sources where the manifest gives them unequal weights."""
+        """The corpora that share the training rows: the datasets, or the sources if their weights differ."""
         texts = []
         for dataset, weight in zip(self.datasets, self.weights, strict=True):
             split, spans = dataset.split("train"), dataset.split("train").source_spans
@@ -126,10 +126,10 @@ class Corpora:
 
 
 def open_corpora(data: Sequence[str]) -> Corpora:
-    """Open what the setting ``data`` names. Looks at sizes and headers only.
+    """Open the datasets of the setting ``data``, reading sizes and headers only.
 
     Raises:
-        UserError: nothing is named, or a dataset is missing, incomplete or made with another tokenizer.
+        UserError: no dataset is named, or one is missing, incomplete or made with another tokenizer.
     """
     if not any(data):
         raise UserError("no data: name a folder of token shards with --data (python -m data_prep build makes one)")
@@ -138,10 +138,10 @@ def open_corpora(data: Sequence[str]) -> Corpora:
 
 
 def with_vocabulary(config: Config, corpora: Corpora) -> Config:
-    """``config`` with the size of its vocabulary known: as asked, else that of the data's tokenizer.
+    """``config`` with its vocabulary size: the setting, or else that of the data's tokenizer.
 
     Raises:
-        UserError: less was asked for than the tokenizer has.
+        UserError: the setting is smaller than the tokenizer's vocabulary.
     """
     asked = config.model.vocab_size
     if asked and asked < corpora.vocab_size:

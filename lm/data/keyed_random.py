@@ -1,6 +1,6 @@
-"""Randomness by arithmetic: every draw is a function of named integers, never of what was drawn before.
+"""Keyed random numbers: every draw is a function of named integers, not of earlier draws.
 
-So any row of any step can be made again, on any rank, after any restart.
+So any row of any step can be reproduced, on any rank, after any restart.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _ALL_BITS = (1 << 64) - 1
 
 
 class Stream(IntEnum):
-    """What a draw is for: part of its key, so that no two purposes share their numbers.
+    """What a draw is for. It is part of the key, so that no two purposes share numbers.
 
-    The values are part of what a run is: changed, a run would go on with other draws than it began with.
+    Never change the values: a run would resume with other draws than it started with.
     """
 
     ROW_ORDER = 0
@@ -34,14 +34,14 @@ class Stream(IntEnum):
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit integers, one to one (the finaliser of SplitMix64; Steele, Lea and Flood 2014)."""
+    """Scramble 64-bit integers, one to one (the finalizer of SplitMix64; Steele, Lea and Flood 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def key(*parts: int) -> int:
-    """One 64-bit number from several, for seeding."""
+    """One 64-bit seed from several integers."""
     state = 0
     for part in parts:
         state = (state + _GOLDEN) & _ALL_BITS ^ (part & _ALL_BITS)
@@ -52,12 +52,12 @@ def key(*parts: int) -> int:
 
 
 def uniform(seed: int, rows: NDArray[np.int64], width: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1), (len(rows), width); each row depends on nothing but ``seed`` and its own row number."""
+    """Numbers in [0, 1), (len(rows), width); each row depends on ``seed`` and its row number only."""
     return uniform_at(seed, rows[:, None], np.arange(width))
 
 
 def uniform_at(seed: int, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The numbers that ``uniform`` has at these rows and columns (which are broadcast), without the others."""
+    """The numbers of ``uniform`` at these rows and columns (which are broadcast), computed alone."""
     row_keys = mix(rows.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key(seed)))
     steps = (columns + 1).astype(np.uint64) * np.uint64(_GOLDEN)
     return (mix(row_keys + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,8 +1,8 @@
-"""Which corpus each row of a run comes from: a schedule by arithmetic, so that any row is found directly.
+"""Which corpus each row of a run comes from, computed directly for any row.
 
 The corpora are the leaves of a balanced binary tree. Of n rows that reach a node, round(n × its share) go to the left,
-so each split is at most half a row off, and after any number of rows a corpus is off by at most half the depth of the
-tree: 1/2 row with two corpora, 1 with up to four, 3/2 with up to eight. Nothing accumulates.
+so each split is off by at most half a row, and after any number of rows a corpus is off by at most half the depth of
+the tree: 1/2 row with two corpora, 1 with up to four, 3/2 with up to eight. Errors do not accumulate.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-# Keeps the products below inside 63 bits; a share of a finer fraction is off by less than one row in 2^30.
+# Keeps the products below within 63 bits; a finer share is off by less than one row in 2^30.
 FINEST_SHARE = 2**30
 
 
 class Schedule:
-    """The turns of several corpora, each of a weight above 0."""
+    """How several corpora, each with a weight above 0, share the rows."""
 
     def __init__(self, weights: Sequence[Fraction]) -> None:
         self.shares = [weight / sum(weights) for weight in weights]
 
     def place(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For rows of the run, each row's corpus and how many rows that corpus has had before; both (rows,) int64."""
+        """Each row's corpus, and how many earlier rows came from that corpus; both int64 (rows,)."""
         corpora, places = np.zeros_like(numbers), numbers.copy()
 
         def descend(start: int, stop: int, rows: NDArray[np.int64]) -> None:
-            """Share out ``rows`` (indices into the arguments) among the corpora ``start`` to ``stop``."""
+            """Divide ``rows`` (indices into the arguments) among the corpora ``start`` to ``stop``."""
             corpora[rows] = start
             if stop - start == 1 or not len(rows):
                 return

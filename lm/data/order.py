@@ -1,8 +1,8 @@
 """The order of the data: which rows a step reads, ``f(seed, step)``, by arithmetic alone.
 
-Row g of the run is found without a list. A schedule says which text it comes from and how many rows that text has had
-before (``mixture``; with one text that is g). A keyed permutation per epoch gives the order in which the rows of a
-text are visited. There is no state, so there is nothing to save and nothing to restore.
+A schedule says which corpus row g of the run comes from, and how many rows that corpus has had before
+(``lm.data.mixture``; with one corpus that is g). A keyed permutation per epoch gives the order in which the rows of a
+corpus are visited. There is no state, so there is nothing to save and nothing to restore.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lm.data import keyed_random
 from lm.data.keyed_random import Stream
 from lm.data.mixture import Schedule
 
-# Rows whose order is computed at one time: a permutation costs as much for one number as for hundreds.
+# Rows whose order is computed together: a permutation costs as much for one number as for hundreds.
 BLOCK_ROWS = 4096
 
 
 class Located(NamedTuple):
-    """Rows of the run: which text each comes from, how many rows that text has had before, and its place in the text.
+    """Rows of the run: the corpus of each, how many rows that corpus has had before, and the position in the corpus.
 
     All are int64 (rows,).
     """
@@ -34,22 +34,22 @@ class Located(NamedTuple):
 
 
 class Ordered(Protocol):
-    """What has rows to put in order."""
+    """A corpus, cut into rows."""
 
     per_epoch: int
 
     def places(self, rows: NDArray[np.int64], epoch_key: int) -> NDArray[np.int64]:
-        """Where these rows of an epoch are, int64 like ``rows``."""
+        """Where these rows of an epoch start, int64 like ``rows``."""
         ...
 
 
 class Order:
-    """Which rows of which text the steps of a run read.
+    """Which rows of which corpus the steps of a run read.
 
     Args:
-        texts: what the run reads.
-        schedule: which text each row comes from.
-        batch_rows: rows of a step.
+        texts: the corpora.
+        schedule: which corpus each row comes from.
+        batch_rows: rows per step.
     """
 
     def __init__(self, texts: Sequence[Ordered], schedule: Schedule, seed: int, batch_rows: int) -> None:

@@ -1,9 +1,9 @@
-"""Whole documents packed into rows: which documents, or parts of long ones, share a row of ``context_length`` places.
+"""Packing: which whole documents, or parts of long ones, share a row of ``context_length`` positions.
 
-A document that is longer than a row is cut into fragments of a whole row each and a rest. What is shorter than a row is
+A document longer than a row is cut into fragments of a whole row and a remainder. Everything shorter than a row is
 packed by best-fit decreasing (Johnson 1973; used for language models by Ding et al. 2024, "Fewer truncations improve
-language modeling"): the longest first, each into the row where it leaves the least room. Nothing is cut that fits and
-nothing is left out.
+language modeling"): the longest first, each into the row where it leaves the least room. No document that fits into a
+row is cut, and every token is used.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from data_prep.shards.tokens import Split
 
-# Documents that are packed among themselves: bounds the work at one time, and loses nothing that one could see.
+# Documents that are packed together: bounds the memory, at no visible loss.
 BLOCK_DOCUMENTS = 2**20
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """Row r holds fragments ``first[r]`` to ``first[r + 1]``, of ``lengths`` tokens from ``starts`` in the stream.
 
     All three are flat arrays: ``first`` int64 (rows + 1,), ``starts`` int64 and ``lengths`` int32 (fragments,).
@@ -41,14 +41,14 @@ class Plan:
         return self.first.nbytes + self.starts.nbytes + self.lengths.nbytes
 
 
-def plan_rows(split: Split, start: int, stop: int, context_length: int) -> Plan:
+def plan_rows(split: Split, start: int, stop: int, context_length: int) -> PackingPlan:
     """The plan for the documents of ``split`` between the tokens ``start`` and ``stop``; reads their lengths only."""
     parts = [_plan_block(starts, lengths, context_length) for starts, lengths in _document_blocks(split, start, stop)]
     first, before = [np.zeros(1, dtype=np.int64)], 0
     for part in parts:
         first.append(part.first[1:] + before)
         before += len(part.starts)
-    return Plan(
+    return PackingPlan(
         np.concatenate(first),
         np.concatenate([part.starts for part in parts]),
         np.concatenate([part.lengths for part in parts]),
@@ -77,7 +77,7 @@ def _document_blocks(split: Split, start: int, stop: int) -> Iterator[tuple[NDAr
             return
 
 
-def _plan_block(starts: NDArray[np.int64], lengths: NDArray[np.int64], context_length: int) -> Plan:
+def _plan_block(starts: NDArray[np.int64], lengths: NDArray[np.int64], context_length: int) -> PackingPlan:
     whole, rest = np.divmod(lengths, context_length)
     # Fragments that fill a row: as many of each document as it has.
     of_document = np.repeat(np.arange(len(lengths)), whole)
@@ -89,7 +89,7 @@ def _plan_block(starts: NDArray[np.int64], lengths: NDArray[np.int64], context_l
     rows = best_fit(rests, context_length)
     by_row = np.argsort(rows, kind="stable")
     sizes = np.concatenate([np.ones(len(full_starts), dtype=np.int64), np.bincount(rows)])
-    return Plan(
+    return PackingPlan(
         np.concatenate([[0], np.cumsum(sizes)]),
         np.concatenate([full_starts, rest_starts[by_row]]),
         np.concatenate([np.full(len(full_starts), context_length), rests[by_row]]).astype(np.int32),

@@ -1,4 +1,4 @@
-"""One background thread that makes the next things while the last one is used. It changes nothing but the time."""
+"""A background thread that prepares the next batches while the current one is used; results do not depend on it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Made = TypeVar("Made")
 
 
 class Prefetch(Generic[Made]):
-    """``make(number)`` for each of ``numbers``, in order, ``ahead`` of them ready and one more under way.
+    """``make(number)`` for each of ``numbers``, in order, up to ``ahead`` results ready and one more in progress.
 
-    A context manager and an iterator: the thread starts on entering and has ended on leaving, whatever the reason.
-    An error in ``make`` is raised where its result would have come.
+    A context manager and an iterator: the thread starts on entry and has always ended on exit. An error in ``make`` is
+    raised in place of its result.
     """
 
     def __init__(self, make: Callable[[int], Made], numbers: Iterable[int], *, ahead: int = 2) -> None:
@@ -32,7 +32,7 @@ class Prefetch(Generic[Made]):
                     return
                 self._hand_over((self._make(number),))
             self._hand_over(StopIteration())
-        except BaseException as error:  # carried over to whoever waits for it
+        except BaseException as error:  # raised in the thread that waits for the result
             self._hand_over(error)
 
     def _hand_over(self, result: tuple[Made] | BaseException) -> None:
@@ -47,7 +47,7 @@ class Prefetch(Generic[Made]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._leaving.set()
-        # A put that waits for room goes through now that there is some, and is the thread's last.
+        # A blocked put now goes through, and is the thread's last.
         while not self._ready.empty():
             self._ready.get()
         self._thread.join()
@@ -58,6 +58,6 @@ class Prefetch(Generic[Made]):
     def __next__(self) -> Made:
         result = self._ready.get()
         if isinstance(result, BaseException):
-            self._ready.put(result)  # the thread's last word, however often it is asked
+            self._ready.put(result)  # so that the next call raises it too
             raise result
         return result[0]

@@ -41,7 +41,7 @@ from lm.runs.metrics_log import Best
 from lm.training.distributed import Ranks
 from lm.training.reporter import Reporter
 from lm.training.train_module import TrainModule
-from lm.training.trainer import carry_out
+from lm.training.trainer import fit
 
 
 class Lesson(Protocol):
@@ -91,7 +91,7 @@ def finetune(config: Config, path: Path, reporter: Reporter, *, accept_changes: 
 
     Arguments and errors as of ``lm.training.trainer.train``; ``finetune_config`` makes the settings.
     """
-    done = carry_out(
+    done = fit(
         lambda ranks: Finetuning.open(config, path, ranks),
         config.training,
         path,

@@ -40,12 +40,12 @@ class Objective(Protocol):
         """The batch of a whole optimizer step from its rows (``lm.data.batch.Rows`` for text); called in a thread.
 
         A batch has a length, its rows; ``rows(start, stop)``, a micro-batch; ``every(first, step)``, one rank's share;
-        ``to(device)``; and ``parts``, the named parts of its loss with the number of rows that each is about.
+        ``to(device)``; and ``parts``, the number of rows that a part of its loss is about, where these are not all.
         """
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """Every part of the loss of a micro-batch, scalars by name, also those that no row of it is about.
+        """The loss of a micro-batch, scalars by name: always the same parts, 0 if no row of it is about a part.
 
         The losses of a step's micro-batches, and of all ranks, add up to the step's loss.
         """

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-# torchrun ends all ranks as soon as one has ended: those with nothing to say wait until the one that tells has told.
+# torchrun ends all ranks as soon as one has ended: the silent ones wait until the other has reported.
 LEAVE_AFTER_SECONDS = 1.0
 
 CPU = torch.device("cpu")
 
-# What gloo and the store say when another process is gone; they raise it as plain RuntimeErrors.
+# Messages of gloo and the store when another process is gone; they come as plain RuntimeErrors.
 LOST = ("gloo", "Connection closed", "Connection reset", "Broken pipe")
 
 
@@ -50,7 +50,7 @@ class _Losses(nn.Module):
 
 
 class Ranks:
-    """One process, for which there is nothing to do; ``ManyRanks`` is one of several."""
+    """A single process, which has nothing to exchange; ``ManyRanks`` is one of several."""
 
     rank, world = 0, 1
 
@@ -59,15 +59,15 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes files and talks."""
+        """Whether this is the rank that writes files and messages."""
         return self.rank == 0
 
     def describe(self) -> str:
-        """For the line that says where the run computes; empty in a single process."""
+        """For the line that describes the device; empty in a single process."""
         return ""
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """Do ``work`` on rank 0 only; its result, or its UserError or OSError, is that of every rank."""
+        """Call ``work`` on rank 0 only; every rank returns its result, or raises its UserError or OSError."""
         return work()
 
     def highest(self, value: int) -> int:
@@ -75,7 +75,7 @@ class Ranks:
         return value
 
     def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The sums of small tensors over all ranks, equal on all to the last bit (of several ranks: float64, CPU)."""
+        """The sums of small tensors over all ranks, the same bits on each (several ranks: float64, on the CPU)."""
         return tensors
 
     def spread(self, model: nn.Module, objective: Objective | None) -> None:
@@ -87,7 +87,7 @@ class Ranks:
         return objective.loss(model, batch)
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
-        """Around forward and backward of a micro-batch; ranks need to exchange gradients only after the ``last``."""
+        """Around the passes of a micro-batch; ranks need to exchange gradients only after the ``last``."""
         return nullcontext()
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -95,19 +95,19 @@ class Ranks:
         return tensor
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """The tensor that the ranks' parts make up."""
+        """The whole tensor, put together from the ranks' parts."""
         return tensor
 
     def cut(self, whole: Tensor, like: Tensor) -> Tensor:
-        """This rank's part of a whole tensor, on the device of ``like`` and parted like it."""
+        """This rank's part of a whole tensor, on the device of ``like`` and split like it."""
         return whole.to(like.device)
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors for saving, on rank 0; nothing on the other ranks, all of which take part."""
+        """Whole tensors for saving on rank 0, nothing on the others; all ranks must call it."""
         return dict(tensors)
 
     def map_matrices(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
-        """``function`` of a stack of matrices (n, rows, columns), each computed by one of the ranks."""
+        """``function`` of a stack of matrices (n, rows, columns), each matrix computed by one of the ranks."""
         return function(stack)
 
 
@@ -155,7 +155,7 @@ class ManyRanks(Ranks):
 
     def _replicated(self, losses: _Losses) -> nn.Module:
         replica = nn.parallel.DistributedDataParallel(losses.to(self.device), gradient_as_bucket_view=True)
-        # Gradients are sums, where DDP would average; a lambda, since DDP refuses annotations that are strings.
+        # Gradients are sums, while DDP averages; a lambda, since DDP refuses string annotations.
         replica.register_comm_hook(None, lambda _, bucket: _sum(bucket.buffer()))
         return replica
 
@@ -183,13 +183,13 @@ class ManyRanks(Ranks):
         return self._losses.no_sync()
 
     def local(self, tensor: Tensor) -> Tensor:
-        return tensor.to_local() if _is_parted(tensor) else tensor
+        return tensor.to_local() if _is_split(tensor) else tensor
 
     def whole(self, tensor: Tensor) -> Tensor:
-        return tensor.full_tensor() if _is_parted(tensor) else tensor
+        return tensor.full_tensor() if _is_split(tensor) else tensor
 
     def cut(self, whole: Tensor, like: Tensor) -> Tensor:
-        if not _is_parted(like):
+        if not _is_split(like):
             return super().cut(whole, like)
         from torch.distributed.tensor import distribute_tensor
 
@@ -206,7 +206,7 @@ class ManyRanks(Ranks):
     def map_matrices(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        if not _is_parted(stack):
+        if not _is_split(stack):
             same = DTensor.from_local(stack, self._mesh, [Replicate()], run_check=False)
             return self.local(self.map_matrices(function, same))
         mine = self._exchanged(stack, Shard(0)).to_local()
@@ -221,35 +221,35 @@ class ManyRanks(Ranks):
         return self._exchanged(made, stack.placements[0])
 
     def _exchanged(self, tensor: DTensor, placement: Placement) -> DTensor:
-        """The tensor parted in another way."""
-        if self.device.type == "cpu":  # gloo knows no all-to-all, and torch would warn of doing this
+        """The tensor, split another way."""
+        if self.device.type == "cpu":  # gloo has no all-to-all, and torch would warn about this
             from torch.distributed.tensor import Replicate
 
             tensor = tensor.redistribute(placements=[Replicate()])
         return tensor.redistribute(placements=[placement])
 
 
-def _is_parted(tensor: Tensor) -> TypeGuard[DTensor]:
+def _is_split(tensor: Tensor) -> TypeGuard[DTensor]:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 
 
 def _sum(gradients: Tensor) -> torch.futures.Future[Tensor]:
-    """The sum over ranks, under way."""
+    """The sum over ranks, in progress."""
     work = dist.all_reduce(gradients, async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
 
 @contextmanager
 def joined(settings: TrainingConfig) -> Iterator[Ranks]:
-    """This process as a rank among those that torchrun started; alone, if it did not.
+    """This process as one of the ranks that torchrun started, or as the only one.
 
-    What ends the block ends every rank, but only one of them tells: an error that any rank raises is raised by the
-    first that has it, and the others leave quietly with its exit status.
+    Whatever ends the block ends every rank, but only one of them reports it: the first rank with an error raises it,
+    and the others exit quietly with its status.
 
     Raises:
-        UserError: the device that the settings ask for is not there.
+        UserError: the device of the settings is not available.
         ConnectionError: another rank has died.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -267,7 +267,7 @@ def joined(settings: TrainingConfig) -> Iterator[Ranks]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         yield ManyRanks(device, rank, world, settings.parallel)
         dist.destroy_process_group()
-    except SystemExit:  # all ranks together were asked to stop
+    except SystemExit:  # all ranks were asked to stop together
         dist.destroy_process_group()
         raise
     except UserError:
@@ -281,18 +281,18 @@ def joined(settings: TrainingConfig) -> Iterator[Ranks]:
             raise
         _leave_unless_first(store, rank, MACHINE_ERROR_STATUS)
         raise ConnectionError(
-            "another process of this run has died: the same command goes on from the newest checkpoint"
+            "another process of this run has died: the same command resumes from the newest checkpoint"
         ) from None
 
 
 def leave_unless_first(status: int) -> None:
-    """What ``joined`` does about an error, for one that is met before: only the first rank that meets it goes on."""
+    """Handle an error before ``joined``: return on the first rank that has it, exit with ``status`` on the others."""
     store, rank, _ = _meeting_place()
     _leave_unless_first(store, rank, status)
 
 
 def _meeting_place() -> tuple[dist.Store, int, int]:
-    """The store that all ranks see, this rank, and the world, from torchrun's variables."""
+    """The store shared by all ranks, this rank, and their number, from torchrun's variables."""
     return next(iter(dist.rendezvous("env://")))
 
 
@@ -315,11 +315,11 @@ def _device_of_rank(name: str, here: int) -> torch.device:
 
 
 def _leave_unless_first(store: dist.Store, rank: int, status: int) -> None:
-    """Return on the first rank that comes here; SystemExit with that rank's status on the others."""
+    """Return on the first rank that calls it; raise SystemExit with that rank's status on the others."""
     own = f"{rank} {status}"
     try:
         first = store.compare_set("ended", "", own).decode()
-    except (RuntimeError, OSError):  # the store was the dead process's: better told twice than not at all
+    except (RuntimeError, OSError):  # the store was the dead process's: better to report it twice than not at all
         return
     if first != own:
         time.sleep(LEAVE_AFTER_SECONDS)

@@ -36,7 +36,8 @@ def step_gradients(
     model.zero_grad()
     rows = len(batch)
     at_once = config.data.micro_batch_rows or rows
-    sums = torch.zeros(len(batch.parts), device=ranks.device)
+    names: list[str] = []
+    sums = torch.zeros((), device=ranks.device)
     for first in range(0, rows, at_once):
         part = batch.rows(first, first + at_once)
         if config.model.dropout:
@@ -44,13 +45,14 @@ def step_gradients(
             torch.manual_seed(keyed_random.key(config.training.seed, Stream.DROPOUT, step, in_batch) >> 1)
         with ranks.accumulating(last=first + at_once >= rows):
             with autocast(ranks.device, config.training.precision):
-                losses = torch.stack(list(ranks.losses(objective, model, part.to(ranks.device)).values()))
+                by_name = ranks.losses(objective, model, part.to(ranks.device))
+            names, losses = list(by_name), torch.stack(list(by_name.values()))
             losses.sum().backward()
-        sums += losses.detach()
-    sums, counts = ranks.sum(sums, torch.tensor(list(batch.parts.values())))
+        sums = sums + losses.detach()
+    sums, counts = ranks.sum(sums, torch.tensor([batch.parts.get(name, rows) for name in names]))
     found = {
         name: (loss, count / (rows * ranks.world))
-        for name, loss, count in zip(batch.parts, sums, counts.tolist(), strict=True)
+        for name, loss, count in zip(names, sums, counts.tolist(), strict=True)
         if count
     }
     return {name: loss for name, (loss, _) in found.items()}, {name: share for name, (_, share) in found.items()}
@@ -62,9 +64,9 @@ Part = TypeVar("Part")
 def accumulated(
     model: nn.Module, parts: Sequence[Part], loss: Callable[[nn.Module, Part], Tensor], config: Config, step: int
 ) -> Tensor:
-    """Leave the gradient of a step's loss, the sum over its parts, in the parameters; that sum.
+    """Leave the gradient of a step's loss, the sum over its parts, in the parameters; return that sum.
 
-    Each part draws its dropout from the seed, the step, and its number.
+    Each part draws its dropout from the seed, the step and its number.
     """
     model.zero_grad()
     total = torch.zeros(())

@@ -1,10 +1,10 @@
-"""The memory of a training step, counted before it is taken.
+"""The memory of a training step, counted before it runs.
 
     settings -> a step of a model with one layer, and with two, on tensors that have shapes and no memory
              -> bytes that are alive at once, operation by operation -> a line through both, up to all layers
 
-So the count follows whatever the model, its kernels and the optimizer do. It is exact for what PyTorch's allocator is
-asked for, up to the kernels' small working memory (tested against what autograd saves, and against the allocator).
+So the count follows the model, its kernels and the optimizer by itself. It is exact for what PyTorch's allocator is
+asked for, except for the kernels' small working memory (tested against what autograd saves, and the allocator).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lm.training.optimizer import Optimizer
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a step holds, by part; ``activations`` is all that it holds at its peak besides the other three."""
+    """Bytes that a step holds, by part; ``activations`` is everything else at its peak."""
 
     weights: int
     gradients: int
@@ -45,9 +45,9 @@ class StepMemory:
 
 
 def step_memory(config: Config, rows: int, device: torch.device) -> StepMemory:
-    """The memory of an optimizer step in micro-batches of ``rows`` rows, of a model whose vocabulary is known.
+    """The memory of an optimizer step in micro-batches of ``rows`` rows, for a model with a known vocabulary.
 
-    Counted as PyTorch's own operations would need it; Triton's kernels on a GPU save a little less.
+    Counted for PyTorch's own operations; Triton's kernels on a GPU save a little less.
     """
     low_precision = isinstance(autocast(device, config.training.precision), torch.autocast)
     shape = DataConfig(context_length=config.data.context_length, batch_tokens=config.data.batch_tokens)
@@ -68,7 +68,7 @@ def _counted(config: Config, rows: int, device: str, low_precision: bool) -> Ste
 
 @dataclass(frozen=True)
 class _Peaks:
-    """Bytes of the parts, and the most that is alive in the passes and while the weights are updated."""
+    """Bytes of the parts, and the peaks during the passes and the update of the weights."""
 
     weights: int
     gradients: int
@@ -103,12 +103,12 @@ def _simulated(config: Config, rows: int, device: str, low_precision: bool) -> _
         optimizer.clip()
         optimizer.step(1.0)
         after = live.now - gradients
-        # What the first update adds to the optimizer's state is there during the passes of all later steps.
+        # The optimizer state of the first update exists during the passes of all later steps.
         return _Peaks(weights, gradients, after - weights, passes + after - early, live.peak)
 
 
 def _parts(config: Config, rows: int) -> dict[str, int]:
-    """Rows of each kind in the micro-batch that has the most to hold: one with both kinds, if there is one."""
+    """Rows of each part in the largest micro-batch: one with both kinds of rows, if there is one."""
     if len(config.readouts) == 1:
         return {config.readouts[0]: rows}
     whole = config.data.batch_rows
@@ -117,7 +117,7 @@ def _parts(config: Config, rows: int) -> dict[str, int]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive while it is entered, ``now`` and at the ``peak``."""
+    """While entered, counts the bytes of live storages, ``now`` and at the ``peak``."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen: dict[int, weakref.ref[Any]] = {}
 
     def restart(self) -> None:
-        """Begin a new peak."""
+        """Start a new peak."""
         self.peak = self.now
 
     def __torch_dispatch__(

@@ -1,4 +1,4 @@
-"""Pretraining, as the work that ``lm.training.trainer`` carries out: learn an objective from corpora of tokens."""
+"""Pretraining: learn an objective from corpora of tokens."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ from lm.training.gradients import step_gradients
 from lm.training.plan import FEWEST_STEPS, make_plan, settle_micro_batch, told_data
 from lm.training.reporter import Reporter
 from lm.training.train_module import TrainModule
-from lm.training.trainer import carry_out
+from lm.training.trainer import fit
 from lm.training.validation import rows_of_validation, validate_readouts
 
 
 class Pretraining(TrainModule[Any]):
-    """Pretraining as a ``TrainModule``, in the run ``path``; ``may_shrink``: its micro-batch was not asked for."""
+    """The ``TrainModule`` of pretraining, for the run ``path``.
+
+    ``may_shrink``: the micro-batch is not a setting of the user's, so it may be made smaller if memory runs out.
+    """
 
     def __init__(self, config: Config, path: Path, corpora: Corpora, ranks: Ranks, *, may_shrink: bool = False) -> None:
         self.config, self.path, self.corpora, self.ranks, self.may_shrink = config, path, corpora, ranks, may_shrink
-        self.start: Path | None = None  # the weights it begins with, if they are another run's
+        self.start: Path | None = None  # the initial weights, if they are another run's
         self.batches = TrainingBatches(corpora, config)
         self.objective: Objective = self.batches.objective
         self.batches.check_ranks(ranks.world)
@@ -42,7 +45,7 @@ class Pretraining(TrainModule[Any]):
 
     @classmethod
     def open(cls, config: Config, path: Path, ranks: Ranks) -> Pretraining:
-        """Open the data and settle what the settings leave open, as one for all ranks; ``path`` is the run directory.
+        """Open the data and decide, for all ranks, what the settings leave open; ``path`` is the run directory.
 
         Raises:
             UserError: the data is missing or damaged, or does not fit the settings.
@@ -55,21 +58,19 @@ class Pretraining(TrainModule[Any]):
         config = ranks.on_main(partial(with_vocabulary, config, corpora))
         before = load_config(path / "config.toml") if (path / "config.toml").is_file() else None
         may_shrink = not config.data.micro_batch_rows and ranks.world == 1
-        work = cls(config, path, corpora, ranks, may_shrink=may_shrink)
+        module = cls(config, path, corpora, ranks, may_shrink=may_shrink)
         if config.training.init_from:
-            work.start = ranks.on_main(work._find_start)
-        work.config = ranks.on_main(partial(settle_micro_batch, config, ranks.device, before))
-        return work
+            module.start = ranks.on_main(module._find_start)
+        module.config = ranks.on_main(partial(settle_micro_batch, config, ranks.device, before))
+        return module
 
     def _find_start(self) -> Path:
-        """The weights to begin with. UserError if the run that has them has another shape or tokenizer."""
+        """The initial weights. UserError if their run has another shape or tokenizer."""
         if kept := kept_base(self.path):
             return kept
         start = open_run(self.config.training.init_from)
         if dataclasses.replace(start.config.model, dropout=0.0) != dataclasses.replace(self.config.model, dropout=0.0):
-            raise UserError(
-                f"{start.path} has a model of another shape: leave the recipe out, and the shape is its own"
-            )
+            raise UserError(f"{start.path} has a model of another shape: without a recipe, its shape is used")
         if start.tokenizer.sha256 != self.processor.sha256:
             raise UserError(
                 f"{self.name} was made with another tokenizer than {start.path}: "
@@ -78,10 +79,10 @@ class Pretraining(TrainModule[Any]):
         return start.plain_weights()
 
     def prepare(self, done: int) -> list[str]:
-        """Plan the run after a dry step on weights that are drawn or read afterwards; fewer rows if memory runs out."""
-        told, training, asked = [], self.config.training, self.config
+        """Plan the run by a dry step, with fewer rows at a time if memory runs out."""
+        lines, training, asked = [], self.config.training, self.config
         if self.start:
-            told.append(f"from the weights of {training.init_from}")
+            lines.append(f"starting from the weights of {training.init_from}")
             self.ranks.on_main(partial(keep_base, self.start, self.path))
         one_model = self.ranks.world == 1 or training.parallel == "ddp"
         self.plan = make_plan(
@@ -97,11 +98,11 @@ class Pretraining(TrainModule[Any]):
         )
         self.config = self.plan.config
         if self.config != asked:
-            told.append(f"memory ran out with {asked.data.micro_batch_rows} rows at a time")
+            lines.append(f"memory ran out with {asked.data.micro_batch_rows} rows at a time")
         if training.compile:
-            told.append("the first step compiles the model, which takes half a minute or so")
-        told += [*self.plan.introduction(self.ranks.describe()), *self.batches.rows.introduction(training.steps)]
-        return told + ([f"this may not fit: {self.plan.obstacle}"] if self.plan.obstacle else [])
+            lines.append("the first step compiles the model, which takes half a minute or so")
+        lines += [*self.plan.introduction(self.ranks.describe()), *self.batches.rows.introduction(training.steps)]
+        return lines + ([f"this may not fit: {self.plan.obstacle}"] if self.plan.obstacle else [])
 
     def model(self) -> Transformer:
         model = Transformer(self.config.model)
@@ -110,7 +111,7 @@ class Pretraining(TrainModule[Any]):
         else:
             model.initialise(self.config.training.seed)
         if self.config.training.compile:
-            warnings.filterwarnings("ignore", "TensorFloat32")  # float32 is what was asked for, or is hardly used
+            warnings.filterwarnings("ignore", "TensorFloat32")  # float32 is what the user asked for, or is hardly used
             model.compile_training()
         return model
 
@@ -141,8 +142,8 @@ class Pretraining(TrainModule[Any]):
         if best.worse != OVERFITTING:
             return ""
         return (
-            f"the validation loss has been rising since step {best.step:,}: the model begins to know its text by "
-            f"heart. That step's checkpoint is kept; more text, dropout or fewer steps would help"
+            f"the validation loss has been rising since step {best.step:,}: the model is overfitting. That step's "
+            f"checkpoint is kept; more text, dropout or fewer steps would help"
         )
 
     def progress(self, steps: int) -> dict[str, float]:
@@ -158,19 +159,19 @@ class Pretraining(TrainModule[Any]):
 
 
 def train(config: Config, path: Path, reporter: Reporter, *, accept_changes: bool = False) -> Run:
-    """Train ``config`` in the run directory ``path``, or go on with the run that is there.
+    """Train ``config`` in the run directory ``path``, or resume the run that is there.
 
-    Under torchrun every process calls it; the first one writes the files and talks to ``reporter``.
+    Under torchrun every process calls it; the first one writes the files and calls ``reporter``.
 
     Args:
-        accept_changes: continue an existing run although settings that shape its training have changed.
+        accept_changes: resume an existing run even if settings that shape its training have changed.
 
     Raises:
-        UserError: the data, the settings and the run directory do not fit together, or the loss is no longer finite.
+        UserError: the data, the settings and the run directory do not fit together, or training diverged for good.
         SystemExit: stopped by SIGINT or SIGTERM (status 130 or 143), with a checkpoint written.
-        OSError: a file could not be written (the disk is full, say); finished checkpoints are untouched.
+        OSError: a file could not be written, for example because the disk is full; finished checkpoints are intact.
     """
-    done = carry_out(
+    done = fit(
         lambda ranks: Pretraining.open(config, path, ranks),
         config.training,
         path,

@@ -1,7 +1,7 @@
-"""The training loop, of pretraining and of fine-tuning: what differs between them is one object, the ``TrainModule``.
+"""The training loop of pretraining and fine-tuning, which differ in one object, the ``TrainModule``.
 
-Nothing in it remembers where it is but the step: batches, learning rates, masking and dropout are functions of the seed
-and the step, so a run that was killed goes on from its newest checkpoint and ends with the same weights.
+The loop's position is the step, nothing else: batches, learning rates, masking and dropout are functions of the seed
+and the step, so a run that was killed resumes from its newest checkpoint and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, Generic
 
 import torch
+from torch import nn
 
 from data_prep.errors import UserError
 from data_prep.files import only_writer_of
@@ -37,7 +38,7 @@ from lm.training.train_module import Batch, TrainModule
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a flag, so that the step ends and is saved; the second one kills."""
+    """Turns the first SIGINT or SIGTERM into a flag, so that the step is finished and saved; the second one kills."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -45,7 +46,7 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         try:
             self.previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: whoever runs this handles signals
+        except ValueError:  # not in the main thread, which then handles signals
             self.previous = {}
         return self
 
@@ -59,21 +60,22 @@ class StopSignal:
             signal.signal(s, handler)
 
 
-def carry_out(
-    open_work: Callable[[Ranks], TrainModule[Any]],
+def fit(
+    open_module: Callable[[Ranks], TrainModule[Any]],
     settings: TrainingConfig,
     path: Path,
     reporter: Reporter,
     *,
     accept_changes: bool = False,
 ) -> Config:
-    """Do a work in the run directory ``path``, or go on with what was begun there; returns its settled settings.
+    """Train a module in the run directory ``path``, or resume the run that is there; return its final settings.
 
-    Arguments and errors as of ``train``; ``open_work`` opens the work for a rank, and writes nothing.
+    Arguments and errors as of ``lm.training.pretraining.train``; ``open_module`` opens the module for a rank, and
+    writes nothing.
     """
-    with joined(settings) as ranks, ExitStack() as held, told_memory():
-        work = open_work(ranks)
-        kernels.describe(ranks.device)  # refuses a KINDLING_KERNELS that cannot be had, before anything is written
+    with joined(settings) as ranks, ExitStack() as held, explain_out_of_memory():
+        module = open_module(ranks)
+        kernels.describe(ranks.device)  # refuses an unavailable KINDLING_KERNELS before anything is written
         trackers.require(settings.trackers)
 
         def begin() -> checkpoint.Checkpoint | None:
@@ -81,18 +83,20 @@ def carry_out(
             path.mkdir(parents=True, exist_ok=True)
             busy = f"another process is training {path}: wait for it, or choose another --run"
             held.enter_context(only_writer_of(path, busy))
-            return open_or_create(work.config, path, work, ranks.device, reporter.note, accept_changes=accept_changes)
+            return open_or_create(
+                module.config, path, module, ranks.device, reporter.note, accept_changes=accept_changes
+            )
 
         if ranks.device.type == "cpu":
             keep_freed_memory()
         start = ranks.on_main(begin)
-        Training(work, path, ranks, reporter if ranks.is_main else NullReporter()).run(start)
-        return work.config
+        Trainer(module, path, ranks, reporter if ranks.is_main else NullReporter()).run(start)
+        return module.config
 
 
 @contextmanager
-def told_memory() -> Iterator[None]:
-    """Tell an allocation that failed, on any device, in one sentence."""
+def explain_out_of_memory() -> Iterator[None]:
+    """Turn an out-of-memory error, on any device, into a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -106,7 +110,7 @@ def told_memory() -> Iterator[None]:
 
 @dataclass
 class State:
-    """All that changes while a run trains, beside weights and optimizer; saved as JSON with every checkpoint."""
+    """Everything that changes while a run trains, besides tensors; saved as JSON with every checkpoint."""
 
     step: int = 0
     interval: Interval = field(default_factory=Interval)
@@ -114,7 +118,10 @@ class State:
     best: Best = field(default_factory=Best)
 
     @classmethod
-    def of(cls, saved: checkpoint.Checkpoint) -> State:
+    def of(cls, saved: checkpoint.Checkpoint | None) -> State:
+        """The state of a checkpoint; None: that of step 0."""
+        if saved is None:
+            return cls()
         parts = saved.state["training"]
         return cls(saved.step, Interval(**parts["interval"]), Ladder(**parts["ladder"]), Best(**parts["best"]))
 
@@ -123,7 +130,7 @@ class State:
 
 
 class StepClock:
-    """Measures steps, and leaves out what lies between them."""
+    """Measures steps, without the time between them."""
 
     def __init__(self) -> None:
         self.steps, self.seconds = 0, 0.0
@@ -136,45 +143,56 @@ class StepClock:
         self.steps += 1
 
     def seconds_per_step(self) -> float:
-        """The mean since it was last asked."""
+        """The mean since the last call."""
         mean = self.seconds / self.steps
         self.steps, self.seconds = 0, 0.0
         return mean
 
 
-class Training(Generic[Batch]):
-    """A run under way: the loop and what it works on."""
+class Trainer(Generic[Batch]):
+    """One run while it trains.
 
-    def __init__(self, work: TrainModule[Batch], path: Path, ranks: Ranks, reporter: Reporter) -> None:
-        self.work, self.path, self.ranks, self.reporter = work, path, ranks, reporter
-        self.folder, self.clock = path / CHECKPOINTS, StepClock()
+    Attributes:
+        model, optimizer, state: what a checkpoint saves, along with the state of the module's objective; set by
+            ``_restore``.
+        log, stop, writer: open while the run trains; set by ``run``.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    state: State
+    log: MetricsLog
+    stop: StopSignal
+    writer: CheckpointWriter
+
+    def __init__(self, module: TrainModule[Batch], path: Path, ranks: Ranks, reporter: Reporter) -> None:
+        self.module, self.path, self.ranks, self.reporter = module, path, ranks, reporter
+        self.folder, self.clock, self.ended = path / CHECKPOINTS, StepClock(), False
 
     @property
     def config(self) -> Config:
-        return self.work.config
+        return self.module.config
 
     def run(self, start: checkpoint.Checkpoint | None) -> None:
-        """Train from the checkpoint ``start`` (None: from nothing) to the last step."""
-        steps, state = self.config.training.steps, State.of(start) if start else State()
-        if state.step >= steps or self.work.should_stop(state.best):
+        """Train from the checkpoint ``start`` (None: from step 0) to the last step."""
+        steps, state = self.config.training.steps, State.of(start)
+        if state.step >= steps or self.module.should_stop(state.best):
             self.reporter.note(f"{self.path} is trained: {state.step:,} of {steps:,} steps are done")
             return
         self._prepare(state.step)
         self._restore(start)
         if self.state.step:
-            self.reporter.note(f"going on at step {self.state.step:,}")
-        followers = []
-        if self.ranks.is_main:
+            self.reporter.note(f"resuming at step {self.state.step:,}")
+        followers, main = [], self.ranks.is_main
+        if main:
             followers = trackers.open_trackers(self.config, self.path, self.state.step, self.reporter.note)
         self.reporter.begin(self.state.step, steps)
         keep = checkpoint.Retention(self.config.training.keep_checkpoints, self.config.training.keep_every)
-        self.ended = False
         try:
-            main = self.ranks.is_main
             with (
                 MetricsLog(self.path / METRICS if main else None, self.state.step, followers) as self.log,
                 StopSignal() as self.stop,
-                CheckpointWriter(self.folder if main else None, keep, self.state.step, self.log.sync) as self.saver,
+                CheckpointWriter(self.folder if main else None, keep, self.state.step, self.log.sync) as self.writer,
             ):
                 while not self.ended:
                     self._train_on()
@@ -182,29 +200,32 @@ class Training(Generic[Batch]):
             self.reporter.end()
 
     def _prepare(self, done: int) -> None:
-        """Have the work get ready, and keep what it settled: a continued run adds up the same sums."""
+        """Let the module get ready, and save the settings that it decided: a resumed run adds up the same sums."""
         asked = self.config
-        told = self.work.prepare(done)
+        lines = self.module.prepare(done)
         if self.config != asked:
             self.config.save(self.path / "config.toml")
-        for sentence in told:
-            self.reporter.note(sentence)
+        for line in lines:
+            self.reporter.note(line)
 
     def _restore(self, saved: checkpoint.Checkpoint | None) -> None:
-        """Weights, optimizer and state of a checkpoint; None: those of step 0, which follow from the seed."""
-        self.model = self.work.model()
+        """Take weights, optimizer and state from a checkpoint; None: those of step 0, which follow from the seed."""
+        objective = self.module.objective
+        self.model = self.module.model()
         if saved is not None:
             load_trained(self.model, saved.model())
-        self.ranks.spread(self.model, self.work.objective)
-        self.optimizer = Optimizer(self.model, self.config.optimizer, self.ranks, self.work.lr_multipliers(self.model))
-        self.state = State()
+        self.ranks.spread(self.model, objective)
+        multipliers = self.module.lr_multipliers(self.model)
+        self.optimizer = Optimizer(self.model, self.config.optimizer, self.ranks, multipliers)
         if saved is not None:
             self.optimizer.load_state(saved.optimizer())
-            self.state = State.of(saved)
+        if objective is not None:
+            objective.restore(self.model, saved.objective() if saved else {})
+        self.state = State.of(saved)
 
     def _train_on(self) -> None:
-        """Steps, until the last one or until the run was taken back and needs its batches again."""
-        with Prefetch(self.work.batch, range(self.state.step, self.config.training.steps)) as upcoming:
+        """Steps, until the last one or until a rollback restarts the batches."""
+        with Prefetch(self.module.batch, range(self.state.step, self.config.training.steps)) as upcoming:
             self.clock.start()
             for batch in upcoming:
                 if not (self._step(batch) and self._after_step()):
@@ -215,28 +236,30 @@ class Training(Generic[Batch]):
                 self.clock.start()
 
     def _step(self, batch: Batch) -> bool:
-        """One optimizer step; False: the run was taken back instead."""
+        """One optimizer step; False: the run was rolled back instead."""
         config, state = self.config, self.state
-        losses, shares = self.work.gradients(self.model, batch, state.step)
+        losses, shares = self.module.gradients(self.model, batch, state.step)
         gradient_norm = self.optimizer.clip()
         loss = sum(float(loss) for loss in losses.values())
         verdict = state.ladder.judge(loss, float(gradient_norm), config.optimizer.spike_threshold)
         if verdict in (Verdict.ROLL_BACK, Verdict.GIVE_UP):
-            self._go_back(verdict)
+            self._roll_back(verdict)
             return False
         if verdict is Verdict.APPLY:
             self.optimizer.step(self._rate(state.step))
+            if self.module.objective is not None:
+                self.module.objective.after_step(self.model, state.step)
             state.interval.add(losses, shares, gradient_norm)
         else:
             state.interval.skipped += 1
-            self._tell(verdict, f"loss {loss:.3f}, gradient norm {float(gradient_norm):.3g}")
+            self._report(verdict, f"loss {loss:.3f}, gradient norm {float(gradient_norm):.3g}")
         state.step += 1
         self.clock.stop()
         return True
 
     def _after_step(self) -> bool:
-        """What is due after a step: a line of the log, a validation, a checkpoint, an end; False as in ``_step``."""
-        self.saver.check()
+        """What is due after a step: a line of the log, a validation, a checkpoint, an end; False as of ``_step``."""
+        self.writer.check()
         training, step = self.config.training, self.state.step
         last, best = step == training.steps, False
         if (step % training.log_every == 0 or last) and self.state.interval.steps:
@@ -244,33 +267,33 @@ class Training(Generic[Batch]):
             self.state.interval = Interval()
         if step % training.validate_every == 0 or last:
             best = self._validate()
-            last = last or self.work.should_stop(self.state.best)
-        # Asked once, so that what is told below is what was saved; a signal to one rank stops all.
+            last = last or self.module.should_stop(self.state.best)
+        # Read once, so that the report below matches what was saved; a signal to one rank stops all.
         stopping = self.ranks.highest(self.stop.received or 0)
         due = (step % training.checkpoint_every == 0 or last) and not self.state.ladder.in_trouble
         wanted = due or best or last
         sound = bool(wanted or stopping) and self._is_finite()
         if wanted and not sound:
-            self._go_back(self.state.ladder.broken())
+            self._roll_back(self.state.ladder.broken())
             return False
         if sound:
             self._save(scheduled=due)
         if stopping and not last:
-            self.saver.wait()
+            self.writer.wait()
             self.reporter.step(step)
             saved = f"step {step:,}, which is saved" if sound else f"step {step:,}, with weights that are not finite"
-            self.reporter.note(f"stopped at {saved}: the same command goes on from the newest checkpoint")
+            self.reporter.note(f"stopped at {saved}: the same command resumes from the newest checkpoint")
             raise SystemExit(128 + stopping)
         self.ended = last
         return True
 
     def _is_finite(self) -> bool:
-        """Whether the weights are, those of all ranks."""
+        """Whether all weights are finite, on all ranks."""
         own = (self.ranks.local(parameter) for parameter in self.model.parameters())
         return not self.ranks.highest(not all(torch.isfinite(tensor).all() for tensor in own))
 
     def _rate(self, step: int) -> float:
-        """Learning rate of a step as a share of its peak."""
+        """The learning rate of a step as a share of its peak."""
         schedule = learning_rate_factor(step, self.config.training.steps, self.config.optimizer)
         return schedule * self.state.ladder.rate
 
@@ -278,10 +301,10 @@ class Training(Generic[Batch]):
         step = self.state.step
         return {
             "step": step,
-            **self.work.progress(step),
+            **self.module.progress(step),
             **self.state.interval.means(),
             "learning_rate": self._rate(step - 1) * self.config.optimizer.learning_rate,
-            **self.work.throughput(self.clock.seconds_per_step()),
+            **self.module.throughput(self.clock.seconds_per_step()),
             "memory_bytes": peak_memory(self.ranks.device),
         }
 
@@ -290,43 +313,44 @@ class Training(Generic[Batch]):
         self.reporter.metrics(line)
 
     def _validate(self) -> bool:
-        """Log a validation; is it the best so far?"""
-        line, judged_by = self.work.validate(self.model)
+        """Log a validation; return True if it is the best so far."""
+        line, score = self.module.validate(self.model)
         self._write({"step": self.state.step, **line})
-        if judged_by is None:
+        if score is None:
             return False
-        improved = self.state.best.add(self.state.step, judged_by)
-        if remark := self.work.remark(self.state.best):
+        improved = self.state.best.add(self.state.step, score)
+        if remark := self.module.remark(self.state.best):
             self.reporter.note(remark)
         return improved
 
     def _save(self, *, scheduled: bool) -> None:
-        """Have a checkpoint written."""
-        self.saver.save(
+        """Hand a checkpoint to the writer."""
+        objective = self.module.objective
+        self.writer.save(
             self.state.step,
             self.ranks.gathered(trained_tensors(self.model)),
             self.ranks.gathered(self.optimizer.state()),
-            {"training": self.state.as_dict(), **fingerprints(self.config, self.work, self.ranks.device)},
+            {"training": self.state.as_dict(), **fingerprints(self.config, self.module, self.ranks.device)},
             scheduled=scheduled,
             best_step=self.state.best.step,
+            objective=self.ranks.gathered(objective.state()) if objective else None,
         )
 
-    def _go_back(self, verdict: Verdict) -> None:
-        """Take the run back to a checkpoint from before the trouble, each time to an earlier one, or end it.
+    def _roll_back(self, verdict: Verdict) -> None:
+        """Return to a checkpoint from before the trouble, to an earlier one each time, or abort.
 
         Raises:
-            UserError: it was taken back too often.
+            UserError: it was rolled back too often.
         """
         ladder, reached = self.state.ladder, self.state.step + 1
-        self.saver.wait()
+        self.writer.wait()
         before = ladder.went_back_to if ladder.went_back_to >= 0 else None
         target = self.ranks.on_main(lambda: checkpoint.to_go_back_to(self.folder, self.reporter.note, before))
         if verdict is Verdict.GIVE_UP:
-            kept = f"the newest checkpoint is of step {target.step:,}" if target else "there is no checkpoint before it"
+            kept = f"the newest checkpoint is of step {target.step:,}" if target else "there is no earlier checkpoint"
             raise UserError(
-                f"the loss is no longer finite, or far too high, at step {reached:,}, also after going back "
-                f"{ROLL_BACKS} times with lower rates: begin another run with a lower learning_rate or "
-                f"muon_learning_rate; {kept}"
+                f"the loss is not finite, or far too high, at step {reached:,}, even after {ROLL_BACKS} rollbacks "
+                f"with lower learning rates: start another run with a lower learning_rate or muon_learning_rate; {kept}"
             )
         self._restore(target)
         self.state.ladder = ladder
@@ -334,14 +358,15 @@ class Training(Generic[Batch]):
         if self.ranks.is_main:
             checkpoint.remove_after(self.folder, self.state.step)
         self.log.go_back(self.state.step)
-        self._tell(verdict, f"the steps up to {reached:,} went wrong")
+        self._report(verdict, f"the steps up to {reached:,} went wrong")
 
-    def _tell(self, verdict: Verdict, why: str) -> None:
-        """Log trouble, as an event of the step under way."""
+    def _report(self, verdict: Verdict, why: str) -> None:
+        """Log trouble as an event of the current step."""
         step, rate = self.state.step + 1, self.state.ladder.rate
         words = {
-            Verdict.SKIP: f"step {step:,} is left out ({why})",
-            Verdict.LOWER: f"step {step:,} is left out too ({why}); the learning rate goes on at {rate:g} of its plan",
+            Verdict.SKIP: f"step {step:,} is skipped ({why})",
+            Verdict.LOWER: f"step {step:,} is skipped too ({why}); training continues at {rate:g} of the planned "
+            "learning rate",
             Verdict.ROLL_BACK: f"back to step {step - 1:,}, with {rate:g} of the planned learning rate: {why}",
         }
         self.log.write({"step": step, "event": verdict.value, "rate": rate, "reason": why})

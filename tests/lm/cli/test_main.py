@@ -87,7 +87,7 @@ def test_train_trains_reports_and_tells_what_is_next(begin, tmp_path):
 
 def test_the_same_command_goes_on_and_a_finished_run_stays(begin, tmp_path):
     assert begin("--steps", 2).exit_code == 0
-    assert "going on at step 2" in begin("--steps", 4).stderr
+    assert "resuming at step 2" in begin("--steps", 4).stderr
     result = begin("--steps", 4)
     assert result.exit_code == 0
     assert "4 of 4 steps are done" in result.stderr

@@ -15,7 +15,8 @@ from lm.config.recipes import load_config
 from lm.config.settings import Config
 from lm.runs.directory import open_run
 from lm.training.pretraining import train
-from lm.training.trainer import carry_out
+from lm.training.train_module import TrainModule
+from lm.training.trainer import fit
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ class Pixels:
         path.write_text(self.text)
 
 
-class PixelRegression:
+class PixelRegression(TrainModule):
     """A ``TrainModule`` that learns to map pixels to zero."""
 
     name, fingerprint = "pixels", "of the pixels"
@@ -123,9 +124,6 @@ class PixelRegression:
         torch.manual_seed(0)
         return torch.nn.Linear(4, 1)
 
-    def rates(self, model):
-        return {}
-
     def batch(self, step):
         return torch.full((2, 4), float(step))
 
@@ -138,16 +136,10 @@ class PixelRegression:
     def validate(self, model):
         return {"metrics": {"mse": 1.0}}, None
 
-    def remark(self, best):
-        return ""
-
-    def is_enough(self, best):
-        return False
-
-    def amount(self, steps):
+    def progress(self, steps):
         return {"tokens": steps, "epoch": 0.0}
 
-    def speed(self, seconds_per_step):
+    def throughput(self, seconds_per_step):
         return {"tokens_per_second": 1.0}
 
 
@@ -155,7 +147,7 @@ def test_a_run_may_have_a_processor_that_is_no_tokenizer(small, recorder, tmp_pa
     config, path = small.replace(steps=3), tmp_path / "run"
 
     def train_pixels(config: Config, size: int = 4) -> None:
-        carry_out(lambda _: PixelRegression(config, size), config.training, path, recorder)
+        fit(lambda _: PixelRegression(config, size), config.training, path, recorder)
 
     train_pixels(config)
     run = open_run(path)

@@ -30,7 +30,7 @@ from lm.training.gradients import step_gradients
 from lm.training.optimizer import Optimizer
 from lm.training.pretraining import Pretraining
 from lm.training.reporter import NullReporter
-from lm.training.trainer import Training
+from lm.training.trainer import Trainer
 from lm.training.validation import validate_readouts
 
 ROOT = Path(__file__).parents[3]
@@ -102,7 +102,7 @@ def given_up(config: Config, corpora: Corpora, ranks: Ranks, path: Path) -> dict
         warmup_fraction=0.1,
     )
     path.mkdir(exist_ok=True)
-    training = Training(Pretraining(config, path, corpora, ranks), path, ranks, NullReporter())
+    training = Trainer(Pretraining(config, path, corpora, ranks), path, ranks, NullReporter())
     with pytest.raises(UserError) as error:
         training.run(None)
     return {"error": str(error.value), "went back": training.state.ladder.roll_backs}
@@ -230,7 +230,7 @@ def test_all_ranks_find_the_same_to_the_last_bit(several):
             mine.pop("numbers held", None), first.pop("numbers held", None)
             assert mine == first
     for parallel in ("ddp", "fsdp"):
-        assert told[0][f"{parallel} given up"]["error"].startswith("the loss is no longer finite")
+        assert told[0][f"{parallel} given up"]["error"].startswith("the loss is not finite")
         assert told[0][f"{parallel} given up"]["went back"] == 4
     assert told[0]["highest"] == 10 * (world - 1)
     assert told[0]["from main"] == 5
@@ -324,7 +324,7 @@ def test_a_run_of_replicas_stopped_then_of_shards_killed_ends_alone_as_if_undist
     assert "on 2 processes (DDP), each on CPU" in told
     assert "[rank" not in told  # torch's mark on what a rank says
     told = end_at(stopped + 4, torchrun(config, run, tmp_path, "--parallel", "fsdp"), run, 1, signal.SIGKILL)
-    assert told.count(f"going on at step {stopped}") == 1
+    assert told.count(f"resuming at step {stopped}") == 1
     assert "on 2 processes (FSDP)" in told
     assert told.count("error: another process of this run has died: the same command goes on") == 1
     assert "(SIGKILL)" in told

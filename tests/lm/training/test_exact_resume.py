@@ -305,7 +305,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(long, undisturbe
     harm(run / "checkpoints" / "step_00000060" / name)
     train(long, run, recorder)
     assert any("step_00000060" in note for note in recorder.notes)
-    assert "going on at step 56" in recorder.notes
+    assert "resuming at step 56" in recorder.notes
     assert recorder.began == (56, 60)
     assert_same_run(run, undisturbed.path)
 

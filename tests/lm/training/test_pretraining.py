@@ -42,7 +42,7 @@ def test_it_goes_on_as_if_undisturbed_whatever_becomes_of_the_other(trained, sma
 
 
 def test_a_run_of_another_shape_or_tokenizer_is_refused(trained, small, byte_dataset, quietly, tmp_path):
-    with pytest.raises(UserError, match="has a model of another shape: leave the recipe out"):
+    with pytest.raises(UserError, match="has a model of another shape: without a recipe"):
         quietly(small.replace(init_from=str(trained.path), hidden_size=64), tmp_path / "run")
     with pytest.raises(UserError, match="was made with another tokenizer than"):
         other = small.replace(init_from=str(trained.path), data=(str(byte_dataset.directory),), vocab_size=400)

@@ -141,7 +141,7 @@ def test_a_step_without_a_number_is_left_out_counted_and_logged(small, recorder,
     assert events_of(run) == [(4, "skip"), (8, "skip")]
     assert [line.get("skipped") for line in run.metrics() if "loss" in line] == [1, 1, None, None]
     assert all(math.isfinite(line["loss"]) for line in run.metrics() if "loss" in line)
-    assert any("step 4 is left out (loss nan" in note for note in recorder.notes)
+    assert any("step 4 is skipped (loss nan" in note for note in recorder.notes)
     assert run.newest().step == 20
 
 
@@ -192,7 +192,7 @@ def test_a_run_that_cannot_be_mended_ends_with_one_sentence_and_keeps_a_good_che
     small, recorder, tmp_path, spoil
 ):
     spoil(dict.fromkeys(range(10, 20), math.nan), only_once=False)
-    with pytest.raises(UserError, match=r"also after going back 3 times .* the newest checkpoint is of step \d"):
+    with pytest.raises(UserError, match=r"even after 3 rollbacks .* the newest checkpoint is of step \d"):
         pretraining.train(small.replace(checkpoint_every=4), tmp_path / "run", recorder)
     went = [note.split(",")[0] for note in recorder.notes if note.startswith("back to")]
     assert went == ["back to step 8", "back to step 4", "back to step 4"]  # each time an earlier one, if there is one

@@ -12,7 +12,7 @@ from lm.config.recipes import load_config
 from lm.config.settings import all_settings
 from lm.runs import checkpoint
 from lm.training.pretraining import train
-from lm.training.trainer import told_memory
+from lm.training.trainer import explain_out_of_memory
 from tests.conftest import StopAt, terminate
 
 
@@ -150,7 +150,7 @@ def test_a_loss_that_is_no_longer_finite_ends_the_run_and_is_not_saved(small, re
     config = small.replace(learning_rate=1e30, muon_learning_rate=1e30, log_every=1, checkpoint_every=1)
     with pytest.raises(
         UserError,
-        match=r"no longer finite, or far too high, at step \d+, .* begin another run with a lower learning_rate",
+        match=r"is not finite, or far too high, at step \d+, .* start another run with a lower learning_rate",
     ):
         train(config, tmp_path / "run", recorder)
     saved = list((tmp_path / "run").glob("checkpoints/*"))
@@ -176,11 +176,11 @@ def test_two_processes_do_not_train_one_run(small, quietly, tmp_path):
 
 
 def test_an_allocation_that_fails_is_told_in_one_sentence_and_other_failures_as_they_are():
-    with pytest.raises(UserError, match="set micro_batch_rows lower"), told_memory():
+    with pytest.raises(UserError, match="set micro_batch_rows lower"), explain_out_of_memory():
         torch.empty(2**60)
-    with pytest.raises(UserError, match="not enough memory"), told_memory():
+    with pytest.raises(UserError, match="not enough memory"), explain_out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(RuntimeError, match="size of tensor"), told_memory():
+    with pytest.raises(RuntimeError, match="size of tensor"), explain_out_of_memory():
         torch.empty(2) + torch.empty(3)
 
 

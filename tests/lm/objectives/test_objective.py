@@ -1,0 +1,91 @@
+"""An objective with state of its own: saved with each checkpoint, restored with it, moved once a step."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lm.config.settings import OBJECTIVES, Config
+from lm.data.batch import Batch, Vocabulary
+from lm.objectives import batches
+from lm.objectives.objective import open_objective
+from lm.objectives.text import TextObjective
+from lm.training.pretraining import train
+from tests.conftest import Recorder
+
+
+class WithTeacher(TextObjective):
+    """Next-token prediction, pulled toward the mean of the student's embeddings over time."""
+
+    def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
+        super().__init__(config, vocabulary)
+        self.steps: list[int] = []
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        apart = (model.embedding.weight - self.teacher).square().sum() * (len(batch) / 8)
+        return {**super().loss(model, batch), "apart": 1e-3 * apart}
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        self.steps.append(step)
+        self.teacher.lerp_(model.embedding.weight.detach(), 0.1)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"teacher": self.teacher}
+
+    def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        self.teacher = state.get("teacher", model.embedding.weight.detach()).clone()
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The objectives that runs open."""
+    made: list[WithTeacher] = []
+
+    def make(config, vocabulary):
+        made.append(WithTeacher(config, vocabulary))
+        return made[-1]
+
+    monkeypatch.setattr(batches, "open_objective", make)
+    return made
+
+
+def weights(run) -> dict[str, Tensor]:
+    return run.newest().model() | {"objective": run.newest().objective()["teacher"]}
+
+
+def test_every_objective_of_the_table_opens_and_has_its_readouts():
+    for name, (_, readouts) in OBJECTIVES.items():
+        objective = open_objective(Config().replace(objective=name), Vocabulary(50, 0, 2))
+        assert objective.readouts == readouts
+
+
+def test_state_is_saved_and_a_stopped_run_ends_with_the_same_bits(small, opened, quietly, tmp_path):
+    config = small.replace(objective="next_token", steps=8, checkpoint_every=4, micro_batch_rows=4)
+    run = quietly(config.replace(log_every=1), tmp_path / "whole")
+    whole = weights(run)
+    assert all(line["loss_apart"] > 0 for line in run.metrics() if "loss" in line and line["step"] > 1)
+    assert opened[0].steps == list(range(8))
+    assert not torch.equal(whole["objective"], whole["embedding.weight"])
+
+    class Stop(Recorder):
+        def step(self, step: int) -> None:
+            if step == 5:
+                raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(config, tmp_path / "killed", Stop())
+    again = weights(quietly(config, tmp_path / "killed"))
+    assert opened[2].steps == [4, 5, 6, 7]
+    for name, tensor in whole.items():
+        assert torch.equal(again[name], tensor), name
+
+
+def test_objectives_without_state_write_no_file(small, quietly, tmp_path):
+    run = quietly(small.replace(steps=2), tmp_path / "run")
+    files = {path.name for path in run.newest().path.iterdir()}
+    assert "objective.safetensors" not in files
+    assert "objective.safetensors" not in json.dumps(run.newest().state)
+    assert run.newest().objective() == {}
