@@ -1,7 +1,7 @@
-"""A trained model as one GGUF file, which llama.cpp and what is built on it load; tokenizer included, float32.
+"""Export a model as one GGUF file, in float32 and with its tokenizer, for llama.cpp and programs built on it.
 
-llama.cpp's architecture "llama" pairs neighbours where we pair a head's halves (both are rotary positions of Su et al.
-2021), so rows of the query and key matrices change places. Its "qwen3" pairs halves like us.
+llama.cpp's architecture "llama" rotates pairs of adjacent dimensions, and Kindling pairs of a head's halves (both are
+the rotary positions of Su et al. 2021), so the rows of the query and key matrices are reordered. "qwen3" pairs halves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lm.model.transformer import Transformer
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run
 
-NORMAL_TOKEN, CONTROL_TOKEN, UNUSED_TOKEN = 1, 3, 5  # llama.cpp's kinds of tokens
+NORMAL_TOKEN, CONTROL_TOKEN, UNUSED_TOKEN = 1, 3, 5  # llama.cpp's token types
 FLOAT32_FILE = 0
 PARTS = {
     "attention_norm": "attn_norm",
@@ -39,26 +39,27 @@ PARTS = {
 
 
 def export_gguf(run: Run, out: Path, checkpoint: Checkpoint, readout: str) -> None:
-    """Write the file ``out``, which must not be there yet.
+    """Write a checkpoint to the file ``out``, which must not exist yet.
 
     Raises:
-        UserError: llama.cpp has no such model or tokenizer, the package gguf is missing, or ``out`` is there.
+        UserError: llama.cpp does not support the model, readout or tokenizer, the package gguf is missing, or ``out``
+            exists.
     """
     try:
         import gguf
     except ImportError:
         raise UserError('GGUF needs the package "gguf": pip install "kindling-lm[gguf]"') from None
     if readout != "next_token":
-        raise UserError(f"llama.cpp writes text from left to right: it has no use for the readout {readout}")
+        raise UserError(f"llama.cpp generates text from left to right and cannot use the readout {readout}")
     if out.exists():
-        raise UserError(f"{out} is there already: choose another --out")
+        raise UserError(f"{out} already exists: choose another --out")
     stock, config, tokenizer = stock_class(run.config.model, readout), run.config.model, run.tokenizer
     words = pre_tokenizer_name(tokenizer)
     model = run.load_model(torch.device("cpu"), checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(out.name + ".tmp")
+    temporary = out.with_name(out.name + ".tmp")
     try:
-        writer = gguf.GGUFWriter(str(beside), stock.model_type)
+        writer = gguf.GGUFWriter(str(temporary), stock.model_type)
         writer.add_name(run.path.resolve().name)
         writer.add_context_length(run.config.data.context_length)
         writer.add_embedding_length(config.hidden_size)
@@ -80,23 +81,23 @@ def export_gguf(run: Run, out: Path, checkpoint: Checkpoint, readout: str) -> No
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        beside.rename(out)
+        temporary.rename(out)
         sync_directory(out.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
-    """llama.cpp's name for how a tokenizer cuts a text into words.
+    """llama.cpp's name of a tokenizer's pre-tokenizer, which splits text into words.
 
     Raises:
-        UserError: llama.cpp cannot encode as this tokenizer does.
+        UserError: llama.cpp has no equivalent of this tokenizer.
     """
-    described = tokenizer.description
-    cutter = described["pre_tokenizer"]
-    steps = [] if cutter is None else cutter["pretokenizers"] if cutter["type"] == "Sequence" else [cutter]
+    description = tokenizer.description
+    splitter = description["pre_tokenizer"]
+    steps = [] if splitter is None else splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
     plain = {"type": "ByteLevel", "add_prefix_space": False}
-    if tokenizer.kind == "bpe" and described["normalizer"] is None and steps and _has(steps[-1], plain):
+    if tokenizer.kind == "bpe" and description["normalizer"] is None and steps and _has(steps[-1], plain):
         by_gpt2 = steps[-1]["use_regex"]
         if by_gpt2 and len(steps) == 1:
             return "gpt-2"
@@ -108,8 +109,8 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
             if name:
                 return name
     raise UserError(
-        f"llama.cpp cannot encode as this tokenizer does (kind {tokenizer.kind}): byte-level BPE with the split gpt2, "
-        "llama3 or qwen2 can be exported"
+        f"llama.cpp has no equivalent of this tokenizer (kind {tokenizer.kind}): only byte-level BPE with the split "
+        "gpt2, llama3 or qwen2 can be exported"
     )
 
 
@@ -139,7 +140,7 @@ def _add_tokenizer(writer: object, tokenizer: Tokenizer, words: str, vocab_size:
 
 
 def tensors(model: Transformer, stock: StockClass) -> dict[str, Tensor]:
-    """llama.cpp's names and float32 tensors."""
+    """The model's weights as float32 tensors, by their names in llama.cpp."""
     config, found = model.config, {}
     for name, tensor in model.state_dict().items():
         value = tensor.detach().float().contiguous()

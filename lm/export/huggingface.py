@@ -1,4 +1,4 @@
-"""Take a trained model elsewhere: a folder that ``transformers`` loads with its stock classes, no code beside it."""
+"""Export a model as a folder that ``transformers`` loads with its stock classes, without custom code."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lm.model.transformer import Transformer
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, saved_evaluation
 
-OUR_CONFIG = "kindling.toml"  # what import_checkpoint reads to have every setting back
+OUR_CONFIG = "kindling.toml"  # from which import_checkpoint restores all settings
 
 
 def choose_readout(run: Run, wanted: str | None) -> str:
-    """The readout to export: the one wanted, or the first that a stock class can compute.
+    """The readout to export: ``wanted``, or the run's first that a stock class can compute.
 
     Raises:
-        UserError: the run was not trained for it, or no stock class computes it; the message says why.
+        UserError: the run was not trained for it, or no stock class computes it, for the reason given.
     """
     trained = run.config.readouts
     if wanted is not None:
@@ -46,12 +46,12 @@ def choose_readout(run: Run, wanted: str | None) -> str:
 
 
 def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str) -> None:
-    """Write a folder for ``AutoModelForCausalLM`` or ``AutoModelForMaskedLM``, and ``AutoTokenizer``.
+    """Write a checkpoint to the folder ``out``, for ``AutoModelForCausalLM`` or ``AutoModelForMaskedLM``.
 
-    Weights are float32. The tokenizer puts the end-of-text token before each text, as training did.
+    Weights are float32. The tokenizer adds the end-of-text token before each text, as in training.
 
     Raises:
-        UserError: no stock class computes this readout, or ``out`` holds something.
+        UserError: no stock class computes this readout, or ``out`` is not empty.
     """
     stock = stock_class(run.config.model, readout)
     model = run.load_model(torch.device("cpu"), checkpoint)
@@ -75,7 +75,7 @@ def _weights(model: Transformer) -> dict[str, Tensor]:
 
 
 def unwritable_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """Ids that a model never writes: padding, masks, rows that only fill the matrix."""
+    """Ids that a model never generates: padding, the mask, and embedding rows without a token."""
     return [tokenizer.padding_id, tokenizer.mask_id, *range(tokenizer.vocab_size, vocab_size)]
 
 
@@ -89,7 +89,7 @@ def _generation_config(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 
 def tokenizer_with_start(tokenizer: Tokenizer) -> dict[str, Any]:
-    """``tokenizer.json`` that puts the end-of-text token before each text when special tokens are asked for."""
+    """The content of a ``tokenizer.json`` that adds the end-of-text token before each text, as a special token."""
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     start = names[tokenizer.end_of_text_id]
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
@@ -106,7 +106,7 @@ def tokenizer_with_start(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def tokenizer_without_start(description: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of ``tokenizer_with_start``; other descriptions stay as they are."""
+    """The inverse of ``tokenizer_with_start``; other descriptions are returned unchanged."""
     processor: dict[str, Any] = description.get("post_processor") or {}
     kind = processor.get("type")
     if kind == "TemplateProcessing":
@@ -130,7 +130,7 @@ def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, An
 
 
 def model_card(run: Run, checkpoint: Checkpoint, stock: StockClass) -> str:
-    """README.md: what the model is, was trained on, reaches, and cannot."""
+    """README.md: the model, its training, its losses and its limits."""
     evaluation = saved_evaluation(run, checkpoint) or {}
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),

@@ -1,7 +1,7 @@
-"""A checkpoint from elsewhere becomes a run directory: to sample, to evaluate, to fine-tune.
+"""Import a checkpoint of ``transformers`` as a run directory, to sample, evaluate or fine-tune.
 
-Read are a folder, or a name on the Hugging Face hub, with ``config.json``, safetensors and a ``tokenizer.json``;
-nothing is unpickled, and no code of the folder runs.
+The source is a folder, or a name on the Hugging Face hub, with ``config.json``, safetensors and ``tokenizer.json``.
+Nothing is unpickled, and no code of the folder runs.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ HUB_FILES = ("*.safetensors", INDEX, "config.json", "tokenizer.json", OUR_CONFIG
 
 
 def import_checkpoint(source: str, out: Path) -> None:
-    """Write the run directory ``out`` from a checkpoint of a Llama, Qwen3 or EuroBERT.
+    """Write a checkpoint of a Llama, Qwen3 or EuroBERT to the run directory ``out``.
 
     Raises:
-        UserError: the checkpoint is missing, damaged, or of a shape that is not ours; ``out`` holds something.
+        UserError: the checkpoint is missing, damaged or of an unsupported architecture, or ``out`` is not empty.
     """
     folder = _find(source)
     shape, stock = model_config(_json(folder / "config.json"))
@@ -62,16 +62,16 @@ def _find(source: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise UserError(f"{source} is a file: name the folder that holds config.json and {WEIGHTS}")
+        raise UserError(f"{source} is a file: name the folder that contains config.json and {WEIGHTS}")
     from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
     except errors.HFValidationError:
-        raise UserError(f"there is no folder {source}, and it is no name on the Hugging Face hub") from None
+        raise UserError(f"there is no folder {source}, and it is not a valid name on the Hugging Face hub") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
         raise UserError(
-            f"there is no folder {source}, and the Hugging Face hub could not give a model of that name"
+            f"there is no folder {source}, and no model of that name could be downloaded from the Hugging Face hub"
         ) from None
 
 
@@ -81,12 +81,12 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"cannot read {path}: it holds no object")
+        raise UserError(f"cannot read {path}: it is not a JSON object")
     return content
 
 
 def _weights(folder: Path, shape: ModelConfig) -> dict[str, Tensor]:
-    """Our names and float32 tensors, each checked for its shape."""
+    """The weights as float32 tensors, by Kindling's names, after a check of their shapes."""
     files = {WEIGHTS}
     if (folder / INDEX).is_file():
         files = set(map(str, _json(folder / INDEX).get("weight_map", {}).values()))
@@ -98,8 +98,10 @@ def _weights(folder: Path, shape: ModelConfig) -> dict[str, Tensor]:
             found |= load_file(folder / name)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{folder / name} is damaged: {error}") from None
-    if shape.num_layers > len(found):  # before as many are made as a damaged number says
-        raise UserError(f"{folder} does not fit its config.json: model.layers.{len(found)}.input_layernorm is missing")
+    if shape.num_layers > len(found):  # before creating as many layers as a damaged number says
+        raise UserError(
+            f"{folder} does not match its config.json: model.layers.{len(found)}.input_layernorm is missing"
+        )
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in Transformer(shape).state_dict().items()}
     names = weight_names(shape)
@@ -107,14 +109,14 @@ def _weights(folder: Path, shape: ModelConfig) -> dict[str, Tensor]:
     for ours, size in wanted.items():
         tensor = found.get(names[ours])
         if tensor is None or tensor.shape != size:
-            had = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}, not {tuple(size)}"
-            raise UserError(f"{folder} does not fit its config.json: {names[ours]} {had}")
+            problem = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}, not {tuple(size)}"
+            raise UserError(f"{folder} does not match its config.json: {names[ours]} {problem}")
         weights[ours] = tensor.float()
     return weights
 
 
 def _grown(weights: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Embeddings with rows of the mean embedding for the special tokens that the tokenizer lacked."""
+    """Add rows to the embeddings, each their mean, for the special tokens that the tokenizer lacked."""
     grown = dict(weights)
     for name in ("embedding.weight", "head.weight"):
         if name in weights:
@@ -129,7 +131,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def _settings(folder: Path, from_shape: Config, stock: StockClass) -> Config:
-    """Our own settings where the folder has them and they describe these weights, else what config.json tells."""
+    """The settings of ``kindling.toml`` if the folder has it and it matches the weights, else of config.json."""
     if (folder / OUR_CONFIG).is_file():
         ours = load_config(folder / OUR_CONFIG)
         with torch.device("meta"):

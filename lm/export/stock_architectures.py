@@ -1,15 +1,16 @@
-"""Our model in the words of ``transformers``: which stock class computes the same, and what it calls each weight.
+"""The stock classes of ``transformers`` that compute the same function as a Kindling model, and their weight names.
 
 ===========================  ==================  ===========================================
-class                        readout             needs
+class                        readout             requires
 ===========================  ==================  ===========================================
-LlamaForCausalLM             next_token          swiglu, no soft-capping
-Qwen3ForCausalLM             next_token          the same, and normalised queries and keys
-EuroBertForMaskedLM          masked_token        swiglu, no soft-capping, no such norms
+LlamaForCausalLM             next_token          swiglu, no softcap
+Qwen3ForCausalLM             next_token          swiglu, no softcap, qk_norm
+EuroBertForMaskedLM          masked_token        swiglu, no softcap, no qk_norm
 ===========================  ==================  ===========================================
 
-All three have our shape: RMSNorm before each half of a block, rotary positions with a head's halves as pairs,
-grouped heads, no biases. A readout of masked_next_token, where a place predicts the token after it, has no stock class.
+All three have the same architecture: RMSNorm before each half of a block, rotary positions that pair the halves of a
+head, grouped-query attention, no biases. No stock class computes masked_next_token, which predicts a masked token from
+the position before it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lm.config.settings import Config, ModelConfig
 
 @dataclass(frozen=True)
 class StockClass:
-    """A model class of ``transformers``, and what of ours it computes."""
+    """A model class of ``transformers``, and the readout and norm of the Kindling models that it computes."""
 
     name: str
     model_type: str
@@ -43,28 +44,28 @@ def stock_class(model: ModelConfig, readout: str) -> StockClass:
     """The class that computes this readout of a model.
 
     Raises:
-        UserError: there is none; the message says what is in the way.
+        UserError: there is none, for the reasons given.
     """
     obstacles = []
     if readout == "masked_next_token":
         obstacles.append(
-            "stock masked models predict a hidden token at its own place, and masked_next_token at the place before it "
-            "(objective masked_token or hybrid_unshifted can be exported)"
+            "the readout masked_next_token, which predicts a masked token from the position before it (train with "
+            "masked_token or hybrid_unshifted, or export the readout next_token of a hybrid run)"
         )
     if model.activation != "swiglu":
-        obstacles.append(f"the activation {model.activation} (swiglu can be exported)")
+        obstacles.append(f"the activation {model.activation} (only swiglu can be exported)")
     if model.logit_softcap:
-        obstacles.append(f"logit_softcap {model.logit_softcap:g} (0 can be exported)")
+        obstacles.append(f"logit_softcap {model.logit_softcap:g} (only 0 can be exported)")
     found = [stock for stock in STOCK_CLASSES if (stock.readout, stock.qk_norm) == (readout, model.qk_norm)]
     if not found and readout == "masked_token":
-        obstacles.append("qk_norm in a masked model (false can be exported)")
+        obstacles.append("qk_norm in a masked model (only false can be exported)")
     if obstacles:
-        raise UserError(f"no model class of transformers has {'; nor '.join(obstacles)}")
+        raise UserError(f"no model class of transformers supports {'; nor '.join(obstacles)}")
     return found[0]
 
 
 def weight_names(model: ModelConfig) -> dict[str, str]:
-    """Our name of each weight, and the stock classes' name of it."""
+    """The stock classes' name of each weight, by Kindling's name."""
     names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     if not model.tie_embeddings:
         names["head.weight"] = "lm_head.weight"
@@ -88,7 +89,7 @@ def weight_names(model: ModelConfig) -> dict[str, str]:
 
 
 def stock_config(config: Config, tokenizer: Tokenizer, stock: StockClass) -> dict[str, Any]:
-    """The content of ``config.json``, read alike by transformers 4 and 5 (they call the rotary base differently)."""
+    """The content of ``config.json``, for both transformers 4 and 5, which name the rotary base differently."""
     model = config.model
     content = {
         "architectures": [stock.name],
@@ -120,15 +121,15 @@ def stock_config(config: Config, tokenizer: Tokenizer, stock: StockClass) -> dic
 
 
 def model_config(content: dict[str, Any]) -> tuple[ModelConfig, StockClass]:
-    """The shape that a ``config.json`` describes, if it is one of ours.
+    """The model settings that the content of a ``config.json`` describes, and its stock class.
 
     Raises:
-        UserError: it is of another architecture, or has something that our model has not.
+        UserError: the architecture is another, or has a feature that Kindling's model lacks.
     """
     kinds = {stock.model_type: stock for stock in STOCK_CLASSES}
     kind = content.get("model_type")
     if kind not in kinds:
-        raise UserError(f"model_type {kind!r} cannot be imported: only {', '.join(kinds)} have our shape")
+        raise UserError(f"model_type {kind!r} cannot be imported: only {', '.join(kinds)} are supported")
     stock = kinds[kind]
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     theta = rope.get("rope_theta", content.get("rope_theta", 10_000.0))
@@ -167,7 +168,7 @@ def model_config(content: dict[str, Any]) -> tuple[ModelConfig, StockClass]:
 
 
 def _size(value: Any) -> int:
-    """The value as a size; ValueError if it is none, or larger than that of any model."""
+    """The value as a size. Raises ValueError if it is not one, or is larger than that of any model."""
     size = int(value)
     if not 1 <= size <= 1 << 24:
         raise ValueError(f"a size of {size}")

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021): frozen matrices W learn by W + (alpha / rank) B A, with B and A of low rank.
+"""LoRA (Hu et al. 2021): a frozen matrix W becomes W + (alpha / rank) B A, with trainable B and A of low rank.
 
-A matrix is replaced by a parametrisation of PyTorch that computes that sum wherever the weight is used, so every kernel
-sees a plain matrix, and merging, which keeps the last sum, changes no bit of what the model says.
+A parametrization of PyTorch computes that sum wherever the weight is used, so every kernel sees a plain matrix.
+Merging keeps the last sum and does not change a bit of the model's outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lm.model.transformer import Transformer
 
 
 class LowRank(nn.Module):
-    """Adds (alpha / rank) B A to a matrix (outputs, inputs); A is (rank, inputs), B (outputs, rank) and 0 at first."""
+    """Add (alpha / rank) B A to a matrix (outputs, inputs): A is (rank, inputs), B (outputs, rank) and initially 0."""
 
     def __init__(self, outputs: int, inputs: int, rank: int, alpha: float) -> None:
         super().__init__()
@@ -30,9 +30,10 @@ class LowRank(nn.Module):
 
 
 def add_lora(trunk: Transformer, rank: int, alpha: float, matrices: Sequence[str], seed: int) -> None:
-    """Freeze the model and let ``matrices`` (of ``LORA_MATRICES``) of each block learn by LoRA, drawn from ``seed``.
+    """Freeze the model and add LoRA to the ``matrices`` (names from ``LORA_MATRICES``) of each block.
 
-    A has the variance 1 / inputs. A block without a gate has one matrix less.
+    A is drawn from ``seed`` with variance 1 / inputs. The rank is at most the smaller side of a matrix. A block without
+    a gate has one matrix fewer.
     """
     trunk.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -49,7 +50,7 @@ def add_lora(trunk: Transformer, rank: int, alpha: float, matrices: Sequence[str
 
 
 def merge_lora(trunk: Transformer) -> None:
-    """Make plain matrices of what LoRA has added; the model gives the same bits as before."""
+    """Replace LoRA's matrices by plain ones, in place; the model's outputs stay the same, bit for bit."""
     for module in list(trunk.modules()):
         if parametrize.is_parametrized(module):
             with torch.no_grad():

@@ -1,4 +1,4 @@
-// Requests to the server that this page came from.
+// Requests to this page's server.
 
 import { $ } from "./dom.js";
 
@@ -57,7 +57,7 @@ export const get = async (path) => (await ask(path, {})).json();
 export const post = async (path, body, signal) =>
   (await ask(path, { method: "POST", body: JSON.stringify(body), signal })).json();
 
-// The events of an answer that is streamed, as they come.
+// The events of a streamed answer, as they arrive.
 export async function* events(path, body, signal) {
   const answer = await ask(path, { method: "POST", body: JSON.stringify({ ...body, stream: true }), signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,4 +1,4 @@
-// The page: what the served model can do, a tab each.
+// The page: one tab for each thing that the served model can do.
 
 import { get } from "./api.js";
 import { startChat } from "./chat.js";
@@ -10,7 +10,7 @@ import { startSettings } from "./settings.js";
 import { startWrite } from "./write.js";
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
-const there = () => tabs.filter((tab) => !tab.hidden);
+const available = () => tabs.filter((tab) => !tab.hidden);
 
 function open(tab, focus = false) {
   for (const each of tabs) {
@@ -28,7 +28,7 @@ function open(tab, focus = false) {
 
 for (const tab of tabs) tab.addEventListener("click", () => open(tab));
 $("tabs").addEventListener("keydown", (event) => {
-  const all = there();
+  const all = available();
   const now = all.indexOf(document.activeElement);
   const to = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: -1 }[event.key];
   if (to === undefined || now < 0) return;
@@ -36,7 +36,7 @@ $("tabs").addEventListener("keydown", (event) => {
   open(all.at(to % all.length), true);
 });
 
-function lookAt(text) {
+function showProbabilities(text) {
   open($("tab-probabilities"));
   look(text);
 }
@@ -49,12 +49,12 @@ try {
   $("tab-write").hidden = $("tab-chat").hidden = !run.readouts.includes("next_token");
   $("tab-fill").hidden = run.readouts.every((readout) => readout === "next_token");
   startSettings(run);
-  startWrite(lookAt);
+  startWrite(showProbabilities);
   startChat(run);
   startFill();
   startProbabilities(run);
-  const wanted = there().find((tab) => `#${tab.getAttribute("aria-controls")}` === location.hash);
-  open(wanted ?? there()[0]);
+  const wanted = available().find((tab) => `#${tab.getAttribute("aria-controls")}` === location.hash);
+  open(wanted ?? available()[0]);
   startRun(run);
 } catch (error) {
   $("lead").textContent = error.message;

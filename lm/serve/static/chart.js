@@ -1,4 +1,4 @@
-// A line chart as SVG, drawn anew when there is more.
+// A line chart as SVG, redrawn when there is new data.
 
 import { make } from "./dom.js";
 
@@ -34,7 +34,7 @@ function thinned(points) {
   return points.filter((_, number) => number % every === 0 || number === points.length - 1);
 }
 
-// series: [{name, colour (0 to 5), dashed, points: [[x, y], …]}]; what the pointer is at is told in the key.
+// series: [{name, color (0 to 5), dashed, points: [[x, y], …]}]; the key shows the values at the pointer.
 export function chart(title, series, { width = 1040, height = 320, fromZero = false } = {}) {
   const drawn = series.filter((one) => one.points.length);
   const key = make("ul", { class: "keys-of-chart" });
@@ -64,32 +64,32 @@ export function chart(title, series, { width = 1040, height = 320, fromZero = fa
   const items = drawn.map((one) => {
     const dash = one.dashed ? " dashed" : "";
     const points = thinned(one.points).map(([x, y]) => `${px(x).toFixed(1)},${py(y).toFixed(1)}`);
-    picture.append(svg("polyline", { class: `line s${one.colour}${dash}`, points: points.join(" ") }));
+    picture.append(svg("polyline", { class: `line s${one.color}${dash}`, points: points.join(" ") }));
     if (one.dashed || one.points.length === 1) {
-      for (const [x, y] of thinned(one.points)) picture.append(svg("circle", { class: `s${one.colour}`, cx: px(x), cy: py(y), r: 3.5 }));
+      for (const [x, y] of thinned(one.points)) picture.append(svg("circle", { class: `s${one.color}`, cx: px(x), cy: py(y), r: 3.5 }));
     }
-    return make("li", { class: `s${one.colour}${dash}` });
+    return make("li", { class: `s${one.color}${dash}` });
   });
   key.append(...items);
   const cross = svg("line", { class: "cross", y1: TOP, y2: height - BOTTOM, visibility: "hidden" });
   picture.append(cross);
-  const tell = (pick) =>
+  const describe = (pick) =>
     drawn.forEach((one, number) => {
       const [x, y] = pick(one);
       items[number].textContent = `${one.name} ${short(y)} (step ${x.toLocaleString("en")})`;
     });
-  tell(last);
+  describe(last);
   picture.addEventListener("pointermove", (event) => {
     const box = picture.getBoundingClientRect();
     const at = x0 + ((((event.clientX - box.left) / box.width) * width - LEFT) / (width - LEFT - RIGHT)) * (x1 - x0);
     const nearest = (one) => one.points.reduce((a, b) => (Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a));
-    tell(nearest);
+    describe(nearest);
     const x = px(Math.max(x0, Math.min(at, x1)));
     for (const [name, value] of [["x1", x], ["x2", x], ["visibility", "visible"]]) cross.setAttribute(name, value);
   });
   picture.addEventListener("pointerleave", () => {
     cross.setAttribute("visibility", "hidden");
-    tell(last);
+    describe(last);
   });
   return figure;
 }

@@ -1,4 +1,4 @@
-// Chat: a conversation, of which the server is sent as much as fits.
+// Chat: a conversation, of which the newest messages that fit in the context are sent.
 
 import { events } from "./api.js";
 import { $, make, say, sendWithKeys } from "./dom.js";
@@ -9,8 +9,8 @@ let stopping = null;
 
 export function startChat(run) {
   $("chat-hint").textContent = run.chat_template
-    ? "By the run's own chat template."
-    : "This model was trained on text, not on conversations: it is shown plain turns, “User: …” and “Assistant: …”.";
+    ? "Messages are formatted with the run's chat template."
+    : "This model was trained on text, not on conversations. Messages are formatted as plain turns, “User: …” and “Assistant: …”.";
   $("chat-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const text = $("say").value.trim();
@@ -29,7 +29,7 @@ export function startChat(run) {
   });
 }
 
-// The oldest messages are left out until the rest fits; the last is always sent.
+// Drop the oldest messages until the rest fits; the last is always sent.
 async function* answered(conversation, signal) {
   for (let sent = conversation; ; sent = sent.slice(2)) {
     try {
@@ -69,7 +69,7 @@ async function answer(text) {
     else {
       conversation.pop();
       bubble.remove();
-      if (!failed) say("chat-status", "The model ended its turn without a word.");
+      if (!failed) say("chat-status", "The model ended its turn without any text.");
     }
     stopping = null;
     $("chat-stop").disabled = true;

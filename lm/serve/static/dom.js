@@ -1,4 +1,4 @@
-// Elements. Text goes in as text, never as markup.
+// Elements of the page. Text is inserted as text, never as markup.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -17,10 +17,10 @@ export function say(id, text, wrong = false) {
 export const percent = (p) =>
   p >= 0.1 ? `${(100 * p).toFixed(0)}%` : p >= 0.0001 ? `${Number((100 * p).toPrecision(2))}%` : `${p.toExponential(0)}`;
 
-// White space that one could not see otherwise.
+// Show white space with visible characters.
 export const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "·");
 
-// Alternatives with bars; `own` is the one that is there. With `choose` each is a button.
+// Alternatives with bars; `own` is the actual token. With `choose` each is a button.
 export function bars(alternatives, own, choose) {
   const most = Math.max(...alternatives.map((one) => one.probability), 1e-9);
   const list = make("ul", { class: "bars" });

@@ -1,4 +1,4 @@
-// Fill: what could stand in each gap.
+// Fill: the most likely tokens for each mask.
 
 import { post } from "./api.js";
 import { $, bars, make, say, sendWithKeys } from "./dom.js";
@@ -43,7 +43,7 @@ function show({ pieces, candidates }) {
     const mark = make("mark", {}, piece.text);
     paper.append(mark);
     const number = cards.length;
-    const card = make("div", { class: "card" }, make("h3", {}, `Gap ${number + 1}`));
+    const card = make("div", { class: "card" }, make("h3", {}, `Mask ${number + 1}`));
     const draw = (own) => {
       const choose = (token) => {
         mark.textContent = token;

@@ -1,12 +1,12 @@
-// Probabilities: a text coloured by how much each token surprises the model.
+// Probabilities: a text, colored by how much each token surprises the model.
 
 import { post } from "./api.js";
 import { $, bars, make, percent, say, sendWithKeys, visible } from "./dom.js";
 
 const NAMES = {
-  next_token: "from the left (next token)",
-  masked_next_token: "from both sides (masked)",
-  masked_token: "from both sides (masked)",
+  next_token: "left context (next token)",
+  masked_next_token: "both sides (masked)",
+  masked_token: "both sides (masked)",
 };
 const MOST_SURPRISING = 10; // nats
 
@@ -36,7 +36,7 @@ export function startProbabilities(run) {
 export async function look(text) {
   if (text !== undefined) $("text").value = text;
   $("look-go").disabled = true;
-  say("look-status", "Reading …");
+  say("look-status", "Computing …");
   try {
     answer = await post("api/probabilities", { text: $("text").value, top: 8 });
     chosen = 0;
@@ -68,7 +68,7 @@ function show() {
   $("token").replaceChildren();
   if (spans.length) choose(Math.min(chosen, spans.length - 1), false);
   const nats = found.reduce((sum, one) => sum - Math.log(one.probability), 0) / (found.length || 1);
-  say("look-status", `${found.length} tokens, ${nats.toFixed(2)} nats each (perplexity ${Math.exp(nats).toFixed(1)})`);
+  say("look-status", `${found.length} tokens, ${nats.toFixed(2)} nats per token (perplexity ${Math.exp(nats).toFixed(1)})`);
 }
 
 function choose(number, focus) {
@@ -87,7 +87,7 @@ function choose(number, focus) {
     make(
       "div",
       { class: "card" },
-      make("h3", {}, `“${visible(token.name)}”: ${percent(one.probability)}, number ${one.rank.toLocaleString("en")} of all tokens`),
+      make("h3", {}, `“${visible(token.name)}”: ${percent(one.probability)}, rank ${one.rank.toLocaleString("en")} among all tokens`),
       bars(one.alternatives, token.name),
     ),
   );

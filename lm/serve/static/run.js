@@ -1,4 +1,4 @@
-// Run: what is served, and the curves of its training as they grow.
+// Run: the served model, and the curves of its training as they grow.
 
 import { get } from "./api.js";
 import { chart } from "./chart.js";
@@ -7,7 +7,7 @@ import { $, make, say } from "./dom.js";
 const SECONDS = 2;
 
 let lines = [];
-let place = { file: "", next: 0 };
+let position = { file: "", next: 0 };
 let changed = 0;
 
 export function startRun(run) {
@@ -15,10 +15,10 @@ export function startRun(run) {
     model: run.description,
     "served step": run.step.toLocaleString("en"),
     objective: run.objective,
-    reads: run.readouts.join(", "),
+    readouts: run.readouts.join(", "),
     context: `${run.context_length.toLocaleString("en")} tokens`,
     vocabulary: `${run.vocabulary.toLocaleString("en")} tokens`,
-    "at the same time": `${run.limits.concurrent} texts, ${run.limits.waiting} waiting`,
+    "concurrent texts": `${run.limits.concurrent}, and ${run.limits.waiting} waiting`,
   };
   const row = ([name, value]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value));
   $("about").append(...Object.entries(rows).map(row));
@@ -29,14 +29,14 @@ export function startRun(run) {
 async function poll(run) {
   if (!$("run").hidden && !document.hidden) {
     try {
-      const answer = await get(`api/metrics?from=${place.next}&file=${encodeURIComponent(place.file)}`);
+      const answer = await get(`api/metrics?from=${position.next}&file=${encodeURIComponent(position.file)}`);
       if (answer.whole) lines = [];
       lines.push(...answer.lines);
-      place = answer;
+      position = answer;
       if (answer.lines.length) changed = Date.now();
       if (answer.more) return poll(run);
       if (answer.lines.length || answer.whole) draw();
-      tell(run);
+      describe(run);
     } catch (error) {
       say("run-status", error.message, true);
     }
@@ -44,16 +44,16 @@ async function poll(run) {
   setTimeout(poll, SECONDS * 1000, run);
 }
 
-function tell(run) {
+function describe(run) {
   const step = lines.length ? lines[lines.length - 1].step : 0;
   if (!step) return say("run-status", "No step has been logged yet.");
   const of = `Step ${step.toLocaleString("en")} of ${run.settings.steps.toLocaleString("en")}`;
-  const newer = step > run.step ? `; the model that is served is that of step ${run.step.toLocaleString("en")}` : "";
-  const still = step < run.settings.steps && Date.now() - changed < 60_000 ? ", looking for more every two seconds" : "";
+  const newer = step > run.step ? `; the served model is from step ${run.step.toLocaleString("en")}` : "";
+  const still = step < run.settings.steps && Date.now() - changed < 60_000 ? ", updated every two seconds" : "";
   return say("run-status", `${of}${still}${newer}.`);
 }
 
-const series = (name, key, colour) => ({ name, colour, points: pointsOf(lines, (line) => line[key]) });
+const series = (name, key, color) => ({ name, color, points: pointsOf(lines, (line) => line[key]) });
 
 function pointsOf(some, value) {
   return some.map((line) => [line.step, value(line)]).filter(([, y]) => typeof y === "number");
@@ -70,15 +70,15 @@ function draw() {
     dashed: true,
     points: pointsOf(validated, (line) => line.validation[readout]?.nats_per_token),
   }));
-  losses.forEach((one, number) => (one.colour = number));
+  losses.forEach((one, number) => (one.color = number));
   validations.forEach((one) => {
     const same = losses.findIndex((other) => other.name.endsWith(`, ${one.name.split(", ")[1]}`));
-    one.colour = same >= 0 ? same : losses.length === 1 && validations.length === 1 ? 0 : 2;
+    one.color = same >= 0 ? same : losses.length === 1 && validations.length === 1 ? 0 : 2;
   });
   const small = { width: 504, height: 220, fromZero: true };
   $("curves").replaceChildren(
     chart("Loss, nats per token", [...losses, ...validations]),
-    chart("Tokens a second", [series("tokens a second", "tokens_per_second", 5)], small),
+    chart("Tokens per second", [series("tokens per second", "tokens_per_second", 5)], small),
     chart("Learning rate", [series("learning rate", "learning_rate", 4)], small),
   );
 }

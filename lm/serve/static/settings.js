@@ -1,4 +1,4 @@
-// How to write: what the sliders and fields say, as fields of a request.
+// Settings: the values of the sliders and fields, as fields of a request.
 
 import { $ } from "./dom.js";
 

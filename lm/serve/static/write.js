@@ -1,4 +1,4 @@
-// Write: continue a text, shown as it comes.
+// Write: continue a text, shown as it is generated.
 
 import { events } from "./api.js";
 import { $, make, say, sendWithKeys } from "./dom.js";
@@ -7,7 +7,7 @@ import { settings } from "./settings.js";
 let stopping = null;
 let whole = "";
 
-export function startWrite(lookAt) {
+export function startWrite(showProbabilities) {
   $("write-form").addEventListener("submit", (event) => {
     event.preventDefault();
     if (!stopping) write($("prompt").value, $("prompt").value);
@@ -15,10 +15,10 @@ export function startWrite(lookAt) {
   sendWithKeys($("write-form"), $("prompt"));
   $("write-stop").addEventListener("click", () => stopping?.abort());
   $("write-on").addEventListener("click", () => write(whole, $("prompt").value));
-  $("write-look").addEventListener("click", () => lookAt(whole));
+  $("write-look").addEventListener("click", () => showProbabilities(whole));
 }
 
-// Only the end of a long text fits; how many characters that are, the server's refusals tell.
+// Only the end of a long text fits: shorten it until the server accepts it.
 async function* writtenAfter(text, signal) {
   const asked = { ...settings(), stream_options: { include_usage: true } };
   while (true) {
@@ -56,11 +56,11 @@ async function write(text, given) {
       }
     }
     const seconds = (performance.now() - began) / 1000;
-    const why = reason === "stop" ? "it ended there by itself, or at your stop" : "as long as was asked for";
+    const why = reason === "stop" ? "ended by the model or at the stop text" : "reached the maximum";
     const rate = Math.round(usage.completion_tokens / seconds);
-    say("write-status", `${usage.completion_tokens} tokens, ${rate} a second; ${why}`);
+    say("write-status", `${usage.completion_tokens} tokens, ${rate} per second; ${why}`);
   } catch (error) {
-    if (error.name === "AbortError") say("write-status", "stopped");
+    if (error.name === "AbortError") say("write-status", "Stopped.");
     else say("write-status", error.message, true);
   } finally {
     stopping = null;

@@ -18,14 +18,9 @@ from lm.kernels import masks
 from lm.kernels.rotary import interleave_halves
 from lm.model.transformer import rotary_table
 from tests.conftest import sentences
-from tests.lm.export.test_huggingface import SHAPES, run_of
+from tests.lm.export.conftest import SHAPES
 
 gguf = pytest.importorskip("gguf")
-
-
-@pytest.fixture
-def make_run(small, dataset, tmp_path):
-    return lambda **changes: run_of(small.replace(**changes), dataset.tokenizer, tmp_path / "run")
 
 
 def exported(run, path, readout="next_token"):
@@ -34,7 +29,7 @@ def exported(run, path, readout="next_token"):
 
 
 def test_interleaved_rows_rotated_as_neighbors_give_the_scores_of_halves(small):
-    """Scores of queries and keys, computed with llama.cpp's pairs from reordered weights, are ours."""
+    """Scores of queries and keys, computed with llama.cpp's pairs from reordered weights, are Kindling's."""
     config = small.replace(num_heads=3, head_size=8).model
     draw = torch.Generator().manual_seed(0)
     query, key = (torch.randn(24, 32, generator=draw) for _ in range(2))
@@ -86,7 +81,7 @@ def test_the_file_holds_shape_tokenizer_and_every_weight(make_run, tmp_path, sha
         ({"split": "llama3", "digits": "single"}, "qwen2"),
     ],
 )
-def test_each_way_to_cut_words_has_its_name_in_llama_cpp(settings, name):
+def test_each_pre_tokenizer_has_its_name_in_llama_cpp(settings, name):
     tokenizer = train_tokenizer(iter([sentences(50, 0)]), TokenizerSettings(vocab_size=300, **settings))
     assert pre_tokenizer_name(tokenizer) == name
 
@@ -94,16 +89,16 @@ def test_each_way_to_cut_words_has_its_name_in_llama_cpp(settings, name):
 @pytest.mark.parametrize(("kind", "size"), [("bytes", 300), ("characters", 300), ("wordpiece", 600), ("unigram", 300)])
 def test_a_tokenizer_that_llama_cpp_lacks_is_refused(kind, size):
     tokenizer = train_tokenizer(iter([sentences(200, 0)]), TokenizerSettings(kind=kind, vocab_size=size))
-    with pytest.raises(UserError, match=r"llama\.cpp cannot encode as this tokenizer does"):
+    with pytest.raises(UserError, match=r"llama\.cpp has no equivalent of this tokenizer"):
         pre_tokenizer_name(tokenizer)
 
 
-def test_what_is_there_and_what_cannot_be_is_refused_and_nothing_stays(make_run, tmp_path):
+def test_existing_files_and_other_readouts_are_refused_and_nothing_is_left(make_run, tmp_path):
     run = make_run(objective="masked_token")
     with pytest.raises(UserError, match="from left to right"):
         exported(run, tmp_path / "model.gguf", "masked_token")
     (tmp_path / "there.gguf").write_text("precious")
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         exported(run, tmp_path / "there.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "there.gguf"]
 

@@ -72,23 +72,6 @@ def test_one_readout_can_be_requested_and_an_empty_text_has_no_tokens(served):
     assert "must be one of next_token, masked_next_token" in answer.error["message"]
 
 
-def test_a_run_that_cannot_fill_masks_says_so(small, quietly, tmp_path, serving):
-    run = quietly(small.replace(objective="next_token", steps=2), tmp_path / "writer")
-    with serving(run) as served:
-        answer = served.ask("/api/fill", {"text": "a [MASK]"})
-        assert (answer.status, answer.error["code"]) == (400, "unsupported_readout")
-        assert list(served.ask("/api/probabilities", {"text": "a"}).json["readouts"]) == ["next_token"]
-        assert served.ask("/api/run").json["readouts"] == ["next_token"]
-
-
-def test_the_run_is_described(served, trained):
-    about = served.ask("/api/run").json
-    assert (about["name"], about["step"], about["context_length"]) == ("trained", 100, 32)
-    assert about["parameters"]["total"] == sum(p.numel() for p in served.service.model.parameters())
-    assert about["readouts"] == ["next_token", "masked_next_token"]
-    assert about["settings"]["hidden_size"] == 32
-
-
 def test_metrics_are_those_of_the_file(served, trained):
     answer = served.ask("/api/metrics").json
     assert answer["lines"] == list(trained.metrics())

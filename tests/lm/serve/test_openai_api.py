@@ -9,7 +9,6 @@ import math
 import shutil
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import openai
@@ -20,7 +19,7 @@ from lm.inference.generator import stream
 from lm.inference.sampling import Sampling
 from lm.inference.scoring import log_likelihoods
 from lm.runs.directory import open_run
-from lm.serve import openai_api, server
+from lm.serve import openai_api
 from lm.serve.engine import _Job
 from lm.serve.schema import Limits
 
@@ -195,17 +194,6 @@ def test_the_client_raises_its_own_exceptions(client):
         client.chat.completions.create(model="trained", messages=[{"role": "user", "content": "word " * 100}])
 
 
-def test_a_run_that_cannot_continue_text_says_so(small, quietly, tmp_path, serving):
-    run = quietly(small.replace(objective="masked_token", steps=2), tmp_path / "masks")
-    with serving(run) as served:
-        for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": HELLO})):
-            answer = served.ask(f"/v1/{path}", body)
-            assert answer.status == 400
-            assert answer.error["code"] == "unsupported_readout"
-            assert "can fill masks" in answer.error["message"]
-        assert served.ask("/api/fill", {"text": "a [MASK]"}).status == 200
-
-
 def test_the_same_seed_writes_the_same_text_alone_and_among_others(client, served):
     def asked(seed: int) -> dict:
         return {"model": "trained", "prompt": "the captain", "seed": seed, "max_tokens": 25, "temperature": 1.3}
@@ -324,30 +312,6 @@ def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(trained, serving,
         assert events
         assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
         assert empty == ""
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_requests_that_do_not_finish_in_time_get_an_error(trained, serving, monkeypatch, streamed, caplog):
-    monkeypatch.setattr(server, "SECONDS_TO_FINISH", 0.1)
-    limits = Limits(new_tokens=100_000)
-    with serving(trained, limits=limits) as served, ThreadPoolExecutor() as threads:
-        asked = {
-            "prompt": "the",
-            "max_tokens": 100_000,
-            "stream": streamed,
-            **ENDLESS,
-        }
-        answer = threads.submit(served.ask, "/v1/completions", asked)
-        while not served.writer.busy:
-            time.sleep(0.001)
-        served.stop()
-        ended = answer.result(30)
-    assert ended.status == (200 if streamed else 503)
-    error = json.loads(ended.body.decode().split("\n\n")[-2].removeprefix("data: ") if streamed else ended.body)[
-        "error"
-    ]
-    assert error["message"] == "the server is shutting down"
-    assert "Traceback" not in caplog.text
 
 
 def test_probabilities_are_probabilities(client):
