@@ -7,7 +7,6 @@ response and that end are predicted.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +149,7 @@ class InstructionTask:
         model.train()
         predicted = sum(turn.predicted for turn in self.validation)
         size = sum(turn.response_bytes for turn in self.validation)
-        loss = ReadoutLoss(nats / predicted, nats / math.log(2) / size, predicted)
+        loss = ReadoutLoss.of(nats, predicted, size)
         return {"validation": {"response": loss.as_dict()}}, loss.nats_per_token
 
 

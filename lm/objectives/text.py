@@ -153,8 +153,8 @@ def validation_batch(
     if readout == "next_token":
         inputs, targets = windows[:, :-1], np.where(within[:, 1:], windows[:, 1:], IGNORED)
     else:
-        draws = keyed_random.uniform(keyed_random.key(0, Stream.VALIDATION_FOLDS), numbers, windows.shape[1])
-        chosen = ((draws * folds).astype(np.int64) == fold) & within & (windows != vocabulary.end_of_text)
+        fold_of = keyed_random.validation_fold(numbers[:, None], np.arange(windows.shape[1]), folds)
+        chosen = (fold_of == fold) & within & (windows != vocabulary.end_of_text)
         chosen[:, 0] = False
         inputs = np.where(chosen, vocabulary.mask, windows)
         targets = _targets_of_hidden(windows, chosen, shifted=readout == "masked_next_token")

@@ -174,6 +174,11 @@ def overfitting(lines: Iterable[dict[str, Any]]) -> str:
     )
 
 
+def bits_per_byte(nats: float, text_bytes: int) -> float:
+    """Spread the total cost of a text, in nats, over its UTF-8 bytes, in bits."""
+    return nats / math.log(2) / text_bytes
+
+
 @dataclass(frozen=True)
 class ReadoutLoss:
     """``predicted`` tokens were predicted at a mean cost of ``nats_per_token``.
@@ -184,6 +189,11 @@ class ReadoutLoss:
     nats_per_token: float
     bits_per_byte: float
     predicted: int
+
+    @classmethod
+    def of(cls, nats: float, predicted: int, text_bytes: int) -> ReadoutLoss:
+        """Return the loss on a text whose ``predicted`` tokens cost ``nats`` in total."""
+        return cls(nats / predicted, bits_per_byte(nats, text_bytes), predicted)
 
     def as_dict(self) -> dict[str, float]:
         return {"nats_per_token": self.nats_per_token, "bits_per_byte": self.bits_per_byte, "predicted": self.predicted}

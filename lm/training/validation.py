@@ -1,4 +1,4 @@
-"""The loss on text the model has not seen, for each way of reading it."""
+"""The loss of each readout on text that the model has not seen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lm.training.distributed import Ranks
 
 
 def rows_of_validation(dataset: Dataset | Corpora, config: Config) -> dict[str, int]:
-    """How many rows a validation in the middle of a run takes (``taken``), ``of`` how many of the split."""
+    """Return how many rows a validation during training reads (``taken``), ``of`` how many in the split."""
     rows = ValidationRows(dataset.split("validation"), vocabulary_of(dataset), config.data.context_length)
     return {"taken": len(rows.choose(config.training.validation_rows)), "of": rows.count}
 
@@ -36,18 +36,18 @@ def validate(
     every_token: bool,
     ranks: Ranks | None = None,
 ) -> ReadoutLoss:
-    """Loss of one readout on the windows ``numbers`` of the validation split.
+    """Return the loss of one readout on the windows ``numbers`` of the validation split.
 
-    A masked readout hides one token in round(1 / validation_mask_rate) at a time. ``every_token`` repeats it until
-    every token has been hidden once; otherwise one pass predicts that share of the tokens, the same ones every time.
-    The windows are shared out among ``ranks``, and the result is of all of them.
+    A masked readout hides one token in ``validation_folds`` at a time. ``every_token`` repeats this until every token
+    has been hidden once; otherwise one pass predicts that share of the tokens, the same ones every time. The windows
+    are divided among ``ranks``; every rank returns the loss on all of them.
     """
     ranks = ranks or Ranks(next(model.parameters()).device)
     own = numbers[ranks.rank :: ranks.world]
-    # Every rank makes as many forward passes as the others: some read a window that does not count.
+    # Every rank makes equally many forward passes: some read a window that does not count.
     idle = -(-len(numbers) // ranks.world) - len(own)
     padded = np.concatenate([own, numbers[:idle]])
-    folds = 1 if readout == "next_token" else max(1, round(1 / config.objective.validation_mask_rate))
+    folds = 1 if readout == "next_token" else config.objective.validation_folds
     chunk = max(1, config.data.micro_batch_rows or min(config.data.batch_rows, 32))
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)  # nats, and tokens predicted
@@ -63,9 +63,10 @@ def validate(
     model.train()
     total, predicted = ranks.sum(sums)[0].tolist()
     split = rows.split
-    # Ends of text have no bytes; the causal readout predicts them too, the masked ones do not.
+    # End-of-text tokens have no bytes; the causal readout predicts them, masked readouts do not.
     predictable = split.tokens if readout == "next_token" else split.tokens - split.documents
     nats = total / max(predicted, 1)
+    # Not ``bits_per_byte``: its order of divisions would change the last bit of saved results.
     return ReadoutLoss(nats, nats * predictable / split.text_bytes / math.log(2), int(predicted))
 
 
@@ -78,9 +79,9 @@ def validate_readouts(
     every_token: bool = False,
     ranks: Ranks | None = None,
 ) -> dict[str, ReadoutLoss]:
-    """The validation loss of each way the model was trained to read; empty if the dataset has no validation text.
+    """Return the validation loss of each readout; empty if the dataset has no validation text.
 
-    ``rows`` windows are taken (None: as the config says; 0: the whole split); ``every_token`` and ``ranks`` as in
+    ``rows`` windows are read (None: as configured; 0: the whole split); ``every_token`` and ``ranks`` as in
     ``validate``.
     """
     split = dataset.split("validation")

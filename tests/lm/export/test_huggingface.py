@@ -21,6 +21,7 @@ from lm.model.transformer import Transformer
 from lm.runs import checkpoint
 from lm.runs.checkpoint_writer import snapshot
 from lm.runs.directory import Run, open_run, plain_settings
+from tests.conftest import loaded
 
 transformers = pytest.importorskip("transformers")
 
@@ -97,8 +98,7 @@ def test_greedy_text_is_the_same_for_200_tokens(make_run, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     prompt = "The old miller found"
-    model, greedy = run.load_model(torch.device("cpu")), Sampling(temperature=0, max_new_tokens=200)
-    events = stream(model, run.tokenizer, prompt, greedy, 256)
+    events = stream(loaded(run), prompt, Sampling(temperature=0, max_new_tokens=200))
     ours = [event.token for event in events if event.token is not None]
     inputs = tokenizer(prompt, return_tensors="pt")
     made = theirs.generate(**inputs, max_new_tokens=200, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
