@@ -39,6 +39,7 @@ from lm.config.settings import Config
 from lm.export.gguf import export_gguf
 from lm.export.huggingface import export_huggingface, unwritable_ids
 from lm.inference.generator import Generator
+from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint
@@ -70,8 +71,8 @@ def drawn_run(folder: Path) -> Run:
 
 
 def ours(run: Run, rows: int, *, compiled: bool = False) -> Writer:
-    model, context = run.load_model(torch.device("cpu")), run.config.data.context_length
-    generator = Generator(model, run.tokenizer, context, max_rows=rows, compiled=compiled)
+    model = LanguageModel(run.load_model(torch.device("cpu")), run.tokenizer, run.config)
+    generator = Generator(model, max_rows=rows, compiled=compiled)
     if compiled:
         print(generator.compiling)
     greedy = Sampling(temperature=0, max_new_tokens=WRITTEN)

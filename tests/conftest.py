@@ -20,6 +20,7 @@ from data_prep.pipeline.build import BuildSettings, build
 from data_prep.shards.tokens import Dataset, open_dataset
 from lm.config.settings import Config
 from lm.data.batch import Batch
+from lm.inference.language_model import LanguageModel
 from lm.runs.directory import Run
 from lm.training.pretraining import train
 
@@ -182,6 +183,11 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build_dataset(source: Path, out: Path, **changes: Any) -> Dataset:
     build(BuildSettings.from_options((str(source),), out, **{"validation_fraction": 0.1} | changes))
     return open_dataset(out)
+
+
+def loaded(run: Run, device: str = "cpu") -> LanguageModel:
+    """The model of a run's newest checkpoint."""
+    return LanguageModel(run.load_model(torch.device(device)), run.tokenizer, run.config)
 
 
 @pytest.fixture(scope="session")

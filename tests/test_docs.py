@@ -20,7 +20,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def files_that_a_page_adds(text: str) -> set[str]:
-    """The files whose content a page of docs/adding-*.md gives: only there, and in the copy of its test, do they exist."""
+    """The files whose content a page of docs/adding-*.md gives; they exist only in the copy of its test."""
     return set(re.findall(r"`([\w/]+\.py)`:\n```python\n", text))
 
 

@@ -1,4 +1,4 @@
-"""``kindling sample --chat``: talk with a model in a terminal."""
+"""``kindling sample --chat``: chat with a model in a terminal."""
 
 from __future__ import annotations
 
@@ -15,26 +15,18 @@ import click
 if TYPE_CHECKING:
     from lm.inference.generator import Generator
     from lm.inference.sampling import Sampling
-    from lm.model.transformer import Transformer
-    from lm.runs.directory import Run
 
 
-def converse(run: Run, model: Transformer, sampling: Sampling, *, compiled: bool = False) -> None:
-    """Read what the person says, a line each time, and write the answers, until the input ends.
+def converse(generator: Generator, template: str | None, sampling: Sampling) -> None:
+    """Read the user's messages, one per line, and print the answers until the input ends.
 
-    The conversation is one text by the run's chat template, or plain turns (``chat_template``); with each turn the
-    model reads what is new in it. Ctrl-C ends an answer, which stays in the conversation as far as it came.
+    The conversation becomes one text by the chat template, or plain turns (``chat_template``); a generator with
+    ``reuse`` reads only what is new in each turn. Ctrl-C stops an answer; what was printed stays in the conversation.
     """
-    from lm.inference.chat_template import PLAIN_STOPS, read_template, render
-    from lm.inference.generator import Generator
+    from lm.inference.chat_template import PLAIN_STOPS, render
 
-    template = read_template(run.path)
     if template is None:
         sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *PLAIN_STOPS))
-    context = run.config.data.context_length
-    generator = Generator(model, run.tokenizer, context, max_rows=1, reuse=True, compiled=compiled)
-    if generator.compiling:
-        click.echo(generator.compiling, err=True)
     messages: list[dict[str, str]] = []
     while (line := _next_line()) is not None:
         if line.strip():
@@ -44,11 +36,11 @@ def converse(run: Run, model: Transformer, sampling: Sampling, *, compiled: bool
 
 
 def _next_line() -> str | None:
-    """A line of what the person says, or None at the end; asked for in a terminal, where it can be edited."""
+    """Return the next line of input, or None at its end; a terminal shows a prompt and allows editing."""
     try:
         if sys.stdin.isatty():
-            with suppress(ImportError):  # a platform without it goes without
-                import readline  # noqa: F401  input() edits lines and remembers them once this is imported
+            with suppress(ImportError):  # not on every platform
+                import readline  # noqa: F401  gives input() line editing and a history
             return input("> ")
         return sys.stdin.readline() or None
     except EOFError:
@@ -60,15 +52,15 @@ def _next_line() -> str | None:
 
 
 def _shown(generator: Generator, prompt: str, sampling: Sampling) -> Iterator[str]:
-    """Print the answer as it grows, and give its pieces."""
+    """Print the answer as it grows, and yield its pieces."""
     handle = generator.add(prompt, sampling)
-    with _interrupts() as asked:
+    with _interrupts() as pressed:
         while generator.busy:
             for event in generator.step():
                 sys.stdout.write(event.text)
                 sys.stdout.flush()
                 yield event.text
-            if asked:
+            if pressed:
                 generator.cancel(handle)
     sys.stdout.write("\n")
     sys.stdout.flush()
@@ -76,14 +68,14 @@ def _shown(generator: Generator, prompt: str, sampling: Sampling) -> Iterator[st
 
 @contextmanager
 def _interrupts() -> Iterator[list[bool]]:
-    """A list that is no longer empty once Ctrl-C was pressed: a step of the model is never left half done."""
-    asked: list[bool] = []
+    """Yield a list that Ctrl-C appends to, so that a step of the model is never interrupted half-way."""
+    pressed: list[bool] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
-        asked.append(True)
+        pressed.append(True)
 
     before = signal.signal(signal.SIGINT, remember)
     try:
-        yield asked
+        yield pressed
     finally:
         signal.signal(signal.SIGINT, before)

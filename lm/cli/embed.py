@@ -1,4 +1,4 @@
-"""``kindling embed``: texts as vectors."""
+"""``kindling embed``: embed texts as vectors."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     "source",
     required=True,
     metavar="FILE|-|hf:NAME[:SPLIT]",
-    help="Texts: .jsonl, .csv, .tsv or .parquet, .txt with a text a line, - for JSON lines from standard input.",
+    help="Texts: .jsonl, .csv, .tsv, .parquet, or .txt with one text per line; - for JSON lines from standard input.",
 )
 @click.option(
-    "--output", required=True, metavar="FILE|-", help="File of vectors, .npy or .jsonl; - for JSON lines on stdout."
+    "--output", required=True, metavar="FILE|-", help="Output file, .npy or .jsonl; - for JSON lines on stdout."
 )
 @columns_options("text", "text_pair")
 @reading_options
@@ -45,37 +45,41 @@ def embed(
     which: str,
     **columns: str | None,
 ) -> None:
-    """Write a vector for each text of a file: the hidden states of RUN, pooled over the text.
+    """Embed each text of a file: write the hidden states of RUN, pooled over the text, as a vector.
 
-    Texts are taken as they come and not held, however many there are. One that is longer than the model's context is
-    cut to it; how many were is said at the end.
+    Input is streamed, so files of any size work. Texts longer than the model's context are cut; their number is
+    printed at the end.
     """
     from lm.data.examples import stream_examples
     from lm.inference.embedding import reading_of, vectors_of, write_lines, write_vectors
+    from lm.inference.language_model import LanguageModel
     from lm.model.device import choose_device
     from lm.runs.directory import open_run
 
     opened = open_run(run)
     reading = reading_of(opened.config, reads, pooling, layer, normalize=normalize)
-    model = opened.load_model(choose_device(device), opened.checkpoint(which))
+    model = LanguageModel(
+        opened.load_model(choose_device(device), opened.checkpoint(which)), opened.tokenizer, opened.config
+    )
     texts = (each.texts for each in stream_examples(source, "classification", columns_of(columns)))
     counts = {"texts": 0, "cut": 0}
 
     def counted() -> Iterator[Vectors]:
-        for vectors, cut in vectors_of(model, opened.tokenizer, texts, reading, opened.config.data.context_length):
+        for vectors, cut in vectors_of(model, texts, reading):
             counts["texts"] += len(vectors)
             counts["cut"] += cut
             yield vectors
 
+    width = model.model.config.hidden_size
     if output == "-":
         for vectors in counted():
             write_lines(sys.stdout.buffer, vectors)
             sys.stdout.buffer.flush()
     else:
-        write_vectors(Path(output), counted(), model.config.hidden_size)
-    cut = f"; {counts['cut']:,} were cut to {opened.config.data.context_length} tokens" if counts["cut"] else ""
+        write_vectors(Path(output), counted(), width)
+    cut = f"; {counts['cut']:,} were cut to {model.context_length} tokens" if counts["cut"] else ""
     click.echo(
-        f"{counts['texts']:,} texts, {model.config.hidden_size} numbers each: read {reading.reads}, "
-        f"{reading.pooling} of layer {reading.layer if reading.layer >= 0 else len(model.blocks)}{cut}",
+        f"{counts['texts']:,} texts, {width} numbers each: read {reading.reads}, {reading.pooling} of layer "
+        f"{reading.layer if reading.layer >= 0 else len(model.model.blocks)}{cut}",
         err=True,
     )

@@ -1,4 +1,4 @@
-"""``kindling harness``: a run judged by lm-evaluation-harness."""
+"""``kindling harness``: evaluate a run with lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from lm.cli.options import device_option, json_option, run_argument
 
 @click.command(cls=FriendlyCommand)
 @run_argument
-@click.option("--tasks", required=True, metavar="NAME,NAME", help="Tasks of the harness, or of --include-path.")
+@click.option("--tasks", required=True, metavar="NAME,NAME", help="Tasks of the harness or from --include-path.")
 @click.option(
     "--include-path",
     type=click.Path(path_type=Path),
-    help="Folder with task files of your own (YAML); docs/harness holds some.",
+    help="Folder with your own task files (YAML); see docs/harness for examples.",
 )
-@click.option("--readout", default="", help="What scores: next_token, or a masked readout. [default: the run's first]")
+@click.option(
+    "--readout", default="", help="Readout that scores: next_token or a masked one. [default: the run's first]"
+)
 @click.option("--num-fewshot", type=int, default=None, help="Solved examples before each question.")
-@click.option("--limit", type=int, default=None, help="Only the first so many examples of each task, to try.")
+@click.option("--limit", type=int, default=None, help="Evaluate only this many examples per task, for a quick test.")
 @click.option("--checkpoint", default="newest", show_default=True, metavar="newest|best|STEP")
 @device_option
 @json_option
@@ -37,9 +39,9 @@ def harness(
     device: str,
     as_json: bool,
 ) -> None:
-    """Score RUN on tasks of lm-evaluation-harness, which pip install "kindling-lm[harness]" brings.
+    """Evaluate RUN on tasks of lm-evaluation-harness, which pip install "kindling-lm[harness]" installs.
 
-    Its own tasks download their data; task files of your own read what lies on this machine.
+    The tasks of the harness download their data; your own task files can read local data.
     """
     try:
         import lm_eval
@@ -53,7 +55,7 @@ def harness(
     manager = TaskManager(include_path=include_path)
     names = tasks.split(",")
     if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise UserError(f'the harness knows no task "{unknown[0]}": name one of its own, or of --include-path')
+        raise UserError(f'the harness has no task "{unknown[0]}": choose one of its tasks, or one from --include-path')
     results = lm_eval.simple_evaluate(
         model, tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False
     )

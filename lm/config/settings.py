@@ -179,6 +179,11 @@ class ObjectiveConfig:
         0.15, "share of the tokens hidden at once when validating the masked readout", minimum=0.01, maximum=1
     )
 
+    @property
+    def validation_folds(self) -> int:
+        """The number of passes in which a masked readout hides every token once."""
+        return round(1 / self.validation_mask_rate)
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:

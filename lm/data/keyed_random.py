@@ -63,6 +63,11 @@ def uniform_at(seed: int, rows: NDArray[np.int64], columns: NDArray[np.int64]) -
     return (mix(row_keys + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def validation_fold(rows: NDArray[np.int64], columns: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
+    """Return the pass, from 0 to ``folds`` - 1, in which a masked readout hides these tokens (broadcast)."""
+    return (uniform_at(key(0, Stream.VALIDATION_FOLDS), rows, columns) * folds).astype(np.int64)
+
+
 def permuted(numbers: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
     """Where a keyed permutation of ``range(size)`` sends ``numbers``, without building the permutation.
 

@@ -1,67 +1,92 @@
-"""Baselines: what the frequency of tokens, and a compressor, reach without a neural network."""
+"""Baselines without a neural network: token frequencies and a compressor."""
 
 from __future__ import annotations
 
 import bz2
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.shards.tokens import Dataset, Split
+from lm.config.settings import Config
 from lm.data.corpora import Corpora, JoinedSplit, open_corpora
-from lm.runs.directory import Run
+from lm.objectives.text import bits_per_byte
 
 READ_AT_ONCE = 1 << 22
 
+Losses = dict[str, dict[str, float | None]]
 
-def floors(dataset: Dataset | Corpora) -> dict[str, tuple[float | None, float]]:
-    """Losses on the validation split that need no neural network: (nats per token, bits per byte).
 
-    ``unigram`` knows how often each token occurs in the training split (plus one). ``bz2 -9`` compresses the
-    validation text by itself.
-    """
+def dataset_baselines(dataset: Dataset | Corpora) -> Losses:
+    """Return ``baseline_losses`` on the validation split of a dataset."""
     validation = dataset.split("validation")
-    counts = token_counts(dataset.split("train"), dataset.vocab_size) + 1
-    costs = math.log(counts.sum()) - np.log(counts)
-    nats = float(token_counts(validation, dataset.vocab_size) @ costs)
-    return {
-        "unigram": (nats / validation.tokens, nats / math.log(2) / validation.text_bytes),
-        "bz2 -9": (None, 8 * compressed_bytes(dataset, validation) / validation.text_bytes),
-    }
+    costs = token_costs(token_counts(dataset.split("train"), dataset.vocab_size))
+    counts = token_counts(validation, dataset.vocab_size)
+    text = (dataset.tokenizer.decode_bytes(tokens.tolist()) for tokens in _blocks(validation))
+    return baseline_losses(counts, costs, compressed_bytes(text), validation.text_bytes)
 
 
-def token_counts(split: Split | JoinedSplit, vocab_size: int) -> np.ndarray:
-    """How often each token occurs, int64 (vocab_size,)."""
+def baseline_losses(
+    counts: NDArray[np.int64], costs: NDArray[np.float64] | None, compressed: int, text_bytes: int
+) -> Losses:
+    """Return ``nats_per_token`` (None: it does not model tokens) and ``bits_per_byte`` of each baseline on a text.
+
+    ``unigram`` knows only the frequency of each token in the training text; ``bz2 -9`` compresses the text by itself.
+
+    Args:
+        counts: the tokens of the text, (vocabulary,).
+        costs: of each token by ``token_costs``, (vocabulary,); None omits the unigram baseline.
+        compressed: bytes of the text after compression.
+    """
+    losses: Losses = {}
+    if costs is not None:
+        nats = float(counts @ costs)
+        losses["unigram"] = {
+            "nats_per_token": nats / int(counts.sum()),
+            "bits_per_byte": bits_per_byte(nats, text_bytes),
+        }
+    losses["bz2 -9"] = {"nats_per_token": None, "bits_per_byte": 8 * compressed / text_bytes}
+    return losses
+
+
+def unigram_costs(config: Config, progress: Callable[[str], None]) -> NDArray[np.float64] | None:
+    """Return ``token_costs`` of a run's training text; None, reported to ``progress``, if its data is gone."""
+    try:
+        corpora = open_corpora(config.data.data)
+    except UserError as missing:
+        progress(f"no unigram baseline: {missing}")
+        return None
+    return token_costs(token_counts(corpora.split("train"), config.model.vocab_size))
+
+
+def token_costs(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the cost of each token in nats, (vocabulary,), by its frequency with add-one smoothing."""
+    smoothed = counts + 1
+    return math.log(smoothed.sum()) - np.log(smoothed)
+
+
+def unigram_likelihoods(costs: NDArray[np.float64], texts: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+    """Return the log-likelihood of texts, in nats, from the costs of their tokens alone: (texts,)."""
+    return np.array([-costs[text].sum() for text in texts])
+
+
+def token_counts(split: Split | JoinedSplit, vocab_size: int) -> NDArray[np.int64]:
+    """Count each token of a split, int64 (vocab_size,)."""
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(0, split.tokens, READ_AT_ONCE):
-        counts += np.bincount(split.read(start, min(start + READ_AT_ONCE, split.tokens)), minlength=vocab_size)
+    for tokens in _blocks(split):
+        counts += np.bincount(tokens, minlength=vocab_size)
     return counts
 
 
-def compressed_bytes(dataset: Dataset | Corpora, split: Split | JoinedSplit) -> int:
-    """Size of the split's text after ``bz2 -9``, its documents one after another."""
-    compressor, size = bz2.BZ2Compressor(9), 0
+def compressed_bytes(text: Iterable[bytes]) -> int:
+    """Return the size of a text, given in parts, after ``bz2 -9``."""
+    compressor = bz2.BZ2Compressor(9)
+    return sum(len(compressor.compress(part)) for part in text) + len(compressor.flush())
+
+
+def _blocks(split: Split | JoinedSplit) -> Iterator[np.ndarray]:
     for start in range(0, split.tokens, READ_AT_ONCE):
-        tokens = split.read(start, min(start + READ_AT_ONCE, split.tokens)).tolist()
-        size += len(compressor.compress(dataset.tokenizer.decode_bytes(tokens)))
-    return size + len(compressor.flush())
-
-
-def _unigram(run: Run, counts: np.ndarray, progress: Callable[[str], None]) -> float | None:
-    """Nats of tokens by how common they are in the run's training text (plus one); None where that is gone."""
-    try:
-        corpora = open_corpora(run.config.data.data)
-    except UserError as missing:
-        progress(f"no unigram floor: {missing}")
-        return None
-    trained = token_counts(corpora.split("train"), len(counts)) + 1
-    return float(counts @ (math.log(trained.sum()) - np.log(trained)))
-
-
-def unigram_likelihoods(counts: NDArray[np.int64]) -> Callable[[list[list[int]]], NDArray[np.float64]]:
-    """A floor: each token as likely as it is common in the training text (plus one), whatever stands beside it."""
-    costs = np.log(counts + 1) - np.log((counts + 1).sum())
-    return lambda texts: np.array([costs[text].sum() for text in texts])
+        yield split.read(start, min(start + READ_AT_ONCE, split.tokens))

@@ -8,20 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 1000
-# Log-likelihoods that differ by less are equal: the same sentence packed into another row differs by some 1e-6 nats.
+# Log-likelihoods closer than this count as equal: packed into another row, a sentence differs by about 1e-6 nats.
 TIE_NATS = 1e-5
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A mean score, and its standard error (bootstrap over the examples)."""
+    """A mean score with its standard error (bootstrap over the examples)."""
 
     mean: float
     error: float
 
     @classmethod
     def of(cls, scores: NDArray[np.float64]) -> Accuracy:
-        """Of the scores of some examples, (examples,)."""
+        """Return the accuracy from the scores of examples, (examples,)."""
         return cls(float(scores.mean()), standard_error(resampled_means(scores, 0)))
 
     def as_dict(self) -> dict[str, float]:
@@ -29,11 +29,11 @@ class Accuracy:
 
 
 def resampled_means(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Means of the scores drawn with replacement, (RESAMPLES,)."""
+    """Return means of scores resampled with replacement, (RESAMPLES,)."""
     draw = np.random.default_rng(seed)
     return np.array([scores[draw.integers(0, len(scores), len(scores))].mean() for _ in range(RESAMPLES)])
 
 
 def standard_error(means: NDArray[np.float64]) -> float:
-    """Of a mean whose resampled values are ``means``."""
+    """Return the standard error of a mean from its resampled values."""
     return float(means.std(ddof=1))

@@ -1,13 +1,14 @@
-"""Minimal pairs: does a model find the acceptable sentence likelier than the unacceptable one beside it?
+"""Minimal pairs: does a model prefer the acceptable sentence to the unacceptable one?
 
-BLiMP (Warstadt et al. 2020) and whatever has its form. A pair scores 1, 0, or 1/2 where both sentences are equally
-likely; the common way, to take the first of two equals, credits a model with every pair that it cannot tell apart.
+For BLiMP (Warstadt et al. 2020) and data in its format. A pair scores 1, 0, or 1/2 if both sentences are equally
+likely; the common rule, the first of two equals wins, gives a model credit for every pair that it cannot tell apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,11 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.data.corpora import open_corpora
 from lm.data.example_files import SUFFIXES, rows_of
-from lm.evaluation.baselines import token_counts, unigram_likelihoods
+from lm.evaluation.baselines import unigram_costs, unigram_likelihoods
 from lm.evaluation.bootstrap import TIE_NATS, Accuracy, resampled_means, standard_error
+from lm.inference.language_model import LanguageModel
 from lm.inference.scoring import log_likelihoods
-from lm.model.transformer import Transformer
-from lm.runs.directory import Run
 
 COLUMNS = ("sentence_good", "sentence_bad")
 TIES = ("half", "first")
@@ -29,7 +28,7 @@ TIES = ("half", "first")
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of one paradigm: equally many good and bad sentences."""
+    """The pairs of a paradigm: equally many good and bad sentences."""
 
     paradigm: str
     group: str
@@ -39,20 +38,20 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairsAccuracy(Accuracy):
-    """Mean score of ``pairs`` pairs, of which ``ties`` were equally likely."""
+    """The mean score of ``pairs`` pairs, of which ``ties`` were equally likely."""
 
     pairs: int
     ties: int
 
 
 def read_pairs(path: Path, columns: tuple[str, str] = COLUMNS) -> list[Pairs]:
-    """Pairs of a .jsonl, .csv, .tsv or .parquet file, or of all such files of a folder, a paradigm each.
+    """Read the pairs of a .jsonl, .csv, .tsv or .parquet file, or of all such files in a folder, one paradigm per file.
 
-    ``columns`` name the acceptable and the unacceptable sentence. Of BLiMP's other fields ``UID`` names the paradigm
-    (else the file does) and ``linguistics_term`` its group.
+    ``columns`` name the acceptable and the unacceptable sentence. As in BLiMP, ``UID`` names the paradigm (default:
+    the name of the file) and ``linguistics_term`` its group.
 
     Raises:
-        UserError: nothing is there, or a line is not a pair; the message has file and line.
+        UserError: there are no files, or a line is not a pair; the message gives file and line.
     """
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
@@ -66,25 +65,26 @@ def _read_file(file: Path, columns: tuple[str, str]) -> Pairs:
     good: list[str] = []
     bad: list[str] = []
     paradigm, group = file.stem, ""
-    for place, row in rows_of(file):
+    for where, row in rows_of(file):
         for name, sentences in zip(columns, (good, bad), strict=True):
             value = row.get(name)
             if not isinstance(value, str) or not value.strip():
-                raise UserError(f'{place}: "{name}" is missing or holds no text')
+                raise UserError(f'{where}: "{name}" is missing or contains no text')
             sentences.append(value)
         paradigm, group = str(row.get("UID") or paradigm), str(row.get("linguistics_term") or group)
     if not good:
-        raise UserError(f"{file} holds no pairs")
+        raise UserError(f"{file} contains no pairs")
     return Pairs(paradigm, group, good, bad)
 
 
 def scores(good: NDArray[np.float64], bad: NDArray[np.float64], ties: str) -> NDArray[np.float64]:
-    """The score of each pair from the log-likelihoods of its sentences."""
+    """Return the score of each pair from the log-likelihoods of its sentences."""
     of_tie = {"half": 0.5, "first": 1.0}[ties]
     return np.where(are_ties(good, bad), of_tie, (good > bad).astype(np.float64))
 
 
 def are_ties(good: NDArray[np.float64], bad: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which pairs are equally likely, up to rounding."""
     return np.abs(good - bad) < TIE_NATS
 
 
@@ -95,10 +95,10 @@ def evaluate_pairs(
     *,
     ties: str = "half",
 ) -> dict[str, PairsAccuracy]:
-    """The accuracy on each paradigm, and on ``"all"``, the mean over paradigms.
+    """Return the accuracy on each paradigm, and on ``"all"``, the mean over paradigms.
 
     Args:
-        likelihoods: log-likelihoods of texts, given as tokens (``lm.inference.scoring.log_likelihoods``, or a floor's).
+        likelihoods: returns the log-likelihoods of texts, given as tokens.
     """
     results: dict[str, PairsAccuracy] = {}
     resampled = []
@@ -121,32 +121,24 @@ def evaluate_pairs(
     return results
 
 
-def evaluate_run(
-    run: Run,
-    model: Transformer,
+def evaluate_model(
+    model: LanguageModel,
     paradigms: Sequence[Pairs],
     *,
     ties: str = "half",
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, PairsAccuracy]]:
-    """``evaluate_pairs`` for every readout of a run, and for the unigram floor if the run's data is still there.
+    """Return ``evaluate_pairs`` for every readout, and for the unigram baseline if the training data still exists.
 
     Raises:
         UserError: a sentence is longer than the model's context.
     """
     results = {}
-    for readout in run.config.readouts:
+    for readout in model.readouts:
         progress(f"{readout}: {sum(len(pairs.good) for pairs in paradigms):,} pairs")
-
-        def likelihoods(texts: list[list[int]], readout: str = readout) -> NDArray[np.float64]:
-            return log_likelihoods(model, run.tokenizer, texts, readout, run.config.data.context_length)
-
-        results[readout] = evaluate_pairs(paradigms, run.tokenizer, likelihoods, ties=ties)
-    try:
-        corpora = open_corpora(run.config.data.data)
-    except UserError as missing:
-        progress(f"no unigram floor: {missing}")
-        return results
-    counts = token_counts(corpora.split("train"), run.config.model.vocab_size)
-    results["unigram (floor)"] = evaluate_pairs(paradigms, run.tokenizer, unigram_likelihoods(counts), ties=ties)
+        likelihoods = partial(log_likelihoods, model, readout=readout)
+        results[readout] = evaluate_pairs(paradigms, model.tokenizer, likelihoods, ties=ties)
+    if (costs := unigram_costs(model.config, progress)) is not None:
+        likelihoods = partial(unigram_likelihoods, costs)
+        results["unigram (floor)"] = evaluate_pairs(paradigms, model.tokenizer, likelihoods, ties=ties)
     return results

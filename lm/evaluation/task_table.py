@@ -30,6 +30,7 @@ from lm.evaluation import probes
 from lm.evaluation.probes import Answers, Target
 from lm.finetuning.metrics import METRICS, metrics_of
 from lm.inference.embedding import Reading, Vectors, all_vectors
+from lm.inference.language_model import LanguageModel
 from lm.model.transformer import Transformer
 from lm.runs.directory import Run
 
@@ -266,8 +267,8 @@ class Maker:
     def _vectors_of(self, model: Transformer, examples: Sequence[Example]) -> tuple[Vectors, int]:
         """A vector of each example, those of the texts of a pair combined, and how many texts were cut."""
         columns = [[(text,) for text in column] for column in zip(*(e.texts for e in examples), strict=True)]
-        context = self.run.config.data.context_length
-        found = [all_vectors(model, self.run.tokenizer, column, self.reading, context) for column in columns]
+        language_model = LanguageModel(model, self.run.tokenizer, self.run.config)
+        found = [all_vectors(language_model, column, self.reading) for column in columns]
         first, *others = (vectors for vectors, _ in found)
         return probes.pair_vectors(first, others[0]) if others else first, sum(cut for _, cut in found)
 

@@ -1,4 +1,4 @@
-"""How good a run is: the loss on the whole validation split, beside floors that anyone can reach."""
+"""The loss of a run on the whole validation split, next to baselines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from lm.data.corpora import open_corpora
-from lm.evaluation.baselines import floors
+from lm.evaluation.baselines import dataset_baselines
 from lm.model.device import choose_device
 from lm.runs.checkpoint import MODEL, Checkpoint
 from lm.runs.directory import RESULT, Run, saved_evaluation
@@ -16,13 +16,13 @@ from lm.training.validation import validate_readouts
 
 
 def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> dict[str, Any]:
-    """Evaluate a checkpoint (None: the newest) on the validation split of ``data`` ("": the data it was trained on).
+    """Evaluate a checkpoint (None: the newest) on the validation split of ``data`` ("": the training data).
 
-    On its own data the result is kept in ``evaluation.json``, and read from there when the same is asked again.
+    The result on the training data is saved in ``evaluation.json`` and read from there the next time.
 
     Returns:
-        ``validation`` maps each readout to its loss, ``floors`` each floor to nats per token (None: it is not a model
-        of tokens) and bits per byte; ``protocol`` says in words what was measured, the rest on what.
+        ``validation`` maps each readout to its loss, ``floors`` each baseline to its own (``baseline_losses``);
+        ``protocol`` describes the measurement in words; the other keys say what was evaluated, and on what.
 
     Raises:
         UserError: the data is missing, was made with another tokenizer, or has no validation text.
@@ -42,6 +42,7 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
         return known
     model = run.load_model(choose_device("auto"), checkpoint)
     readouts = validate_readouts(model, dataset, run.config, rows=0, every_token=True)
+    windows = f"whole validation split in adjacent windows of {run.config.data.context_length} tokens"
     result = {
         "step": checkpoint.step,
         "checkpoint": checkpoint.state["sha256"][MODEL],
@@ -50,12 +51,17 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
         "validation_tokens": validation.tokens,
         "validation_bytes": validation.text_bytes,
         "validation": readouts,
-        "floors": {name: {"nats_per_token": n, "bits_per_byte": b} for name, (n, b) in floors(dataset).items()},
-        "protocol": "whole validation split, "
-        f"windows of {run.config.data.context_length} tokens side by side, documents apart; "
-        f"a masked readout hides one token in {round(1 / run.config.objective.validation_mask_rate)} at a time, "
-        "each behind the mask token, until every token was hidden once",
+        "floors": dataset_baselines(dataset),
+        "protocol": protocol(f"{windows}, documents separated", run.config.objective.validation_folds),
     }
     if not data:
         write_atomically(run.path / RESULT, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def protocol(windows: str, folds: int) -> str:
+    """Return the description of a measurement from that of its windows."""
+    return (
+        f"{windows}; masked readouts hide one token in {folds} at a time behind the mask token, until every token has "
+        "been hidden once"
+    )

@@ -27,23 +27,22 @@ from lm.config.settings import Config
 from lm.data import keyed_random
 from lm.data.examples import Columns, Example, columns_of, content_hash, read_examples, read_similar
 from lm.data.keyed_random import Stream
-from lm.data.packed_sequences import Packed, packed, pooled, sequence_of
+from lm.data.packed_sequences import PackedSequences, packed, pooled, sequence_of
 from lm.finetuning.metrics import regression_metrics
 from lm.inference.embedding import Reading, all_vectors
+from lm.inference.language_model import LanguageModel
 from lm.model.device import autocast
 from lm.model.transformer import Transformer
 from lm.objectives.contrastive import info_nce
 
 
-def similarity(
-    model: Transformer, tokenizer: Tokenizer, pairs: Sequence[Example], reading: Reading, context_length: int
-) -> dict[str, float]:
+def similarity(model: LanguageModel, pairs: Sequence[Example], reading: Reading) -> dict[str, float]:
     """How well the cosine of two texts' vectors ranks how alike they are: ``spearman`` and ``pearson`` correlation.
 
     ``pairs`` are of the kind "regression", two texts each with a number.
     """
     vectors = [
-        all_vectors(model, tokenizer, [(text,) for text in texts], reading, context_length)[0].astype(np.float64)
+        all_vectors(model, [(text,) for text in texts], reading)[0].astype(np.float64)
         for texts in zip(*(pair.texts for pair in pairs), strict=True)
     ]
     first, second = (each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in vectors)
@@ -55,7 +54,7 @@ class Views:
     """Views of a batch's examples, in parts for one forward pass each: (which view, from 0; its sequences)."""
 
     examples: int
-    parts: list[tuple[int, Packed]]
+    parts: list[tuple[int, PackedSequences]]
 
 
 class ContrastiveTask:
@@ -107,7 +106,7 @@ class ContrastiveTask:
             parts += [(view, part) for part in self._packed(sequences)]
         return Views(len(numbers), parts)
 
-    def _packed(self, sequences: Sequence[Sequence[int]]) -> Iterator[Packed]:
+    def _packed(self, sequences: Sequence[Sequence[int]]) -> Iterator[PackedSequences]:
         context = self.config.data.context_length
         rows = max(1, self.config.finetune.micro_batch_tokens // context)
         return packed(sequences, self.config.finetune.reads, self.tokenizer.end_of_text_id, context, rows)
@@ -126,7 +125,7 @@ class ContrastiveTask:
             self._vectors(model, part, step, number).backward(of_vectors[view, part.numbers])
         return {"contrastive": loss.detach()}, {"contrastive": 1.0}
 
-    def _vectors(self, model: Transformer, part: Packed, step: int, number: int) -> Tensor:
+    def _vectors(self, model: Transformer, part: PackedSequences, step: int, number: int) -> Tensor:
         """Vectors of a part, float32 (sequences, hidden); its dropout, drawn from its number, is the same each time."""
         torch.manual_seed(keyed_random.key(self.config.training.seed, Stream.FINETUNING_DROPOUT, step, number) >> 1)
         batch = part.batch.to(model.norm.weight.device)
@@ -141,6 +140,6 @@ class ContrastiveTask:
         task = self.config.finetune
         model.eval()
         reading = Reading(task.reads, task.pooling)
-        found = similarity(model, self.tokenizer, self.validation, reading, self.config.data.context_length)
+        found = similarity(LanguageModel(model, self.tokenizer, self.config), self.validation, reading)
         model.train()
         return {"metrics": found, "examples": len(self.validation)}, -found[task.judged_by]

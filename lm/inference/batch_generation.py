@@ -1,4 +1,4 @@
-"""Continue many prompts: in the order in which they come, as many at a time as there are rows."""
+"""Continue many prompts in input order, up to ``Generator.max_rows`` at a time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.errors import UserError
+from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.inference.generator import Event, Generator
 from lm.inference.sampling import Sampling
 
-# Requests begun before the first of them is finished, for each row: while a long text is written, the other rows go on.
+# Requests started before the first of them finishes, per row: while a long text is written, the other rows stay busy.
 AHEAD = 4
 MOST_PROBLEMS = 20
 
@@ -28,7 +29,7 @@ class Prompt:
 
 
 @dataclass
-class Written:
+class Continuation:
     """A continuation as it grows. ``events`` are kept for their log-probabilities."""
 
     prompt: Prompt
@@ -36,84 +37,104 @@ class Written:
     events: list[Event] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
+    def as_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Return prompt, continuation and finish reason, and the log-probabilities of tokens if requested."""
+        content: dict[str, Any] = {
+            "prompt": self.prompt.text,
+            "continuation": self.text,
+            "finish_reason": self.finish_reason,
+        }
+        if self.prompt.sampling.logprobs is not None:
 
-def in_order(generator: Generator, prompts: Iterable[Prompt], rows: int) -> Iterator[tuple[Prompt, Event]]:
-    """All events of the first prompt, then all of the second, …, each as soon as it can be told.
+            def named(token: int, logprob: float | None) -> dict[str, Any]:
+                return {"token": tokenizer.decode([token]), "id": token, "logprob": logprob}
 
-    Reads ``prompts`` as they are needed, and holds no more than ``AHEAD`` times ``rows`` of them.
+            content["tokens"] = [
+                named(event.token, event.logprob) | {"top": [named(*each) for each in event.top_logprobs]}
+                for event in self.events
+                if event.token is not None
+            ]
+        return content
+
+
+def events_in_order(generator: Generator, prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, Event]]:
+    """Yield all events of the first prompt, then all of the second, and so on, each as early as possible.
+
+    Reads ``prompts`` as they are needed, and holds no more than ``AHEAD`` per row of the generator.
     """
     source = iter(prompts)
-    begun: deque[tuple[int, Prompt]] = deque()
+    started: deque[tuple[int, Prompt]] = deque()
     held: dict[int, list[Event]] = {}
     while True:
-        while len(begun) < AHEAD * rows and (prompt := next(source, None)) is not None:
+        while len(started) < AHEAD * generator.max_rows and (prompt := next(source, None)) is not None:
             handle = generator.add(prompt.text, prompt.sampling)
-            begun.append((handle, prompt))
+            started.append((handle, prompt))
             held[handle] = []
-        if not begun:
+        if not started:
             return
         for event in generator.step():
             held[event.handle].append(event)
-        while begun:
-            handle, prompt = begun[0]
+        while started:
+            handle, prompt = started[0]
             events, held[handle] = held[handle], []
             for event in events:
                 yield prompt, event
             if not events or events[-1].finish_reason is None:
                 break
-            begun.popleft()
+            started.popleft()
             del held[handle]
 
 
-def whole_texts(generator: Generator, prompts: Iterable[Prompt], rows: int) -> Iterator[Written]:
-    """The finished continuations, in the order of the prompts."""
-    written: Written | None = None
-    for prompt, event in in_order(generator, prompts, rows):
-        if written is None:
-            written = Written(prompt)
-        written.text += event.text
-        written.events.append(event)
+def continuations(generator: Generator, prompts: Iterable[Prompt]) -> Iterator[Continuation]:
+    """Yield the finished continuations in the order of the prompts."""
+    current: Continuation | None = None
+    for prompt, event in events_in_order(generator, prompts):
+        if current is None:
+            current = Continuation(prompt)
+        current.text += event.text
+        current.events.append(event)
         if event.finish_reason is not None:
-            written.finish_reason = event.finish_reason
-            yield written
-            written = None
+            current.finish_reason = event.finish_reason
+            yield current
+            current = None
 
 
 def read_prompts(path: Path, defaults: Sampling) -> Iterator[Prompt]:
-    """The prompts of a JSONL file: ``{"prompt": "…"}`` a line, with settings of ``Sampling`` where they differ from
-    ``defaults``; empty lines are passed over. Reads as it goes.
+    """Yield the prompts of a JSONL file, ``{"prompt": "…"}`` per line, reading as it goes.
+
+    A line may have settings of ``Sampling`` that differ from ``defaults``; empty lines are skipped.
 
     Raises:
-        UserError: for the first line that cannot be; ``check_prompts`` tells of all of them.
+        UserError: a line is invalid; ``check_prompts`` lists all of them.
     """
-    for place, line in _lines(path):
+    for where, line in _lines(path):
         prompt, problems = _parsed(line, defaults)
         if prompt is None:
-            raise UserError(f"{place}: {'; '.join(problems)}")
+            raise UserError(f"{where}: {'; '.join(problems)}")
         yield prompt
 
 
 def check_prompts(path: Path, defaults: Sampling) -> int:
-    """Read the whole file once and return how many prompts it holds.
+    """Read the whole file once and return the number of prompts in it.
 
     Raises:
-        UserError: there is no such file, or lines in it that cannot be, with their numbers.
+        UserError: the file cannot be read, or has invalid lines; the message lists them by number.
     """
-    told, count = [], 0
-    for place, line in _lines(path):
+    messages, count = [], 0
+    for where, line in _lines(path):
         prompt, problems = _parsed(line, defaults)
         count += prompt is not None
-        told += [f"{place}: {problem}" for problem in problems]
-        if len(told) >= MOST_PROBLEMS:
-            told.append("there may be more")
+        messages += [f"{where}: {problem}" for problem in problems]
+        if len(messages) >= MOST_PROBLEMS:
+            messages.append("there may be more")
             break
-    if told:
-        raise UserError("\n".join(told))
+    if messages:
+        raise UserError("\n".join(messages))
     return count
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str | None]]:
-    """The lines that hold something, each with its place; None for one that is no UTF-8."""
+    """Yield the non-empty lines with file and line number; None for one that is not valid UTF-8."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -127,18 +148,18 @@ def _lines(path: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def _parsed(line: str | None, defaults: Sampling) -> tuple[Prompt | None, list[str]]:
-    """The prompt of a line, or None and what is wrong with it."""
+    """Return the prompt of a line, or None and its problems."""
     if line is None:
-        return None, ["not UTF-8"]
+        return None, ["not valid UTF-8"]
     try:
         content = json.loads(line)
     except (ValueError, RecursionError):
         return None, ["not JSON"]
     if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-        return None, ['no object with a text "prompt"']
+        return None, ['not an object with a string "prompt"']
     kinds = {f.name: _kind(getattr(defaults, f.name), f.name) for f in dataclasses.fields(Sampling)}
     given = {name: value for name, value in content.items() if name != "prompt"}
-    problems = [f'unknown setting "{name}"; there are {", ".join(kinds)}' for name in given if name not in kinds]
+    problems = [f'unknown setting "{name}"; the settings are {", ".join(kinds)}' for name in given if name not in kinds]
     problems += [
         f"{name} must be {_WORDS[kinds[name]]}, not {json.dumps(value, ensure_ascii=False)}"
         for name, value in given.items()
@@ -153,16 +174,16 @@ def _parsed(line: str | None, defaults: Sampling) -> tuple[Prompt | None, list[s
     return (None, problems) if problems else (Prompt(content["prompt"], sampling), [])
 
 
-_WORDS = {"number": "a number", "integer": "a whole number", "texts": "a list of texts"}
+_WORDS = {"number": "a number", "integer": "an integer", "strings": "a list of strings"}
 
 
 def _kind(value: Any, name: str) -> str:
     if name == "stop":
-        return "texts"
+        return "strings"
     return "number" if isinstance(value, float) else "integer"
 
 
 def _is_a(kind: str, value: Any) -> bool:
-    if kind == "texts":
+    if kind == "strings":
         return isinstance(value, list) and all(isinstance(each, str) for each in value)
     return not isinstance(value, bool) and isinstance(value, int | float if kind == "number" else int)

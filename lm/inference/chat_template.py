@@ -1,4 +1,4 @@
-"""A conversation as one text for a model to continue."""
+"""Render a conversation as one text for a model to continue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from data_prep.errors import UserError
 
 CHAT_TEMPLATE = "chat_template.jinja"
-# For a model that was trained on no conversations: plain turns, as they are printed in books and on the web.
+# For a model that was not trained on conversations: plain turns, as printed in books and on the web.
 PLAIN_TURNS = """\
 {% for message in messages %}
 {{ message.role | capitalize }}: {{ message.content }}
@@ -21,22 +21,22 @@ PLAIN_STOPS = ("\nUser:", "\nSystem:", "\nAssistant:")
 
 
 def render(messages: Sequence[dict[str, str]], template: str | None) -> str:
-    """The text of a conversation; one that does not end with the assistant's words ends where they should begin.
+    """Return the text of a conversation; if the assistant speaks next, it ends where the answer begins.
 
     Args:
         messages: each with ``role`` ("system", "user" or "assistant") and ``content``.
-        template: a Jinja template as ``transformers`` has them, over ``messages`` and ``add_generation_prompt``, run in
-            a sandbox; ``bos_token`` and ``eos_token`` are empty in it, for no text can spell them. None: plain turns,
-            "User: …" and "Assistant: …", a line each; stop at ``PLAIN_STOPS``.
+        template: a Jinja template in the format of ``transformers``, with ``messages`` and ``add_generation_prompt``,
+            run in a sandbox; ``bos_token`` and ``eos_token`` are empty, because text cannot contain these tokens.
+            None: plain turns, "User: …" and "Assistant: …", one per line; stop at ``PLAIN_STOPS``.
 
     Raises:
-        UserError: the template cannot be read or fails, or a message has no role or content.
+        UserError: the template is invalid or fails, or a message has no role or content.
     """
     for number, message in enumerate(messages):
         if not all(isinstance(message.get(name), str) for name in ("role", "content")):
-            raise UserError(f"message {number + 1} needs a role and a content, both texts")
+            raise UserError(f"message {number + 1} needs a role and a content, both strings")
     if not messages:
-        raise UserError("a conversation needs a message")
+        raise UserError("a conversation needs at least one message")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _refuse
     try:
@@ -55,6 +55,6 @@ def _refuse(message: str) -> None:
 
 
 def read_template(run_directory: Path) -> str | None:
-    """The run's own chat template, if it has one."""
+    """Return the run's chat template, or None if it has none."""
     path = run_directory / CHAT_TEMPLATE
     return path.read_text(encoding="utf-8") if path.is_file() else None

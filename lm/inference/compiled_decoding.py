@@ -1,7 +1,7 @@
 """The step of ``lm.inference.decoding`` for one text, compiled by ``torch.compile`` for this machine and this model.
 
-What takes time is left then: reading the weights. The compiler writes a product for one row of each shape, with what
-comes after it, and one function in C++ that calls them. Compiling takes some seconds and a C++ compiler.
+The compiler generates a matrix product for one row per shape, fused with what follows, and one C++ function that calls
+them; what remains is the time to read the weights. Compiling takes some seconds and needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -23,48 +23,47 @@ OPTIONS: dict[str, str | int | bool] = {
     "cpp_wrapper": True,
     "freezing": True,  # the weights are constants, packed once
     "max_autotune": True,
-    # Only these products: where the fastest of several is taken, the bits depend on how busy the machine was.
+    # Only these products: choosing the fastest of several would make the bits depend on the load of the machine.
     "max_autotune_gemm_backends": "CPP",
 }
 
 
 def compiled_decoder(model: Transformer, cache: KVCache) -> tuple[Step, str]:
-    """Like ``decoding.decoder``, compiled, and a sentence that says how long that took; where it cannot be, what
-    ``decoder`` gives, and why.
+    """Return a compiled ``decoding.decoder`` and a note on how long compiling took; if it fails, ``decoder`` and why.
 
-    Rows are computed one after the other, so that each has the same bits alone and beside others; for many rows,
-    ``decoder`` is the faster one.
+    Rows are computed one after the other, so that each has the same bits alone and among others; for many rows,
+    ``decoder`` is faster.
     """
     weight = model.embedding.weight
     if not eager_on_cpu(weight) or weight.dtype != torch.float32 or cache.capacity < 2:
-        return decoder(model, cache), "only steps in float32 on a CPU are compiled: these are not"
+        return decoder(model, cache), "the step is not compiled: only float32 on a CPU is supported"
     start = time.perf_counter()
     try:
         step = CompiledDecoder(model, cache).step
     except RuntimeError as problem:  # all that torch.compile raises
         reason = str(problem).strip().partition("\n")[0]
-        return decoder(model, cache), f"the step could not be compiled, and is computed without: {reason}"
+        return decoder(model, cache), f"the step could not be compiled and runs uncompiled: {reason}"
     return step, f"compiled the step in {time.perf_counter() - start:.1f} s"
 
 
 class CompiledDecoder:
-    """Steps in float32 on a CPU, of one row at a time. Holds a second copy of the matrices."""
+    """Decoding steps in float32 on a CPU, one row at a time. Holds a second copy of the matrices."""
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self._cache = cache
-        # For each row its keys and values, a tensor (key-value heads, capacity, head width) for each layer.
+        # Per row: keys and values, each a tensor (key-value heads, capacity, head width) per layer.
         self._rows = [
             tuple(list(kind[:, row].unbind()) for kind in cache.stored.unbind(1)) for row in range(len(cache.lengths))
         ]
         self._seen = torch.zeros(cache.capacity)
         self._first = torch.tensor([0.0, float("-inf")])
-        # Freezing is looked for before the options of torch.compile are, so these are set for the time of compiling.
+        # torch.compile checks for freezing before it reads its own options, so they are set globally meanwhile.
         with torch.inference_mode(), torch._inductor.config.patch(OPTIONS):
             self._graph = torch.compile(_OneToken(model), fullgraph=True)
             self._logits(0, 0, warm_up=True)
 
     def step(self, tokens: list[int]) -> Tensor:
-        """Logits (rows, vocabulary) after one more token of each of the first rows; ``lengths`` grow by one."""
+        """Return logits (rows, vocabulary) after one more token of each of the first rows; ``lengths`` grow by one."""
         logits = [self._logits(row, token) for row, token in enumerate(tokens)]
         for row in range(len(tokens)):
             self._cache.lengths[row] += 1
@@ -73,7 +72,7 @@ class CompiledDecoder:
     def _logits(self, row: int, token: int, *, warm_up: bool = False) -> Tensor:
         length = self._cache.lengths[row]
         count = min(length + 1, self._cache.capacity)
-        # torch.compile takes a size of 1 for a constant, so the first token looks at a second place, and sees nothing.
+        # torch.compile treats a size of 1 as a constant, so the first token gets a second slot, which is masked.
         seen = self._first if count == 1 else self._seen[:count]
         if warm_up:
             torch._dynamo.mark_dynamic(seen, 0, min=2, max=self._cache.capacity)
@@ -89,7 +88,7 @@ class CompiledDecoder:
 
 
 class _OneToken(nn.Module):
-    """A step of one row, as ``torch.compile`` takes it: the formulas of ``PackedDecoder.step``."""
+    """The formulas of ``PackedDecoder.step`` for one row, in a form that ``torch.compile`` accepts."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -107,14 +106,14 @@ class _OneToken(nn.Module):
     def forward(
         self, token: Tensor, position: Tensor, slot: Tensor, seen: Tensor, keys: list[Tensor], values: list[Tensor]
     ) -> Tensor:
-        """Logits (1, vocabulary) of ``token`` (1,) at ``position`` (1,), whose keys and values go into ``slot`` (1,).
+        """Return logits (1, vocabulary) after ``token`` (1,) at ``position`` (1,), stored in ``slot`` (1,).
 
-        It sees the first slots, one for each number of ``seen``, which is added to the scores.
+        It attends to as many slots as ``seen`` has numbers; these are added to the scores.
         """
         config, count = self._config, seen.shape[0]
         heads, kv_heads, width = config.num_heads, config.key_value_heads, config.head_width
         cos, sin = (each[0] for each in rotary_table(position, width, config.rope_theta))  # (1, width / 2)
-        # A slice to ``count`` would be another case where it is the whole, and be compiled again there.
+        # Indices, because a slice of the whole length would be a special case and be compiled again.
         slots = torch.arange(count)
         x = F.embedding(token, self.embedding)
         for layer in range(config.num_layers):
@@ -141,7 +140,7 @@ class _OneToken(nn.Module):
         return logits.tanh() * config.logit_softcap if config.logit_softcap else logits
 
     def _normed(self, x: Tensor) -> Tensor:
-        """x over its norm; the factor to its root mean square, and the learned weight, are in the next matrix."""
+        """Return x divided by its norm; the other factors of the norm are in the next matrix."""
         epsilon = self._config.norm_epsilon * self._config.hidden_size
         return x * (x.square().sum(-1, keepdim=True) + epsilon).rsqrt()
 

@@ -1,9 +1,9 @@
-"""The next token of several texts at once: one step of the model, with the keys and values of all before in a cache.
+"""One decoding step for several texts at once, with the keys and values of all earlier tokens in a cache.
 
-On a CPU a step is bound by reading the weights, and by the time it takes to call some two hundred small operations. So
-there it is written out here, with the fewest and cheapest calls: matrices that share their input lie side by side and
-are packed for oneDNN, the norms' weights and the scale of the scores are multiplied into them beforehand, the views of
-the cache are made once for all layers, and rows with equally many keys share their attention.
+On a CPU a step is bound by reading the weights and by the overhead of some two hundred small operations. So the step is
+written out here with as few and as cheap calls as possible: matrices that share their input are concatenated and packed
+for oneDNN, the weights of the norms and the scale of the scores are folded into them, the views of the cache are made
+once for all layers, and rows with equally many keys share their attention.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from lm.kernels import eager_on_cpu
 from lm.kernels.matmul import has_onednn
 from lm.model.transformer import Block, Transformer, rotary_table
 
-# Positions whose angles are computed at a time: the same ones together, so that their bits never depend on the batch.
+# Rotary angles are computed for blocks of this many positions, so that their bits never depend on the batch.
 POSITIONS_AT_ONCE = 1024
 
-# The order chosen for 16 rows is the best for one row too: 1.5 times as fast as the one that is chosen for one row.
+# The layout for 16 rows is the best for one row, too: 1.5 times as fast as the layout that oneDNN chooses for one row.
 PACKED_FOR_ROWS = 16
 
 Step = Callable[[list[int]], Tensor]
 
 
 def decoder(model: Transformer, cache: KVCache) -> Step:
-    """The function that reads one token of each of the first rows of ``cache``, and returns the logits of the next ones
-    (rows, vocabulary), float32, on the CPU; the caller may overwrite them."""
+    """Return the function that reads a token of each of the first rows of ``cache`` and returns the next logits.
+
+    The logits are (rows, vocabulary), float32, on the CPU; the caller may overwrite them.
+    """
     weight = model.embedding.weight
     if eager_on_cpu(weight) and weight.dtype == torch.float32 and has_onednn():
         return PackedDecoder(model, cache).step
@@ -48,59 +50,60 @@ def _step_of_the_model(model: Transformer, cache: KVCache, tokens: list[int]) ->
     return model.logits(hidden[:, 0]).cpu()
 
 
-class Packed:
-    """A matrix (outputs, inputs) in the order in which oneDNN's product reads it fastest, for few rows of input."""
+class PackedMatrix:
+    """A matrix (outputs, inputs) in the layout that oneDNN reads fastest for few rows of input."""
 
     def __init__(self, weight: Tensor) -> None:
         self.inputs = weight.shape[1]
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
-        self._product: Any = torch.ops.mkldnn._linear_pointwise.default  # looked up once: that takes time, too
+        self._product: Any = torch.ops.mkldnn._linear_pointwise.default  # the lookup takes time
 
     def times(self, x: Tensor) -> Tensor:
-        """``x @ weight.T`` (rows, outputs), for x (rows, inputs)."""
+        """Return ``x @ weight.T`` (rows, outputs) for x (rows, inputs)."""
         return self._product(x, self._weight, None, "none", [], "")
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """A block's matrices (outputs, inputs), with what else is linear in them. ``head_weights`` (query and key heads,
-    head width) are those of QK-norm, if there is one."""
+    """A block's matrices (outputs, inputs) with the linear factors around them folded in.
+
+    ``head_weights`` (query and key heads, head width) are those of QK-norm, if any.
+    """
 
     heads: Tensor  # queries, keys, values
     head_weights: Tensor | None
     output: Tensor
-    inner: Tensor  # gate, if there is one, and up
+    inner: Tensor  # gate, if any, and up
     down: Tensor
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The same, packed."""
+    """``Matrices``, packed."""
 
-    heads: Packed
+    heads: PackedMatrix
     head_weights: Tensor | None
-    output: Packed
-    inner: Packed
-    down: Packed
+    output: PackedMatrix
+    inner: PackedMatrix
+    down: PackedMatrix
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring rows with equally many tokens, and for each layer the views of the cache that a step needs."""
+    """Adjacent rows with equally many tokens, and per layer the views of the cache that a step needs."""
 
     start: int
     end: int
-    places: tuple[Tensor, ...]  # of the new keys and values (rows, 2, key-value heads, head width)
-    keys: tuple[Tensor, ...]  # with the new ones, (rows · key-value heads, head width, tokens)
+    slots: tuple[Tensor, ...]  # for the new keys and values (rows, 2, key-value heads, head width)
+    keys: tuple[Tensor, ...]  # including the new ones, (rows · key-value heads, head width, tokens)
     values: tuple[Tensor, ...]  # (rows · key-value heads, tokens, head width)
 
 
 class PackedDecoder:
-    """Steps in float32 on a CPU.
+    """Decoding steps in float32 on a CPU. Holds a second copy of the matrices.
 
-    A row's logits are the same bits in every batch: each product is that of at least ``least_rows`` rows, the number
-    from which on oneDNN was seen to give a row the same bits among any others, and the rest is computed row by row.
-    Holds a second copy of the matrices.
+    A row's logits have the same bits in every batch: each product takes at least ``least_rows`` rows, from which on
+    oneDNN gives a row the same bits whatever the other rows, and the rest is computed row by row.
     """
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
@@ -108,9 +111,9 @@ class PackedDecoder:
         with torch.inference_mode():
             self._embedding = model.embedding.weight.detach()
             self._layers = [_packed(folded(cast(Block, block))) for block in model.blocks]
-            self._head = Packed(folded_head(model))
-            self._turns = torch.empty(0, 2, self._config.head_width)
-            # The factor to the root mean square, and the learned weight, are in the matrix that follows a norm.
+            self._head = PackedMatrix(folded_head(model))
+            self._rotations = torch.empty(0, 2, self._config.head_width)
+            # A norm's factor to the root mean square and its learned weight are folded into the matrix after it.
             self._epsilon = torch.tensor(self._config.norm_epsilon * self._config.hidden_size)
             self._head_epsilon = torch.tensor(self._config.norm_epsilon * self._config.head_width)
             first = self._layers[0]
@@ -118,7 +121,7 @@ class PackedDecoder:
             self.least_rows = least_rows_with_equal_bits(kinds, max(len(cache.lengths), PACKED_FOR_ROWS))
 
     def step(self, tokens: list[int]) -> Tensor:
-        """Logits (rows, vocabulary) after one more token of each of the first rows; ``lengths`` grow by one."""
+        """Return logits (rows, vocabulary) after one more token of each of the first rows; ``lengths`` grow by one."""
         rows, cache, config = len(tokens), self._cache, self._config
         padding = [0] * (self.least_rows - rows)
         heads, kv_heads, width = config.num_heads, config.key_value_heads, config.head_width
@@ -147,40 +150,40 @@ class PackedDecoder:
         return logits.tanh_().mul_(config.logit_softcap) if config.logit_softcap else logits
 
     def _rotary(self, positions: list[int]) -> tuple[Tensor, Tensor]:
-        """Cosines, and sines with the sign of the half, (rows, 1, head width), of some positions."""
-        while len(self._turns) <= max(positions):
-            fresh = torch.arange(len(self._turns), len(self._turns) + POSITIONS_AT_ONCE)
+        """Return cosines, and sines with the sign of their half, (rows, 1, head width), for some positions."""
+        while len(self._rotations) <= max(positions):
+            fresh = torch.arange(len(self._rotations), len(self._rotations) + POSITIONS_AT_ONCE)
             cos, sin = (each[:, 0] for each in rotary_table(fresh, self._config.head_width, self._config.rope_theta))
             fresh = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1)
-            self._turns = torch.cat((self._turns, fresh))
-        chosen = self._turns.index_select(0, torch.tensor(positions))
+            self._rotations = torch.cat((self._rotations, fresh))
+        chosen = self._rotations.index_select(0, torch.tensor(positions))
         return chosen[:, :1], chosen[:, 1:]
 
 
 def _runs(stored: Tensor, lengths: list[int]) -> list[_Run]:
-    """Rows of ``stored``, which hold ``lengths`` tokens before this step, as runs of neighbours with equally many."""
+    """Group the rows of ``stored``, which hold ``lengths`` tokens before this step, into runs of equal length."""
     capacity, runs, start = stored.shape[4], [], 0
     for length, run in groupby(lengths):
         end = start + sum(1 for _ in run)
         of_rows = stored[:, :, start:end]
         keys, values = of_rows[..., : min(length + 1, capacity), :].flatten(2, 3).unbind(1)
-        places = of_rows[..., length % capacity, :].transpose(1, 2)
-        runs.append(_Run(start, end, places.unbind(), keys.transpose(2, 3).unbind(), values.unbind()))
+        slots = of_rows[..., length % capacity, :].transpose(1, 2)
+        runs.append(_Run(start, end, slots.unbind(), keys.transpose(2, 3).unbind(), values.unbind()))
         start = end
     return runs
 
 
 def _attend(qkv: Tensor, runs: list[_Run], layer: int, heads: int, kv_heads: int) -> Tensor:
-    """Store each row's new keys and values; what its queries see of its own ones, (padded rows, heads · width).
+    """Store each row's new keys and values, and return its attention output (padded rows, heads · width).
 
-    ``qkv`` is (padded rows, heads + 2 · key-value heads, width). A product for each row and key-value head, on its own.
+    ``qkv`` is (padded rows, heads + 2 · key-value heads, width). Each row and key-value head is a product on its own.
     """
     width = qkv.shape[2]
     parts = []
     for run in runs:
         count = run.end - run.start
         of_run = qkv if count == len(qkv) else qkv[run.start : run.end]
-        run.places[layer].copy_(of_run.narrow(1, heads, 2 * kv_heads).view(count, 2, kv_heads, width))
+        run.slots[layer].copy_(of_run.narrow(1, heads, 2 * kv_heads).view(count, 2, kv_heads, width))
         queries = of_run.narrow(1, 0, heads).reshape(count * kv_heads, -1, width)
         weights = torch.bmm(queries, run.keys[layer]).softmax(-1)
         parts.append(torch.bmm(weights, run.values[layer]).view(count, -1))
@@ -190,17 +193,17 @@ def _attend(qkv: Tensor, runs: list[_Run], layer: int, heads: int, kv_heads: int
 
 
 def _normed(x: Tensor, epsilon: Tensor) -> Tensor:
-    """x over its norm."""
+    """Return x divided by its norm."""
     return x * _inverse_norm(x, epsilon)
 
 
 def _inverse_norm(x: Tensor, epsilon: Tensor) -> Tensor:
-    """1 / sqrt(|x|² + epsilon) of the last dimension, which stays with size 1."""
+    """Return 1 / sqrt(|x|² + epsilon) over the last dimension, which stays with size 1."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(epsilon).rsqrt_()
 
 
 def folded(block: Block) -> Matrices:
-    """A block's matrices, the weights of the norms before them and the scale of the scores multiplied into them."""
+    """Return a block's matrices with the weights of the norms and the scale of the scores multiplied into them."""
     attention, feed_forward = block.attention, block.feed_forward
     root, width = block.attention_norm.weight.numel() ** 0.5, attention.head_width
     query, key, value = (
@@ -225,22 +228,22 @@ def folded(block: Block) -> Matrices:
 
 
 def folded_head(model: Transformer) -> Tensor:
-    """The head (vocabulary, hidden), the last norm's weight and the cap of the logits multiplied into it."""
+    """Return the head (vocabulary, hidden) with the last norm's weight and the logit softcap multiplied into it."""
     head = model.head_weight * model.norm.weight * model.config.hidden_size**0.5
     return head / model.config.logit_softcap if model.config.logit_softcap else head
 
 
 def _packed(matrices: Matrices) -> _Layer:
     heads, output, inner, down = (
-        Packed(each) for each in (matrices.heads, matrices.output, matrices.inner, matrices.down)
+        PackedMatrix(each) for each in (matrices.heads, matrices.output, matrices.inner, matrices.down)
     )
     return _Layer(heads, matrices.head_weights, output, inner, down)
 
 
-def least_rows_with_equal_bits(matrices: list[Packed], most: int) -> int:
-    """The smallest number of rows from which on, up to ``most``, each row's product is the same bits as among ``most``.
+def least_rows_with_equal_bits(matrices: list[PackedMatrix], most: int) -> int:
+    """Return the smallest number of rows from which on, up to ``most``, each row's product has the same bits.
 
-    oneDNN takes another kernel for one row than for several where the inputs are many; others may differ elsewhere.
+    With many inputs oneDNN uses another kernel for one row than for several; other thresholds may exist elsewhere.
     """
     least = 1
     for matrix in matrices:

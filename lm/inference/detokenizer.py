@@ -1,4 +1,4 @@
-"""Tokens in, pieces of text out: whole characters only, and nothing of a stop string."""
+"""Turn tokens into text piece by piece: whole characters only, and nothing of a stop string."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from data_prep.tokenizers.tokenizer import Tokenizer
 
 UNREADABLE = "\ufffd"
-NEIGHBOURS = 8  # tokens before a text on which the first one's text may depend
+NEIGHBORS = 8  # preceding tokens on which the text of a token may depend
 
 
-class TextStream:
-    """The text of one growing list of tokens, which follows the tokens ``after``.
+class Detokenizer:
+    """The text of a growing list of tokens that follows the tokens ``after``.
 
-    Text is held back while it may be the beginning of a character or of a stop string. ``stopped`` says that a stop
-    string was complete; what was given out ends before it, and nothing follows.
+    Text is held back while it may be the beginning of a character or of a stop string. ``stopped`` is true once a stop
+    string is complete; the text returned ends before it, and no more follows.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), after: Sequence[int] = ()) -> None:
@@ -25,20 +25,20 @@ class TextStream:
         self._characters = _BytesOfTokens(tokenizer) if tokenizer.has_bytes else _TextOfTokens(tokenizer, after)
 
     def add(self, token: int) -> str:
-        """What can be given out with one more token."""
-        return self._pass_on(self._characters.add(token))
+        """Add a token and return the text that is now certain."""
+        return self._release(self._characters.add(token))
 
     def finish(self) -> str:
-        """What was held back, at the end; bytes of an unfinished character become U+FFFD."""
-        text = self._pass_on(self._characters.finish()) + self._held
+        """Return the text held back so far; bytes of an incomplete character become U+FFFD."""
+        text = self._release(self._characters.finish()) + self._held
         self._held = ""
         return text
 
-    def _pass_on(self, text: str) -> str:
+    def _release(self, text: str) -> str:
         if self.stopped:
             return ""
         text = self._held + text
-        # The one that is complete first, as if the text came character by character; of two, the longer one.
+        # The stop string that is complete first, character by character; of two, the longer one.
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
@@ -49,13 +49,13 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of ``text`` that is a beginning of ``stop``, but not all of it."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class _BytesOfTokens:
-    """Characters of tokens that each stand for some bytes, exact for any cut."""
+    """The characters of tokens that each stand for fixed bytes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -69,13 +69,15 @@ class _BytesOfTokens:
 
 
 class _TextOfTokens:
-    """Characters of tokens whose text depends on their neighbours (spaces, above all): a few are decoded again with
-    each new one, and what is new at the end is passed on once it ends in a whole character."""
+    """The characters of tokens whose text depends on their neighbors (above all, on spaces).
+
+    Each new token is decoded with a few before it; the new text is released once it ends in a whole character.
+    """
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens = list(after[-NEIGHBOURS:])
-        self._told = len(self._tokens)  # of ``_tokens``, those whose text was passed on
+        self._tokens = list(after[-NEIGHBORS:])
+        self._released = len(self._tokens)  # the tokens whose text was released
 
     def add(self, token: int) -> str:
         self._tokens.append(token)
@@ -85,12 +87,12 @@ class _TextOfTokens:
         return self._new_text(final=True)
 
     def _new_text(self, *, final: bool) -> str:
-        before = self._decoded(self._tokens[: self._told])
+        before = self._decoded(self._tokens[: self._released])
         after = self._decoded(self._tokens)
         if (after.endswith(UNREADABLE) and not final) or len(after) <= len(before):
             return ""
-        # The tokens passed on now are the neighbours of those to come; older ones are not needed again.
-        self._tokens, self._told = self._tokens[self._told :], len(self._tokens) - self._told
+        # The tokens released now are the neighbors of the next ones; older ones are no longer needed.
+        self._tokens, self._released = self._tokens[self._released :], len(self._tokens) - self._released
         return after[len(before) :]
 
     def _decoded(self, tokens: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Texts as vectors: the hidden states of a frozen model, for probes, for search, and for whoever wants embeddings."""
+"""Texts as vectors: hidden states of a frozen model, for search, similarity and probes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.files import atomic_file
-from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config, usual_pooling, usual_reading
-from lm.data.batch import Batch
 from lm.data.packed_sequences import packed, pooled, sequence_of
-from lm.model.transformer import Transformer
+from lm.inference.language_model import LanguageModel
 
-ROWS = 16  # of one forward pass
-TEXTS_AT_ONCE = 2048  # are held, and packed among themselves
+ROWS = 16  # per forward pass
+TEXTS_AT_ONCE = 2048  # held in memory and packed together
 
 Vectors = NDArray[np.float32]
 
@@ -32,9 +29,8 @@ Vectors = NDArray[np.float32]
 class Reading:
     """How a text becomes a vector.
 
-    ``reads`` is "causal" or "bidirectional", ``pooling`` "mean" or "last" (``packed_sequences``). ``layer`` counts from
-    0, the embeddings, to the number of blocks; -1 is the last, whose states are normalised as the head sees them.
-    ``normalize`` scales vectors to length 1.
+    ``reads`` is "causal" or "bidirectional", ``pooling`` "mean" or "last" (``packed_sequences``), ``layer`` as in
+    ``LanguageModel.hidden_states``. ``normalize`` scales vectors to length 1.
     """
 
     reads: str
@@ -46,7 +42,7 @@ class Reading:
 def reading_of(
     config: Config, reads: str | None = None, pooling: str | None = None, layer: int = -1, *, normalize: bool = False
 ) -> Reading:
-    """What was asked for; where nothing was, what a run was fine-tuned with, else what is usual for its objective."""
+    """Return the reading with what was given; the default is that of fine-tuning, else the objective's usual one."""
     tuned = config.finetune
     reads = reads or (usual_reading(config) if tuned.reads == "auto" else tuned.reads)
     pooling = pooling or (usual_pooling(reads) if tuned.pooling == "auto" else tuned.pooling)
@@ -54,75 +50,52 @@ def reading_of(
 
 
 def vectors_of(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    texts: Iterable[tuple[str, ...]],
-    reading: Reading,
-    context_length: int,
+    model: LanguageModel, texts: Iterable[tuple[str, ...]], reading: Reading
 ) -> Iterator[tuple[Vectors, int]]:
-    """The vectors of texts, or pairs of texts, in their order, some at a time, whatever their number.
+    """Embed any number of texts, or pairs of texts, in order, part by part.
 
     Yields:
-        Vectors, float32 (some texts, hidden), and how many of these texts were cut to ``context_length`` tokens.
+        Vectors, float32 (texts of the part, hidden), and how many of these texts were cut to the context length.
 
     Raises:
         UserError: the model has no such layer.
     """
-    blocks = len(model.blocks)
+    blocks = len(model.model.blocks)
     if not -1 <= reading.layer <= blocks:
         raise UserError(f"there is no layer {reading.layer}: the model has 0 (the embeddings) to {blocks}")
     rest = iter(texts)
     while some := list(islice(rest, TEXTS_AT_ONCE)):
-        yield _vectors(model, tokenizer, some, reading, context_length)
+        yield _vectors(model, some, reading)
 
 
-def all_vectors(
-    model: Transformer, tokenizer: Tokenizer, texts: Iterable[tuple[str, ...]], reading: Reading, context_length: int
-) -> tuple[Vectors, int]:
-    """``vectors_of`` at once: float32 (texts, hidden), and how many were cut."""
-    parts = list(vectors_of(model, tokenizer, texts, reading, context_length))
-    empty = np.zeros((0, model.config.hidden_size), dtype=np.float32)
+def all_vectors(model: LanguageModel, texts: Iterable[tuple[str, ...]], reading: Reading) -> tuple[Vectors, int]:
+    """Return all of ``vectors_of`` at once: float32 (texts, hidden), and how many texts were cut."""
+    parts = list(vectors_of(model, texts, reading))
+    empty = np.zeros((0, model.model.config.hidden_size), dtype=np.float32)
     return np.concatenate([empty, *(vectors for vectors, _ in parts)]), sum(cut for _, cut in parts)
 
 
 @torch.no_grad()
-def _vectors(
-    model: Transformer, tokenizer: Tokenizer, texts: list[tuple[str, ...]], reading: Reading, context_length: int
-) -> tuple[Vectors, int]:
-    encoded = iter(tokenizer.encode_batch([part for text in texts for part in text]))
-    end_of_text = tokenizer.end_of_text_id
+def _vectors(model: LanguageModel, texts: list[tuple[str, ...]], reading: Reading) -> tuple[Vectors, int]:
+    end_of_text, context_length = model.tokenizer.end_of_text_id, model.context_length
+    encoded = iter(model.tokenizer.encode_batch([part for text in texts for part in text]))
     found = [sequence_of([next(encoded) for _ in text], end_of_text, context_length) for text in texts]
-    vectors = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
-    device = next(model.parameters()).device
+    vectors = np.empty((len(texts), model.model.config.hidden_size), dtype=np.float32)
     for some in packed([tokens for tokens, _ in found], reading.reads, end_of_text, context_length, ROWS):
-        hidden = hidden_states(model, some.batch.to(device), reading.layer)
+        hidden = model.hidden_states(some.batch, reading.layer)
         vectors[some.numbers] = pooled(hidden, some, reading.pooling).float().cpu().numpy()
     if reading.normalize:
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors, sum(cut for _, cut in found)
 
 
-def hidden_states(model: Transformer, batch: Batch, layer: int = -1) -> Tensor:
-    """Hidden states (rows, T, hidden) behind a layer, as ``Reading.layer`` counts."""
-    if layer in (-1, len(model.blocks)):
-        return model(batch.inputs, batch.positions, batch.lo, batch.hi)
-    caught: list[Tensor] = []
-    module = model.embedding if layer == 0 else model.blocks[layer - 1]
-    hook = module.register_forward_hook(lambda module, inputs, output: caught.append(output))
-    try:
-        model(batch.inputs, batch.positions, batch.lo, batch.hi)
-    finally:
-        hook.remove()
-    return caught[0]
-
-
 def write_vectors(path: Path, parts: Iterable[Vectors], width: int) -> int:
-    """Write vectors as they come, and return their number: .npy (float32), or .jsonl, {"embedding": […]} a line.
+    """Write vectors as they come and return their number: .npy (float32), or .jsonl with {"embedding": […]} per line.
 
-    The file appears when it is complete.
+    The file appears once it is complete.
 
     Raises:
-        UserError: the name ends otherwise.
+        UserError: the name has another suffix.
     """
     if path.suffix not in (".npy", ".jsonl"):
         raise UserError(f"embeddings are written to .npy or .jsonl, not to {path}")
@@ -138,12 +111,12 @@ def write_vectors(path: Path, parts: Iterable[Vectors], width: int) -> int:
                 write_lines(file, vectors)
         if path.suffix == ".npy":
             file.seek(0)
-            _write_header(file, written, width)  # as long as the first: NumPy leaves room for the number to grow
+            _write_header(file, written, width)  # the same size as before: NumPy pads the header for a growing number
     return written
 
 
 def write_lines(file: IO[bytes], vectors: Vectors) -> None:
-    """Write vectors as JSON lines, each number with as many digits as a float32 needs to be read again."""
+    """Write vectors as JSON lines, with enough digits to restore each float32 exactly."""
     for vector in vectors:
         numbers = [float(str(number)) for number in vector]
         file.write(json.dumps({"embedding": numbers}).encode() + b"\n")

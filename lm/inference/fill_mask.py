@@ -1,4 +1,4 @@
-"""Reading both ways: fill the masks of a text."""
+"""Fill the masks of a text, using context from both sides."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import re
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling, draw, filtered, writable
 from lm.kernels import masks
-from lm.model.transformer import Transformer
 
 MASK_WORD = "[MASK]"
 MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")
@@ -19,9 +20,10 @@ MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")
 
 @dataclass(frozen=True)
 class Filled:
-    """A text with its masks filled, and for each mask the likeliest tokens with their probabilities.
+    """A text with its masks filled.
 
-    ``pieces`` is the text in parts, each with whether it was filled in.
+    ``pieces`` is the text in parts, each with whether it was filled in; ``candidates`` holds for each mask the most
+    likely tokens with their probabilities.
     """
 
     text: str
@@ -34,78 +36,79 @@ GREEDY = Sampling(temperature=0)
 
 @torch.inference_mode()
 def fill_masks(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    text: str,
-    readout: str,
-    context_length: int,
-    *,
-    top: int = 5,
-    rounds: int = 0,
-    sampling: Sampling = GREEDY,
+    model: LanguageModel, text: str, *, top: int = 5, rounds: int = 0, sampling: Sampling = GREEDY
 ) -> Filled:
-    """Put a token in the place of each ``[MASK]``, reading the text both ways; ``[MASK:5]`` stands for five of them.
+    """Replace each ``[MASK]`` with one token, reading the text bidirectionally; ``[MASK:5]`` stands for five masks.
 
-    In each round a token is drawn for every mask that is left, and those of them stay to which the model gives the
-    highest probability, equally many in each round; the others are looked at again with these in place (Ghazvininejad
-    et al. 2019, Mask-Predict; Chang et al. 2022, MaskGIT).
+    Each round draws a token for every remaining mask and keeps those with the highest probability, equally many per
+    round; the other masks are predicted again with these in place (Ghazvininejad et al. 2019, Mask-Predict; Chang et
+    al. 2022, MaskGIT).
 
     Args:
-        readout: "masked_next_token" (the neighbour to the left predicts) or "masked_token" (the mask's own place does).
-        top: candidates to tell of each mask, as they were when it was filled, by the model's own probabilities.
-        rounds: at most one for each mask; 0: that many, so that the surest one is filled at a time.
-        sampling: temperature and filters of the draws, and their seed; nothing else of it counts.
+        top: the number of candidates per mask, by the model's own probabilities when the mask was filled.
+        rounds: at most one per mask; 0 means one per mask, so that the most certain mask is filled at a time.
+        sampling: temperature, filters and seed of the draws; its other settings are ignored.
 
     Raises:
-        UserError: there is no [MASK] in the text, or the text is longer than the model's context.
+        UserError: the model cannot fill masks, there is no [MASK] in the text, or the text is too long.
     """
+    tokenizer = model.tokenizer
     tokens = _encode_with_masks(tokenizer, text)
     open_masks = [i for i, token in enumerate(tokens) if token == tokenizer.mask_id]
+    if model.masked_readout is None:
+        raise UserError("this model was not trained to fill masks")
     if not open_masks:
         raise UserError(f"nothing to fill: write {MASK_WORD} where a word is missing")
-    if len(tokens) > context_length:
-        raise UserError(f"the text to fill has {len(tokens)} tokens; this model reads at most {context_length} at once")
-    device = model.embedding.weight.device
+    if len(tokens) > model.context_length:
+        raise UserError(
+            f"the text to fill has {len(tokens)} tokens; this model reads at most {model.context_length} at once"
+        )
     generator = torch.Generator().manual_seed(sampling.seed)
-    shift = 1 if readout == "masked_next_token" else 0
-    lo, hi = masks.bidirectional(1, len(tokens), device=device)
-    positions = torch.arange(len(tokens), device=device)[None]
     candidates: dict[int, list[tuple[str, float]]] = {}
     rounds = min(rounds, len(open_masks)) or len(open_masks)
     for rounds_left in range(rounds, 0, -1):
-        hidden = model(torch.tensor([tokens], device=device), positions, lo, hi)[0]
-        logits = writable(model.logits(hidden[[i - shift for i in open_masks]]).cpu(), tokenizer)
-        logits[:, tokenizer.end_of_text_id] = float("-inf")
+        logits = _mask_logits(model, tokens, open_masks)
         uniforms = torch.rand(len(open_masks), generator=generator, dtype=torch.float64)
         drawn = draw(filtered(logits, sampling), uniforms)
-        chances = logits.softmax(-1)
-        sureness = chances.gather(1, drawn[:, None])[:, 0]
-        stay = sureness.argsort(descending=True, stable=True)[: -(-len(open_masks) // rounds_left)]
-        likeliest = chances[stay].topk(min(top, chances.shape[1]))
-        for n, values, indices in zip(
-            stay.tolist(), likeliest.values.tolist(), likeliest.indices.tolist(), strict=True
-        ):
+        probabilities = logits.softmax(-1)
+        certainty = probabilities.gather(1, drawn[:, None])[:, 0]
+        kept = certainty.argsort(descending=True, stable=True)[: -(-len(open_masks) // rounds_left)]
+        best = probabilities[kept].topk(min(top, probabilities.shape[1]))
+        for n, values, ids in zip(kept.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
             tokens[open_masks[n]] = int(drawn[n])
-            told = zip(indices, values, strict=True)
-            candidates[open_masks[n]] = [(tokenizer.decode([token]), chance) for token, chance in told]
-        open_masks = [place for place in open_masks if place not in candidates]
-    places = sorted(candidates)
-    pieces = [(tokenizer.decode(tokens[1 : places[0]]), False)]
-    for place, following in zip(places, [*places[1:], len(tokens)], strict=True):
-        pieces += [
-            (tokenizer.decode([tokens[place]]), True),
-            (tokenizer.decode(tokens[place + 1 : following]), False),
-        ]
-    return Filled(tokenizer.decode(tokens[1:]), pieces, [candidates[place] for place in places])
+            candidates[open_masks[n]] = [(tokenizer.decode([i]), p) for i, p in zip(ids, values, strict=True)]
+        open_masks = [position for position in open_masks if position not in candidates]
+    filled = sorted(candidates)
+    return Filled(tokenizer.decode(tokens[1:]), _pieces(tokenizer, tokens, filled), [candidates[i] for i in filled])
+
+
+def _mask_logits(model: LanguageModel, tokens: list[int], positions: list[int]) -> Tensor:
+    """Return logits (masks, vocabulary) at masked ``positions``, on the CPU; -inf for tokens that fill no mask."""
+    shift = 1 if model.masked_readout == "masked_next_token" else 0
+    lo, hi = masks.bidirectional(1, len(tokens), device=model.device)
+    inputs, numbers = torch.tensor([tokens], device=model.device), torch.arange(len(tokens), device=model.device)
+    hidden = model.model(inputs, numbers[None], lo, hi)[0]
+    logits = writable(model.model.logits(hidden[[i - shift for i in positions]]).cpu(), model.tokenizer)
+    logits[:, model.tokenizer.end_of_text_id] = float("-inf")
+    return logits
+
+
+def _pieces(tokenizer: Tokenizer, tokens: list[int], filled: list[int]) -> list[tuple[str, bool]]:
+    """Split the text at the ``filled`` positions; True marks a filled piece."""
+    pieces = [(tokenizer.decode(tokens[1 : filled[0]]), False)]
+    for position, following in zip(filled, [*filled[1:], len(tokens)], strict=True):
+        pieces.append((tokenizer.decode([tokens[position]]), True))
+        pieces.append((tokenizer.decode(tokens[position + 1 : following]), False))
+    return pieces
 
 
 def _encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokens of ``text`` after an end-of-text token, with mask tokens for each ``[MASK]`` and ``[MASK:5]``.
+    """Return the tokens of ``text`` after an end-of-text token, with mask tokens for ``[MASK]`` and ``[MASK:5]``.
 
-    Where words carry the space before them, a mask does too, as any word in its place would.
+    If words include the space before them, so does a mask.
     """
     takes_space = len(tokenizer.encode(" a")) == 1
-    *parts, last = MASKS.split(text)  # texts, each with the number behind it between it and the next
+    *parts, last = MASKS.split(text)  # text and number of masks alternate
     tokens = [tokenizer.end_of_text_id]
     for part, count in zip(parts[::2], parts[1::2], strict=True):
         tokens += tokenizer.encode(part.removesuffix(" ") if takes_space else part)

@@ -1,4 +1,4 @@
-"""Continue many texts at once: requests come and go while others are being written."""
+"""Continue many texts at once; requests can join and leave while others are being written."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.inference.decoding import decoder
-from lm.inference.detokenizer import TextStream
+from lm.inference.detokenizer import Detokenizer
 from lm.inference.kv_cache import KVCache, ReadingPrompt
-from lm.inference.sampling import Sampling, draw, filtered, log_probabilities, penalised, writable
-from lm.model.transformer import Transformer
+from lm.inference.language_model import LanguageModel
+from lm.inference.sampling import Sampling, draw, filtered, log_probabilities, penalized, writable
 
 
 @dataclass(frozen=True)
 class Event:
-    """What one step brought for one request.
+    """One generation step of one request.
 
     Attributes:
-        handle: of the request, as ``Generator.add`` gave it.
-        token: the token that was written; None if the model ended the text instead.
-        text: what can be shown now: whole characters, nothing that may yet turn out to be part of a stop string.
-        logprob: natural log-probability of the token, if asked for: by the model's own distribution over all tokens
-            that can be written, before penalties, temperature and filters.
-        top_logprobs: the likeliest tokens by that distribution, the likeliest first, with theirs.
-        finish_reason: None while the text goes on; "stop" if the model ended it or a stop string came, "length" if it
-            has ``max_new_tokens``.
+        handle: the request's, from ``Generator.add``.
+        token: the token generated; None if the model ended the text instead.
+        text: the text that can be shown now: whole characters, and nothing that may become part of a stop string.
+        logprob: log-probability of the token in nats, if requested: under the model's own distribution over all
+            tokens that can be generated, before penalties, temperature and filters.
+        top_logprobs: the most likely tokens of that distribution with theirs, most likely first.
+        finish_reason: None while the text continues; "stop" if the model or a stop string ended it, "length" after
+            ``max_new_tokens``.
     """
 
     handle: int
@@ -43,26 +43,26 @@ class Event:
 
 
 class _Request:
-    """One text that is being written."""
+    """A text that is being written."""
 
     def __init__(self, handle: int, tokens: list[int], sampling: Sampling, tokenizer: Tokenizer) -> None:
         self.handle, self.tokens, self.sampling = handle, tokens, sampling
-        self.stream = TextStream(tokenizer, sampling.stop, after=tokens)
+        self.detokenizer = Detokenizer(tokenizer, sampling.stop, after=tokens)
         self.written = 0
         self._generator = torch.Generator().manual_seed(sampling.seed)
         self._read: Tensor | None = None
         self._counts: Tensor | None = None
 
     def uniform(self) -> Tensor:
-        """The next number in [0, 1) of this request's own sequence."""
+        """Return the next number in [0, 1) of this request's own random sequence."""
         return torch.rand(1, generator=self._generator, dtype=torch.float64)
 
-    def penalised(self, logits: Tensor) -> Tensor:
-        """Logits (vocabulary,) after this request's penalties."""
+    def penalized(self, logits: Tensor) -> Tensor:
+        """Return logits (vocabulary,) after this request's penalties."""
         if self._read is None or self._counts is None:
-            prompt = torch.tensor(self.tokens[1:], dtype=torch.int64)  # without the end of text that begins it
+            prompt = torch.tensor(self.tokens[1:], dtype=torch.int64)  # without the end-of-text token at the start
             self._read, self._counts = prompt.bincount(minlength=len(logits)).float(), torch.zeros_like(logits)
-        return penalised(logits, self.sampling, self._read, self._counts)
+        return penalized(logits, self.sampling, self._read, self._counts)
 
     def write(self, token: int) -> None:
         self.tokens.append(token)
@@ -72,63 +72,56 @@ class _Request:
 
 
 class Generator:
-    """Writes with one model for any number of requests, up to ``max_rows`` of them at a time, the others waiting.
+    """Generates text with one model for any number of requests, ``max_rows`` at a time; the others wait.
 
-        generator = Generator(model, tokenizer, context_length)
+        generator = Generator(model)
         handle = generator.add("Once upon a time", Sampling())
         while generator.busy:
             for event in generator.step():
                 print(event.text, end="")
 
-    A text begins, as every document did in training, after an end-of-text token. Beyond ``context_length`` tokens each
-    new one sees the last ``context_length``, the most the model has been trained to look at; so that is what a row of
-    the cache holds. The first ``len(self._live)`` rows of the cache are the live requests', in their order.
+    A text begins after an end-of-text token, as every document did in training. Beyond the model's ``context_length``,
+    each new token sees the last ``context_length`` tokens, the most that the model was trained on; a row of the cache
+    holds no more. The first ``len(self._live)`` rows of the cache belong to the live requests, in order.
 
-    What a request gets depends on its prompt and its settings only, not on what else is written at the same time.
+    The result of a request depends only on its prompt and settings, not on the requests written at the same time.
 
     Args:
-        reuse: when a prompt begins like the text that was written last in its row, read only what is new, as in a
-            chat. The keys and values are then those of other passes, equal but for rounding errors.
-        compiled: compile the step first (``lm.inference.compiled_decoding``), for one text at a time; ``compiling`` is
-            then a sentence that says how long that took, or why it is not.
+        reuse: when a prompt begins like the last text of its row, read only what is new, as in a chat. The keys and
+            values then come from other forward passes and may differ by rounding errors.
+        compiled: compile the step first (``lm.inference.compiled_decoding``), for one text at a time; ``compiling``
+            then says how long that took, or why it failed.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        context_length: int,
-        *,
-        max_rows: int = 16,
-        reuse: bool = False,
-        compiled: bool = False,
+        self, model: LanguageModel, *, max_rows: int = 16, reuse: bool = False, compiled: bool = False
     ) -> None:
-        self._model, self._tokenizer = model.eval(), tokenizer
-        self._max_rows, self._reuse = max_rows, reuse
-        self._device = model.embedding.weight.device
-        self._cache = KVCache.empty(model.config, max_rows, context_length, model.embedding.weight)
+        self._model, self._tokenizer, self._device = model.model.eval(), model.tokenizer, model.device
+        self.max_rows, self._reuse = max_rows, reuse
+        weight = self._model.embedding.weight
+        self._cache = KVCache.empty(self._model.config, max_rows, model.context_length, weight)
         self.compiling = ""
         if compiled:
             from lm.inference.compiled_decoding import compiled_decoder  # the compiler takes a second to import
 
-            self._next, self.compiling = compiled_decoder(model, self._cache)
+            self._next, self.compiling = compiled_decoder(self._model, self._cache)
         else:
-            self._next = decoder(model, self._cache)
+            self._next = decoder(self._model, self._cache)
         self._waiting: deque[_Request] = deque()
         self._live: list[_Request] = []
-        self._left_over: list[int] = []  # the tokens that the first row after the live ones holds
+        self._left_over: list[int] = []  # the tokens in the first row after the live ones
         self._handles = 0
 
     def add(self, prompt: Sequence[int] | str, sampling: Sampling) -> int:
-        """Put a request in the queue; its handle is in every event of it.
+        """Queue a request and return its handle, which all its events carry.
 
         Raises:
-            UserError: a setting that cannot be, or a token that the model does not have; all problems are told.
+            UserError: invalid settings, or a token outside the vocabulary; the message lists all problems.
         """
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         problems = sampling.problems()
-        if strangers := [token for token in ids if not 0 <= token < self._model.config.vocab_size]:
-            problems.append(f"the prompt holds token {strangers[0]}, but the model has {self._model.config.vocab_size}")
+        if unknown := [token for token in ids if not 0 <= token < self._model.config.vocab_size]:
+            problems.append(f"the prompt holds token {unknown[0]}, but the model has {self._model.config.vocab_size}")
         if problems:
             raise UserError("\n".join(problems))
         self._handles += 1
@@ -137,7 +130,7 @@ class Generator:
         return self._handles
 
     def cancel(self, handle: int) -> None:
-        """Forget a request; nothing happens if it is finished already."""
+        """Drop a request; does nothing if it has finished."""
         self._waiting = deque(request for request in self._waiting if request.handle != handle)
         for row, request in enumerate(self._live):
             if request.handle == handle:
@@ -151,9 +144,11 @@ class Generator:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Let waiting requests join while there are free rows, each prompt read in one pass, and write a token of each
-        live text. One event for each."""
-        while self._waiting and len(self._live) < self._max_rows:
+        """Admit waiting requests to free rows, reading each prompt in one pass, and generate a token per live text.
+
+        Returns one event per live text.
+        """
+        while self._waiting and len(self._live) < self.max_rows:
             self._join(self._waiting.popleft())
         if not self._live:
             return []
@@ -166,7 +161,7 @@ class Generator:
         return events
 
     def _join(self, request: _Request) -> None:
-        """Read all but the last token of a prompt; that one is read with the next step of all rows."""
+        """Read all but the last token of a prompt; that one is read in the next step of all rows."""
         row = len(self._live)
         self._cache.lengths[row] = self._reusable(request.tokens)
         count = len(request.tokens) - 1 - self._cache.lengths[row]
@@ -179,17 +174,17 @@ class Generator:
         self._left_over = []
 
     def _reusable(self, tokens: list[int]) -> int:
-        """How many of the tokens, from the first, the next free row of the cache holds already."""
+        """Return how many of the first tokens the next free row of the cache already holds."""
         if not self._reuse:
             return 0
         held = self._left_over
         same = next((i for i, (a, b) in enumerate(zip(held, tokens[:-1], strict=False)) if a != b), None)
         same = min(len(held), len(tokens) - 1) if same is None else same
-        # Going back needs tokens that may have lost their place.
+        # Going back would need tokens that may have been overwritten.
         return same if same == len(held) or len(held) <= self._cache.capacity else 0
 
     def _leave(self, row: int) -> None:
-        """Free a row; the last live row takes its place."""
+        """Free a row by moving the last live row there."""
         last = len(self._live) - 1
         request = self._live.pop(row)
         if row == last:
@@ -200,16 +195,16 @@ class Generator:
             self._left_over = []
 
     def _next_logits(self) -> Tensor:
-        """Logits (rows, vocabulary) of the token after the last of each live text, on the CPU, in float32."""
+        """Return the logits (rows, vocabulary) of the next token of each live text, on the CPU, in float32."""
         logits = self._next([request.tokens[-1] for request in self._live])
         return writable(logits, self._tokenizer)
 
     def _choose(self, logits: Tensor) -> list[int]:
-        """The next token of each live text; rows with equal filters are filtered together."""
+        """Choose the next token of each live text; rows with equal filters are filtered together."""
         if any(request.sampling.has_penalties for request in self._live):
             logits = torch.stack(
                 [
-                    request.penalised(row) if request.sampling.has_penalties else row
+                    request.penalized(row) if request.sampling.has_penalties else row
                     for request, row in zip(self._live, logits, strict=True)
                 ]
             )
@@ -230,14 +225,14 @@ class Generator:
         return chosen
 
     def _event(self, request: _Request, token: int, logits: Tensor) -> Event:
-        """Write the token, and tell of it."""
+        """Append the token and return its event."""
         if token == self._tokenizer.end_of_text_id:
-            return Event(request.handle, None, request.stream.finish(), finish_reason="stop")
+            return Event(request.handle, None, request.detokenizer.finish(), finish_reason="stop")
         request.write(token)
-        text = request.stream.add(token)
-        reason: Literal["stop", "length"] | None = "stop" if request.stream.stopped else None
+        text = request.detokenizer.add(token)
+        reason: Literal["stop", "length"] | None = "stop" if request.detokenizer.stopped else None
         if reason is None and request.written == request.sampling.max_new_tokens:
-            text += request.stream.finish()
+            text += request.detokenizer.finish()
             reason = "length"
         logprob: float | None = None
         top: list[tuple[int, float]] = []
@@ -247,11 +242,9 @@ class Generator:
         return Event(request.handle, token, text, logprob, tuple(top), reason)
 
 
-def stream(
-    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int] | str, sampling: Sampling, context_length: int
-) -> Iterator[Event]:
-    """Continue one text; the events of ``Generator`` as they come."""
-    generator = Generator(model, tokenizer, context_length, max_rows=1)
+def stream(model: LanguageModel, prompt: Sequence[int] | str, sampling: Sampling) -> Iterator[Event]:
+    """Continue one text and yield the events of ``Generator`` as they come."""
+    generator = Generator(model, max_rows=1)
     generator.add(prompt, sampling)
     while generator.busy:
         yield from generator.step()

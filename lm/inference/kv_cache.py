@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a model has read, for several texts of different lengths at once."""
+"""The keys and values of tokens already read, for several texts of different lengths at once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lm.kernels import masks
 class KVCache:
     """The last ``capacity`` tokens of each row.
 
-    Token n of a row lies in slot n % capacity: a token beyond the first ``capacity`` takes the place of the one that no
-    later token may look at. Keys carry their rotary position, so their order among the slots means nothing.
+    Token n of a row is in slot n % capacity: from ``capacity`` on, each token replaces the one that has just left the
+    window. Keys include their rotary position, so the order of the slots does not matter.
 
-    ``stored`` is (layers, 2, rows, key-value heads, capacity, head width), keys before values; ``lengths`` says how
-    many tokens each row has read, those included that have lost their place.
+    ``stored`` is (layers, 2, rows, key-value heads, capacity, head width), keys before values; ``lengths`` counts the
+    tokens that each row has read, including those replaced since.
     """
 
     stored: Tensor
@@ -28,10 +28,10 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: ModelConfig, rows: int, capacity: int, like: Tensor) -> KVCache:
-        """A cache of ``like``'s dtype on its device. On a CPU memory is taken as it is filled, not before."""
+        """Return an empty cache with the dtype and device of ``like``; on a CPU, memory is allocated as it fills."""
         shape = (config.num_layers, 2, rows, config.key_value_heads, capacity, config.head_width)
         if like.device.type == "cpu" and like.dtype == torch.float32:
-            # NumPy asks the system for pages that exist once they are written to.
+            # NumPy allocates pages that take memory only once they are written to.
             return cls(torch.from_numpy(np.zeros(shape, dtype=np.float32)), [0] * rows)
         return cls(like.new_zeros(shape), [0] * rows)
 
@@ -40,20 +40,20 @@ class KVCache:
         return self.stored.shape[4]
 
     def move(self, source: int, target: int) -> None:
-        """Put one row in the place of another, which is lost."""
+        """Overwrite row ``target`` with row ``source``."""
         filled = min(self.lengths[source], self.capacity)
         self.stored[:, :, target, :, :filled] = self.stored[:, :, source, :, :filled]
         self.lengths[target] = self.lengths[source]
 
 
 class ReadingPrompt:
-    """A pass of ``transformer.Transformer`` over the next ``count`` tokens of one row, ``inputs`` (1, count)."""
+    """A forward pass of ``Transformer`` over the next ``count`` tokens of one row, ``inputs`` (1, count)."""
 
     def __init__(self, cache: KVCache, row: int, count: int) -> None:
         self._cache, self._row, self._count = cache, row, count
         length, device = cache.lengths[row], cache.stored.device
         past = min(length, cache.capacity)
-        # The slots of the past in the order of the text, and the slots that the new tokens take.
+        # The slots of the past in text order, and the slots that the new tokens take.
         self._past = torch.arange(length - past, length, device=device) % cache.capacity
         self._kept = min(count, cache.capacity)
         self._slots = torch.arange(length + count - self._kept, length + count, device=device) % cache.capacity
@@ -62,7 +62,7 @@ class ReadingPrompt:
         self.lo, self.hi = masks.sliding_window(lo, hi, cache.capacity, past=past)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (1, count, heads, width); return all that may be seen."""
+        """Store a layer's new keys and values (1, count, heads, width); return all that are visible."""
         row = self._cache.stored[layer, :, self._row]  # (2, heads, capacity, width)
         past = row[:, :, self._past].transpose(1, 2)
         seen = torch.cat((past, torch.cat((k, v))), dim=1)
@@ -74,7 +74,7 @@ class ReadingPrompt:
 
 
 class WritingTokens:
-    """A pass of ``transformer.Transformer`` over one token of each of the first ``rows`` rows, ``inputs`` (rows, 1)."""
+    """A forward pass of ``Transformer`` over one token of each of the first ``rows`` rows, ``inputs`` (rows, 1)."""
 
     def __init__(self, cache: KVCache, rows: int) -> None:
         self._cache, self._rows = cache, torch.arange(rows, device=cache.stored.device)
@@ -85,7 +85,7 @@ class WritingTokens:
         self._filled = min(max(cache.lengths[:rows]) + 1, cache.capacity)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (rows, 1, heads, width); return all that may be seen."""
+        """Store a layer's new keys and values (rows, 1, heads, width); return all that are visible."""
         stored = self._cache.stored[layer]
         stored[:, self._rows, :, self._slots] = torch.cat((k, v), dim=1)  # (rows, 2, heads, width)
         keys, values = stored[:, : len(self._rows), :, : self._filled].transpose(2, 3)

@@ -1,19 +1,21 @@
-"""A model that can be asked: its weights, its tokenizer, and the settings it was trained with, as one value."""
+"""A model ready for use: its weights, its tokenizer and the settings it was trained with, as one value."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
+from lm.data.batch import Batch
 from lm.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """What every way of asking a model takes."""
+    """A trained model with everything that is needed to generate, fill masks, embed and score."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -21,19 +23,37 @@ class LanguageModel:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model reads at once."""
+        """The number of tokens that the model can read at once."""
         return self.config.data.context_length
 
     @property
     def readouts(self) -> tuple[str, ...]:
-        """What it can be asked for: ``next_token``, ``masked_token``, ``masked_next_token``."""
+        """What the model was trained to predict: ``next_token``, ``masked_token``, ``masked_next_token``."""
         return self.config.readouts
 
     @property
     def masked_readout(self) -> str | None:
-        """The readout that fills masks, if it was trained with one."""
+        """The readout that fills masks, or None if the model was trained without one."""
         return self.readouts[-1] if self.readouts[-1] != "next_token" else None
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return next(self.model.parameters()).device
+
+    def hidden_states(self, batch: Batch, layer: int = -1) -> Tensor:
+        """Hidden states (rows, T, hidden) of a batch from any device, on the model's.
+
+        ``layer`` 0 is the embeddings, n the output of block n; -1 is the last, normalized as the head sees it.
+        """
+        batch, model = batch.to(self.device), self.model
+        if layer in (-1, len(model.blocks)):
+            return model(batch.inputs, batch.positions, batch.lo, batch.hi)
+        caught: list[Tensor] = []
+        module = model.embedding if layer == 0 else model.blocks[layer - 1]
+        hook = module.register_forward_hook(lambda module, inputs, output: caught.append(output))
+        try:
+            model(batch.inputs, batch.positions, batch.lo, batch.hi)
+        finally:
+            hook.remove()
+        return caught[0]

@@ -129,13 +129,13 @@ class TextObjective:
     ) -> dict[str, dict[str, float]]:
         """The loss of each readout on ``rows`` windows of the validation split.
 
-        A masked readout hides one token in round(1 / validation_mask_rate) at a time. ``every_token`` repeats it until
+        A masked readout hides one token in ``validation_folds`` at a time. ``every_token`` repeats it until
         every token has been hidden once; otherwise one pass predicts that share of the tokens, always the same ones.
         """
         numbers, split = held_out.choose(rows), held_out.split
         found = {}
         for readout in self.readouts:
-            folds = 1 if readout == "next_token" else max(1, round(1 / self.config.validation_mask_rate))
+            folds = 1 if readout == "next_token" else self.config.validation_folds
 
             def batch(fold: int, part: NDArray[np.int64], readout: str = readout, folds: int = folds) -> Batch:
                 windows, real = held_out.windows(part)
@@ -152,15 +152,23 @@ class TextObjective:
 open_objective = TextObjective
 
 
+def bits_per_byte(nats: float, text_bytes: int) -> float:
+    """The cost of a text, in nats, spread over its UTF-8 bytes, in bits: it makes tokenizers comparable."""
+    return nats / text_bytes / math.log(2)
+
+
 def loss_on_text(nats_per_token: float, predicted: int, nats: float, text_bytes: int) -> dict[str, float]:
     """What a log or a result says of a readout's loss on a text.
 
     Args:
         nats_per_token: the mean cost of the ``predicted`` tokens.
-        nats: what the whole text costs, or would. Spread over its UTF-8 bytes, it makes tokenizers comparable.
+        nats: what the whole text costs, or would at that mean.
     """
-    bits_per_byte = nats / text_bytes / math.log(2)
-    return {"nats_per_token": nats_per_token, "bits_per_byte": bits_per_byte, "predicted": predicted}
+    return {
+        "nats_per_token": nats_per_token,
+        "bits_per_byte": bits_per_byte(nats, text_bytes),
+        "predicted": predicted,
+    }
 
 
 def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -206,8 +214,8 @@ def validation_batch(
     if readout == "next_token":
         inputs, targets = windows[:, :-1], np.where(within[:, 1:], windows[:, 1:], IGNORED)
     else:
-        draws = keyed_random.uniform(keyed_random.key(0, Stream.VALIDATION_FOLDS), numbers, windows.shape[1])
-        chosen = ((draws * folds).astype(np.int64) == fold) & within & (windows != vocabulary.end_of_text)
+        fold_of = keyed_random.validation_fold(numbers[:, None], np.arange(windows.shape[1]), folds)
+        chosen = (fold_of == fold) & within & (windows != vocabulary.end_of_text)
         chosen[:, 0] = False
         inputs = np.where(chosen, vocabulary.mask, windows)
         targets = _targets_of_hidden(windows, chosen, shifted=readout == "masked_next_token")

@@ -16,6 +16,7 @@ from lm import __version__
 from lm.config.settings import all_settings, pretraining_settings
 from lm.inference.fill_mask import fill_masks
 from lm.inference.generator import stream
+from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.model.device import choose_device
 from lm.model.transformer import Transformer, describe
@@ -43,12 +44,12 @@ def write_report(
     checkpoint = checkpoint or run.newest()
     model = run.load_model(choose_device("auto"), checkpoint)
     readouts = run.config.readouts
-    context = run.config.data.context_length
+    language_model = LanguageModel(model, run.tokenizer, run.config)
     continued = [
-        (prompt, "".join(event.text for event in stream(model, run.tokenizer, prompt, SAMPLE, context)))
+        (prompt, "".join(event.text for event in stream(language_model, prompt, SAMPLE)))
         for prompt in (prompts if "next_token" in readouts else ())
     ]
-    filled = [_shown(model, run, text, readouts[-1]) for text in (fills if readouts[-1] != "next_token" else ())]
+    filled = [_shown(language_model, text) for text in (fills if language_model.masked_readout else ())]
     lines = list(run.metrics())
     html = render(
         "report.html",
@@ -106,9 +107,9 @@ def _evaluation_rows(evaluation: dict[str, Any] | None) -> dict[str, Any] | None
     }
 
 
-def _shown(model: Transformer, run: Run, text: str, readout: str) -> dict[str, Any]:
+def _shown(model: LanguageModel, text: str) -> dict[str, Any]:
     try:
-        filled = fill_masks(model, run.tokenizer, text, readout, run.config.data.context_length)
+        filled = fill_masks(model, text)
     except UserError as problem:  # one text that cannot be filled is no reason to go without a report
         return {"pieces": [(f"{text} ({problem})", False)], "candidates": []}
     told = [[(token.strip(), f"{probability:.0%}") for token, probability in each] for each in filled.candidates]

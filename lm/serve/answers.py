@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.inference.detokenizer import TextStream
+from lm.inference.detokenizer import Detokenizer
 from lm.inference.generator import Event
 
 END_OF_EVENTS = "data: [DONE]\n\n"
@@ -95,7 +95,7 @@ class CompletionShape:
     prefix: str = "cmpl-"
     kind: str = "text_completion"
     kind_of_chunk: str = "text_completion"
-    _positions: dict[int, tuple[TextStream, int]] = field(default_factory=dict)
+    _positions: dict[int, tuple[Detokenizer, int]] = field(default_factory=dict)
 
     def whole(self, index: int, piece: Piece) -> dict[str, Any]:
         return self.delta(index, piece)
@@ -122,7 +122,7 @@ class CompletionShape:
 
     def _offsets(self, index: int, scored: Sequence[Scored]) -> list[int]:
         """Where each token's text begins, in characters, counted on from the choice's last piece."""
-        stream, offset = self._positions.get(index) or (TextStream(self.tokenizer), self.starts[index])
+        stream, offset = self._positions.get(index) or (Detokenizer(self.tokenizer), self.starts[index])
         offsets = []
         for one in scored:
             offsets.append(offset)

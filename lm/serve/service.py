@@ -11,6 +11,7 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.inference.chat_template import read_template
 from lm.inference.fill_mask import Filled, fill_masks
 from lm.inference.generator import Generator
+from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.inference.scoring import TokenProbability, token_probabilities
 from lm.model.transformer import Transformer, describe
@@ -29,7 +30,7 @@ class Service:
 
     run: Run
     checkpoint: Checkpoint
-    model: Transformer
+    model: LanguageModel
     template: str | None
     limits: Limits
     compiled: bool = False
@@ -38,7 +39,9 @@ class Service:
     def open(
         cls, run: Run, checkpoint: Checkpoint, model: Transformer, limits: Limits, *, compiled: bool = False
     ) -> Service:
-        return cls(run, checkpoint, model, read_template(run.path), limits, compiled)
+        return cls(
+            run, checkpoint, LanguageModel(model, run.tokenizer, run.config), read_template(run.path), limits, compiled
+        )
 
     @property
     def name(self) -> str:
@@ -47,28 +50,24 @@ class Service:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.run.tokenizer
+        return self.model.tokenizer
 
     @property
     def context_length(self) -> int:
-        return self.run.config.data.context_length
+        return self.model.context_length
 
     @property
     def readouts(self) -> tuple[str, ...]:
-        return self.run.config.readouts
-
-    @property
-    def masked_readout(self) -> str | None:
-        """The readout that fills masks; None if the model was not trained for it."""
-        return self.readouts[-1] if self.readouts[-1] != "next_token" else None
+        return self.model.readouts
 
     @property
     def places(self) -> int:
+        """The largest number of texts that can be written or wait."""
         return self.limits.concurrent + self.limits.waiting
 
     def make_writer(self) -> Generator:
-        rows = self.limits.concurrent
-        writer = Generator(self.model, self.tokenizer, self.context_length, max_rows=rows, compiled=self.compiled)
+        """Return the generator of all answers."""
+        writer = Generator(self.model, max_rows=self.limits.concurrent, compiled=self.compiled)
         if writer.compiling:
             print(writer.compiling, file=sys.stderr, flush=True)
         return writer
@@ -90,43 +89,30 @@ class Service:
                 code="unsupported_readout",
             )
         if texts > self.places:
-            raise ApiError(400, f"the request asks for {texts:,} texts; this server accepts {self.places:,} at a time")
+            raise ApiError(400, f"the request asks for {texts:,} texts; at most {self.places:,} are accepted at once")
 
     def fill(self, text: str, top: int, rounds: int, sampling: Sampling) -> Iterator[Filled]:
-        """One result, for ``Engine.compute``. Raises ApiError if the model cannot fill; iterating raises UserError."""
-        readout = self.masked_readout
-        if readout is None:
+        """Return one result, for ``Engine.compute``. Raises ApiError now if the model cannot fill, UserError later."""
+        if self.model.masked_readout is None:
             raise ApiError(
                 400,
                 f"{self.name} was trained with {self.run.config.objective.objective} only: it can continue text "
                 "(POST /v1/completions), but not fill masks",
                 code="unsupported_readout",
             )
-
-        def filled() -> Iterator[Filled]:
-            yield fill_masks(
-                self.model,
-                self.tokenizer,
-                text,
-                readout,
-                self.context_length,
-                top=top,
-                rounds=rounds,
-                sampling=sampling,
-            )
-
-        return filled()
+        # A generator, because the engine's thread computes it.
+        return (fill_masks(self.model, each, top=top, rounds=rounds, sampling=sampling) for each in (text,))
 
     def probabilities(self, tokens: list[int], readout: str, top: int) -> Iterator[list[TokenProbability]]:
         """The probabilities of a text's tokens, in parts, for ``Engine.compute``."""
-        return token_probabilities(self.model, self.tokenizer, tokens, readout, self.context_length, top)
+        return token_probabilities(self.model, tokens, readout, top)
 
     def about(self) -> dict[str, Any]:
         """The body of ``/api/run``: the model, its limits and its settings."""
         return {
             "name": self.name,
-            "description": describe(self.model),
-            "parameters": self.model.parameter_counts(),
+            "description": describe(self.model.model),
+            "parameters": self.model.model.parameter_counts(),
             "step": self.checkpoint.step,
             "objective": self.run.config.objective.objective,
             "readouts": list(self.readouts),

@@ -7,7 +7,7 @@ import torch
 
 from lm.config.settings import Config, ModelConfig
 from lm.data.corpora import open_corpora
-from lm.evaluation.minimal_pairs import Pairs, evaluate_run
+from lm.evaluation.minimal_pairs import Pairs, evaluate_model
 from lm.finetuning.finetune import finetune
 from lm.finetuning.predict import open_predictor, predict, read_inputs
 from lm.inference.decoding import decoder
@@ -22,7 +22,7 @@ from lm.runs.directory import Run
 from lm.training.optimizer import orthogonalise
 from lm.training.pretraining import train
 from lm.training.validation import validate_readouts
-from tests.conftest import StopAt
+from tests.conftest import StopAt, loaded
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
@@ -157,10 +157,7 @@ def test_logits_with_a_cache_are_those_without():
 
 def test_a_gpu_writes_the_likeliest_text_that_a_cpu_writes(run):
     sampling = Sampling(temperature=0, max_new_tokens=40)
-    texts = [
-        "".join(e.text for e in stream(run.load_model(device), run.tokenizer, "The old miller", sampling, 64))
-        for device in (CPU, GPU)
-    ]
+    texts = ["".join(e.text for e in stream(loaded(run, device), "The old miller", sampling)) for device in (CPU, GPU)]
     assert texts[0] == texts[1]
 
 
@@ -181,12 +178,9 @@ def test_pairs_and_vectors_are_those_of_a_cpu(run):
     good = ["The captain lost seven apples.", "Nobody carried an owl.", "Every sparrow wanted a small boat."]
     bad = ["Captain the apples seven lost.", "Carried nobody owl an.", "Sparrow every boat a small wanted."]
     pairs = [Pairs("order", "", good, bad)]
-    found = [evaluate_run(run, run.load_model(device), pairs) for device in (CPU, GPU)]
+    found = [evaluate_model(loaded(run, device), pairs) for device in (CPU, GPU)]
     for name, result in found[0].items():
         assert found[1][name]["all"].mean == result["all"].mean
     reading = Reading("bidirectional", "mean")
-    both = [
-        all_vectors(run.load_model(device), run.tokenizer, [(t,) for t in good], reading, 64)[0]
-        for device in (CPU, GPU)
-    ]
+    both = [all_vectors(loaded(run, device), [(t,) for t in good], reading)[0] for device in (CPU, GPU)]
     assert abs(both[0] - both[1]).max() < 1e-3

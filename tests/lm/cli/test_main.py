@@ -209,15 +209,15 @@ def test_a_run_of_one_objective_refuses_the_other_way_of_writing(small, quietly,
     assert kindling("sample", masked, "--fill", "The old [MASK]").exit_code == 0
 
 
-def test_evaluate_shows_losses_beside_floors(run):
+def test_evaluate_shows_losses_next_to_baselines(run):
     answer = json.loads(kindling("evaluate", run, "--json").stdout)
     result = kindling("evaluate", run)
     assert result.exit_code == 0
     for name, loss in answer["validation"].items():
         (line,) = [line for line in result.stdout.splitlines() if line.split()[:1] == [name]]
         assert line.split()[1:] == [f"{loss['nats_per_token']:.4f}", f"{loss['bits_per_byte']:.4f}"]
-    assert "unigram (floor)" in result.stdout
-    assert "bz2 -9 (floor)" in result.stdout
+    assert "unigram (baseline)" in result.stdout
+    assert "bz2 -9 (baseline)" in result.stdout
     assert "whole validation split" in result.stdout
 
 

@@ -53,7 +53,7 @@ def test_a_file_of_prompts_becomes_a_file_of_continuations(run, tmp_path):
         assert line["continuation"] == continuation_of(run, line["prompt"], "--seed", n, "--max-new-tokens", 8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
     assert kindling("sample", run, "--input", source).stdout == output.read_text(encoding="utf-8")
-    assert_refused(kindling("sample", run, "--input", source, "--output", output), "is there already")
+    assert_refused(kindling("sample", run, "--input", source, "--output", output), "already exists")
     source.write_text('{"prompt": 1}\nx\n')
     refused = kindling("sample", run, "--input", source, "--output", tmp_path / "other.jsonl")
     assert_refused(refused, "in.jsonl, line 1: ", "in.jsonl, line 2: not JSON")
@@ -61,7 +61,7 @@ def test_a_file_of_prompts_becomes_a_file_of_continuations(run, tmp_path):
 
 
 @needs_compiler
-def test_a_compiled_model_writes_the_same_and_tells_how_long_compiling_took(run):
+def test_a_compiled_model_writes_the_same_and_prints_how_long_compiling_took(run):
     options = ["--prompt", "The captain", "--temperature", 0, "--max-new-tokens", 8]
     plain, compiled = kindling("sample", run, *options), kindling("sample", run, *options, "--compile")
     assert compiled.exit_code == 0, compiled.output
@@ -69,7 +69,7 @@ def test_a_compiled_model_writes_the_same_and_tells_how_long_compiling_took(run)
     assert "compiled the step in " in compiled.stderr
 
 
-def test_log_probabilities_of_each_token_are_told(run):
+def test_log_probabilities_of_each_token_are_printed(run):
     result = kindling(
         "sample", run, "--json", "--prompt", "The old", "--logprobs", 2, "--temperature", 0, "--max-new-tokens", 5
     )
@@ -103,17 +103,17 @@ def test_unmasking_continues_a_prompt_by_as_many_tokens(run):
     [
         (["--unmask", "3"], "nothing to do"),
         (["--unmask", "3", "--fill", "[MASK]"], "--unmask continues prompts"),
-        (["--prompt", "a", "--chat"], "each stand alone"),
-        (["--prompt", "a", "--output", "x"], "give that, too"),
+        (["--prompt", "a", "--chat"], "--input and --chat cannot be combined"),
+        (["--prompt", "a", "--output", "x"], "--output is the file for the continuations of --input"),
         (["--prompt", "a", "--logprobs", "2"], "--logprobs needs --json"),
         (["--prompt", "a", "--rows", "0"], "--rows must be at least 1, not 0"),
         (["--fill", "[MASK]", "--top", "0"], "--top must be at least 1, not 0"),
-        (["--chat", "--json"], "--chat prints no JSON"),
-        (["--prompt", "a", "--stop", ""], "stop must hold no empty text"),
+        (["--chat", "--json"], "--chat cannot print JSON"),
+        (["--prompt", "a", "--stop", ""], "stop must not contain an empty string"),
         (["--input", "/nowhere/in.jsonl"], "cannot read /nowhere/in.jsonl"),
     ],
 )
-def test_options_that_do_not_go_together_are_told(run, arguments, words):
+def test_conflicting_options_are_refused(run, arguments, words):
     assert_refused(kindling("sample", run, *arguments), words)
 
 
@@ -121,7 +121,7 @@ def talk(run, text: str, *options: str):
     return CliRunner().invoke(main, ["sample", str(run), "--chat", "--max-new-tokens", "12", *options], input=text)
 
 
-def test_a_chat_goes_on_from_all_that_was_said(run, monkeypatch):
+def test_a_chat_continues_the_whole_conversation(run, monkeypatch):
     prompts = []
     add = Generator.add
     monkeypatch.setattr(

@@ -27,7 +27,7 @@ def test_what_is_too_long_is_cut_the_longer_text_of_a_pair_first():
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=40), st.integers(1, 4), st.sampled_from(["mean", "last"]))
-def test_every_sequence_is_packed_once_and_pooled_over_its_own_places(lengths, rows, pooling):
+def test_every_sequence_is_packed_once_and_pooled_over_its_own_positions(lengths, rows, pooling):
     draw = np.random.default_rng(1)
     sequences = [draw.integers(1, 90, length).tolist() for length in lengths]
     seen = []
@@ -59,6 +59,6 @@ def test_no_sequences_make_no_batch():
     ("objective", "reads", "pooling"),
     [("next_token", "causal", "last"), ("hybrid", "bidirectional", "mean"), ("masked_token", "bidirectional", "mean")],
 )
-def test_the_usual_reading_is_both_ways_where_that_was_learnt(small, objective, reads, pooling):
+def test_the_usual_reading_is_bidirectional_if_the_objective_is(small, objective, reads, pooling):
     assert usual_reading(small.replace(objective=objective)) == reads
     assert usual_pooling(reads) == pooling

@@ -6,7 +6,6 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 pytest.importorskip("lm_eval")
@@ -20,6 +19,7 @@ from lm.cli.main import main
 from lm.evaluation.lm_eval_harness import KindlingLM
 from lm.export.huggingface import export_huggingface
 from lm.inference.scoring import log_likelihoods
+from tests.conftest import loaded
 
 PAIRS = [
     ("The captain lost", " a silver key."),
@@ -84,12 +84,12 @@ def test_greedy_generation_is_that_of_the_peer(ours, exported):
 
 def test_a_masked_readout_gives_pseudo_log_likelihoods(trained):
     masked = KindlingLM(str(trained.path), "masked_next_token", device="cpu")
-    model, tokenizer = trained.load_model(torch.device("cpu")), trained.tokenizer
+    model, tokenizer = loaded(trained), trained.tokenizer
     first = len(tokenizer.encode("The captain lost"))
     tokens = tokenizer.encode("The captain lost a silver key.")
-    wanted = log_likelihoods(model, tokenizer, [tokens], "masked_next_token", 32, firsts=[first])[0]
+    wanted = log_likelihoods(model, [tokens], "masked_next_token", firsts=[first])[0]
     assert masked.loglikelihood(requests(PAIRS[0]))[0][0] == pytest.approx(wanted, abs=1e-5)
-    with pytest.raises(UserError, match="fills masks and writes no text"):
+    with pytest.raises(UserError, match="fills masks and cannot generate text"):
         masked.generate_until(requests(("The", {})))
     with pytest.raises(UserError, match="was trained for next_token and masked_next_token, not for masked_token"):
         KindlingLM(str(trained.path), "masked_token")
@@ -136,4 +136,4 @@ def test_our_task_files_score_alike_here_and_there(trained, exported, tasks, mon
         assert found[name]["acc,none"] == wanted["results"][name]["acc,none"]
     assert found["kindling_choice"]["acc_norm,none"] == 1.0
     told = CliRunner().invoke(main, [*arguments[:2], "--tasks", "nonesuch", "--include-path", str(tasks)])
-    assert (told.exit_code, 'knows no task "nonesuch"' in told.stderr) == (2, True)
+    assert (told.exit_code, 'has no task "nonesuch"' in told.stderr) == (2, True)

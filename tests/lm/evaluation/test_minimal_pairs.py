@@ -5,14 +5,14 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 
 from data_prep.errors import UserError
 from lm.cli.main import main
-from lm.evaluation.baselines import unigram_likelihoods
-from lm.evaluation.minimal_pairs import Pairs, evaluate_pairs, evaluate_run, read_pairs, scores
-from lm.runs.directory import Run
+from lm.evaluation.baselines import token_costs, unigram_likelihoods
+from lm.evaluation.minimal_pairs import Pairs, evaluate_model, evaluate_pairs, read_pairs, scores
+from tests.conftest import loaded
+from tests.lm.inference.test_generator import restless_model
 
 
 def write_blimp(folder, name, pairs, **fields):
@@ -42,10 +42,10 @@ def test_any_file_with_two_columns_will_do(tmp_path, name, between):
     [
         ("a.jsonl", '{"sentence_good": "x"}\n', 'a.jsonl, line 1: "sentence_bad" is missing'),
         ("a.jsonl", '{"sentence_good": "x", "sentence_bad": "y"}\n\n{"sentence_good": 3}', "line 3: .sentence_good"),
-        ("a.jsonl", '{"sentence_good": "x", "sentence_bad": "  "}', "holds no text"),
+        ("a.jsonl", '{"sentence_good": "x", "sentence_bad": "  "}', "contains no text"),
         ("a.jsonl", "[1]\n", "line 1: not a JSON object"),
         ("a.jsonl", "{", "a.jsonl, line 1: no JSON"),
-        ("a.jsonl", "\n\n", "holds no pairs"),
+        ("a.jsonl", "\n\n", "contains no pairs"),
         ("a.csv", "sentence_good\nx\n", 'line 2: "sentence_bad" is missing'),
         ("a.txt", "", "is not a kind of file that is read here"),
     ],
@@ -92,39 +92,38 @@ def test_the_bootstrap_error_is_that_of_a_proportion(dataset):
     assert found["all"].error == pytest.approx(math.hypot(found["one"].error, found["two"].error) / 2, rel=0.15)
 
 
-def test_the_unigram_floor_prefers_common_words_and_short_sentences():
-    likelihoods = unigram_likelihoods(np.array([99, 9, 0]))
-    found = likelihoods([[0], [1], [2], [0, 0]])
+def test_the_unigram_baseline_prefers_common_words_and_short_sentences():
+    found = unigram_likelihoods(token_costs(np.array([99, 9, 0])), [[0], [1], [2], [0, 0]])
     np.testing.assert_allclose(found, np.log([100 / 111, 10 / 111, 1 / 111, (100 / 111) ** 2]))
 
 
-def test_sentences_of_the_same_tokens_are_a_tie_for_every_readout_and_the_floor(trained):
-    """Also those that differ in order only, for the floor: its sums may differ in their last bit."""
-    model = trained.load_model(torch.device("cpu"))
+def test_sentences_of_the_same_tokens_are_a_tie_for_every_readout_and_the_baseline(trained):
+    """For the baseline, also those that differ only in order: its sums may differ in the last bit."""
+    model = loaded(trained)
     same = ["the old miller found a silver key"] * 9
-    found = evaluate_run(trained, model, [Pairs("same", "", same, same[::-1])])
+    found = evaluate_model(model, [Pairs("same", "", same, same[::-1])])
     assert list(found) == ["next_token", "masked_next_token", "unigram (floor)"]
     for result in found.values():
         assert (result["same"].mean, result["same"].ties) == (0.5, 9)
-    shuffled = evaluate_run(trained, model, [Pairs("order", "", [" a b c"], [" c a b"])])
+    shuffled = evaluate_model(model, [Pairs("order", "", [" a b c"], [" c a b"])])
     assert shuffled["unigram (floor)"]["order"].ties == 1
     assert shuffled["next_token"]["order"].ties == 0
 
 
 def test_a_trained_model_prefers_sentences_like_its_text(trained):
-    model = trained.load_model(torch.device("cpu"))
+    model = loaded(trained)
     good = ["The captain lost seven apples.", "Nobody carried an owl.", "Every sparrow wanted a small boat."]
     bad = ["Captain the apples seven lost.", "Carried nobody owl an.", "Sparrow every boat a small wanted."]
-    found = evaluate_run(trained, model, [Pairs("order", "", good, bad)])
+    found = evaluate_model(model, [Pairs("order", "", good, bad)])
     assert found["next_token"]["all"].mean == 1.0
 
 
-def test_without_the_data_there_is_no_floor_and_that_is_told(trained, tmp_path):
-    run = Run(trained.path, trained.config.replace(data=(str(tmp_path / "gone"),)))
-    told: list[str] = []
-    found = evaluate_run(run, run.load_model(torch.device("cpu")), [Pairs("a", "", ["a"], ["b"])], progress=told.append)
+def test_without_the_data_there_is_no_baseline_and_a_note_says_so(dataset, tmp_path):
+    model = restless_model(dataset.tokenizer, data=(str(tmp_path / "gone"),))
+    notes: list[str] = []
+    found = evaluate_model(model, [Pairs("a", "", ["a"], ["b"])], progress=notes.append)
     assert list(found) == ["next_token", "masked_next_token"]
-    assert any("no unigram floor" in text for text in told)
+    assert any("no unigram baseline" in text for text in notes)
 
 
 def test_the_table_in_a_file_cuts_no_name_off(trained, tmp_path):
@@ -134,3 +133,5 @@ def test_the_table_in_a_file_cuts_no_name_off(trained, tmp_path):
     result = CliRunner().invoke(main, ["evaluate", str(trained.path), "--pairs", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert all(name in result.stdout for name in names)
+    assert "unigram (baseline)" in result.stdout
+    assert "unigram (floor)" not in result.stdout

@@ -17,7 +17,7 @@ from lm.inference.sampling import Sampling
 from lm.kernels import masks
 from lm.kernels.rotary import interleave_halves
 from lm.model.transformer import rotary_table
-from tests.conftest import sentences
+from tests.conftest import loaded, sentences
 from tests.lm.export.conftest import SHAPES
 
 gguf = pytest.importorskip("gguf")
@@ -124,7 +124,7 @@ def test_llama_cpp_writes_the_same_greedy_tokens(make_run, tmp_path, shape, qk_n
     with torch.no_grad():
         logits = model.logits(model(torch.tensor([ids]), torch.arange(len(ids))[None], lo, hi))[0]
     np.testing.assert_allclose(np.array(theirs.scores)[: len(ids)], logits.numpy(), rtol=1e-3, atol=2e-3)
-    events = stream(model, run.tokenizer, text, Sampling(temperature=0, max_new_tokens=50), 256)
+    events = stream(loaded(run), text, Sampling(temperature=0, max_new_tokens=50))
     wanted = [event.token for event in events if event.token is not None]
     made: list[int] = []
     for _ in wanted:

@@ -11,6 +11,7 @@ from data_prep.errors import UserError
 from lm.export.huggingface import choose_readout, tokenizer_with_start, tokenizer_without_start
 from lm.inference.generator import stream
 from lm.inference.sampling import Sampling
+from tests.conftest import loaded
 from tests.lm.export.conftest import SHAPES, export, our_logits
 
 transformers = pytest.importorskip("transformers")
@@ -47,8 +48,7 @@ def test_greedy_text_is_the_same_for_200_tokens(make_run, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     prompt = "The old miller found"
-    model, greedy = run.load_model(torch.device("cpu")), Sampling(temperature=0, max_new_tokens=200)
-    events = stream(model, run.tokenizer, prompt, greedy, 256)
+    events = stream(loaded(run), prompt, Sampling(temperature=0, max_new_tokens=200))
     ours = [event.token for event in events if event.token is not None]
     inputs = tokenizer(prompt, return_tensors="pt")
     made = theirs.generate(**inputs, max_new_tokens=200, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()

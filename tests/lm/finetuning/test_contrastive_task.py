@@ -19,6 +19,7 @@ from lm.inference.embedding import Reading, all_vectors, reading_of
 from lm.objectives.contrastive import info_nce
 from lm.runs.directory import Run
 from lm.training.reporter import NullReporter
+from tests.conftest import loaded
 
 SENTENCES = [
     f"{who} {did} {what}."
@@ -107,15 +108,15 @@ def test_the_views_of_a_pair_are_its_two_texts(trained, config_of, tmp_path):
 
 
 def test_similarity_is_the_correlation_of_cosines(trained):
-    model = trained.load_model(torch.device("cpu"))
+    model = loaded(trained)
     examples = [Example((SENTENCES[0], SENTENCES[n]), float(-n), "f") for n in (0, 1, 5, 9, 20)]
     reading = Reading("bidirectional", "mean")
-    vectors, _ = all_vectors(model, trained.tokenizer, [(s,) for s in SENTENCES], reading, 32)
+    vectors, _ = all_vectors(model, [(s,) for s in SENTENCES], reading)
     cosines = [
         float(torch.cosine_similarity(torch.tensor(vectors[0]), torch.tensor(vectors[n]), dim=0))
         for n in (0, 1, 5, 9, 20)
     ]
-    found = similarity(model, trained.tokenizer, examples, reading, 32)
+    found = similarity(model, examples, reading)
     assert found["pearson"] == pytest.approx(np.corrcoef(cosines, [0, -1, -5, -9, -20])[0, 1], abs=1e-5)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_prep.errors import UserError
-from lm.inference.batch_generation import AHEAD, Prompt, check_prompts, in_order, read_prompts, whole_texts
+from lm.inference.batch_generation import AHEAD, Prompt, check_prompts, continuations, events_in_order, read_prompts
 from lm.inference.generator import Generator
 from lm.inference.sampling import Sampling
 from tests.lm.inference.test_generator import restless_model, stream, text_of
@@ -22,14 +22,14 @@ def prompts_of(count: int) -> list[Prompt]:
 
 
 def test_texts_come_in_order_and_each_is_what_it_is_alone(dataset):
-    model, tokenizer = restless_model(400), dataset.tokenizer
+    model = restless_model(dataset.tokenizer)
     prompts = prompts_of(20)
-    made = list(whole_texts(Generator(model, tokenizer, 32, max_rows=3), prompts, 3))
-    assert [written.prompt for written in made] == prompts
-    for written in made:
-        events = list(stream(model, tokenizer, written.prompt.text, written.prompt.sampling, 32))
-        assert written.text == text_of(events)
-        assert written.events[-1].finish_reason == written.finish_reason == events[-1].finish_reason
+    made = list(continuations(Generator(model, max_rows=3), prompts))
+    assert [each.prompt for each in made] == prompts
+    for each in made:
+        events = list(stream(model, each.prompt.text, each.prompt.sampling))
+        assert each.text == text_of(events)
+        assert each.events[-1].finish_reason == each.finish_reason == events[-1].finish_reason
 
 
 def test_prompts_are_read_no_further_ahead_than_is_needed(dataset):
@@ -42,7 +42,7 @@ def test_prompts_are_read_no_further_ahead_than_is_needed(dataset):
             yield prompt
 
     finished = 0
-    for _, event in in_order(Generator(restless_model(400), dataset.tokenizer, 32, max_rows=2), source(), 2):
+    for _, event in events_in_order(Generator(restless_model(dataset.tokenizer), max_rows=2), source()):
         assert read <= finished + 2 * AHEAD
         finished += event.finish_reason is not None
     assert finished == read == 24
@@ -64,19 +64,19 @@ def test_a_line_may_have_settings_of_its_own(tmp_path):
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ('"text"', 'no object with a text "prompt"'),
-        ('{"prompt": 3}', 'no object with a text "prompt"'),
-        ('{"prompt": "a", "tempreature": 1}', 'unknown setting "tempreature"; there are temperature,'),
+        ('"text"', 'not an object with a string "prompt"'),
+        ('{"prompt": 3}', 'not an object with a string "prompt"'),
+        ('{"prompt": "a", "tempreature": 1}', 'unknown setting "tempreature"; the settings are temperature,'),
         ('{"prompt": "a", "temperature": "warm"}', 'temperature must be a number, not "warm"'),
-        ('{"prompt": "a", "top_k": 1.5}', "top_k must be a whole number, not 1.5"),
-        ('{"prompt": "a", "seed": true}', "seed must be a whole number, not true"),
-        ('{"prompt": "a", "stop": "x"}', 'stop must be a list of texts, not "x"'),
+        ('{"prompt": "a", "top_k": 1.5}', "top_k must be an integer, not 1.5"),
+        ('{"prompt": "a", "seed": true}', "seed must be an integer, not true"),
+        ('{"prompt": "a", "stop": "x"}', 'stop must be a list of strings, not "x"'),
         ('{"prompt": "a", "top_p": 3}', "top_p must be above 0 and at most 1, not 3"),
         ('{"prompt": "a", "temperature": NaN}', "temperature must be 0, or from"),
-        (b"\xff", "not UTF-8"),
+        (b"\xff", "not valid UTF-8"),
     ],
 )
-def test_a_line_that_cannot_be_is_told_with_its_place(tmp_path, line, words):
+def test_an_invalid_line_is_reported_with_its_number(tmp_path, line, words):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n\n' + (line if isinstance(line, bytes) else line.encode()) + b"\n")
     with pytest.raises(UserError) as error:
@@ -86,7 +86,7 @@ def test_a_line_that_cannot_be_is_told_with_its_place(tmp_path, line, words):
         list(read_prompts(path, DEFAULTS))
 
 
-def test_all_bad_lines_are_told_but_not_endlessly(tmp_path):
+def test_all_invalid_lines_are_reported_up_to_a_limit(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("{\n" * 3)
     with pytest.raises(UserError) as error:

@@ -50,7 +50,7 @@ def test_a_template_that_fails_or_breaks_out_gets_one_sentence(template, words):
 def test_a_message_without_role_or_content_is_told(message):
     with pytest.raises(UserError, match="message 2 needs a role and a content"):
         render([ASKED[0], message], None)
-    with pytest.raises(UserError, match="needs a message"):
+    with pytest.raises(UserError, match="needs at least one message"):
         render([], None)
 
 

@@ -36,7 +36,7 @@ needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler"
     ],
 )
 @torch.inference_mode()
-def test_compiled_steps_are_compiled_once_and_give_the_logits_of_the_model_alone_and_beside_others(changes):
+def test_compiled_steps_are_compiled_once_and_give_the_logits_of_the_model_alone_and_among_others(changes):
     """From the first token to beyond the window, texts of different lengths side by side."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -64,9 +64,9 @@ def test_compiled_steps_are_compiled_once_and_give_the_logits_of_the_model_alone
 
 
 @needs_compiler
-def test_the_same_seed_writes_the_same_text_alone_and_beside_others(dataset):
+def test_the_same_seed_writes_the_same_text_alone_and_among_others(dataset):
     torch._dynamo.reset()
-    model, tokenizer = restless_model(400), dataset.tokenizer
+    model = restless_model(dataset.tokenizer, 12)
     requests = [("The old miller", Sampling(seed=n, temperature=1.3, max_new_tokens=10 + n)) for n in range(3)]
 
     def written(generator: Generator) -> list[str]:
@@ -77,13 +77,13 @@ def test_the_same_seed_writes_the_same_text_alone_and_beside_others(dataset):
                 texts[event.handle] += event.text
         return list(texts.values())
 
-    alone, together = (Generator(model, tokenizer, 12, max_rows=rows, compiled=True) for rows in (1, 3))
+    alone, together = (Generator(model, max_rows=rows, compiled=True) for rows in (1, 3))
     assert alone.compiling.startswith("compiled the step in ")
     assert written(alone) == written(together)
 
 
 @torch.inference_mode()
-def test_without_a_compiler_the_steps_go_on_as_they_are(monkeypatch):
+def test_without_a_compiler_the_steps_run_uncompiled(monkeypatch):
     def no_compiler() -> str:
         raise InvalidCxxCompiler
 
@@ -92,11 +92,11 @@ def test_without_a_compiler_the_steps_go_on_as_they_are(monkeypatch):
     model = model_of(dtype=torch.float32, num_layers=1)
     cache = KVCache.empty(model.config, 1, 8, model.embedding.weight)
     step, note = compiled_decoder(model, cache)
-    assert note.startswith("the step could not be compiled, and is computed without: ")
+    assert note.startswith("the step could not be compiled and runs uncompiled: ")
     torch.testing.assert_close(step([3]), model.logits(read_anew(model, torch.tensor([3]), 8)))
 
 
 def test_in_float64_nothing_is_compiled():
     model = model_of(num_layers=1)
     cache = KVCache.empty(model.config, 1, 8, model.embedding.weight)
-    assert "only steps in float32" in compiled_decoder(model, cache)[1]
+    assert "only float32 on a CPU" in compiled_decoder(model, cache)[1]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from lm.inference.decoding import Packed, PackedDecoder, decoder, least_rows_with_equal_bits
+from lm.inference.decoding import PackedDecoder, PackedMatrix, decoder, least_rows_with_equal_bits
 from lm.inference.kv_cache import KVCache, ReadingPrompt
 from tests.lm.inference.test_kv_cache import read_anew
 from tests.lm.model.test_transformer import BASE, VARIANTS, model_of
@@ -80,7 +80,7 @@ def test_a_row_has_the_same_bits_alone_and_beside_any_others(changes, threads):
 
 @needs_onednn
 def test_rows_are_added_until_the_bits_of_a_product_do_not_depend_on_them():
-    class Stub(Packed):
+    class Stub(PackedMatrix):
         def __init__(self) -> None:
             self.inputs = 4
 
@@ -89,7 +89,7 @@ def test_rows_are_added_until_the_bits_of_a_product_do_not_depend_on_them():
 
     assert least_rows_with_equal_bits([Stub()], 8) == 3
     assert least_rows_with_equal_bits([], 8) == 1
-    long = Packed(torch.randn(64, 4096))  # where oneDNN may take another kernel for one row
+    long = PackedMatrix(torch.randn(64, 4096))  # where oneDNN may take another kernel for one row
     least = least_rows_with_equal_bits([long], 16)
     x = torch.randn(16, 4096)
     for rows in range(least, 17):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
-from lm.inference.detokenizer import TextStream
+from lm.inference.detokenizer import Detokenizer
 from tests.conftest import sentences
 
 
@@ -19,7 +19,7 @@ def byte_tokenizer() -> Tokenizer:
 
 def pieces_of(tokenizer: Tokenizer, tokens: list[int], **settings) -> list[str]:
     """What is given out, empty pieces aside."""
-    stream = TextStream(tokenizer, **settings)
+    stream = Detokenizer(tokenizer, **settings)
     pieces = [stream.add(token) for token in tokens] + [stream.finish()]
     return [piece for piece in pieces if piece]
 
@@ -64,7 +64,7 @@ def expected_cut(text: str, stops: tuple[str, ...]) -> str:
 
 @given(text=st.text("abcé", max_size=14), stops=st.lists(st.text("abcé", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_first_stop_string_however_it_arrives(byte_tokenizer, text, stops):
-    stream = TextStream(byte_tokenizer, stops)
+    stream = Detokenizer(byte_tokenizer, stops)
     shown = ""
     for token in byte_tokenizer.encode(text):
         shown += stream.add(token)

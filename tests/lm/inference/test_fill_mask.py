@@ -11,13 +11,8 @@ from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
 from lm.inference.fill_mask import fill_masks
 from lm.inference.sampling import Sampling
 from lm.kernels import masks
-from lm.model.transformer import Transformer
+from tests.conftest import loaded
 from tests.lm.inference.test_generator import restless_model
-
-
-@pytest.fixture(scope="module")
-def model(trained) -> Transformer:
-    return trained.load_model(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +21,10 @@ def byte_tokenizer() -> Tokenizer:
 
 
 @pytest.mark.parametrize("readout", ["masked_token", "masked_next_token"])
-def test_masks_are_filled_surest_first_each_seeing_those_filled_before(dataset, readout):
-    model, tokenizer = restless_model(400), dataset.tokenizer
+def test_the_most_certain_mask_is_filled_first_and_seen_by_the_others(dataset, readout):
+    tokenizer = dataset.tokenizer
+    language_model = restless_model(tokenizer, 64, objective=readout)
+    model = language_model.model
     text = "The [MASK] found a silver [MASK] behind the [MASK]."
     tokens = [tokenizer.end_of_text_id]
     for number, part in enumerate(["The", " found a silver", " behind the", "."]):
@@ -49,7 +46,7 @@ def test_masks_are_filled_surest_first_each_seeing_those_filled_before(dataset, 
             (tokenizer.decode([token]), chance)
             for token, chance in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
-    filled = fill_masks(model, tokenizer, text, readout, 64)
+    filled = fill_masks(language_model, text)
     assert filled.text == tokenizer.decode(tokens[1:])
     assert tokenizer.mask_id not in tokens
     for got, wanted in zip(filled.candidates, (top[place] for place in places), strict=True):
@@ -57,8 +54,8 @@ def test_masks_are_filled_surest_first_each_seeing_those_filled_before(dataset, 
         assert [chance for _, chance in got] == pytest.approx([chance for _, chance in wanted], rel=1e-4)
 
 
-def test_a_trained_model_fills_a_word_of_its_text(model, trained):
-    filled = fill_masks(model, trained.tokenizer, "The old [MASK] found a silver key.", "masked_next_token", 32)
+def test_a_trained_model_fills_a_word_of_its_text(trained):
+    filled = fill_masks(loaded(trained), "The old [MASK] found a silver key.")
     assert filled.text.startswith("The old ")
     assert filled.text.endswith(" found a silver key.")
     assert len(filled.candidates) == 1
@@ -69,60 +66,59 @@ def test_a_trained_model_fills_a_word_of_its_text(model, trained):
 
 
 def test_text_around_masks_is_kept_whatever_the_tokenizer(byte_tokenizer):
-    model = restless_model(byte_tokenizer.vocab_size)
-    filled = fill_masks(model, byte_tokenizer, "[MASK]b [MASK] d[MASK]", "masked_token", 32, top=3)
+    model = restless_model(byte_tokenizer, objective="masked_token")
+    filled = fill_masks(model, "[MASK]b [MASK] d[MASK]", top=3)
     assert len(filled.candidates) == 3
     pieces = [candidates[0][0] for candidates in filled.candidates]
     if not any("\ufffd" in piece for piece in pieces):
         assert filled.text == f"{pieces[0]}b {pieces[1]} d{pieces[2]}"
 
 
-def test_nothing_to_fill_is_an_error(model, trained):
+def test_a_text_that_cannot_be_filled_is_an_error(dataset):
+    model = restless_model(dataset.tokenizer)
     with pytest.raises(UserError, match=r"nothing to fill: write \[MASK\]"):
-        fill_masks(model, trained.tokenizer, "no mask here", "masked_next_token", 32)
-
-
-def test_a_text_beyond_the_context_cannot_be_filled(model, trained):
+        fill_masks(model, "no mask here")
     with pytest.raises(UserError, match="reads at most 32 at once"):
-        fill_masks(model, trained.tokenizer, "[MASK] and so on" * 20, "masked_next_token", 32)
+        fill_masks(model, "[MASK] and so on" * 20)
+    with pytest.raises(UserError, match="not trained to fill masks"):
+        fill_masks(restless_model(dataset.tokenizer, objective="next_token"), "The [MASK]")
 
 
-def test_a_number_stands_for_as_many_masks(model, trained):
-    tokenizer = trained.tokenizer
-    spelled = fill_masks(model, tokenizer, "The old [MASK][MASK][MASK] found", "masked_next_token", 32)
-    assert fill_masks(model, tokenizer, "The old [MASK:3] found", "masked_next_token", 32) == spelled
+def test_a_number_stands_for_as_many_masks(dataset):
+    model = restless_model(dataset.tokenizer)
+    spelled = fill_masks(model, "The old [MASK][MASK][MASK] found")
+    assert fill_masks(model, "The old [MASK:3] found") == spelled
     assert len(spelled.candidates) == 3
     for text in ("The [MASK:0]", "The [MASK:]", "The [MASK:x]"):
         with pytest.raises(UserError, match="nothing to fill"):
-            fill_masks(model, tokenizer, text, "masked_next_token", 32)
+            fill_masks(model, text)
 
 
-def test_a_round_for_each_mask_is_what_is_done_without_a_number_of_rounds(dataset):
-    model, tokenizer = restless_model(400), dataset.tokenizer
+def test_without_a_number_of_rounds_each_mask_has_its_own(dataset):
+    model = restless_model(dataset.tokenizer, 64, objective="masked_token")
     text = "The [MASK:4] found [MASK] behind [MASK:2]"
-    assert fill_masks(model, tokenizer, text, "masked_token", 64, rounds=99) == fill_masks(
-        model, tokenizer, text, "masked_token", 64
-    )
+    assert fill_masks(model, text, rounds=99) == fill_masks(model, text)
 
 
-def test_one_round_takes_each_mask_as_it_is_seen_first(dataset):
-    model, tokenizer = restless_model(400), dataset.tokenizer
+def test_one_round_fills_each_mask_as_first_predicted(dataset):
+    tokenizer = dataset.tokenizer
+    language_model = restless_model(tokenizer, 64, objective="masked_token")
+    model = language_model.model
     tokens = [tokenizer.end_of_text_id, *tokenizer.encode("The"), *[tokenizer.mask_id] * 6]
     with torch.no_grad():
         bounds = masks.bidirectional(1, len(tokens))
         logits = model.logits(model(torch.tensor([tokens]), torch.arange(len(tokens))[None], *bounds))[0, -6:]
     logits[:, [tokenizer.end_of_text_id, tokenizer.padding_id, tokenizer.mask_id]] = -math.inf
-    once = fill_masks(model, tokenizer, "The [MASK:6]", "masked_token", 64, rounds=1, top=1)
+    once = fill_masks(language_model, "The [MASK:6]", rounds=1, top=1)
     assert [each[0][0] for each in once.candidates] == [tokenizer.decode([int(i)]) for i in logits.argmax(-1)]
 
 
-def test_drawn_texts_are_those_of_their_seed_and_keep_what_was_there(model, trained):
+def test_sampled_texts_follow_their_seed_and_keep_what_was_there(dataset):
+    model = restless_model(dataset.tokenizer)
+
     def written(seed: int, rounds: int = 4, temperature: float = 1.5) -> str:
         sampling = Sampling(temperature=temperature, seed=seed)
-        text = "The old miller [MASK:12] under a wide sky."
-        return fill_masks(
-            model, trained.tokenizer, text, "masked_next_token", 32, rounds=rounds, sampling=sampling
-        ).text
+        return fill_masks(model, "The old miller [MASK:12] under a wide sky.", rounds=rounds, sampling=sampling).text
 
     texts = [written(seed) for seed in range(4)]
     assert texts == [written(seed) for seed in range(4)]

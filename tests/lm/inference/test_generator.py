@@ -2,24 +2,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from data_prep.errors import UserError
-from lm.config.settings import ModelConfig
+from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.config.settings import Config
 from lm.inference.generator import Generator, stream
 from lm.inference.kv_cache import ReadingPrompt
+from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.kernels import masks
 from lm.model.transformer import Transformer
+from tests.conftest import loaded
 
 GREEDY = Sampling(temperature=0, max_new_tokens=40)
-
-
-@pytest.fixture(scope="module")
-def model(trained) -> Transformer:
-    return trained.load_model(torch.device("cpu"))
 
 
 def written(*arguments) -> list[int]:
@@ -30,86 +29,100 @@ def text_of(events) -> str:
     return "".join(event.text for event in events)
 
 
-def restless_model(vocab_size: int, seed: int = 0) -> Transformer:
+def restless_model(tokenizer: Tokenizer, context_length: int = 32, **settings: Any) -> LanguageModel:
     """An untrained model whose choices depend on all it reads."""
-    config = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, vocab_size=vocab_size, tie_embeddings=False)
-    model = Transformer(config).eval()
-    generator = torch.Generator().manual_seed(seed)
+    shape = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "vocab_size": tokenizer.vocab_size}
+    settings = shape | {"tie_embeddings": False, "context_length": context_length} | settings
+    config = Config().replace(**settings)
+    model = Transformer(config.model).eval()
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
+    return LanguageModel(model, tokenizer, config)
 
 
-def test_greedy_text_is_the_argmax_of_reading_everything_anew_at_each_step(dataset):
+def test_greedy_text_is_the_argmax_of_rereading_everything_at_each_step(dataset):
     """Also beyond the context, where each token sees the last ``context_length``."""
-    model, tokenizer = restless_model(400), dataset.tokenizer
-    prompt, context = tokenizer.encode("The old miller found"), 12
+    tokenizer, context = dataset.tokenizer, 12
+    model, prompt = restless_model(tokenizer, context), tokenizer.encode("The old miller found")
     tokens = [tokenizer.end_of_text_id, *prompt]
-    for token in written(model, tokenizer, prompt, GREEDY, context):
+    for token in written(model, prompt, GREEDY):
         lo, hi = masks.sliding_window(*masks.causal(1, len(tokens)), context)
         with torch.no_grad():
-            hidden = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], lo, hi)
-        logits = model.logits(hidden)[0, -1]
+            hidden = model.model(torch.tensor([tokens]), torch.arange(len(tokens))[None], lo, hi)
+        logits = model.model.logits(hidden)[0, -1]
         logits[[tokenizer.padding_id, tokenizer.mask_id]] = -math.inf
         assert token == int(logits.argmax())
         tokens.append(token)
     assert len(tokens) > 3 * context
 
 
-def test_the_same_seed_writes_the_same_text_and_another_seed_another(model, trained):
+def test_the_same_seed_writes_the_same_text_and_another_seed_another(dataset):
+    model = restless_model(dataset.tokenizer)
+
     def write(seed: int) -> str:
         sampling = Sampling(temperature=1.5, seed=seed, max_new_tokens=30)
-        return text_of(stream(model, trained.tokenizer, "The captain", sampling, 32))
+        return text_of(stream(model, "The captain", sampling))
 
     assert write(1) == write(1)
     assert len({write(seed) for seed in range(4)}) == 4
 
 
-def test_a_sharp_filter_makes_sampling_greedy(model, trained):
+def test_a_sharp_filter_makes_sampling_greedy(dataset):
+    model = restless_model(dataset.tokenizer)
+
     def tokens(**changes) -> list[int]:
         sampling = Sampling(**({"max_new_tokens": 20} | changes))
-        return written(model, trained.tokenizer, [20, 30], sampling, 32)
+        return written(model, [20, 30], sampling)
 
     assert tokens(temperature=0) == tokens(top_k=1) == tokens(top_p=1e-9) == tokens(min_p=1.0)
 
 
 def test_the_mask_and_the_padding_are_never_written(dataset):
-    model, tokenizer = restless_model(400), dataset.tokenizer
+    model, tokenizer = restless_model(dataset.tokenizer), dataset.tokenizer
     with torch.no_grad():  # make both the clear favourites
-        model.norm.weight.fill_(0.1)
-        model.head.weight[[tokenizer.padding_id, tokenizer.mask_id]] = model.head.weight.abs().max() * 50
-    tokens = written(model, tokenizer, [10], Sampling(max_new_tokens=60, temperature=1.0), 32)
+        model.model.norm.weight.fill_(0.1)
+        model.model.head.weight[[tokenizer.padding_id, tokenizer.mask_id]] = model.model.head.weight.abs().max() * 50
+    tokens = written(model, [10], Sampling(max_new_tokens=60, temperature=1.0))
     assert len(tokens) > 10
     assert not {tokenizer.padding_id, tokenizer.mask_id} & set(tokens)
 
 
 def test_writing_stops_at_the_end_of_text_and_at_the_largest_number_of_tokens(dataset):
-    model, tokenizer = restless_model(400), dataset.tokenizer
-    assert len(written(model, tokenizer, [], Sampling(max_new_tokens=7, seed=1), 32)) == 7
+    model = restless_model(dataset.tokenizer)
+    assert len(written(model, [], Sampling(max_new_tokens=7, seed=1))) == 7
     with torch.no_grad():  # equal scores: the first of the likeliest is the end of text
-        model.head.weight.zero_()
-    assert written(model, tokenizer, [5], GREEDY, 32) == []
+        model.model.head.weight.zero_()
+    assert written(model, [5], GREEDY) == []
 
 
-def test_a_trained_model_writes_words_of_its_text(model, trained):
-    text = text_of(stream(model, trained.tokenizer, "The old", Sampling(temperature=0.5), 32))
+def test_a_trained_model_writes_words_of_its_text(trained):
+    text = text_of(stream(loaded(trained), "The old", Sampling(temperature=0.5)))
     assert text.startswith(" miller ")
 
 
-def test_only_tokens_that_the_tokenizer_has_are_written(small, quietly, tmp_path):
-    run = quietly(small.replace(vocab_size=1000, steps=1), tmp_path / "run")
-    model = run.load_model(torch.device("cpu"))
-    text_of(stream(model, run.tokenizer, "The", Sampling(temperature=1.0, max_new_tokens=60), 32))
+def test_only_tokens_that_the_tokenizer_has_are_written(dataset):
+    model = restless_model(dataset.tokenizer, vocab_size=1000)
+    tokens = written(model, "The", Sampling(temperature=1.0, max_new_tokens=60))
+    assert len(tokens) > 10
+    assert max(tokens) < dataset.tokenizer.vocab_size
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 1e-38, float("inf")])
-def test_any_temperature_samples_or_is_told(trained, temperature):
-    sampling = Sampling(temperature=temperature, max_new_tokens=3)
-    if not sampling.problems():
-        model = trained.load_model(torch.device("cpu"))
-        text_of(stream(model, trained.tokenizer, "The", sampling, 32))
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+def test_the_extreme_temperatures_that_are_allowed_still_sample(dataset, temperature):
+    """A tiny temperature is greedy, a huge one as good as uniform; neither overflows."""
+    sampling = Sampling(temperature=temperature, max_new_tokens=30)
+    tokens = written(restless_model(dataset.tokenizer), "The", sampling)
+    greedy = written(restless_model(dataset.tokenizer), "The", dataclasses.replace(sampling, temperature=0))
+    assert (tokens == greedy) == (temperature < 1)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-38, 0.009, 101.0, math.inf, math.nan])
+def test_a_temperature_that_would_overflow_is_refused(dataset, temperature):
+    with pytest.raises(UserError, match="temperature must be 0, or from"):
+        next(stream(restless_model(dataset.tokenizer), "The", Sampling(temperature=temperature)))
 
 
 def all_texts(generator: Generator) -> dict[int, str]:
@@ -123,7 +136,7 @@ def all_texts(generator: Generator) -> dict[int, str]:
 
 def test_a_request_gets_the_same_text_alone_and_in_any_company(dataset):
     """Requests of all lengths and settings, more than there are rows, some of which come late."""
-    model, tokenizer = restless_model(400), dataset.tokenizer
+    model = restless_model(dataset.tokenizer, 24)
     words = [
         "The",
         "old",
@@ -147,9 +160,9 @@ def test_a_request_gets_the_same_text_alone_and_in_any_company(dataset):
         )
         for n in range(24)
     ]
-    alone = [text_of(stream(model, tokenizer, prompt, sampling, 24)) for prompt, sampling in requests]
+    alone = [text_of(stream(model, prompt, sampling)) for prompt, sampling in requests]
     for rows in (1, 3, 16):
-        generator = Generator(model, tokenizer, 24, max_rows=rows)
+        generator = Generator(model, max_rows=rows)
         handles = [generator.add(*request) for request in requests[:5]]
         texts = {}
         for request in requests[5:]:
@@ -161,16 +174,16 @@ def test_a_request_gets_the_same_text_alone_and_in_any_company(dataset):
         assert [texts[handle] for handle in handles] == alone
 
 
-def test_events_tell_tokens_text_reason_and_log_probabilities(dataset):
-    model, tokenizer = restless_model(400), dataset.tokenizer
+def test_events_have_tokens_text_reason_and_log_probabilities(dataset):
+    model, tokenizer = restless_model(dataset.tokenizer, 64), dataset.tokenizer
     sampling = Sampling(temperature=0.7, top_k=3, max_new_tokens=9, logprobs=2, seed=3)
-    events = list(stream(model, tokenizer, "The old", sampling, 64))
+    events = list(stream(model, "The old", sampling))
     tokens = [tokenizer.end_of_text_id, *tokenizer.encode("The old")]
     assert [event.finish_reason for event in events] == [None] * 8 + ["length"]
     for event in events:
         with torch.no_grad():
-            hidden = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], *masks.causal(1, len(tokens)))
-            logits = model.logits(hidden)[0, -1]
+            hidden = model.model(torch.tensor([tokens]), torch.arange(len(tokens))[None], *masks.causal(1, len(tokens)))
+            logits = model.model.logits(hidden)[0, -1]
         logits[[tokenizer.padding_id, tokenizer.mask_id]] = -math.inf
         log_p = logits.log_softmax(-1)
         assert event.logprob == pytest.approx(float(log_p[event.token]), abs=1e-4)
@@ -182,11 +195,11 @@ def test_events_tell_tokens_text_reason_and_log_probabilities(dataset):
 
 
 def test_a_stop_string_ends_the_text_before_it(dataset):
-    model, tokenizer = restless_model(400), dataset.tokenizer
+    model = restless_model(dataset.tokenizer, 64)
     sampling = Sampling(max_new_tokens=60, seed=5)
-    whole = text_of(stream(model, tokenizer, "The", sampling, 64))
+    whole = text_of(stream(model, "The", sampling))
     stop = whole[20:23]
-    events = list(stream(model, tokenizer, "The", dataclasses.replace(sampling, stop=(stop,)), 64))
+    events = list(stream(model, "The", dataclasses.replace(sampling, stop=(stop,))))
     assert text_of(events) == whole[: whole.index(stop)]
     assert events[-1].finish_reason == "stop"
     assert events[-1].token is not None
@@ -194,9 +207,9 @@ def test_a_stop_string_ends_the_text_before_it(dataset):
 
 
 def test_a_cancelled_request_leaves_the_others_as_they_were(dataset):
-    model, tokenizer = restless_model(400), dataset.tokenizer
+    model = restless_model(dataset.tokenizer)
     sampling = Sampling(max_new_tokens=20, temperature=1.0)
-    generator = Generator(model, tokenizer, 32, max_rows=3)
+    generator = Generator(model, max_rows=3)
     handles = [generator.add(prompt, sampling) for prompt in ("The", "A horse", "Nobody", "Again", "An owl")]
     texts = {event.handle: event.text for event in generator.step()}
     for handle in (handles[0], handles[4], 99):  # live, waiting, unknown
@@ -204,24 +217,23 @@ def test_a_cancelled_request_leaves_the_others_as_they_were(dataset):
     for handle, text in all_texts(generator).items():
         texts[handle] = texts.get(handle, "") + text
     for handle, prompt in zip(handles[1:4], ("A horse", "Nobody", "Again"), strict=True):
-        assert texts[handle] == text_of(stream(model, tokenizer, prompt, sampling, 32))
+        assert texts[handle] == text_of(stream(model, prompt, sampling))
     assert handles[4] not in texts
 
 
 def test_penalties_count_what_was_read_and_written(dataset):
     """A strong presence penalty writes no token twice; a repetition penalty none of the prompt either."""
-    model, tokenizer = restless_model(400), dataset.tokenizer
+    model, tokenizer = restless_model(dataset.tokenizer, 64), dataset.tokenizer
     prompt = tokenizer.encode("The old miller found a silver key")
-    once = written(model, tokenizer, prompt, Sampling(temperature=0, presence_penalty=100, max_new_tokens=30), 64)
+    once = written(model, prompt, Sampling(temperature=0, presence_penalty=100, max_new_tokens=30))
     assert len(set(once)) == len(once) == 30
-    fresh = written(model, tokenizer, prompt, Sampling(temperature=0, repetition_penalty=100, max_new_tokens=30), 64)
+    fresh = written(model, prompt, Sampling(temperature=0, repetition_penalty=100, max_new_tokens=30))
     assert len({*fresh}) == 30
     assert not {*fresh} & {*prompt}
 
 
-def test_what_cannot_be_is_told_all_at_once(dataset):
-    model, tokenizer = restless_model(400), dataset.tokenizer
-    generator = Generator(model, tokenizer, 32)
+def test_all_invalid_settings_are_reported_at_once(dataset):
+    generator = Generator(restless_model(dataset.tokenizer))
     with pytest.raises(UserError, match=r"(?s)top_p must be .*temperature|temperature must be .*top_p") as error:
         generator.add([5, 400], Sampling(temperature=-1, top_p=2))
     assert "the prompt holds token 400, but the model has 400" in str(error.value)
@@ -230,9 +242,9 @@ def test_what_cannot_be_is_told_all_at_once(dataset):
 
 
 @pytest.mark.parametrize("context", [64, 10])
-def test_a_conversation_that_goes_on_reads_only_what_is_new(dataset, context, monkeypatch):
-    model, tokenizer = restless_model(400), dataset.tokenizer
-    generator = Generator(model, tokenizer, context, max_rows=1, reuse=True)
+def test_a_conversation_reads_only_what_is_new(dataset, context, monkeypatch):
+    model, tokenizer = restless_model(dataset.tokenizer, context), dataset.tokenizer
+    generator = Generator(model, max_rows=1, reuse=True)
     read = []
     monkeypatch.setattr(
         "lm.inference.generator.ReadingPrompt",
@@ -245,6 +257,6 @@ def test_a_conversation_that_goes_on_reads_only_what_is_new(dataset, context, mo
         made = []
         while generator.busy:
             made += [event.token for event in generator.step() if event.token is not None]
-        assert made == written(model, tokenizer, text, GREEDY, context)
+        assert made == written(model, text, GREEDY)
         text += made
     assert sum(read[i] for i in (0, 2, 4)) < 40 < len(text)

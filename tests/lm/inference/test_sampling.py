@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from lm.inference.sampling import Sampling, draw, filtered, log_probabilities, penalised
+from lm.inference.sampling import Sampling, draw, filtered, log_probabilities, penalized
 
 # Scores apart from each other, so that every rank is clear.
 SCORES = st.permutations(range(12)).flatmap(
@@ -104,9 +104,9 @@ def test_the_draw_follows_the_probabilities_and_never_takes_what_was_left_out():
 def test_penalties_are_those_of_their_definitions():
     logits = torch.tensor([2.0, -2.0, 2.0, -2.0, 1.0])
     read, written = torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 3.0, 1.0, 0.0])
-    repeated = penalised(logits, Sampling(repetition_penalty=2.0), read, written)
+    repeated = penalized(logits, Sampling(repetition_penalty=2.0), read, written)
     assert repeated.tolist() == [1.0, -4.0, 1.0, -4.0, 1.0]
-    counted = penalised(logits, Sampling(presence_penalty=0.5, frequency_penalty=0.25), read, written)
+    counted = penalized(logits, Sampling(presence_penalty=0.5, frequency_penalty=0.25), read, written)
     assert counted.tolist() == [2.0, -2.0, 2.0 - 0.5 - 0.75, -2.0 - 0.5 - 0.25, 1.0]
 
 

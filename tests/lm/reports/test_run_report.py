@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 
 from data_prep.errors import UserError
 from lm.config.settings import pretraining_settings
@@ -12,6 +11,7 @@ from lm.evaluation.validation_loss import evaluate
 from lm.inference.fill_mask import fill_masks
 from lm.reports.run_report import write_report
 from lm.runs.directory import open_run
+from tests.conftest import loaded
 
 HOSTILE = '<script>alert("x")</script> & <img src=http://example.com/x>'
 
@@ -111,9 +111,7 @@ def test_a_report_can_be_written_after_the_objective_was_changed(small, quietly,
 
 
 def test_a_filled_text_is_shown_as_it_is(trained):
-    model = trained.load_model(torch.device("cpu"))
-    text = "The [MASK] found the [MASK]."
-    filled = fill_masks(model, trained.tokenizer, text, "masked_next_token", 32)
+    filled = fill_masks(loaded(trained), "The [MASK] found the [MASK].")
     assert "".join(piece for piece, _ in filled.pieces) == filled.text
 
 

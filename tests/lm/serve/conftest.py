@@ -51,7 +51,7 @@ class WatchedGenerator(Generator):
 
 class WatchedService(Service):
     def make_writer(self) -> Generator:
-        made = WatchedGenerator(self.model, self.tokenizer, self.context_length, max_rows=self.limits.concurrent)
+        made = WatchedGenerator(self.model, max_rows=self.limits.concurrent)
         self.__dict__["writer"] = made
         return made
 

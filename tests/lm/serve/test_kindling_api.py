@@ -14,7 +14,7 @@ TEXT = "The old miller found a café."
 def test_filling_is_the_same_as_in_the_library(served):
     service, text = served.service, "the [MASK] miller found a [MASK]."
     answer = served.ask("/api/fill", {"text": text, "top": 3}).json
-    expected = fill_masks(service.model, service.tokenizer, text, "masked_next_token", service.context_length, top=3)
+    expected = fill_masks(service.model, text, top=3)
     assert answer["text"] == expected.text == "".join(piece["text"] for piece in answer["pieces"])
     assert [piece["filled"] for piece in answer["pieces"]] == [False, True, False, True, False]
     assert [[one["token"] for one in mask] for mask in answer["candidates"]] == [
@@ -28,8 +28,7 @@ def test_many_masks_are_filled_in_few_rounds_by_temperature_and_seed(served):
     settings = {"rounds": 3, "temperature": 1.5, "seed": 4}
     answer = served.ask("/api/fill", {"text": text, **settings}).json
     sampling = Sampling(temperature=1.5, seed=4)
-    model, readout = (service.model, service.tokenizer), "masked_next_token"
-    expected = fill_masks(*model, text, readout, service.context_length, rounds=3, sampling=sampling)
+    expected = fill_masks(service.model, text, rounds=3, sampling=sampling)
     assert answer["text"] == expected.text
     assert answer["text"] != served.ask("/api/fill", {"text": text, **settings, "seed": 5}).json["text"]
 
@@ -60,7 +59,7 @@ def test_probabilities_by_each_readout_add_up_to_the_score(served):
     assert "".join(token["text"] for token in answer["tokens"]) == TEXT
     assert list(answer["readouts"]) == ["next_token", "masked_next_token"]
     for readout, each in answer["readouts"].items():
-        (score,) = log_likelihoods(service.model, service.tokenizer, [ids], readout, service.context_length)
+        (score,) = log_likelihoods(service.model, [ids], readout)
         assert sum(math.log(one["probability"]) for one in each) == pytest.approx(score, abs=1e-3)
         assert all(len(one["alternatives"]) == 4 and one["rank"] >= 1 for one in each)
 

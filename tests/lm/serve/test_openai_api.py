@@ -35,8 +35,8 @@ def client(served):
 
 
 def alone(service, prompt: str, **settings) -> str:
-    """What the generator writes without other requests."""
-    events = stream(service.model, service.tokenizer, prompt, Sampling(**settings), service.context_length)
+    """What the generator writes when nobody else is there."""
+    events = stream(service.model, prompt, Sampling(**settings))
     return "".join(event.text for event in events)
 
 
@@ -99,7 +99,7 @@ def test_echo_with_log_probabilities_scores_the_prompt(client, served, streamed)
     ids = service.tokenizer.encode(prompt)
     assert choice.text == prompt == "".join(choice.logprobs.tokens)
     assert choice.finish_reason == "length"
-    (score,) = log_likelihoods(service.model, service.tokenizer, [ids], "next_token", service.context_length)
+    (score,) = log_likelihoods(service.model, [ids], "next_token")
     assert sum(choice.logprobs.token_logprobs) == pytest.approx(score, abs=1e-4)
     assert choice.logprobs.text_offset[0] == 0
     assert all(2 <= len(top) <= 3 for top in choice.logprobs.top_logprobs)
