@@ -82,7 +82,13 @@ def test_nothing_in_the_folder_carries_code(make_run, tmp_path):
 def test_the_card_has_losses_and_limits(trained, tmp_path):
     out = export(trained, tmp_path / "out", "next_token")
     card = (out / "README.md").read_text()
-    for words in ("pipeline_tag: text-generation", "LlamaForCausalLM", "100 steps", "## Limits", "does not follow instructions"):
+    for words in (
+        "pipeline_tag: text-generation",
+        "LlamaForCausalLM",
+        "100 steps",
+        "## Limits",
+        "does not follow instructions",
+    ):
         assert words in card, words
 
 
