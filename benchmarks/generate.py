@@ -1,18 +1,17 @@
-"""Writing on the CPU beside ``transformers`` and llama.cpp, with the same weights, in float32, all in one process.
+"""Text generation on the CPU, compared with ``transformers`` and llama.cpp: same weights, float32, one process.
 
     python -m benchmarks.generate [--rounds 5] [--threads 2] [--rows 1 16] [--compiled]
 
-An untrained model with drawn weights (256 wide, 8 layers, 8 heads, vocabulary of 8,192) is exported both ways; each
-then reads prompts of 128 tokens and writes 256 more, the likeliest each time, in turn. The time is that of everything,
-prompts included. Ours is ``generator.Generator``, with --compiled as well with its step compiled; ``transformers``
-its ``generate`` as it comes; llama.cpp (``pip install llama-cpp-python``, built on the machine; left out where it is
-not) its library, all rows in one batch, the cache of keys and values in float32 too. All have ``--threads`` threads.
-Told beside the medians: tokens for each CPU second of all threads, how many of the tokens are ours (after the first
-that is not, by a rounding error, all differ), and the bytes of weights times the steps a second, as a share of the rate
-at which memory is copied (bytes read and written).
+A model with random weights (256 wide, 8 layers, 8 heads, vocabulary of 8,192) is exported to both formats. In turn,
+each library reads prompts of 128 tokens and generates 256 more by greedy decoding; times include the prompts. Kindling
+runs ``generator.Generator``, with --compiled also with compiled steps; ``transformers`` its ``generate`` with defaults;
+llama.cpp (``pip install llama-cpp-python``, built on the machine; skipped if it is not installed) all rows in one
+batch, with a float32 cache. All use ``--threads`` threads. Also printed: tokens per CPU second of all threads, the
+share of tokens equal to Kindling's (after a first difference, from rounding, all differ), and the bytes of the weights
+times steps per second, as a share of the rate of copying memory (bytes read and written).
 
-The threads of all three spin while they wait for each other, which on a busy machine takes a hundred times the work's
-time: there use one thread, or OMP_WAIT_POLICY=passive.
+The threads of all three libraries spin while they wait, which on a busy machine can take a hundred times as long as the
+work: use one thread there, or OMP_WAIT_POLICY=passive.
 """
 
 from __future__ import annotations
@@ -48,11 +47,11 @@ from lm.runs.directory import Run, open_run, plain_settings
 PROMPT, WRITTEN = 128, 256
 SHAPE = {"num_layers": 8, "hidden_size": 256, "num_heads": 8, "vocab_size": 8192, "context_length": 512}
 
-Writer = Callable[[list[list[int]]], list[list[int]]]  # prompts, each with its first token → what was written
+Writer = Callable[[list[list[int]]], list[list[int]]]  # prompts, including their first token → generated tokens
 
 
-def drawn_run(folder: Path) -> Run:
-    """A run with weights far from their start that never ends a text by itself."""
+def random_run(folder: Path) -> Run:
+    """A run with random weights, far from their initialization, that never ends a text by itself."""
     texts = (text for _, text in builtin_documents())
     tokenizer = train_tokenizer(texts, TokenizerSettings(vocab_size=SHAPE["vocab_size"], train_bytes=3_000_000))
     config = Config().replace(objective="next_token", **SHAPE)
@@ -61,7 +60,7 @@ def drawn_run(folder: Path) -> Run:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
-        model.embedding.weight[tokenizer.end_of_text_id] = 0.0  # no token's score is below the likeliest's 0
+        model.embedding.weight[tokenizer.end_of_text_id] = 0.0  # its score, 0, is below that of the most likely token
     folder.mkdir()
     tokenizer.save(folder / "tokenizer.json")
     config.save(folder / "config.toml")
@@ -123,43 +122,43 @@ def of_llama_cpp(path: Path, rows: int, threads: int, unwritable: list[int]) -> 
     batch = llama_cpp.llama_batch_init(settings.n_batch, 0, 1)
 
     def read(tokens: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Read (token, place, row, whether to go on from it); the likeliest next token of each that is gone on from."""
+        """Read (token, position, row, is_last) each; return the most likely next token after each last one."""
         batch.n_tokens = len(tokens)
-        asked = []
-        for i, (token, place, row, last) in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, place, 1, row
+        last_indices = []
+        for i, (token, position, row, last) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, row
             batch.logits[i] = last
             if last:
-                asked.append(i)
+                last_indices.append(i)
         assert llama_cpp.llama_decode(context, batch) == 0
         chosen = []
-        for i in asked:
+        for i in last_indices:
             logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (SHAPE["vocab_size"],))
             logits[unwritable] = -np.inf
             chosen.append(int(logits.argmax()))
         return chosen
 
     def write(prompts: list[list[int]]) -> list[list[int]]:
-        assert silent is not None  # llama.cpp calls it as long as it runs
+        assert silent is not None  # llama.cpp calls it while it runs
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         inputs = [
-            (token, place, row, place == PROMPT - 1)
+            (token, position, row, position == PROMPT - 1)
             for row, prompt in enumerate(prompts)
-            for place, token in enumerate(prompt)
+            for position, token in enumerate(prompt)
         ]
         texts: list[list[int]] = [[] for _ in prompts]
-        for place in range(PROMPT, PROMPT + WRITTEN):
+        for position in range(PROMPT, PROMPT + WRITTEN):
             chosen = read(inputs)
             for text, token in zip(texts, chosen, strict=True):
                 text.append(token)
-            inputs = [(token, place, row, True) for row, token in enumerate(chosen)]
+            inputs = [(token, position, row, True) for row, token in enumerate(chosen)]
         return texts
 
     return write
 
 
 def copy_rate() -> float:
-    """Bytes a second that are read and written together when 256 MB are copied, at best."""
+    """Bytes read and written per second when 256 MB are copied; the best of seven runs."""
     source = torch.ones(64 << 20)
     target = torch.empty_like(source)
     best = float("inf")
@@ -175,13 +174,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--compiled", action="store_true", help="ours with a compiled step as well")
+    parser.add_argument("--compiled", action="store_true", help="also run Kindling with compiled steps")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
-        run = drawn_run(Path(name) / "run")
+        run = random_run(Path(name) / "run")
         export_huggingface(run, Path(name) / "hf", run.newest(), "next_token")
         export_gguf(run, Path(name) / "model.gguf", run.newest(), "next_token")
         unwritable = unwritable_ids(run.tokenizer, SHAPE["vocab_size"])
@@ -211,7 +210,7 @@ def compare(writers: dict[str, Writer], prompts: list[list[int]], run: Run, roun
             f"kindling is {timing.wall / timings['kindling'].wall:.2f} times as fast "
             f"({timing.cpu / timings['kindling'].cpu:.2f} by CPU seconds)  "
             f"weights at {weights * WRITTEN / timing.wall / rate:.0%} of the copy rate  "
-            f"{same / tokens:.1%} of our tokens"
+            f"{same / tokens:.1%} of Kindling's tokens"
         )
     print(flush=True)
 

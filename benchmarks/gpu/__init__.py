@@ -1,1 +1,1 @@
-"""The kernels on a GPU: are they right, and how fast beside PyTorch's own. ``python -m benchmarks.gpu``."""
+"""Correctness and speed of the kernels on a GPU, compared with PyTorch's: ``python -m benchmarks.gpu``."""

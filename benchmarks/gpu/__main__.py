@@ -1,4 +1,4 @@
-"""Run everything, or some parts, and write one JSON.
+"""Run all parts, or some, and write the results to a JSON file.
 
 python -m benchmarks.gpu [--out FILE] [--quick] [--only PART] [--nanogpt CHECKOUT]
 """
@@ -30,11 +30,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="default: benchmarks/gpu/results/DEVICE-DATE.json")
     parser.add_argument("--quick", action="store_true", help="two lengths instead of six")
-    parser.add_argument("--only", action="append", choices=PARTS, help="this part; may be repeated")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of it, to train beside")
+    parser.add_argument("--only", action="append", choices=PARTS, help="run only this part; may be repeated")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to compare with")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("there is no CUDA device here; without one, see make kernels-aot and make test")
+        parser.error("no CUDA device was found; without one, use make kernels-aot and make test")
     device = torch.device("cuda")
     lengths = (1024, 4096) if options.quick else (512, 1024, 2048, 4096, 8192, 16384)
     measure: dict[str, Callable[[], object]] = {

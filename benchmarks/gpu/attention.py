@@ -1,4 +1,4 @@
-"""Attention: correctness against float64, determinism, and TFLOP/s beside PyTorch's attentions on the same card."""
+"""Attention: errors against float64, determinism, and TFLOP/s compared with PyTorch's on the same card."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from benchmarks.gpu.timing import milliseconds
 from lm.kernels import attention, masks, reference
 
-torch._functorch.config.donated_buffer = False  # flex's backward pass is called again and again, on one graph
+torch._functorch.config.donated_buffer = False  # flex's backward pass is called repeatedly on one graph
 MASKS = ("causal", "full", "packed", "hybrid")
-TOKENS_IN_ALL = 16384  # rows × length: 32 rows of 512 up to one of 16,384, as in FlashAttention's figures
-HIDDEN = 2048  # heads × head dimension, likewise
+TOTAL_TOKENS = 16384  # rows × length, from 32 rows of 512 to one of 16,384, as in FlashAttention's figures
+HIDDEN = 2048  # heads × head dimension, as there
 MEAN_DOCUMENT = 512
 
 
 def intervals(kind: str, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """lo, hi and the number of each token's document, (rows, length). Packed rows are causal; hybrid: half of each."""
+    """lo, hi and each token's document, (rows, length). Packed rows are causal; of hybrid rows half are."""
     starts = torch.zeros(rows, length, dtype=torch.bool)
     if kind == "packed":
         starts = torch.rand(rows, length, generator=torch.Generator().manual_seed(0)) < 1 / MEAN_DOCUMENT
-    both_ways = torch.full((rows,), kind == "full")
+    bidirectional = torch.full((rows,), kind == "full")
     if kind == "hybrid":
-        both_ways[rows // 2 :] = True
-    lo, hi = masks.packed(starts, both_ways)
+        bidirectional[rows // 2 :] = True
+    lo, hi = masks.packed(starts, bidirectional)
     return lo.to(device), hi.to(device), starts.cumsum(1).to(device)
 
 
@@ -44,7 +44,7 @@ def inputs(rows: int, length: int, heads: int, width: int, dtype: torch.dtype, d
 
 
 def worst_errors(device: torch.device, lengths: tuple[int, ...] = (200, 1024)) -> list[dict[str, Any]]:
-    """The largest error against float64 of output and gradients, ours and PyTorch's in the same dtype, twice alike."""
+    """The largest errors of output and gradients against float64, Kindling's and PyTorch's, and whether bits repeat."""
     found = []
     for length in lengths:
         for width in (64, 128):
@@ -74,7 +74,7 @@ def worst_errors(device: torch.device, lengths: tuple[int, ...] = (200, 1024)) -
                     )
                     pairs = zip(results["ours"], results["pytorch"], strict=True)
                     worse = max(ours / max(theirs, 1e-9) for ours, theirs in pairs)
-                    verdict = "" if worse <= 2 and same else "  <-- look at this"
+                    verdict = "" if worse <= 2 and same else "  <-- too large"
                     print(f"  {length} {width} {kind} {fill}: {worse:.2f}{verdict}", flush=True)
     return found
 
@@ -86,9 +86,9 @@ def heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 def candidates(
     kind: str, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, documents: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
-    """Each way to compute this attention, as a function without arguments that gives (B, T, H, D)."""
+    """Each implementation of this attention, as a function without arguments that returns (B, T, H, D)."""
     rows, length = lo.shape
-    torch._dynamo.reset()  # each shape is compiled for itself, as in a training of that shape
+    torch._dynamo.reset()  # compile each shape separately, as training with that shape would
     compiled_flex = torch.compile(flex_attention, dynamic=False)
     half = rows // 2 if kind == "hybrid" else rows if kind != "full" else 0
 
@@ -107,10 +107,10 @@ def candidates(
             return F.scaled_dot_product_attention(*heads_first(q, k, v), is_causal=kind == "causal").transpose(1, 2)
 
     ways: dict[str, Callable[[], Tensor]] = {"kindling": lambda: attention(q, k, v, lo, hi)[0]}
-    if kind in ("packed", "hybrid"):  # for the others PyTorch has better
+    if kind in ("packed", "hybrid"):  # PyTorch has faster ones for the others
         block_mask = create_block_mask(seen, rows, None, length, length, device=str(q.device))
         ways["flex"] = lambda: compiled_flex(*heads_first(q, k, v), block_mask=block_mask).transpose(1, 2)
-    if kind == "packed":  # the only ones of PyTorch's that take a mask
+    if kind == "packed":  # the only one of these that takes a mask
         return ways | {"sdpa efficient, dense mask": partial(by_sdpa, SDPBackend.EFFICIENT_ATTENTION)}
     return ways | {
         "sdpa flash": partial(by_sdpa, SDPBackend.FLASH_ATTENTION),
@@ -119,13 +119,13 @@ def candidates(
 
 
 def setting(width: int, length: int, kind: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    """What ``candidates`` takes: as many tokens in all, and heads × width, for every length and width."""
-    rows = max(TOKENS_IN_ALL // length, 2 if kind == "hybrid" else 1)
+    """The arguments of ``candidates``, with the same total of tokens and heads × width for every case."""
+    rows = max(TOTAL_TOKENS // length, 2 if kind == "hybrid" else 1)
     return kind, *inputs(rows, length, HIDDEN // width, width, dtype, device), *intervals(kind, rows, length, device)
 
 
 def compile_ahead(case: tuple[int, int, str]) -> None:
-    """Call once what is compiled, so that a later process finds it in the caches on disk."""
+    """Call each compiled function once, so that a later process finds it in the caches on disk."""
     ways = candidates(*setting(*case, torch.bfloat16, torch.device("cuda")))
     for name in {"kindling", "flex"} & ways.keys():
         ways[name]().sum().backward()
@@ -134,7 +134,7 @@ def compile_ahead(case: tuple[int, int, str]) -> None:
 def speeds(
     device: torch.device, widths: tuple[int, ...], lengths: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
 ) -> list[dict[str, Any]]:
-    """TFLOP/s forward and backward, over what is visible: 4 (forward) and 10 (backward) × pairs × heads × width."""
+    """TFLOP/s over visible pairs: 4 (forward) and 10 (backward) × pairs × heads × width operations."""
     cases = [(width, length, kind) for width in widths for length in lengths for kind in MASKS]
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 2), get_context("spawn")) as pool:

@@ -1,4 +1,4 @@
-"""The output head with its loss, and QK-norm with rotary positions, beside what torch.compile makes of the formulas."""
+"""The fused head and loss, and QK-norm with rotary positions, compared with their formulas under torch.compile."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, chunks: int = 8) -> Tensor:
-    """The logits of each chunk are computed again in the backward pass."""
+    """The loss in chunks, whose logits are recomputed in the backward pass."""
     parts = zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True)
     losses = [torch.utils.checkpoint.checkpoint(plain, h, weight, t, use_reentrant=False) for h, t in parts]
     return torch.stack(losses).sum()
 
 
 def heads_of_losses(device: torch.device, tokens: int = 16384, vocabulary: int = 50304) -> list[dict[str, Any]]:
-    """Milliseconds and peak bytes of loss and both gradients, bfloat16."""
+    """Milliseconds and peak bytes of the loss and both gradients, in bfloat16."""
     ways: dict[str, Callable[..., Tensor]] = {
         "kindling": linear_cross_entropy,
         "compiled": torch.compile(plain),
@@ -54,7 +54,7 @@ def heads_of_losses(device: torch.device, tokens: int = 16384, vocabulary: int =
 
 
 def rotary_speeds(device: torch.device, rows: int = 16, length: int = 1024) -> list[dict[str, Any]]:
-    """Milliseconds forward and backward of heads of 64, with and without QK-norm, bfloat16."""
+    """Milliseconds forward and backward for heads of 64, with and without QK-norm, in bfloat16."""
     compiled = torch.compile(reference.rotary)
     found = []
     for normed in (False, True):

@@ -1,4 +1,4 @@
-"""Time calls on the GPU in turn, with what the device and the software were."""
+"""Time calls on the GPU in turn, and describe the device and the software."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Calls = Mapping[str, Callable[[], object]]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The device and the versions, to stand beside every number."""
+    """The device and the versions, to record with the numbers."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "device": properties.name,
@@ -30,7 +30,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def milliseconds(calls: Calls, *, rounds: int = 3, repeat_ms: int = 40) -> dict[str, float | None]:
-    """The median of each call over ``rounds`` rounds A B A B …; None for one that does not run here."""
+    """The median time of each call over ``rounds`` rounds A B A B …; None if it does not run here."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -42,7 +42,7 @@ def milliseconds(calls: Calls, *, rounds: int = 3, repeat_ms: int = 40) -> dict[
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """How much device memory one call takes at its highest beyond what is there before."""
+    """The peak device memory of one call, beyond what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

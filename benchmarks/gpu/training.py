@@ -1,4 +1,4 @@
-"""A whole training step at the shape of GPT-2 small, in bfloat16, beside nanoGPT's where there is a checkout of it."""
+"""A training step at the shape of GPT-2 small, in bfloat16, compared with nanoGPT's if there is a checkout of it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lm.model.device import machine_rate
 from lm.model.transformer import Transformer
 
 LAYERS, HEADS, WIDTH, CONTEXT, VOCABULARY = 12, 12, 768, 1024, 50304
-ROWS, AT_ONCE = 64, 32  # of a step, and of a micro-batch
-STEPS = 3  # in a turn
+ROWS, AT_ONCE = 64, 32  # rows per step, and per micro-batch
+STEPS = 3  # per turn
 
 
 def kindling(device: torch.device, objective: str, optimizer: str, compiled: bool) -> Callable[[], object]:
@@ -32,14 +32,14 @@ def kindling(device: torch.device, objective: str, optimizer: str, compiled: boo
 
 
 def nanogpt_step(device: torch.device, checkout: Path, compiled: bool) -> Callable[[], object]:
-    """What its ``train.py`` does in a step, without dropout and biases."""
+    """A step of nanoGPT's ``train.py``, without dropout and biases."""
     module = nanogpt_module(checkout)
     settings = module.GPTConfig(
         n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, block_size=CONTEXT, vocab_size=VOCABULARY, bias=False, dropout=0.0
     )
     with contextlib.redirect_stdout(io.StringIO()):
         model = module.GPT(settings).to(device)
-        by = model.configure_optimizers(0.1, 1e-5, (0.9, 0.95), "cuda")
+        optimizer = model.configure_optimizers(0.1, 1e-5, (0.9, 0.95), "cuda")
     forward = torch.compile(model) if compiled else model
     tokens = torch.randint(1, VOCABULARY, (ROWS, CONTEXT + 1), device=device)
 
@@ -49,14 +49,14 @@ def nanogpt_step(device: torch.device, checkout: Path, compiled: bool) -> Callab
                 _, loss = forward(part[:, :-1].contiguous(), part[:, 1:].contiguous())
             (loss * len(part) / ROWS).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        by.step()
-        by.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
 def speeds(device: torch.device, nanogpt: Path | None, rounds: int = 3) -> list[dict[str, Any]]:
-    """Tokens a second, share of the card's rate in matrix products, and peak memory, medians of turns A B A B."""
+    """Tokens per second, share of the card's matrix-product rate, and peak memory; medians of turns A B A B."""
     ways: dict[str, tuple[Callable[..., Callable[[], object]], tuple[Any, ...]]] = {
         "kindling": (kindling, (device, "next_token", "adamw", False)),
         "kindling, compiled": (kindling, (device, "next_token", "adamw", True)),
@@ -79,7 +79,7 @@ def speeds(device: torch.device, nanogpt: Path | None, rounds: int = 3) -> list[
             steps[name] = make(*arguments)
             steps[name]()  # compiles
             steps[name]()
-        except Exception as error:  # one way that fails must not hide the others
+        except Exception as error:  # a failure must not hide the other results
             print(f"  {name}: {type(error).__name__} {str(error)[:300]}", flush=True)
             steps.pop(name, None)
             continue

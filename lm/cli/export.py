@@ -12,13 +12,7 @@ from lm.cli.options import best_checkpoint_option, checkpoint_option, run_argume
 
 @click.command(cls=FriendlyCommand)
 @run_argument
-@click.option(
-    "--to",
-    "kind",
-    required=True,
-    type=click.Choice(["hf", "gguf"]),
-    help="Format: hf for transformers, gguf for llama.cpp.",
-)
+@click.option("--to", "kind", required=True, type=click.Choice(["hf", "gguf"]), help="transformers or llama.cpp.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder (hf) or file (gguf) to write.")
 @click.option(
     "--readout",

@@ -15,19 +15,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 @click.command(cls=FriendlyCommand)
 @run_argument
-@click.option(
-    "--host",
-    default="127.0.0.1",
-    show_default=True,
-    help="Address to listen on; 0.0.0.0: all addresses of this machine.",
-)
-@click.option(
-    "--port",
-    default=8000,
-    show_default=True,
-    type=click.IntRange(0, 65535),
-    help="Port to listen on; 0: any free port.",
-)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all addresses.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option(
     "--api-key",
     envvar="KINDLING_API_KEY",
@@ -109,8 +98,5 @@ def serve(
         app = make_app(service, AccessPolicy(api_key, LOCAL_NAMES if local else None, origins))
         name = f"[{host}]" if ":" in host else host
         url = f"http://{name}:{listening.getsockname()[1]}"
-        click.echo(
-            f"serving {service.name}, step {checkpoint.step:,}, at {url} (API: {url}/v1); press Ctrl-C to stop",
-            err=True,
-        )
+        click.echo(f"serving {service.name}, step {checkpoint.step:,}, at {url} (API: {url}/v1)", err=True)
         serve(app, listening)

@@ -230,13 +230,7 @@ def to_json(result: dict[str, Compiled]) -> str:
 
 @click.command()
 @click.option("--update", is_flag=True, help="Write the result to the snapshot instead of comparing it.")
-@click.option(
-    "--arch",
-    "architectures",
-    multiple=True,
-    type=click.Choice([str(a) for a in ARCHITECTURES]),
-    help="Only for this one.",
-)
+@click.option("--arch", "architectures", multiple=True, type=click.Choice([str(a) for a in ARCHITECTURES]))
 @click.option("--only", default="", help="Only cases whose name begins with this; nothing is compared.")
 def main(update: bool, architectures: tuple[str, ...], only: str) -> None:
     """Compile every kernel for sm_80, sm_90 and sm_120, without a GPU."""

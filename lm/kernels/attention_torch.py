@@ -77,11 +77,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The pieces of a batch, and what they leave out.
-
-    ``blind`` is bool (rows, 1, Tq), true for queries that see no key; None if all see one. ``all_keys`` is true if
-    every key of every row is in a piece that is ``first_on_keys``.
-    """
+    """The pieces of a batch. ``blind``, bool (rows, 1, Tq), is true for queries that see no key; None if all see one.
+    ``all_keys`` is true if every key of every row is in a piece that is ``first_on_keys``."""
 
     pieces: tuple[Piece, ...]
     blind: Tensor | None

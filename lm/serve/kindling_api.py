@@ -25,8 +25,8 @@ from lm.serve.schema import (
     MOST_ROUNDS,
     ApiError,
     Fields,
+    encode_prompt,
     parse_json,
-    prompt_tokens_of,
     refuse_oversized,
 )
 from lm.serve.service import Service
@@ -77,7 +77,7 @@ class KindlingAPI:
             readouts = (wanted,)
         fields.done()
         tokenizer = self.service.tokenizer
-        tokens = list(await asyncio.to_thread(prompt_tokens_of, text, tokenizer, self.service.context_length, "text"))
+        tokens = list(await asyncio.to_thread(encode_prompt, text, tokenizer, self.service.context_length, "text"))
         found = {}
         for readout in readouts:
             work = self.engine.compute(self.service.probabilities(tokens, readout, top))

@@ -25,15 +25,7 @@ from lm.serve.answers import (
 )
 from lm.serve.engine import Engine, TextRequest
 from lm.serve.guard import error_of, read_body, unless_disconnected
-from lm.serve.schema import (
-    ApiError,
-    CommonOptions,
-    choice_sampling,
-    parse_json,
-    prompt_tokens_of,
-    read_chat,
-    read_completion,
-)
+from lm.serve.schema import ApiError, Options, choice_sampling, encode_prompt, parse_json, read_chat, read_completion
 from lm.serve.service import Service
 
 
@@ -85,9 +77,7 @@ class OpenAIAPI:
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name != self.service.name:
-            raise ApiError(
-                404, f'there is no model "{name}"; this server has "{self.service.name}"', code="model_not_found"
-            )
+            raise ApiError(404, f'there is no model "{name}", only "{self.service.name}"', code="model_not_found")
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, object]:
@@ -96,7 +86,7 @@ class OpenAIAPI:
 
     def _tokens(self, prompts: Sequence[str | list[int]], param: str) -> list[Sequence[int]]:
         service = self.service
-        return [prompt_tokens_of(prompt, service.tokenizer, service.context_length, param) for prompt in prompts]
+        return [encode_prompt(prompt, service.tokenizer, service.context_length, param) for prompt in prompts]
 
     async def _written(self, requests: Sequence[TextRequest]) -> Pieces:
         async with self.engine.write(requests) as events:
@@ -119,7 +109,7 @@ class OpenAIAPI:
             yield each
 
     async def _answer(
-        self, request: Request, shape: Shape, pieces: Pieces, choices: int, usage: Usage, options: CommonOptions
+        self, request: Request, shape: Shape, pieces: Pieces, choices: int, usage: Usage, options: Options
     ) -> Response:
         if not options.stream:
             answer = whole_answer(shape, self.service.name, pieces, choices, usage)

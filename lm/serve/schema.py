@@ -186,7 +186,7 @@ def _short(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class CommonOptions:
+class Options:
     """The options that completions and chat completions have in common."""
 
     model: str | None
@@ -208,7 +208,7 @@ class Completion:
     prompts: list[str | list[int]]
     echo: bool
     max_tokens: int
-    options: CommonOptions
+    options: Options
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Chat:
 
     messages: list[dict[str, str]]
     max_tokens: int | None
-    options: CommonOptions
+    options: Options
 
 
 def read_completion(body: dict[str, Any], limits: Limits) -> Completion:
@@ -251,7 +251,7 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Chat:
     return Chat(messages, max_tokens, options)
 
 
-def _common_options(fields: Fields, logprobs: int | None, max_new_tokens: int) -> CommonOptions:
+def _common_options(fields: Fields, logprobs: int | None, max_new_tokens: int) -> Options:
     seed = fields.take("seed")
     if seed is None:
         seed = secrets.randbelow(LARGEST_SEED)
@@ -279,7 +279,7 @@ def _common_options(fields: Fields, logprobs: int | None, max_new_tokens: int) -
     stream_options.flag("include_obfuscation")
     stream_options.leftovers()
     choices = fields.integer("n", 1, 1, MOST_CHOICES)
-    return CommonOptions(model, sampling, choices, stream, include_usage)
+    return Options(model, sampling, choices, stream, include_usage)
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:
@@ -334,7 +334,7 @@ def _message(fields: Fields, number: int, message: Any) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def prompt_tokens_of(prompt: str | list[int], tokenizer: Tokenizer, context_length: int, param: str) -> Sequence[int]:
+def encode_prompt(prompt: str | list[int], tokenizer: Tokenizer, context_length: int, param: str) -> Sequence[int]:
     """The token ids of a prompt. Raises ApiError if an id does not exist, or the prompt exceeds the context."""
     if isinstance(prompt, str):
         refuse_oversized(prompt, tokenizer, context_length, param)

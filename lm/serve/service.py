@@ -77,7 +77,7 @@ class Service:
         if model is not None and model != self.name:
             raise ApiError(
                 404,
-                f'there is no model "{model}"; this server has "{self.name}"',
+                f'there is no model "{model}", only "{self.name}"',
                 param="model",
                 code="model_not_found",
             )

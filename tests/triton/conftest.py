@@ -1,7 +1,7 @@
 """Tests of the Triton kernels themselves: on a GPU, or in Triton's interpreter with TRITON_INTERPRET=1.
 
-The interpreter is chosen when Triton is first imported, so they run in a pytest process of their own (``make test``
-does that); without a GPU and without the interpreter nothing here is collected.
+The interpreter is chosen when Triton is first imported, so these tests run in a separate pytest process (see
+``make test``); without a GPU or the interpreter none is collected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ elif INTERPRETED:
 
 
 def widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """The numbers that bfloat16 bit patterns stand for."""
+    """The numbers that bfloat16 bit patterns represent."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -34,8 +34,8 @@ def rounded(numbers: NDArray[np.floating]) -> NDArray[np.uint16]:
     return bits.numpy().view(np.uint16)
 
 
-def mend_bfloat16() -> None:
-    """Make the interpreter compute with bfloat16 numbers: it takes their bit patterns for integers."""
+def fix_bfloat16() -> None:
+    """Make the interpreter compute with bfloat16 numbers, whose bit patterns it treats as integers."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -89,7 +89,7 @@ def mend_bfloat16() -> None:
 
 
 if INTERPRETED:
-    mend_bfloat16()
+    fix_bfloat16()
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """New tensors begin as NaN (or a large number), so that an element which no kernel writes is seen."""
+    """Fill new tensors with NaN (or a large number), so that elements that no kernel writes are noticed."""
 
     def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def made(*arguments, **options):

@@ -25,7 +25,7 @@ each_tiling = pytest.mark.parametrize("blocks", TILINGS, indirect=True)
 
 @pytest.fixture(autouse=True)
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """Small tiles, so that short rows have empty, full and partial ones; on a GPU also the table's own (None)."""
+    """Small tiles, so that short rows have empty, full and partial ones; on a GPU also the table's sizes (None)."""
     chosen = getattr(request, "param", (32, 16))
     if chosen is not None:
         monkeypatch.setattr(tile_sizes, "choose", lambda *_: tile_sizes.TileSizes(*chosen, 4, 1))
@@ -33,7 +33,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 def intervals(kind: str, rows: int, queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random intervals of a kind; ``keys`` beyond ``queries`` are a cache that came before."""
+    """Random intervals of a kind; ``keys`` beyond ``queries`` are a cache of earlier keys."""
     starts = torch.rand(rows, queries) < 0.1
     bidirectional = torch.rand(rows) < 0.5
     past = keys - queries

@@ -100,7 +100,7 @@ def test_the_operator_passes_opcheck():
     torch.library.opcheck(operator, (hidden, weight, targets, None, 0.0, 0.1, True, True))
 
 
-def test_evaluation_leaves_the_logits_alone():
+def test_evaluation_does_not_change_the_logits():
     logits = torch.randn(3, 40, device=DEVICE)
     before, targets = logits.clone(), torch.tensor([0, 39, 16], device=DEVICE)
     losses = differentiate(logits, targets, False)
@@ -108,7 +108,7 @@ def test_evaluation_leaves_the_logits_alone():
     torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
 
 
-def test_rows_may_be_apart_and_nothing_beside_them_is_written():
+def test_rows_may_be_strided_and_nothing_between_them_is_written():
     wide = torch.randn(4, 50, device=DEVICE)
     before, targets = wide.clone(), torch.tensor([1, 2, 3, 4], device=DEVICE)
     differentiate(wide[:, :37], targets, True)

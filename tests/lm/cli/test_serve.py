@@ -97,8 +97,8 @@ def test_a_signal_lets_running_requests_finish_and_exits_cleanly(trained, number
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
-            told = process.stderr.readline()
-            port = int(re.search(r"http://127\.0\.0\.1:(\d+)", told)[1])
+            line = process.stderr.readline()
+            port = int(re.search(r"http://127\.0\.0\.1:(\d+)", line)[1])
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             body = {"prompt": "the", "max_tokens": 300, "stream": True, "stream_options": {"include_usage": True}}
             connection.request("POST", "/v1/completions", json.dumps(body))

@@ -54,7 +54,7 @@ def test_shared_memory_over_the_chips_limit_is_a_problem():
     ]
 
 
-def test_main_configurations_may_not_spill_or_lose_their_tensor_cores():
+def test_main_kernels_must_not_spill_and_must_use_the_tensor_cores():
     assert aot.problems({MAIN: GOOD}) == []
     assert "spills 8 bytes" in aot.problems({MAIN: replace(GOOD, spilled_bytes=8)})[0]
     of_keys = MAIN.replace("forward", "key_gradient")

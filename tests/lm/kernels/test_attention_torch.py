@@ -35,7 +35,7 @@ def costs(*, cut_often: bool) -> Iterator[None]:
 
 
 def intervals(kind: str, rows: int, queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random intervals; the kinds that ``masks`` makes are cut down or moved where queries and keys differ."""
+    """Random intervals; those made by ``masks`` are clamped or moved where queries and keys differ."""
     starts, bidirectional = torch.rand(rows, queries) < 0.1, torch.rand(rows) < 0.5
     if kind == "wild":
         lo, hi = torch.randint(-5, keys + 5, (2, rows, queries), dtype=torch.int32)
@@ -60,7 +60,7 @@ def intervals(kind: str, rows: int, queries: int, keys: int) -> tuple[torch.Tens
 
 
 def tensors(rows, queries, keys, heads, width, dtype=torch.float64, strided=False):
-    """q, k, v and the gradient by the output; ``strided``: views into one tensor, as a fused projection gives them."""
+    """q, k, v and the output's gradient; ``strided``: views of one tensor, as from a fused projection."""
     count, other = heads
     if not strided:
         shapes = [(queries, count), (keys, other), (keys, other), (queries, count)]
@@ -98,7 +98,7 @@ def test_results_and_gradients_equal_the_reference(kind, rows, queries, keys, he
 
 
 @given(st.sampled_from(KINDS), LENGTHS, st.booleans(), st.sampled_from([0.0, 2.0]), SEEDS)
-def test_float32_is_as_near_to_float64_as_its_digits_allow(kind, length, cut_often, softcap, seed):
+def test_float32_is_as_close_to_float64_as_its_precision_allows(kind, length, cut_often, softcap, seed):
     torch.manual_seed(seed)
     inputs = tensors(2, length, length, (4, 2), 8, torch.float32)
     lo, hi = intervals(kind, 2, length, length)
@@ -184,7 +184,7 @@ def test_no_queries_or_no_keys_give_zeros():
             assert (result == 0).all()
 
 
-def test_an_expanded_gradient_is_taken():
+def test_an_expanded_gradient_is_accepted():
     torch.manual_seed(0)
     q, k, v, grad_out = tensors(2, 33, 33, (2, 2), 4)
     lo, hi = masks.causal(2, 33)
@@ -210,7 +210,7 @@ def plan(lo: torch.Tensor, hi: torch.Tensor, keys: int, heads: tuple[int, int] =
 
 
 def visible(piece: attention_torch.Piece) -> torch.Tensor:
-    """What a piece says its queries see, bool (rows, queries, keys)."""
+    """What the queries of a piece see according to it, bool (rows, queries, keys)."""
     queries, keys = piece.queries[1] - piece.queries[0], piece.keys[1] - piece.keys[0]
     seen = torch.ones(len(piece.rows), queries, keys, dtype=torch.bool)
     if piece.bias is not None:
@@ -241,7 +241,7 @@ def test_pieces_cover_every_visible_pair_once_and_no_other(kind, rows, queries, 
     assert torch.equal(times, masks.dense(lo, hi, keys).int())
     blind = (lo.clamp(min=0) >= hi.clamp(max=keys))[:, None]
     assert torch.equal(blind, made.blind) if made.blind is not None else not blind.any()
-    # Later pieces add to what the first wrote; where any key was not written first, everything starts from zero.
+    # Later pieces add to the first's result; if any key is not written first, everything starts from zero.
     assert made.all_keys == bool(written.all())
 
 
@@ -266,7 +266,7 @@ def test_short_or_full_batches_are_one_call():
     assert plan(*masks.packed(starts, torch.arange(32) < 16), 128).is_one_call
 
 
-def test_long_documents_come_apart_at_their_boundaries():
+def test_long_documents_are_separated_at_their_boundaries():
     starts = torch.zeros(1, 1000, dtype=torch.bool).index_fill(1, torch.tensor([391, 700]), True)
     made = plan(*masks.packed(starts, torch.tensor([True])), 1000)
     assert [piece.queries for piece in made.pieces] == [(700, 1000), (391, 700), (0, 391)]
@@ -304,7 +304,7 @@ def test_a_plan_is_shared_by_all_equal_intervals_and_by_no_others():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor made by any operation."""
+    """Record the number of elements of the largest tensor that any operation makes."""
 
     elements = 0
 
@@ -329,7 +329,7 @@ def test_packed_rows_never_make_a_mask_of_the_whole():
 
 
 def test_a_generated_token_is_one_call_over_what_it_sees(monkeypatch):
-    monkeypatch.setattr(attention_torch, "_cut", None)  # nothing to cut, so nobody may try
+    monkeypatch.setattr(attention_torch, "_cut", None)  # it must not be called, since nothing can be cut
     q, k = torch.zeros(3, 1, 2, 4), torch.zeros(3, 40, 2, 4)
     plan = attention_torch.plan_for(q, k, *masks.causal(3, 1, past=39))
     assert plan.is_one_call

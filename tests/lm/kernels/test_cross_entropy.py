@@ -92,7 +92,7 @@ def test_the_loss_is_summed_in_float32(dtype):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation makes."""
+    """Record the number of elements of the largest tensor that any operation makes."""
 
     elements = 0
 
@@ -129,7 +129,7 @@ def test_a_gradient_that_is_not_needed_is_not_made(frozen):
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Count matrix products."""
 
     count = 0
 
@@ -142,7 +142,7 @@ def test_evaluation_makes_no_gradients():
     hidden, weight, targets = head_inputs()
     sizes = {}
     for needs in (False, True):
-        # The operator hides from a dispatch mode what it does inside, so its function is called.
+        # A dispatch mode does not see inside the operator, so call its function.
         with Products() as products, torch.no_grad():
             made = cross_entropy.compute(hidden, weight, targets, None, 0.0, 0.0, needs, needs)
         sizes[products.count] = [x.numel() for x in made]
@@ -178,7 +178,7 @@ def test_under_autocast_the_products_are_in_its_dtype_and_the_gradients_float32(
     for mine, theirs in zip(ours, (exact, *torch.autograd.grad(exact, (rounded, weight))), strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
-    # No bfloat16 tensor stands between the sum and the weight.
+    # The sum reaches the weight without a bfloat16 tensor.
     assert not torch.equal(ours[2], ours[2].bfloat16().float())
 
 
@@ -212,7 +212,7 @@ def test_small_weights_do_not_vanish_in_float16():
     hidden, weight = torch.randn(6, 8), torch.randn(10, 8)
     targets, weights = torch.randint(0, 10, (6,)), torch.full((6,), 1e-9)
     halves = [x.half().requires_grad_() for x in (hidden, weight)]
-    # What comes from behind brings the gradient back into float16's range, as a loss scale does.
+    # The incoming gradient brings the result back into float16's range, as a loss scale does.
     (1e9 * linear_cross_entropy(*halves, targets, loss_weights=weights)).backward()
     exact = [x.detach().double().requires_grad_() for x in halves]
     reference.linear_cross_entropy(*exact, targets).backward()
@@ -250,7 +250,7 @@ def test_a_compiled_loss_has_no_graph_break_and_the_same_gradients():
         ({"targets": torch.full((11,), 7)}, "target 7 is not in the vocabulary of 7"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused_in_a_sentence(change, sentence):
+def test_arguments_that_do_not_match_are_refused_in_a_sentence(change, sentence):
     hidden, weight, targets = head_inputs(dtype=torch.float32)
     arguments = {"hidden": hidden, "weight": weight, "targets": targets} | change
     with pytest.raises(ValueError, match=sentence):

@@ -18,7 +18,7 @@ def heads(rows: int, queries: int, keys: int, counts: tuple[int, int], width: in
 
 
 def one_query_at_a_time(q, k, v, visible):
-    """Softmax attention as a person would explain it, and its log-sum-exp."""
+    """Softmax attention by its definition, and its log-sum-exp."""
     out = torch.zeros_like(q)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=q.dtype)
     for row in range(q.shape[0]):
@@ -41,7 +41,7 @@ def one_query_at_a_time(q, k, v, visible):
     seed=st.integers(0, 99),
 )
 @pytest.mark.parametrize("path", ["auto", "reference"])
-def test_attention_is_what_a_loop_over_queries_gives(path, rows, queries, past, counts, seed):
+def test_attention_equals_a_loop_over_queries(path, rows, queries, past, counts, seed):
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KINDLING_KERNELS", path)
@@ -102,7 +102,7 @@ def test_the_log_sum_exp_carries_no_gradient():
     assert not lse.requires_grad
 
 
-def test_autocast_brings_all_three_to_its_dtype():
+def test_autocast_casts_all_three_to_its_dtype():
     q, k, v = heads(1, 3, 3, (1, 1), 4, torch.float32)
     lo, hi = masks.causal(1, 3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -112,7 +112,7 @@ def test_autocast_brings_all_three_to_its_dtype():
     assert q.grad.dtype == torch.float32
 
 
-def test_autocast_leaves_the_sums_inside_alone():
+def test_autocast_does_not_affect_the_sums_inside():
     q, k, v = (x.detach().bfloat16() for x in heads(1, 9, 9, (2, 1), 8, torch.float32))
     lo, hi = masks.causal(1, 9)
     plain = attention(q, k, v, lo, hi, softcap=2.0)
@@ -128,7 +128,7 @@ def test_a_whole_model_and_its_loss_compile_without_a_graph_break(activation, qk
     model = Transformer(config).initialise(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # no part of it idle
+            parameter.add_(0.1 * torch.randn_like(parameter))  # so that every part has an effect
     inputs = torch.randint(0, 23, (3, 20))
     lo, hi = masks.packed(torch.rand(3, 20) < 0.2, torch.tensor([False, True, True]))
     positions, targets = torch.arange(20) - lo, inputs.roll(-1, 1)
@@ -159,7 +159,7 @@ def test_a_whole_model_and_its_loss_compile_without_a_graph_break(activation, qk
         ({"lo": torch.zeros(1, 3, dtype=torch.int32, device="meta")}, "one device"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused_in_a_sentence(change, sentence):
+def test_arguments_that_do_not_match_are_refused_in_a_sentence(change, sentence):
     arguments = {"q": (1, 3, 2, 16), "k": (1, 3, 2, 16), "v": (1, 3, 2, 16), "lo": (1, 3), "hi": (1, 3)} | change
     made = {
         name: torch.zeros(shape, dtype=torch.int32 if name in ("lo", "hi") else torch.float32)

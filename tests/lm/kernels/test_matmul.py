@@ -5,7 +5,7 @@ import torch
 
 from lm.kernels import linear, matmul
 
-# The largest is one that oneDNN takes; small ones PyTorch hands on to its other library.
+# oneDNN computes the largest; PyTorch passes small ones to its other library.
 SHAPES = [((3, 4), 5), ((2, 3, 4), 1), ((2, 160, 96), 200)]
 
 

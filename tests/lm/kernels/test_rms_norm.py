@@ -40,7 +40,7 @@ def test_a_row_of_zeros_has_a_finite_gradient():
     assert x.grad.isfinite().all()
 
 
-def test_narrow_numbers_and_the_reference_take_pytorchs_own(monkeypatch):
+def test_16_bit_inputs_and_the_reference_use_pytorchs_own(monkeypatch):
     weight = torch.rand(8)
     x = torch.randn(2, 8)
     assert rms_norm(x.bfloat16(), weight, 1e-6).dtype == torch.bfloat16

@@ -25,7 +25,7 @@ def test_it_is_multiplication_by_a_unit_complex_number(normed):
 
 @pytest.mark.parametrize("normed", [False, True])
 def test_the_operator_without_triton_is_the_same(monkeypatch, normed):
-    """A GPU that is too old for the kernels goes this way; here the device is a CPU."""
+    """The case of a GPU that is too old for the kernels, tested on a CPU."""
     x, angles, weight = inputs()
     weight.requires_grad_(normed)
     arguments = (x, angles.cos(), angles.sin(), weight if normed else None, 1e-6)

@@ -15,7 +15,7 @@ KERNELS = ("attention_forward", "attention_query_gradient", "attention_key_gradi
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Let Triton believe in a GPU of an architecture."""
+    """Make Triton see a GPU of an architecture."""
 
     def pretend(architecture: int) -> None:
         monkeypatch.setattr(triton.runtime.driver, "_active", FakeDriver(architecture))
@@ -37,7 +37,7 @@ def test_the_table_has_every_kernel_size_of_dtype_and_head_dimension(on_gpu, arc
                 assert chosen.num_warps in (4, 8)
 
 
-def test_hoppers_wgmma_wants_64_queries_for_each_four_warps():
+def test_hoppers_wgmma_needs_64_queries_per_four_warps():
     for kernel in KERNELS[:3]:
         for width in (64, 128):
             chosen = tile_sizes.table()["90"][kernel]["16"][width]
@@ -46,15 +46,15 @@ def test_hoppers_wgmma_wants_64_queries_for_each_four_warps():
 
 
 @pytest.mark.parametrize(
-    ("architecture", "stands_for_it"),
+    ("architecture", "substitute"),
     [
         *[("80", "80"), ("90", "90"), ("100", "90"), ("103", "90")],
         *[(consumer, "120") for consumer in ("86", "87", "89", "120", "121")],
     ],
 )
-def test_an_architecture_without_an_entry_takes_one_with_no_more_shared_memory(architecture, stands_for_it):
-    assert tile_sizes.nearest(architecture) == stands_for_it
-    assert int(stands_for_it) in SHARED_MEMORY_BYTES
+def test_an_architecture_without_an_entry_uses_one_with_no_more_shared_memory(architecture, substitute):
+    assert tile_sizes.nearest(architecture) == substitute
+    assert int(substitute) in SHARED_MEMORY_BYTES
 
 
 @pytest.mark.parametrize(

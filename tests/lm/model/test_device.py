@@ -30,7 +30,7 @@ def test_the_rate_is_that_of_a_plain_product_and_is_measured_once():
     assert time.perf_counter() - began < 0.05
 
 
-def test_peak_memory_holds_what_was_freed_and_resident_memory_does_not():
+def test_peak_memory_includes_freed_memory_and_resident_memory_does_not():
     code = """
 import torch
 from lm.model.device import peak_memory, resident_memory
@@ -86,12 +86,12 @@ def test_the_first_version_of_control_groups_is_read_too(tmp_path):
         (ValueError("out of memory"), False),
     ],
 )
-def test_a_failed_allocation_is_told_from_other_errors(error, is_memory):
+def test_a_failed_allocation_is_distinguished_from_other_errors(error, is_memory):
     assert is_out_of_memory(error) == is_memory
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
-def test_memory_that_was_freed_is_not_asked_for_again():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be configured")
+def test_freed_memory_is_not_requested_again():
     code = (
         "import resource, torch; from lm.model.device import keep_freed_memory; assert keep_freed_memory()\n"
         "def work(): [torch.ones(1 << 22) for _ in range(8)]\n"

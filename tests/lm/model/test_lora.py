@@ -21,14 +21,14 @@ def say(trunk: Transformer) -> torch.Tensor:
 
 
 def shaken(trunk: Transformer) -> Transformer:
-    """The additions as if they had learnt something."""
+    """Give the LoRA matrices random values, as after training."""
     generator = torch.Generator().manual_seed(0)
     for tensor in trained_tensors(trunk).values():
         tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.1)
     return trunk
 
 
-def test_at_first_it_changes_nothing_and_only_the_additions_learn(trunk):
+def test_it_initially_changes_nothing_and_only_its_matrices_are_trained(trunk):
     before = say(trunk)
     add_lora(trunk, 4, 16.0, LORA_MATRICES, 0)
     assert torch.equal(say(trunk), before)
@@ -57,7 +57,7 @@ def test_merging_changes_no_bit_and_leaves_plain_matrices(trunk):
     assert trunk.state_dict().keys() == names
 
 
-def test_additions_are_drawn_from_the_seed_and_can_be_taken_elsewhere(small, trunk):
+def test_its_matrices_are_drawn_from_the_seed_and_can_be_loaded_elsewhere(small, trunk):
     other = Transformer(small.replace(vocab_size=60).model).initialise(3)
     for model in (trunk, other):
         add_lora(model, 4, 16.0, ("query", "value"), 7)
@@ -69,7 +69,7 @@ def test_additions_are_drawn_from_the_seed_and_can_be_taken_elsewhere(small, tru
         load_trained(other, {"blocks.0.attention.query.weight": torch.zeros(1)})
 
 
-def test_a_block_without_a_gate_has_one_matrix_less(small):
+def test_a_block_without_a_gate_has_one_matrix_fewer(small):
     trunk = Transformer(small.replace(vocab_size=60, activation="relu2").model).initialise(0)
     add_lora(trunk, 2, 2.0, LORA_MATRICES, 0)
     assert len(trained_tensors(trunk)) == 2 * (len(LORA_MATRICES) - 1) * 2

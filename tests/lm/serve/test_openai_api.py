@@ -119,7 +119,7 @@ def test_log_probabilities_of_what_is_written_are_the_models(client):
     logprobs = choice.logprobs
     assert "".join(logprobs.tokens) == choice.text
     for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
-        assert top[token] == logprob == max(top.values())  # greedy: the likeliest
+        assert top[token] == logprob == max(top.values())  # greedy decoding takes the most likely token
     assert logprobs.text_offset[0] == len("the captain")
 
 

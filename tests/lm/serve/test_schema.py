@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.inference.sampling import Sampling
-from lm.serve.schema import ApiError, Limits, choice_sampling, parse_json, prompt_tokens_of, read_chat, read_completion
+from lm.serve.schema import ApiError, Limits, choice_sampling, encode_prompt, parse_json, read_chat, read_completion
 
 LIMITS = Limits(new_tokens=500)
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -200,14 +200,14 @@ def test_any_json_is_parsed_or_refused(body, messages, options):
 
 def test_prompts_longer_than_the_context_and_unknown_ids_are_refused(trained):
     tokenizer = trained.tokenizer
-    assert list(prompt_tokens_of("The captain", tokenizer, 32, "prompt")) == tokenizer.encode("The captain")
-    assert prompt_tokens_of([1] * 31, tokenizer, 32, "prompt") == [1] * 31
+    assert list(encode_prompt("The captain", tokenizer, 32, "prompt")) == tokenizer.encode("The captain")
+    assert encode_prompt([1] * 31, tokenizer, 32, "prompt") == [1] * 31
     with pytest.raises(ApiError, match="has 32 tokens; this model reads at most 31") as caught:
-        prompt_tokens_of([1] * 32, tokenizer, 32, "prompt")
+        encode_prompt([1] * 32, tokenizer, 32, "prompt")
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(ApiError, match="has more than 32 tokens; this model reads at most 31") as caught:
-        prompt_tokens_of("The captain " * 1000, tokenizer, 32, "prompt")
+        encode_prompt("The captain " * 1000, tokenizer, 32, "prompt")
     assert caught.value.code == "context_length_exceeded"
     for invalid in (-1, tokenizer.vocab_size):
         with pytest.raises(ApiError, match=f"token id {invalid}"):
-            prompt_tokens_of([1, invalid], tokenizer, 32, "prompt")
+            encode_prompt([1, invalid], tokenizer, 32, "prompt")
