@@ -22,7 +22,7 @@ from lm.runs.directory import Run, open_run
 from lm.runs.metrics_log import OVERFITTING, Best, loss_of_readouts
 from lm.training.distributed import Ranks
 from lm.training.gradients import step_gradients
-from lm.training.plan import FEWEST_STEPS, make_plan, settle_micro_batch, told_data
+from lm.training.plan import FEWEST_STEPS, describe_data, make_plan, settle_micro_batch
 from lm.training.reporter import Reporter
 from lm.training.trainer import carry_out
 from lm.training.validation import rows_of_validation, validate_readouts
@@ -87,7 +87,7 @@ class Pretraining:
             Transformer(self.config.model).initialise(training.seed).to(self.ranks.device),
             self.batch(done),
             self.ranks.device,
-            data=told_data(self.corpora, self.batches),
+            data=describe_data(self.corpora, self.batches),
             epochs=self.batches.epochs(training.steps),
             measure=one_model and training.steps - done >= FEWEST_STEPS,
             may_shrink=self.may_shrink,
