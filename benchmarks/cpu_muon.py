@@ -1,4 +1,4 @@
-"""Muon's arithmetic on the CPU: the matrices of some layers, orthogonalised by one inverse and by rounds of products.
+"""Muon's arithmetic on the CPU: the matrices of some layers, orthogonalized by one inverse and by rounds of products.
 
     python -m benchmarks.cpu_muon [--rounds 9] [--threads 1]
 

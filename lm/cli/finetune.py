@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +83,8 @@ def _runs(config: Config, out: Path, seeds: str) -> list[tuple[Config, Path]]:
 
 
 def _tell(done: list[Finetuned], as_json: bool) -> None:
+    import statistics
+
     names = list(done[0].metrics)
     mean = {name: statistics.fmean(each.metrics[name] for each in done) for name in names}
     spread = {name: statistics.stdev(each.metrics[name] for each in done) for name in names} if done[1:] else {}

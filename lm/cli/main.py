@@ -1,4 +1,7 @@
-"""The command line: ``kindling train``, ``sample``, ``evaluate``, … Each command is a file of ``lm.cli``."""
+"""The command line: ``kindling train``, ``sample``, ``evaluate``, …, with a file in ``lm.cli`` for each command.
+
+The files import PyTorch and other large packages only inside their commands, so that ``--help`` is quick.
+"""
 
 from __future__ import annotations
 

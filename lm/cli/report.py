@@ -1,4 +1,4 @@
-"""``kindling report`` and ``kindling compare``: pages about runs."""
+"""``kindling report`` and ``kindling compare``: HTML pages about runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lm.cli.options import checkpoint_option, json_option, run_argument
     "--prompt",
     "prompts",
     multiple=True,
-    help="Text to show the continuation of; may be repeated. Default: the recipe's prompts.",
+    help="Text to show with its continuation; may be repeated. Default: the recipe's prompts.",
 )
 @click.option(
     "--fill",
@@ -27,7 +27,7 @@ from lm.cli.options import checkpoint_option, json_option, run_argument
 )
 @checkpoint_option
 def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: str) -> None:
-    """Write RUN/report.html: losses, curves, samples, settings, environment; one file that needs no network."""
+    """Write RUN/report.html with losses, curves, samples, settings and environment, as one self-contained file."""
     from lm.reports.run_report import write_report
     from lm.runs.directory import open_run, saved_evaluation
 
@@ -45,11 +45,11 @@ def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: s
     default="compare.html",
     show_default=True,
     type=click.Path(path_type=Path),
-    help="Page to write: the numbers, the curves over one another, the settings that differ; it needs no network.",
+    help="HTML page to write, with the numbers, the curves in one chart and the settings that differ.",
 )
 @json_option
 def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """Put runs beside one another: where they stand, what differs in their settings, their curves in one picture.
+    """Compare runs: their progress, the settings that differ, and their curves in one chart.
 
     Runs that are still training can be compared too.
     """
@@ -62,21 +62,8 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(comparison))
         return
-    from rich.table import Table
-    from rich.text import Text
-
-    from lm.cli.tables import console
+    from lm.cli.tables import print_table
 
     header, *numbers = rows(comparison)
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(header):
-        table.add_column(Text(name), no_wrap=number == 0, overflow="fold")
-    for row in numbers:
-        table.add_row(*map(Text, row))
-    for row in differences(comparison):
-        table.add_row(*map(Text, row), style="dim")
-    printer = console()
-    printer.print(table)
-    for remark in comparison["remarks"]:
-        printer.print(remark, markup=False)
+    print_table(header, [*numbers, *differences(comparison)], "\n".join(comparison["remarks"]))
     click.echo(str(out), err=True)

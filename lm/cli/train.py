@@ -13,12 +13,11 @@ import click
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import USER_ERROR_STATUS, UserError
 from lm.cli.options import given_settings, json_option, settings_options
-from lm.config.recipes import find_recipe, load_config
 from lm.config.settings import Config, FinetuneConfig, ReportConfig, pretraining_settings
 
 
 def is_one_of_several() -> bool:
-    """Whether torchrun started several processes with this command (``distributed``, which needs PyTorch)."""
+    """Whether torchrun started several processes with this command; asks no PyTorch, unlike ``distributed``."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -36,14 +35,14 @@ def is_one_of_several() -> bool:
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with the run even if settings of its training have changed (not its shape or data); "
-    "without a RECIPE, with the settings it has. An unchanged command goes on by itself.",
+    help="Resume the run even if training settings have changed (its shape and data cannot); without a RECIPE, with "
+    "the run's own settings. An unchanged command resumes without this option.",
 )
 @click.option(
     "--plan",
     "plan_only",
     is_flag=True,
-    help="Print what the run would need (parameters, memory by part, a dry step's speed, time to the end) and write "
+    help="Print what the run would need (parameters, memory by part, speed of a dry step, total time) and write "
     "nothing. Without --data, give --vocab-size.",
 )
 @json_option
@@ -60,19 +59,19 @@ def train(
 ) -> None:
     """Pretrain a model: RECIPE is a TOML file such as configs/tiny.toml, or the name of one that comes with Kindling.
 
-    Any setting of the recipe can be given here by its name; the defaults below hold where the recipe says nothing. The
-    same command goes on where a run was stopped.
+    Every setting of a recipe is also an option here; the defaults below apply to settings that are not in the recipe.
+    The same command resumes a run that was stopped.
     """
     try:
-        config, run_path = _config_and_run(recipe, run_path, settings, context.args)
+        config, run_path, before = _config_and_run(recipe, run_path, settings, context.args)
     except UserError:
-        if is_one_of_several():  # all meet the same mistake, and one tells it
+        if is_one_of_several():  # every process finds the same mistake, and one reports it
             from lm.training.distributed import leave_unless_first
 
             leave_unless_first(USER_ERROR_STATUS)
         raise
     if plan_only:
-        _print_plan(config, run_path, as_json)
+        _print_plan(config, before, as_json)
         return
 
     from lm.reports.run_report import write_report
@@ -94,42 +93,45 @@ def train(
 
 def _config_and_run(
     recipe: str | None, run_path: Path | None, settings: dict[str, Any], extra_arguments: list[str]
-) -> tuple[Config, Path]:
-    """The settings that a command line of ``train`` asks for, and where their run lies.
+) -> tuple[Config, Path, Config | None]:
+    """The settings that a command line of ``train`` asks for, the run directory, and the run's settings so far.
 
     Raises:
-        UserError: a setting or an argument is wrong, or there is nothing to go on with.
+        UserError: a setting or an argument is wrong, or there is nothing to resume.
     """
+    from lm.config.recipes import find_recipe, load_config
+
     if recipe is None and run_path is None:
-        raise UserError("name a recipe to train (configs/tiny.toml, say), or a run to go on with: --run RUN --resume")
+        raise UserError(
+            "name a recipe to train (for example configs/tiny.toml), or a run to resume: --run RUN --resume"
+        )
     extras = [*([recipe] if recipe and recipe.startswith("-") else []), *extra_arguments]
     unknown = tuple(extra.split("=")[0] for extra in extras if extra.startswith("-"))
     if recipe in extras:
-        recipe = None  # an unknown option stood before the recipe and took its place
+        recipe = None  # an unknown option before the recipe was taken for it
     if run_path is None:
         run_path = Path("runs") / Path(str(recipe)).stem
     saved = run_path / "config.toml"
     before = load_config(saved) if saved.is_file() else None
-    # The rows of a micro-batch may have been chosen, for the batch as it was: the run goes on with them if they fit.
+    # The rows of a micro-batch may have been chosen for another batch: they are kept only if they still fit.
     base = before and before.replace(micro_batch_rows=0)
     if base is None and settings["init_from"]:
         base = _like(settings["init_from"])
     if recipe is None and base is None and not unknown:
         raise UserError(
-            f"{run_path} is not a run directory yet: name a recipe to begin it with (configs/tiny.toml, say)"
+            f"{run_path} is not a run directory yet: name a recipe to start it (for example configs/tiny.toml)"
         )
-    config = load_config(
-        find_recipe(recipe) if recipe else None, given_settings(settings), unknown_options=unknown, base=base
-    )
+    given = given_settings(settings)
+    config = load_config(find_recipe(recipe) if recipe else None, given, unknown_options=unknown, base=base)
     if config.is_finetuning:
-        raise UserError(f"{run_path} is a fine-tuning: finetune.py goes on with it")
+        raise UserError(f"{run_path} is a fine-tuning run: finetune.py resumes it")
     if extras:
         raise UserError(f"unexpected argument {extras[0]!r}")
-    return config, run_path
+    return config, run_path, before
 
 
 def _like(run: str) -> Config:
-    """Where the settings of a run with ``init_from`` begin: at those of that one, data and report aside."""
+    """The initial settings of a run with ``init_from``: those of that run, except for data and report."""
     from lm.runs.directory import open_run
 
     return dataclasses.replace(open_run(run).config, report=ReportConfig(), finetune=FinetuneConfig()).replace(
@@ -137,16 +139,14 @@ def _like(run: str) -> Config:
     )
 
 
-def _print_plan(config: Config, run_path: Path, as_json: bool) -> None:
+def _print_plan(config: Config, before: Config | None, as_json: bool) -> None:
+    from lm.cli.tables import print_table
     from lm.training.plan import plan_run
     from lm.training.trainer import explain_out_of_memory
 
-    saved = run_path / "config.toml"
     with explain_out_of_memory():
-        plan = plan_run(config, load_config(saved) if saved.is_file() else None)
+        plan = plan_run(config, before)
     if as_json:
         click.echo(json.dumps(plan.as_dict()))
-        return
-    width = max(len(name) for name, _ in plan.table())
-    for name, value in plan.table():
-        click.echo(f"{name:{width}}  {value}")
+    else:
+        print_table((), plan.table())

@@ -9,13 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import tomli_w
-
-from data_prep.files import write_atomically
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 # The tasks of fine-tuning; the first four have a head of their own (``lm.finetuning.heads``).
 HEAD_TASKS = ("classification", "regression", "tokens", "choice")
@@ -109,7 +107,7 @@ class ModelConfig:
     tie_embeddings: bool = setting(True, "one matrix for the input embedding and the output head", on_resume="never")
     logit_softcap: float = setting(0.0, "limit logits to (-c, c) by c*tanh(x/c); 0: off", minimum=0, on_resume="never")
     dropout: float = setting(
-        0.0, "dropout (embedding, attention, feed-forward)", minimum=0, maximum=0.9, on_resume="never", finetuning=0.1
+        0.0, "dropout in embedding, attention, feed-forward", minimum=0, maximum=0.9, on_resume="never", finetuning=0.1
     )
     rope_theta: float = setting(10_000.0, "base of the rotary position frequencies", minimum=1, on_resume="never")
     norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", minimum=0, on_resume="never")
@@ -423,12 +421,16 @@ class Config:
         return {s.name: getattr(getattr(self, s.section), s.name) for s in all_settings()}
 
     def to_toml(self) -> str:
+        import tomli_w
+
         sections = dataclasses.asdict(self)
         if self.finetune == FinetuneConfig():
             del sections["finetune"]
         return tomli_w.dumps(sections, multiline_strings=False)
 
     def save(self, path: Path) -> None:
+        from data_prep.files import write_atomically
+
         write_atomically(path, self.to_toml())
 
 
@@ -465,6 +467,8 @@ def finetuning_defaults() -> dict[str, Any]:
 
 def corpus_of(text: str) -> tuple[str, Fraction]:
     """Split an entry of the setting ``data``, ``PATH@WEIGHT`` or ``PATH`` (weight 1), into path and weight."""
+    from fractions import Fraction
+
     path, at, weight = text.rpartition("@")
     try:
         return (path, Fraction(weight)) if at else (text, Fraction(1))

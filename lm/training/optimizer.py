@@ -1,9 +1,9 @@
-"""Optimizers and the schedule of their learning rate.
+"""The optimizers and their learning rate schedule.
 
-Muon (Jordan et al. 2024) moves the matrices inside the blocks: its update is the momentum with all singular values
-brought near one. AdamW (Loshchilov and Hutter 2019) moves the rest. ``torch.optim.Muon`` computes in bfloat16, which
-takes 30 times as long on a CPU that has none (docs/lab-notes.md); this one computes in float32 on a CPU, all matrices
-of one shape together, with a third of the arithmetic.
+Muon (Jordan et al. 2024) updates the matrices inside the blocks by their momentum, with all singular values brought
+near one. AdamW (Loshchilov and Hutter 2019) updates the rest. ``torch.optim.Muon`` computes in bfloat16, which takes 30
+times as long on a CPU without it (docs/lab-notes.md); this one computes in float32 on a CPU, all matrices of one shape
+together, with a third of the arithmetic.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from lm.config.settings import OptimizerConfig
 from lm.training.distributed import Ranks
 
-# The quintic of Jordan et al. 2024: its slope at zero is steep, so that five rounds lift small singular values to
-# between about 0.7 and 1.2, which is near enough.
+# The quintic of Jordan et al. 2024: its slope at zero is steep, so that five rounds bring small singular values to
+# between about 0.7 and 1.2, which is close enough.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
-# Singular values above this share of the norm come to between 0.58 and 1.42; for a tenth of it, 0.33 and 1.67.
+# Singular values above this share of the norm end up between 0.58 and 1.42; above a tenth of it, 0.33 and 1.67.
 LOWEST = 0.005
 SMALL = 32  # matrices of this size and below are inverted by LAPACK
 
 
 def halley(lowest: float) -> tuple[float, float, float]:
-    """The a, b, c with which x (a + b x²) / (1 + c x²) stays nearest to 1 for all x from ``lowest`` to 1.
+    """Return a, b, c for which x (a + b x²) / (1 + c x²) is closest to 1 over all x from ``lowest`` to 1.
 
-    The dynamically weighted Halley step of Nakatsukasa, Bai and Gygi 2010, whose values lie between that for ``lowest``
-    and 1, made larger so that 1 is in the middle of them.
+    This is the dynamically weighted Halley step of Nakatsukasa, Bai and Gygi 2010, whose values range from the one at
+    ``lowest`` to 1, scaled so that 1 is in the middle of the range.
     """
     d = (4 * (1 - lowest**2) / lowest**4) ** (1 / 3)
     a = (1 + d) ** 0.5 + 0.5 * (8 - 4 * d + 8 * (2 - lowest**2) / (lowest**2 * (1 + d) ** 0.5)) ** 0.5
@@ -40,19 +40,19 @@ def halley(lowest: float) -> tuple[float, float, float]:
 
 
 def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of step ``step`` (from 0) as a share of its peak: linear up, level, linear down."""
+    """The learning rate of step ``step`` (from 0) as a share of its peak: linear warmup, constant, linear decay."""
     warmup, decay = config.warmup_fraction * steps, config.decay_fraction * steps
     rise = (step + 1) / warmup if warmup else 1.0
-    floor = config.final_learning_rate_fraction
-    fall = floor + (1 - floor) * (steps - step) / decay if decay else 1.0
+    final = config.final_learning_rate_fraction
+    fall = final + (1 - final) * (steps - step) / decay if decay else 1.0
     return min(1.0, rise, fall)
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring the singular values of each matrix (n, rows, columns) near 1, keeping its singular vectors.
 
-    On a CPU by one inverse, elsewhere by products only, which a GPU does fastest. Small values stay small: below about
-    1/200 of the largest by the inverse, and 1/1000 by products, the closer to zero the less they are lifted.
+    A CPU uses one inverse, other devices only products, which are fastest on a GPU. Values below about 1/200 of the
+    largest (inverse) or 1/1000 (products) stay smaller, the more so the closer they are to zero.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -62,9 +62,9 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def _by_inverse(x: Tensor) -> Tensor:
-    """One Halley step of wide matrices: (b/c + (a - b/c) (1 + c G)⁻¹) x, where G = x xᵀ.
+    """One Halley step on wide matrices: (b/c + (a - b/c) (1 + c G)⁻¹) x, where G = x xᵀ.
 
-    G's own norm is between the largest squared singular value and little more, so x is scaled by that first.
+    The norm of G is the largest squared singular value or slightly more, so x is scaled by it first.
     """
     a, b, c = halley(LOWEST)
     gram = x @ x.mT
@@ -79,8 +79,8 @@ def _by_inverse(x: Tensor) -> Tensor:
 def inverse(matrices: Tensor) -> Tensor:
     """The inverse of each symmetric positive definite matrix (n, size, size), by blocks.
 
-    LAPACK's own takes one matrix after another, twice as long at size 128 and with results that depend on the number of
-    threads.
+    LAPACK's own inverts one matrix after another, which takes twice as long at size 128, and its results depend on the
+    number of threads.
     """
     size = matrices.shape[1]
     if size <= SMALL:
@@ -89,17 +89,17 @@ def inverse(matrices: Tensor) -> Tensor:
     first, corner = inverse(matrices[:, :half, :half]), matrices[:, :half, half:]
     across = first @ corner
     last = inverse(torch.baddbmm(matrices[:, half:, half:], corner.mT, across, alpha=-1))  # of the Schur complement
-    beside = across @ last
+    product = across @ last
     result = torch.empty_like(matrices)
-    result[:, :half, :half] = torch.baddbmm(first, beside, across.mT)
-    result[:, :half, half:] = -beside
-    result[:, half:, :half] = -beside.mT
+    result[:, :half, :half] = torch.baddbmm(first, product, across.mT)
+    result[:, :half, half:] = -product
+    result[:, half:, :half] = -product.mT
     result[:, half:, half:] = last
     return result
 
 
 def _by_products(x: Tensor) -> Tensor:
-    """Five Newton-Schulz rounds of wide matrices, on a CUDA GPU in bfloat16."""
+    """Five Newton-Schulz rounds on wide matrices, in bfloat16 on a CUDA GPU."""
     a, b, c = QUINTIC
     y = x.bfloat16() if x.is_cuda else x
     for _ in range(ROUNDS):
@@ -109,7 +109,7 @@ def _by_products(x: Tensor) -> Tensor:
 
 
 class Muon:
-    """Momentum, orthogonalised; one stack for all matrices of a shape."""
+    """Orthogonalized momentum, computed for all matrices of a shape together; arguments as for ``Optimizer``."""
 
     def __init__(
         self,
@@ -117,10 +117,10 @@ class Muon:
         momentum: float,
         weight_decay: float,
         ranks: Ranks | None = None,
-        rates: Mapping[str, float] | None = None,
+        lr_multipliers: Mapping[str, float] | None = None,
     ) -> None:
         self.momentum, self.weight_decay, self.ranks = momentum, weight_decay, ranks or Ranks()
-        self.rates = rates or {}
+        self.lr_multipliers = lr_multipliers or {}
         self.groups: dict[torch.Size, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in named_parameters.items():
             self.groups.setdefault(parameter.shape, []).append((name, parameter))
@@ -135,10 +135,10 @@ class Muon:
             gradients = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for _, p in group])
             buffer = self.buffers[shape].lerp_(gradients, 1 - self.momentum)
             looking_ahead = gradients.lerp_(buffer, self.momentum)  # Nesterov
-            updates = self.ranks.map_matrices(orthogonalise, looking_ahead)
+            updates = self.ranks.map_matrices(orthogonalize, looking_ahead)
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             for (name, parameter), update in zip(group, updates, strict=True):
-                rate = learning_rate * self.rates.get(name, 1.0)
+                rate = learning_rate * self.lr_multipliers.get(name, 1.0)
                 parameter.mul_(1 - rate * self.weight_decay).add_(update, alpha=-rate * scale)
 
     def state(self) -> dict[str, Tensor]:
@@ -150,10 +150,10 @@ class Muon:
 
 
 class Optimizer:
-    """Muon and AdamW together, each parameter in the one that suits it; weight decay on the blocks' matrices only.
+    """Muon and AdamW together, with weight decay only for the matrices of the blocks.
 
-    Parameters that require no gradient are left alone. ``rates`` has shares of the learning rate by the name of a
-    parameter, 1 where it has none.
+    Parameters that require no gradient are ignored. ``lr_multipliers`` has learning-rate multipliers by parameter name;
+    all others have 1.
     """
 
     def __init__(
@@ -161,22 +161,22 @@ class Optimizer:
         model: nn.Module,
         config: OptimizerConfig,
         ranks: Ranks | None = None,
-        rates: Mapping[str, float] | None = None,
+        lr_multipliers: Mapping[str, float] | None = None,
     ) -> None:
-        self.config, self.ranks, rates = config, ranks or Ranks(), rates or {}
+        self.config, self.ranks, lr_multipliers = config, ranks or Ranks(), lr_multipliers or {}
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         matrices = {n: p for n, p in self.parameters.items() if p.ndim == 2 and "blocks" in n.split(".")}
         by_muon = matrices if config.optimizer == "muon" else {}
-        self.muon = Muon(by_muon, config.momentum, config.weight_decay, self.ranks, rates)
+        self.muon = Muon(by_muon, config.momentum, config.weight_decay, self.ranks, lr_multipliers)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
             if name not in by_muon:
                 decay = config.weight_decay if name in matrices else 0.0
-                groups.setdefault((decay, rates.get(name, 1.0)), []).append(parameter)
+                groups.setdefault((decay, lr_multipliers.get(name, 1.0)), []).append(parameter)
         self.adamw = torch.optim.AdamW(
             [
                 {"params": part, "weight_decay": decay, "share": share}
-                for (decay, share), part in (groups or {(0.0, 1.0): []}).items()  # it must have a group
+                for (decay, share), part in (groups or {(0.0, 1.0): []}).items()  # AdamW needs at least one group
             ],
             lr=0.0,
             betas=(config.beta1, config.beta2),
@@ -184,19 +184,19 @@ class Optimizer:
         )
 
     def clip(self) -> Tensor:
-        """Scale the whole gradient down to ``gradient_clip``; return its norm before."""
+        """Clip the norm of the whole gradient to ``gradient_clip``; return the norm before clipping."""
         limit = self.config.gradient_clip or float("inf")
         return self.ranks.whole(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
 
     def step(self, factor: float) -> None:
-        """Move the weights, at ``factor`` times the peak learning rates."""
+        """Update the weights with ``factor`` times the peak learning rates."""
         for group in self.adamw.param_groups:
             group["lr"] = factor * self.config.learning_rate * group["share"]
         self.adamw.step()
         self.muon.step(factor * self.config.muon_learning_rate)
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor to save, by name; views of the live state."""
+        """Every tensor to save, by name, as views of the live state."""
         tensors = self.muon.state()
         for name, parameter in self.parameters.items():
             for part, value in self.adamw.state.get(parameter, {}).items():

@@ -1,9 +1,9 @@
-"""Will it fit, and how long will it take: what a run needs, told before it begins.
+"""Will it fit, and how long will it take: what a run needs, estimated before it starts.
 
-    settings -> memory by part (memory_estimate) -> rows of a micro-batch -> a dry step, measured -> seconds to the end
+    settings -> memory by part (memory_estimate) -> rows of a micro-batch -> a measured dry step -> seconds to the end
 
-``train.py … --plan`` prints it and writes nothing; a run prints its short form and goes on. The dry step works on
-weights that are drawn anew afterwards, so that a run ends with the same bits as without it.
+``train.py … --plan`` prints the plan and writes nothing; a run prints a short form before it starts. The dry step uses
+weights that are initialized again afterwards, so that it does not change the result of the run.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from lm.training.optimizer import Optimizer
 
 # Share of the available memory that a chosen micro-batch may take.
 USABLE_SHARE = 0.8
-# A CPU is as fast with this many tokens at a time as with more of them, which only take memory (docs/lab-notes.md).
+# On a CPU more tokens per micro-batch take more memory without being faster (docs/lab-notes.md).
 CPU_MICRO_BATCH_TOKENS = 4096
-# On a CPU the holes between what malloc has given out, as a share of the activations, and the pages of PyTorch's code
-# and of the libraries it calls that the first step touches (docs/lab-notes.md).
+# On a CPU: the fragmentation of the heap, as a share of the activations, and the pages of PyTorch's code and its
+# libraries that the first step touches, in bytes (docs/lab-notes.md).
 HEAP_HOLES, LIBRARIES = 0.25, 40_000_000
-# A dry step that would take longer than the first is done with fewer rows; a quick one is done again and again for the
-# second, since it takes several to reach the speed that they keep.
+# A dry step that would take longer than the first of these uses fewer rows; a quick one is repeated for the second,
+# since it takes several steps to reach a steady speed.
 DRY_SECONDS, ENOUGH_SECONDS, MOST_PASSES = 10.0, 3.0, 12
-# Runs of fewer steps begin at once.
+# Shorter runs start without a dry step.
 FEWEST_STEPS = 20
 
 
 @dataclass(frozen=True)
 class DryStep:
-    """What was measured: the micro-batch's rows, seconds of a whole optimizer step, and the peak memory in bytes."""
+    """A measurement: rows of the micro-batch, seconds of a whole optimizer step, and peak memory in bytes."""
 
     rows: int
     seconds: float
@@ -66,9 +66,9 @@ class DryStep:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs, and what there is. Bytes, seconds, and floating-point operations (a second).
+    """What a run needs, and what the machine has, in bytes, seconds, and floating-point operations (per second).
 
-    ``process_bytes`` is what the process holds besides a step's memory; ``epochs`` is None where no data is named.
+    ``process_bytes`` is the memory of the process in addition to that of a step; ``epochs`` is None without data.
     """
 
     config: Config
@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory the run is expected to hold: measured if the dry step had a whole micro-batch."""
+        """The expected peak memory, which is measured if the dry step had a whole micro-batch."""
         counted = self.process_bytes + self.memory.total
         if self.dry_step is None:
             return counted
@@ -112,16 +112,16 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """From the first step to the last, validation and saving aside."""
+        """The time of all steps, without validation and saving."""
         return self.config.training.steps * self.dry_step.seconds if self.dry_step else None
 
     @property
     def obstacle(self) -> str:
-        """Why the run does not fit, and what would; empty if it does."""
+        """Why the run does not fit, and what would fit; empty if it does."""
         return _obstacle(self.config, self.device, self.available_bytes)
 
     def as_dict(self) -> dict[str, Any]:
-        """For machines; what was not measured is None."""
+        """The plan as JSON; values that were not measured are None."""
         return {
             "parameters": self.parameters,
             "flops_per_token": self.flops_per_token,
@@ -152,42 +152,43 @@ class Plan:
             ("model", self.model),
             ("objective", f"{self.config.objective.objective} on {self.data}"),
             ("tokens", f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {millions(self.tokens)}{passes}"),
-            ("rule for this size", rule_for(self.config).describe(self.config)),
-            ("FLOPs per token", f"{self.flops_per_token / 1e6:.1f}M, {told_flops(self.flops)} in all"),
+            ("scaling rule", rule_for(self.config).describe(self.config)),
+            ("FLOPs per token", f"{self.flops_per_token / 1e6:.1f}M, {format_flops(self.flops)} in total"),
             ("device", f"{self._where()}; {kernels.describe(self.device)}"),
-            ("micro-batch", f"{self.rows} of the batch's {data.batch_rows} rows at a time"),
-            *((name, told_bytes(size)) for name, size in self._parts()),
-            ("peak memory", f"{told_bytes(self.peak_bytes)}; {told_bytes(self.available_bytes)} are available"),
+            ("micro-batch", f"{self.rows} of the batch's {data.batch_rows} rows"),
+            *((name, format_bytes(size)) for name, size in self._parts()),
+            ("peak memory", f"{format_bytes(self.peak_bytes)} of {format_bytes(self.available_bytes)} available"),
         ]
         if self.obstacle:
             rows.append(("does not fit", self.obstacle))
         if self.dry_step:
-            whole = "" if self.dry_step.rows == self.rows else f", measured with {self.dry_step.rows} rows at a time"
+            measured = "" if self.dry_step.rows == self.rows else f", measured with {self.dry_step.rows} rows"
             rows += [
-                ("speed", f"{self.tokens_per_second:,.0f} tokens/s, {self.share_of_peak:.0%} of peak{whole}"),
-                ("time", f"{told_time(self.seconds or 0)} to the end, validation and saving aside"),
+                ("speed", f"{self.tokens_per_second:,.0f} tokens/s, {self.share_of_peak:.0%} of peak{measured}"),
+                ("time", f"{format_time(self.seconds or 0)} for all steps, without validation and saving"),
             ]
         return rows
 
     def introduction(self, processes: str = "") -> list[str]:
-        """What a person wants to know before the first step, one sentence each.
+        """What to print before the first step, one sentence each.
 
-        ``processes`` says how many share the work, as the beginning of a phrase (``Ranks.describe``).
+        ``processes`` says how many processes there are, as the beginning of a phrase (``Ranks.describe``).
         """
         config = self.config
         passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
         return [
             self.model,
             f"{config.objective.objective} on {self.data}: {config.training.steps:,} steps x "
-            f"{config.data.batch_tokens:,} tokens = {millions(self.tokens)} tokens{passes}, {told_flops(self.flops)}",
+            f"{config.data.batch_tokens:,} tokens = {millions(self.tokens)} tokens{passes}, {format_flops(self.flops)}",
             f"on {processes}{self._where()}; {kernels.describe(self.device)}",
-            f"{self.rows} of the batch's {config.data.batch_rows} rows at a time: about {told_bytes(self.peak_bytes)} "
-            f"of memory ({', '.join(f'{name} {told_bytes(size)}' for name, size in self._parts())}); "
-            f"{told_bytes(self.available_bytes)} are available",
+            f"{self.rows} of the batch's {config.data.batch_rows} rows per micro-batch: about "
+            f"{format_bytes(self.peak_bytes)} of memory "
+            f"({', '.join(f'{name} {format_bytes(size)}' for name, size in self._parts())}); "
+            f"{format_bytes(self.available_bytes)} available",
         ] + (
             [
                 f"about {self.tokens_per_second:,.0f} tokens/s, {self.share_of_peak:.0%} of peak: "
-                f"{told_time(self.seconds or 0)} for all steps, validation and saving aside"
+                f"{format_time(self.seconds or 0)} for all steps, without validation and saving"
             ]
             if self.dry_step
             else []
@@ -195,7 +196,7 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Of the whole run."""
+        """Floating-point operations of the whole run."""
         return self.tokens * self.flops_per_token
 
     def _parts(self) -> list[tuple[str, int]]:
@@ -219,25 +220,25 @@ class Plan:
 
 
 def process_memory(memory: StepMemory, device: torch.device, resident: int) -> int:
-    """Bytes that a process, ``resident`` bytes large without a model, holds besides ``memory`` at a step's peak."""
+    """Bytes a process needs in addition to ``memory`` at a step's peak; it has ``resident`` bytes without a model."""
     return resident + LIBRARIES + int(HEAP_HOLES * memory.activations) if device.type == "cpu" else 0
 
 
 def _need(config: Config, rows: int, device: torch.device) -> int:
-    """Bytes of ``device`` that a run in micro-batches of ``rows`` rows will take beyond what the process has."""
+    """Bytes of ``device`` that a run with micro-batches of ``rows`` rows will allocate."""
     memory = step_memory(config, rows, device)
     return memory.total + process_memory(memory, device, 0)
 
 
 def _divisors(number: int) -> list[int]:
-    """From the largest down."""
+    """The divisors of ``number``, from the largest down."""
     return [n for n in range(number, 0, -1) if number % n == 0]
 
 
 def choose_rows(config: Config, device: torch.device, available: int) -> int | None:
-    """The rows of a micro-batch: the largest divisor of the batch's that fits into 80 % of ``available`` bytes.
+    """The rows of a micro-batch: the largest divisor of the batch's rows that fits into 80 % of ``available`` bytes.
 
-    On a CPU no more than 4,096 tokens, beyond which it is not faster. None: not even one row does.
+    On a CPU at most 4,096 tokens, since more are not faster. None: not even one row fits.
     """
     most = max(1, CPU_MICRO_BATCH_TOKENS // config.data.context_length) if device.type == "cpu" else None
     for rows in _divisors(config.data.batch_rows):
@@ -247,10 +248,10 @@ def choose_rows(config: Config, device: torch.device, available: int) -> int | N
 
 
 def settle_micro_batch(config: Config, device: torch.device, before: Config | None = None) -> Config:
-    """``config`` with the rows of a micro-batch settled: as asked, else as the run was begun (``before``), else chosen.
+    """``config`` with a number of micro-batch rows: as set, else that of the run so far (``before``), else chosen.
 
     Raises:
-        UserError: it was to be chosen, and nothing fits.
+        UserError: not even one row fits.
     """
     if config.data.micro_batch_rows:
         return config
@@ -268,23 +269,25 @@ def _obstacle(config: Config, device: torch.device, available: int) -> str:
     need = _need(config, rows, device)
     if need <= available:
         return ""
-    told = f"micro_batch_rows {rows} needs about {told_bytes(need)}, and {told_bytes(available)} are available"
+    shortage = f"micro_batch_rows {rows} needs about {format_bytes(need)}, but {format_bytes(available)} is available"
     if fitting := choose_rows(config, device, available):
-        return f"{told}: micro_batch_rows {fitting} would fit, with the same result"
+        return f"{shortage}: micro_batch_rows {fitting} would fit, with the same result"
     for layers in range(config.model.num_layers - 1, 0, -1):
         if _need(config.replace(num_layers=layers), 1, device) <= USABLE_SHARE * available:
-            return f"{told}: num_layers {layers} would fit with one row at a time, or choose a shorter context_length"
-    return f"{told}: choose a smaller hidden_size or a shorter context_length"
+            return (
+                f"{shortage}: num_layers {layers} would fit with micro_batch_rows 1; or choose a shorter context_length"
+            )
+    return f"{shortage}: choose a smaller hidden_size or a shorter context_length"
 
 
 def dry_step(model: Transformer, objective: Objective, config: Config, batch: Any, affordable_rows: int) -> DryStep:
-    """Do a step as the run will do it, several times, and measure the later ones.
+    """Repeat a training step several times and measure the later ones.
 
-    The weights should be as a run begins: with PyTorch's first ones logits lie so far apart that their exponentials are
-    denormal numbers, with which a CPU takes several times as long.
+    The weights should be those of a new run: PyTorch's own initialization spreads the logits so far that their
+    exponentials are denormal numbers, with which a CPU takes several times as long.
 
-    The model's weights stay as they are, its gradients are dropped; if a whole micro-batch would take too long, only
-    ``affordable_rows`` of its rows are taken and the time is scaled.
+    The weights do not change, and the gradients are discarded. If a whole micro-batch would take too long, only
+    ``affordable_rows`` of its rows are used and the time is scaled.
     """
     device = next(model.parameters()).device
     count = len(batch)
@@ -295,20 +298,20 @@ def dry_step(model: Transformer, objective: Objective, config: Config, batch: An
     passes: list[float] = []
     updates: list[float] = []
     while len(passes) < MOST_PASSES:
-        began = time.perf_counter()
+        start = time.perf_counter()
         step_gradients(objective, model, part, config, 0)
         synchronize(device)
         between = time.perf_counter()
         optimizer.clip()
         optimizer.step(0.0)
         synchronize(device)
-        passes.append(between - began)
+        passes.append(between - start)
         updates.append(time.perf_counter() - between)
         spent = sum(passes) + sum(updates)
         if spent > DRY_SECONDS or (spent > ENOUGH_SECONDS and len(passes) >= 4):
             break
     model.zero_grad()
-    # The first ones load and warm what the others use, unless there is no other.
+    # The first ones warm up; they count only if there are no others.
     later = slice(min(len(passes) - 1, max(1, len(passes) // 3)), None)
     seconds = float(np.median(passes[later])) * count / rows + float(np.median(updates[later]))
     return DryStep(rows, seconds, peak_memory(device))
@@ -326,10 +329,10 @@ def make_plan(
     measure: bool,
     may_shrink: bool,
 ) -> Plan:
-    """The plan of a run whose micro-batch is settled; ``measure``: do the dry step too, if the run fits.
+    """The plan of a run whose micro-batch is settled; ``measure``: include a dry step, if the run fits.
 
-    ``model`` stands on ``device``, or on the meta device if it is not to be measured. ``may_shrink``: if the dry step
-    runs out of memory, plan with fewer rows at a time, as the plan's config then says.
+    ``model`` is on ``device``, or on the meta device if there is no dry step. ``may_shrink``: if the dry step runs out
+    of memory, plan with a smaller micro-batch, which is then in the plan's config.
     """
     rows, rate = config.data.micro_batch_rows or config.data.batch_rows, machine_rate(device)
     flops = model.flops_per_token(config.data.context_length)
@@ -365,12 +368,12 @@ def make_plan(
 
 
 def plan_run(config: Config, before: Config | None = None) -> Plan:
-    """The plan of ``config``, or of going on with a run that was begun with ``before``; nothing is written.
+    """The plan of ``config``, or of resuming a run with the settings ``before``; nothing is written.
 
-    Without data the vocabulary is ``vocab_size``, and a batch is drawn.
+    Without data the vocabulary is ``vocab_size``, and the batch is random.
 
     Raises:
-        UserError: there is neither data nor a vocabulary's size.
+        UserError: there is neither data nor a vocabulary size.
     """
     device = choose_device(config.training.device)
     if config.training.threads:
@@ -382,19 +385,19 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
             raise UserError("a plan needs --data, or --vocab-size instead of it")
         vocabulary = Vocabulary(config.model.vocab_size, 0, 1)
         objective = open_objective(config, vocabulary)
-        batch = objective.prepare(_drawn_rows(config, vocabulary))
-        data, epochs = "text that is not there yet", None
+        batch = objective.prepare(_random_rows(config, vocabulary))
+        data, epochs = "unspecified data", None
     else:
         corpora = open_corpora(config.data.data)
         config = with_vocabulary(config, corpora)
         batches = TrainingBatches(corpora, config)
         objective, batch = batches.objective, batches.batch(0)
-        data, epochs = told_data(corpora, batches.rows), batches.rows.epochs(config.training.steps)
+        data, epochs = describe_data(corpora, batches.rows), batches.rows.epochs(config.training.steps)
     may_shrink = not config.data.micro_batch_rows
     try:
         config = settle_micro_batch(config, device, before)
     except UserError:
-        config = config.replace(micro_batch_rows=1)  # so that the plan tells all else too
+        config = config.replace(micro_batch_rows=1)  # so that the plan has everything else
     fits = not _obstacle(config, device, available_memory(device))
     with torch.device("cpu" if fits else "meta"):
         model = Transformer(config.model)
@@ -405,12 +408,12 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
     )
 
 
-def told_data(corpora: Corpora, rows: TrainingRows) -> str:
+def describe_data(corpora: Corpora, rows: TrainingRows) -> str:
     return f"{rows.tokens:,} tokens of {corpora.name}"
 
 
-def _drawn_rows(config: Config, vocabulary: Vocabulary) -> Rows:
-    """A step's rows of tokens drawn at random, to plan without text."""
+def _random_rows(config: Config, vocabulary: Vocabulary) -> Rows:
+    """A step's rows of random tokens, if there is no data."""
     numbers = np.arange(config.data.batch_rows, dtype=np.int64)
     drawn = keyed_random.uniform(0, numbers, config.data.context_length + 1) * (vocabulary.size - 2)
     return rows_of_windows(drawn.astype(np.int64) + 2, vocabulary)
@@ -420,15 +423,15 @@ def millions(tokens: int) -> str:
     return f"{tokens / 1e6:.1f}M"
 
 
-def told_bytes(size: float) -> str:
+def format_bytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def told_flops(count: float) -> str:
+def format_flops(count: float) -> str:
     return f"{count / 1e15:,.1f} PFLOP" if count >= 1e15 else f"{count / 1e12:.1f} TFLOP"
 
 
-def told_time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """``43 s``, ``12 min``, ``3.5 h`` or ``2.1 days``."""
     for limit, unit, name in ((120, 1, "s"), (7200, 60, "min")):
         if seconds < limit:

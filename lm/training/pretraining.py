@@ -22,7 +22,7 @@ from lm.runs.directory import Run, open_run
 from lm.runs.metrics_log import OVERFITTING, Best, loss_of_readouts
 from lm.training.distributed import Ranks
 from lm.training.gradients import step_gradients
-from lm.training.plan import FEWEST_STEPS, make_plan, settle_micro_batch, told_data
+from lm.training.plan import FEWEST_STEPS, describe_data, make_plan, settle_micro_batch
 from lm.training.reporter import Reporter
 from lm.training.train_module import TrainModule
 from lm.training.trainer import fit
@@ -91,7 +91,7 @@ class Pretraining(TrainModule[Any]):
             self.objective,
             self.batch(done),
             self.ranks.device,
-            data=told_data(self.corpora, self.batches.rows),
+            data=describe_data(self.corpora, self.batches.rows),
             epochs=self.batches.rows.epochs(training.steps),
             measure=one_model and training.steps - done >= FEWEST_STEPS,
             may_shrink=self.may_shrink,

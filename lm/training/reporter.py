@@ -1,4 +1,4 @@
-"""Who is told how a run goes."""
+"""Where a run reports its progress."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from typing import Any, Protocol
 
 
 class Reporter(Protocol):
-    """Who is told how it goes (``lm.training.terminal.TerminalProgress`` on a terminal)."""
+    """Receives the progress of a run; ``lm.training.terminal.TerminalProgress`` is the one for a terminal.
+
+    ``note`` receives a sentence for the user, ``begin`` the steps already done and the total before the first step,
+    ``step`` the number of each finished step, ``metrics`` each line of metrics.jsonl except events. ``end`` comes last,
+    even after an error.
+    """
 
     def note(self, text: str) -> None: ...
     def begin(self, done: int, total: int) -> None: ...
@@ -16,7 +21,7 @@ class Reporter(Protocol):
 
 
 class NullReporter:
-    """A ``Reporter`` that tells nobody."""
+    """A ``Reporter`` that ignores everything."""
 
     def note(self, text: str) -> None: ...
     def begin(self, done: int, total: int) -> None: ...

@@ -1,9 +1,8 @@
-"""Trouble while training: steps that cannot be trusted, and weights that learn the text by heart.
+"""Training instabilities: loss spikes and values that are not finite.
 
-A step is bad when its loss or gradient is not finite, or its loss stands far above the running mean. The answer climbs
-a ladder: leave the step out; after some in a row lower the learning rate and let the weights mend; if they do not, go
-back to a checkpoint with a lower rate still; at last give up. Nothing here looks at a clock or a random number, so a
-run that is killed and continued meets its trouble the same way.
+A step is bad if its loss or gradient is not finite, or if its loss is far above the running mean. Escalate: skip the
+step, lower the rate and let training recover, roll back, abort. Nothing here depends on time or random numbers, so a
+run that is killed and resumed escalates in the same way.
 """
 
 from __future__ import annotations
@@ -18,25 +17,31 @@ class Verdict(Enum):
 
     APPLY = "apply"
     SKIP = "skip"
-    LOWER = "lower"  # skip it, and go on with a lower learning rate
-    ROLL_BACK = "roll_back"  # to the checkpoint before
-    GIVE_UP = "give_up"
+    LOWER = "lower"  # skip it, and lower the learning rate
+    ROLL_BACK = "roll_back"  # to the previous checkpoint
+    ABORT = "abort"
 
 
-SKIPS = 4  # bad steps in a row that are only left out
-RECOVERY = 50  # steps that the weights have to mend themselves after the rate was lowered
-CALM = 10  # good steps in a row after which trouble is over
-ROLL_BACKS = 3  # that may be tried before the run ends
-FORGIVEN = 1000  # good steps in a row after which they are counted anew
-MEMORY = 100  # steps over which the running mean forgets, and the first at which a spike can be told
+SKIPS = 4  # bad steps in a row that are only skipped
+RECOVERY = 50  # steps in which training may recover after the rate was lowered
+CALM = 10  # good steps in a row that end the recovery
+ROLL_BACKS = 3  # rollbacks before the run is aborted
+FORGIVEN = 1000  # good steps in a row after which rollbacks are counted from 0 again
+MEMORY = 100  # steps of the running mean, and the number of good steps before spikes are detected
 
 
 @dataclass
 class Ladder:
-    """What has been tried; plain numbers, saved with every checkpoint.
+    """The state of the escalation, as plain numbers, saved with every checkpoint.
 
-    ``mean`` and ``variance`` are of the loss of good steps (exponential, over about ``MEMORY`` steps); ``rate`` is the
-    factor by which trouble has lowered the learning rate; ``went_back_to`` the step of the last going back (-1: none).
+    Attributes:
+        seen: good steps so far.
+        mean, variance: of the loss of good steps, as exponential averages over about ``MEMORY`` steps.
+        bad, calm: bad and good steps in a row.
+        recovering: steps left to recover in; 0: not recovering.
+        rate: the factor by which the learning rate has been lowered.
+        roll_backs: rollbacks so far.
+        went_back_to: the step of the last rollback; -1: none.
     """
 
     seen: int = 0
@@ -50,7 +55,7 @@ class Ladder:
     went_back_to: int = -1
 
     def judge(self, loss: float, gradient_norm: float, threshold: float) -> Verdict:
-        """What to do with a step of this loss; ``threshold`` is in standard deviations (0: no step is a spike)."""
+        """Decide what to do with a step; ``threshold`` of a spike is in standard deviations (0: no step is a spike)."""
         finite = math.isfinite(loss) and math.isfinite(gradient_norm)
         if finite and not self._is_spike(loss, threshold):
             return self._good(loss)
@@ -60,23 +65,23 @@ class Ladder:
             self.recovering -= 1
             if finite and self.recovering:
                 return Verdict.APPLY
-            return self._go_back()
+            return self._roll_back()
         if self.bad <= SKIPS:
             return Verdict.SKIP
         if not finite:
-            return self._go_back()  # a lower rate mends no weights that give no number
+            return self._roll_back()  # a lower rate does not help if nothing is finite
         self.recovering = RECOVERY
         self.rate /= 2
         return Verdict.LOWER
 
     @property
     def in_trouble(self) -> bool:
-        """Whether the weights are under suspicion, and should not be saved for going back to."""
+        """Whether the weights may be damaged, so that a rollback should not return to them."""
         return self.bad > 0 or self.recovering > 0
 
     def broken(self) -> Verdict:
-        """What to do when the weights themselves are not finite."""
-        return self._go_back()
+        """Decide what to do if the weights themselves are not finite."""
+        return self._roll_back()
 
     def _is_spike(self, loss: float, threshold: float) -> bool:
         deviation = max(math.sqrt(self.variance), 1e-3 * abs(self.mean))
@@ -91,13 +96,13 @@ class Ladder:
             self.roll_backs, self.went_back_to = 0, -1
         self.seen += 1
         share = 1 / min(self.seen, MEMORY)
-        apart = loss - self.mean
-        self.mean += share * apart
-        self.variance = (1 - share) * (self.variance + share * apart * apart)
+        deviation = loss - self.mean
+        self.mean += share * deviation
+        self.variance = (1 - share) * (self.variance + share * deviation * deviation)
         return Verdict.APPLY
 
-    def _go_back(self) -> Verdict:
+    def _roll_back(self) -> Verdict:
         self.bad = self.calm = self.recovering = 0
         self.rate /= 2
         self.roll_backs += 1
-        return Verdict.ROLL_BACK if self.roll_backs <= ROLL_BACKS else Verdict.GIVE_UP
+        return Verdict.ROLL_BACK if self.roll_backs <= ROLL_BACKS else Verdict.ABORT

@@ -1,4 +1,4 @@
-"""How a run is going, in the terminal: a bar with the loss where there is a screen, plain lines where there is not."""
+"""The progress of a run in the terminal: a bar with the loss on a screen, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TerminalProgress:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=16),
-            TextColumn("{task.fields[state]}", table_column=Column()),  # the one that wraps where a screen is narrow
+            TextColumn("{task.fields[state]}", table_column=Column()),  # wraps on a narrow screen
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=self.console,
@@ -64,16 +64,16 @@ class TerminalProgress:
 
 
 def _state(line: dict[str, Any]) -> list[str]:
-    """What of an interval is worth a glance."""
+    """The metrics of an interval to show."""
     words = [f"loss {line['loss']:.3f}", f"epoch {line['epoch']:.2f}", f"{line['tokens_per_second']:,.0f} tokens/s"]
     return words + ([f"{line['share_of_peak']:.0%} of peak"] if line.get("share_of_peak") else [])
 
 
 def _validation(line: dict[str, Any]) -> str:
-    """A validation, with the part of the split it is about, or with the metrics of a task."""
+    """The line of a validation, with the part of the split it covers, or with the metrics of a task."""
     if "metrics" in line:
-        told = ", ".join(f"{name} {value:.4f}" for name, value in line["metrics"].items())
-        return f"step {line['step']:>6}  validation: {told or 'there are no validation examples'}"
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in line["metrics"].items())
+        return f"step {line['step']:>6}  validation: {metrics or 'there are no validation examples'}"
     results = ", ".join(
         f"{name} {loss['nats_per_token']:.3f} nats/token ({loss['bits_per_byte']:.3f} bits/byte)"
         for name, loss in line["validation"].items()

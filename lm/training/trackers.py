@@ -1,9 +1,8 @@
-"""Trackers: TensorBoard, Weights & Biases and Trackio, given each line of ``metrics.jsonl`` as it is written.
+"""Trackers: TensorBoard, Weights & Biases and Trackio, which receive each line of ``metrics.jsonl`` as it is written.
 
-Each is imported only when the setting ``trackers`` names it. What a tracker calls a run is kept in the run directory
-(``trackers.json``), so that a continued run goes on in the same log; one that is asked for later is first given the
-lines that are there already. The file is the record: a tracker that fails is told of once and left out, and the
-training goes on.
+Each is imported only if the setting ``trackers`` names it. ``trackers.json`` in the run directory keeps each tracker's
+name of the run, so that a resumed run continues in the same log; a tracker that is added later first receives the
+existing lines. If a tracker fails, that is reported once, and training continues without it.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ Values = dict[str, float | str]
 
 @dataclass(frozen=True)
 class Tracked:
-    """A run as a tracker sees it, going on from ``step``.
+    """A run, started or resumed at ``step``, as a tracker sees it.
 
-    ``identity`` is the same in every session; ``given`` names the lines (``_key``) that earlier sessions gave it.
+    ``identity`` is the same in every session; ``given`` has the keys (``_key``) of lines sent in earlier sessions.
     """
 
     path: Path
@@ -53,7 +52,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run directory's ``tensorboard``; what is done again is purged from them."""
+    """Event files in the run directory's ``tensorboard``; steps that are repeated are purged from them."""
 
     def __init__(self, run: Tracked) -> None:
         self._folder = run.path / "tensorboard"
@@ -67,7 +66,7 @@ class TensorBoard:
                 self._writer.add_text(name, value, line["step"])
             else:
                 self._writer.add_scalar(name, value, line["step"])
-        self._writer.flush()  # a checkpoint of this step may follow: the run could go on from it after a crash
+        self._writer.flush()  # a checkpoint of this step may follow, from which the run could be resumed after a crash
 
     def go_back(self, step: int) -> None:
         self.close()
@@ -82,8 +81,8 @@ class TensorBoard:
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
 
-class Rising:
-    """A run of Weights & Biases or Trackio, whose steps only rise: it is given each line once and takes none back."""
+class AppendOnly:
+    """A run of Weights & Biases or Trackio, whose steps must not decrease: it receives each line once and keeps all."""
 
     def __init__(self, run: Any, finish: Callable[[], None], given: set[tuple[int, str]]) -> None:
         self._run, self._finish, self._given = run, finish, given
@@ -92,11 +91,11 @@ class Rising:
     def write(self, line: dict[str, Any]) -> None:
         if _key(line) not in self._given:
             self._given.add(_key(line))
-            self._highest = max(self._highest, line["step"])  # an event may tell of a step before
+            self._highest = max(self._highest, line["step"])  # an event may belong to an earlier step
             self._run.log(values_of(line), step=self._highest)
 
     def go_back(self, step: int) -> None:
-        """The steps that are done again show as they were at first; the event of going back is there."""
+        """Keep the steps that will be repeated as they were; the rollback itself is logged as an event."""
 
     def close(self) -> None:
         self._finish()
@@ -115,11 +114,11 @@ def wandb_run(run: Tracked) -> Tracker:
         config=run.settings,
         allow_val_change=True,
     )
-    return Rising(opened, opened.finish, run.given)
+    return AppendOnly(opened, opened.finish, run.given)
 
 
 def trackio_run(run: Tracked) -> Tracker:
-    """On this machine, unless ``TRACKIO_SPACE_ID`` says where; ``TRACKIO_PROJECT`` names the project."""
+    """Logs to this machine, or to the space ``TRACKIO_SPACE_ID``; ``TRACKIO_PROJECT`` names the project."""
     import trackio
 
     opened = trackio.init(
@@ -131,7 +130,7 @@ def trackio_run(run: Tracked) -> Tracker:
         auto_log_cpu=False,
         auto_log_gpu=False,
     )
-    return Rising(opened, trackio.finish, run.given)
+    return AppendOnly(opened, trackio.finish, run.given)
 
 
 TRACKERS: dict[str, Callable[[Tracked], Tracker]] = {
@@ -142,18 +141,18 @@ TRACKERS: dict[str, Callable[[Tracked], Tracker]] = {
 
 
 def _key(line: dict[str, Any]) -> tuple[int, str]:
-    """What names a line: its step and what kind of line it is."""
+    """The key of a line: its step and its kind."""
     return line["step"], line.get("event") or ("validation" if "validation" in line or "metrics" in line else "loss")
 
 
 def require(names: Sequence[str]) -> None:
-    """Refuse trackers that are not installed.
+    """Check that these trackers are installed.
 
     Raises:
-        UserError: one line for each, with the command that installs it.
+        UserError: one line for each missing one, with the command that installs it.
     """
     specs = {name: importlib.util.find_spec(name) for name in names}
-    # A folder of that name in the current directory counts as a module too, but one without an origin.
+    # A folder of that name in the current directory is a module too, but without an origin.
     missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]
     if missing:
         raise UserError(
@@ -165,10 +164,10 @@ def require(names: Sequence[str]) -> None:
 
 
 def values_of(line: dict[str, Any]) -> Values:
-    """What a tracker is given of a line of metrics.jsonl, by the names it shows.
+    """The values of a line of metrics.jsonl, by the names a tracker shows.
 
-    Means of an interval are under ``train/``, losses under ``validation/READOUT/``, trouble is a text and a rate under
-    ``event/``.
+    The means of an interval are under ``train/``, validation losses under ``validation/READOUT/``, and an event is a
+    text and a learning-rate multiplier under ``event/``.
     """
     if "validation" in line:
         return {
@@ -184,14 +183,14 @@ def values_of(line: dict[str, Any]) -> Values:
 
 
 class Guarded:
-    """A follower of the log (``metrics_log.Follower``) that hands lines on to a tracker, and outlives its failure."""
+    """A follower of the log (``metrics_log.Follower``) that passes lines to a tracker and survives its failure."""
 
     def __init__(self, name: str, note: Callable[[str], None]) -> None:
         self._name, self._note = name, note
         self._tracker: Tracker | None = None
 
     def open(self, run: Tracked, earlier: Sequence[dict[str, Any]]) -> bool:
-        """Open the tracker and give it the ``earlier`` lines; did that work?"""
+        """Open the tracker and send it the ``earlier`` lines; return whether that worked."""
 
         def opened() -> None:
             self._tracker = TRACKERS[self._name](run)
@@ -215,20 +214,20 @@ class Guarded:
 
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
-            with redirect_stdout(sys.stderr):  # stdout is for what was asked of the command
+            with redirect_stdout(sys.stderr):  # stdout is for the command's own output
                 action()
-        except Exception as failure:  # whatever it is, the run is worth more
+        except Exception as failure:  # no failure of a tracker may end the run
             self._tracker = None
             reason = (str(failure).splitlines() or [type(failure).__name__])[0]
             self._note(
-                f"the tracker {self._name} failed ({reason}) and is left out from here on; {METRICS} has every line"
+                f"the tracker {self._name} failed ({reason}) and is no longer used; {METRICS} still has every line"
             )
 
 
 def open_trackers(config: Config, path: Path, step: int, note: Callable[[str], None]) -> list[Guarded]:
-    """The trackers of a run that begins at ``step`` or goes on from it, ready to follow its log.
+    """Open the trackers of a run that is started or resumed at ``step``.
 
-    ``note`` is told of a tracker that cannot be opened (no network, no account); the run goes on without it.
+    A tracker that cannot be opened (no network, no account) is reported to ``note`` and omitted.
     """
     identities = _identities(path / IDENTITIES)
     settings = {n: list(v) if isinstance(v, tuple) else v for n, v in config.flat().items()}

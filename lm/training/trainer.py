@@ -242,7 +242,7 @@ class Trainer(Generic[Batch]):
         gradient_norm = self.optimizer.clip()
         loss = sum(float(loss) for loss in losses.values())
         verdict = state.ladder.judge(loss, float(gradient_norm), config.optimizer.spike_threshold)
-        if verdict in (Verdict.ROLL_BACK, Verdict.GIVE_UP):
+        if verdict in (Verdict.ROLL_BACK, Verdict.ABORT):
             self._roll_back(verdict)
             return False
         if verdict is Verdict.APPLY:
@@ -346,7 +346,7 @@ class Trainer(Generic[Batch]):
         self.writer.wait()
         before = ladder.went_back_to if ladder.went_back_to >= 0 else None
         target = self.ranks.on_main(lambda: checkpoint.to_go_back_to(self.folder, self.reporter.note, before))
-        if verdict is Verdict.GIVE_UP:
+        if verdict is Verdict.ABORT:
             kept = f"the newest checkpoint is of step {target.step:,}" if target else "there is no earlier checkpoint"
             raise UserError(
                 f"the loss is not finite, or far too high, at step {reached:,}, even after {ROLL_BACKS} rollbacks "

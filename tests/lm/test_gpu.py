@@ -19,7 +19,7 @@ from lm.kernels import linear_cross_entropy, masks
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint
 from lm.runs.directory import Run
-from lm.training.optimizer import orthogonalise
+from lm.training.optimizer import orthogonalize
 from lm.training.pretraining import train
 from lm.training.validation import validate_readouts
 from tests.conftest import StopAt, loaded
@@ -116,7 +116,7 @@ def test_the_head_adds_the_gradient_of_its_weight_in_float32(dtype):
 @pytest.mark.parametrize("shape", [(3, 128, 384), (2, 384, 128), (1, 768, 2048)])
 def test_muon_brings_all_singular_values_near_one(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(GPU)
-    values = torch.linalg.svdvals(orthogonalise(matrices).double())
+    values = torch.linalg.svdvals(orthogonalize(matrices).double())
     assert float(values.min()) > 0.5
     assert float(values.max()) < 1.3
 

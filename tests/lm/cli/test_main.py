@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +60,14 @@ def test_help_lists_the_commands_and_every_setting():
         assert " ".join(setting.help.split()[:4]) in words
         assert f"[{setting.section}]" in told
     assert __version__ in kindling("--version").stdout
+
+
+def test_the_help_imports_no_torch_and_few_modules():
+    code = "import sys, lm.cli.main; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    large = {"torch", "numpy", "safetensors", "tokenizers", "rich", "tomllib", "tomli_w", "statistics", "decimal"}
+    assert not large & set(loaded)
+    assert len([name for name in loaded if name.startswith(("lm", "data_prep"))]) < 40
 
 
 def test_data_may_be_repeated_with_weights(begin, dataset, other_dataset, tmp_path):

@@ -174,7 +174,7 @@ def test_a_run_with_a_head_writes_no_text_and_a_plain_run_answers_nothing(classi
     with pytest.raises(UserError, match="answers no task: kindling finetune"):
         open_predictor(trained.path, CPU)
     result = CliRunner().invoke(main, ["sample", str(classifier.run.path), "--prompt", "a"])
-    assert (result.exit_code, "kindling predict asks it" in result.stderr) == (2, True)
+    assert (result.exit_code, "use kindling predict" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_run_with_a_head_writes_no_text_and_a_plain_run_answers_nothing(classi
         ({"task": "none"}, "name a task: --task classification"),
         ({"train": "nowhere.jsonl"}, "there is no file nowhere.jsonl"),
         ({"label_column": "answer"}, "there is no column"),
-        ({"judged_by": "pearson"}, "judged_by pearson is for a regression"),
+        ({"judged_by": "pearson"}, "judged_by pearson is for regression"),
     ],
 )
 def test_what_is_wrong_with_a_task_is_told_before_anything_is_written(

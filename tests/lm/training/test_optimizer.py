@@ -10,7 +10,7 @@ from torch import nn
 from lm.config.settings import ModelConfig, OptimizerConfig
 from lm.model.transformer import Transformer
 from lm.training import optimizer
-from lm.training.optimizer import LOWEST, Muon, Optimizer, halley, inverse, learning_rate_factor, orthogonalise
+from lm.training.optimizer import LOWEST, Muon, Optimizer, halley, inverse, learning_rate_factor, orthogonalize
 
 
 def test_the_schedule_rises_stays_and_falls():
@@ -62,13 +62,13 @@ def test_the_inverse_by_blocks_is_the_inverse(size, shift):
     torch.testing.assert_close(matrices @ inverse(matrices), torch.eye(size, dtype=torch.float64).expand(2, -1, -1))
 
 
-def test_orthogonalise_gives_the_same_bits_for_every_number_of_threads():
+def test_orthogonalize_gives_the_same_bits_for_every_number_of_threads():
     torch.manual_seed(0)
     stack = torch.randn(3, 160, 200)
-    alone = orthogonalise(stack)
+    alone = orthogonalize(stack)
     try:
         torch.set_num_threads(2)
-        assert torch.equal(orthogonalise(stack), alone)
+        assert torch.equal(orthogonalize(stack), alone)
     finally:
         torch.set_num_threads(1)
 
@@ -83,21 +83,21 @@ def drawn(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_orthogonalise_takes_each_singular_value_through_the_halley_step(shape, dtype, tolerance):
+def test_orthogonalize_takes_each_singular_value_through_the_halley_step(shape, dtype, tolerance):
     matrices = drawn(shape, dtype)
     left, values, right = torch.linalg.svd(matrices.double(), full_matrices=False)
     values = values / (values**4).sum(1, keepdim=True) ** 0.25  # the fourth root of the norm of the squared gram matrix
     a, b, c = halley(LOWEST)
     expected = left @ torch.diag_embed(values * (a + b * values**2) / (1 + c * values**2)) @ right
-    torch.testing.assert_close(orthogonalise(matrices).double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(orthogonalize(matrices).double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("by", ["_by_inverse", "_by_products"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_orthogonalise_brings_singular_values_near_one_and_keeps_singular_vectors(shape, by, monkeypatch):
+def test_orthogonalize_brings_singular_values_near_one_and_keeps_singular_vectors(shape, by, monkeypatch):
     monkeypatch.setattr(optimizer, "_by_inverse", getattr(optimizer, by))
     matrices = drawn(shape, torch.float32)
-    for matrix, made in zip(matrices, orthogonalise(matrices), strict=True):
+    for matrix, made in zip(matrices, orthogonalize(matrices), strict=True):
         values = torch.linalg.svdvals(made)
         left, _, right = torch.linalg.svd(matrix, full_matrices=False)
         assert torch.nn.functional.cosine_similarity(made.flatten(), (left @ right).flatten(), dim=0) > 0.95
@@ -106,27 +106,27 @@ def test_orthogonalise_brings_singular_values_near_one_and_keeps_singular_vector
         assert values.max() < 1.42
 
 
-def test_orthogonalise_lifts_small_values_into_the_band_and_smaller_ones_as_far_as_it_can():
+def test_orthogonalize_lifts_small_values_into_the_band_and_smaller_ones_as_far_as_it_can():
     values = torch.tensor([1.0, 0.5, 0.1, 0.02, 0.0055, 1e-4, 0.0])
     rotations = [torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(i)))[0] for i in (0, 1)]
-    made = torch.linalg.svdvals(orthogonalise((rotations[0] * values @ rotations[1])[None]))[0]
+    made = torch.linalg.svdvals(orthogonalize((rotations[0] * values @ rotations[1])[None]))[0]
     assert ((made[:5] > 0.58) & (made[:5] < 1.42)).all()
     assert 0.01 < made[5] < 0.02
     assert made[6] < 1e-3
 
 
-def test_orthogonalise_treats_each_matrix_of_a_stack_by_itself():
+def test_orthogonalize_treats_each_matrix_of_a_stack_by_itself():
     torch.manual_seed(0)
     stack = torch.randn(4, 6, 9)
-    torch.testing.assert_close(orthogonalise(stack), torch.cat([orthogonalise(one[None]) for one in stack]))
+    torch.testing.assert_close(orthogonalize(stack), torch.cat([orthogonalize(one[None]) for one in stack]))
 
 
-def test_orthogonalise_of_zero_is_zero():
-    assert (orthogonalise(torch.zeros(2, 4, 4)) == 0).all()
+def test_orthogonalize_of_zero_is_zero():
+    assert (orthogonalize(torch.zeros(2, 4, 4)) == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
-def test_muon_moves_like_torchs_own_if_it_orthogonalises_by_products(shape, monkeypatch):
+def test_muon_moves_like_torchs_own_if_it_orthogonalizes_by_products(shape, monkeypatch):
     """That one computes in bfloat16, so its updates are a little off."""
     monkeypatch.setattr(optimizer, "_by_inverse", optimizer._by_products)
     torch.manual_seed(0)
@@ -261,7 +261,7 @@ def test_frozen_weights_stay_and_others_have_their_share_of_the_learning_rate(op
     model = nn.ModuleDict({"blocks": nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in names})})
     frozen = model["blocks"]["frozen"].requires_grad_(False).weight
     before = frozen.clone()
-    found = Optimizer(model, config, rates={"blocks.slow.weight": 0.25})
+    found = Optimizer(model, config, lr_multipliers={"blocks.slow.weight": 0.25})
     for parameter in found.parameters.values():
         parameter.grad = torch.eye(3)
         parameter.data.zero_()

@@ -16,7 +16,7 @@ from lm.model.transformer import Transformer
 from lm.objectives.batches import TrainingBatches
 from lm.training import plan, pretraining
 from lm.training.memory_estimate import step_memory
-from lm.training.plan import DryStep, choose_rows, dry_step, plan_run, settle_micro_batch, told_bytes, told_time
+from lm.training.plan import DryStep, choose_rows, dry_step, format_bytes, format_time, plan_run, settle_micro_batch
 from lm.training.pretraining import train
 
 CPU = torch.device("cpu")
@@ -153,7 +153,13 @@ def test_memory_that_runs_out_in_the_dry_step_makes_the_micro_batch_smaller(smal
 def test_a_run_tells_its_plan_and_its_lines_their_share_of_the_machine(small, recorder, tmp_path):
     run = train(small.replace(log_every=5), tmp_path / "run", recorder)
     notes = "\n".join(recorder.notes)
-    for words in ("8 of the batch's 8 rows at a time", "weights 0 MB", "tokens/s", "of peak", "GFLOP/s in matrix"):
+    for words in (
+        "8 of the batch's 8 rows per micro-batch",
+        "weights 0 MB",
+        "tokens/s",
+        "of peak",
+        "GFLOP/s in matrix",
+    ):
         assert words in notes, notes
     flops = Transformer(run.config.model).flops_per_token(32)
     for line in (line for line in run.metrics() if "loss" in line):
@@ -217,5 +223,5 @@ def test_a_preset_that_does_not_fit_says_what_would(monkeypatch):
 
 
 def test_sizes_and_times_are_told_in_their_units():
-    assert [told_bytes(size) for size in (1.4e6, 0.99e9, 1.25e9)] == ["1 MB", "990 MB", "1.2 GB"]
-    assert [told_time(s) for s in (3.4, 700, 9000, 400_000)] == ["3 s", "12 min", "2.5 h", "4.6 days"]
+    assert [format_bytes(size) for size in (1.4e6, 0.99e9, 1.25e9)] == ["1 MB", "990 MB", "1.2 GB"]
+    assert [format_time(s) for s in (3.4, 700, 9000, 400_000)] == ["3 s", "12 min", "2.5 h", "4.6 days"]

@@ -33,13 +33,13 @@ def test_the_running_mean_and_deviation_are_those_of_the_losses():
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_step_without_a_number_is_skipped_whenever_it_comes(loss):
+def test_a_step_that_is_not_finite_is_skipped_at_any_time(loss):
     assert Ladder().judge(loss, 1.0, 8.0) is Verdict.SKIP
     assert Ladder().judge(1.0, math.nan, 0.0) is Verdict.SKIP
     assert calm_ladder().judge(loss, 1.0, 0.0) is Verdict.SKIP
 
 
-def test_a_spike_is_told_by_its_distance_in_deviations():
+def test_a_spike_is_detected_by_its_distance_in_deviations():
     assert calm_ladder().judge(2.7, 1.0, 8.0) is Verdict.APPLY
     assert calm_ladder().judge(3.0, 1.0, 8.0) is Verdict.SKIP
     assert calm_ladder().judge(3.0, 1.0, 0.0) is Verdict.APPLY  # off
@@ -54,7 +54,7 @@ def test_a_spike_does_not_move_the_mean():
     assert (ladder.mean, ladder.variance) == before
 
 
-def test_trouble_that_goes_on_climbs_the_ladder():
+def test_persistent_spikes_escalate():
     ladder = calm_ladder()
     verdicts = [ladder.judge(50.0, 1.0, 8.0) for _ in range(SKIPS + 1 + RECOVERY)]
     assert verdicts == (
@@ -64,7 +64,7 @@ def test_trouble_that_goes_on_climbs_the_ladder():
     assert not ladder.in_trouble
 
 
-def test_weights_that_mend_are_left_alone():
+def test_a_run_that_recovers_keeps_its_weights():
     ladder = calm_ladder()
     for _ in range(SKIPS + 1):
         ladder.judge(50.0, 1.0, 8.0)
@@ -73,19 +73,19 @@ def test_weights_that_mend_are_left_alone():
         assert ladder.judge(2.0, 1.0, 8.0) is Verdict.APPLY
     assert not ladder.in_trouble
     assert ladder.rate == 0.5  # the lower rate stays
-    assert ladder.judge(50.0, 1.0, 8.0) is Verdict.SKIP  # from the bottom again
+    assert ladder.judge(50.0, 1.0, 8.0) is Verdict.SKIP  # from the first level again
 
 
-def test_weights_that_give_no_number_are_taken_back_and_at_last_given_up():
+def test_a_loss_that_is_not_finite_is_rolled_back_and_finally_aborted():
     ladder, verdicts = Ladder(), []
-    while Verdict.GIVE_UP not in verdicts:
+    while Verdict.ABORT not in verdicts:
         verdicts.append(ladder.judge(math.nan, 1.0, 8.0))
     assert verdicts == ([Verdict.SKIP] * SKIPS + [Verdict.ROLL_BACK]) * ROLL_BACKS + [Verdict.SKIP] * SKIPS + [
-        Verdict.GIVE_UP
+        Verdict.ABORT
     ]
 
 
-def test_after_a_long_calm_going_back_is_counted_anew():
+def test_after_many_good_steps_rollbacks_are_counted_from_zero():
     ladder = calm_ladder()
     ladder.broken()
     ladder.went_back_to = 7
@@ -95,7 +95,7 @@ def test_after_a_long_calm_going_back_is_counted_anew():
 
 
 @given(st.lists(st.sampled_from([2.0, 2.05, 50.0, math.nan]), max_size=200), st.integers(0, 199))
-def test_a_ladder_saved_as_json_goes_on_as_if_it_had_not_been(losses, cut):
+def test_a_ladder_restored_from_json_continues_unchanged(losses, cut):
     through, saved = calm_ladder(), calm_ladder()
     for number, loss in enumerate(losses):
         if number == cut:
@@ -115,18 +115,18 @@ def test_the_best_validation_is_kept_and_worse_ones_counted():
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Have the gradients of chosen steps come out wrong: ``spoil({step: factor})``, NaN included."""
+    """Multiply the losses of chosen steps, by NaN for example: ``spoil({step: factor})``."""
     honest = pretraining.step_gradients
 
     def install(factors: dict[int, float], *, only_once: bool = True) -> None:
         left = dict(factors)
 
-        def spoilt(objective, model, batch, config, step, ranks):
+        def spoiled(objective, model, batch, config, step, ranks):
             losses, shares = honest(objective, model, batch, config, step, ranks)
             factor = left.pop(step, 1.0) if only_once else left.get(step, 1.0)
             return {name: loss * factor for name, loss in losses.items()}, shares
 
-        monkeypatch.setattr(pretraining, "step_gradients", spoilt)
+        monkeypatch.setattr(pretraining, "step_gradients", spoiled)
 
     return install
 
@@ -135,7 +135,7 @@ def events_of(run) -> list[tuple[int, str]]:
     return [(line["step"], line["event"]) for line in run.metrics() if "event" in line]
 
 
-def test_a_step_without_a_number_is_left_out_counted_and_logged(small, recorder, tmp_path, spoil):
+def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(small, recorder, tmp_path, spoil):
     spoil({3: math.nan, 7: math.inf})
     run = pretraining.train(small.replace(log_every=5), tmp_path / "run", recorder)
     assert events_of(run) == [(4, "skip"), (8, "skip")]
@@ -155,10 +155,10 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(small, quietly
         assert torch.equal(tensor, {**after.model(), **after.optimizer()}[name]), name
 
 
-def test_a_run_is_taken_back_and_goes_on_with_a_lower_rate(small, recorder, tmp_path, spoil):
+def test_a_run_is_rolled_back_and_continues_with_a_lower_rate(small, recorder, tmp_path, spoil):
     spoil(dict.fromkeys(range(10, 11 + SKIPS), math.nan))
     run = pretraining.train(small.replace(log_every=1, checkpoint_every=4), tmp_path / "run", recorder)
-    assert events_of(run) == [(9, "roll_back")]  # the skips it took back are done again, well this time
+    assert events_of(run) == [(9, "roll_back")]  # the discarded skips are repeated, successfully this time
     steps = [line["step"] for line in run.metrics() if "loss" in line]
     assert steps == list(range(1, 21))
     rates = {line["step"]: line["learning_rate"] for line in run.metrics() if "loss" in line}
@@ -168,8 +168,8 @@ def test_a_run_is_taken_back_and_goes_on_with_a_lower_rate(small, recorder, tmp_
     assert run.newest().state["training"]["ladder"]["roll_backs"] == 1
 
 
-def test_a_run_in_trouble_that_was_stopped_ends_as_if_it_had_not_been(small, quietly, tmp_path, spoil):
-    """Spikes belong to steps, so a continued run meets those again that it has not saved."""
+def test_an_unstable_run_that_was_stopped_ends_as_if_it_had_not_been(small, quietly, tmp_path, spoil):
+    """Spikes belong to steps, so a resumed run meets those again that it has not saved."""
     config = small.replace(log_every=1, checkpoint_every=4, steps=30)
     factors = dict.fromkeys((*range(10, 11 + SKIPS), 25), math.nan)
     spoil(factors)
@@ -188,20 +188,18 @@ def test_a_run_in_trouble_that_was_stopped_ends_as_if_it_had_not_been(small, qui
             assert torch.equal(tensor, read[0].model()[name]), (stop, name)
 
 
-def test_a_run_that_cannot_be_mended_ends_with_one_sentence_and_keeps_a_good_checkpoint(
-    small, recorder, tmp_path, spoil
-):
+def test_a_run_that_cannot_recover_ends_with_one_sentence_and_keeps_a_good_checkpoint(small, recorder, tmp_path, spoil):
     spoil(dict.fromkeys(range(10, 20), math.nan), only_once=False)
     with pytest.raises(UserError, match=r"even after 3 rollbacks .* the newest checkpoint is of step \d"):
         pretraining.train(small.replace(checkpoint_every=4), tmp_path / "run", recorder)
     went = [note.split(",")[0] for note in recorder.notes if note.startswith("back to")]
     assert went == ["back to step 8", "back to step 4", "back to step 4"]  # each time an earlier one, if there is one
     newest = checkpoint.latest(tmp_path / "run" / "checkpoints", pytest.fail)
-    assert newest.step == 8  # made again after going back
+    assert newest.step == 8  # written again after the rollback
     assert all(torch.isfinite(tensor).all() for tensor in newest.model().values())
 
 
-def test_a_run_killed_after_going_back_does_not_go_on_from_what_it_left(small, recorder, tmp_path, spoil):
+def test_a_run_killed_after_a_rollback_does_not_resume_from_what_it_discarded(small, recorder, tmp_path, spoil):
     spoil(dict.fromkeys(range(10, 20), math.nan), only_once=False)
 
     def pull(step: int) -> None:
@@ -214,7 +212,7 @@ def test_a_run_killed_after_going_back_does_not_go_on_from_what_it_left(small, r
     assert checkpoint.latest(tmp_path / "run" / "checkpoints", pytest.fail).step == 4
 
 
-def test_overfitting_is_told_once_and_the_best_is_in_the_state(small, recorder, tmp_path, monkeypatch):
+def test_overfitting_is_reported_once_and_the_best_is_in_the_state(small, recorder, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.1, 2.2, 2.3, 2.4])
 
     def validated(*_, **__):

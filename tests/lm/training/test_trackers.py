@@ -208,7 +208,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_run_goes_on(small, hosted,
     run = train(small.replace(trackers=(name,), log_every=5), tmp_path / "run", recorder)
     assert run.latest().step == 20
     (told,) = [note for note in recorder.notes if name in note]
-    assert "(the network is gone) and is left out from here on" in told
+    assert "(the network is gone) and is no longer used" in told
     assert {step for step, _ in account.logged} == {5}
     assert [line["step"] for line in run.metrics() if "loss" in line] == [5, 10, 15, 20]
 
