@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.side_by_side import in_turn
 from data_prep.cleaning.cleaner import Cleaner
 from data_prep.cleaning.duplicates import signatures
-from data_prep.cleaning.settings import CleaningSettings
+from data_prep.settings import CleaningSettings
 from data_prep.sources.builtin_corpus import builtin_documents
 
 DOCUMENT_CHARACTERS = 4096

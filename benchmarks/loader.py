@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import data_prep
 from benchmarks.side_by_side import in_turn
-from data_prep.pipeline.build import BuildSettings, build
 from data_prep.shards.tokens import (
     MANIFEST,
     Dataset,
@@ -53,7 +53,7 @@ def dataset_in(folder: Path, write: Callable[[Path], Sequence[ShardRecord]]) -> 
     """A dataset whose training shards ``write`` makes, with a tokenizer of 256 bytes and a few marks."""
     source = folder / "text.txt"
     source.write_text("a text\n" * 100, encoding="utf-8")
-    build(BuildSettings.from_options((str(source),), folder / "data", kind="bytes", validation_fraction=0.0))
+    data_prep.build([source], folder / "data", tokenizer_kind="bytes", validation_fraction=0.0)
     for shard in (folder / "data").glob("train-*"):
         shard.unlink()
     path = folder / "data" / MANIFEST

@@ -1,4 +1,4 @@
-"""The manifest of a dataset: what is there, and what decided it. Nothing in it tells a time or a place."""
+"""The manifest of a dataset: its contents, and what determined them. It contains no dates and no machine paths."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_manifest(
     corpus_sha256: str | None,
     encoders: dict[str, str],
 ) -> dict[str, Any]:
-    """The manifest of ``shards``; what each entry means is in ``docs/shard-format.md``."""
+    """Return the manifest of ``shards``; ``docs/shard-format.md`` explains each entry."""
     return {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
@@ -71,5 +71,5 @@ def save_manifest(directory: Path, manifest: dict[str, Any]) -> None:
 def _version_of(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
+    except importlib.metadata.PackageNotFoundError:  # running from a checkout that was never installed
         return "unknown"

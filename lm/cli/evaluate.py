@@ -155,7 +155,7 @@ def _as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[s
 
 
 def _evaluate_text(run: Run, checkpoint: Checkpoint, source: str, text_field: str, stride: int) -> dict[str, Any]:
-    from data_prep.sources.documents import ReadSettings
+    from data_prep.settings import ReadSettings
     from lm.evaluation.perplexity import evaluate_text
     from lm.model.device import choose_device
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
-from data_prep.shards.tokens import Dataset, Split
+from data_prep.shards.tokens import Dataset, Split, token_counts
 from lm.data.corpora import Corpora, JoinedSplit, open_corpora
 from lm.runs.directory import Run
 
@@ -31,14 +31,6 @@ def floors(dataset: Dataset | Corpora) -> dict[str, tuple[float | None, float]]:
         "unigram": (nats / validation.tokens, nats / math.log(2) / validation.text_bytes),
         "bz2 -9": (None, 8 * compressed_bytes(dataset, validation) / validation.text_bytes),
     }
-
-
-def token_counts(split: Split | JoinedSplit, vocab_size: int) -> np.ndarray:
-    """How often each token occurs, int64 (vocab_size,)."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(0, split.tokens, READ_AT_ONCE):
-        counts += np.bincount(split.read(start, min(start + READ_AT_ONCE, split.tokens)), minlength=vocab_size)
-    return counts
 
 
 def compressed_bytes(dataset: Dataset | Corpora, split: Split | JoinedSplit) -> int:

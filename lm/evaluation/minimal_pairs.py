@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
+from data_prep.shards.tokens import token_counts
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.data.corpora import open_corpora
 from lm.data.example_files import SUFFIXES, rows_of
-from lm.evaluation.baselines import token_counts, unigram_likelihoods
+from lm.evaluation.baselines import unigram_likelihoods
 from lm.evaluation.bootstrap import TIE_NATS, Accuracy, resampled_means, standard_error
 from lm.inference.scoring import log_likelihoods
 from lm.model.transformer import Transformer

@@ -6,16 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.sources.documents import MOST_MESSAGES, ReadReport, ReadSettings, one_line
-
-
-def test_the_default_settings_are_good_and_each_bad_one_has_its_sentence() -> None:
-    assert list(ReadSettings().check()) == []
-    assert list(ReadSettings(document_per="<|endoftext|>").check()) == []
-    bad = ReadSettings(max_document_bytes=15, document_per="", text_field="", errors="ignore", part_bytes=0)
-    assert len(list(bad.check())) == 5
-    assert 'unknown --errors "ignore": choose one of skip, replace, stop' in list(bad.check())
-
+from data_prep.sources.documents import MOST_MESSAGES, ReadReport, one_line
 
 reports = st.builds(
     ReadReport,
