@@ -98,16 +98,22 @@ def sha256_of_file(path: Path) -> str:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Open a folder to fill, which becomes ``out`` if the block ends without an error; otherwise it is removed."""
+    """Open a folder to write to; if the block ends without an error, it becomes ``out``."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists and is not empty: choose another --out")
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f'"{out}" already exists and is not an empty folder: choose another --out')
+    name = out.resolve()
+    name.parent.mkdir(parents=True, exist_ok=True)
+    partial = name.parent / f".{name.name}.partial"
+    partial.mkdir(exist_ok=True)
+    with only_writer_of(partial, f'another process is writing to "{out}": wait for it, or choose another --out'):
+        empty_directory(partial)  # left by a process that was killed
+        try:
+            yield partial
+            for directory in [path for path in partial.rglob("*") if path.is_dir()]:
+                sync_directory(directory)
+            sync_directory(partial)
+            partial.replace(name)
+            sync_directory(name.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise

@@ -43,16 +43,8 @@ from data_prep.progress import ConsoleReporter, Reporter
 from data_prep.settings import BuildSettings, available_cores
 from data_prep.shards.manifest import make_manifest, save_manifest
 from data_prep.shards.tokens import JOURNAL, MANIFEST, SPLITS, TOKENIZER_FILE, WORK, Dataset, open_dataset
-from data_prep.sources.listing import (
-    STDIN,
-    CorpusPart,
-    ReadReport,
-    Source,
-    copy_stdin,
-    describe,
-    parse_sources,
-    parts_of,
-)
+from data_prep.sources.documents import CorpusPart, ReadReport, Source
+from data_prep.sources.listing import STDIN, copy_stdin, describe, parse_sources, parts_of
 from data_prep.tokenizers.encoders import choose_encoder
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from data_prep.pipeline.splitting import PartDigest, hash_of
 from data_prep.pipeline.workers import Advance
 from data_prep.settings import CleaningSettings, ReadSettings
 from data_prep.shards.tokens import SPLITS, TOKENIZER_FILE, WORK, ShardWriter, count_words
-from data_prep.sources.listing import CorpusPart, Document, ReadReport, Source, read_part
+from data_prep.sources.documents import CorpusPart, Document, ReadReport, Source
+from data_prep.sources.reading import read_part
 from data_prep.sources.records import first_line
 from data_prep.tokenizers.encoders import Encoder, EncoderError, make_encoder, recheck
 from data_prep.tokenizers.load import load_tokenizer
@@ -120,7 +121,7 @@ def build_part(job: Job, number: int, part: CorpusPart, advance: Advance) -> Par
                 writers[each.split].add(tokens, text_bytes=size, words=words, origin=each.document.origin)
             again = [each.document.text[:RECHECKED_CHARACTERS] for each in new if not each.hash % RECHECKED]
             recheck(encoder, tokenizer, again)
-    reports = {"reading": reading.to_json(), "cleaning": cleaner.report.to_json()}
+    reports = {"reading": asdict(reading), "cleaning": cleaner.report.to_json()}
     record.finish({"digest": digest.hexdigest()} | reports)
     return record
 
@@ -143,9 +144,8 @@ def _without_finished(documents: list[_HashedDocument], finished: dict[str, int]
     """Return the documents that are not in finished shards; ``finished`` counts those still to skip in each split."""
     new = []
     for each in documents:
-        if finished[each.split]:
-            finished[each.split] -= 1
-        else:
+        finished[each.split] -= 1
+        if finished[each.split] < 0:
             new.append(each)
     return new
 
@@ -241,6 +241,6 @@ def merged_reports(summaries: list[dict[str, Any]]) -> tuple[ReadReport, Cleanin
     """Merge the reports on reading and cleaning of all parts."""
     reading, cleaning = ReadReport(), CleaningReport()
     for summary in summaries:
-        reading.merge(ReadReport.from_json(summary["reading"]))
+        reading.merge(ReadReport(**summary["reading"]))
         cleaning.merge(CleaningReport.from_json(summary["cleaning"]))
     return reading, cleaning

@@ -2,15 +2,6 @@
 
 from data_prep.shards.convert import export_dataset, import_dataset
 from data_prep.shards.inspect import inspect_dataset
-from data_prep.shards.tokens import Dataset, ShardWriter, Split, open_dataset, token_counts
+from data_prep.shards.tokens import Dataset, Split, open_dataset, token_counts
 
-__all__ = [
-    "Dataset",
-    "ShardWriter",
-    "Split",
-    "export_dataset",
-    "import_dataset",
-    "inspect_dataset",
-    "open_dataset",
-    "token_counts",
-]
+__all__ = ["Dataset", "Split", "export_dataset", "import_dataset", "inspect_dataset", "open_dataset", "token_counts"]

@@ -10,14 +10,13 @@ import errno
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.files import atomic_file, empty_directory, only_writer_of, sync_directory, write_atomically
+from data_prep.files import atomic_file, new_folder, write_atomically
 from data_prep.progress import Reporter, SilentReporter
 from data_prep.settings import DEFAULT_SHARD_TOKENS, LARGEST_SHARD_TOKENS
 from data_prep.shards import layouts
@@ -52,7 +51,7 @@ def export_dataset(
         raise UserError(
             f"nanoGPT reads 16-bit tokens, but the vocabulary has {dataset.vocab_size:,} tokens: choose another --to"
         )
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         for name in SPLITS:
             split = dataset.split(name)
             if split.documents == 0:
@@ -126,29 +125,6 @@ def _link_or_copy(sources: Sequence[Path], target: Path, copy: bool) -> None:
                 shutil.copyfileobj(source, file, 1 << 22)
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Open a folder to write to; if the block ends without an error, it becomes ``out``."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f'"{out}" already exists and is not an empty folder: choose another --out')
-    name = out.resolve()
-    name.parent.mkdir(parents=True, exist_ok=True)
-    partial = name.parent / f".{name.name}.partial"
-    partial.mkdir(exist_ok=True)
-    with only_writer_of(partial, f'another process is writing to "{out}": wait for it, or choose another --out'):
-        empty_directory(partial)  # left by a conversion that was killed
-        try:
-            yield partial
-            for directory in [path for path in partial.rglob("*") if path.is_dir()]:
-                sync_directory(directory)
-            sync_directory(partial)
-            partial.replace(name)
-            sync_directory(name.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
 def import_dataset(
     sources: Sequence[Path],
     layout: str,
@@ -172,7 +148,7 @@ def import_dataset(
     if sum(file.tokens.size for file in files["train"]) == 0:
         raise UserError("the files contain no tokens to train on: add files without val or validation in their names")
     changes = {"empty_documents": 0, "ends_added": 0, "ends_moved": 0}
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         records = {}
         for split in SPLITS:
             writer = ShardWriter(folder, split, vocab_size=tokenizer.vocab_size, shard_tokens=shard_tokens)

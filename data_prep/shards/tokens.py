@@ -328,8 +328,7 @@ class TokenStream(Protocol):
 
     tokens: int
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return tokens ``[start, stop)``."""
+    def read(self, start: int, stop: int) -> np.ndarray: ...
 
 
 def token_counts(split: TokenStream, vocab_size: int) -> np.ndarray:

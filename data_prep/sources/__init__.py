@@ -1,17 +1,7 @@
 """Sources: what users name, read as documents."""
 
-from data_prep.sources.builtin_corpus import builtin_documents
 from data_prep.sources.documents import CorpusPart, Document, ReadReport, Source
 from data_prep.sources.listing import parse_sources, parts_of
 from data_prep.sources.reading import read_part
 
-__all__ = [
-    "CorpusPart",
-    "Document",
-    "ReadReport",
-    "Source",
-    "builtin_documents",
-    "parse_sources",
-    "parts_of",
-    "read_part",
-]
+__all__ = ["CorpusPart", "Document", "ReadReport", "Source", "parse_sources", "parts_of", "read_part"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 MOST_MESSAGES = 20
 
@@ -90,13 +89,6 @@ class ReadReport:
         self.counts = dict(Counter(self.counts) + Counter(other.counts))
         for message in other.messages:
             self.note(message)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> ReadReport:
-        return cls(**record)
 
 
 def one_line(name: str) -> str:

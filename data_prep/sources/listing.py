@@ -18,14 +18,13 @@ from typing import IO, Any
 
 from data_prep.errors import UserError
 from data_prep.settings import ReadSettings
-from data_prep.sources.documents import CorpusPart, Document, FileRange, ReadReport, Source, one_line
+from data_prep.sources.documents import CorpusPart, FileRange, ReadReport, Source, one_line
 from data_prep.sources.reading import (
     BUILTIN,
     CSV,
     JSON_LINES,
     PARQUET,
     STDIN,
-    display_name,
     is_compressed,
     kind_of,
     parse_separator,
@@ -50,24 +49,6 @@ from data_prep.sources.storage import (
     size_of,
 )
 from data_prep.sources.text_files import is_local
-
-__all__ = [
-    "BUILTIN",
-    "STDIN",
-    "CorpusPart",
-    "Document",
-    "FileRange",
-    "ReadReport",
-    "ReadSettings",
-    "Source",
-    "copy_stdin",
-    "describe",
-    "display_name",
-    "first_texts",
-    "parse_sources",
-    "parts_of",
-    "read_part",
-]
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (JSON_LINES, CSV)

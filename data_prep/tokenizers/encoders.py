@@ -22,8 +22,6 @@ from data_prep.errors import UserError
 from data_prep.tokenizers.encoder_probes import PROBES
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 
-__all__ = ["ENCODERS", "PROBES", "Chosen", "Encoder", "EncoderError", "choose_encoder", "make_encoder", "recheck"]
-
 # Unicode's White_Space, which is \s in the library's pattern. Python's \s has four more characters.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -22,7 +23,7 @@ def test_merging_reports_adds_and_is_associative(first: ReadReport, second: Read
     def merged(*found: ReadReport) -> ReadReport:
         total = ReadReport()
         for report in found:
-            total.merge(ReadReport.from_json(json.loads(json.dumps(report.to_json()))))
+            total.merge(ReadReport(**json.loads(json.dumps(asdict(report)))))
         return total
 
     total = merged(first, second, third)

@@ -12,19 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.sources.listing import (
-    CorpusPart,
-    FileRange,
-    ReadReport,
-    ReadSettings,
-    Source,
-    copy_stdin,
-    describe,
-    parse_sources,
-    parts_of,
-    read_part,
-)
+from data_prep.settings import ReadSettings
+from data_prep.sources.documents import CorpusPart, FileRange, ReadReport, Source
 from data_prep.sources.listing import _grouped as grouped
+from data_prep.sources.listing import copy_stdin, describe, parse_sources, parts_of
+from data_prep.sources.reading import read_part
 
 
 @pytest.fixture

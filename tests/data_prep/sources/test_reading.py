@@ -17,18 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from data_prep.settings import ReadSettings
 from data_prep.sources import reading, records
-from data_prep.sources.documents import MOST_MESSAGES
-from data_prep.sources.listing import (
-    CorpusPart,
-    Document,
-    FileRange,
-    ReadReport,
-    ReadSettings,
-    parse_sources,
-    parts_of,
-    read_part,
-)
+from data_prep.sources.documents import MOST_MESSAGES, CorpusPart, Document, FileRange, ReadReport
+from data_prep.sources.listing import parse_sources, parts_of
+from data_prep.sources.reading import read_part
 
 PACKERS: dict[str, Any] = {
     ".gz": gzip.compress,

@@ -215,10 +215,10 @@ def test_the_readout_is_the_first_that_can_be_exported(make_run):
 def test_a_folder_with_something_in_it_is_not_written_over(make_run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="not empty: choose another --out"):
+    with pytest.raises(UserError, match="not an empty folder: choose another --out"):
         exported(make_run(objective="next_token"), tmp_path / "out", "next_token")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
-    assert not (tmp_path / "out.tmp").exists()
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_the_start_token_comes_and_goes(dataset):
@@ -278,7 +278,7 @@ def test_what_cannot_be_imported_is_told_in_one_sentence_and_leaves_nothing(make
     with pytest.raises(UserError, match=words):
         import_checkpoint(str(out), tmp_path / "back")
     assert not (tmp_path / "back").exists()
-    assert not (tmp_path / "back.tmp").exists()
+    assert not (tmp_path / ".back.partial").exists()
 
 
 def test_a_name_that_is_nowhere_is_told(tmp_path):
