@@ -1,7 +1,7 @@
-"""MB of text a CPU second of each cleaning step: python -m benchmarks.cleaning [FILE…]
+"""MB of text per CPU-second for each cleaning step: python -m benchmarks.cleaning [FILE…]
 
-On documents of 4,096 characters of the files, or of the built-in corpus. The steps take turns, so that a busy machine
-slows all of them alike; the figure is the median of the rounds. All steps are those of one worker process.
+Uses documents of 4,096 characters from the files, or from the built-in corpus. The steps take turns, so that a busy
+machine slows all of them equally; the result is the median of the rounds. All steps run in one worker process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.side_by_side import in_turn
 from data_prep.cleaning.cleaner import Cleaner
 from data_prep.cleaning.duplicates import signatures
-from data_prep.cleaning.settings import CleaningSettings
+from data_prep.settings import CleaningSettings
 from data_prep.sources.builtin_corpus import builtin_documents
 
 DOCUMENT_CHARACTERS = 4096
@@ -42,7 +42,7 @@ def _builtin_text() -> str:
 
 
 def _evaluation_text(text: str) -> str:
-    """Lines of 15 words of the text, turned round so that none is found again."""
+    """Return lines of 15 words of the text, in reverse order so that none matches."""
     words = text.split()[: 15 * EVALUATION_TEXTS][::-1]
     return "\n".join(" ".join(words[start : start + 15]) for start in range(0, len(words), 15))
 

@@ -1,18 +1,18 @@
-"""Text to verified shards: the whole command ``data_prep build``, beside what people use instead.
+"""From text to verified shards: the whole command ``data_prep build``, compared with common alternatives.
 
     pip install datatrove orjson tiktoken
     python -m benchmarks.data_prep TEXT_FOLDER [--megabytes 200] [--peer-megabytes 20] [--rounds 3]
 
 The text is that of the folder, repeated with changed words until it is long enough, in documents of about 3,700 bytes
-(.jsonl) and as plain text (.txt). A byte-level BPE of 32,768 tokens is trained on it once, outside the timing, and
-given to all. Each candidate is a process of its own, timed whole, imports included, in turn A B A B:
+(.jsonl) and as plain text (.txt). A byte-level BPE of 32,768 tokens is trained on it once, outside the timing, and used
+by all candidates. Each candidate is a separate process, timed as a whole including imports, in the order A B A B:
 
-- kindling: ``python -m data_prep build …`` with one worker and with two, and then ``data_prep verify``;
+- kindling: ``python -m data_prep build …`` with one and with two workers, followed by ``data_prep verify``;
 - datatrove: its reader and tokenizer stages, two local tasks;
-- nanoGPT's way: ``datasets.map`` over two processes with tiktoken, then a memory-mapped file of uint16.
+- nanoGPT's approach: ``datasets.map`` over two processes with tiktoken, then a memory-mapped file of uint16.
 
-The peers take a shorter text, being slower; rates are what is compared. CPU seconds are those of all processes; memory
-is the most that they held together (proportional set size, looked at every 200 ms).
+The peers are slower, so they get a shorter text; rates are compared. CPU seconds include all processes; memory is their
+combined peak (proportional set size, sampled every 200 ms).
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ class Cost:
 
 
 def changed_text(folder: Path, size: int) -> Iterator[str]:
-    """The folder's text again and again until ``size`` bytes, with other words in every round."""
+    """Yield the text of the folder repeatedly, up to ``size`` bytes, with different words in every round."""
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.txt"))]
     draw, written = random.Random(0), 0
     while True:
         for text in texts:
-            # One word in twelve gets another ending, so that no round is the same words again.
+            # One word in twelve gets a different ending, so that no round repeats the same words.
             ending = "".join(draw.choices("aeioulnrst", k=3))
             changed = re.sub(
                 r"\b(\w+)(?= \w+ \w+ \w+ \w+ \w+ \w+ \w+ \w+ \w+ \w+ \w+ \w)",
@@ -109,7 +109,7 @@ def changed_text(folder: Path, size: int) -> Iterator[str]:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of processes whose parent ends, so that their CPU seconds are counted here."""
+    """Become the parent of orphaned processes, so that their CPU seconds are counted here."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
@@ -122,7 +122,7 @@ def wait_for_orphans() -> None:
 
 
 def measured(command: list[str]) -> Cost:
-    """Run a command with all the processes it starts."""
+    """Run a command and measure it with all the processes it starts."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     process = subprocess.Popen(
@@ -138,9 +138,9 @@ def measured(command: list[str]) -> Cost:
         time.sleep(0.2)
     seconds = time.perf_counter() - began
     assert process.stderr is not None
-    said = process.stderr.read().decode()
+    stderr = process.stderr.read().decode()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command[:4])} failed:\n{said[-2000:]}")
+        raise SystemExit(f"{' '.join(command[:4])} failed:\n{stderr[-2000:]}")
     wait_for_orphans()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -195,7 +195,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
         "32768",
     ]
     subprocess.run([*first, "--workers", "2"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_orphans()  # their CPU seconds are not the first candidate's
+    wait_for_orphans()  # their CPU seconds must not count for the first candidate
     tokenizer = trained / "tokenizer.json"
     write_ranks(tokenizer, work / "ranks.json")
     (work / "with_datatrove.py").write_text(DATATROVE)
@@ -218,7 +218,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
                 [python, str(work / "with_datatrove.py"), small, str(tokenizer), str(work / "out")],
                 sizes["small"],
             ),
-            "nanoGPT's way, .jsonl": (
+            "nanoGPT's approach, .jsonl": (
                 [python, str(work / "as_nanogpt.py"), small, str(work / "ranks.json"), str(work / "out")],
                 sizes["small"],
             ),
@@ -239,7 +239,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
 
 
 def write_ranks(tokenizer: Path, path: Path) -> None:
-    """The tokenizer's merges as tiktoken wants them."""
+    """Write the tokenizer's merges in the form that tiktoken needs."""
     from data_prep.tokenizers.tokenizer import BYTE_OF_CHARACTER
 
     described = json.loads(tokenizer.read_text(encoding="utf-8"))

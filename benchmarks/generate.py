@@ -32,8 +32,9 @@ import torch
 import transformers
 
 from benchmarks.side_by_side import in_turn
+from data_prep.settings import TokenizerSettings
 from data_prep.sources.builtin_corpus import builtin_documents
-from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from data_prep.tokenizers.training import train_tokenizer
 from lm.config.settings import Config
 from lm.export.gguf import export_gguf
 from lm.export.huggingface import export_huggingface, unwritable_ids

@@ -1,10 +1,10 @@
-"""The loader: batches a second against nanoGPT's way, what training really uses, packing, and opening many shards.
+"""The loader: batches per second compared with nanoGPT, the batches of training, packing, and opening many shards.
 
     python -m benchmarks.loader [--rounds 7]
 
-nanoGPT's way, in our words: open the memory map anew for each batch, draw random positions, copy a window from each
-into int64, stack inputs and targets. Ours visits every window once an epoch in a keyed order. One candidate makes
-``BATCHES`` batches of 12 x 1024 at a time, all of them in turn; text lengths are drawn from a log-normal distribution.
+nanoGPT's approach, reimplemented: open the memory map for each batch, draw random positions, copy a window from each as
+int64, stack inputs and targets. Ours visits every window once per epoch in a keyed order. Candidates take turns, each
+making ``BATCHES`` batches of 12 x 1024; text lengths come from a log-normal distribution.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import data_prep
 from benchmarks.side_by_side import in_turn
-from data_prep.pipeline.build import BuildSettings, build
 from data_prep.shards.tokens import (
     MANIFEST,
     Dataset,
@@ -50,10 +50,10 @@ def document_lengths(documents: int) -> np.ndarray:
 
 
 def dataset_in(folder: Path, write: Callable[[Path], Sequence[ShardRecord]]) -> Dataset:
-    """A dataset whose training shards ``write`` makes, with a tokenizer of 256 bytes and a few marks."""
+    """Make a dataset whose training shards ``write`` produces, with the tokenizer ``bytes``."""
     source = folder / "text.txt"
     source.write_text("a text\n" * 100, encoding="utf-8")
-    build(BuildSettings.from_options((str(source),), folder / "data", kind="bytes", validation_fraction=0.0))
+    data_prep.build([source], folder / "data", tokenizer_kind="bytes", validation_fraction=0.0)
     for shard in (folder / "data").glob("train-*"):
         shard.unlink()
     path = folder / "data" / MANIFEST
@@ -64,7 +64,7 @@ def dataset_in(folder: Path, write: Callable[[Path], Sequence[ShardRecord]]) -> 
 
 
 def large_shards(directory: Path) -> Sequence[ShardRecord]:
-    """Random tokens in a few shards."""
+    """Write random tokens to a few shards."""
     draws = np.random.default_rng(1)
     with ShardWriter(directory, "train", vocab_size=256, shard_tokens=SHARD_TOKENS) as writer:
         written = 0
@@ -79,7 +79,7 @@ def large_shards(directory: Path) -> Sequence[ShardRecord]:
 
 
 def many_shards(directory: Path) -> Sequence[ShardRecord]:
-    """Ten documents of 100 tokens in each of 10,000 shards."""
+    """Write 10,000 shards of ten documents with 100 tokens each."""
     lengths = np.full(10, 100)
     tokens = np.full(1000, 65, dtype="<u2")
     tokens[99::100] = 0
@@ -105,7 +105,7 @@ def nanogpt(path: Path) -> Callable[[], object]:
 
 
 def called(make: Callable[[int], object]) -> Callable[[], object]:
-    """``BATCHES`` calls of ``make``, each time with the numbers that come next."""
+    """Return a function that calls ``make`` ``BATCHES`` times with consecutive numbers."""
     numbers = count()
 
     def batches() -> None:
@@ -133,7 +133,7 @@ def compare(folder: Path, rounds: int) -> None:
             batches = TrainingBatches(Corpora([dataset]), config.replace(packing=packing, objective=objective))
             candidates[f"{packing}, {objective} for training"] = called(batches.batch)
     timings = in_turn(candidates, rounds=rounds)
-    print(f"\nbatches of {ROWS} x {CONTEXT} a second{'':23}on the clock  of CPU  times nanoGPT (CPU)")
+    print(f"\nbatches of {ROWS} x {CONTEXT} per second{'':19}wall clock     CPU  times nanoGPT (CPU)")
     first = next(iter(timings.values()))
     for name, timing in timings.items():
         rates = f"{BATCHES / timing.wall:12,.0f}  {BATCHES / timing.cpu:6,.0f}  {first.cpu / timing.cpu:.2f}"
@@ -141,7 +141,7 @@ def compare(folder: Path, rounds: int) -> None:
 
 
 class Lengths(Split):
-    """A split of which only the documents' lengths are there."""
+    """A split that only has document lengths."""
 
     def __init__(self, lengths: np.ndarray) -> None:
         record = ShardRecord("train-00000", 0, int(lengths.sum()), len(lengths), 0, 0, "", "", "", "")
@@ -162,7 +162,7 @@ def pack() -> None:
         seconds = time.process_time() - began
         print(
             f"  rows of {context_length:4}: {seconds:.2f} CPU s, {len(plan.starts) / seconds / 1e6:.1f}M fragments/s, "
-            f"{split.tokens / plan.rows / context_length:.3%} full, {plan.nbytes / MILLION:.1f} bytes a document"
+            f"{split.tokens / plan.rows / context_length:.3%} full, {plan.nbytes / MILLION:.1f} bytes per document"
         )
 
 
@@ -176,7 +176,7 @@ def opening(folder: Path) -> None:
     config = Config().replace(context_length=CONTEXT, batch_tokens=ROWS * CONTEXT)
     began = time.perf_counter()
     TrainingBatches(Corpora([dataset]), config).batch(0)
-    print(f"\nopening {SHARDS:,} shards: {min(walls):.2f} s; its first batch {time.perf_counter() - began:.3f} s")
+    print(f"\nopening {SHARDS:,} shards: {min(walls):.2f} s; first batch {time.perf_counter() - began:.3f} s")
 
 
 if __name__ == "__main__":

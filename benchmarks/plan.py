@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from data_prep.pipeline.build import BuildSettings, build
+import data_prep
 
 # Presets, and the batches that they are given here.
 BATCHES = {
@@ -63,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data or Path(scratch) / "data"
         if arguments.data is None:
-            build(BuildSettings.from_options(("builtin",), data, vocab_size=8192, validation_fraction=0.02))
+            data_prep.build(["builtin"], data, vocab_size=8192, validation_fraction=0.02)
         print("preset  rows  peak MB: planned  real  ratio   tokens/s: planned  real  ratio   share of peak")
         for preset in arguments.presets:
             found = compare(preset, data, arguments.steps, arguments.threads, Path(scratch))

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_prep.pipeline.build import BuildSettings, build
+import data_prep
 from data_prep.shards.convert import import_dataset
 from data_prep.shards.tokens import open_dataset
 from lm.config.recipes import find_recipe, load_config
@@ -168,8 +168,7 @@ def make_dataset(text: tuple[str, str], folder: Path) -> Path:
     """Shards of both parts, each one document, with the characters of the first part as tokens."""
     source = folder / "train.txt"
     source.write_text(text[0], encoding="utf-8", newline="")
-    options = {"kind": "characters", "validation_fraction": 0.0}
-    build(BuildSettings.from_options((str(source),), folder / "characters", **options))
+    data_prep.build([source], folder / "characters", tokenizer_kind="characters", validation_fraction=0.0)
     tokenizer = open_dataset(folder / "characters").tokenizer
     (folder / "tokens").mkdir()
     for name, part in zip(("train", "val"), text, strict=True):

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside, flushed to the disk, renamed."""
+"""Files that are either complete or absent: written under a temporary name, flushed to disk, renamed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_prep.errors import UserError
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names inside ``directory`` (a rename, a new file) survive a power cut."""
+    """Make new and renamed files in ``directory`` survive a power failure."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,30 +26,30 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path, *, sync_name: bool = True) -> Iterator[IO[bytes]]:
-    """Open ``path`` for writing; it appears, complete and on the disk, only when the block ends without an error.
+    """Open ``path`` for writing; it appears, complete and on disk, only if the block ends without an error.
 
-    Without ``sync_name`` its name survives a power cut only after another file of its directory has been written.
+    Without ``sync_name``, its name survives a power failure only after another file in its directory has been written.
     """
-    beside = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
         if sync_name:
             sync_directory(path.parent)
-    except BaseException:  # of whatever kind, it goes on up
-        beside.unlink(missing_ok=True)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
 def only_writer_of(directory: Path, refusal: str) -> Iterator[None]:
-    """Hold a lock on a directory; the system frees it when this process ends, however it ends.
+    """Hold a lock on a directory; the system releases it when this process ends, even if it is killed.
 
     Raises:
-        UserError: another process holds it; ``refusal`` is the sentence.
+        UserError: another process holds the lock; ``refusal`` is the message.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -63,7 +63,7 @@ def only_writer_of(directory: Path, refusal: str) -> Iterator[None]:
 
 
 def empty_directory(directory: Path) -> None:
-    """Remove everything in a directory, but not itself."""
+    """Remove everything in a directory, but not the directory."""
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -72,18 +72,18 @@ def empty_directory(directory: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole small file (text as UTF-8) so that a reader sees the old content or the new, never a part."""
+    """Write a small file (text as UTF-8) so that readers see either the old content or the new one."""
     with atomic_file(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; OSError if it cannot be read, ValueError if it is no JSON or is meant to do harm."""
+    """Read a JSON file. Raises OSError if it cannot be read, ValueError if it is not JSON or too deeply nested."""
     return parse_json(path.read_text(encoding="utf-8"))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says; ValueError if it is none, or nested more deeply than Python follows."""
+    """Parse JSON text. Raises ValueError if it is invalid or nested too deeply for Python."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -91,23 +91,29 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of the file's bytes, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out`` when it is complete; nothing stays of one that is not."""
+    """Open a folder to write to; if the block ends without an error, it becomes ``out``."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already and not empty: choose another --out")
-    beside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        if out.exists():
-            out.rmdir()
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(f'"{out}" already exists and is not an empty folder: choose another --out')
+    name = out.resolve()
+    name.parent.mkdir(parents=True, exist_ok=True)
+    partial = name.parent / f".{name.name}.partial"
+    partial.mkdir(exist_ok=True)
+    with only_writer_of(partial, f'another process is writing to "{out}": wait for it, or choose another --out'):
+        empty_directory(partial)  # left by a process that was killed
+        try:
+            yield partial
+            for directory in [path for path in partial.rglob("*") if path.is_dir()]:
+                sync_directory(directory)
+            sync_directory(partial)
+            partial.replace(name)
+            sync_directory(name.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise

@@ -1,7 +1,8 @@
-"""How far a long command is: bars on a terminal, a line at each stage's end elsewhere. Everything goes to stderr."""
+"""Progress of long commands, on stderr: bars in a terminal or notebook, elsewhere a line at the end of each stage."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,17 +14,17 @@ if TYPE_CHECKING:
 
 
 class Reporter(Protocol):
-    """What a long function needs to tell how far it is."""
+    """What a long function needs to report its progress."""
 
     def stage(self, name: str, total_bytes: int | None) -> AbstractContextManager[Callable[[int], None]]:
-        """Begin a stage of about ``total_bytes``; call what it gives with the bytes done since the last call."""
+        """Start a stage of about ``total_bytes``; yields a function to call with the bytes done since its last call."""
 
     def note(self, message: str) -> None:
-        """Tell something on a line of its own."""
+        """Print a message on its own line."""
 
 
 class SilentReporter:
-    """Tells nothing."""
+    """Reports nothing."""
 
     @contextmanager
     def stage(self, name: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
@@ -34,13 +35,13 @@ class SilentReporter:
 
 
 class ConsoleReporter:
-    """Tells a person: a bar with speed and time left on a terminal, plain lines in a log file."""
+    """Reports to a person: bars with speed and remaining time in a terminal or notebook, plain lines in a log file."""
 
     @contextmanager
     def stage(self, name: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
         started = time.monotonic()
         done = 0
-        with _bar() if sys.stderr.isatty() else nullcontext() as bar:
+        with _bar() if _can_show_bars() else nullcontext() as bar:
             task = bar.add_task(name, total=total_bytes) if bar else None
 
             def advance(size: int) -> None:
@@ -58,8 +59,13 @@ class ConsoleReporter:
         print(message, file=sys.stderr, flush=True)
 
 
+def _can_show_bars() -> bool:
+    in_notebook = "ipykernel" in sys.modules and importlib.util.find_spec("ipywidgets") is not None
+    return sys.stderr.isatty() or in_notebook
+
+
 def _bar() -> Progress:
-    from rich.console import Console  # a third of the time in which a small command is done
+    from rich.console import Console  # a third of the time of a small command
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     return Progress(

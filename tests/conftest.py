@@ -16,8 +16,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from data_prep.pipeline.build import BuildSettings, build
-from data_prep.shards.tokens import Dataset, open_dataset
+import data_prep
+from data_prep.progress import SilentReporter
+from data_prep.shards.tokens import Dataset
 from lm.config.settings import Config
 from lm.data.batch import Batch
 from lm.inference.language_model import LanguageModel
@@ -181,8 +182,8 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build_dataset(source: Path, out: Path, **changes: Any) -> Dataset:
-    build(BuildSettings.from_options((str(source),), out, **{"validation_fraction": 0.1} | changes))
-    return open_dataset(out)
+    options = {"validation_fraction": 0.1, "workers": 1} | changes
+    return data_prep.build([source], out, progress=SilentReporter(), **options)
 
 
 def loaded(run: Run, device: str = "cpu") -> LanguageModel:
@@ -207,8 +208,8 @@ def other_dataset(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def byte_dataset(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """The same documents, one token per byte."""
-    return build_dataset(text_folder, tmp_path_factory.mktemp("data") / "bytes", kind="bytes")
+    """The same documents, one token a byte."""
+    return build_dataset(text_folder, tmp_path_factory.mktemp("data") / "bytes", tokenizer_kind="bytes")
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,9 @@ FLOORS = {
         "cli",
     ),
     "data_prep": (
-        "errors cores",
+        "errors",
         "files progress",
+        "settings",
         "sources",
         "cleaning tokenizers",
         "shards",
@@ -41,8 +42,8 @@ FLOORS = {
 # Lower floors, but none of their business.
 NEVER = {("serve", "objectives"), ("export", "objectives"), ("training", "inference"), ("export", "inference")}
 # What any room of lm may take of data_prep, and what some rooms may take besides.
-FACES = {"errors", "files", "tokenizers", "shards"}
-MORE = {"data": {"sources"}, "evaluation": {"sources"}, "training": {"cores"}, "cli": {"cli", "sources"}}
+FACES = {"errors", "files", "settings", "tokenizers", "shards"}
+MORE = {"data": {"sources"}, "evaluation": {"sources"}, "cli": {"cli", "sources"}}
 MOST_ENTRIES = {"lm": 16, "data_prep": 12}
 
 

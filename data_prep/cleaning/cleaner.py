@@ -1,10 +1,10 @@
-"""Cleaning: what changes a text or leaves a whole document out, each step by its own setting and counted.
+"""Clean documents: each step changes a text or drops a document, has its own setting, and is counted.
 
     text -> control characters -> Unicode form -> length -> quality -> repetition -> evaluation texts -> language
 
-Duplicates are found over the whole corpus afterwards (``duplicates``). The steps that change a text come
-first, and in this order: removing a character can undo a Unicode form, but no form brings a removed character back. So
-cleaning a cleaned text changes nothing.
+Duplicates are found over the whole corpus afterwards (``duplicates``). The steps that change a text come first, and in
+this order: removing a character can undo a Unicode form, but no form restores a removed character. Cleaning is
+therefore idempotent.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any, Literal, cast
 from data_prep.cleaning.decontamination import EvaluationTexts
 from data_prep.cleaning.gopher import quality_problem, repetition_problem
 from data_prep.cleaning.ngrams import WordHashes
-from data_prep.cleaning.settings import INSTALL, CleaningSettings, _load_language_identifier
 from data_prep.errors import UserError
+from data_prep.settings import INSTALL, CleaningSettings, load_language_identifier
 
 MOST_EXAMPLES = 3
 EXAMPLE_CHARACTERS = 200
-LANGUAGE_CHARACTERS = 1000  # what the language is told from
+LANGUAGE_CHARACTERS = 1000  # the beginning of a text that determines its language
 
-# Ends of lines that are no \n: removed without a trace they would join two words.
+# Line endings other than \n: deleting them would join two words.
 _LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85]")
 # The other control characters; soft hyphen, zero-width space, word joiner, invisible operators, deprecated format
-# characters, byte-order mark, interlinear annotation, language tag. Joiners (ZWJ, ZWNJ), the marks of writing direction
-# and the tags of flags change what a reader sees, and stay.
+# characters, byte-order mark, interlinear annotation, language tag. Joiners (ZWJ, ZWNJ), directional marks and flag
+# tags affect what a reader sees and are kept.
 _REMOVED = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u2060-\u2064\u206a-\u206f\ufeff\ufff9-\ufffb\U000e0001]"
 )
@@ -39,24 +39,26 @@ _REMOVED = re.compile(
 
 @dataclass
 class StepReport:
-    """What one step did. ``changed_bytes`` is the size of the changed documents before, in UTF-8."""
+    """What one step did. ``changed_bytes`` is the UTF-8 size of the changed documents before the change."""
 
     changed_documents: int = 0
     changed_bytes: int = 0
     removed_documents: int = 0
     removed_bytes: int = 0
-    examples: list[dict[str, str]] = field(default_factory=list)  # of at most MOST_EXAMPLES: "text" and "reason"
+    examples: list[dict[str, str]] = field(default_factory=list)  # at most MOST_EXAMPLES, with "text" and "reason"
 
     def _show(self, text: str, reason: str) -> None:
         if len(self.examples) < MOST_EXAMPLES:
             self.examples.append({"text": text[:EXAMPLE_CHARACTERS], "reason": reason})
 
     def change(self, text: str, reason: str) -> None:
+        """Count a changed document."""
         self.changed_documents += 1
         self.changed_bytes += len(text.encode("utf-8"))
         self._show(text, reason)
 
     def remove(self, text: str, reason: str) -> None:
+        """Count a dropped document."""
         self.removed_documents += 1
         self.removed_bytes += len(text.encode("utf-8"))
         self._show(text, reason)
@@ -71,12 +73,12 @@ class StepReport:
 
 @dataclass
 class CleaningReport:
-    """What each step did, by its name. Merged in the order of the parts it is the same for any number of workers."""
+    """What each step did, by name. Merged in the order of the parts, it does not depend on the number of workers."""
 
     steps: dict[str, StepReport] = field(default_factory=dict)
 
     def step(self, name: str) -> StepReport:
-        """The step of this name, which begins with nothing done."""
+        """Return the report of a step, initially empty."""
         return self.steps.setdefault(name, StepReport())
 
     def merge(self, other: CleaningReport) -> None:
@@ -92,9 +94,9 @@ class CleaningReport:
 
 
 class Cleaner:
-    """Cleans one text after another. Made once in each worker process, because it loads what its steps need.
+    """Clean texts. Create it once per worker process, because it loads what its steps need.
 
-    ``report`` counts since the beginning and may be replaced by an empty one at any time. Raises ``UserError`` for an
+    ``report`` accumulates counts and may be replaced by an empty one at any time. Raises ``UserError`` for an
     evaluation file that cannot be used.
     """
 
@@ -123,11 +125,11 @@ class Cleaner:
 
     @property
     def active(self) -> bool:
-        """False if ``clean`` would return every text as it is."""
+        """False if ``clean`` would return every text unchanged."""
         return bool(self._changes or self._filters)
 
     def clean(self, text: str) -> str | None:
-        """The cleaned text, or None if it is to be left out; both are counted in ``report``."""
+        """Return the cleaned text, or None to drop the document; ``report`` counts both."""
         for name, change in self._changes:
             changed, reason = change(text)
             if changed is not text:
@@ -144,11 +146,12 @@ class Cleaner:
 
 
 def without_control_characters(text: str) -> tuple[str, str]:
-    """The text without control and idle format characters, and what was done; the very same text if it has none.
+    """Return the text without control and invisible format characters, and what was done.
 
-    Other ends of lines than ``\\n`` become one, so that words do not grow together.
+    A text without such characters is returned unchanged (the same object). Line endings other than ``\\n`` become
+    ``\\n``, so that words stay separate.
     """
-    if text.replace("\n", " ").replace("\t", " ").isprintable():  # so it has none, and the search is for few texts
+    if text.replace("\n", " ").replace("\t", " ").isprintable():  # fast check: most texts have none
         return text, ""
     changed, line_ends = _LINE_ENDS.subn("\n", text)
     changed, removed = _REMOVED.subn("", changed)
@@ -158,7 +161,7 @@ def without_control_characters(text: str) -> tuple[str, str]:
 
 
 def in_unicode_form(text: str, form: str) -> tuple[str, str]:
-    """The text in a Unicode normalisation form, and a word about it; the very same text if it is in that form."""
+    """Return the text in a Unicode normalization form, and a remark; the same object if it already has that form."""
     known = cast(Literal["NFC", "NFD", "NFKC", "NFKD"], form)
     if unicodedata.is_normalized(known, text):
         return text, ""
@@ -166,33 +169,33 @@ def in_unicode_form(text: str, form: str) -> tuple[str, str]:
 
 
 def length_problem(text: str, fewest: int, most: int) -> str:
-    """Why the text is too short or too long, in characters, or ""; ``most`` 0 is no limit."""
+    """Return why the text is too short or too long, in characters, or "". A ``most`` of 0 means no limit."""
     if len(text) < fewest:
         return f"{len(text)} characters < {fewest}"
     return f"{len(text)} characters > {most}" if 0 < most < len(text) else ""
 
 
 def contamination_problem(text: str, texts: EvaluationTexts) -> str:
-    """Which evaluation text shares a run of words with this text, or ""."""
+    """Return which evaluation text shares a run of words with this text, or ""."""
     found = texts.match(text)
     return f"shares a run of words with {found}" if found else ""
 
 
 class LanguageFilter:
-    """Removes texts that are in none of the languages, judged by their first ``LANGUAGE_CHARACTERS`` characters.
+    """Drop texts in other languages, judging by the first ``LANGUAGE_CHARACTERS`` characters.
 
-    The judge is py3langid (Lui and Baldwin 2012, "langid.py: An Off-the-shelf Language Identification Tool", with a
-    later model of 139 languages), which works without a network. Raises ``UserError`` if it is not installed.
+    Uses py3langid (Lui and Baldwin 2012, "langid.py: An Off-the-shelf Language Identification Tool", with a later model
+    of 139 languages), which works offline. Raises ``UserError`` if it is not installed.
     """
 
     def __init__(self, languages: tuple[str, ...]) -> None:
         self._languages = frozenset(languages)
         try:
-            self._identifier = _load_language_identifier()
+            self._identifier = load_language_identifier()
         except ImportError:
             raise UserError(f"the language filter needs the package py3langid: {INSTALL}") from None
 
     def __call__(self, text: str) -> str:
-        """Why to remove the text, or ""."""
+        """Return why to drop the text, or ""."""
         found, _ = self._identifier.classify(text[:LANGUAGE_CHARACTERS])
         return "" if found in self._languages else f"language {found}"

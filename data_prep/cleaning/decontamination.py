@@ -1,8 +1,8 @@
-"""Texts that a model will be judged by, found again in what it would be trained on, by runs of words they share.
+"""Find evaluation texts in training text, by the runs of words they share.
 
-After Brown et al. (2020), "Language Models are Few-Shot Learners", appendix C, arXiv:2005.14165: a document that shares
-a run of 13 words with an evaluation text, without regard to case and punctuation, is contaminated. Here the whole
-document goes, not only the part around the run.
+After Brown et al. (2020), "Language Models are Few-Shot Learners", appendix C, arXiv:2005.14165: a document is
+contaminated if it shares a run of 13 words with an evaluation text, ignoring case and punctuation. Here the whole
+document is dropped, not only the part around the run.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import numpy.typing as npt
 
 from data_prep.cleaning.ngrams import Hashes, WordHashes, ngram_hashes, ngram_hashes_of_lengths, plain_words
 from data_prep.errors import UserError
-from data_prep.sources.reading import unpacked_name
+from data_prep.sources.reading import uncompressed_name
 from data_prep.sources.storage import UnreadableError, open_stream
-from data_prep.sources.text_files import with_equal_newlines
+from data_prep.sources.text_files import normalize_newlines
 
-FEWEST_WORDS = 5  # a text of fewer words is everywhere, and tells nothing
+FEWEST_WORDS = 5  # shorter texts occur everywhere by chance
 SHOWN_WORDS = 10
 _TABLE_SLOTS_PER_HASH = 16
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 class EvaluationTexts:
-    """The runs of ``ngram`` words of all texts in the files, ready to be looked for.
+    """An index of the runs of ``ngram`` words in all texts of the files.
 
-    A text of fewer words, but at least ``FEWEST_WORDS``, is looked for as a whole. Takes about 40 bytes a run.
-    Raises ``UserError`` for a file that cannot be read as text, and for one without any text long enough.
+    A shorter text with at least ``FEWEST_WORDS`` words is matched as a whole. Uses about 40 bytes per run. Raises
+    ``UserError`` for a file that cannot be read as text or has no text that is long enough.
     """
 
     def __init__(self, files: Sequence[Path], ngram: int, word_hashes: WordHashes) -> None:
@@ -53,7 +53,7 @@ class EvaluationTexts:
                     self._labels.append(f'"{" ".join(text.split()[:SHOWN_WORDS])}" of {path.name}')
             if len(runs) == before:
                 raise UserError(
-                    f'"{path}" has no text of {FEWEST_WORDS} words or more to keep out of the training text'
+                    f'"{path}" has no text of {FEWEST_WORDS} words or more to look for in the training text'
                 )
         self._make_table(np.concatenate(runs), np.concatenate(owners))
 
@@ -66,7 +66,7 @@ class EvaluationTexts:
         return ngram_hashes(words, length)
 
     def _make_table(self, hashes: Hashes, owners: npt.NDArray[np.int32]) -> None:
-        """Sorted hashes with their texts, and a table by leading bits that says at once that a hash is not there."""
+        """Sort the hashes, and make a table of their leading bits that rules out most other hashes quickly."""
         self._hashes, first = np.unique(hashes, return_index=True)
         self._owners = owners[first]
         bits = max(16, (_TABLE_SLOTS_PER_HASH * len(self._hashes)).bit_length())
@@ -75,23 +75,23 @@ class EvaluationTexts:
         self._table[self._hashes >> self._shift] = True
 
     def match(self, text: str) -> str:
-        """The first words and the file of an evaluation text that shares a run of words with this one, or ""."""
+        """Return the first words and the file of an evaluation text that shares a run of words with this one, or ""."""
         words = self._word_hashes.of(plain_words(text))
         runs = np.concatenate(list(ngram_hashes_of_lengths(words, self._lengths)))
         likely = runs[self._table[runs >> self._shift]]
-        places = np.minimum(np.searchsorted(self._hashes, likely), len(self._hashes) - 1)
-        found = places[self._hashes[places] == likely]
+        positions = np.minimum(np.searchsorted(self._hashes, likely), len(self._hashes) - 1)
+        found = positions[self._hashes[positions] == likely]
         return self._labels[self._owners[found[0]]] if len(found) else ""
 
 
 def evaluation_texts(path: Path) -> Iterator[str]:
-    """The texts of an evaluation file, which may be packed as a source may be.
+    """Return the texts of an evaluation file, which may be compressed.
 
-    In .jsonl each string of a record, however deep, is a text, and in .csv and .tsv each field. Any other file is
-    text: its paragraphs, which blank lines separate, or its lines if there is no blank line.
+    In .jsonl every string of a record counts, however deeply nested, and in .csv and .tsv every field. Any other file
+    is read as text: by paragraphs, or by lines if it has no blank line.
     """
     content = _read_text(path)
-    name = unpacked_name(path.name)
+    name = uncompressed_name(path.name)
     if name.endswith(".jsonl"):
         return _texts_of_records(path, content)
     if name.endswith((".csv", ".tsv")):
@@ -104,13 +104,13 @@ def _read_text(path: Path) -> str:
         with open_stream(str(path)) as stream:
             content = b"".join(stream.blocks())
     except UnreadableError as error:
-        raise UserError(f'the evaluation file "{path}" {error}: name one that can be read') from None
+        raise UserError(f'the evaluation file "{path}" {error}: choose one that can be read') from None
     if stream.damage:
-        raise UserError(f'"{path}" is damaged ({stream.damage}): get a whole copy, or leave it out')
+        raise UserError(f'"{path}" is damaged ({stream.damage}): get an intact copy, or exclude it')
     try:
-        return with_equal_newlines(content).decode("utf-8-sig")
+        return normalize_newlines(content).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f'"{path}" is not UTF-8 text ({error.reason}): convert it, or leave it out') from None
+        raise UserError(f'"{path}" is not UTF-8 text ({error.reason}): convert it, or exclude it') from None
 
 
 def _texts_of_records(path: Path, content: str) -> Iterator[str]:
@@ -120,7 +120,7 @@ def _texts_of_records(path: Path, content: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f'"{path}", line {number} is no JSON ({error}): mend the line, or leave it out') from None
+            raise UserError(f'"{path}", line {number} is not JSON ({error}): fix or remove the line') from None
         yield from _strings_in(record)
 
 
@@ -130,7 +130,7 @@ def _texts_of_table(path: Path, content: str, delimiter: str) -> Iterator[str]:
         for row in rows:
             yield from row
     except csv.Error as error:
-        raise UserError(f'"{path}", line {rows.line_num} is no table ({error}): mend it, or leave it out') from None
+        raise UserError(f'"{path}", line {rows.line_num} is not valid CSV ({error}): fix or remove it') from None
 
 
 def _strings_in(value: Any) -> Iterator[str]:

@@ -1,12 +1,12 @@
-"""The filters of Gopher's training text: repetition (table A1) and quality (section A.1.1).
+"""Filters for repetition (table A1) and quality (section A.1.1) from the Gopher paper.
 
 Source: Rae et al. (2021), "Scaling Language Models: Methods, Analysis & Insights from Training Gopher",
-arXiv:2112.11446. The thresholds are the paper's. What the paper leaves open is decided so: words are what white space
-separates; lines and paragraphs (which blank lines separate) are stripped, and empty ones do not count; characters are
-those of words, lines or paragraphs, without the white space between them; a repeat is whatever occurred before in the
-same text, so the first occurrence is none.
+arXiv:2112.11446. The thresholds are the paper's. Details the paper leaves open are resolved as follows: words are
+separated by whitespace; lines and paragraphs (separated by blank lines) are stripped, and empty ones do not count;
+characters are those of words, lines or paragraphs, without the whitespace between them; a repeat is anything that
+occurred earlier in the same text, so the first occurrence does not count.
 
-Each function returns the reason to remove a text, with its figure, or "" to keep it.
+Each function returns the reason to drop a text, with its value, or "" to keep it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from data_prep.cleaning.ngrams import Hashes, WordHashes, ngram_hashes
 
-# Table A1: the largest share of repeats that stays.
+# Table A1: the largest fraction of repeats allowed.
 MOST_REPEATED_UNITS = 0.30  # of lines, and of paragraphs
 MOST_REPEATED_UNIT_CHARACTERS = 0.20  # of characters, in lines and in paragraphs
 MOST_TOP_NGRAM_CHARACTERS = {2: 0.20, 3: 0.18, 4: 0.16}
@@ -43,7 +43,7 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 def quality_problem(text: str) -> str:
-    """Why the text fails one of the quality filters, or "". The stop words are English, as in the paper."""
+    """Return why the text fails a quality filter, or "". The stop words are English, as in the paper."""
     words = text.split()
     return _words_problem(words) or _symbols_problem(text, words) or _lines_problem(_stripped(text.split("\n")))
 
@@ -90,10 +90,10 @@ def _lines_problem(lines: Sequence[str]) -> str:
 
 
 def repetition_problem(text: str, word_hashes: WordHashes) -> str:
-    """Why the text repeats itself too much, or "".
+    """Return why the text is too repetitive, or "".
 
-    The top n-gram is the most frequent one, the earlier of equals, if it occurs twice; its characters, and those of
-    repeated n-grams, are those of all words that an occurrence covers, each counted once.
+    The top n-gram is the most frequent one that occurs at least twice (the earliest, in a tie). Its characters, and
+    those of repeated n-grams, are those of all words covered by an occurrence, each counted once.
     """
     return (
         _units_problem("lines", _stripped(text.split("\n")))
@@ -127,7 +127,7 @@ def _ngrams_problem(words: Sequence[str], word_hashes: WordHashes) -> str:
     characters = lengths.sum()
     occurrences = _highest_count(ngram_hashes(hashes, 2))
     for length, most in MOST_TOP_NGRAM_CHARACTERS.items():
-        # No run occurs more often than the top pair of words, which tells of most texts that they are far below.
+        # No run occurs more often than the top pair of words, which rules out most texts quickly.
         if occurrences * length * lengths.max() <= most * characters:
             continue
         share = _covered_share(_top_positions(ngram_hashes(hashes, length)), length, lengths)
@@ -137,14 +137,14 @@ def _ngrams_problem(words: Sequence[str], word_hashes: WordHashes) -> str:
         share = _covered_share(_repeat_positions(ngram_hashes(hashes, length)), length, lengths)
         if share > most:
             return f"characters in repeated {length}-grams {share:.2f} > {most:g}"
-        # A repeated run of n + 1 words is made of repeated runs of n, so the share only falls from here on.
+        # A repeated run of n + 1 words contains repeated runs of n, so the share can only decrease from here.
         if share <= min(MOST_REPEATED_NGRAM_CHARACTERS.values()):
             break
     return ""
 
 
 def _grouped(hashes: Hashes) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
-    """Positions ordered by hash and then by place, and for each whether it begins a new hash."""
+    """Return the positions sorted by hash and then by position, and whether each one starts a new hash."""
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     begins = np.ones(len(hashes), np.bool_)
@@ -164,7 +164,7 @@ def _highest_count(hashes: Hashes) -> int:
 
 
 def _top_positions(hashes: Hashes) -> npt.NDArray[np.intp]:
-    """Where the most frequent n-gram begins; nowhere if none occurs twice."""
+    """Return where the most frequent n-gram begins; empty if none occurs twice."""
     order, begins = _grouped(hashes)
     starts = np.flatnonzero(begins)
     counts = np.diff(starts, append=len(hashes))
@@ -176,10 +176,10 @@ def _top_positions(hashes: Hashes) -> npt.NDArray[np.intp]:
 
 
 def _covered_share(positions: npt.NDArray[np.intp], length: int, word_lengths: npt.NDArray[np.int64]) -> float:
-    """The share of characters in words that runs of ``length`` words from these positions cover."""
+    """Return the fraction of characters in words covered by runs of ``length`` words from these positions."""
     if len(positions) == 0:
         return 0.0
     covered = np.zeros(len(word_lengths), np.bool_)
-    for place in range(length):
-        covered[positions + place] = True
+    for offset in range(length):
+        covered[positions + offset] = True
     return float(word_lengths[covered].sum() / word_lengths.sum())

@@ -1,1 +1,1 @@
-"""What is typed after ``python -m data_prep``."""
+"""The command line: ``python -m data_prep``."""

@@ -1,4 +1,4 @@
-"""Commands that tell a person what to mend, in one sentence and without a traceback."""
+"""Commands that report errors in one sentence, without a traceback."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from data_prep.errors import INTERRUPTED_STATUS, MACHINE_ERROR_STATUS, USER_ERRO
 def friendly_errors(context: click.Context) -> Iterator[None]:
     """Turn errors into one line on stderr and an exit status.
 
-    What the user can mend (``UserError``) leaves with 2, what the machine did (``OSError``) with 1, Ctrl-C with 130.
-    A reader that went away (``… | head``) is no error worth a word.
+    The status is 2 for errors the user can fix (``UserError``), 1 for errors of the machine (``OSError``), 130 for
+    Ctrl-C. A closed pipe (``… | head``) is not reported.
     """
     try:
         yield
@@ -25,7 +25,7 @@ def friendly_errors(context: click.Context) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         _leave(context, str(interrupt) or "stopped", INTERRUPTED_STATUS)
     except BrokenPipeError:
-        raise  # click ends quietly
+        raise  # click exits silently
     except OSError as error:
         _leave(context, f"error: {_sentence(error)}", MACHINE_ERROR_STATUS)
 
@@ -33,8 +33,8 @@ def friendly_errors(context: click.Context) -> Iterator[None]:
 def _sentence(error: OSError) -> str:
     if error.strerror is None:
         return str(error)
-    place = f'"{error.filename}": ' if error.filename is not None else ""
-    return place + error.strerror[:1].lower() + error.strerror[1:]
+    file = f'"{error.filename}": ' if error.filename is not None else ""
+    return file + error.strerror[:1].lower() + error.strerror[1:]
 
 
 def _leave(context: click.Context, message: str, status: int) -> None:
@@ -51,7 +51,7 @@ class FriendlyCommand(click.Command):
 
 
 class FriendlyGroup(click.Group):
-    """A group whose commands all have ``friendly_errors``."""
+    """A group whose commands have ``friendly_errors``."""
 
     command_class = FriendlyCommand
 

@@ -1,94 +1,79 @@
-"""The commands of data preparation. Heavy imports wait until a command runs: --help is quick."""
+"""The commands of data preparation. Heavy imports happen inside commands, so that --help is fast."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from data_prep.cli.errors import FriendlyGroup
-from data_prep.cli.options import cleaning_options, reading_options, tokenizer_options
-from data_prep.cores import available_cores
+from data_prep.cli.options import options_of
+from data_prep.cli.tables import print_table
 from data_prep.errors import UserError
-
-if TYPE_CHECKING:
-    from data_prep.pipeline.build import BuildSettings
+from data_prep.settings import (
+    DEFAULT_SHARD_TOKENS,
+    BuildSettings,
+    CleaningSettings,
+    ReadSettings,
+    TokenizerSettings,
+)
 
 DIRECTORY = click.Path(path_type=Path)
-LEFT_OUT_STATUS = 3
-EMPTY = "empty document"  # the one thing left out that nobody misses
+SKIPPED_STATUS = 3
+EMPTY = "empty document"  # the only skipped input that does not matter
 EXPORTED = ("nanogpt", "llmc", "datatrove", "olmo")
 IMPORTED = (*EXPORTED, "megatron")
 
 
 @click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def main() -> None:
-    """Raw text to token shards: train a tokenizer, encode, and look at the result."""
+    """Turn raw text into token shards: train a tokenizer, encode, and inspect the result."""
 
 
 @main.command()
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.option("--out", type=DIRECTORY, required=True, help="Folder for the dataset; it is made if it is not there.")
-@reading_options
-@cleaning_options
-@tokenizer_options
-@click.option(
-    "--validation-fraction",
-    type=float,
-    default=0.05,
-    show_default=True,
-    help="Share of the documents kept for validation, from 0 to below 1.",
-)
-@click.option("--shard-tokens", type=int, default=2**26, show_default=True, help="Most tokens in one file.")
-@click.option("--workers", type=int, default=None, help="Processes that work.  [default: the cores available]")
-@click.option(
-    "--engine",
-    type=click.Choice(["local", "ray"]),
-    default="local",
-    show_default=True,
-    help="Where they work: on this machine, or on the Ray cluster that RAY_ADDRESS names.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--out", type=DIRECTORY, required=True, help="Folder for the dataset; created if missing.")
+@options_of(ReadSettings, CleaningSettings, TokenizerSettings, BuildSettings)
+@click.option("--dry-run", is_flag=True, help="Print an estimate without building anything.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.pass_context
-def build(context: click.Context, dry_run: bool, as_json: bool, workers: int | None, **options: Any) -> None:
-    """Make a dataset from text.
+def build(
+    context: click.Context, sources: tuple[str, ...], out: Path, dry_run: bool, as_json: bool, **settings: Any
+) -> None:
+    """Build a dataset from text.
 
-    A SOURCE is a file (.txt, .md, .jsonl, .csv, .parquet, any but the last with .gz, .zst, .bz2 or .xz), a folder of
-    such files, a pattern ("texts/**/*.md"), - for standard input, "builtin" for the documentation inside Python and
-    installed packages, hf:NAME[:SPLIT] for a Hugging Face dataset or a local folder of one, or an address that fsspec
-    knows (s3://…). NAME=SOURCE gives it a name, SOURCE@2 a weight in training.
+    A SOURCE is a file (.txt, .md, .jsonl, .csv or .parquet; all but .parquet may be compressed as .gz, .zst, .bz2 or
+    .xz), a folder of such files, a pattern ("texts/**/*.md"), - for standard input, "builtin" for the documentation
+    in Python and installed packages, hf:NAME[:SPLIT] for a Hugging Face dataset or a local folder with one, or a URL
+    supported by fsspec (s3://…). NAME=SOURCE names a source, SOURCE@2 gives it a weight in training.
 
-    A build that was stopped goes on when the same command is called again. Exit status 3 says that the dataset is
-    whole, but that something damaged or unreadable was left out.
+    To resume a build that was stopped, run the same command again. Exit status 3 means that the dataset is complete,
+    but damaged or unreadable input was skipped.
     """
-    from data_prep.pipeline.build import BuildSettings
-    from data_prep.pipeline.build import build as build_dataset
-    from data_prep.progress import ConsoleReporter
+    import data_prep
 
-    settings = BuildSettings.from_options(workers=workers or available_cores(), **options)
     if dry_run:
-        _tell_estimate(settings, as_json)
+        _print_estimate(BuildSettings.from_options(sources, out, **settings), as_json)
         return
     try:
-        manifest = build_dataset(settings, progress=ConsoleReporter())
+        manifest = data_prep.build(sources, out, **settings).manifest
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; call the same command again to go on") from None
+        raise KeyboardInterrupt("stopped; run the same command again to resume") from None
     if as_json:
-        click.echo(json.dumps(_summary(settings.out, manifest), indent=2))
+        click.echo(json.dumps(_summary(out, manifest), indent=2))
     else:
-        _print_summary(settings.out, manifest)
+        _print_summary(out, manifest)
     if any(count for reason, count in manifest["left_out"].items() if reason != EMPTY):
-        context.exit(LEFT_OUT_STATUS)
+        context.exit(SKIPPED_STATUS)
 
 
-def _tell_estimate(settings: BuildSettings, as_json: bool) -> None:
-    from data_prep.pipeline.estimate import estimate
+def _print_estimate(settings: BuildSettings, as_json: bool) -> None:
+    from data_prep.pipeline.estimate import estimate_build
 
-    found = estimate(settings)
+    found = estimate_build(settings)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
         return
@@ -97,8 +82,8 @@ def _tell_estimate(settings: BuildSettings, as_json: bool) -> None:
     click.echo(
         f"{about} {found.text_bytes / 1e6:,.1f} MB of text in {found.documents:,} documents, {found.tokens:,} tokens"
     )
-    click.echo(f"{about} {found.seconds:,.0f} s with {settings.workers} workers, encoded by {found.encoder}")
-    click.echo(f"{about} {found.disk_bytes / 1e6:,.1f} MB on the disk, in {settings.out}")
+    click.echo(f"{about} {found.seconds:,.0f} s with {found.workers} workers and the encoder {found.encoder}")
+    click.echo(f"{about} {found.disk_bytes / 1e6:,.1f} MB on disk, in {settings.out}")
     click.echo("nothing was written")
 
 
@@ -118,17 +103,17 @@ def _summary(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("split", "documents", "tokens", "text MB", "bytes per token"):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
-    for name, split in _summary(out, manifest)["splits"].items():
-        ratio = "–" if split["bytes_per_token"] is None else f"{split['bytes_per_token']:.2f}"
-        row = (f"{split['documents']:,}", f"{split['tokens']:,}", f"{split['text_bytes'] / 1e6:,.2f}", ratio)
-        table.add_row(name, *row)
-    Console(highlight=False).print(table)
+    rows = [
+        (
+            name,
+            f"{split['documents']:,}",
+            f"{split['tokens']:,}",
+            f"{split['text_bytes'] / 1e6:,.2f}",
+            "–" if split["bytes_per_token"] is None else f"{split['bytes_per_token']:.2f}",
+        )
+        for name, split in _summary(out, manifest)["splits"].items()
+    ]
+    print_table(("split", "documents", "tokens", "text MB", "bytes per token"), rows)
     tokenizer = manifest["tokenizer"]
     click.echo(f"vocabulary: {tokenizer['vocab_size']:,} tokens ({tokenizer['kind']})")
     for step, report in manifest["cleaning"].items():
@@ -144,16 +129,16 @@ def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
 
 @main.command()
 @click.argument("directory", type=DIRECTORY)
-@click.option("--documents", type=int, default=3, show_default=True, help="Documents of each split to show.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the documents.")
-@click.option("--ids", is_flag=True, help="Show texts as single tokens with their ids.")
-@click.option("--page", type=DIRECTORY, help="Write a page with pictures to this .html file instead.")
+@click.option("--documents", type=int, default=3, show_default=True, help="Documents to show per split.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed for choosing the documents.")
+@click.option("--ids", is_flag=True, help="Show texts as tokens with their ids.")
+@click.option("--page", type=DIRECTORY, help="Write a page with plots to this .html file instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | None, as_json: bool) -> None:
-    """Show what a model will see.
+    """Show a dataset as a model will see it.
 
-    That is: totals, lengths of documents, a few of them, a window over a document's end, the most common tokens and
-    those never used, and bytes per token by source.
+    Prints totals, document lengths, sample documents, a window across the end of a document, the most common tokens,
+    unused tokens, and bytes per token by source.
     """
     from data_prep.shards.inspect import inspect_dataset, render
     from data_prep.shards.tokens import open_dataset
@@ -173,16 +158,17 @@ def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | 
 @main.command()
 @click.argument("name", metavar="TOKENIZER")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@reading_options
-@click.option("--most-bytes", type=int, default=10_000_000, show_default=True, help="Bytes of text to look at.")
+@options_of(ReadSettings)
+@click.option("--most-bytes", type=int, default=10_000_000, show_default=True, help="Bytes of text to read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def tokenizer(name: str, sources: tuple[str, ...], most_bytes: int, as_json: bool, **options: Any) -> None:
-    """Tell what a tokenizer makes of some text.
+    """Show how a tokenizer handles some text.
 
-    TOKENIZER is a tokenizer.json, a sentencepiece .model, a folder that holds one (a dataset, a run), or a hub name.
-    Each SOURCE is one as of build. Told are bytes per token, tokens never used, the longest ones, and what was lost.
+    TOKENIZER is a tokenizer.json, a sentencepiece .model, a folder with either (a dataset, a run), or a name on the
+    Hugging Face Hub. Each SOURCE is as for build. Prints bytes per token, unused tokens, the longest tokens, and how
+    much text was lost.
     """
-    from data_prep.sources.listing import ReadSettings, first_texts
+    from data_prep.sources.listing import first_texts
     from data_prep.tokenizers.load import load_tokenizer
     from data_prep.tokenizers.report import tokenizer_report
 
@@ -199,7 +185,7 @@ def tokenizer(name: str, sources: tuple[str, ...], most_bytes: int, as_json: boo
 @click.argument("directory", type=DIRECTORY)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(directory: Path, as_json: bool) -> None:
-    """Read a whole dataset and compare it with its checksums."""
+    """Read a whole dataset and check it against its checksums."""
     from data_prep.progress import ConsoleReporter
     from data_prep.shards.tokens import open_dataset
 
@@ -210,18 +196,21 @@ def verify(directory: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"directory": str(directory), "whole": True, "tokens": total}))
     else:
-        click.echo(f'"{directory}" is whole: {total:,} tokens, every checksum as it was built')
+        click.echo(f'"{directory}" is intact: {total:,} tokens, all checksums match')
 
 
 @main.command()
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=DIRECTORY)
-@click.option("--to", "target", type=click.Choice(EXPORTED), help="Layout to write SOURCE, a dataset, in.")
-@click.option("--from", "origin", type=click.Choice(IMPORTED), help="Layout that SOURCE, files or folders, has.")
-@click.option("--tokenizer", type=DIRECTORY, help="With --from: the tokenizer.json that made the tokens.")
+@click.option("--to", "target", type=click.Choice(EXPORTED), help="Layout to export SOURCE, a dataset, to.")
+@click.option("--from", "origin", type=click.Choice(IMPORTED), help="Layout of SOURCE, files or folders to import.")
+@click.option("--tokenizer", type=DIRECTORY, help="With --from: the tokenizer.json that produced the tokens.")
 @click.option("--out", type=DIRECTORY, required=True, help="New folder for the result.")
-@click.option("--copy", is_flag=True, help="With --to: copy the tokens where a hard link would do.")
+@click.option("--copy", is_flag=True, help="With --to: copy tokens even if a hard link would do.")
 @click.option(
-    "--shard-tokens", type=int, default=2**26, show_default=True, help="With --from: most tokens in one file."
+    "--shard-tokens",
+    default=DEFAULT_SHARD_TOKENS,
+    show_default=True,
+    help="With --from: maximum tokens per shard file.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def convert(
@@ -234,9 +223,9 @@ def convert(
     shard_tokens: int,
     as_json: bool,
 ) -> None:
-    """Take a dataset to the token files of another program, or bring such files in.
+    """Export a dataset to the token files of another program, or import such files.
 
-    With --to, SOURCE is a dataset. With --from, each SOURCE is a file or a folder of them; those with the word val,
+    With --to, SOURCE is a dataset. With --from, each SOURCE is a file or a folder of files; those with the word val,
     valid or validation in their name become the validation split.
     """
     from data_prep.progress import ConsoleReporter
@@ -245,7 +234,7 @@ def convert(
     from data_prep.tokenizers.load import load_tokenizer
 
     if (target is None) == (origin is None):
-        raise UserError("give either --to LAYOUT for a dataset, or --from LAYOUT for other files")
+        raise UserError("give either --to LAYOUT to export a dataset, or --from LAYOUT to import files")
     if target is not None:
         if len(sources) > 1:
             raise UserError("--to takes one dataset at a time")
@@ -255,7 +244,7 @@ def convert(
         return
     assert origin is not None
     if tokenizer is None:
-        raise UserError("--from needs the --tokenizer that made the tokens")
+        raise UserError("--from needs the --tokenizer that produced the tokens")
     loaded = load_tokenizer(tokenizer)
     manifest = import_dataset(sources, origin, loaded, out, shard_tokens=shard_tokens, progress=ConsoleReporter())
     if as_json:

@@ -1,13 +1,13 @@
-"""Build a dataset: sources → parts → cleaning → tokenizer → shards. Killed at any moment, it can go on.
+"""Build a dataset: sources → parts → cleaning → tokenizer → shards. A build killed at any moment can be resumed.
 
-The steps, each of which a later call skips if it is done:
+A resumed build skips the steps that are done:
 
-1. Cut the sources into parts, by names and sizes only.
-2. Where duplicates are to go: read all parts, and find them over the whole corpus.
-3. Fix the border between training and validation: the first documents tell, unless the corpus is tiny.
-4. Train the tokenizer on training documents, and prove the fastest encoder that is exact for it.
+1. Divide the sources into parts, by names and sizes only.
+2. To drop duplicates: read all parts, and find duplicates across the whole corpus.
+3. Choose the threshold between training and validation: the first documents suffice, unless the corpus is tiny.
+4. Train the tokenizer on training documents, and find the fastest encoder that is exact for it.
 5. Make the shards of every part, in worker processes or on a Ray cluster.
-6. Write the manifest and remove everything else.
+6. Write the manifest and remove all temporary files.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_prep.cleaning.cleaner import Cleaner
 from data_prep.cleaning.duplicates import find_duplicates
-from data_prep.cleaning.settings import CleaningSettings
 from data_prep.errors import UserError
 from data_prep.files import atomic_file, empty_directory, only_writer_of, write_atomically
 from data_prep.pipeline.journal import Journal, PartRecord, differences
@@ -40,119 +38,52 @@ from data_prep.pipeline.parts import (
     survey_part,
 )
 from data_prep.pipeline.splitting import SplitRule, hash_of
-from data_prep.pipeline.workers import EXECUTORS, Executor, run_calls
-from data_prep.progress import Reporter, SilentReporter
+from data_prep.pipeline.workers import run_calls
+from data_prep.progress import ConsoleReporter, Reporter
+from data_prep.settings import BuildSettings, available_cores
 from data_prep.shards.manifest import make_manifest, save_manifest
-from data_prep.shards.tokens import (
-    DEFAULT_SHARD_TOKENS,
-    JOURNAL,
-    LARGEST_SHARD_TOKENS,
-    MANIFEST,
-    SPLITS,
-    TOKENIZER_FILE,
-    WORK,
-    open_dataset,
-)
-from data_prep.sources.listing import (
-    STDIN,
-    Part,
-    ReadReport,
-    ReadSettings,
-    Source,
-    copy_stdin,
-    describe,
-    parse_sources,
-    parts_of,
-)
-from data_prep.tokenizers.encoders import choose_engine
+from data_prep.shards.tokens import JOURNAL, MANIFEST, SPLITS, TOKENIZER_FILE, WORK, Dataset, open_dataset
+from data_prep.sources.documents import CorpusPart, ReadReport, Source
+from data_prep.sources.listing import STDIN, copy_stdin, describe, parse_sources, parts_of
+from data_prep.tokenizers.encoders import choose_encoder
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from data_prep.tokenizers.training import train_tokenizer
 
 STDIN_COPY = "stdin.txt"
-# The encoders are compared on the beginnings of so many documents, in characters.
+# Encoders are compared on the first characters of the first documents.
 PROVED_DOCUMENTS, PROVED_CHARACTERS = 300, 1000
 SMALLEST_PART_BYTES = 1 << 20
-# A corpus has at least so many parts, if each can be that large: work for several processes.
-LEAST_PARTS = 16
+# A corpus has at least this many parts, unless they would be too small, so that several processes have work.
+FEWEST_PARTS = 16
 
 
 @dataclass(frozen=True)
-class BuildSettings:
-    """All that a build can be told. ``workers``, ``engine`` and ``encoder`` do not change the result."""
-
-    sources: tuple[str, ...]
-    out: Path
-    reading: ReadSettings = field(default_factory=ReadSettings)
-    cleaning: CleaningSettings = field(default_factory=CleaningSettings)
-    training: TokenizerSettings = field(default_factory=TokenizerSettings)
-    #: A tokenizer to use instead of training one: a tokenizer.json, a sentencepiece .model, a folder, a hub name.
-    tokenizer: str | None = None
-    #: The share of documents that is kept for validation, at least 0 and below 1.
-    validation_fraction: float = 0.05
-    #: Most tokens in one shard.
-    shard_tokens: int = DEFAULT_SHARD_TOKENS
-    workers: int = 1
-    engine: Executor = "local"
-    #: The encoder to use: "auto", or the short name of one, which must be exact for the tokenizer.
-    encoder: str = "auto"
-
-    @classmethod
-    def from_options(cls, sources: Sequence[str], out: Path, **options: Any) -> BuildSettings:
-        """Settings of which each option names a field here, or of reading, cleaning or training."""
-
-        def taken(kind: Any) -> Any:
-            return kind(**{name.name: options.pop(name.name) for name in fields(kind) if name.name in options})
-
-        parts = {"reading": taken(ReadSettings), "cleaning": taken(CleaningSettings)}
-        return cls(tuple(sources), out, training=taken(TokenizerSettings), **parts, **options)
-
-    def check(self) -> None:
-        """Raise ``UserError`` with a line for each setting that cannot be."""
-        problems = [*self.reading.check(), *self.cleaning.check()]
-        if self.tokenizer is None:
-            problems += self.training.check()
-        if not 0 <= self.validation_fraction < 1:
-            problems.append(f"--validation-fraction {self.validation_fraction} must be at least 0 and below 1")
-        if not 1 <= self.shard_tokens <= LARGEST_SHARD_TOKENS:
-            problems.append(f"--shard-tokens must be from 1 to {LARGEST_SHARD_TOKENS}")
-        if self.workers < 1:
-            problems.append("--workers must be at least 1")
-        if self.engine not in EXECUTORS:
-            problems.append(f'unknown engine "{self.engine}": choose {" or ".join(EXECUTORS)}')
-        if problems:
-            raise UserError("\n".join(problems))
-
-    @cached_property
-    def given_tokenizer(self) -> Tokenizer | None:
-        return None if self.tokenizer is None else load_tokenizer(self.tokenizer)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The sources of a build and its parts, and what decides its result."""
+class BuildPlan:
+    """The sources and parts of a build, the tokenizer if one was given, and everything that determines the result."""
 
     settings: BuildSettings
     sources: tuple[Source, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[CorpusPart, ...]
+    tokenizer: Tokenizer | None
     identity: dict[str, Any]
 
     @classmethod
-    def of(cls, settings: BuildSettings, stdin_copy: Path | None = None) -> Plan:
-        """Raises ``UserError`` for settings that cannot be, and for sources that are not there.
+    def of(cls, settings: BuildSettings, stdin_copy: Path | None = None) -> BuildPlan:
+        """Plan a build. Raises ``UserError`` for invalid settings and for missing sources.
 
-        Without ``stdin_copy``, a file that holds it, standard input has no parts yet.
+        Without ``stdin_copy``, the file that standard input was copied to, standard input has no parts yet.
         """
         settings.check()
         sources = tuple(parse_sources(settings.sources))
         parts = parts_of(sources, settings.reading, stdin_copy)
-        # The size of parts follows from the size of the corpus, never from the number of workers.
-        share = sum(part.bytes for part in parts) // LEAST_PARTS
+        # The size of parts depends on the size of the corpus, never on the number of workers.
+        share = sum(part.bytes for part in parts) // FEWEST_PARTS
         part_bytes = max(share, SMALLEST_PART_BYTES)
         if part_bytes < settings.reading.part_bytes:
             settings = replace(settings, reading=replace(settings.reading, part_bytes=part_bytes))
             parts = parts_of(sources, settings.reading, stdin_copy)
-        tokenizer = settings.given_tokenizer
+        tokenizer = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
         identity = {
             **(settings.training.identity() if tokenizer is None else {"tokenizer_sha256": tokenizer.sha256}),
             **asdict(settings.reading),
@@ -161,47 +92,67 @@ class Plan:
             "validation_fraction": settings.validation_fraction,
             "shard_tokens": settings.shard_tokens,
         }
-        return cls(settings, sources, tuple(parts), json.loads(json.dumps(identity)))
+        return cls(settings, sources, tuple(parts), tokenizer, json.loads(json.dumps(identity)))
 
     @property
     def total_bytes(self) -> int | None:
-        """Bytes of all files, None if one is of unknown size."""
+        """Bytes of all files, or None if the size of one is unknown."""
         return None if any(not part.bytes for part in self.parts) else sum(part.bytes for part in self.parts)
 
     def stamp(self) -> str:
-        """A fingerprint of names, sizes and times of change of all local files."""
+        """Return a fingerprint of the names, sizes and modification times of all local files."""
         digest = hashlib.sha256()
-        for path in sorted({span.path for part in self.parts for span in part.spans}):
+        for path in sorted({each.path for part in self.parts for each in part.ranges}):
             if Path(path).is_file() and not path.endswith(STDIN_COPY):
                 status = Path(path).stat()
                 digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def job(self, **found: Any) -> Job:
+        """Return what workers need to know; ``found`` are the results of earlier steps."""
         settings = self.settings
         return Job(settings.out, self.sources, settings.reading, settings.cleaning, settings.shard_tokens, **found)
 
 
-def build(settings: BuildSettings, *, progress: Reporter | None = None) -> dict[str, Any]:
-    """Build the dataset in ``settings.out``, or go on with an interrupted build there; returns its manifest.
+def build(
+    sources: Sequence[str | Path], out: str | Path, *, progress: Reporter | None = None, **settings: Any
+) -> Dataset:
+    """Build the dataset ``out`` from text, or resume an interrupted build there, and open it.
 
-    A dataset that is already there with the same settings is left as it is. Raises ``UserError``; a new build that
-    fails before its first part is done leaves nothing behind.
+    Args:
+        sources: files, folders, patterns, "builtin", "hf:NAME" and so on, as on the command line.
+        progress: where progress goes, by default to the terminal or notebook; pass
+            ``data_prep.progress.SilentReporter()`` to hide it.
+        settings: any setting in ``data_prep.settings`` by name, for example ``vocab_size=8192``; the defaults are those
+            of the command line.
+
+    Raises:
+        UserError: a setting or source is invalid, or the build cannot be completed. A new build that fails before its
+            first part is done leaves nothing behind.
     """
-    progress = progress or SilentReporter()
-    plan = Plan.of(settings)
+    made = BuildSettings.from_options(sources, out, **settings)
+    build_dataset(made, progress=progress or ConsoleReporter())
+    return open_dataset(made.out)
+
+
+def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, Any]:
+    """Build or resume the dataset in ``settings.out``, and return its manifest.
+
+    A finished dataset with the same settings is left unchanged. Raises ``UserError`` as ``build`` does.
+    """
+    plan = BuildPlan.of(settings)
     out = settings.out
     if out.exists() and not out.is_dir():
         raise UserError(f'"{out}" is a file: choose another --out')
     created = _make_directories(out)
-    with only_writer_of(out, f'another build is writing "{out}": wait for it, or choose another --out'):
+    with only_writer_of(out, f'another build is writing to "{out}": wait for it, or choose another --out'):
         if (out / MANIFEST).is_file():
             return _finished(out, plan.identity, progress)
         journal = Journal.load(out)
         if journal is not None:
             _refuse_other_settings(out, journal.identity, plan.identity)
             _refuse_changed_sources(plan, journal)
-            progress.note(f'going on with the build in "{out}"')
+            progress.note(f'resuming the build in "{out}"')
             return _Build(plan, journal, progress).run()
         _refuse_other_files(out)
         try:
@@ -215,7 +166,7 @@ def build(settings: BuildSettings, *, progress: Reporter | None = None) -> dict[
 
 
 def _make_directories(directory: Path) -> list[Path]:
-    """Create a directory and those above it; returns the new ones, the deepest first."""
+    """Create a directory and its parents, and return the new ones, deepest first."""
     created = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return created
@@ -224,8 +175,8 @@ def _make_directories(directory: Path) -> list[Path]:
 def _finished(out: Path, identity: dict[str, Any], progress: Reporter) -> dict[str, Any]:
     manifest = open_dataset(out).manifest
     _refuse_other_settings(out, {"sources": manifest["sources"]} | manifest["settings"], identity)
-    _remove_work(out)  # a build killed between its last two steps leaves it
-    progress.note(f'"{out}" is already built with these settings: nothing to do')
+    _remove_work(out)  # left by a build killed between its last two steps
+    progress.note(f'"{out}" is already built with these settings; nothing to do')
     return manifest
 
 
@@ -235,28 +186,28 @@ def _remove_work(out: Path) -> None:
     (out / JOURNAL).unlink(missing_ok=True)
 
 
-def _refuse_other_settings(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    changes = "; ".join(differences(there, asked))
+def _refuse_other_settings(out: Path, existing: dict[str, Any], requested: dict[str, Any]) -> None:
+    changes = "; ".join(differences(existing, requested))
     if changes:
-        raise UserError(f'"{out}" holds a build with other settings ({changes}): choose another --out')
+        raise UserError(f'"{out}" contains a build with different settings ({changes}): choose another --out')
 
 
-def _refuse_changed_sources(plan: Plan, journal: Journal) -> None:
+def _refuse_changed_sources(plan: BuildPlan, journal: Journal) -> None:
     if plan.stamp() != journal.stamp:
         out = plan.settings.out
         raise UserError(f'the sources changed since the build in "{out}" began: remove "{out}" and build again')
 
 
 def _refuse_other_files(out: Path) -> None:
-    # A build killed at its very first write leaves the journal's temporary file.
+    # A build killed during its first write leaves the journal's temporary file.
     others = [path.name for path in out.iterdir() if path.name != f"{JOURNAL}.tmp"]
     if others:
-        raise UserError(f'"{out}" is not empty (it holds "{min(others)}") and holds no build: choose another --out')
+        raise UserError(f'"{out}" is not empty (it contains "{min(others)}") and not a build: choose another --out')
 
 
 @dataclass
 class _Build:
-    plan: Plan
+    plan: BuildPlan
     journal: Journal
     progress: Reporter
 
@@ -280,10 +231,10 @@ class _Build:
     def _keep_stdin(self) -> None:
         with atomic_file(self.plan.settings.out / STDIN_COPY) as file:
             copy_stdin(file)
-        self.plan = Plan.of(self.plan.settings, self.plan.settings.out / STDIN_COPY)
+        self.plan = BuildPlan.of(self.plan.settings, self.plan.settings.out / STDIN_COPY)
 
     def _find_duplicates(self) -> None:
-        """Step 2. Its results are files beside the parts' records."""
+        """Step 2. The results are files next to the records of the parts."""
         how, out = self.plan.settings.cleaning.duplicates, self.plan.settings.out
         numbers = range(len(self.plan.parts))
         if how == "keep" or all(duplicates_path(out, number).is_file() for number in numbers):
@@ -298,10 +249,11 @@ class _Build:
         job = self.plan.job(threshold=self.journal.threshold or 0, encoder=self.journal.encoder)
         calls = [(job, number, part) for number, part in enumerate(self.plan.parts)]
         with self.progress.stage(stage, self.plan.total_bytes) as advance:
-            return run_calls(function, calls, engine=settings.engine, workers=settings.workers, advance=advance)
+            workers = settings.workers or available_cores()
+            return run_calls(function, calls, engine=settings.engine, workers=workers, advance=advance)
 
     def _texts(self) -> Iterator[str]:
-        """All documents to learn from, in order."""
+        """Yield the texts of all documents, in order."""
         job = self.plan.job()
         cleaner = Cleaner(job.cleaning)
         for number, part in enumerate(self.plan.parts):
@@ -313,7 +265,7 @@ class _Build:
         return (text for text in self._texts() if hash_of(text.encode("utf-8")) >= self.journal.threshold)
 
     def _settle_split(self) -> None:
-        """Step 3: read until a document has been seen on each side of the border, or all of them."""
+        """Step 3: read until each side of the threshold has a document, or to the end."""
         if self.journal.threshold is not None:
             return
         split, text_bytes, any_text = SplitRule(self.plan.settings.validation_fraction), 0, False
@@ -325,20 +277,20 @@ class _Build:
             if split.settled:
                 break
         if not any_text:
-            raise UserError("the sources hold no text: every document is empty, white space, or was left out")
+            raise UserError("the sources contain no text: every document is empty, only whitespace, or was skipped")
         self.journal.threshold = split.threshold(text_bytes)
         self.journal.save()
 
     def _tokenizer(self) -> Tokenizer:
-        """Step 4: the tokenizer that is there, was given, or is trained now."""
+        """Step 4: return the tokenizer that exists, was given, or is trained now."""
         path = self.plan.settings.out / TOKENIZER_FILE
         if path.is_file():
             return load_tokenizer(path)
-        tokenizer = self.plan.settings.given_tokenizer
-        if tokenizer is None and self.plan.settings.training.kind == "bytes":
+        tokenizer = self.plan.tokenizer
+        if tokenizer is None and self.plan.settings.training.tokenizer_kind == "bytes":
             tokenizer = train_tokenizer(iter(()), self.plan.settings.training)
         elif tokenizer is None:
-            # The stage ends when the texts are read; the training proper comes after and is short beside it.
+            # The stage covers reading the texts; the training itself follows and is short in comparison.
             with self.progress.stage("training tokenizer", None) as advance:
                 tokenizer = train_tokenizer(self._first_training_texts(advance), self.plan.settings.training)
         tokenizer.save(path)
@@ -358,12 +310,12 @@ class _Build:
         if self.journal.encoder and self.plan.settings.encoder in ("auto", self.journal.encoder):
             return
         sample = [text[:PROVED_CHARACTERS] for text in islice(self._training_texts(), PROVED_DOCUMENTS)]
-        chosen = choose_engine(tokenizer, sample, self.plan.settings.encoder)
-        keep_encoder(self.plan.settings.out, tokenizer, chosen.engine)
-        self.journal.encoder = chosen.engine.short_name
+        chosen = choose_encoder(tokenizer, sample, self.plan.settings.encoder)
+        keep_encoder(self.plan.settings.out, tokenizer, chosen.encoder)
+        self.journal.encoder = chosen.encoder.short_name
         self.journal.encoders = dict(chosen.tried)
         self.journal.save()
-        self.progress.note(f"encoder: {chosen.engine.name} ({'; '.join(f'{k}: {v}' for k, v in chosen.tried)})")
+        self.progress.note(f"encoder: {chosen.encoder.name} ({'; '.join(f'{k}: {v}' for k, v in chosen.tried)})")
 
     def _build_parts(self) -> list[PartRecord]:
         """Step 5."""
@@ -374,7 +326,7 @@ class _Build:
         return records
 
     def _manifest(self, tokenizer: Tokenizer, records: list[PartRecord]) -> dict[str, Any]:
-        """Step 6: nothing in it depends on the time, the place, or the number of workers."""
+        """Step 6: nothing in it depends on the time, the machine, or the number of workers."""
         summaries = [record.summary for record in records if record.summary is not None]
         reading, cleaning = merged_reports(summaries)
         settings = dict(self.journal.identity)

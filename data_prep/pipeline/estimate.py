@@ -1,4 +1,4 @@
-"""What a build would do, from a small sample of its sources: nothing is written."""
+"""Estimate what a build would do from a small sample of its sources, without writing anything."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ from pathlib import Path
 
 from data_prep.cleaning.cleaner import Cleaner
 from data_prep.errors import UserError
-from data_prep.pipeline.build import BuildSettings, Plan
+from data_prep.pipeline.build import BuildPlan
 from data_prep.pipeline.parts import cleaned_documents
+from data_prep.settings import BuildSettings, TokenizerSettings, available_cores
 from data_prep.shards.tokens import index_size
-from data_prep.sources.listing import STDIN, Part, ReadReport
-from data_prep.tokenizers.encoders import choose_engine
+from data_prep.sources.listing import STDIN, CorpusPart, ReadReport
+from data_prep.sources.reading import PARQUET
+from data_prep.sources.storage import PACKED_SUFFIXES
+from data_prep.tokenizers.encoders import choose_encoder
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
-from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from data_prep.tokenizers.training import train_tokenizer
 
-SAMPLED_PARTS, SAMPLED_BYTES = 8, 1 << 18  # from so many parts, so much text of each
-PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".parquet")
-GUESSED_EXPANSION = 3.0  # of packed files, whose text cannot be measured without unpacking all of it
+SAMPLED_PARTS, SAMPLED_BYTES = 8, 1 << 18  # number of parts, and bytes of text from each
+COMPRESSED = (*PACKED_SUFFIXES, PARQUET)
+GUESSED_EXPANSION = 3.0  # of compressed files, whose text cannot be measured without decompressing all of it
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes are in bytes (of text, a character is taken for a byte), times in seconds. ``text_bytes`` is what is left
-    after cleaning; ``guessed`` says that packed files, or sources of unknown size, are among the sources."""
+    """What a build would read and write: sizes in bytes (one per character of text), time in seconds.
+
+    ``text_bytes`` is the text after cleaning. ``guessed`` is true if some sources are compressed or of unknown size.
+    """
 
     files: int
     parts: int
@@ -35,6 +40,7 @@ class Estimate:
     tokens: int
     disk_bytes: int
     seconds: float
+    workers: int
     encoder: str
     guessed: bool
 
@@ -47,35 +53,38 @@ class _Sample:
     seconds: float = 0.0
 
 
-def estimate(settings: BuildSettings) -> Estimate:
-    """Look at the sources and at a sample of their text. Duplicates are not looked for.
+def estimate_build(settings: BuildSettings) -> Estimate:
+    """Estimate a build from the sizes of the sources and a sample of their text, ignoring duplicates.
 
     Raises ``UserError`` as a build would, and for standard input, which can be read only once.
     """
     if STDIN in settings.sources:
-        raise UserError("--dry-run cannot look at standard input: it can be read only once")
-    plan = Plan.of(settings)
+        raise UserError("--dry-run does not work with standard input, which can be read only once")
+    plan = BuildPlan.of(settings)
     sample = _sample(plan)
     if not sample.texts:
-        raise UserError("the sample of the sources holds no text: every document is empty, white space, or left out")
+        raise UserError(
+            "the sample of the sources contains no text: every document is empty, only whitespace, or was skipped"
+        )
+    workers = settings.workers or available_cores()
     began = time.perf_counter()
-    tokenizer = settings.given_tokenizer or _rough_tokenizer(sample.texts, settings.training)
+    tokenizer = plan.tokenizer or _rough_tokenizer(sample.texts, settings.training)
     training_rate = sample.kept_bytes / (time.perf_counter() - began)
-    chosen = choose_engine(tokenizer, sample.texts[:100], settings.encoder)
+    chosen = choose_encoder(tokenizer, sample.texts[:100], settings.encoder)
     began = time.perf_counter()
-    _, lengths = chosen.engine.encode(sample.texts)
+    _, lengths = chosen.encoder.encode(sample.texts)
     encoding_rate = sample.kept_bytes / (time.perf_counter() - began)
 
     file_bytes = sum(part.bytes for part in plan.parts)
-    unpacked = sum(part.bytes * (GUESSED_EXPANSION if _is_packed(part) else 1.0) for part in plan.parts)
+    unpacked = sum(part.bytes * (GUESSED_EXPANSION if _is_compressed(part) else 1.0) for part in plan.parts)
     text_bytes = int(unpacked * sample.kept_bytes / sample.read_bytes)
     scale = text_bytes / sample.kept_bytes
     documents, tokens = int(scale * len(sample.texts)), int(scale * (int(lengths.sum()) + len(lengths)))
-    seconds = (unpacked * sample.seconds / sample.read_bytes + text_bytes / encoding_rate) / settings.workers
+    seconds = (unpacked * sample.seconds / sample.read_bytes + text_bytes / encoding_rate) / workers
     if settings.tokenizer is None:
         seconds += min(settings.training.train_bytes, text_bytes) / training_rate
     return Estimate(
-        files=len({span.path for part in plan.parts for span in part.spans}),
+        files=len({each.path for part in plan.parts for each in part.ranges}),
         parts=len(plan.parts),
         file_bytes=file_bytes,
         text_bytes=text_bytes,
@@ -83,16 +92,17 @@ def estimate(settings: BuildSettings) -> Estimate:
         tokens=tokens,
         disk_bytes=tokens * token_dtype(tokenizer.vocab_size).itemsize + index_size(documents),
         seconds=seconds,
-        encoder=chosen.engine.name,
-        guessed=any(_is_packed(part) or not part.bytes for part in plan.parts),
+        workers=workers,
+        encoder=chosen.encoder.name,
+        guessed=any(_is_compressed(part) or not part.bytes for part in plan.parts),
     )
 
 
-def _is_packed(part: Part) -> bool:
-    return any(Path(span.path).suffix in PACKED_SUFFIXES for span in part.spans)
+def _is_compressed(part: CorpusPart) -> bool:
+    return any(Path(file_range.path).suffix in COMPRESSED for file_range in part.ranges)
 
 
-def _sample(plan: Plan) -> _Sample:
+def _sample(plan: BuildPlan) -> _Sample:
     sample = _Sample([])
     began = time.perf_counter()
     step = -(-len(plan.parts) // SAMPLED_PARTS)
@@ -102,7 +112,7 @@ def _sample(plan: Plan) -> _Sample:
     return sample
 
 
-def _sample_part(plan: Plan, part: Part, sample: _Sample) -> None:
+def _sample_part(plan: BuildPlan, part: CorpusPart, sample: _Sample) -> None:
     read = 0
 
     def advance(size: int) -> None:
@@ -119,7 +129,7 @@ def _sample_part(plan: Plan, part: Part, sample: _Sample) -> None:
 
 
 def _rough_tokenizer(texts: Sequence[str], settings: TokenizerSettings) -> Tokenizer:
-    """A tokenizer trained on the sample, with a smaller vocabulary if the sample cannot fill the wanted one."""
+    """Train a tokenizer on the sample, with a smaller vocabulary if the sample is too small."""
     while True:
         try:
             return train_tokenizer(iter(texts), settings)

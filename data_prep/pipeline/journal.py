@@ -1,7 +1,7 @@
-"""What an unfinished build has done so far, so that a later call can go on.
+"""The progress of an unfinished build, so that it can be resumed.
 
-``build.json`` holds what decides the result and what was found before the first shard. Each part of the input has a
-record of its own in the folder ``work``, written by whoever works on it. Every file is whole or not there.
+``build.json`` contains what determines the result and what was found before the first shard. Each part of the input has
+its own record in the folder ``work``, written by the worker in charge of it. Every file is either complete or absent.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Journal:
     """The state of a build before its parts.
 
     Attributes:
-        identity: all that decides the result, sources and settings.
-        stamp: a fingerprint of the sources' files and their times of change.
-        threshold: a document belongs to validation if its hash is below it; None: not known yet.
-        encoder: the short name of the encoder that was chosen; empty: not chosen yet.
-        encoders: each encoder that was tried, and what came of it.
+        identity: everything that determines the result, sources and settings.
+        stamp: a fingerprint of the source files and their modification times.
+        threshold: a document is in validation if its hash is below it; None: not known yet.
+        encoder: short name of the chosen encoder; empty: not chosen yet.
+        encoders: each encoder tried, and the outcome.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class Journal:
 
     @classmethod
     def load(cls, directory: Path) -> Self | None:
-        """The journal of an unfinished build in ``directory``, or None."""
+        """Load the journal of an unfinished build in ``directory``; None if there is none."""
         path = directory / JOURNAL
         if not path.is_file():
             return None
@@ -48,16 +48,17 @@ class Journal:
             raise _damaged(path) from None
 
     def save(self) -> None:
+        """Write ``build.json``."""
         content = {name: value for name, value in vars(self).items() if name != "path"}
         write_atomically(self.path, json.dumps(content, indent=2))
 
 
 @dataclass
 class PartRecord:
-    """What has been made of one part.
+    """The finished shards of one part.
 
-    ``summary`` is there when the part is finished: ``digest``, and the reports of ``reading`` and ``cleaning``. A
-    change is on the disk when it returns, but for the shards that end with the part: they come with the summary.
+    ``summary`` is set when the part is finished: its ``digest``, and reports on ``reading`` and ``cleaning``. Changes
+    are on disk when a method returns, except for the last shards of a part, which are saved with the summary.
     """
 
     path: Path
@@ -66,7 +67,7 @@ class PartRecord:
 
     @classmethod
     def open(cls, directory: Path, number: int) -> Self:
-        """The record of part ``number``, empty if the part has not been begun."""
+        """Load the record of part ``number``, empty if the part has not been started."""
         path = directory / WORK / f"part-{number:05d}.json"
         if not path.is_file():
             return cls(path)
@@ -78,11 +79,13 @@ class PartRecord:
             raise _damaged(path) from None
 
     def finish_shard(self, split: str, record: ShardRecord, *, is_last: bool) -> None:
+        """Add a finished shard, and save unless it is the last one of the part."""
         self.shards[split].append(record)
         if not is_last:
             self._save()
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the part as finished."""
         self.summary = summary
         self._save()
 
@@ -96,11 +99,11 @@ def _damaged(path: Path) -> UserError:
     return UserError(f'"{path}" is damaged: remove "{directory}" and build again')
 
 
-def differences(there: dict[str, Any], asked: dict[str, Any]) -> Iterator[str]:
-    """One phrase for each entry in which two identities differ."""
-    for name in sorted(there.keys() | asked.keys()):
-        if there.get(name) != asked.get(name):
-            yield f"{name.replace('_', ' ')} was {_shown(there.get(name))}, now {_shown(asked.get(name))}"
+def differences(existing: dict[str, Any], requested: dict[str, Any]) -> Iterator[str]:
+    """Yield one phrase for each entry in which two identities differ."""
+    for name in sorted(existing.keys() | requested.keys()):
+        if existing.get(name) != requested.get(name):
+            yield f"{name.replace('_', ' ')} was {_shown(existing.get(name))}, now {_shown(requested.get(name))}"
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""The same function over many calls: in this process, in worker processes, or on a Ray cluster.
+"""Run one function for many calls: in this process, in worker processes, or on a Ray cluster.
 
-A function here is called as ``function(*arguments, advance)``; ``advance(bytes)`` tells how much of its input it has
-done. Calls may end in any order, so a function leaves its result on the disk or in what it returns.
+The function is called as ``function(*arguments, advance)`` and reports its progress with ``advance(bytes)``. Calls may
+end in any order, so a function returns its result or leaves it on disk.
 """
 
 from __future__ import annotations
@@ -15,32 +15,30 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.errors import UserError
 
 Advance = Callable[[int], None]
-Executor = Literal["local", "ray"]
-EXECUTORS: tuple[Executor, ...] = ("local", "ray")
-LOOK_EVERY_SECONDS = 0.1
-RAY_RETRIES = 3  # of a call whose machine or process died
+POLL_SECONDS = 0.1
+RAY_RETRIES = 3  # for a call whose machine or process died
 
 
 def run_calls(
     function: Callable[..., Any],
     calls: Sequence[tuple[Any, ...]],
     *,
-    engine: Executor = "local",
+    engine: str = "local",
     workers: int = 1,
     advance: Advance = lambda size: None,
 ) -> list[Any]:
-    """Call ``function(*call, advance)`` for each of ``calls``; the results in the order of the calls.
+    """Call ``function(*call, advance)`` for each of ``calls``, and return the results in the same order.
 
-    With one worker, all happens in this process. With ``engine="ray"`` the calls are tasks of the Ray cluster that
-    ``RAY_ADDRESS`` names, or of one on this machine with ``workers`` processes.
+    With one worker, everything runs in this process. With ``engine="ray"``, calls become tasks on the Ray cluster at
+    ``RAY_ADDRESS``, or on a local one with ``workers`` processes.
 
     Raises:
-        ChildProcessError: a worker process died. What a call raises is raised here too, and ends the others.
+        ChildProcessError: a worker process died. An exception in a call is raised here too and cancels the others.
     """
     if engine == "ray":
         return _run_on_ray(function, calls, workers, advance)
@@ -52,26 +50,26 @@ def run_calls(
 def _run_in_processes(
     function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: int, advance: Advance
 ) -> list[Any]:
-    # A server that forks, not this process: an engine may have threads here, and a fork would copy their locks.
+    # Fork from a server, not from this process: an encoder may have threads here, and a fork would copy their locks.
     context = get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     done = context.Value("q", 0)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (done,))
-    told = 0
+    reported = 0
     try:
         with _interrupts_held():  # submitting starts processes
             futures: list[Future[Any]] = [pool.submit(_call_in_worker, function, call) for call in calls]
         waiting = set(futures)
         while waiting:
-            finished, waiting = wait(waiting, LOOK_EVERY_SECONDS, FIRST_COMPLETED)
+            finished, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
             for future in finished:
-                future.result()  # an error ends all
-            advance(done.value - told)
-            told = done.value
+                future.result()  # raises the error of a failed call
+            advance(done.value - reported)
+            reported = done.value
         return [future.result() for future in futures]
     except BrokenProcessPool:
         raise ChildProcessError(
-            "a worker process was killed, perhaps for want of memory: try fewer --workers"
+            "a worker process was killed, perhaps because memory ran out: try fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -79,9 +77,9 @@ def _run_in_processes(
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back for a moment. Processes started meanwhile never see it: only the parent decides to stop.
+    """Delay Ctrl-C briefly. Processes started meanwhile never receive it: only the parent decides to stop.
 
-    They inherit the mask. For this process a mask is not enough, since any of its threads may receive the signal.
+    They inherit the signal mask. In this process a mask is not enough, because any thread may receive the signal.
     """
     if threading.current_thread() is not threading.main_thread():  # Ctrl-C never interrupts another thread
         yield
@@ -98,7 +96,7 @@ def _interrupts_held() -> Iterator[None]:
         handler(signal.SIGINT, None)
 
 
-# The state of a worker process, set when it starts: the bytes done by all workers together.
+# State of a worker process, set when it starts: the bytes done by all workers together.
 _done: Any
 
 
@@ -106,12 +104,12 @@ def _start_worker(done: Any) -> None:
     global _done
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _done = done
 
 
-def _leave_with_parent() -> None:
-    """End this worker when its parent is gone; a parent killed outright cannot tell it to."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process ends, since a parent that was killed cannot stop its workers."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -148,20 +146,20 @@ def _run_on_ray(
     try:
         remote = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(_call_on_ray)
         references = [remote.remote(function, call) for call in calls]
-        for reference in _as_they_end(ray, references):
+        for reference in _as_completed(ray, references):
             _, size = ray.get(reference)
             advance(size)
         return [result for result, _ in ray.get(references)]
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
-        raise ChildProcessError(f"Ray gave up: {str(error).splitlines()[0]}") from None
+        raise ChildProcessError(f"Ray failed: {str(error).splitlines()[0]}") from None
     finally:
         if started:
             ray.shutdown()
 
 
-def _as_they_end(ray: Any, references: Sequence[Any]) -> Iterable[Any]:
+def _as_completed(ray: Any, references: Sequence[Any]) -> Iterable[Any]:
     waiting = list(references)
     while waiting:
         ended, waiting = ray.wait(waiting)

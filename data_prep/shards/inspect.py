@@ -1,4 +1,4 @@
-"""Look at a dataset as a model will see it: numbers, documents, and windows that reach over a document's end."""
+"""Inspect a dataset as a model sees it: statistics, documents, and windows that cross the end of a document."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.shards.tokens import SPLITS, Dataset, Split
+from data_prep.shards.tokens import SPLITS, Dataset, Split, token_counts
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 COMMON_TOKENS = 20
 UNUSED_SHOWN = 20
 SHOWN_TOKENS = 200  # of one document or window
-BLOCK_TOKENS = 1 << 22  # counted at a time
 CURVE_POINTS = 60
 BAR_WIDTH = 40
 
 
 def inspect_dataset(dataset: Dataset, *, documents: int, seed: int) -> dict[str, Any]:
-    """What there is to see of each split, ready for JSON: totals, lengths, ``documents`` random documents and one
-    window, token counts over the whole split, and bytes per token by source.
+    """Describe each split, ready for JSON: totals, document lengths, ``documents`` random documents and one window,
+    token counts over the whole split, and bytes per token by source.
     """
     return {
         "directory": str(dataset.directory),
@@ -42,7 +41,7 @@ def _inspect_split(dataset: Dataset, split: Split, documents: int, seed: int) ->
         return totals
     lengths = split.document_lengths()
     ends = np.cumsum(lengths, dtype=np.int64)
-    counts = count_tokens(split, dataset.vocab_size)
+    counts = token_counts(split, dataset.vocab_size)
     rng = np.random.default_rng(seed)
     quantiles = {f"{q:.0%}": int(value) for q, value in zip(QUANTILES, np.quantile(lengths, QUANTILES), strict=True)}
     return totals | {
@@ -57,17 +56,8 @@ def _inspect_split(dataset: Dataset, split: Split, documents: int, seed: int) ->
     }
 
 
-def count_tokens(split: Split, vocab_size: int) -> np.ndarray:
-    """How often each token occurs in the whole split: ``int64``, shape ``(vocab_size,)``. Reads it in blocks."""
-    counts = np.zeros(vocab_size, np.int64)
-    for start in range(0, split.tokens, BLOCK_TOKENS):
-        block = split.read(start, min(start + BLOCK_TOKENS, split.tokens))
-        counts += np.bincount(block, minlength=vocab_size)
-    return counts
-
-
 def _length_histogram(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Documents by length: bins from each power of two to the next, without the empty ones at both ends."""
+    """Count documents by length, in bins between powers of two, without empty bins at either end."""
     exponents = np.frexp(lengths)[1] - 1  # exact, unlike a logarithm
     bins = np.bincount(exponents)
     return [
@@ -87,14 +77,14 @@ def _samples(
         shown = split.read(start, start + min(tokens, SHOWN_TOKENS))
         samples.append(
             {"document": int(document), "tokens": tokens, "begins": dataset.tokenizer.decode(shown.tolist())}
-            | _apart(dataset, shown)
+            | _as_tokens(dataset, shown)
         )
     return samples
 
 
 def _window(dataset: Dataset, split: Split, ends: np.ndarray, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Tokens around a random document's end, as a model trained on windows sees them, one part per document."""
-    middle = int(ends[rng.integers(max(split.documents - 1, 1))])  # the last document's end has nothing behind it
+    """Return tokens around the end of a random document, as a model trained on windows sees them, by document."""
+    middle = int(ends[rng.integers(max(split.documents - 1, 1))])  # nothing follows the last document
     start, stop = max(middle - SHOWN_TOKENS // 2, 0), min(middle + SHOWN_TOKENS // 2, split.tokens)
     parts = []
     document = int(np.searchsorted(ends, start, side="right"))
@@ -102,13 +92,13 @@ def _window(dataset: Dataset, split: Split, ends: np.ndarray, rng: np.random.Gen
         end = min(int(ends[document]), stop)
         tokens = split.read(start, end)
         parts.append(
-            {"document": document, "text": dataset.tokenizer.decode(tokens.tolist())} | _apart(dataset, tokens)
+            {"document": document, "text": dataset.tokenizer.decode(tokens.tolist())} | _as_tokens(dataset, tokens)
         )
         start, document = end, document + 1
     return parts
 
 
-def _apart(dataset: Dataset, tokens: np.ndarray) -> dict[str, list[Any]]:
+def _as_tokens(dataset: Dataset, tokens: np.ndarray) -> dict[str, list[Any]]:
     ids = tokens.tolist()
     return {"ids": ids, "token_texts": [dataset.tokenizer.token_text(token) for token in ids]}
 
@@ -129,7 +119,7 @@ def _unused_tokens(dataset: Dataset, counts: np.ndarray) -> dict[str, Any]:
 
 
 def _rank_frequency(counts: np.ndarray) -> list[list[int]]:
-    """``[rank, count]`` of the used tokens, the most common at rank 1, at ranks evenly spread on a logarithmic axis."""
+    """Return ``[rank, count]`` of the used tokens (rank 1 is the most common), at logarithmically spaced ranks."""
     descending = np.sort(counts[counts > 0])[::-1]
     ranks = np.unique(np.geomspace(1, descending.size, CURVE_POINTS).round().astype(int))
     return [[int(rank), int(descending[rank - 1])] for rank in ranks]
@@ -146,7 +136,7 @@ def _by_source(dataset: Dataset, split: Split) -> list[dict[str, Any]]:
 
 
 def render(found: dict[str, Any], *, ids: bool = False) -> str:
-    """The result of ``inspect_dataset`` for a person; with ``ids``, sampled text as single tokens with their ids."""
+    """Format the result of ``inspect_dataset`` as text; with ``ids``, sampled text as single tokens with their ids."""
     tokenizer = found["tokenizer"]
     lines = [f"{found['directory']}: {tokenizer['kind']} tokenizer of {tokenizer['vocab_size']:,} tokens"]
     for name, split in found["splits"].items():

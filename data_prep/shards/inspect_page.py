@@ -1,4 +1,4 @@
-"""What ``inspect`` found as one page: pictures, tables, and texts with each token marked. It needs no network."""
+"""The result of ``inspect`` as one self-contained page: plots, tables, and texts with every token marked."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import jinja2
 
-CURVE_WIDTH, CURVE_HEIGHT = 640.0, 240.0  # of the drawing, in its own units
+CURVE_WIDTH, CURVE_HEIGHT = 640.0, 240.0  # in drawing units
 SHADES = 4
 
 
 def render_page(found: dict[str, Any]) -> str:
-    """HTML of the result of ``data_prep.shards.inspect.inspect_dataset``, all that comes from the dataset escaped."""
+    """Render the result of ``inspect.inspect_dataset`` as HTML, with all content from the dataset escaped."""
     page = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -48,22 +48,22 @@ def _spans(shown: dict[str, Any], end_of_text_id: int) -> list[dict[str, Any]]:
             "id": token,
             "text": text,
             "shade": "end" if token == end_of_text_id else f"s{number % SHADES}",
-            "breaks": text.endswith("\\n"),  # a newline, as token_text writes it
+            "breaks": text.endswith("\\n"),  # how token_text shows a newline
         }
         for number, (token, text) in enumerate(zip(shown["ids"], shown["token_texts"], strict=True))
     ]
 
 
 def _curve(points: list[list[int]]) -> dict[str, Any]:
-    """Count against rank, both on logarithmic axes: the line's points and the marks of the axes, in drawing units."""
+    """Return the log-log curve of count against rank: the points of the line and the ticks, in drawing units."""
     last_rank, most = points[-1][0], points[0][1]
     across = CURVE_WIDTH / max(math.log10(last_rank), 1)
     up = CURVE_HEIGHT / max(math.log10(most), 1)
-    places = [(math.log10(rank) * across, CURVE_HEIGHT - math.log10(count) * up) for rank, count in points]
+    points_drawn = [(math.log10(rank) * across, CURVE_HEIGHT - math.log10(count) * up) for rank, count in points]
     return {
         "width": CURVE_WIDTH,
         "height": CURVE_HEIGHT,
-        "line": " ".join(f"{x:.1f},{y:.1f}" for x, y in places),
+        "line": " ".join(f"{x:.1f},{y:.1f}" for x, y in points_drawn),
         "ranks": [{"at": round(n * across, 1), "label": f"{10**n:,}"} for n in range(int(math.log10(last_rank)) + 1)],
         "counts": [
             {"at": round(CURVE_HEIGHT - n * up, 1), "label": f"{10**n:,}"} for n in range(int(math.log10(most)) + 1)

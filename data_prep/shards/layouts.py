@@ -1,7 +1,7 @@
-"""The token files of other programs: how to read each layout, and the side files that each one wants.
+"""The token files of other programs: how to read each layout, and how to write its companion files.
 
-All of them hold the same thing, tokens one after the other, little-endian. They differ in what stands before the tokens
-and in what stands beside the file. ``docs/shard-format.md`` has the table.
+All layouts contain concatenated little-endian tokens. They differ in the header and in the files that accompany the
+tokens. ``docs/shard-format.md`` has the table.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.shards.tokens import IDX_HEADER, IDX_MAGIC, IDX_VERSION, LARGEST_SHARD_TOKENS
+from data_prep.settings import LARGEST_SHARD_TOKENS
+from data_prep.shards.tokens import IDX_HEADER, IDX_MAGIC, IDX_VERSION
 from data_prep.tokenizers.tokenizer import token_dtype
 
-# The layouts by their names on the command line, and how each calls its files of tokens.
+# The layouts by their names on the command line, with the suffix of their token files.
 SUFFIXES = {"nanogpt": ".bin", "llmc": ".bin", "datatrove": ".ds", "olmo": ".npy", "megatron": ".bin"}
 
 LLMC_HEADER_BYTES = 1024
-LLMC_LARGEST_FILE = 2**31 - 1  # llm.c's reader keeps the position in a C int
+LLMC_LARGEST_FILE = 2**31 - 1  # llm.c's reader stores the position in a C int
 LLMC_MAGICS: dict[int, tuple[int, np.dtype[Any]]] = {
     20240520: (1, np.dtype("<u2")),
     20240801: (7, np.dtype("<u4")),
@@ -41,7 +42,7 @@ BLOCK_TOKENS = 1 << 22
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One foreign file: where its tokens are, and the lengths of its documents if something beside it tells them."""
+    """A token file of another program: where its tokens are, and the lengths of its documents if known."""
 
     path: Path
     dtype: np.dtype[Any]
@@ -50,17 +51,17 @@ class TokenFile:
 
     @property
     def tokens(self) -> np.ndarray:
-        """All tokens, mapped and not read: shape ``(tokens,)``."""
+        """All tokens, memory-mapped, shape ``(tokens,)``."""
         if self.path.stat().st_size == self.offset:
             return np.empty(0, self.dtype)
         return np.asarray(np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset))
 
 
 def read_token_file(path: Path, layout: str, vocab_size: int) -> TokenFile:
-    """Look at a file of a layout in ``SUFFIXES`` and at what lies beside it; reads no tokens.
+    """Examine a file of a layout in ``SUFFIXES`` and its companion files, without reading tokens.
 
-    ``vocab_size`` decides the width of the tokens where nothing else does. Raises ``UserError`` for a file that is cut
-    short or is none of this layout.
+    ``vocab_size`` determines the width of the tokens if nothing else does. Raises ``UserError`` for a file that is
+    truncated or has another layout.
     """
     if layout == "nanogpt":
         return _read_nanogpt(path)
@@ -75,19 +76,21 @@ def read_token_file(path: Path, layout: str, vocab_size: int) -> TokenFile:
 
 def _read_nanogpt(path: Path) -> TokenFile:
     if _beginning(path, 4) in {struct.pack("<i", magic) for magic in LLMC_MAGICS}:
-        raise UserError(f'"{path}" has the header of llm.c: call it with --from llmc')
-    return _without_borders(path, np.dtype("<u2"))
+        raise UserError(f'"{path}" has the header of llm.c: use --from llmc')
+    return _without_index(path, np.dtype("<u2"))
 
 
 def _read_llmc(path: Path) -> TokenFile:
     header = _beginning(path, LLMC_HEADER_BYTES)
     if len(header) < LLMC_HEADER_BYTES:
-        raise UserError(f'"{path}" is shorter than the header of llm.c: it is cut short or has another layout')
+        raise UserError(f'"{path}" is shorter than the header of llm.c: it is truncated or has another layout')
     magic, version, count = struct.unpack_from("<3i", header)
     if magic not in LLMC_MAGICS or LLMC_MAGICS[magic][0] != version:
-        raise UserError(f'"{path}" does not begin with a magic number and version of llm.c: is it of another layout?')
+        raise UserError(
+            f'"{path}" does not start with a magic number and version of llm.c: does it have another layout?'
+        )
     dtype = LLMC_MAGICS[magic][1]
-    _check_size(path, LLMC_HEADER_BYTES + count * dtype.itemsize, f"its header tells of {count:,} tokens")
+    _check_size(path, LLMC_HEADER_BYTES + count * dtype.itemsize, f"its header says {count:,} tokens")
     return TokenFile(path, dtype, LLMC_HEADER_BYTES)
 
 
@@ -95,11 +98,11 @@ def _read_datatrove(path: Path, vocab_size: int) -> TokenFile:
     metadata, index = Path(f"{path}.metadata"), Path(f"{path}.index")
     dtype = _datatrove_dtype(metadata) if metadata.is_file() else None
     if not index.is_file():
-        return _without_borders(path, dtype or _unsigned(token_dtype(vocab_size)))
+        return _without_index(path, dtype or _unsigned(token_dtype(vocab_size)))
     content = index.read_bytes()
     if len(content) % 8:
-        raise UserError(f'"{index}" has {len(content):,} bytes, which is no number of 64-bit positions: copy it again')
-    return _with_borders(path, index, np.frombuffer(content, "<u8").astype(np.int64), dtype)
+        raise UserError(f'"{index}" has {len(content):,} bytes, which is not a multiple of 8: copy it again')
+    return _with_index(path, index, np.frombuffer(content, "<u8").astype(np.int64), dtype)
 
 
 def _datatrove_dtype(metadata: Path) -> np.dtype[Any]:
@@ -107,56 +110,58 @@ def _datatrove_dtype(metadata: Path) -> np.dtype[Any]:
     sizes: dict[str, np.dtype[Any]] = {"2": np.dtype("<u2"), "4": np.dtype("<u4")}
     size = first.rpartition("|")[2].strip()
     if size not in sizes:
-        raise UserError(f'"{metadata}" does not begin with a tokenizer, a | and 2 or 4 bytes: remove it, or mend it')
+        raise UserError(
+            f'"{metadata}" does not start with a tokenizer, | and 2 or 4 (bytes per token): fix or remove it'
+        )
     return sizes[size]
 
 
 def _read_olmo(path: Path, vocab_size: int) -> TokenFile:
     if _beginning(path, 6) == b"\x93NUMPY":
-        raise UserError(f'"{path}" has a header of NumPy; files of OLMo are bare tokens in spite of their name')
-    borders = path.with_suffix(".csv.gz")
-    if not borders.is_file():
-        return _without_borders(path, _unsigned(token_dtype(vocab_size)))
+        raise UserError(f'"{path}" has a NumPy header; OLMo files contain bare tokens despite their name')
+    index = path.with_suffix(".csv.gz")
+    if not index.is_file():
+        return _without_index(path, _unsigned(token_dtype(vocab_size)))
     ends = array("q")
     expected = 0
     try:
-        with gzip.open(borders, "rt", encoding="utf-8", newline="") as file:
+        with gzip.open(index, "rt", encoding="utf-8", newline="") as file:
             for row in csv.reader(file):
                 start, end = int(row[0]), int(row[1])
                 if start != expected:
-                    raise UserError(f'"{borders}" leaves a gap before token {start:,}: its documents must be adjacent')
+                    raise UserError(f'"{index}" has a gap before token {start:,}: its documents must be adjacent')
                 ends.append(end)
                 expected = end
     except (OSError, EOFError, ValueError, IndexError, csv.Error):
-        raise UserError(f'"{borders}" is damaged, or its rows do not begin with start,end: copy it again') from None
-    return _with_borders(path, borders, np.array(ends, np.int64), None)
+        raise UserError(f'"{index}" is damaged, or its rows do not start with start,end: copy it again') from None
+    return _with_index(path, index, np.array(ends, np.int64), None)
 
 
 def _read_megatron(path: Path) -> TokenFile:
     index = path.with_suffix(".idx")
     if not index.is_file():
-        raise UserError(f'"{path}" has no index: "{index.name}" must lie beside it')
+        raise UserError(f'"{path}" has no index: "{index.name}" must be in the same folder')
     content = index.read_bytes()
     if len(content) < IDX_HEADER.size or content[: len(IDX_MAGIC)] != IDX_MAGIC:
-        raise UserError(f'"{index}" is not an index of Megatron: it does not begin with its magic bytes')
-    _, version, code, sequences, borders = IDX_HEADER.unpack_from(content)
+        raise UserError(f'"{index}" is not a Megatron index: it does not start with the magic bytes')
+    _, version, code, sequences, bounds = IDX_HEADER.unpack_from(content)
     if version != IDX_VERSION or code not in MEGATRON_DTYPES:
         raise UserError(
-            f'"{index}" has version {version} and type {code}: only version 1 with whole numbers can be read'
+            f'"{index}" has version {version} and type {code}: only version 1 with integer types can be read'
         )
-    # A last array of one byte per sequence, the modes, may follow.
-    sizes = {IDX_HEADER.size + 12 * sequences + 8 * borders + modes for modes in (0, sequences)}
-    if borders == 0 or len(content) not in sizes:
-        raise UserError(f'"{index}" has {len(content):,} bytes, which is not what its header tells: copy it again')
+    # A final array of one byte per sequence, the modes, may follow.
+    sizes = {IDX_HEADER.size + 12 * sequences + 8 * bounds + modes for modes in (0, sequences)}
+    if bounds == 0 or len(content) not in sizes:
+        raise UserError(f'"{index}" has {len(content):,} bytes, which does not match its header: copy it again')
     lengths = np.frombuffer(content, "<i4", sequences, IDX_HEADER.size)
     pointers = np.frombuffer(content, "<i8", sequences, IDX_HEADER.size + 4 * sequences)
-    documents = np.frombuffer(content, "<i8", borders, IDX_HEADER.size + 12 * sequences)
+    documents = np.frombuffer(content, "<i8", bounds, IDX_HEADER.size + 12 * sequences)
     ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     dtype = MEGATRON_DTYPES[code]
     in_order = documents[0] == 0 and documents[-1] == sequences and bool((np.diff(documents) >= 0).all())
     if not in_order or not np.array_equal(ends[:-1] * dtype.itemsize, pointers):
-        raise UserError(f'"{index}" does not tell of documents that follow one another from the start: make it again')
-    return _with_borders(path, index, ends[documents[1:]], dtype)
+        raise UserError(f'"{index}" does not describe adjacent documents from the start of the file: make it again')
+    return _with_index(path, index, ends[documents[1:]], dtype)
 
 
 def _beginning(path: Path, size: int) -> bytes:
@@ -171,28 +176,28 @@ def _unsigned(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def _check_size(path: Path, expected: int, reason: str) -> None:
     size = path.stat().st_size
     if size != expected:
-        raise UserError(f'"{path}" has {size:,} bytes, but {reason}: it is cut short or has another layout')
+        raise UserError(f'"{path}" has {size:,} bytes, but {reason}: it is truncated or has another layout')
 
 
-def _without_borders(path: Path, dtype: np.dtype[Any]) -> TokenFile:
+def _without_index(path: Path, dtype: np.dtype[Any]) -> TokenFile:
     size = path.stat().st_size
     if size % dtype.itemsize:
         raise UserError(
-            f'"{path}" has {size:,} bytes, which is no number of tokens of {dtype.itemsize} bytes: '
-            "it is cut short or has another layout"
+            f'"{path}" has {size:,} bytes, which is not a multiple of {dtype.itemsize}: '
+            "it is truncated or has another layout"
         )
     return TokenFile(path, dtype)
 
 
-def _with_borders(path: Path, index: Path, ends: np.ndarray, dtype: np.dtype[Any] | None) -> TokenFile:
-    """``ends`` are the documents' ends in tokens; without a dtype, the file's size and the last end tell it."""
+def _with_index(path: Path, index: Path, ends: np.ndarray, dtype: np.dtype[Any] | None) -> TokenFile:
+    """``ends`` are the ends of documents in tokens; without a dtype, it follows from the size of the file."""
     lengths = np.diff(ends, prepend=0)
     if np.any(lengths < 0):
-        raise UserError(f'"{index}" has positions that go back: it is damaged or has another layout')
+        raise UserError(f'"{index}" has decreasing positions: it is damaged or has another layout')
     count = int(ends[-1]) if ends.size else 0
     if dtype is None:
         dtype = np.dtype("<u4") if path.stat().st_size == 4 * count else np.dtype("<u2")
-    _check_size(path, count * dtype.itemsize, f'"{index.name}" tells of {count:,} tokens')
+    _check_size(path, count * dtype.itemsize, f'"{index.name}" says {count:,} tokens')
     return TokenFile(path, dtype, lengths=lengths)
 
 
@@ -204,16 +209,16 @@ def check_ids(file: TokenFile, vocab_size: int) -> None:
         if int(block.max()) >= vocab_size or int(block.min()) < 0:
             at = int(np.argmax((block >= vocab_size) | (block < 0)))
             raise UserError(
-                f'token {start + at:,} of "{file.path}" is {block[at]}, the tokenizer has only {vocab_size:,}: '
-                "give the --tokenizer that made the file"
+                f'token {start + at:,} of "{file.path}" is {block[at]}, but the tokenizer has {vocab_size:,} tokens: '
+                "pass the --tokenizer that produced the file"
             )
 
 
 def documents_of(files: Sequence[TokenFile], end_of_text_id: int) -> Iterator[np.ndarray]:
-    """The documents of one split in order, as they stand in the files.
+    """Yield the documents of one split in the order of the files.
 
-    Where nothing tells the borders, a document ends with each end-of-text token, and may begin in one file and end in
-    a later one. Raises ``UserError`` if it is then longer than a shard can be.
+    Without an index, a document ends with each end-of-text token, and may span several files. Raises ``UserError`` if
+    it is then longer than a shard can be.
     """
     begun: list[np.ndarray] = []
     for file in files:
@@ -237,7 +242,7 @@ def _joined(parts: list[np.ndarray], path: Path) -> np.ndarray:
     if size > LARGEST_SHARD_TOKENS:
         raise UserError(
             f'"{path}" has a document of {size:,} tokens, more than the {LARGEST_SHARD_TOKENS:,} of a shard: '
-            "does the --tokenizer have the end-of-text token that the file has?"
+            "is the end-of-text token of the --tokenizer the one in the file?"
         )
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -249,28 +254,28 @@ def _ends(tokens: np.ndarray, end_of_text_id: int) -> Iterator[int]:
 
 
 def nanogpt_meta(vocab_size: int) -> bytes:
-    """``meta.pkl``: the dictionary ``{"vocab_size": …}`` in the first protocol of pickle, which is text."""
+    """Return ``meta.pkl``: the dictionary ``{"vocab_size": …}`` in pickle protocol 0, which is text."""
     return f"(dVvocab_size\nI{vocab_size}\ns.".encode("ascii")
 
 
 def llmc_header(tokens: int, dtype: np.dtype[Any]) -> bytes:
-    """The 1,024 bytes before ``tokens`` tokens in a file of llm.c."""
+    """Return the header of an llm.c file with ``tokens`` tokens: 1,024 bytes."""
     magic = LLMC_MAGIC_OF_SIZE[dtype.itemsize]
     return struct.pack("<3i", magic, LLMC_MAGICS[magic][0], tokens).ljust(LLMC_HEADER_BYTES, b"\0")
 
 
 def datatrove_index(lengths: np.ndarray) -> bytes:
-    """``.ds.index``: where each document ends, counted in tokens."""
+    """Return ``.ds.index``: where each document ends, in tokens."""
     return np.cumsum(lengths, dtype=np.int64).astype("<u8").tobytes()
 
 
 def datatrove_metadata(tokenizer: str, tokens: int, dtype: np.dtype[Any]) -> str:
-    """``.ds.metadata``: the tokenizer and the bytes of a token, the number of tokens, and the same in words."""
+    """Return ``.ds.metadata``: tokenizer, bytes per token, and the number of tokens, twice."""
     return f"{tokenizer}|{dtype.itemsize}\n{tokens}\n{tokens:,} tokens"
 
 
-def olmo_borders(lengths: np.ndarray, name: str, first_document: int) -> bytes:
-    """``.csv.gz``: start, end, id, source and place of each document. The same bytes whenever it is made."""
+def olmo_index(lengths: np.ndarray, name: str, first_document: int) -> bytes:
+    """Return ``.csv.gz``: start, end, id, source and number of each document. The bytes are reproducible."""
     ends = np.cumsum(lengths, dtype=np.int64).tolist()
     buffer = io.BytesIO()
     with (

@@ -1,8 +1,7 @@
-"""The manifest of a dataset: what is there, and what decided it. Nothing in it tells a time or a place."""
+"""The manifest of a dataset: its contents, and what determined them. It contains no dates and no machine paths."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_atomically
+from data_prep.settings import version_of
 from data_prep.shards.tokens import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -34,7 +34,7 @@ def make_manifest(
     corpus_sha256: str | None,
     encoders: dict[str, str],
 ) -> dict[str, Any]:
-    """The manifest of ``shards``; what each entry means is in ``docs/shard-format.md``."""
+    """Return the manifest of ``shards``; ``docs/shard-format.md`` explains each entry."""
     return {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
@@ -54,9 +54,9 @@ def make_manifest(
         "corpus_sha256": corpus_sha256,
         "splits": {split: split_totals(list(shards[split])) for split in SPLITS},
         "versions": {
-            "kindling": _version_of("kindling-lm"),
-            "tokenizers": _version_of("tokenizers"),
-            "sentencepiece": _version_of("sentencepiece"),
+            "kindling": version_of("kindling-lm") or "unknown",
+            "tokenizers": version_of("tokenizers") or "unknown",
+            "sentencepiece": version_of("sentencepiece") or "unknown",
             "python": platform.python_version(),
             "encoders": encoders,
         },
@@ -66,10 +66,3 @@ def make_manifest(
 def save_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """Write ``manifest.json``, which makes ``directory`` a finished dataset."""
     write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-
-
-def _version_of(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"

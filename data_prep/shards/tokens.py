@@ -1,16 +1,15 @@
-"""The shard format, and the only file that knows its bytes. ``docs/shard-format.md`` describes it for other programs.
+"""The shard format; no other file knows its bytes. ``docs/shard-format.md`` describes it for other programs.
 
 A dataset is a directory::
 
-    manifest.json       what is there, with a checksum of every file; written last, so it marks a finished dataset
-    tokenizer.json      the tokenizer that made the tokens
-    train-00000.bin     tokens, one after the other; each document ends with the end-of-text token
+    manifest.json       the contents, with a checksum of every file; written last, so it marks a finished dataset
+    tokenizer.json      the tokenizer that produced the tokens
+    train-00000.bin     concatenated tokens; each document ends with the end-of-text token
     train-00000.idx     where each document begins, in Megatron's index layout
     validation-…        the same for the validation split
 
-The number is that of the part of the input that the shard was made of; a part that fills several shards calls the
-further ones ``train-00000_01`` and so on. A document lies wholly in one shard. Files appear under their names only when
-they are complete.
+The number is that of the part of the input. If a part fills several shards, the others are called ``train-00000_01``
+and so on. A document is always within one shard. A file gets its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -28,12 +27,13 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 
 import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.files import atomic_file, parse_json, sha256_of_file
+from data_prep.settings import DEFAULT_SHARD_TOKENS
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 
@@ -42,14 +42,13 @@ FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
-# Exist in the directory from a build's first step to its last; see journal.py.
+# These exist in the directory only during a build; see journal.py.
 JOURNAL = "build.json"
 WORK = "work"
 
-DEFAULT_SHARD_TOKENS = 2**26
 VERIFYING_THREADS = 4
-LARGEST_SHARD_TOKENS = 2**28  # keeps every offset that other readers hold in 32 bits in range
-MOST_OPEN_SHARDS = 4096  # a process may have 65,530 maps on Linux
+COUNTED_TOKENS = 1 << 22  # counted at a time
+MOST_OPEN_SHARDS = 4096  # Linux allows 65,530 maps per process
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
@@ -59,10 +58,10 @@ MEGATRON_CODES = {"uint16": 8, "int32": 4}
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of one shard.
+    """The entry for one shard in the manifest.
 
-    ``source`` counts the manifest's sources from 0. ``first`` and ``last`` are the places of its first and last
-    document in that source, such as ``folder/book.txt:65536``.
+    ``source`` is an index into the manifest's sources. ``first`` and ``last`` locate its first and last document in
+    that source, for example ``folder/book.txt:65536``.
     """
 
     name: str
@@ -78,11 +77,10 @@ class ShardRecord:
 
 
 class ShardWriter:
-    """Writes a part's documents of one split as shards. A context manager: leaving it without an error finishes the
-    last shard.
+    """A context manager that writes a part's documents of one split as shards; leaving it finishes the last shard.
 
-    ``finished`` holds the shards that an interrupted call already wrote; writing goes on after them. ``on_finished``
-    is called with each new shard's record, after both of its files are on the disk.
+    ``finished`` lists the shards that an interrupted call already wrote; writing continues after them. ``on_finished``
+    is called with the record of each new shard once both of its files are on disk.
     """
 
     def __init__(
@@ -107,9 +105,14 @@ class ShardWriter:
         self._on_finished = on_finished
         self._open: _OpenShard | None = None
 
-    def add(self, tokens: np.ndarray, *, text_bytes: int, words: int, place: str = "") -> None:
-        """Append one document: its tokens, the end-of-text token included; its size in bytes of UTF-8 and in words;
-        its place in the source."""
+    def add(self, tokens: np.ndarray, *, text_bytes: int, words: int, origin: str = "") -> None:
+        """Append one document.
+
+        Args:
+            tokens: its tokens, including the end-of-text token.
+            text_bytes, words: the size of its text in UTF-8 bytes and in words.
+            origin: where it is in the source.
+        """
         signed = tokens.dtype.kind != "u"
         if tokens.size == 0 or (signed and int(tokens.min()) < 0) or int(tokens.max()) >= self._vocab_size:
             raise ValueError(f"a document needs tokens, each at least 0 and below the vocabulary of {self._vocab_size}")
@@ -118,7 +121,7 @@ class ShardWriter:
         if self._open is None:
             name = f"{self._stem}_{len(self.records):02d}" if self.records else self._stem
             self._open = _OpenShard(self._directory, name, self._dtype, self._source)
-        self._open.add(tokens.astype(self._dtype, copy=False), text_bytes, words, place)
+        self._open.add(tokens.astype(self._dtype, copy=False), text_bytes, words, origin)
 
     def _finish_shard(self) -> None:
         assert self._open is not None
@@ -142,7 +145,7 @@ class ShardWriter:
 
 
 class _OpenShard:
-    """The shard being written: its tokens go straight to the disk, only four bytes a document stay in memory."""
+    """The shard being written: tokens go straight to disk, only four bytes per document stay in memory."""
 
     def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], source: int) -> None:
         self.tokens = 0
@@ -158,13 +161,13 @@ class _OpenShard:
         self._stack = ExitStack()
         self._file: IO[bytes] = self._stack.enter_context(atomic_file(directory / f"{name}.bin", sync_name=False))
 
-    def add(self, tokens: np.ndarray, text_bytes: int, words: int, place: str) -> None:
+    def add(self, tokens: np.ndarray, text_bytes: int, words: int, origin: str) -> None:
         content = tokens.tobytes()
         self._hash.update(content)
         self._file.write(content)
         if not self._lengths:
-            self._first = place
-        self._last = place
+            self._first = origin
+        self._last = origin
         self._lengths.append(tokens.size)
         self.tokens += tokens.size
         self._text_bytes += text_bytes
@@ -195,13 +198,13 @@ class _OpenShard:
 
 
 def count_words(content: bytes) -> int:
-    """The runs of bytes above the space, so that spaces and control characters part words."""
+    """Count runs of bytes above the space: spaces and control characters separate words."""
     above = np.frombuffer(content, np.uint8) > 32
     return int(np.count_nonzero(above[1:] > above[:-1])) + int(above[:1].sum())
 
 
 def index_bytes(lengths: np.ndarray, dtype: np.dtype[Any]) -> bytes:
-    """A shard's ``.idx`` file, from the number of tokens of each of its documents."""
+    """Return the ``.idx`` file of a shard, given the number of tokens in each document."""
     count = len(lengths)
     starts = np.zeros(count, dtype="<i8")
     np.cumsum(lengths[:-1], out=starts[1:])
@@ -216,12 +219,12 @@ def index_bytes(lengths: np.ndarray, dtype: np.dtype[Any]) -> bytes:
 
 
 def index_size(documents: int) -> int:
-    """The bytes of an ``.idx`` file."""
+    """Return the size of an ``.idx`` file in bytes."""
     return IDX_HEADER.size + 12 * documents + 8 * (documents + 1)
 
 
 def split_totals(records: list[ShardRecord]) -> dict[str, Any]:
-    """A split's entry in the manifest: its totals, then its shards."""
+    """Return the manifest entry for a split: its totals, then its shards."""
     counted = ("tokens", "documents", "text_bytes", "words")
     totals: dict[str, Any] = {name: sum(getattr(record, name) for record in records) for name in counted}
     return totals | {"shards": [asdict(record) for record in records]}
@@ -229,7 +232,7 @@ def split_totals(records: list[ShardRecord]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SourceSpan:
-    """The tokens ``start`` to ``stop`` (exclusive) of a split's stream, which are whole documents of one source."""
+    """Tokens ``[start, stop)`` of a split, which are whole documents from one source."""
 
     name: str
     weight: float
@@ -240,8 +243,7 @@ class SourceSpan:
 class Split:
     """One split of a dataset, read as one stream of tokens across its shards.
 
-    A shard's tokens are mapped when they are first read, and at most ``MOST_OPEN_SHARDS`` stay mapped. Reading is safe
-    from several threads.
+    Shards are memory-mapped on first use, and at most ``MOST_OPEN_SHARDS`` stay mapped. Reading is thread-safe.
     """
 
     def __init__(
@@ -266,7 +268,7 @@ class Split:
 
     @property
     def source_spans(self) -> list[SourceSpan]:
-        """Where each source's tokens stand in the stream, in its order; sources without tokens here are left out."""
+        """The range of each source's tokens in the stream, in order; sources without tokens here are omitted."""
         spans: list[SourceSpan] = []
         stop = 0
         for number, records in groupby(self.records, lambda record: record.source):
@@ -275,9 +277,9 @@ class Split:
         return spans
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens ``start`` to ``stop`` (exclusive) of the stream, ``uint16`` or ``int32``, shape ``(stop - start,)``.
+        """Return tokens ``[start, stop)`` of the stream: ``uint16`` or ``int32``, shape ``(stop - start,)``.
 
-        The array may be a read-only view of the file; copy it before you change it.
+        The array may be a read-only view of the file; copy it before modifying it.
         """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of a split of {self.tokens}")
@@ -287,7 +289,7 @@ class Split:
         return np.concatenate(parts) if parts else np.empty(0, self._dtype)
 
     def read_into(self, start: int, out: np.ndarray) -> None:
-        """Fill ``out``, one-dimensional and of any integer type, with the tokens from ``start`` on."""
+        """Fill ``out``, a one-dimensional integer array, with tokens starting at ``start``."""
         if not 0 <= start <= self.tokens - len(out):
             raise IndexError(f"tokens {start} to {start + len(out)} of a split of {self.tokens}")
         filled = 0
@@ -296,7 +298,7 @@ class Split:
             filled += len(part)
 
     def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """The same tokens as read-only views of the shards that they lie in."""
+        """Yield the same tokens as read-only views of their shards."""
         shard = bisect_right(self._ends, start)
         while start < stop:
             shard_start = self._ends[shard] - self.records[shard].tokens
@@ -306,28 +308,44 @@ class Split:
             shard += 1
 
     def document_lengths(self) -> np.ndarray:
-        """The tokens of each document, its end-of-text token included: ``int32``, shape ``(documents,)``."""
+        """Return the number of tokens per document, including end-of-text: ``int32``, shape ``(documents,)``."""
         lengths = [self.shard_lengths(record) for record in self.records]
         return np.concatenate(lengths) if lengths else np.empty(0, np.int32)
 
     def shard_lengths(self, record: ShardRecord) -> np.ndarray:
-        """``document_lengths`` of one shard."""
+        """Return ``document_lengths`` for one shard."""
         path = self._directory / f"{record.name}.idx"
         return np.fromfile(path, dtype="<i4", count=record.documents, offset=IDX_HEADER.size)
 
     def _map(self, shard: int) -> np.ndarray:
         path = self._directory / f"{self.records[shard].name}.bin"
-        # A plain array around the map: slicing np.memmap itself costs microseconds each time.
+        # A plain array around the map: slicing np.memmap itself takes microseconds each time.
         return np.asarray(np.memmap(path, dtype=self._dtype, mode="r"))
 
 
+class TokenStream(Protocol):
+    """Tokens that can be read like a ``Split``."""
+
+    tokens: int
+
+    def read(self, start: int, stop: int) -> np.ndarray: ...
+
+
+def token_counts(split: TokenStream, vocab_size: int) -> np.ndarray:
+    """Count how often each token occurs: int64, shape ``(vocab_size,)``. Reads the split block by block."""
+    counts = np.zeros(vocab_size, np.int64)
+    for start in range(0, split.tokens, COUNTED_TOKENS):
+        counts += np.bincount(split.read(start, min(start + COUNTED_TOKENS, split.tokens)), minlength=vocab_size)
+    return counts
+
+
 class Dataset:
-    """A finished dataset, checked when it was opened. Get one from ``open_dataset``."""
+    """A finished dataset, checked when it was opened. Use ``open_dataset`` to get one."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any], fingerprint: str) -> None:
         self.directory = directory
         self.manifest = manifest
-        #: SHA-256 of manifest.json. The manifest holds every file's checksum, so this names the whole content.
+        #: SHA-256 of manifest.json. The manifest has the checksum of every file, so this identifies all content.
         self.fingerprint = fingerprint
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
@@ -338,19 +356,22 @@ class Dataset:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer that produced the tokens."""
         return load_tokenizer(self.directory / TOKENIZER_FILE)
 
     def split(self, name: str) -> Split:
-        """The split called ``train`` or ``validation``; an empty one has no tokens."""
+        """Return the split ``train`` or ``validation``; an empty split has no tokens."""
         if name not in self._splits:
             raise UserError(f'there is no split "{name}": choose {" or ".join(SPLITS)}')
         return self._splits[name]
 
     def check_files(self) -> None:
-        """Raise ``UserError`` unless every file is there in its size, with its header. Reads no tokens."""
+        """Raise ``UserError`` unless every file exists with the right size and header. Reads no tokens."""
         path = self.directory / TOKENIZER_FILE
         if not path.is_file() or sha256_of_file(path) != self.manifest["tokenizer"]["sha256"]:
-            raise UserError(f'"{path}" is missing or not the tokenizer that made these tokens: build the dataset again')
+            raise UserError(
+                f'"{path}" is missing or not the tokenizer that produced these tokens: build the dataset again'
+            )
         with os.scandir(self.directory) as entries:
             sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         for split in self._splits.values():
@@ -362,27 +383,25 @@ class Dataset:
     def _check_size(self, sizes: dict[str, int], name: str, expected: int) -> None:
         path = f"{self.directory}/{name}"
         if name not in sizes:
-            raise UserError(f'"{path}" is missing: copy the whole dataset again, or build it again')
+            raise UserError(f'"{path}" is missing: copy or build the whole dataset again')
         if sizes[name] != expected:
-            raise UserError(
-                f'"{path}" has {sizes[name]:,} bytes where {expected:,} belong: copy it again, or build it again'
-            )
+            raise UserError(f'"{path}" has {sizes[name]:,} bytes instead of {expected:,}: copy or build it again')
 
     def _check_header(self, record: ShardRecord) -> None:
         path = f"{self.directory}/{record.name}.idx"
-        descriptor = os.open(path, os.O_RDONLY)  # a Path and a file object cost three times as much
+        descriptor = os.open(path, os.O_RDONLY)  # a Path and a file object take three times as long
         header = os.read(descriptor, IDX_HEADER.size)
         os.close(descriptor)
         if header != IDX_HEADER.pack(IDX_MAGIC, IDX_VERSION, self._code, record.documents, record.documents + 1):
-            raise UserError(f'"{path}" is not the index that the manifest describes: build the dataset again')
+            raise UserError(f'"{path}" does not match the manifest: build the dataset again')
 
     def verify(self, on_file: Callable[[str, int], None] = lambda name, size: None) -> None:
-        """Read everything and raise ``UserError`` at the first file that is not what it was when it was built.
+        """Read everything, and raise ``UserError`` at the first file that has changed since the build.
 
-        ``on_file`` is called with the name and the bytes of each file that proved to be good.
+        ``on_file`` is called with the name and size of each intact file.
         """
         shards = [(split, record) for split in self._splits.values() for record in split.records]
-        with ThreadPoolExecutor(VERIFYING_THREADS) as threads:  # hashing lets other threads run
+        with ThreadPoolExecutor(VERIFYING_THREADS) as threads:  # hashing releases the interpreter lock
             checks = [threads.submit(self._verify_shard, split, record) for split, record in shards]
             try:
                 for (_, record), check in zip(shards, checks, strict=True):
@@ -396,31 +415,31 @@ class Dataset:
         for suffix, expected in ((".bin", record.bin_sha256), (".idx", record.idx_sha256)):
             path = self.directory / (record.name + suffix)
             if sha256_of_file(path) != expected:
-                raise UserError(f'"{path}" is damaged: its checksum is not the one in {MANIFEST}')
+                raise UserError(f'"{path}" is damaged: its checksum differs from the one in {MANIFEST}')
         lengths = split.shard_lengths(record)
         index = (self.directory / f"{record.name}.idx").read_bytes()
         if int(lengths.sum()) != record.tokens or index != index_bytes(lengths, self._dtype):
-            raise UserError(f'"{self.directory / record.name}.idx" contradicts itself: build the dataset again')
+            raise UserError(f'"{self.directory / record.name}.idx" is inconsistent: build the dataset again')
         tokens = np.memmap(self.directory / f"{record.name}.bin", dtype=self._dtype, mode="r")
         ends = np.cumsum(lengths, dtype=np.int64) - 1
         if int(tokens.max()) >= self.vocab_size or np.any(tokens[ends] != self.manifest["tokenizer"]["end_of_text_id"]):
-            raise UserError(f'"{self.directory / record.name}.bin" holds tokens that its tokenizer cannot have made')
+            raise UserError(f'"{self.directory / record.name}.bin" contains tokens that its tokenizer cannot produce')
 
 
 def open_dataset(directory: str | Path) -> Dataset:
-    """Open a finished dataset. Looks at sizes and headers only, so it is quick however large the dataset is.
+    """Open a finished dataset. Only sizes and headers are checked, so this is fast for datasets of any size.
 
-    Raises ``UserError`` if the directory holds no finished dataset or if a file is missing or has the wrong size.
+    Raises ``UserError`` if the directory is not a finished dataset, or if a file is missing or has the wrong size.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f'"{directory}" is not a directory')
     path = directory / MANIFEST
     if not path.is_file() and (directory / JOURNAL).is_file():
-        raise UserError(f'the build of "{directory}" is not finished: call the same "prep build" again and it goes on')
+        raise UserError(f'the build of "{directory}" is not finished: run the same build command again to resume it')
     if not path.is_file():
         raise UserError(
-            f'"{directory}" is not a Kindling dataset: it has no {MANIFEST}; '
+            f'"{directory}" is not a Kindling dataset (it has no {MANIFEST}); '
             f"make one with: python -m data_prep build YOUR_TEXT --out {directory}"
         )
     content = path.read_bytes()
@@ -437,7 +456,9 @@ def _parse_manifest(directory: Path, content: bytes) -> Dataset:
             raise ValueError
         version = manifest["version"]
         if version != FORMAT_VERSION:
-            raise UserError(f'"{path}" has version {version}, this program reads {FORMAT_VERSION}: build it again')
+            raise UserError(
+                f'"{path}" has version {version}, but this program reads version {FORMAT_VERSION}: build it again'
+            )
         return Dataset(directory, manifest, hashlib.sha256(content).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'"{path}" is damaged or not a manifest of {FORMAT_NAME}: build the dataset again') from None

@@ -1,7 +1,7 @@
-"""The corpus that is already on the machine: the prose inside Python's own library and a few installed packages.
+"""A corpus that needs no download: the prose in Python's standard library and a few installed packages.
 
-It is the text of triple-quoted strings (documentation, for the most part) in the source files of ``PACKAGES``. The
-files are read, never imported. Size and content depend on the installed versions; a dataset records its checksum.
+It consists of the triple-quoted strings (mostly documentation) in the source files of ``PACKAGES``. The files are read,
+never imported. Size and content depend on the installed versions; a dataset records the checksum.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PACKAGES = (STANDARD_LIBRARY, "torch", "sympy", "networkx", "numpy")
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "testing", "site-packages", "dist-packages", "__pycache__"}
 TOPICS = "pydoc_data/topics.py"
 
-# Comments and all kinds of strings, so that a quote inside one of them is not taken for the start of another.
-# A triple-quoted string is in group "double" or "single", the letters before it in "prefix".
+# Matches comments and all kinds of strings, so that a quote inside one of them does not start another.
+# A triple-quoted string is in group "double" or "single", its prefix in "prefix".
 PYTHON_STRINGS = re.compile(
     r"""
       \#[^\n]*
@@ -44,9 +44,9 @@ CODE_LINE_ENDS = re.compile(r"[;{}]$", re.MULTILINE)
 
 @cache
 def builtin_documents() -> tuple[tuple[str, str], ...]:
-    """Every document as ``(name, text)``, one for each source file with prose, named like ``torch/nn/functional.py``.
+    """Return every document as ``(name, text)``: one per source file with prose, named like ``torch/nn/functional.py``.
 
-    A string that occurs in several files is kept the first time only.
+    A string that occurs in several files is kept only once, in the first.
     """
     seen: set[bytes] = set()
     documents = []
@@ -58,7 +58,7 @@ def builtin_documents() -> tuple[tuple[str, str], ...]:
 
 
 def _source_files() -> Iterator[tuple[str, Path]]:
-    """The source files of all packages that are installed, by package and then by path."""
+    """Yield the source files of all installed packages, by package and then by path."""
     for package in PACKAGES:
         root = _package_folder(package)
         if root is None:
@@ -72,14 +72,14 @@ def _source_files() -> Iterator[tuple[str, Path]]:
 def _package_folder(package: str) -> Path | None:
     if package == STANDARD_LIBRARY:
         return Path(sysconfig.get_path("stdlib"))
-    specification = importlib.util.find_spec(package)  # finds a top-level package without running any of it
+    specification = importlib.util.find_spec(package)  # finds a top-level package without running its code
     return Path(specification.origin).parent if specification and specification.origin else None
 
 
 def _prose_of_file(name: str, path: Path) -> Iterator[str]:
     try:
         source = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):  # a few library files are in other encodings, on purpose
+    except (OSError, UnicodeDecodeError):  # a few library files deliberately use other encodings
         return
     if name.endswith(TOPICS):
         yield from _topics(source)
@@ -95,17 +95,18 @@ def _prose_of_file(name: str, path: Path) -> Iterator[str]:
 
 
 def _topics(source: str) -> Iterator[str]:
-    """The language reference that ``help()`` shows: a dictionary of strings, written in another style than the rest."""
+    """Yield the language reference shown by ``help()``: a dictionary of strings in a style different from the rest."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             yield from (inspect.cleandoc(text) for text in ast.literal_eval(node.value).values())
 
 
 def is_prose(text: str) -> bool:
-    """Whether a string reads like language.
+    """Return whether a string reads like natural language.
 
-    It does with over 80 characters, over 8 spaces, at least three quarters letters and white space (not so tables and
-    ASCII art), and at most one line in five that ends like a line of C++ or CUDA (not so the templates of torch).
+    It does if it has over 80 characters, over 8 spaces, at least three quarters letters and whitespace (which excludes
+    tables and ASCII art), and at most one line in five that ends like C++ or CUDA code (which excludes torch
+    templates).
     """
     if len(text) <= 80 or text.count(" ") <= 8:
         return False

@@ -1,4 +1,4 @@
-"""One part of the sources as documents: every part by itself, whoever reads it."""
+"""Read one part of the sources as documents, independently of all other parts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.errors import UserError
+from data_prep.settings import ReadSettings
 from data_prep.sources.builtin_corpus import builtin_documents
 from data_prep.sources.documents import (
     BINARY_FILE,
@@ -19,12 +20,11 @@ from data_prep.sources.documents import (
     REPLACED,
     UNREADABLE_FILE,
     UTF16_FILE,
+    CorpusPart,
     Document,
-    Part,
+    FileRange,
     ReadReport,
-    ReadSettings,
     Source,
-    Span,
     one_line,
 )
 from data_prep.sources.records import (
@@ -51,38 +51,40 @@ from data_prep.sources.storage import (
     root_of_glob,
 )
 from data_prep.sources.text_files import (
-    border_at,
+    boundary_at,
     cut_at_separators,
     cut_by_size,
     decode,
     limited,
+    normalize_newlines,
     separator_reach,
     wide_encoding,
-    with_equal_newlines,
 )
 
 BUILTIN = "builtin"
 STDIN = "-"
 JSON_LINES, CSV, PARQUET = ".jsonl", ".csv", ".parquet"
-MOST_TOLD_OF_A_KIND = 3  # of one reason in one span, so that one bad file leaves room for the others
-CONVERT = "convert it to UTF-8 text, or leave it out"
-WHOLE_COPY = "get a whole copy, or leave it out"
+MOST_MESSAGES_PER_REASON = 3  # in one range, so that one bad file leaves room for the others
+CONVERT = "convert it to UTF-8 text, or exclude it"
+WHOLE_COPY = "get an intact copy, or exclude it"
 
 
-def read_part(part: Part, sources: Sequence[Source], settings: ReadSettings, report: ReadReport) -> Iterator[Document]:
-    """The documents of a part in order; ``report`` is filled on the way.
+def read_part(
+    part: CorpusPart, sources: Sequence[Source], settings: ReadSettings, report: ReadReport
+) -> Iterator[Document]:
+    """Yield the documents of a part in order, and record in ``report`` what was read and skipped.
 
-    They follow from the part, the settings and the files alone. Raises ``UserError`` for a file that was named itself
-    and holds nothing that can be read, and for what ``settings.errors`` says to stop at; other things are left out,
-    counted and told.
+    The documents depend only on the part, the settings and the files. Raises ``UserError`` for an explicitly named file
+    without readable content, and for invalid bytes if ``settings.errors`` is "stop". Everything else that cannot be
+    read is skipped, counted and reported.
     """
     source = sources[part.source]
-    for span in part.spans:
-        yield from _SpanReader(source, span, settings, report).documents()
+    for file_range in part.ranges:
+        yield from _RangeReader(source, file_range, settings, report).documents()
 
 
-def place_of(source: Source, path: str) -> str:
-    """A file's name from its source on, like ``folder/file.txt``, in one line, without where that lies."""
+def display_name(source: Source, path: str) -> str:
+    """Return a file's name relative to its source, like ``folder/file.txt``, as one printable line."""
     if source.location == STDIN:
         return "stdin"
     if source.location in (BUILTIN, path):
@@ -93,49 +95,50 @@ def place_of(source: Source, path: str) -> str:
 
 
 def kind_of(path: str) -> str:
-    """The suffix that says how a file is read, without that of its packing."""
-    return Path(unpacked_name(path)).suffix
+    """Return the suffix that determines how a file is read, ignoring a compression suffix."""
+    return Path(uncompressed_name(path)).suffix
 
 
-def unpacked_name(path: str) -> str:
-    """A file's name without the suffix of its packing."""
-    return path[: -len(Path(path).suffix)] if is_packed(path) else path
+def uncompressed_name(path: str) -> str:
+    """Return a file's name without its compression suffix."""
+    return path[: -len(Path(path).suffix)] if is_compressed(path) else path
 
 
-def is_packed(path: str) -> bool:
+def is_compressed(path: str) -> bool:
+    """Return whether a file has a compression suffix."""
     return Path(path).suffix in PACKED_SUFFIXES
 
 
 def parse_separator(document_per: str) -> bytes | None:
-    """What stands between two documents of a text file, as bytes; ``None`` where its size says what is one."""
+    """Return the separator between two documents of a text file, or None if documents are cut by size."""
     if document_per in ("size", "file"):
         return None
     return b"\n" if document_per == "line" else document_per.encode("utf-8")
 
 
-def why_no_text(first_block: bytes) -> tuple[str, str] | None:
-    """The reason, and the sentence after the file's name, if a file that begins so is no UTF-8 text."""
+def why_not_text(first_block: bytes) -> tuple[str, str] | None:
+    """Return why a file with this beginning is not UTF-8 text: a reason and a predicate for messages, or None."""
     wide, nul = wide_encoding(first_block), first_block.find(b"\0")
     if wide:
-        return UTF16_FILE, f"is {wide}, not UTF-8: convert it, as with `iconv -f {wide} -t UTF-8 OLD > NEW`"
+        return UTF16_FILE, f"is {wide}, not UTF-8: convert it, for example with `iconv -f {wide} -t UTF-8 OLD > NEW`"
     if nul >= 0:
         return BINARY_FILE, f"is not UTF-8 text (byte 0x00 at offset {nul}): {CONVERT}"
     return None
 
 
 @dataclass
-class _SpanReader:
+class _RangeReader:
     source: Source
-    span: Span
+    range: FileRange
     settings: ReadSettings
     report: ReadReport
     name: str = field(init=False)
     any_document: bool = field(default=False, init=False)
-    problem: str = field(default="", init=False)  # the first thing that was left out, as an error would say it
-    told: Counter[str] = field(default_factory=Counter, init=False)
+    problem: str = field(default="", init=False)  # the first problem, phrased as in an error message
+    reported: Counter[str] = field(default_factory=Counter, init=False)
 
     def __post_init__(self) -> None:
-        self.name = place_of(self.source, self.span.path)
+        self.name = display_name(self.source, self.range.path)
 
     def documents(self) -> Iterator[Document]:
         if self.source.location == BUILTIN:
@@ -148,32 +151,32 @@ class _SpanReader:
             try:
                 yield from self._of_file()
             except UnreadableError as error:
-                self._leave_out(UNREADABLE_FILE, f'"{self.name}" {error}', f"{error}: make it readable")
-        if self.problem and self.span.start == 0 and not self.any_document and self._is_named():
+                self._skip(UNREADABLE_FILE, f'"{self.name}" {error}', f"{error}: make it readable")
+        if self.problem and self.range.start == 0 and not self.any_document and self._is_named():
             raise UserError(f"{self._own_name()} {self.problem}")
 
     def _is_named(self) -> bool:
-        return self.source.location in (STDIN, self.span.path)
+        return self.source.location in (STDIN, self.range.path)
 
     def _own_name(self) -> str:
         if self.source.location == STDIN:
             return "standard input"
         if self.source.location.startswith(HUGGING_FACE):
             return f'the dataset "{self.source.location.removeprefix(HUGGING_FACE)}"'
-        return f'"{one_line(self.span.path)}"'
+        return f'"{one_line(self.range.path)}"'
 
-    def _leave_out(self, reason: str, message: str, problem: str) -> None:
-        """Count a thing that is left out and tell of it; ``problem`` goes after the file's name if nothing else is."""
+    def _skip(self, reason: str, message: str, problem: str) -> None:
+        """Count a skipped item and report it. ``problem`` follows the file's name if nothing else can be read."""
         self.report.count(reason)
-        self.told[reason] += 1
-        if self.told[reason] <= MOST_TOLD_OF_A_KIND:
-            self.report.tell(message)
+        self.reported[reason] += 1
+        if self.reported[reason] <= MOST_MESSAGES_PER_REASON:
+            self.report.note(message)
         self.problem = self.problem or problem
 
     # Files
 
     def _of_file(self) -> Iterator[Document]:
-        path, start, stop = self.span.path, self.span.start, self.span.stop
+        path, start, stop = self.range.path, self.range.start, self.range.stop
         kind, field_name, errors = kind_of(path), self.settings.text_field, self.settings.errors
         if kind == PARQUET:
             with open_raw(path) as file:
@@ -183,41 +186,41 @@ class _SpanReader:
             first = stream.peek()
             if not self._is_text(first, stream):
                 return
-            whole = start == 0 and stop == -1  # packed files, and others that cannot be read from the middle
+            whole = start == 0 and stop == -1  # compressed files, and others that cannot be read from the middle
             if kind == JSON_LINES:
-                self._stand_at(stream, whole, max(0, start - 1))
+                self._seek(stream, whole, max(0, start - 1))
                 yield from self._of_records(records_of_json_lines(stream, field_name, errors, start, stop), "byte")
             elif kind == CSV:
-                self._stand_at(stream, whole, 0)
+                self._seek(stream, whole, 0)
                 yield from self._of_records(records_of_csv(stream, field_name, errors), "line")
             else:
                 yield from self._of_text(stream, whole)
             if stream.damage:
-                self._leave_out(
+                self._skip(
                     DAMAGED_FILE,
-                    f'"{self.name}" is damaged ({stream.damage}): what was whole before the damage is used',
+                    f'"{self.name}" is damaged ({stream.damage}): only the intact part before the damage is used',
                     f"is damaged ({stream.damage}): {WHOLE_COPY}",
                 )
 
-    def _stand_at(self, stream: Stream, whole: bool, position: int) -> None:
+    def _seek(self, stream: Stream, whole: bool, position: int) -> None:
         if not whole:
             stream.seek(position)
 
     def _is_text(self, first: bytes, stream: Stream) -> bool:
-        """Whether a file may be text by its first block. Every span looks, and only the first one tells."""
-        refused = why_no_text(first)
+        """Return whether a file may be text, judging by its first block. Only the first range reports a problem."""
+        refused = why_not_text(first)
         if first and not refused:
             return True
-        if self.span.start > 0:
+        if self.range.start > 0:
             return False
         if refused:
             reason, problem = refused
-            self._leave_out(reason, f'"{self.name}" {problem}', problem)
+            self._skip(reason, f'"{self.name}" {problem}', problem)
         elif stream.damage:
             problem = f"is damaged ({stream.damage}): {WHOLE_COPY}"
-            self._leave_out(DAMAGED_FILE, f'"{self.name}" {problem}', problem)
+            self._skip(DAMAGED_FILE, f'"{self.name}" {problem}', problem)
         else:
-            self._leave_out(EMPTY_FILE, f'"{self.name}" is empty', "is empty")
+            self._skip(EMPTY_FILE, f'"{self.name}" is empty', "is empty")
         return False
 
     # Text
@@ -230,29 +233,29 @@ class _SpanReader:
 
     def _pieces(self, stream: Stream, whole: bool) -> Iterator[tuple[int, bytes]]:
         separator = parse_separator(self.settings.document_per)
-        start, stop, most = self.span.start, self.span.stop, self.settings.max_document_bytes
+        start, stop, most = self.range.start, self.range.stop, self.settings.max_document_bytes
         if separator is not None:
-            self._stand_at(stream, whole, max(0, start - separator_reach(separator)))
+            self._seek(stream, whole, max(0, start - separator_reach(separator)))
             yield from cut_at_separators(stream.blocks(), separator, most, start=start, stop=stop)
             return
-        begin = border_at(stream.file, start, most) if start > 0 else 0
-        end = border_at(stream.file, stop, most) if stop >= 0 else None
-        self._stand_at(stream, whole, begin)
+        begin = boundary_at(stream.file, start, most) if start > 0 else 0
+        end = boundary_at(stream.file, stop, most) if stop >= 0 else None
+        self._seek(stream, whole, begin)
         blocks = stream.blocks() if end is None else limited(stream.blocks(), end - begin)
         for offset, piece in cut_by_size(blocks, most):
             yield begin + offset, piece
 
     def _text_of(self, offset: int, piece: bytes, stream: Stream) -> tuple[str | None, int]:
-        """A piece's text, if it is text, and the text's size in bytes."""
+        """Return the text of a piece, or None if it is not text, and the size of the text in bytes."""
         if b"\0" in piece:
             found = f"NUL at offset {offset + piece.index(0)}"
-            self._leave_out(NUL_BYTES, f'"{self.name}", byte {offset}: {found}', f"is no text ({found}): {CONVERT}")
+            self._skip(NUL_BYTES, f'"{self.name}", byte {offset}: {found}', f"is not text ({found}): {CONVERT}")
             return None, 0
-        text = with_equal_newlines(piece)
+        text = normalize_newlines(piece)
         try:
             return text.decode("utf-8"), len(text)
         except UnicodeDecodeError as error:
-            if stream.damage and error.reason == "unexpected end of data":  # what comes last is half a character
+            if stream.damage and error.reason == "unexpected end of data":  # the data ends in the middle of a character
                 return text[: error.start].decode("utf-8"), error.start
         _, bad = decode(piece, "skip")
         self._not_utf8(f"byte {offset}", not_utf8(piece[bad], offset + bad))
@@ -261,23 +264,23 @@ class _SpanReader:
         replaced = text.decode("utf-8", "replace")
         return replaced, len(replaced.encode("utf-8"))
 
-    def _not_utf8(self, place: str, why: str) -> None:
-        """Do with bytes that are no UTF-8 as the settings say: stop, or count and tell."""
+    def _not_utf8(self, position: str, why: str) -> None:
+        """Handle bytes that are not UTF-8 as the settings say: stop, or count and report them."""
         if self.settings.errors == "stop":
-            raise UserError(f'"{self.name}", {place}: {why}: {CONVERT}, or choose --errors skip or --errors replace')
+            raise UserError(f'"{self.name}", {position}: {why}: {CONVERT}, or choose --errors skip or --errors replace')
         replaced = self.settings.errors == "replace"
-        message = f'"{self.name}", {place}: {why}{", replaced" if replaced else ""}'
-        self._leave_out(REPLACED if replaced else NOT_UTF8, message, f"is {why}: {CONVERT}")
+        message = f'"{self.name}", {position}: {why}{", replaced" if replaced else ""}'
+        self._skip(REPLACED if replaced else NOT_UTF8, message, f"is {why}: {CONVERT}")
 
-    def _document(self, text: str, place: str, size: int) -> Iterator[Document]:
-        """The document of a text of ``size`` bytes; none if it is white space."""
+    def _document(self, text: str, origin: str, size: int) -> Iterator[Document]:
+        """Yield the document of a text of ``size`` bytes, or nothing if it is only whitespace."""
         if not text or text.isspace():
             self.report.count(EMPTY_DOCUMENT)
             return
         self.any_document = True
         self.report.documents += 1
         self.report.text_bytes += size
-        yield Document(text, place)
+        yield Document(text, origin)
 
     # Records
 
@@ -293,10 +296,10 @@ class _SpanReader:
                 self._not_utf8(f"{unit} {record.number}", record.why)
             elif record.reason:
                 message = f'"{self.name}", {unit} {record.number}: {record.why}'
-                self._leave_out(record.reason, message, f"holds no record: {unit} {record.number}: {record.why}")
-        if fields and not any_text and self.span.start == 0:
+                self._skip(record.reason, message, f"contains no valid record: {unit} {record.number}: {record.why}")
+        if fields and not any_text and self.range.start == 0:
             self.problem = self._no_such_field(fields)
-            self.report.tell(f'"{self.name}" {self.problem}')
+            self.report.note(f'"{self.name}" {self.problem}')
 
     def _no_such_field(self, fields: Iterable[str]) -> str:
         wanted = self.settings.text_field
@@ -304,10 +307,10 @@ class _SpanReader:
             f'has no text in the field "{wanted}": its fields are {known_fields(fields)}; choose one with --text-field'
         )
 
-    def _cut(self, text: str, place: str) -> Iterator[Document]:
-        """The documents of a text of any length."""
-        data = with_equal_newlines(text.encode("utf-8"))
+    def _cut(self, text: str, origin: str) -> Iterator[Document]:
+        """Yield the documents that a text of any length is cut into."""
+        data = normalize_newlines(text.encode("utf-8"))
         for _, piece in cut_by_size([data], self.settings.max_document_bytes):
-            yield from self._document(piece.decode("utf-8"), place, len(piece))
+            yield from self._document(piece.decode("utf-8"), origin, len(piece))
         if not data:
             self.report.count(EMPTY_DOCUMENT)

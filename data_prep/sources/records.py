@@ -1,4 +1,4 @@
-"""Texts out of records: the lines of .jsonl files, the rows of .csv and .parquet files and of Hugging Face datasets."""
+"""Read texts from records: lines of .jsonl files, and rows of .csv files, .parquet files and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data_prep.sources.text_files import decode
 
 HUGGING_FACE = "hf:"
 MAX_RECORD_BYTES = 64 * 2**20
-MAX_CSV_FIELD = 16 * 2**20  # characters, for each of which the csv module takes four bytes
+MAX_CSV_FIELD = 16 * 2**20  # characters; the csv module uses four bytes for each
 PARQUET_BATCH_ROWS = 128
 PARQUET_BUFFER_BYTES = 1 << 20
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -25,10 +25,10 @@ UTF8_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The text of one record, or why there is none, or both if bytes in it had to be replaced.
+    """The text of one record, or why there is none, or both if invalid bytes were replaced.
 
-    ``number`` is the record's place in its file: the offset of a line of .jsonl, the line of a .csv file, the row of
-    other things, from 1. ``fields`` are the record's fields if the wanted one has no text.
+    ``number`` locates the record in its file: the offset of a .jsonl line, the line of a .csv file or, for other
+    formats, the row (from 1). ``fields`` lists the record's fields if the requested one has no text.
     """
 
     number: int
@@ -39,8 +39,10 @@ class Record:
 
 
 def records_of_json_lines(stream: Stream, text_field: str, errors: str, start: int, stop: int) -> Iterator[Record]:
-    """A record for each line that begins from ``start`` up to ``stop``; the stream stands at ``start``, or a byte
-    before it unless that is 0. Lines of white space only are nothing."""
+    """Yield a record for each line that begins in ``[start, stop)``, skipping blank lines.
+
+    The stream must be at ``start - 1``, or at 0 if ``start`` is 0.
+    """
     for offset, line in owned_lines(stream, start, stop):
         if line is None:
             yield _too_long(offset)
@@ -55,7 +57,7 @@ def _record_of_line(offset: int, line: bytes, text_field: str, errors: str) -> R
     try:
         record = json.loads(content)
     except (ValueError, RecursionError) as error:
-        return Record(offset, None, BROKEN_RECORD, f"no JSON ({error})")
+        return Record(offset, None, BROKEN_RECORD, f"not JSON ({error})")
     if not isinstance(record, dict):
         return Record(offset, None, BROKEN_RECORD, "not a JSON object")
     found = _record_of_value(offset, record.get(text_field), text_field, tuple(record))
@@ -63,13 +65,13 @@ def _record_of_line(offset: int, line: bytes, text_field: str, errors: str) -> R
 
 
 def owned_lines(stream: Stream, start: int, stop: int) -> Iterator[tuple[int, bytes | None]]:
-    """Offset and bytes of each line that begins from ``start`` up to ``stop`` (-1: the end).
+    """Yield offset and bytes of each line that begins in ``[start, stop)``; a ``stop`` of -1 means the end.
 
-    A line ends at ``\\n``, which is left off. One above ``MAX_RECORD_BYTES`` gives ``None`` and is never held. A line
-    that damage cut off is left out.
+    The final ``\\n`` is removed. A line longer than ``MAX_RECORD_BYTES`` yields None and is never held in memory. A
+    line cut off by damage is skipped.
     """
     line_start = max(0, start - 1)
-    owned = start == 0  # else the stream stands a byte before, in the line before
+    owned = start == 0  # otherwise the stream is one byte earlier, in the previous line
     held: list[bytes] = []
     length = 0
     for block in stream.blocks():
@@ -94,7 +96,7 @@ def owned_lines(stream: Stream, start: int, stop: int) -> Iterator[tuple[int, by
 
 
 def records_of_csv(stream: Stream, text_field: str, errors: str) -> Iterator[Record]:
-    """A record for each row below the header. Rows of the wrong length and bad quotes are broken records."""
+    """Yield a record for each row below the header. Rows of the wrong length or with bad quotes are broken records."""
     csv.field_size_limit(MAX_CSV_FIELD)
     skipped: list[Record] = []
     rows = csv.reader(_csv_lines(stream, skipped), strict=True)
@@ -128,13 +130,13 @@ def _csv_lines(stream: Stream, skipped: list[Record]) -> Iterator[str]:
         if lines is None:
             skipped.append(_too_long(number))
             continue
-        # Bytes that are no UTF-8 pass as half surrogates: they may be in another field than the text's.
+        # Invalid bytes pass as lone surrogates: they may be in a field other than the text field.
         text = (lines.removeprefix(UTF8_MARK) if number == 1 else lines).decode("utf-8", "surrogateescape")
         yield from io.StringIO(text, newline="\n")
 
 
 def _runs_of_lines(stream: Stream) -> Iterator[tuple[int, bytes | None]]:
-    """The lines that ``owned_lines`` gives for all of a file, many at a time, with the number of the first from 1."""
+    """Yield the lines of a whole file, many at a time, with the number (from 1) of the first one."""
     held: list[bytes] = []
     length, number = 0, 1
     for block in stream.blocks():
@@ -162,8 +164,8 @@ def _record_of_field(line: int, field: str, text_field: str, errors: str) -> Rec
 
 
 def row_groups(file: IO[bytes]) -> list[int]:
-    """The packed bytes of each row group of a .parquet file; none if it is not one."""
-    import pyarrow  # here, because it takes long
+    """Return the compressed size of each row group of a .parquet file, or an empty list if it is not one."""
+    import pyarrow  # slow to import
     import pyarrow.parquet
 
     try:
@@ -175,7 +177,7 @@ def row_groups(file: IO[bytes]) -> list[int]:
 
 
 def records_of_parquet(file: IO[bytes], text_field: str, errors: str, start: int, stop: int) -> Iterator[Record]:
-    """A record for each row of the row groups from ``start`` up to ``stop`` (-1: all)."""
+    """Yield a record for each row in row groups ``[start, stop)``; a ``stop`` of -1 means the end."""
     import pyarrow
     import pyarrow.parquet
 
@@ -194,11 +196,11 @@ def records_of_parquet(file: IO[bytes], text_field: str, errors: str, start: int
                 row += 1
                 yield _record_of_cell(row, value, text_field, names, errors)
     except (pyarrow.ArrowException, OSError) as error:
-        yield Record(row + 1, None, DAMAGED_FILE, f"no whole parquet file ({_first_line(error)})")
+        yield Record(row + 1, None, DAMAGED_FILE, f"not a complete parquet file ({first_line(error)})")
 
 
 def _column_of(batch: Any) -> Any:
-    """The first column of a batch, text as bytes, because Arrow does not check that it is UTF-8."""
+    """Return the first column of a batch, with text as bytes, because Arrow does not check that it is UTF-8."""
     import pyarrow
 
     column = batch.column(0)
@@ -217,22 +219,23 @@ def _record_of_cell(row: int, value: Any, text_field: str, names: tuple[str, ...
 
 
 def records_of_dataset(name: str, split: str, text_field: str) -> Iterator[Record]:
-    """A record for each row of a Hugging Face dataset (a name, or a local folder), streamed."""
-    for number, row in enumerate(_rows_of_dataset(name, split), start=1):
+    """Yield a record for each row of a Hugging Face dataset (a name or a local folder), streamed."""
+    for number, row in enumerate(rows_of_dataset(name, split), start=1):
         yield _record_of_value(number, row.get(text_field), text_field, tuple(row))
 
 
-def _rows_of_dataset(name: str, split: str) -> Iterator[dict[str, Any]]:
-    import datasets  # here, because it takes seconds
+def rows_of_dataset(name: str, split: str) -> Iterator[dict[str, Any]]:
+    """Stream the rows of a Hugging Face dataset (a name or a local folder). Raises ``UserError`` if that fails."""
+    import datasets  # takes seconds to import
 
     try:
         yield from datasets.load_dataset(name, split=split, streaming=True)
-    except Exception as error:  # the library raises anything, from ValueError to errors of its network client
-        raise UserError(f'cannot read the dataset "{name}", split "{split}": {_first_line(error)}') from error
+    except Exception as error:  # the library raises anything from ValueError to errors of its network client
+        raise UserError(f'cannot read the dataset "{name}", split "{split}": {first_line(error)}') from error
 
 
 def parse_hugging_face(location: str) -> tuple[str, str]:
-    """Name and split of ``hf:NAME[:SPLIT]``; the split is ``train`` unless given."""
+    """Return name and split of ``hf:NAME[:SPLIT]``; the default split is ``train``."""
     name = location.removeprefix(HUGGING_FACE)
     if ":" not in name or Path(name).exists():
         return name, "train"
@@ -246,7 +249,7 @@ def _record_of_value(number: int, text: Any, text_field: str, fields: tuple[str,
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return Record(number, None, BROKEN_RECORD, "the text holds half of a surrogate pair")
+        return Record(number, None, BROKEN_RECORD, "the text contains half of a surrogate pair")
     return Record(number, text)
 
 
@@ -259,15 +262,16 @@ def _too_long(number: int) -> Record:
 
 
 def not_utf8(byte: int, offset: int | None = None) -> str:
-    """What is wrong with a byte, for a message."""
+    """Describe an invalid byte for a message."""
     where = "" if offset is None else f" at offset {offset}"
     return f"not UTF-8 (byte 0x{byte:02x}{where})"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def known_fields(fields: Iterable[str], most: int = 20) -> str:
-    """Names of fields for a message."""
+    """Return names of fields for a message."""
     return ", ".join(f'"{name}"' for name in list(fields)[:most])

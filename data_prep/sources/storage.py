@@ -1,4 +1,4 @@
-"""Where files lie: listed, opened and unpacked alike on this machine's disks and, through fsspec, anywhere else."""
+"""List, open and decompress files: on local disks and, through fsspec, anywhere else."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from data_prep.sources.documents import one_line
 PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 1 << 20
 FIRST_BLOCK_BYTES = 1 << 16
-ZSTD_INPUT_BYTES = 1 << 12  # at most 128 MiB come out of so much, whoever packed it
+ZSTD_INPUT_BYTES = 1 << 12  # expands to at most 128 MiB
 URL = "://"
 MAGIC = ("*", "?", "[")
 
 
 class UnreadableError(Exception):
-    """A file that cannot be opened; its message goes after the file's name."""
+    """A file that cannot be opened; the message follows the file's name."""
 
 
 def is_remote(location: str) -> bool:
+    """Return whether a location is a URL."""
     return URL in location
 
 
 def is_glob(location: str) -> bool:
-    """Whether a location is a pattern. A "?" belongs to a URL, and a file of that very name is no pattern."""
+    """Return whether a location is a pattern. A "?" in a URL does not count, nor does the name of an existing file."""
     if is_remote(location):
         return "*" in location
     return any(character in location for character in MAGIC) and not os.path.lexists(location)
 
 
 def root_of_glob(pattern: str) -> str:
-    """The folder above the first part of a path that is a pattern: ``data`` of ``data/*/a.txt``; "" for none."""
+    """Return the folder above the first pattern in a path: ``data`` for ``data/*/a.txt``, or "" if there is none."""
     magic = ("*",) if is_remote(pattern) else MAGIC
     fixed = pattern[: min(pattern.find(character) for character in magic if character in pattern)]
     folder = fixed[: fixed.rfind("/") + 1]
@@ -50,7 +51,7 @@ def root_of_glob(pattern: str) -> str:
 
 
 def last_name(location: str) -> str:
-    """The name of a file or folder itself, also where the path does not end with it, as in ``.`` and ``..``."""
+    """Return the name of a file or folder, even if the path does not end with it, as in ``.`` and ``..``."""
     name = location.rstrip("/").rpartition("/")[2] if is_remote(location) else Path(location).name
     return name if name not in ("", "..") or is_remote(location) else Path(location).resolve().name
 
@@ -59,7 +60,7 @@ def last_name(location: str) -> str:
 
 
 def list_folder(folder: str) -> list[tuple[str, int]]:
-    """Path and size of every file below a folder, by relative path; none that is hidden or behind a linked folder."""
+    """Return path and size of all files below a folder, sorted by path; hidden files and linked folders are skipped."""
     if is_remote(folder):
         return _list_remote(folder, lambda filesystem, path: filesystem.find(path, detail=True))
     paths = sorted(_walk(folder), key=lambda path: Path(path).parts)
@@ -67,7 +68,7 @@ def list_folder(folder: str) -> list[tuple[str, int]]:
 
 
 def list_glob(pattern: str) -> list[tuple[str, int]]:
-    """As ``list_folder``, the files that match a pattern, in which ``**`` stands for any number of folders."""
+    """Return path and size of the files that match a pattern; ``**`` stands for any number of folders."""
     if is_remote(pattern):
         return _list_remote(pattern, lambda filesystem, path: filesystem.glob(path, detail=True))
     root = root_of_glob(pattern)
@@ -78,7 +79,7 @@ def list_glob(pattern: str) -> list[tuple[str, int]]:
 
 
 def size_of(path: str) -> int | None:
-    """The file's bytes, ``None`` if its server does not tell. Raises ``UserError`` if it is not there."""
+    """Return a file's size in bytes, or None if its server does not say. Raises ``UserError`` if it is missing."""
     if not is_remote(path):
         return Path(path).stat().st_size
     with _remote_errors(path):
@@ -88,6 +89,7 @@ def size_of(path: str) -> int | None:
 
 
 def is_folder(location: str) -> bool:
+    """Return whether a location is a folder."""
     if not is_remote(location):
         return Path(location).is_dir()
     with _remote_errors(location):
@@ -96,7 +98,7 @@ def is_folder(location: str) -> bool:
 
 
 def _walk(folder: str, depth: int | None = None) -> Iterator[str]:
-    """The files below a folder, at most ``depth`` names deep. Links to folders are not followed: they may be loops."""
+    """Yield the files below a folder, at most ``depth`` levels deep. Linked folders are skipped: they may be loops."""
     for parent, folders, names in os.walk(folder or ".", onerror=_refuse_folder):
         level = len(Path(parent).relative_to(folder).parts) + 1
         folders[:] = [] if level == depth else [name for name in folders if not name.startswith(".")]
@@ -135,7 +137,7 @@ def _list_remote(location: str, find: Callable[[Any, str], dict[str, dict[str, A
 
 
 def _filesystem(location: str) -> tuple[Any, str]:
-    import fsspec  # here, because few need it
+    import fsspec  # rarely needed
 
     return fsspec.core.url_to_fs(location)
 
@@ -148,7 +150,7 @@ def _remote_errors(location: str) -> Iterator[None]:
         raise UserError(f'there is no file or folder "{one_line(location)}"') from None
     except (UserError, UnreadableError):
         raise
-    except Exception as error:  # every remote system raises errors of its own
+    except Exception as error:  # every remote system has its own errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f'cannot read "{one_line(location)}": {reason}') from error
 
@@ -158,7 +160,7 @@ def _remote_errors(location: str) -> Iterator[None]:
 
 @dataclass
 class Stream:
-    """The unpacked bytes of an open file, a block at a time. ``damage`` says why they ended early, if they did."""
+    """The decompressed bytes of an open file, block by block. ``damage`` says why they ended early, if they did."""
 
     file: Any
     name: str
@@ -166,7 +168,7 @@ class Stream:
     waiting: bytes = field(default=b"", init=False)
 
     def peek(self) -> bytes:
-        """The first ``FIRST_BLOCK_BYTES``, fewer only if the file ends or is damaged before; they are read again."""
+        """Return the first ``FIRST_BLOCK_BYTES`` (fewer if the file ends or breaks earlier) without consuming them."""
         found = b""
         for block in self.blocks(FIRST_BLOCK_BYTES):
             found += block
@@ -176,18 +178,20 @@ class Stream:
         return found
 
     def seek(self, position: int) -> None:
-        """Read on from an offset; only for files that are not packed."""
+        """Continue reading from an offset; only for files that are not compressed."""
         self.waiting = b""
         self.file.seek(position)
 
     def blocks(self, size: int = BLOCK_BYTES) -> Iterator[bytes]:
-        """The rest of the file. Raises ``UserError`` when the disk or the network fails, so that nothing is missed."""
+        """Yield the rest of the file. Raises ``UserError`` if the disk or network fails: nothing is silently lost."""
         if self.waiting:
             block, self.waiting = self.waiting, b""
             yield block
         if self.damage:
             return
-        read = getattr(self.file, "read1", self.file.read)  # read1 gives what was whole before damage, read does not
+        read = getattr(
+            self.file, "read1", self.file.read
+        )  # read1 returns the intact bytes before damage, read does not
         while True:
             try:
                 block = read(size)
@@ -196,13 +200,13 @@ class Stream:
                 return
             except OSError as error:
                 if error.errno is not None:
-                    raise UserError(f'cannot read "{one_line(self.name)}" to its end: {error.strerror}') from error
-                self.damage = str(error)  # what gzip and bz2 raise for bytes that are not theirs
+                    raise UserError(f'cannot read all of "{one_line(self.name)}": {error.strerror}') from error
+                self.damage = str(error)  # raised by gzip and bz2 for invalid data
                 return
-            except Exception as error:  # every remote system raises errors of its own
+            except Exception as error:  # every remote system has its own errors
                 if not is_remote(self.name):
                     raise
-                raise UserError(f'cannot read "{one_line(self.name)}" to its end: {error}') from error
+                raise UserError(f'cannot read all of "{one_line(self.name)}": {error}') from error
             if not block:
                 return
             yield block
@@ -210,14 +214,14 @@ class Stream:
 
 @contextmanager
 def open_stream(path: str) -> Iterator[Stream]:
-    """The file's bytes, unpacked by its suffix. Raises ``UnreadableError`` if it cannot be opened."""
-    with open_raw(path) as file, _unpacked(file, Path(path).suffix) as unpacked:
-        yield Stream(unpacked, path)
+    """Open a file, decompressed according to its suffix. Raises ``UnreadableError`` if it cannot be opened."""
+    with open_raw(path) as file, _decompressed(file, Path(path).suffix) as decompressed:
+        yield Stream(decompressed, path)
 
 
 @contextmanager
 def open_raw(path: str) -> Iterator[IO[bytes]]:
-    """The file as it is, seekable where its place allows it. Raises ``UnreadableError`` if it cannot be opened."""
+    """Open a file without decompression, seekable if possible. Raises ``UnreadableError`` if it cannot be opened."""
     if is_remote(path):
         with _remote_errors(path):
             filesystem, inner = _filesystem(path)
@@ -236,7 +240,7 @@ def open_raw(path: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _unpacked(file: IO[bytes], suffix: str) -> Any:
+def _decompressed(file: IO[bytes], suffix: str) -> Any:
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=file)
     if suffix == ".bz2":
@@ -247,43 +251,43 @@ def _unpacked(file: IO[bytes], suffix: str) -> Any:
 
 
 class _ZstdFile(io.RawIOBase):
-    """Unpacks Zstandard frames, one after the other, and raises ``EOFError`` if the last is cut off.
+    """Decompress consecutive Zstandard frames, and raise ``EOFError`` if the last one is truncated.
 
-    The reader that ``zstandard`` brings takes a frame that is cut off for a whole one.
+    The reader in ``zstandard`` accepts a truncated frame as complete.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        import zstandard  # here, because few need it
+        import zstandard  # rarely needed
 
         self._error = zstandard.ZstdError
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._file = file
         self._frame: Any = None
-        self._packed = b""
-        self._unpacked = b""
+        self._compressed = b""
+        self._decompressed = b""
         self._used = 0
 
     def read(self, size: int = -1) -> bytes:
-        """At most ``size`` bytes, at least one of them unless the file is at its end."""
-        while self._used == len(self._unpacked):
-            if not self._packed:
-                self._packed = self._file.read(ZSTD_INPUT_BYTES)
-            if not self._packed:
+        """Return at most ``size`` bytes, and at least one unless the file has ended."""
+        while self._used == len(self._decompressed):
+            if not self._compressed:
+                self._compressed = self._file.read(ZSTD_INPUT_BYTES)
+            if not self._compressed:
                 if self._frame is not None:
-                    raise EOFError("the last Zstandard frame is cut off")
+                    raise EOFError("the last Zstandard frame is truncated")
                 return b""
-            self._unpacked, self._used = self._unpack(), 0
-        start, stop = self._used, min(self._used + size, len(self._unpacked))
+            self._decompressed, self._used = self._decompress(), 0
+        start, stop = self._used, min(self._used + size, len(self._decompressed))
         self._used = stop
-        return self._unpacked[start:stop]
+        return self._decompressed[start:stop]
 
-    def _unpack(self) -> bytes:
+    def _decompress(self) -> bytes:
         self._frame = self._frame or self._new_frame()
         try:
-            unpacked = self._frame.decompress(self._packed)
+            decompressed = self._frame.decompress(self._compressed)
         except self._error as error:
             raise EOFError(str(error)) from None
-        self._packed = b""
+        self._compressed = b""
         if self._frame.eof:
-            self._packed, self._frame = self._frame.unused_data, None
-        return unpacked
+            self._compressed, self._frame = self._frame.unused_data, None
+        return decompressed

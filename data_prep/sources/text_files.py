@@ -1,7 +1,7 @@
-"""Documents out of text files: bytes cut at the best places, each document decoded once.
+"""Cut text files into documents as bytes, so that each document is decoded once.
 
-A file may be read in several spans by several processes. Each span finds where its first document begins from the bytes
-around its own borders, so that every byte is in exactly one document whoever reads what.
+Several processes may read different ranges of one file. Each range finds the start of its first document from the bytes
+around its own boundaries, so every byte is in exactly one document however the ranges are distributed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import IO
 
-#: In this order: the first two bytes of UTF-32's mark are those of UTF-16's.
+# The order matters: the UTF-32 mark starts with the UTF-16 mark.
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -23,14 +23,14 @@ BLANK_LINE = re.compile(rb"\n\r?\n")
 
 
 def wide_encoding(first_block: bytes) -> str | None:
-    """UTF-16 or UTF-32 if the bytes begin with its byte-order mark."""
+    """Return "UTF-16" or "UTF-32" if the bytes begin with its byte-order mark, or None."""
     return next((name for mark, name in BYTE_ORDER_MARKS if first_block.startswith(mark)), None)
 
 
 def decode(data: bytes, errors: str) -> tuple[str | None, int]:
-    """The text, and the position of the first byte that is no UTF-8, or -1.
+    """Return the text and the position of the first invalid byte, or -1.
 
-    The text of such data is ``None``, or holds U+FFFD if ``errors`` is "replace".
+    The text of invalid data is None or, if ``errors`` is "replace", contains U+FFFD.
     """
     try:
         return data.decode("utf-8"), -1
@@ -38,8 +38,8 @@ def decode(data: bytes, errors: str) -> tuple[str | None, int]:
         return (data.decode("utf-8", "replace") if errors == "replace" else None), error.start
 
 
-def with_equal_newlines(text: bytes) -> bytes:
-    """Windows' and old Macintosh's newlines as ``\\n``."""
+def normalize_newlines(text: bytes) -> bytes:
+    """Convert Windows and classic Mac OS newlines to ``\\n``."""
     if b"\r" not in text:
         return text
     if LONE_RETURN.search(text):
@@ -47,11 +47,11 @@ def with_equal_newlines(text: bytes) -> bytes:
     return text.replace(b"\r", b"")  # several times as fast
 
 
-def border_at(file: IO[bytes], nominal: int, max_bytes: int) -> int:
-    """Where the run of text that nominally starts at an offset really starts, by the bytes from there on alone.
+def boundary_at(file: IO[bytes], nominal: int, max_bytes: int) -> int:
+    """Return where the text that nominally starts at an offset actually starts, judging only by the bytes from there.
 
-    It is after the first blank line within ``max_bytes``, else after the first newline, else at the next character.
-    Never decreases with ``nominal``, so that neighbours meet.
+    That is after the first blank line within ``max_bytes``, else after the first newline, else at the next character.
+    The result never decreases with ``nominal``, so adjacent ranges meet.
     """
     file.seek(nominal)
     window = read_fully(file, max_bytes)
@@ -68,7 +68,7 @@ def border_at(file: IO[bytes], nominal: int, max_bytes: int) -> int:
 
 
 def read_fully(file: IO[bytes], size: int) -> bytes:
-    """``size`` bytes, fewer only at the end of the file; a raw file may give less at a time."""
+    """Read ``size`` bytes, fewer only at the end of the file; one read of a raw file may return less."""
     found = b""
     while len(found) < size and (block := file.read(size - len(found))):
         found += block
@@ -76,7 +76,7 @@ def read_fully(file: IO[bytes], size: int) -> bytes:
 
 
 def limited(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """The first ``size`` bytes of the blocks."""
+    """Yield the first ``size`` bytes of the blocks."""
     for block in blocks:
         if len(block) >= size:
             yield block[:size]
@@ -86,10 +86,10 @@ def limited(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
 
 
 def cut_by_size(blocks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Cut bytes into pieces of at most ``max_bytes``, with the offset of each.
+    """Cut bytes into pieces of at most ``max_bytes``, and yield each with its offset.
 
-    A piece ends after the last blank line that fits, else after the last line, else after the last character; never
-    inside ``\\r\\n``. The pieces joined are the bytes again. Holds one piece and one block in memory.
+    A piece ends after the last blank line that fits, else after the last line, else after the last character, and never
+    inside ``\\r\\n``. The pieces concatenate to the input. Holds one piece and one block in memory.
     """
     held, offset = b"", 0
     for block in blocks:
@@ -107,16 +107,20 @@ def cut_by_size(blocks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, 
 def cut_at_separators(
     blocks: Iterable[bytes], separator: bytes, max_bytes: int, *, start: int = 0, stop: int = -1
 ) -> Iterator[tuple[int, bytes]]:
-    """The pieces of the documents between separators that begin at an offset from ``start`` up to ``stop``.
+    """Yield offset and bytes of the documents between separators that begin in ``[start, stop)``.
 
-    ``blocks`` begin ``separator_reach`` bytes before ``start`` (or at the file's start), where a document that begins
-    at ``start`` shows by its separator. A newline of the separator matches ``\\r\\n`` too. A document above
-    ``max_bytes`` is cut as in ``cut_by_size``. Yields the offset of each piece, and its bytes.
+    ``blocks`` begin ``separator_reach`` bytes before ``start`` (or at the start of the file), so that they include the
+    separator before a document at ``start``. A newline in the separator also matches ``\\r\\n``. A document longer than
+    ``max_bytes`` is cut as in ``cut_by_size``.
     """
     reach = separator_reach(separator)
     find = re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n"))
     offset = max(0, start - reach)
-    held, at, scanned = b"", 0, 0  # bytes, where the document begins in them, up to where they hold no separator
+    held, at, scanned = (
+        b"",
+        0,
+        0,
+    )  # bytes, where the document begins, and the end of the part known to contain no separator
     inside = start == 0
     for block in blocks:
         held = held + block if held else block
@@ -131,7 +135,7 @@ def cut_at_separators(
             if 0 <= stop <= offset + at:
                 return
             inside = offset + at >= start
-        scanned = max(at, len(held) - reach)  # a separator may have begun in what is after
+        scanned = max(at, len(held) - reach)  # a separator may begin in the rest
         while inside and len(held) - at > max_bytes + reach:
             cut = _cut_position(held, at, at + max_bytes)
             yield offset + at, held[at:cut]
@@ -146,12 +150,12 @@ def cut_at_separators(
 
 
 def separator_reach(separator: bytes) -> int:
-    """The most bytes that a separator takes in a file: each of its newlines may be two bytes there."""
+    """Return the maximum bytes a separator occupies in a file, where each newline may take two bytes."""
     return len(separator) + separator.count(b"\n")
 
 
 def is_local(separator: bytes) -> bool:
-    """Whether every occurrence of a separator is seen without knowing the others: no end of it is also its start."""
+    """Return whether occurrences of a separator cannot overlap: no suffix of it is also a prefix."""
     return not any(separator.startswith(separator[-size:]) for size in range(1, len(separator)))
 
 
@@ -173,20 +177,20 @@ def _pieces(held: bytes, offset: int, start: int, stop: int, max_bytes: int) -> 
 
 
 def _cut_position(text: bytes, start: int, limit: int) -> int:
-    """The best place to cut after ``start``, ``limit`` at most; ``text`` goes on at ``limit``."""
+    """Return the best position to cut after ``start`` and up to ``limit``; ``text`` continues beyond ``limit``."""
     found = -1
     if text.find(b"\r", start, limit) >= 0:
         found = _end_of_last(b"\n\r\n", text, start, limit)
     found = max(found, _end_of_last(b"\n\n", text, max(start, found - 1), limit))
     if found < 0:
         found = _end_of_last(b"\n", text, start, limit)
-    for newline in (b"\r\r", b"\r"):  # old Macintosh's, where no \n is; one right at the limit may be half of \r\n
+    for newline in (b"\r\r", b"\r"):  # classic Mac OS, without \n; one right at the limit may be half of \r\n
         if found < 0:
             found = _end_of_last(newline, text, start, limit - 1)
     if found >= 0:
         return found
     for end in range(limit, limit - 4, -1):
-        if text[end] & 0xC0 != 0x80:  # where a character begins
+        if text[end] & 0xC0 != 0x80:  # a character begins here
             return end - 1 if text[end - 1 : end + 1] == b"\r\n" else end
     return limit
 

@@ -1,4 +1,4 @@
-"""Texts on which tokenizer libraries have been seen to disagree, or might."""
+"""Texts on which tokenizer libraries disagree, or might."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Encoders: the fastest installed one that is exact for this tokenizer, proven before it is used.
+"""Choose the fastest installed encoder that is exact for a tokenizer, and prove it before use.
 
-``tokenizers`` says what is right. Other libraries encode ten to forty times faster, but each is wrong for some
-tokenizers, most of the time without a word. So ``choose_engine`` lets each encode ``PROBES`` and some of the corpus,
-and takes the first whose ids are those of ``tokenizers``, every one; ``recheck`` looks again on the way. Special tokens
-are unknown to every engine: a text that spells one stays text.
+The ``tokenizers`` library is the reference. Other libraries encode ten to forty times faster, but each is wrong for
+some tokenizers, usually silently. ``choose_encoder`` therefore lets each one encode ``PROBES`` and some of the corpus,
+and takes the first whose ids all equal those of ``tokenizers``; ``recheck`` repeats the comparison during the build. No
+encoder knows special tokens: a text that spells one remains text.
 """
 
 from __future__ import annotations
@@ -22,118 +22,119 @@ from data_prep.errors import UserError
 from data_prep.tokenizers.encoder_probes import PROBES
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 
-__all__ = ["ENGINES", "PROBES", "Chosen", "Engine", "EngineError", "choose_engine", "make_engine", "recheck"]
-
-# Unicode's White_Space, which the engine's pattern means by \s. Python's own \s has four characters more.
+# Unicode's White_Space, which is \s in the library's pattern. Python's \s has four more characters.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
-# GPT-2's pattern with all kinds of words taken as one: no match of the full pattern reaches over a match of this one.
+# GPT-2's pattern with all kinds of words merged into one: no match of the full pattern crosses a match of this one.
 RUNS = re.compile(rf" ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+")
 
-LARGEST_CACHE_CHARACTERS = 1 << 23  # about 100 MB with the dictionary around them
+LARGEST_CACHE_CHARACTERS = 1 << 23  # about 100 MB including the dictionary
 
 
-class EngineError(UserError):
-    """A fast engine gave other ids than ``tokenizers``."""
+class EncoderError(UserError):
+    """A fast encoder failed, or gave other ids than ``tokenizers``."""
 
 
 class UnsuitableError(Exception):
-    """This engine cannot encode with this tokenizer; the text says why."""
+    """This encoder does not support this tokenizer; the message says why."""
 
 
-class Engine(Protocol):
+class Encoder(Protocol):
     """Encodes texts with one tokenizer.
 
     Attributes:
-        short_name: one of ``ENGINES``.
-        name: the library with its version, as the manifest has it.
+        short_name: one of ``ENCODERS``.
+        name: the library with its version, as in the manifest.
     """
 
     short_name: str
     name: str
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts joined, in the shards' dtype and without end-of-text, and each text's number (int64)."""
+        """Return the concatenated ids of all texts and the number of ids per text (int64).
+
+        The ids have the dtype of shards and no end-of-text tokens.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """An engine that was proven, and what became of those tried: ``exact``, or the reason it was not taken."""
+    """A proven encoder, and the outcome for each one tried: ``exact``, or why it was rejected."""
 
-    engine: Engine
+    encoder: Encoder
     tried: list[tuple[str, str]]
 
 
-def choose_engine(tokenizer: Tokenizer, sample: Sequence[str], wanted: str = "auto") -> Chosen:
-    """The first of ``ENGINES`` that encodes the probes and ``sample`` exactly, or the one ``wanted``.
+def choose_encoder(tokenizer: Tokenizer, sample: Sequence[str], wanted: str = "auto") -> Chosen:
+    """Return the first of ``ENCODERS`` that encodes the probes and ``sample`` exactly, or the ``wanted`` one.
 
-    Raises ``UserError`` if the one wanted is unknown, not installed or not exact.
+    Raises ``UserError`` if the wanted encoder is unknown, not installed or not exact.
     """
-    if wanted != "auto" and wanted not in ENGINES:
-        raise UserError(f'unknown encoder "{wanted}": choose auto or one of {", ".join(ENGINES)}')
+    if wanted != "auto" and wanted not in ENCODERS:
+        raise UserError(f'unknown encoder "{wanted}": choose auto or one of {", ".join(ENCODERS)}')
     texts = [*PROBES, *_probes_for(tokenizer), *sample]
     expected = tokenizer.encode_batch(texts)
     tried: list[tuple[str, str]] = []
-    for short_name in ENGINES if wanted == "auto" else (wanted,):
-        engine, outcome = _try(short_name, tokenizer, texts, expected)
-        tried.append((engine.name if engine else short_name, outcome))
-        if engine is not None and outcome == "exact":
-            return Chosen(engine, tried)
+    for short_name in ENCODERS if wanted == "auto" else (wanted,):
+        encoder, outcome = _try(short_name, tokenizer, texts, expected)
+        tried.append((encoder.name if encoder else short_name, outcome))
+        if encoder is not None and outcome == "exact":
+            return Chosen(encoder, tried)
     raise UserError(
-        f'the encoder "{wanted}" cannot be used here: {tried[-1][1]}; choose auto to take the fastest that can'
+        f'the encoder "{wanted}" cannot be used here: {tried[-1][1]}; choose auto to use the fastest one that can'
     )
 
 
-def make_engine(short_name: str, tokenizer: Tokenizer, threads: int = 1) -> Engine:
-    """An engine that ``choose_engine`` has proven for this tokenizer, without proving it again.
+def make_encoder(short_name: str, tokenizer: Tokenizer, threads: int = 1) -> Encoder:
+    """Make an encoder that ``choose_encoder`` has already proven for this tokenizer.
 
-    With one thread all work is done on the calling thread. With more, the engine takes as many as its library does:
+    With one thread, all work happens on the calling thread. With more, the library decides how many to use:
     ``RAYON_NUM_THREADS``, or all cores. The ids are the same.
     """
     try:
-        return ENGINES[short_name](tokenizer, threads)
+        return ENCODERS[short_name](tokenizer, threads)
     except UnsuitableError as problem:
         raise UserError(f'the encoder "{short_name}" cannot be used with this tokenizer: {problem}') from None
 
 
-def recheck(engine: Engine, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
-    """Encode some texts again with ``tokenizers``. Raises ``EngineError`` at the first difference."""
-    difference = _first_difference(engine, texts, tokenizer.encode_batch(texts))
+def recheck(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Encode some texts again with ``tokenizers``, and raise ``EncoderError`` at the first difference."""
+    difference = _first_difference(encoder, texts, tokenizer.encode_batch(texts))
     if difference:
-        raise EngineError(
-            f"the engine {engine.name} was exact before the build and is not for a text in it: {difference}; "
-            "build again with --encoder tokenizers, and please report that text to the engine's makers"
+        raise EncoderError(
+            f"the encoder {encoder.name} passed all checks before the build but fails for a text: {difference}; "
+            "build again with --encoder tokenizers, and please report that text to the developers of the encoder"
         )
 
 
 def _try(
     short_name: str, tokenizer: Tokenizer, texts: Sequence[str], expected: list[list[int]]
-) -> tuple[Engine | None, str]:
-    engine: Engine | None = None
+) -> tuple[Encoder | None, str]:
+    encoder: Encoder | None = None
     try:
-        engine = ENGINES[short_name](tokenizer, 1)
-        return engine, _first_difference(engine, texts, expected) or "exact"
+        encoder = ENCODERS[short_name](tokenizer, 1)
+        return encoder, _first_difference(encoder, texts, expected) or "exact"
     except UnsuitableError as problem:
-        return engine, str(problem)
+        return encoder, str(problem)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # a panic in Rust is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         lines = str(error).splitlines() or [type(error).__name__]
-        return engine, f"it refuses: {lines[0]}"
+        return encoder, f"it refuses: {lines[0]}"
 
 
-def _first_difference(engine: Engine, texts: Sequence[str], expected: list[list[int]]) -> str | None:
-    """Where an engine's ids first differ from the expected ones, in words; None if nowhere."""
-    ids, lengths = engine.encode(texts)
+def _first_difference(encoder: Encoder, texts: Sequence[str], expected: list[list[int]]) -> str | None:
+    """Describe where an encoder's ids first differ from the expected ones, or return None."""
+    ids, lengths = encoder.encode(texts)
     if len(lengths) != len(texts) or int(lengths.sum()) != len(ids):
         return f"{len(lengths)} lengths for {len(texts)} texts"
     for found, wanted, text in zip(np.split(ids, np.cumsum(lengths))[:-1], expected, texts, strict=True):
         if found.tolist() != wanted:
             pairs = enumerate(zip(found.tolist(), wanted, strict=False))
-            place = next((n for n, (a, b) in pairs if a != b), min(len(found), len(wanted)))
-            got, want = (str(row[place]) if place < len(row) else "the end" for row in (found.tolist(), wanted))
-            return f"token {place} of {_excerpt(text)} is {got} and should be {want}"
+            index = next((n for n, (a, b) in pairs if a != b), min(len(found), len(wanted)))
+            got, want = (str(row[index]) if index < len(row) else "the end" for row in (found.tolist(), wanted))
+            return f"token {index} of {_excerpt(text)} is {got} and should be {want}"
     return None
 
 
@@ -142,13 +143,13 @@ def _excerpt(text: str) -> str:
 
 
 def _probes_for(tokenizer: Tokenizer) -> list[str]:
-    """Texts that spell what this tokenizer looks for before anything else."""
+    """Return texts that contain the tokens this tokenizer searches for first."""
     names = [token["content"] for token in tokenizer.description["added_tokens"]]
     return [text for name in names for text in (name, f"a {name} b{name}{name}\n{name[:-1]}")]
 
 
-class TokenizersEngine:
-    """The library that says what is right."""
+class TokenizersEncoder:
+    """The reference library."""
 
     short_name = "tokenizers"
 
@@ -159,17 +160,17 @@ class TokenizersEngine:
         self._threads = threads
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Engine.encode``."""
+        """See ``Encoder.encode``."""
         encoded = _encode(self._tokenizer, texts, self._threads)
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
         return np.fromiter((i for ids in encoded for i in ids), self._dtype, int(lengths.sum())), lengths
 
 
-class WordsEngine:
-    """Every distinct word is encoded once by ``tokenizers`` and then looked up.
+class WordsEncoder:
+    """Encode every distinct word once with ``tokenizers``, then look it up.
 
-    For tokenizers that cut texts as GPT-2 does, and those of single bytes or characters: they never look across the
-    border of a run of ``RUNS``, so a text's tokens are its runs' tokens one after the other.
+    This works for tokenizers that split texts like GPT-2, and for single bytes or characters: no token crosses the
+    boundary of a run of ``RUNS``, so the tokens of a text are the concatenated tokens of its runs.
     """
 
     short_name = "words"
@@ -185,7 +186,7 @@ class WordsEngine:
         self._known_characters = 0
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Engine.encode``."""
+        """See ``Encoder.encode``."""
         encoded = [self._encode_text(text) for text in texts]
         lengths = np.array([len(content) // self._dtype.itemsize for content in encoded], dtype=np.int64)
         return np.frombuffer(b"".join(encoded), self._dtype), lengths
@@ -203,8 +204,8 @@ class WordsEngine:
         return content
 
 
-class GigatokenEngine:
-    """The package ``gigatoken``: byte-level BPE with the patterns it knows, and BPE of sentencepiece."""
+class GigatokenEncoder:
+    """The package ``gigatoken``: byte-level BPE with known patterns, and sentencepiece BPE."""
 
     short_name = "gigatoken"
 
@@ -217,18 +218,18 @@ class GigatokenEngine:
         self._threads = threads
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Engine.encode``."""
+        """See ``Encoder.encode``."""
         if self._threads > 1:
             rows = self._tokenizer.encode_batch(list(texts), parallel=True).layout.to_ListOffsetArray64(True)
             offsets = np.asarray(rows.offsets.data)
             return np.asarray(rows.content.data)[: offsets[-1]].astype(self._dtype), np.diff(offsets)
-        # A batch would load the package awkward, which costs as much as encoding 50 MB.
+        # A batch would import the package awkward, which costs as much as encoding 50 MB.
         encoded = [self._tokenizer.encode(text) for text in texts]
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
         return np.concatenate([np.empty(0, np.uint32), *encoded]).astype(self._dtype), lengths
 
 
-class SplintrEngine:
+class SplintrEncoder:
     """The package ``splintr-rs``."""
 
     short_name = "splintr"
@@ -242,35 +243,35 @@ class SplintrEngine:
         self._threads = threads
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Engine.encode``."""
+        """See ``Encoder.encode``."""
         if self._threads > 1:
             content, offsets = self._tokenizer.encode_batch_flat(list(texts))
             lengths = np.diff(np.frombuffer(offsets, "<u8")).astype(np.int64)
-        else:  # a batch would take all cores, a single text does not
+        else:  # a batch would use all cores, a single text does not
             rows = [self._tokenizer.encode_flat(text) for text in texts]
             content = b"".join(rows)
             lengths = np.array([len(row) // 4 for row in rows], dtype=np.int64)
         return np.frombuffer(content, "<u4").astype(self._dtype), lengths
 
 
-# By speed, as measured (docs/data.md): the first that is exact is taken.
-ENGINES: dict[str, Callable[[Tokenizer, int], Engine]] = {
-    "gigatoken": GigatokenEngine,
-    "splintr": SplintrEngine,
-    "words": WordsEngine,
-    "tokenizers": TokenizersEngine,
+# By measured speed (docs/data.md): the first exact one is used.
+ENCODERS: dict[str, Callable[[Tokenizer, int], Encoder]] = {
+    "gigatoken": GigatokenEncoder,
+    "splintr": SplintrEncoder,
+    "words": WordsEncoder,
+    "tokenizers": TokenizersEncoder,
 }
 
 
 def splits_at_words(tokenizer: Tokenizer) -> bool:
-    """Whether the tokens of a text are the tokens of its ``RUNS`` one after the other."""
+    """Return whether the tokens of a text are the concatenated tokens of its ``RUNS``."""
     description = tokenizer.description
     if description["normalizer"] is not None or not all(token["special"] for token in description["added_tokens"]):
         return False
     pre_tokenizer = description["pre_tokenizer"]
     if pre_tokenizer is None:
         return tokenizer.kind == "characters"
-    # What comes after the first step of a sequence sees the first step's words only.
+    # Later steps of a sequence only see the words of the first step.
     first = pre_tokenizer["pretokenizers"][0] if pre_tokenizer["type"] == "Sequence" else pre_tokenizer
     if first["type"] != "ByteLevel" or first["add_prefix_space"]:
         return False
@@ -282,13 +283,13 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], threads: int) -> list[li
 
 
 def _installed(module: str, package: str) -> str:
-    """The package with its version. Raises ``UnsuitableError`` if it is not there."""
+    """Return a package with its version. Raises ``UnsuitableError`` if it is not installed."""
     if importlib.util.find_spec(module) is None:
         raise UnsuitableError(f'it is not installed ("pip install {package}")')
     return f"{package} {importlib.metadata.version(package)}"
 
 
 def _json_without_special_tokens(tokenizer: Tokenizer) -> str:
-    """The tokenizer for engines that would turn a text that spells a special token into that token."""
+    """Return the tokenizer for encoders that would otherwise turn the name of a special token into that token."""
     ordinary = [token for token in tokenizer.description["added_tokens"] if not token["special"]]
     return json.dumps(tokenizer.description | {"added_tokens": ordinary}, ensure_ascii=False)

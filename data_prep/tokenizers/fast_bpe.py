@@ -1,8 +1,8 @@
-"""Byte-pair merges from gigatoken, an optional library: those of ``tokenizers``, in a fraction of the time.
+"""Byte-pair merges from gigatoken, an optional library: the same as from ``tokenizers``, in a fraction of the time.
 
-Its result is used only after two checks: on the first texts both trainers must agree merge by merge, and the last merge
-must occur often enough in the text, for gigatoken knows no least count. It runs in a process of its own, where it may
-print, crash and keep its memory without harm here.
+The result is used only after two checks: on the first texts, both trainers must agree merge by merge, and the last
+merge must occur often enough in the text, because gigatoken has no minimum count. It runs in a separate process, so its
+output, crashes and memory do not affect this one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from tokenizers import Tokenizer as Engine
+from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
 from data_prep.tokenizers.text_spool import SEPARATOR, TextSpool
@@ -24,13 +24,13 @@ from data_prep.tokenizers.tokenizer import BYTE_CHARACTERS, BYTE_OF_CHARACTER
 
 CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
 
-SMALLEST_TEXT_BYTES = 1 << 22  # below this the checks cost more than they save
+SMALLEST_TEXT_BYTES = 1 << 22  # below this, the checks cost more than they save
 SAMPLE_BYTES = 1 << 19
 SAMPLE_VOCABULARY = 1024
 
 Merge = tuple[str, str]
 
-# Run as a program: trains on the file named first, writes the merges as pairs of hexadecimal bytes to that named last.
+# Run as a program: trains on the first file and writes the merges as pairs of hexadecimal bytes to the last.
 PROGRAM = """
 import json, sys
 import gigatoken
@@ -43,14 +43,14 @@ with open(result, "w") as file:
 
 
 def is_installed() -> bool:
-    """Whether the library is there."""
+    """Return whether the library is installed."""
     return importlib.util.find_spec("gigatoken") is not None
 
 
 def fast_merges(spool: TextSpool, vocab_size: int, min_pair_count: int) -> list[Merge] | None:
-    """The merges, in byte characters, of a vocabulary of the 256 bytes and ``vocab_size - 256`` tokens more.
+    """Return the merges, in byte characters, for a vocabulary of the 256 bytes and ``vocab_size - 256`` more tokens.
 
-    None if a check fails; then ``tokenizers`` must do the training.
+    Returns None if a check fails; then ``tokenizers`` must train instead.
     """
     if not _agree_on_a_sample(spool):
         return None
@@ -88,20 +88,20 @@ def _characters(content: str) -> str:
 
 
 def _train_with_tokenizers(texts: Iterator[str], vocab_size: int) -> list[Merge]:
-    engine = Engine(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=list(BYTE_CHARACTERS), show_progress=False)
-    engine.train_from_iterator(texts, trainer)
-    return [tuple(merge) for merge in json.loads(engine.to_str())["model"]["merges"]]
+    backend.train_from_iterator(texts, trainer)
+    return [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
 
 
 def _last_occurs(merges: list[Merge], spool: TextSpool, times: int) -> bool:
-    """Whether the last merge's token is made at least so often; merges come by falling count, so all others are too."""
+    """Return whether the last merge is applied at least ``times`` times; as counts decrease, so are all others."""
     token = "".join(merges[-1])
     vocabulary = dict.fromkeys([*BYTE_CHARACTERS, *(left + right for left, right in merges)])
-    engine = Engine(models.BPE(vocab={name: number for number, name in enumerate(vocabulary)}, merges=merges))
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend = Backend(models.BPE(vocab={name: number for number, name in enumerate(vocabulary)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     content = bytes(BYTE_OF_CHARACTER[character] for character in token)
     holding = (text for text in spool.texts() if content in text.encode("utf-8"))
-    found = (name for text in holding for name in engine.encode(text).tokens if name == token)
+    found = (name for text in holding for name in backend.encode(text).tokens if name == token)
     return len(list(islice(found, times))) == times

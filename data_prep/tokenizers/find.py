@@ -1,4 +1,4 @@
-"""Where a tokenizer is: a file, a folder that holds one, or a name on the Hugging Face hub."""
+"""Find a tokenizer: in a file, in a folder, or by its name on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 
-# The files of a hub repository that may hold its tokenizer; the first one present is taken.
+# The files of a Hub repository that may contain its tokenizer; the first one present is used.
 HUB_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
 HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 
 
 def find_tokenizer_file(source: str | Path) -> Path:
-    """The ``tokenizer.json`` or sentencepiece ``.model`` that ``source`` means.
+    """Return the path of the ``tokenizer.json`` or sentencepiece ``.model`` that ``source`` refers to.
 
-    A path that exists is never looked up on the hub. Raises ``UserError`` if nothing is there.
+    An existing path is never looked up on the Hub. Raises ``UserError`` if nothing is found.
     """
     path = Path(source)
     if path.is_dir():
@@ -35,8 +35,8 @@ def _file_in_folder(folder: Path) -> Path:
     if len(models) == 1:
         return models[0]
     if models:
-        raise UserError(f'the folder "{folder}" holds {len(models)} .model files: name the one to use')
-    raise UserError(f'"{folder}" is not a tokenizer: the folder holds neither a tokenizer.json nor a .model file')
+        raise UserError(f'the folder "{folder}" contains {len(models)} .model files: name the one to use')
+    raise UserError(f'"{folder}" is not a tokenizer: the folder contains neither a tokenizer.json nor a .model file')
 
 
 def _file_from_hub(name: str) -> Path:
@@ -47,18 +47,18 @@ def _file_from_hub(name: str) -> Path:
             return Path(hf_hub_download(name, file))
         except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
             raise UserError(
-                f'there is no file or folder "{name}", and the Hugging Face hub cannot be reached to look for a '
+                f'there is no file or folder "{name}", and the Hugging Face Hub cannot be reached to look for a '
                 "tokenizer of that name: give the path of a tokenizer.json"
             ) from None
         except errors.EntryNotFoundError:
             continue
         except errors.GatedRepoError:
             raise UserError(
-                f'"{name}" on the Hugging Face hub is closed to you: ask for access on its page, then call '
+                f'you have no access to "{name}" on the Hugging Face Hub: request it on the model page, then run '
                 '"hf auth login"'
             ) from None
         except (errors.RepositoryNotFoundError, errors.HFValidationError):
             raise UserError(f'there is no file, no folder and no Hugging Face repository "{name}"') from None
         except (errors.HfHubHTTPError, OSError) as error:
-            raise UserError(f'the tokenizer "{name}" did not come from the Hugging Face hub: {error}') from None
-    raise UserError(f'the Hugging Face repository "{name}" holds none of {", ".join(HUB_FILES)}')
+            raise UserError(f'cannot download the tokenizer "{name}" from the Hugging Face Hub: {error}') from None
+    raise UserError(f'the Hugging Face repository "{name}" contains none of {", ".join(HUB_FILES)}')

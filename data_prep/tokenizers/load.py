@@ -1,4 +1,4 @@
-"""Open a tokenizer, from whatever a user names: a file, a folder, or a name on the hub."""
+"""Load a tokenizer from a file, a folder, or a name on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Read a ``tokenizer.json``, a sentencepiece ``.model``, a folder that holds one, or a name on the hub.
+    """Load a ``tokenizer.json``, a sentencepiece ``.model``, a folder with either, or a name on the Hub.
 
-    Special tokens that it lacks are added after its last id. A ``.model`` becomes an equal ``tokenizer.json``, or
-    is refused if none gives the same ids.
+    Missing special tokens are added after the last id. A ``.model`` is converted to an equivalent ``tokenizer.json``,
+    or rejected if none gives the same ids.
 
     Raises:
-        UserError: there is no such tokenizer, or it cannot be read.
+        UserError: the tokenizer does not exist or cannot be read.
     """
     path = find_tokenizer_file(source)
     if path.suffix == ".model":

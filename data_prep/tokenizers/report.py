@@ -1,4 +1,4 @@
-"""What a tokenizer makes of a text: compression, coverage, examples."""
+"""Report how a tokenizer handles a text: compression, coverage, examples."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 
 
 def tokenizer_report(tokenizer: Tokenizer, texts: Iterable[str], *, longest: int = 10) -> dict[str, Any]:
-    """What a tokenizer makes of some texts, which are read once.
+    """Report how a tokenizer handles some texts, which are read once.
 
-    Returns ``texts``, ``text_bytes``, ``words`` (split at white space), ``tokens``, ``bytes_per_token`` and
-    ``tokens_per_word`` (None without tokens or words), ``unused_tokens`` (ids that are not special and never occurred)
-    and their share ``unused_share``, ``longest_tokens`` (the used ones with the most bytes), ``fallback_bytes`` (bytes
-    in tokens that cut a character apart) with ``fallback_share`` of the text, ``unknown_tokens`` (text that was
-    lost), and ``special_tokens`` with their ids.
+    Returns ``texts``, ``text_bytes``, ``words`` (split at whitespace), ``tokens``, ``bytes_per_token`` and
+    ``tokens_per_word`` (None without tokens or words), ``unused_tokens`` (non-special ids that never occurred) and
+    their share ``unused_share``, ``longest_tokens`` (used tokens with the most bytes), ``fallback_bytes`` (bytes in
+    tokens that split a character) with ``fallback_share`` of the text, ``unknown_tokens`` (lost text), and
+    ``special_tokens`` with their ids.
     """
     counts: Counter[int] = Counter()
     read = text_bytes = words = 0
@@ -50,7 +50,7 @@ def tokenizer_report(tokenizer: Tokenizer, texts: Iterable[str], *, longest: int
 
 
 def _is_part(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether a token is a piece of a character: its bytes alone are no UTF-8."""
+    """Return whether a token is part of a character: its bytes alone are not valid UTF-8."""
     try:
         tokenizer.decode_bytes([token]).decode("utf-8")
     except UnicodeDecodeError:

@@ -1,8 +1,8 @@
-"""Turn a sentencepiece ``.model`` into a ``tokenizer.json`` with the same ids.
+"""Convert a sentencepiece ``.model`` to a ``tokenizer.json`` with the same ids.
 
-The file is a protocol-buffer message (sentencepiece_model.proto): the pieces with their scores and types, how it was
-trained, and how it normalises. The result encodes all probes as sentencepiece does, or the model is refused. BPE models
-that leave the text as it is pass (Llama 2, Mistral, Gemma); most that fold characters as NFKC does are refused, because
+The file is a protocol-buffer message (sentencepiece_model.proto): the pieces with their scores and types, the training
+settings, and the normalization. The result must encode all probes as sentencepiece does, or the model is rejected. BPE
+models that do not normalize text pass (Llama 2, Mistral, Gemma); most with an NFKC table are rejected, because
 ``tokenizers`` applies such a table cluster by cluster and sentencepiece does not.
 """
 
@@ -23,15 +23,15 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 
 SPACE_MARK = "\u2581"  # how sentencepiece writes a space
 
-# Numbers of fields and types in the message's definition.
-PIECES, TRAINING, NORMALISER = 1, 2, 3
+# Field and type numbers in the message definition.
+PIECES, TRAINING, NORMALIZER = 1, 2, 3
 PIECE_TEXT, PIECE_SCORE, PIECE_TYPE = 1, 2, 3
 MODEL_TYPE, SPACE_AS_SUFFIX, BYTE_FALLBACK = 3, 24, 35
 CHARACTER_MAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_SPACES, ESCAPE_SPACES = 2, 3, 4, 5
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 UNIGRAM, BPE = 1, 2
 
-DEARER = 1000.0
+COSTLIER = 1000.0
 
 Field = tuple[int, int | bytes]
 
@@ -47,11 +47,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Model:
-    """What is read of a ``.model``."""
+    """The parts of a ``.model`` that matter here."""
 
     pieces: list[Piece]
     training: dict[int, int | bytes]
-    normaliser: dict[int, int | bytes]
+    normalizer: dict[int, int | bytes]
 
     @property
     def byte_fallback(self) -> bool:
@@ -59,14 +59,14 @@ class Model:
         return bool(self.training.get(BYTE_FALLBACK, 0))
 
     def number_of(self, piece_type: int) -> int | None:
-        """The id of the first piece of a type."""
+        """Return the id of the first piece of a type, or None."""
         return next((number for number, piece in enumerate(self.pieces) if piece.type == piece_type), None)
 
 
 def convert_model(path: Path) -> str:
-    """The text of a ``tokenizer.json`` equal to the model in ``path``.
+    """Return the text of a ``tokenizer.json`` equivalent to the model in ``path``.
 
-    Raises ``UserError`` if the file is no such model, or no ``tokenizer.json`` gives its ids.
+    Raises ``UserError`` if the file is not such a model, or if no ``tokenizer.json`` gives the same ids.
     """
     content = path.read_bytes()
     try:
@@ -79,7 +79,7 @@ def convert_model(path: Path) -> str:
         problem = _difference(model, content, text)
     if problem is not None:
         raise UserError(
-            f'"{path}" cannot be turned into an equal tokenizer.json: {problem}; give a tokenizer.json instead'
+            f'"{path}" cannot be converted to an equivalent tokenizer.json: {problem}; give a tokenizer.json instead'
         )
     return text
 
@@ -89,8 +89,8 @@ def _read(content: bytes) -> Model:
     pieces = [dict(_fields(_as_bytes(value))) for number, value in fields if number == PIECES]
     if not pieces:
         raise ValueError("no pieces")
-    sections = {number: dict(_fields(_as_bytes(value))) for number, value in fields if number in (TRAINING, NORMALISER)}
-    return Model([_piece(piece) for piece in pieces], sections.get(TRAINING, {}), sections.get(NORMALISER, {}))
+    sections = {number: dict(_fields(_as_bytes(value))) for number, value in fields if number in (TRAINING, NORMALIZER)}
+    return Model([_piece(piece) for piece in pieces], sections.get(TRAINING, {}), sections.get(NORMALIZER, {}))
 
 
 def _piece(fields: dict[int, int | bytes]) -> Piece:
@@ -101,49 +101,49 @@ def _piece(fields: dict[int, int | bytes]) -> Piece:
 
 def _as_bytes(value: int | bytes) -> bytes:
     if isinstance(value, int):
-        raise ValueError("a number where text belongs")
+        raise ValueError("a number instead of text")
     return value
 
 
 def _fields(message: bytes) -> Iterator[Field]:
-    """The fields of a protocol-buffer message with their numbers; whole numbers as int, all else as bytes."""
-    place = 0
-    while place < len(message):
-        key, place = _varint(message, place)
+    """Yield the fields of a protocol-buffer message with their numbers; integers as int, everything else as bytes."""
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position)
         number, wire_type = key >> 3, key & 7
         if wire_type == 0:
-            value, place = _varint(message, place)
+            value, position = _varint(message, position)
             yield number, value
             continue
         if wire_type == 2:
-            size, place = _varint(message, place)
+            size, position = _varint(message, position)
         elif wire_type in (1, 5):
             size = 8 if wire_type == 1 else 4
         else:
             raise ValueError(f"wire type {wire_type}")
-        if place + size > len(message):
+        if position + size > len(message):
             raise ValueError("the file ends inside a field")
-        yield number, message[place : place + size]
-        place += size
+        yield number, message[position : position + size]
+        position += size
 
 
-def _varint(message: bytes, place: int) -> tuple[int, int]:
-    """A whole number in seven-bit groups, lowest first, and the place after it."""
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """Return an integer stored in seven-bit groups, lowest first, and the position after it."""
     value = shift = 0
     while True:
-        byte = message[place]
-        place += 1
+        byte = message[position]
+        position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, place
+            return value, position
         shift += 7
 
 
 def _unsupported(model: Model) -> str | None:
     if model.training.get(MODEL_TYPE, UNIGRAM) not in (UNIGRAM, BPE):
-        return "only Unigram and BPE models can be"
-    if model.training.get(SPACE_AS_SUFFIX, 0) or not model.normaliser.get(ESCAPE_SPACES, 1):
-        return "it writes spaces in an unusual way"
+        return "only Unigram and BPE models are supported"
+    if model.training.get(SPACE_AS_SUFFIX, 0) or not model.normalizer.get(ESCAPE_SPACES, 1):
+        return "it marks spaces in an unusual way"
     return None
 
 
@@ -167,14 +167,14 @@ def _description(model: Model) -> dict[str, Any]:
 
 def _normalizers(model: Model) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
-    character_map = _as_bytes(model.normaliser.get(CHARACTER_MAP, b""))
+    character_map = _as_bytes(model.normalizer.get(CHARACTER_MAP, b""))
     if character_map:
         encoded = base64.b64encode(character_map).decode("ascii")
         steps.append({"type": "Precompiled", "precompiled_charsmap": encoded})
-    if model.normaliser.get(REMOVE_EXTRA_SPACES, 1):
+    if model.normalizer.get(REMOVE_EXTRA_SPACES, 1):
         steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-    if model.normaliser.get(ADD_DUMMY_PREFIX, 1):
+    if model.normalizer.get(ADD_DUMMY_PREFIX, 1):
         steps.append({"type": "Prepend", "prepend": SPACE_MARK})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK})
     return steps
@@ -186,20 +186,20 @@ def _decoders(model: Model) -> list[dict[str, Any]]:
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if model.normaliser.get(ADD_DUMMY_PREFIX, 1):
+    if model.normalizer.get(ADD_DUMMY_PREFIX, 1):
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return steps
 
 
 def _unigram(model: Model) -> dict[str, Any]:
-    # In tokenizers every entry can be found in a text, also one that only spells it, so all that sentencepiece never
-    # finds there must be dearer than any other way to write it.
-    dearest = min((piece.score for piece in model.pieces if piece.type == NORMAL), default=0.0) - DEARER
+    # In tokenizers, any entry can match text that spells it, so entries that sentencepiece never matches must cost more
+    # than any other segmentation.
+    lowest = min((piece.score for piece in model.pieces if piece.type == NORMAL), default=0.0) - COSTLIER
     return {
         "type": "Unigram",
         "unk_id": model.number_of(UNKNOWN),
         "vocab": [
-            [piece.text, piece.score if piece.type in (NORMAL, USER_DEFINED) else dearest] for piece in model.pieces
+            [piece.text, piece.score if piece.type in (NORMAL, USER_DEFINED) else lowest] for piece in model.pieces
         ],
         "byte_fallback": model.byte_fallback,
     }
@@ -222,7 +222,7 @@ def _bpe(model: Model) -> dict[str, Any]:
 
 
 def _merges(model: Model) -> list[list[str]]:
-    """Every way to make a piece of two others. Sentencepiece merges whichever pair makes the piece of highest score."""
+    """Return every way to form a piece from two others. Sentencepiece merges the pair that forms the best piece."""
     ordinary = {piece.text for piece in model.pieces if piece.type == NORMAL}
     by_score = sorted((piece for piece in model.pieces if piece.type == NORMAL), key=lambda piece: -piece.score)
     return [
@@ -234,7 +234,7 @@ def _merges(model: Model) -> list[list[str]]:
 
 
 def _difference(model: Model, content: bytes, description: str) -> str | None:
-    """The first text that sentencepiece and the new tokenizer encode differently, in words; None if there is none."""
+    """Describe the first text that sentencepiece and the new tokenizer encode differently, or return None."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -243,5 +243,5 @@ def _difference(model: Model, content: bytes, description: str) -> str | None:
     texts = [*PROBES, *(f"a {left} b{right}{left} c" for left, right in pairwise([*fixed, "x"]))]
     for text in texts:
         if processor.encode(text) != tokenizer.encode(text):
-            return f"{text[:40]!a} gets other tokens"
+            return f"{text[:40]!a} is encoded differently"
     return None

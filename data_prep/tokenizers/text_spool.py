@@ -1,4 +1,4 @@
-"""Texts put aside in a temporary file, to be read more than once without being held in memory."""
+"""Store texts in a temporary file, to read them more than once without holding them in memory."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
-SEPARATOR = b"\xff"  # a byte that UTF-8 never uses
+SEPARATOR = b"\xff"  # a byte that never occurs in UTF-8
 
 CHUNK_BYTES = 1 << 20
 
 
 class TextSpool:
-    """A file of texts with ``SEPARATOR`` after each; it is gone when the ``with`` block ends.
+    """A file of texts with ``SEPARATOR`` after each, deleted when the ``with`` block ends.
 
     Attributes:
         path: the file.
-        size: its bytes.
+        size: its size in bytes.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -28,7 +28,7 @@ class TextSpool:
             for text in texts:
                 self.size += self._file.write(text.encode("utf-8") + SEPARATOR)
             self._file.flush()
-        except BaseException:  # of whatever kind, it goes on up
+        except BaseException:
             self._file.close()
             raise
 
@@ -39,7 +39,7 @@ class TextSpool:
         self._file.close()
 
     def texts(self) -> Iterator[str]:
-        """The texts in their order."""
+        """Yield the texts in order."""
         parts: list[bytes] = []
         with self.path.open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):

@@ -1,6 +1,6 @@
-"""Load and use tokenizers. Each is a plain ``tokenizer.json`` that other programs read as well.
+"""Use tokenizers. Each one is a plain ``tokenizer.json`` that other programs can read as well.
 
-No text ever becomes a special token, not even a text that spells it. ``data_prep.tokenizers.training`` makes new ones.
+Text never becomes a special token, even if it spells one. ``data_prep.tokenizers.training`` trains new tokenizers.
 """
 
 from __future__ import annotations
@@ -15,30 +15,25 @@ from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, pre_tokenizers
-from tokenizers import Tokenizer as Engine
+from tokenizers import Tokenizer as Backend
 
 from data_prep.errors import UserError
 from data_prep.files import parse_json, write_atomically
+from data_prep.settings import END_OF_TEXT, MASK, PADDING
 
-END_OF_TEXT = "<|endoftext|>"
-PADDING = "<|pad|>"
-MASK = "<|mask|>"
-SPECIAL_TOKENS = (END_OF_TEXT, PADDING, MASK)
-
-# How tokenizers from elsewhere spell the three; the first one present is taken.
+# How existing tokenizers spell the three special tokens; the first one present is used.
 END_OF_TEXT_SPELLINGS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 PADDING_SPELLINGS = (PADDING, "[PAD]", "<pad>")
 MASK_SPELLINGS = (MASK, "[MASK]", "<mask>")
 
-# The visible characters that byte-level tokenizers write for the bytes 0 to 255.
+# The visible characters that stand for the bytes 0 to 255 in byte-level tokenizers.
 BYTE_CHARACTERS = tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))
-SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + len(BYTE_CHARACTERS)
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """The byte behind each of ``BYTE_CHARACTERS``: printable Latin-1 is itself, the rest count up from U+0100."""
+    """Map each of ``BYTE_CHARACTERS`` to its byte: printable Latin-1 maps to itself, the rest count up from U+0100."""
     themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in themselves]
     return {chr(byte): byte for byte in themselves} | {chr(256 + n): byte for n, byte in enumerate(moved)}
@@ -48,46 +43,46 @@ BYTE_OF_CHARACTER = _bytes_of_characters()
 
 
 class Tokenizer:
-    """Text to ids and back.
+    """Convert text to token ids and back.
 
     Attributes:
         end_of_text_id, padding_id, mask_id: the three special tokens that training needs.
-        vocab_size: the number of ids, that is the largest id plus one.
-        kind: ``bpe``, ``wordpiece``, ``unigram``, ``bytes`` or ``characters``; for loaded ones any other model's name
-            in lower case.
+        vocab_size: the largest id plus one.
+        kind: ``bpe``, ``wordpiece``, ``unigram``, ``bytes`` or ``characters``, or the lowercase name of any other
+            model type.
     """
 
     file_name = "tokenizer.json"  # in a run or a dataset
 
-    def __init__(self, engine: Engine) -> None:
-        # Text must not be able to spell a control token: "<|mask|>" in a document stays eight characters.
-        engine.encode_special_tokens = True
-        engine.no_truncation()
-        engine.no_padding()
-        self._engine = engine
-        self.end_of_text_id = _find_or_add(engine, END_OF_TEXT_SPELLINGS)
-        self.padding_id = _find_or_add(engine, PADDING_SPELLINGS)
-        self.mask_id = _find_or_add(engine, MASK_SPELLINGS)
-        self.vocab_size: int = max(engine.get_vocab(with_added_tokens=True).values()) + 1
+    def __init__(self, backend: Backend) -> None:
+        # Text must not be able to produce a special token: "<|mask|>" in a document remains eight characters.
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.end_of_text_id = _find_or_add(backend, END_OF_TEXT_SPELLINGS)
+        self.padding_id = _find_or_add(backend, PADDING_SPELLINGS)
+        self.mask_id = _find_or_add(backend, MASK_SPELLINGS)
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
     def from_json(cls, text: str, *, name: str = "tokenizer.json") -> Tokenizer:
-        """Make a tokenizer from the text of a ``tokenizer.json``; ``name`` is what an error message calls it."""
+        """Make a tokenizer from the text of a ``tokenizer.json``; ``name`` identifies it in error messages."""
         try:
-            engine = Engine.from_str(_with_short_scores(text))
-        except Exception as error:  # the engine raises the base class for everything
+            backend = Backend.from_str(_with_short_scores(text))
+        except Exception as error:  # the library raises the base class for everything
             raise UserError(f'"{name}" is not a readable tokenizer.json: {error}') from None
-        if engine.get_vocab_size() == 0:
-            raise UserError(f'"{name}" is a tokenizer without any token')
-        return cls(engine)
+        if backend.get_vocab_size() == 0:
+            raise UserError(f'"{name}" is a tokenizer without tokens')
+        return cls(backend)
 
     def to_json(self) -> str:
-        """The whole tokenizer as JSON text, the same for equal tokenizers."""
+        """Return the whole tokenizer as JSON text; equal tokenizers give equal text."""
         return self._json
 
     @cached_property
     def _json(self) -> str:
-        return str(self._engine.to_str(pretty=True)) + "\n"
+        return str(self._backend.to_str(pretty=True)) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``."""
@@ -95,12 +90,12 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of ``to_json()``, which is also that of the saved file."""
+        """SHA-256 of ``to_json()``, and so of the saved file."""
         return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """``to_json()`` as objects, to be read only."""
+        """``to_json()`` as Python objects; do not modify."""
         description: dict[str, Any] = json.loads(self.to_json())
         return description
 
@@ -112,35 +107,36 @@ class Tokenizer:
         return "characters" if model["byte_fallback"] else "bytes"
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; no special token is added."""
-        ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids
+        """Return the ids of a text, without adding special tokens."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of each text, on all cores unless ``TOKENIZERS_PARALLELISM`` is ``false``."""
-        return [encoding.ids for encoding in self._engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Encode each text, on all cores unless ``TOKENIZERS_PARALLELISM`` is ``false``."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids, special tokens as their names, bytes that are no UTF-8 as U+FFFD."""
-        return str(self._engine.decode([int(i) for i in ids], skip_special_tokens=False))
+        """Return the text of some ids, with special tokens as their names and invalid UTF-8 as U+FFFD."""
+        return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of some ids without the special tokens, exact even where a character is cut in two.
+        """Return the bytes of some ids without special tokens, exact even if a character is split.
 
-        Exact for byte-level and byte-fallback tokenizers, ours all are; others give the UTF-8 of their decoded text.
+        This holds for byte-level and byte-fallback tokenizers, which includes all trained here; others return the UTF-8
+        of their decoded text.
         """
         wanted = [int(i) for i in ids]
         if self._token_bytes is not None:
             return b"".join(self._token_bytes[i] for i in wanted)
-        return str(self._engine.decode(wanted, skip_special_tokens=True)).encode("utf-8")
+        return str(self._backend.decode(wanted, skip_special_tokens=True)).encode("utf-8")
 
     @property
     def has_bytes(self) -> bool:
-        """Whether each token stands for bytes of its own, so that ``decode_bytes`` is exact token by token."""
+        """Whether each token stands for fixed bytes, so that ``decode_bytes`` is exact token by token."""
         return self._token_bytes is not None
 
     def token_text(self, token_id: int) -> str:
-        """One token in a form that can be read on one line: control characters and loose bytes are escaped."""
+        """Return one token as printable text, with control characters and incomplete bytes escaped."""
         if token_id in self._special_names:
             return self._special_names[token_id]
         text = self.decode_bytes([token_id]).decode("utf-8", "backslashreplace")
@@ -148,35 +144,35 @@ class Tokenizer:
 
     @cached_property
     def unknown_id(self) -> int | None:
-        """The id for text that the vocabulary cannot spell, or None: the tokenizers trained here have none."""
+        """The id for text outside the vocabulary, or None; tokenizers trained here never need one."""
         model = self.description["model"]
         if model["type"] == "Unigram":
             unknown: int | None = model["unk_id"]
             return unknown
         name = model.get("unk_token")
-        return None if name is None else self._engine.token_to_id(name)
+        return None if name is None else self._backend.token_to_id(name)
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """The names of the special tokens with their ids, by id."""
+        """The special tokens and their ids, sorted by id."""
         return {name: token_id for token_id, name in sorted(self._special_names.items())}
 
     @cached_property
     def _special_names(self) -> dict[int, str]:
-        return {i: token.content for i, token in self._engine.get_added_tokens_decoder().items() if token.special}
+        return {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
 
     @cached_property
     def _token_bytes(self) -> list[bytes] | None:
-        """The bytes of every id, or None if this tokenizer's tokens have no bytes of their own."""
+        """The bytes of every id, or None if the tokens do not stand for fixed bytes."""
         kinds = _decoder_types(self.description["decoder"])
         prefix = _prefix_that_decoding_drops(self.description) if kinds == {"Replace", "ByteLevel"} else ""
         byte_level = kinds == {"ByteLevel"} or bool(prefix)
         if not byte_level and kinds != {"ByteFallback", "Fuse"}:
             return None
-        added = {i: token.content for i, token in self._engine.get_added_tokens_decoder().items()}
+        added = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
         table = []
         for token_id in range(self.vocab_size):
-            token = self._engine.id_to_token(token_id) or ""
+            token = self._backend.id_to_token(token_id) or ""
             if token_id in self._special_names:
                 table.append(b"")
             elif token_id in added:
@@ -190,9 +186,9 @@ class Tokenizer:
 
 
 def _with_short_scores(text: str) -> str:
-    """The JSON text with a Unigram model's scores at nine decimals.
+    """Round a Unigram model's scores to nine decimals.
 
-    The engine reads longer numbers with an error in the last bit, so the text would change with every save and load.
+    The library reads longer numbers with an error in the last bit, so the text would change with every save and load.
     """
     if '"Unigram"' not in text:
         return text
@@ -210,7 +206,7 @@ def _decoder_types(decoder: dict[str, Any] | None) -> set[str]:
 
 
 def _prefix_that_decoding_drops(description: dict[str, Any]) -> str:
-    """The mark of a WordPiece token inside a word, if all that the decoder replaces is that mark, else nothing."""
+    """Return the prefix of word-internal WordPiece tokens if the decoder replaces only that, else ""."""
     prefix = str(description["model"].get("continuing_subword_prefix") or "")
     replacements = [part for part in description["decoder"].get("decoders", []) if part["type"] == "Replace"]
     dropped = [{"type": "Replace", "pattern": {"String": prefix}, "content": ""}]
@@ -218,22 +214,22 @@ def _prefix_that_decoding_drops(description: dict[str, Any]) -> str:
 
 
 def _bytes_of_byte_characters(token: str) -> bytes:
-    """The bytes that a byte-level token stands for; as in the engine, a token with other characters is its own text."""
+    """Return the bytes of a byte-level token; as in the library, a token with other characters is its own text."""
     try:
         return bytes(BYTE_OF_CHARACTER[character] for character in token)
     except KeyError:
         return token.encode("utf-8")
 
 
-def _find_or_add(engine: Engine, spellings: Sequence[str]) -> int:
-    """The id of the first spelling that the vocabulary has, marked as special; else the first is added at the end."""
-    name = next((spelling for spelling in spellings if engine.token_to_id(spelling) is not None), spellings[0])
-    engine.add_special_tokens([AddedToken(name, special=True, normalized=False)])
-    token_id = engine.token_to_id(name)
+def _find_or_add(backend: Backend, spellings: Sequence[str]) -> int:
+    """Return the id of the first spelling in the vocabulary, marked as special; if none is there, add the first."""
+    name = next((spelling for spelling in spellings if backend.token_to_id(spelling) is not None), spellings[0])
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    token_id = backend.token_to_id(name)
     assert token_id is not None
     return token_id
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type that tokens of this vocabulary are stored in: ``uint16``, or ``int32`` for more than 65,536 tokens."""
+    """Return the dtype that stores tokens of this vocabulary: ``uint16``, or ``int32`` above 65,536 tokens."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<i4")

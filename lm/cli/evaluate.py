@@ -115,7 +115,7 @@ def evaluate(
         reading = reading_of(opened.config, reads, pooling, layer)
         _evaluate_similarity(model, similarity, columns_of(task_columns), reading, as_json)
     elif source is not None:
-        from data_prep.sources.documents import ReadSettings
+        from data_prep.settings import ReadSettings
         from lm.evaluation.perplexity import evaluate_text
 
         found = evaluate_text(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
-from data_prep.shards.tokens import Dataset, Split
+from data_prep.shards.tokens import Dataset, Split, token_counts
 from lm.config.settings import Config
 from lm.data.corpora import Corpora, JoinedSplit, open_corpora
 from lm.objectives.text import bits_per_byte
@@ -71,14 +71,6 @@ def token_costs(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 def unigram_likelihoods(costs: NDArray[np.float64], texts: Sequence[Sequence[int]]) -> NDArray[np.float64]:
     """Return the log-likelihood of texts, in nats, from the costs of their tokens alone: (texts,)."""
     return np.array([-costs[text].sum() for text in texts])
-
-
-def token_counts(split: Split | JoinedSplit, vocab_size: int) -> NDArray[np.int64]:
-    """Count each token of a split, int64 (vocab_size,)."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for tokens in _blocks(split):
-        counts += np.bincount(tokens, minlength=vocab_size)
-    return counts
 
 
 def compressed_bytes(text: Iterable[bytes]) -> int:

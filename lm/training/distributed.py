@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_prep.cores import available_cores
 from data_prep.errors import MACHINE_ERROR_STATUS, USER_ERROR_STATUS, UserError
+from data_prep.settings import available_cores
 from lm.config.settings import TrainingConfig
 from lm.model.device import choose_device
 from lm.model.transformer import Trunk

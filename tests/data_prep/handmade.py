@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data_prep.settings import TokenizerSettings
 from data_prep.shards.manifest import make_manifest, save_manifest
 from data_prep.shards.tokens import ShardRecord
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from data_prep.tokenizers.training import train_tokenizer
 
 BYTES = train_tokenizer(iter([]), TokenizerSettings("bytes"))
 

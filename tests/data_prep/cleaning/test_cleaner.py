@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import unicodedata
@@ -10,10 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.cleaning import settings as cleaning_settings
 from data_prep.cleaning.cleaner import Cleaner, CleaningReport, StepReport, without_control_characters
-from data_prep.cleaning.settings import CleaningSettings, _load_language_identifier
-from data_prep.errors import UserError
+from data_prep.settings import CleaningSettings
 
 PROSE = "The keeper of the lighthouse went to sleep with the lamp and never woke that night, though be it said"
 GOOD = f"{PROSE} in truth.\nAfterwards a boat came from the mainland, and two men climbed the stairs to have a look.\n"
@@ -172,62 +169,3 @@ def test_reports_of_parts_merge_into_the_report_of_the_whole_and_survive_json(si
 def test_an_example_is_the_beginning_of_a_text() -> None:
     _, report = cleaned("long " * 100, CleaningSettings(max_characters=9))
     assert report.steps["length"].examples[0]["text"] == "long " * 40
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (CleaningSettings(unicode_form="nfc"), 'unknown Unicode form "nfc": choose one of NFC, NFKC, NFD, NFKD'),
-        (CleaningSettings(duplicates="all"), 'duplicates "all": choose one of keep, exact, near'),
-        (CleaningSettings(min_characters=-1), "must not be negative"),
-        (CleaningSettings(max_characters=-1), "must not be negative"),
-        (CleaningSettings(min_characters=9, max_characters=8), "no text has 9 characters or more and 8 or fewer"),
-        (CleaningSettings(near_threshold=0), "over 0 and at most 1, not 0"),
-        (CleaningSettings(near_threshold=80), "over 0 and at most 1, not 80"),
-        (CleaningSettings(decontaminate_ngram=0), "1 word or more, not 0"),
-        (CleaningSettings(decontaminate=("gone.txt",)), 'there is no evaluation file "gone.txt"'),
-        (CleaningSettings(language=("en", "english")), 'unknown language "english": choose one of ace, af, am, '),
-    ],
-)
-def test_each_setting_that_cannot_be_gets_one_sentence(settings: CleaningSettings, message: str) -> None:
-    (sentence,) = settings.check()
-    assert message in sentence
-
-
-def test_all_that_is_wrong_is_told_at_once_and_good_settings_get_no_word() -> None:
-    assert len(list(CleaningSettings(unicode_form="x", duplicates="x", near_threshold=2).check())) == 3
-    assert not list(CleaningSettings().check())
-    assert not list(CleaningSettings("NFC", True, 1, 9, True, True, ("en",), "near", 0.5).check())
-
-
-def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch) -> None:
-    monkeypatch.setattr(cleaning_settings, "_version_of", lambda package: "")
-    found = list(CleaningSettings(language=("en",), duplicates="near").check())
-    assert [sentence.split(":")[0] for sentence in found] == [
-        "near duplicates need the package rensa",
-        "the language filter needs the package py3langid",
-    ]
-    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
-    _load_language_identifier.cache_clear()
-    with pytest.raises(UserError, match=r'py3langid: pip install "kindling-lm\[cleaning\]"'):
-        Cleaner(CleaningSettings(language=("en",)))
-
-
-def test_the_identity_is_json_and_follows_settings_and_contents_but_no_folder(tmp_path: Path) -> None:
-    def identity(folder: str, content: str, **changes: object) -> dict:
-        path = tmp_path / folder / "test.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content)
-        return CleaningSettings(decontaminate=(str(path),), **changes).identity()  # type: ignore[arg-type]
-
-    first = identity("a", "one")
-    assert first["decontaminate"] == [{"name": "test.txt", "sha256": hashlib.sha256(b"one").hexdigest()}]
-    assert json.loads(json.dumps(first)) == first == identity("b", "one")
-    others = [identity("a", "two"), identity("b", "one", quality=True), identity("b", "one", near_threshold=0.7)]
-    assert first not in others
-    assert "py3langid" in identity("a", "one", language=("en",))["versions"]
-    assert "rensa" in identity("a", "one", duplicates="near")["versions"]
-    one_order, other_order = (identity("a", "one", language=order) for order in (("en", "de"), ("de", "en")))
-    assert one_order == other_order
-    with pytest.raises(UserError, match='no evaluation file "gone"'):
-        CleaningSettings(decontaminate=("gone",)).identity()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from data_prep.cleaning import duplicates
 from data_prep.cleaning.duplicates import band_rows, find_duplicates, signatures
-from data_prep.cleaning.settings import CleaningSettings
 from data_prep.errors import UserError
+from data_prep.settings import CleaningSettings
 
 EXACT = CleaningSettings(duplicates="exact")
 NEAR = CleaningSettings(duplicates="near")
@@ -169,7 +169,7 @@ def test_records_have_a_fixed_size_and_do_not_depend_on_company_or_process() -> 
         assert signatures([], how, chosen) == b""
     program = (
         "import sys; from data_prep.cleaning.duplicates import signatures;"
-        "from data_prep.cleaning.settings import CleaningSettings;"
+        "from data_prep.settings import CleaningSettings;"
         "sys.stdout.buffer.write(signatures(sys.argv[1:], 'near', CleaningSettings(duplicates='near')))"
     )
     command = [sys.executable, "-c", program, *texts]
@@ -189,7 +189,7 @@ def test_no_threads_are_started_that_a_forked_worker_would_wait_for() -> None:
     texts.append(" ".join(f"w{number}" for number in range(100_000)))
     program = """
 import os, sys
-from data_prep.cleaning.settings import CleaningSettings
+from data_prep.settings import CleaningSettings
 from data_prep.cleaning.duplicates import signatures
 texts, near = sys.stdin.read().split(chr(10)), CleaningSettings(duplicates="near")
 signatures(texts[:1], "near", near)
@@ -218,7 +218,7 @@ def test_memory_for_exact_duplicates_is_bounded_by_more_passes(tmp_path: Path, m
 
 def test_a_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
     (tmp_path / "part7").write_bytes(signatures(["a", "b"], "exact", EXACT)[:-1])
-    with pytest.raises(UserError, match=r"part7\" is cut off"):
+    with pytest.raises(UserError, match=r"part7\" is truncated"):
         find_duplicates([tmp_path / "part7"], "exact", EXACT)
 
 

@@ -33,9 +33,10 @@ def novel(make_text: Callable[[int, int], str], tmp_path_factory: pytest.TempPat
 def test_help_names_every_command_and_every_option_with_its_default(prep: Prep) -> None:
     assert all(command in prep("--help").stdout for command in ("build", "convert", "inspect", "tokenizer", "verify"))
     shown = " ".join(prep("build", "--help").stdout.split())
-    for default in ("8192", "bpe", "the cores available", "0.05", "65536", "text", "100000000", "67108864", "skip"):
+    for default in ("8192", "bpe", "0.05", "65536", "text", "100000000", "67108864", "skip"):
         assert f"[default: {default}]" in shown
     assert "[required]" in shown
+    assert "Worker processes; 0: one per available core. [default: 0]" in shown
 
 
 def test_help_does_not_wait_for_heavy_imports() -> None:
@@ -76,7 +77,7 @@ def test_what_is_left_out_is_told_and_changes_the_exit_status(prep: Prep, novel:
     result = prep("build", folder, "--out", tmp_path / "out", "--validation-fraction", "0", *SMALL)
     assert result.exit_code == 3
     assert "left out: broken record 1\n" in result.stdout
-    assert 'left out: "texts/b.jsonl", byte 17: no JSON' in result.stderr
+    assert 'left out: "texts/b.jsonl", byte 17: not JSON' in result.stderr
     assert "–" in result.stdout
 
 
@@ -110,7 +111,7 @@ def test_a_tokenizer_can_be_judged_by_any_text(prep: Prep, novel: Path, tmp_path
     found = json.loads(prep("tokenizer", tmp_path / "out", novel, "--json").stdout)
     split = open_dataset(tmp_path / "out").split("train")
     assert found["bytes_per_token"] == pytest.approx(split.text_bytes / (split.tokens - split.documents), rel=0.05)
-    assert "cannot be looked at here" in prep("tokenizer", tmp_path / "out", "-").stderr
+    assert "cannot be used here" in prep("tokenizer", tmp_path / "out", "-").stderr
 
 
 MISTAKES = {
@@ -121,7 +122,7 @@ MISTAKES = {
     "missing file": (["nothing.txt", "--out", "OUT"], 'there is no file or folder "nothing.txt"'),
     "binary file": ([sys.executable, "--out", "OUT"], "is not UTF-8 text (byte 0x"),
     "too few documents": (["TEXT", "--out", "OUT"], "--max-document-bytes"),
-    "large vocabulary": (["TEXT", "--out", "OUT", "--max-document-bytes", "999"], "--vocab-size 8192 is more than"),
+    "large vocabulary": (["TEXT", "--out", "OUT", "--max-document-bytes", "999"], "--vocab-size 8192 is too large for"),
     "small vocabulary": (["TEXT", "--out", "OUT", "--max-document-bytes", "999", "--vocab-size", "9"], "at least 259"),
     "no such tokenizer": (["TEXT", "--out", "OUT", "--tokenizer", "no.json"], "there is no tokenizer file"),
     "text as a tokenizer": (["TEXT", "--out", "OUT", "--tokenizer", "TEXT"], "is not a readable tokenizer.json"),
@@ -154,7 +155,7 @@ def test_verify_says_that_all_is_well_or_names_the_file(prep: Prep, novel: Path,
     out = tmp_path / "out"
     prep("build", novel, "--out", out, *SMALL)
     result = prep("verify", out)
-    assert (result.exit_code, "is whole" in result.stdout) == (0, True)
+    assert (result.exit_code, "is intact" in result.stdout) == (0, True)
     assert json.loads(prep("verify", out, "--json").stdout)["whole"] is True
     content = bytearray((out / "train-00000.bin").read_bytes())
     content[100] ^= 4
@@ -239,7 +240,7 @@ def test_killed_outright_it_goes_on_to_the_same_bytes(
     assert "is not finished" in prep("verify", out).stderr
     result = prep(*arguments, "--out", out, "--workers", 1)
     assert result.exit_code == 0, result.stderr
-    assert "going on with the build" in result.stderr
+    assert "resuming the build" in result.stderr
     assert tree(out) == expected
 
 
@@ -262,7 +263,7 @@ def test_ctrl_c_is_one_line_and_keeps_what_is_finished(
     command = prep_command(*arguments, "--out", out, "--workers", workers)
     status, said = stop_when(out / moment, signal.SIGINT, command, delay)
     assert status == 130
-    assert said.splitlines()[-1] == "stopped; call the same command again to go on"
+    assert said.splitlines()[-1] == "stopped; run the same command again to resume"
     assert "Traceback" not in said
     assert not list(out.glob("*.tmp"))
     assert prep(*arguments, "--out", out, "--workers", 1).exit_code == 0

@@ -15,11 +15,12 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.pipeline import build as pipeline
 from data_prep.pipeline import parts
-from data_prep.pipeline.build import BuildSettings, build
+from data_prep.pipeline.build import build_dataset
 from data_prep.pipeline.splitting import hash_of
+from data_prep.progress import SilentReporter
+from data_prep.settings import BuildSettings, TokenizerSettings
 from data_prep.shards.tokens import open_dataset
-from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
-from tests.conftest import Recorder
+from data_prep.tokenizers.training import train_tokenizer
 
 Tree = Callable[[Path], dict[str, bytes]]
 
@@ -38,7 +39,15 @@ def corpus(make_text: Callable[[int, int], str], tmp_path_factory: pytest.TempPa
 
 def settings_for(corpus: Path, out: Path, **changes: Any) -> BuildSettings:
     small = {"vocab_size": 400, "shard_tokens": 4000, "max_document_bytes": 3000, "validation_fraction": 0.2}
-    return BuildSettings.from_options((str(corpus),), out, **(small | {"part_bytes": 40_000} | changes))
+    return BuildSettings.from_options((str(corpus),), out, **(small | {"part_bytes": 40_000, "workers": 1} | changes))
+
+
+def build(settings: BuildSettings, notes: list[str] | None = None) -> dict[str, Any]:
+    """Build quietly; ``notes`` collects what is reported."""
+    reporter = SilentReporter()
+    if notes is not None:
+        reporter.note = notes.append  # type: ignore[method-assign]
+    return build_dataset(settings, progress=reporter)
 
 
 @pytest.fixture(scope="session")
@@ -179,7 +188,7 @@ def test_finished_work_is_not_done_again(
     done = shards["train"] + shards["validation"]
     assert done
     monkeypatch.setattr(pipeline, "train_tokenizer", None)
-    monkeypatch.setattr(pipeline, "choose_engine", None)
+    monkeypatch.setattr(pipeline, "choose_encoder", None)
     words_counted: list[bytes] = []
     monkeypatch.setattr(parts, "count_words", lambda content: words_counted.append(content) or 0)
     build(settings)
@@ -190,13 +199,13 @@ def test_finished_work_is_not_done_again(
 
 
 def test_a_finished_build_is_left_as_it_is(undisturbed: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    notes = Recorder()
+    notes: list[str] = []
     monkeypatch.setattr(pipeline, "run_calls", None)  # nothing is read again
     (undisturbed / "build.json").write_text("{}")  # as if killed just before the last step
     (undisturbed / "work").mkdir()
-    manifest = build(settings_for(corpus, undisturbed), progress=notes)
+    manifest = build(settings_for(corpus, undisturbed), notes)
     assert manifest == json.loads((undisturbed / "manifest.json").read_text())
-    assert "already built" in notes.notes[0]
+    assert "already built" in notes[0]
     assert not (undisturbed / "build.json").exists()
     assert not (undisturbed / "work").exists()
 
@@ -254,18 +263,18 @@ def test_sources_that_change_meanwhile_are_noticed(
 
 
 def test_a_failed_new_build_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="more than this text can give"):
+    with pytest.raises(UserError, match="too large for this text"):
         build(settings_for(corpus, tmp_path / "a" / "b" / "out", vocab_size=60_000))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="more than this text can give"):
+    with pytest.raises(UserError, match="too large for this text"):
         build(settings_for(corpus, tmp_path / "empty", vocab_size=60_000))
     assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_a_folder_with_other_things_is_not_touched(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match=r'is not empty \(it holds "thesis.txt"\)'):
+    with pytest.raises(UserError, match=r'is not empty \(it contains "thesis.txt"\)'):
         build(settings_for(corpus, tmp_path))
     with pytest.raises(UserError, match="is a file"):
         build(settings_for(corpus, tmp_path / "thesis.txt"))
@@ -311,7 +320,7 @@ def test_a_given_tokenizer_is_taken(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_bytes_need_no_vocabulary_size(corpus: Path, tmp_path: Path) -> None:
-    manifest = build(settings_for(corpus, tmp_path / "out", kind="bytes", vocab_size=0))
+    manifest = build(settings_for(corpus, tmp_path / "out", tokenizer_kind="bytes", vocab_size=0))
     splits = manifest["splits"].values()
     assert all(split["tokens"] == split["text_bytes"] + split["documents"] for split in splits)
     assert "vocab_size" not in manifest["settings"]
@@ -319,7 +328,7 @@ def test_bytes_need_no_vocabulary_size(corpus: Path, tmp_path: Path) -> None:
 
 def test_equal_documents_fall_on_the_same_side_and_an_odd_one_is_split_off(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ["same"] * 20 + ["other"]))
-    settings = settings_for(tmp_path / "a.jsonl", tmp_path / "out", kind="bytes", validation_fraction=1e-9)
+    settings = settings_for(tmp_path / "a.jsonl", tmp_path / "out", tokenizer_kind="bytes", validation_fraction=1e-9)
     build(settings)
     assert {frozenset(decoded(tmp_path / "out", split)) for split in ("train", "validation")} == {
         frozenset({"same"}),
@@ -330,7 +339,7 @@ def test_equal_documents_fall_on_the_same_side_and_an_odd_one_is_split_off(tmp_p
 def test_a_document_above_the_shard_size_gets_its_own(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in ["ab", "x" * 50, "cd"]))
     settings = settings_for(
-        tmp_path / "a.jsonl", tmp_path / "out", kind="bytes", shard_tokens=10, validation_fraction=0.0
+        tmp_path / "a.jsonl", tmp_path / "out", tokenizer_kind="bytes", shard_tokens=10, validation_fraction=0.0
     )
     assert [shard["tokens"] for shard in build(settings)["splits"]["train"]["shards"]] == [3, 51, 3]
     assert open_dataset(tmp_path / "out").split("validation").tokens == 0
@@ -338,8 +347,8 @@ def test_a_document_above_the_shard_size_gets_its_own(tmp_path: Path) -> None:
 
 def test_all_wrong_settings_are_told_at_once(tmp_path: Path) -> None:
     settings = BuildSettings.from_options(
-        (), tmp_path / "out", kind="words", validation_fraction=1.0, max_document_bytes=3, shard_tokens=0, workers=0,
-        errors="ignore", unicode_form="NFX", engine="spark",
+        (), tmp_path / "out", tokenizer_kind="words", validation_fraction=1.0, max_document_bytes=3, shard_tokens=0,
+        workers=-1, errors="ignore", unicode_form="NFX", engine="spark",
     )  # fmt: skip
     with pytest.raises(UserError) as caught:
         build(settings)
@@ -371,7 +380,7 @@ def test_duplicates_are_left_out_wherever_they_are(corpus: Path, tmp_path: Path)
 def test_cleaning_is_done_before_anything_else(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(["cafe\u0301 au lait"] * 50 + ["x"]))
     settings = settings_for(
-        tmp_path / "a.txt", tmp_path / "out", kind="characters", document_per="\n\n", unicode_form="NFC",
+        tmp_path / "a.txt", tmp_path / "out", tokenizer_kind="characters", document_per="\n\n", unicode_form="NFC",
         min_characters=5, validation_fraction=0.0,
     )  # fmt: skip
     manifest = build(settings)
@@ -385,7 +394,7 @@ def test_sources_have_their_names_weights_and_shards(make_text: Callable[[int, i
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(make_text(ord(name), 40))
     sources = (f"first={tmp_path / 'a.txt'}@2", str(tmp_path / "b.txt"))
-    build(BuildSettings.from_options(sources, tmp_path / "out", kind="bytes", max_document_bytes=500))
+    build(BuildSettings.from_options(sources, tmp_path / "out", tokenizer_kind="bytes", max_document_bytes=500))
     dataset = open_dataset(tmp_path / "out")
     assert [(source["name"], source["weight"]) for source in dataset.manifest["sources"]] == [
         ("first", 2),

@@ -43,7 +43,7 @@ def test_without_a_fraction_all_is_training() -> None:
     [
         ([7], 20_000, "only one document, .* --max-document-bytes 1000, or .* --validation-fraction 0"),
         ([7], 100, "only one document, .* add text, or"),
-        ([7, 7, 7], 100, "all documents are the same text, too little"),
+        ([7, 7, 7], 100, "all documents are identical, too few"),
     ],
 )
 def test_too_little_to_split_is_refused(found: list[int], text_bytes: int, message: str) -> None:

@@ -51,7 +51,7 @@ def test_what_a_call_raises_is_raised(count: int) -> None:
 
 
 def test_a_killed_worker_is_told_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ChildProcessError, match="a worker process was killed, perhaps for want of memory"):
+    with pytest.raises(ChildProcessError, match="a worker process was killed, perhaps because memory ran out"):
         run_calls(die_once, [(str(tmp_path / "died"), number) for number in range(8)], workers=2)
     assert not [child for child in multiprocessing.active_children() if "ForkServer" in type(child).__name__]
 

@@ -153,7 +153,7 @@ def test_olmo_gets_bare_tokens_and_rows_of_start_end_id_source_place(dataset: Da
 
 def test_a_vocabulary_above_16_bits_is_not_for_nanogpt(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "data", TEXTS, tokenizer=WIDE)
-    with pytest.raises(UserError, match=r"16 bits.*70,00\d tokens"):
+    with pytest.raises(UserError, match=r"16-bit.*70,00\d tokens"):
         export_dataset(data, "nanogpt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -362,17 +362,17 @@ HEADER = struct.pack("<256i", 20240520, 1, 6, *[0] * 253)
 INDEX = struct.pack("<9sQBQQ2i2q3q", b"MMIDIDX\0\0", 1, 8, 2, 3, 3, 3, 0, 6, 0, 1, 2)
 #: What is wrong: the layout, the files (the first is converted), and what the sentence says.
 DAMAGE: dict[str, tuple[str, dict[str, bytes], str]] = {
-    "odd": ("nanogpt", {"x.bin": GOOD + b"x"}, "no number of tokens"),
+    "odd": ("nanogpt", {"x.bin": GOOD + b"x"}, "not a multiple of 2"),
     "llmc as nanogpt": ("nanogpt", {"x.bin": HEADER + GOOD}, "--from llmc"),
     "short": ("llmc", {"x.bin": HEADER + GOOD[:-2]}, "6 tokens"),
     "no header": ("llmc", {"x.bin": GOOD}, "shorter than the header"),
     "magic": ("llmc", {"x.bin": b"\1" + HEADER[1:] + GOOD}, "magic"),
     "version": ("llmc", {"x.bin": HEADER[:4] + b"\7" + HEADER[5:] + GOOD}, "magic number and version"),
     "index": ("datatrove", {"x.ds": GOOD, "x.ds.index": struct.pack("<2Q", 3, 7)}, "7 tokens"),
-    "half index": ("datatrove", {"x.ds": GOOD, "x.ds.index": bytes(9)}, "64-bit"),
-    "back": ("datatrove", {"x.ds": GOOD, "x.ds.index": struct.pack("<2Q", 7, 6)}, "go back"),
-    "metadata": ("datatrove", {"x.ds": GOOD, "x.ds.metadata": b"gpt2\n6\n6"}, "2 or 4 bytes"),
-    "numpy": ("olmo", {"x.npy": b"\x93NUMPY\1\0" + GOOD}, "header of NumPy"),
+    "half index": ("datatrove", {"x.ds": GOOD, "x.ds.index": bytes(9)}, "not a multiple of 8"),
+    "back": ("datatrove", {"x.ds": GOOD, "x.ds.index": struct.pack("<2Q", 7, 6)}, "decreasing positions"),
+    "metadata": ("datatrove", {"x.ds": GOOD, "x.ds.metadata": b"gpt2\n6\n6"}, "2 or 4 .bytes per token"),
+    "numpy": ("olmo", {"x.npy": b"\x93NUMPY\1\0" + GOOD}, "NumPy header"),
     "gzip": ("olmo", {"x.npy": GOOD, "x.csv.gz": gzip.compress(b"0,6,a,b,c\n" * 99)[:-9]}, "damaged"),
     "rows": ("olmo", {"x.npy": GOOD, "x.csv.gz": gzip.compress(b"zero,6\n")}, "start,end"),
     "gap": ("olmo", {"x.npy": GOOD, "x.csv.gz": gzip.compress(b"0,2,a,b,1\n3,6,a,b,2\n")}, "gap"),
@@ -380,7 +380,7 @@ DAMAGE: dict[str, tuple[str, dict[str, bytes], str]] = {
     "not idx": ("megatron", {"x.bin": GOOD, "x.idx": b"?" + INDEX[1:]}, "magic"),
     "short idx": ("megatron", {"x.bin": GOOD, "x.idx": INDEX[:-1]}, "its header"),
     "floats": ("megatron", {"x.bin": GOOD, "x.idx": INDEX[:17] + b"\7" + INDEX[18:]}, "type 7"),
-    "pointers": ("megatron", {"x.bin": GOOD, "x.idx": INDEX[:42] + b"\2" + INDEX[43:]}, "follow one another"),
+    "pointers": ("megatron", {"x.bin": GOOD, "x.idx": INDEX[:42] + b"\2" + INDEX[43:]}, "adjacent documents"),
     "short bin": ("megatron", {"x.bin": GOOD[:-2], "x.idx": INDEX}, "6 tokens"),
     "ids": ("nanogpt", {"x.bin": GOOD + u16(BYTES.vocab_size)}, f"token 6 .*is {BYTES.vocab_size}"),
     "nothing": ("nanogpt", {"x.bin": b""}, "no tokens to train on"),
@@ -410,7 +410,7 @@ def test_a_full_disk_leaves_nothing_behind(dataset: Dataset, tmp_path: Path, mon
     monkeypatch.setattr(convert, "save_manifest", full)
     with pytest.raises(OSError, match="No space left"):
         import_dataset([dataset.directory], "megatron", BYTES, tmp_path / "back")
-    monkeypatch.setattr(layouts, "olmo_borders", full)
+    monkeypatch.setattr(layouts, "olmo_index", full)
     with pytest.raises(OSError, match="No space left"):
         export_dataset(dataset, "olmo", tmp_path / "out")
     assert set(tmp_path.iterdir()) == before

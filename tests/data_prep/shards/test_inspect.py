@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from click.testing import Result
 
-from data_prep.shards import inspect
-from data_prep.shards.inspect import SHOWN_TOKENS, UNUSED_SHOWN, count_tokens
-from data_prep.shards.tokens import Dataset, open_dataset
+from data_prep.shards import tokens
+from data_prep.shards.inspect import SHOWN_TOKENS, UNUSED_SHOWN
+from data_prep.shards.tokens import Dataset, open_dataset, token_counts
 
 Prep = Callable[..., Result]
 DOCUMENTS = [f"document {n} " + "word " * n for n in range(60)]
@@ -77,9 +77,9 @@ def test_the_histogram_counts_each_document_in_its_power_of_two(prep: Prep, data
 def test_tokens_are_counted_over_the_whole_split_whatever_the_block(
     dataset: Dataset, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inspect, "BLOCK_TOKENS", block)
+    monkeypatch.setattr(tokens, "COUNTED_TOKENS", block)
     split = dataset.split("validation")
-    counts = count_tokens(split, dataset.vocab_size)
+    counts = token_counts(split, dataset.vocab_size)
     expected = Counter(split.read(0, split.tokens).tolist())
     assert {token: int(counts[token]) for token in np.flatnonzero(counts)} == expected
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from data_prep.settings import TokenizerSettings
+from data_prep.tokenizers.training import train_tokenizer
 
 Prep = Callable[..., Result]
 

@@ -26,7 +26,7 @@ def write_split(
 ) -> list[ShardRecord]:
     with ShardWriter(directory, split, vocab_size=vocab_size, shard_tokens=shard_tokens) as writer:
         for document in documents:
-            writer.add(np.array([*document, END]), text_bytes=len(document), words=1, place=f"a.txt:{len(document)}")
+            writer.add(np.array([*document, END]), text_bytes=len(document), words=1, origin=f"a.txt:{len(document)}")
     return writer.records
 
 
@@ -168,7 +168,7 @@ def test_writing_goes_on_after_finished_shards(tmp_path: Path) -> None:
     first = write_split(tmp_path / "parts", "train", documents[:2], shard_tokens=6)
     with ShardWriter(tmp_path / "parts", "train", vocab_size=259, shard_tokens=6, finished=first) as writer:
         for document in documents[2:]:
-            writer.add(np.array([*document, END]), text_bytes=2, words=1, place="a.txt:2")
+            writer.add(np.array([*document, END]), text_bytes=2, words=1, origin="a.txt:2")
     assert writer.records == whole
 
 
@@ -214,17 +214,17 @@ def flip_byte(name: str, at: int) -> Callable[[Path], None]:
 DAMAGES = {
     "missing bin": (lambda d: (d / "train-00000_01.bin").unlink(), r"train-00000_01\.bin.* is missing"),
     "missing idx": (lambda d: (d / "train-00000.idx").unlink(), r"train-00000\.idx.* is missing"),
-    "short bin": (overwrite("train-00000.bin", b"1234"), r"train-00000\.bin.* has 4 bytes where 6 belong"),
+    "short bin": (overwrite("train-00000.bin", b"1234"), r"train-00000\.bin.* has 4 bytes instead of 6"),
     "short idx": (overwrite("train-00000.idx", b""), r"train-00000\.idx.* has 0 bytes"),
-    "other index": (flip_byte("train-00000.idx", 17), r"train-00000\.idx.* is not the index"),
+    "other index": (flip_byte("train-00000.idx", 17), r"train-00000\.idx.* does not match the manifest"),
     "other tokenizer": (overwrite("tokenizer.json", b"{}"), r"tokenizer\.json.* is missing or not the tokenizer"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), r"tokenizer\.json.* is missing"),
-    "newer version": (edit_manifest(version=3), r"manifest\.json.* has version 3, this program reads 2"),
+    "newer version": (edit_manifest(version=3), r"manifest\.json.* has version 3, but this program reads version 2"),
     "other format": (edit_manifest(format="parquet"), r"manifest\.json.* is damaged"),
     "no splits": (edit_manifest(splits={}), r"manifest\.json.* is damaged"),
     "broken manifest": (overwrite("manifest.json", b'{"format": '), r"manifest\.json.* is damaged"),
     "manifest of other things": (overwrite("manifest.json", b"[]"), r"manifest\.json.* is damaged"),
-    "no manifest": (lambda d: (d / "manifest.json").unlink(), r"has no manifest\.json; make one with: python -m"),
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), r"has no manifest\.json\); make one with: python -m"),
 }
 
 
@@ -269,10 +269,10 @@ def repair_checksums(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_byte("train-00000.bin", 1), "tokens that its tokenizer cannot have made"),  # 5 becomes 261
-        (flip_byte("train-00000.bin", 4), "tokens that its tokenizer cannot have made"),  # no end of text
-        (flip_byte("train-00000.idx", 34), "contradicts itself"),  # a length
-        (flip_byte("train-00000.idx", 42), "contradicts itself"),  # a position
+        (flip_byte("train-00000.bin", 1), "tokens that its tokenizer cannot produce"),  # 5 becomes 261
+        (flip_byte("train-00000.bin", 4), "tokens that its tokenizer cannot produce"),  # no end of text
+        (flip_byte("train-00000.idx", 34), "is inconsistent"),  # a length
+        (flip_byte("train-00000.idx", 42), "is inconsistent"),  # a position
     ],
 )
 def test_verify_sees_wrong_content_under_right_checksums(

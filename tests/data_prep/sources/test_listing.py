@@ -12,19 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.sources.listing import (
-    Part,
-    ReadReport,
-    ReadSettings,
-    Source,
-    Span,
-    copy_stdin,
-    describe,
-    parse_sources,
-    parts_of,
-    read_part,
-)
-from data_prep.sources.listing import _gathered as gathered
+from data_prep.settings import ReadSettings
+from data_prep.sources.documents import CorpusPart, FileRange, ReadReport, Source
+from data_prep.sources.listing import _grouped as grouped
+from data_prep.sources.listing import copy_stdin, describe, parse_sources, parts_of
+from data_prep.sources.reading import read_part
 
 
 @pytest.fixture
@@ -36,7 +28,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def parts(*names: str, **options: Any) -> list[Part]:
+def parts(*names: str, **options: Any) -> list[CorpusPart]:
     return parts_of(parse_sources(names), ReadSettings(**options))
 
 
@@ -69,12 +61,15 @@ def test_a_source_is_a_name_a_location_and_a_weight(here: Path, text: str, sourc
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ([], "no source is named"),
-        (["books", "b=books/sub", "books/"], '2 sources are called "books": give each a name .* "other=books"'),
+        ([], "no source given"),
+        (
+            ["books", "b=books/sub", "books/"],
+            '2 sources are called "books": give each a different name.* "other=books"',
+        ),
         (["-", "in=-"], "standard input .* only once"),
-        (["books@0"], 'the weight "0" of "books@0" is not a number above 0'),
-        (["books@inf"], "is not a number above 0"),
-        (["books@two"], "is not a number above 0"),
+        (["books@0"], 'the weight "0" of "books@0" must be a number above 0'),
+        (["books@inf"], "must be a number above 0"),
+        (["books@two"], "must be a number above 0"),
         (["nothing.txt"], 'there is no file or folder "nothing.txt"'),
         (["n=nothing\n.txt@2"], r'there is no file or folder "nothing\\n.txt"'),
         (["/dev/null"], "neither a file nor a folder"),
@@ -90,7 +85,11 @@ def test_sources_that_cannot_be_are_refused(here: Path, texts: list[str], messag
     [
         ("empty.txt", b"", '"empty.txt" is empty'),
         ("x.txt", b"a\0b", r'"x.txt" is not UTF-8 text \(byte 0x00 at offset 1\): convert it'),
-        ("x.txt", "wide".encode("utf-32"), '"x.txt" is UTF-32, not UTF-8: convert it, as with `iconv -f UTF-32'),
+        (
+            "x.txt",
+            "wide".encode("utf-32"),
+            '"x.txt" is UTF-32, not UTF-8: convert it, for example with `iconv -f UTF-32',
+        ),
         ("none*.txt", None, 'no file matches "none'),
         ("pictures", None, r'no text in "pictures": looked for \.txt, \.md, \.jsonl, \.csv'),
         ("nowhere/*.txt", None, 'cannot list the folder "nowhere"'),
@@ -112,30 +111,32 @@ def test_parts_go_by_source_path_and_place(here: Path) -> None:
     (here / "books" / "packed.txt.gz").write_bytes(b"g" * 25)
     (here / "books" / "z.csv").write_bytes(b"c" * 25)
     assert parts("x=y.txt", "books", "books/c.png", part_bytes=10) == [
-        Part(0, (Span("x=y.txt", 0, 5),), 5),
-        Part(1, (Span("books/a.txt", 0, 5),), 5),
-        Part(1, (Span("books/big.txt", 0, 8),), 8),
-        Part(1, (Span("books/big.txt", 8, 16),), 8),
-        Part(1, (Span("books/big.txt", 16, 25),), 9),
-        Part(1, (Span("books/packed.txt.gz", 0, -1),), 25),
-        Part(1, (Span("books/sub/b.md", 0, 5),), 5),
-        Part(1, (Span("books/z.csv", 0, -1),), 25),
-        Part(2, (Span("books/c.png", 0, 5),), 5),
+        CorpusPart(0, (FileRange("x=y.txt", 0, 5),), 5),
+        CorpusPart(1, (FileRange("books/a.txt", 0, 5),), 5),
+        CorpusPart(1, (FileRange("books/big.txt", 0, 8),), 8),
+        CorpusPart(1, (FileRange("books/big.txt", 8, 16),), 8),
+        CorpusPart(1, (FileRange("books/big.txt", 16, 25),), 9),
+        CorpusPart(1, (FileRange("books/packed.txt.gz", 0, -1),), 25),
+        CorpusPart(1, (FileRange("books/sub/b.md", 0, 5),), 5),
+        CorpusPart(1, (FileRange("books/z.csv", 0, -1),), 25),
+        CorpusPart(2, (FileRange("books/c.png", 0, 5),), 5),
     ]
     for per in ("file", "---"):
-        assert Part(0, (Span("books/big.txt", 0, 25),), 25) in parts("books", part_bytes=10, document_per=per)
+        assert CorpusPart(0, (FileRange("books/big.txt", 0, 25),), 25) in parts(
+            "books", part_bytes=10, document_per=per
+        )
     assert len(parts("books")) == 1
 
 
 @given(sizes=st.lists(st.integers(0, 30)), most=st.integers(1, 20))
-def test_small_files_are_gathered_in_order_as_far_as_they_fit(sizes: list[int], most: int) -> None:
-    spans = [(Span(str(number)), size) for number, size in enumerate(sizes)]
-    found = list(gathered(0, iter(spans), most))
-    assert [span for part in found for span in part.spans] == [span for span, _ in spans]
-    assert all(part.bytes <= most or len(part.spans) == 1 for part in found)
+def test_small_files_are_grouped_in_order_as_far_as_they_fit(sizes: list[int], most: int) -> None:
+    ranges = [(FileRange(str(number)), size) for number, size in enumerate(sizes)]
+    found = list(grouped(0, iter(ranges), most))
+    assert [each for part in found for each in part.ranges] == [each for each, _ in ranges]
+    assert all(part.bytes <= most or len(part.ranges) == 1 for part in found)
     assert sum(part.bytes for part in found) == sum(sizes)
     for part, following in itertools.pairwise(found):
-        assert part.bytes + sizes[int(following.spans[0].path)] > most
+        assert part.bytes + sizes[int(following.ranges[0].path)] > most
 
 
 def test_descriptions_tell_names_and_sizes_but_no_places(here: Path) -> None:
@@ -161,7 +162,7 @@ def read_stdin(monkeypatch: pytest.MonkeyPatch, folder: Path, content: bytes) ->
     found = [
         list(read_part(part, sources, settings, ReadReport())) for part in parts_of(sources, settings, stdin_copy=copy)
     ]
-    return [(document.text, document.place) for of_part in found for document in of_part]
+    return [(document.text, document.origin) for of_part in found for document in of_part]
 
 
 def test_standard_input_is_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from data_prep.settings import ReadSettings
 from data_prep.sources import reading, records
-from data_prep.sources.documents import MOST_MESSAGES
-from data_prep.sources.listing import Document, Part, ReadReport, ReadSettings, Span, parse_sources, parts_of, read_part
+from data_prep.sources.documents import MOST_MESSAGES, CorpusPart, Document, FileRange, ReadReport
+from data_prep.sources.listing import parse_sources, parts_of
+from data_prep.sources.reading import read_part
 
 PACKERS: dict[str, Any] = {
     ".gz": gzip.compress,
@@ -78,9 +80,9 @@ def test_the_documents_of_all_parts_join_to_the_text(text: str, part_bytes: int,
             assert joined == equal_newlines(text)
         assert "".join(joined.split()) == "".join(text.split())
         assert all(len(document.text.encode()) <= max_bytes for document in found)
-        whole = [document.place for document in read(path, max_document_bytes=max_bytes)[0]]
+        whole = [document.origin for document in read(path, max_document_bytes=max_bytes)[0]]
         if per == "file":
-            assert [document.place for document in found] == whole
+            assert [document.origin for document in found] == whole
 
 
 @given(
@@ -118,9 +120,9 @@ def test_places_are_relative_and_lead_to_the_text(tmp_path: Path) -> None:
         found, _ = read(name, max_document_bytes=20)
         assert [d.text for d in found] == ["one two three\n\n", "four five\n\nsix"]
         start = "books/a/b.txt:" if "b.txt" not in str(name) else "b.txt:"
-        assert [d.place for d in found] == [f"{start}0", f"{start}18"]
+        assert [d.origin for d in found] == [f"{start}0", f"{start}18"]
         assert content[18:].decode() == found[1].text
-    assert read(f"{tmp_path}/*/**/*.txt")[0][0].place == f"{tmp_path.name}/books/a/b.txt:0"
+    assert read(f"{tmp_path}/*/**/*.txt")[0][0].origin == f"{tmp_path.name}/books/a/b.txt:0"
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
@@ -132,7 +134,7 @@ def test_packed_files_give_what_plain_ones_give(tmp_path: Path, suffix: str) -> 
         (tmp_path / (name + suffix)).write_bytes(PACKERS[suffix](content.encode()))
         plain, packed = read(tmp_path / name)[0], read(tmp_path / (name + suffix))[0]
         assert [d.text for d in plain] == [d.text for d in packed]
-    assert packed[0].place == f"d.csv{suffix}:2"
+    assert packed[0].origin == f"d.csv{suffix}:2"
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
@@ -145,8 +147,8 @@ def test_what_was_whole_before_damage_is_used_and_the_damage_is_told(tmp_path: P
         packed = PACKERS[suffix](content)
         (folder / (name + suffix)).write_bytes(packed[: len(packed) * 2 // 3])
     found, report = read(folder)
-    of_records = [d.text for d in found if "jsonl" in d.place]
-    of_text = "".join(d.text for d in found if "b.txt" in d.place)
+    of_records = [d.text for d in found if "jsonl" in d.origin]
+    of_text = "".join(d.text for d in found if "b.txt" in d.origin)
     assert of_records and of_records == [json.loads(r)["text"] for r in records[: len(of_records)]]
     assert of_text and content.decode().startswith(of_text)
     assert report.counts == {"damaged file": 2}
@@ -158,7 +160,7 @@ def test_a_named_file_with_nothing_before_its_damage_is_refused(tmp_path: Path) 
     for suffix in PACKERS:
         path = tmp_path / f"x.txt{suffix}"
         path.write_bytes(b"this was never packed")
-        with pytest.raises(UserError, match=r"x\.txt.* is damaged .*: get a whole copy"):
+        with pytest.raises(UserError, match=r"x\.txt.* is damaged .*: get an intact copy"):
             read(path)
 
 
@@ -187,7 +189,7 @@ def test_nul_bytes_later_in_a_file_make_only_their_document_no_text(tmp_path: Pa
 
 def test_records_give_their_field_and_long_ones_are_cut(tmp_path: Path) -> None:
     path = write_records(tmp_path / "a.jsonl", {"text": "short\r\n"}, {"text": "a long text\n\nof two parts", "id": 3})
-    assert [(d.text, d.place) for d in read(path, max_document_bytes=16)[0]] == [
+    assert [(d.text, d.origin) for d in read(path, max_document_bytes=16)[0]] == [
         ("short\n", "a.jsonl:0"),
         ("a long text\n\n", "a.jsonl:22"),
         ("of two parts", "a.jsonl:22"),
@@ -211,8 +213,8 @@ def test_bad_lines_are_skipped_and_told_with_file_and_offset(tmp_path: Path) -> 
     found, report = read(path)
     assert [d.text for d in found] == ["first", "last"]
     assert report.counts == {"broken record": 4, "no text in the field": 1, "not UTF-8": 1}
-    assert report.messages[0].startswith('"a.jsonl", byte 18: no JSON (')
-    assert report.messages[2] == '"a.jsonl", byte 35: the text holds half of a surrogate pair'
+    assert report.messages[0].startswith('"a.jsonl", byte 18: not JSON (')
+    assert report.messages[2] == '"a.jsonl", byte 35: the text contains half of a surrogate pair'
     assert texts(path, errors="replace") == ["first", "\ufffd", "last"]
 
 
@@ -243,13 +245,13 @@ def test_rows_of_csv_and_parquet_are_documents_and_large_parquet_files_come_apar
     pyarrow.parquet.write_table(table, path, row_group_size=100)
     found, report = read(path)
     assert [d.text for d in found] == [f"text {number}\n" for number in range(1000)]
-    assert found[-1].place == "a.parquet:1000" and not report.counts
+    assert found[-1].origin == "a.parquet:1000" and not report.counts
     size = path.stat().st_size
     parts = parts_of(parse_sources([str(path)]), ReadSettings(part_bytes=size // 4))
     assert 3 < len(parts) <= 10 and sum(part.bytes for part in parts) == size
     assert read(path, part_bytes=size // 4)[0] == found
     (tmp_path / "b.csv").write_bytes(b'\xef\xbb\xbftext,id\r\na,1\r\n"b\r\nc",2\r\n\r\nd,3\r\n')
-    assert [(d.text, d.place) for d in read(tmp_path / "b.csv")[0]] == [
+    assert [(d.text, d.origin) for d in read(tmp_path / "b.csv")[0]] == [
         ("a", "b.csv:2"),
         ("b\nc", "b.csv:3"),
         ("d", "b.csv:6"),
@@ -262,9 +264,9 @@ def test_rows_of_csv_and_parquet_are_documents_and_large_parquet_files_come_apar
         ("x.bin", b"0123456789ab\xff", r'x\.bin" is not UTF-8 \(byte 0xff at offset 12\): convert it'),
         ("x.jsonl", b'{"body": "a", "id": 1}\n', 'the field "text": its fields are "body", "id"; .*--text-field'),
         ("x.jsonl", b'{"text": null}\n', 'no text in the field "text": its fields are "text"'),
-        ("x.jsonl", b"what\nis this\n", r"holds no record: byte 0: no JSON"),
+        ("x.jsonl", b"what\nis this\n", r"contains no valid record: byte 0: not JSON"),
         ("x.csv", b"a,b\n1,2\n", 'no text in the field "text": its fields are "a", "b"'),
-        ("x.parquet", b"PAR1 not at all", "no whole parquet file"),
+        ("x.parquet", b"PAR1 not at all", "not a complete parquet file"),
     ],
 )
 def test_a_named_file_without_a_document_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -276,7 +278,7 @@ def test_a_named_file_without_a_document_is_refused(tmp_path: Path, name: str, c
 
 def test_the_builtin_corpus_is_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "builtin_documents", lambda: (("os.py", "a\n\nb"), ("re.py", "c")))
-    assert [(d.text, d.place) for d in read("builtin")[0]] == [("a\n\nb", "os.py"), ("c", "re.py")]
+    assert [(d.text, d.origin) for d in read("builtin")[0]] == [("a\n\nb", "os.py"), ("c", "re.py")]
 
 
 def test_a_hugging_face_dataset_is_a_source(tmp_path: Path) -> None:
@@ -285,7 +287,7 @@ def test_a_hugging_face_dataset_is_a_source(tmp_path: Path) -> None:
     write_records(folder / "train.jsonl", {"text": "one"}, {"text": None}, {"text": "two\r\n"})
     write_records(folder / "test.jsonl", {"text": "three"})
     found, report = read(f"hf:{folder}")
-    assert [(d.text, d.place) for d in found] == [("one", "data:1"), ("two\n", "data:3")]
+    assert [(d.text, d.origin) for d in found] == [("one", "data:1"), ("two\n", "data:3")]
     assert report.counts == {"no text in the field": 1}
     assert texts(f"hf:{folder}:test") == ["three"]
     with pytest.raises(UserError, match=r'the dataset ".*" has no text in the field "body": its fields are "text"'):
@@ -312,7 +314,7 @@ def test_remote_files_are_read_like_local_ones(tmp_path: Path) -> None:
     for name in ("memory://corpus", "memory://corpus/", f"file://{tmp_path}/corpus"):
         assert read(name, max_document_bytes=16, part_bytes=16) == local
     assert texts("memory://corpus/*/*.jsonl") == ["r1", "r2"]
-    assert [d.place for d in read("memory://corpus/a.txt")[0]] == ["a.txt:0"]
+    assert [d.origin for d in read("memory://corpus/a.txt")[0]] == ["a.txt:0"]
     with pytest.raises(UserError, match=r'there is no file or folder "memory://corpus/none\.txt"'):
         read("memory://corpus/none.txt")
     with pytest.raises(UserError, match=r'cannot read "nothing://x/a\.txt"'):
@@ -376,7 +378,7 @@ def test_a_folder_of_bad_things_is_told_and_the_rest_is_read(tmp_path: Path, mon
 
 def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    part = Part(0, (Span(str(path)),), 0)
+    part = CorpusPart(0, (FileRange(str(path)),), 0)
     report = ReadReport()
     assert list(read_part(part, parse_sources([str(tmp_path)]), ReadSettings(), report)) == []
     assert report.counts == {"unreadable file": 1}

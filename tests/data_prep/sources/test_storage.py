@@ -111,7 +111,7 @@ def test_a_failing_disk_ends_the_reading_with_the_file_s_name() -> None:
         def read(self, size: int = -1) -> bytes:
             raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(UserError, match=r'cannot read "x\.txt" to its end: Input/output error'):
+    with pytest.raises(UserError, match=r'cannot read all of "x\.txt": Input/output error'):
         list(Stream(Failing(), "x.txt").blocks())
 
 

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.sources.text_files import (
-    border_at,
+    boundary_at,
     cut_at_separators,
     cut_by_size,
     decode,
     is_local,
     limited,
+    normalize_newlines,
     separator_reach,
     wide_encoding,
-    with_equal_newlines,
 )
 
 any_bytes = st.one_of(st.binary(), st.text(st.sampled_from("ab é日😀\n\n\n\r")).map(str.encode))
@@ -57,7 +57,7 @@ def test_a_piece_ends_at_the_best_place_that_fits(content: bytes, max_bytes: int
 @given(text=st.text(st.sampled_from("ab日\n\r"), max_size=120), max_bytes=st.integers(16, 30))
 @settings(max_examples=300, deadline=None)
 def test_no_cut_parts_a_windows_newline_or_a_character(text: str, max_bytes: int) -> None:
-    pieces = [with_equal_newlines(piece).decode() for _, piece in cut_by_size([text.encode()], max_bytes)]
+    pieces = [normalize_newlines(piece).decode() for _, piece in cut_by_size([text.encode()], max_bytes)]
     assert "".join(pieces) == text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -77,7 +77,7 @@ def test_the_cut_is_at_blank_line_then_line_end_then_character() -> None:
 @settings(max_examples=300, deadline=None)
 def test_borders_never_decrease_and_part_no_character_or_newline(content: bytes, max_bytes: int) -> None:
     file = io.BytesIO(content)
-    borders = [border_at(file, nominal, max_bytes) for nominal in range(1, len(content) + 1)]
+    borders = [boundary_at(file, nominal, max_bytes) for nominal in range(1, len(content) + 1)]
     assert borders == sorted(borders)
     assert all(nominal <= border <= len(content) for nominal, border in enumerate(borders, start=1))
     for border in borders:
@@ -92,10 +92,10 @@ def test_borders_never_decrease_and_part_no_character_or_newline(content: bytes,
 
 def test_a_border_is_after_a_blank_line_then_a_newline_then_a_character() -> None:
     file = io.BytesIO("one\ntwo\n\nthree\r\n\r\n日".encode())
-    assert border_at(file, 1, 16) == 9
-    assert border_at(file, 10, 16) == 18
-    assert border_at(file, 1, 5) == 4
-    assert border_at(file, 19, 16) == 21
+    assert boundary_at(file, 1, 16) == 9
+    assert boundary_at(file, 10, 16) == 18
+    assert boundary_at(file, 1, 5) == 4
+    assert boundary_at(file, 19, 16) == 21
 
 
 def expected_documents(content: bytes, separator: str) -> list[tuple[int, bytes]]:
@@ -154,7 +154,7 @@ def test_limited_blocks_are_the_first_bytes(content: bytes, block: int, size: in
 
 @given(text=st.text(st.sampled_from("a\r\n")))
 def test_newlines_become_equal(text: str) -> None:
-    assert with_equal_newlines(text.encode()).decode() == io.StringIO(text, newline=None).read()
+    assert normalize_newlines(text.encode()).decode() == io.StringIO(text, newline=None).read()
 
 
 @given(content=any_bytes)

@@ -12,22 +12,23 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from data_prep.errors import UserError
+from data_prep.settings import TokenizerSettings
 from data_prep.tokenizers import encoders
 from data_prep.tokenizers.encoders import (
-    ENGINES,
+    ENCODERS,
     PROBES,
     RUNS,
-    Engine,
-    EngineError,
+    Encoder,
+    EncoderError,
     UnsuitableError,
-    WordsEngine,
-    choose_engine,
-    make_engine,
+    WordsEncoder,
+    choose_encoder,
+    make_encoder,
     recheck,
     splits_at_words,
 )
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from data_prep.tokenizers.training import train_tokenizer
 
 TEXTS = [
     "It's the cat's mat, isn't it?  They'll say  so...\n\n 12 34\t56 " * 3,
@@ -36,8 +37,8 @@ TEXTS = [
 CHOICES = {
     "bpe": TokenizerSettings(vocab_size=265),
     "single digits": TokenizerSettings(vocab_size=265, digits="single"),
-    "llama3": TokenizerSettings(vocab_size=265, split="llama3"),
-    "qwen2": TokenizerSettings(vocab_size=265, split="qwen2"),
+    "llama3": TokenizerSettings(vocab_size=265, word_split="llama3"),
+    "qwen2": TokenizerSettings(vocab_size=265, word_split="qwen2"),
     "wordpiece": TokenizerSettings("wordpiece", 521),
     "unigram": TokenizerSettings("unigram", 265),
     "bytes": TokenizerSettings("bytes"),
@@ -58,18 +59,18 @@ def trained(choice: str) -> Tokenizer:
 
 
 @cache
-def exact_engines(choice: str) -> dict[str, Engine]:
+def exact_encoders(choice: str) -> dict[str, Encoder]:
     found = {}
-    for name in ENGINES:
+    for name in ENCODERS:
         try:
-            found[name] = choose_engine(trained(choice), TEXTS, name).engine
+            found[name] = choose_encoder(trained(choice), TEXTS, name).encoder
         except UserError:
             continue
     return found
 
 
-def texts_of(engine: Engine, texts: Sequence[str]) -> list[list[int]]:
-    ids, lengths = engine.encode(texts)
+def texts_of(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
+    ids, lengths = encoder.encode(texts)
     stops = np.cumsum(lengths)
     return [ids[stop - length : stop].tolist() for stop, length in zip(stops, lengths, strict=True)]
 
@@ -79,14 +80,14 @@ def texts_of(engine: Engine, texts: Sequence[str]) -> list[list[int]]:
     choice=st.sampled_from(sorted(CHOICES)),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_engine_that_was_proven_gives_the_ids_of_tokenizers(texts: list[str], choice: str) -> None:
+def test_every_encoder_that_was_proven_gives_the_ids_of_tokenizers(texts: list[str], choice: str) -> None:
     expected = [trained(choice).encode(text) for text in texts]
-    assert exact_engines(choice).keys() >= {"tokenizers"}
-    for name, engine in exact_engines(choice).items():
-        assert texts_of(engine, texts) == expected, name
+    assert exact_encoders(choice).keys() >= {"tokenizers"}
+    for name, encoder in exact_encoders(choice).items():
+        assert texts_of(encoder, texts) == expected, name
 
 
-# What each installed engine can do; a version that does less, or silently something else, shows here.
+# What each installed encoder can do; a version that does less, or silently something else, shows here.
 EXPECTED = {
     "gigatoken": {"bpe", "llama3", "qwen2", "bytes", "characters", "chat"},
     "splintr": {"bpe", "llama3", "qwen2", "single digits", "chat"},
@@ -95,76 +96,76 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_engines_are_exact_where_they_were(name: str) -> None:
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_are_exact_where_they_were(name: str) -> None:
     if not INSTALLED.get(name, True):
         pytest.skip(f"{name} is not installed")
-    assert {choice for choice in CHOICES if name in exact_engines(choice)} >= EXPECTED[name]
+    assert {choice for choice in CHOICES if name in exact_encoders(choice)} >= EXPECTED[name]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_the_first_exact_engine_is_chosen_and_the_others_have_reasons(choice: str) -> None:
-    chosen = choose_engine(trained(choice), TEXTS)
-    assert chosen.engine.short_name == next(iter(exact_engines(choice)))
+def test_the_first_exact_encoder_is_chosen_and_the_others_have_reasons(choice: str) -> None:
+    chosen = choose_encoder(trained(choice), TEXTS)
+    assert chosen.encoder.short_name == next(iter(exact_encoders(choice)))
     names, outcomes = zip(*chosen.tried, strict=True)
-    assert names[-1] == chosen.engine.name
+    assert names[-1] == chosen.encoder.name
     assert outcomes[-1] == "exact"
     assert "exact" not in outcomes[:-1]
-    assert len(names) == list(ENGINES).index(chosen.engine.short_name) + 1
+    assert len(names) == list(ENCODERS).index(chosen.encoder.short_name) + 1
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_arrays_are_of_the_shards_type_and_threads_change_nothing(name: str) -> None:
-    if name not in exact_engines("bpe"):
+    if name not in exact_encoders("bpe"):
         pytest.skip(f"{name} is not installed")
     for texts in ([], ["", ""], TEXTS, ["a", "", "日"]):
-        ids, lengths = make_engine(name, trained("bpe")).encode(texts)
+        ids, lengths = make_encoder(name, trained("bpe")).encode(texts)
         assert (ids.dtype, lengths.dtype, lengths.shape) == (np.dtype("<u2"), np.dtype(np.int64), (len(texts),))
-        threaded = make_engine(name, trained("bpe"), threads=2).encode(texts)
+        threaded = make_encoder(name, trained("bpe"), threads=2).encode(texts)
         assert [part.tolist() for part in threaded] == [ids.tolist(), lengths.tolist()]
 
 
 def test_large_vocabularies_take_four_bytes() -> None:
-    engine = TokenizersTokenizer.from_str(trained("bytes").to_json())
-    engine.add_tokens([f"word{n}" for n in range(70_000)])
-    ids, _ = make_engine("tokenizers", Tokenizer(engine)).encode(["word69999"])
+    encoder = TokenizersTokenizer.from_str(trained("bytes").to_json())
+    encoder.add_tokens([f"word{n}" for n in range(70_000)])
+    ids, _ = make_encoder("tokenizers", Tokenizer(encoder)).encode(["word69999"])
     assert (ids.dtype, ids.tolist()) == (np.dtype("<i4"), [259 + 69_999])
 
 
 def altered(change: str) -> Tokenizer:
-    engine = TokenizersTokenizer.from_str(trained("bpe").to_json())
+    encoder = TokenizersTokenizer.from_str(trained("bpe").to_json())
     if change == "normalizer":
-        engine.normalizer = normalizers.NFKC()
+        encoder.normalizer = normalizers.NFKC()
     elif change == "lower case":
-        engine.normalizer = normalizers.Lowercase()
+        encoder.normalizer = normalizers.Lowercase()
     elif change == "prefix space":
-        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     elif change == "no words":
-        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     elif change == "other words":
-        engine.pre_tokenizer = pre_tokenizers.Sequence(
+        encoder.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     elif change == "added words":
-        engine.add_tokens(["the cat"])
+        encoder.add_tokens(["the cat"])
     elif change == "another model":
-        engine = TokenizersTokenizer(models.WordLevel({"[UNK]": 0, "it": 1}, unk_token="[UNK]"))
-        engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    engine.decoder = decoders.ByteLevel()
-    return Tokenizer(engine)
+        encoder = TokenizersTokenizer(models.WordLevel({"[UNK]": 0, "it": 1}, unk_token="[UNK]"))
+        encoder.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encoder.decoder = decoders.ByteLevel()
+    return Tokenizer(encoder)
 
 
 CHANGES = ["normalizer", "lower case", "prefix space", "no words", "other words", "added words", "another model"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_foreign_tokenizers_get_an_exact_engine_too(change: str) -> None:
+def test_foreign_tokenizers_get_an_exact_encoder_too(change: str) -> None:
     tokenizer = altered(change)
-    chosen = choose_engine(tokenizer, TEXTS)
-    assert texts_of(chosen.engine, [*PROBES, *TEXTS]) == tokenizer.encode_batch([*PROBES, *TEXTS])
+    chosen = choose_encoder(tokenizer, TEXTS)
+    assert texts_of(chosen.encoder, [*PROBES, *TEXTS]) == tokenizer.encode_batch([*PROBES, *TEXTS])
     assert not splits_at_words(tokenizer)
     with pytest.raises(UserError, match='the encoder "words" cannot be used here: this tokenizer does not cut'):
-        choose_engine(tokenizer, TEXTS, "words")
+        choose_encoder(tokenizer, TEXTS, "words")
 
 
 def test_gigatoken_is_caught_where_it_is_silently_wrong() -> None:
@@ -176,7 +177,7 @@ def test_gigatoken_is_caught_where_it_is_silently_wrong() -> None:
         vocab=merged_over_words.get_vocab() | {"aĠ": 265, "aĠb": 266}, merges=[("a", "Ġ"), ("aĠ", "b")]
     )
     with pytest.raises(UserError, match=r'the encoder "gigatoken" cannot be used here: token \d+ of .* should be'):
-        choose_engine(Tokenizer(merged_over_words), [], "gigatoken")
+        choose_encoder(Tokenizer(merged_over_words), [], "gigatoken")
 
 
 class Forgetful:
@@ -186,18 +187,18 @@ class Forgetful:
     name = "forgetful 1.0"
 
     def __init__(self, tokenizer: Tokenizer, threads: int) -> None:
-        self._engine = make_engine("tokenizers", tokenizer)
+        self._encoder = make_encoder("tokenizers", tokenizer)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return self._engine.encode([text[:-1] if "7" in text else text for text in texts])
+        return self._encoder.encode([text[:-1] if "7" in text else text for text in texts])
 
 
-def test_an_engine_that_is_wrong_for_the_sample_alone_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_that_is_wrong_for_the_sample_alone_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "PROBES", ())
-    monkeypatch.setattr(encoders, "ENGINES", {"forgetful": Forgetful, "tokenizers": ENGINES["tokenizers"]})
-    assert choose_engine(trained("bpe"), ["abc"]).engine.name == "forgetful 1.0"
-    chosen = choose_engine(trained("bpe"), ["abc", "a 7"])
-    assert chosen.engine.short_name == "tokenizers"
+    monkeypatch.setattr(encoders, "ENCODERS", {"forgetful": Forgetful, "tokenizers": ENCODERS["tokenizers"]})
+    assert choose_encoder(trained("bpe"), ["abc"]).encoder.name == "forgetful 1.0"
+    chosen = choose_encoder(trained("bpe"), ["abc", "a 7"])
+    assert chosen.encoder.short_name == "tokenizers"
     token = trained("bpe").encode("a 7")[-1]
     assert chosen.tried[0] == ("forgetful 1.0", f"token 2 of 'a 7' is the end and should be {token}")
 
@@ -206,21 +207,21 @@ class Mistaken(Forgetful):
     """Reads every 7 as an 8: other tokens, as many."""
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return self._engine.encode([text.replace("7", "8") for text in texts])
+        return self._encoder.encode([text.replace("7", "8") for text in texts])
 
 
 @pytest.mark.parametrize("wrong", [Forgetful, Mistaken])
-def test_the_probes_reveal_such_an_engine(wrong: type[Forgetful], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "ENGINES", {"wrong": wrong, "tokenizers": ENGINES["tokenizers"]})
-    assert choose_engine(trained("bpe"), []).engine.short_name == "tokenizers"
+def test_the_probes_reveal_such_an_encoder(wrong: type[Forgetful], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "ENCODERS", {"wrong": wrong, "tokenizers": ENCODERS["tokenizers"]})
+    assert choose_encoder(trained("bpe"), []).encoder.short_name == "tokenizers"
 
 
-def test_a_difference_on_the_way_is_told_with_engine_and_place() -> None:
+def test_a_difference_on_the_way_is_told_with_encoder_and_place() -> None:
     tokenizer = trained("bpe")
-    recheck(make_engine("words", tokenizer), tokenizer, TEXTS)
-    recheck(make_engine("words", tokenizer), tokenizer, [])
+    recheck(make_encoder("words", tokenizer), tokenizer, TEXTS)
+    recheck(make_encoder("words", tokenizer), tokenizer, [])
     recheck(Forgetful(tokenizer, 1), tokenizer, ["no seven here"])
-    with pytest.raises(EngineError, match=r"forgetful 1\.0 .* token 1 of '77' is the end .* --encoder tokenizers"):
+    with pytest.raises(EncoderError, match=r"forgetful 1\.0 .* token 1 of '77' is the end .* --encoder tokenizers"):
         recheck(Forgetful(tokenizer, 1), tokenizer, ["fine", "77"])
 
 
@@ -236,28 +237,28 @@ class Missing:
         raise UnsuitableError('it is not installed ("pip install missing")')
 
 
-def test_an_engine_that_panics_or_is_missing_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"panicking": Panicking, "missing": Missing, "tokenizers": ENGINES["tokenizers"]}
-    monkeypatch.setattr(encoders, "ENGINES", table)
-    chosen = choose_engine(trained("bpe"), [])
+def test_an_encoder_that_panics_or_is_missing_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"panicking": Panicking, "missing": Missing, "tokenizers": ENCODERS["tokenizers"]}
+    monkeypatch.setattr(encoders, "ENCODERS", table)
+    chosen = choose_encoder(trained("bpe"), [])
     assert chosen.tried[:2] == [
         ("panicking", "it refuses: index out of bounds"),
         ("missing", 'it is not installed ("pip install missing")'),
     ]
     with pytest.raises(UserError, match='the encoder "missing" cannot be used here: it is not installed'):
-        choose_engine(trained("bpe"), [], "missing")
+        choose_encoder(trained("bpe"), [], "missing")
     with pytest.raises(UserError, match='the encoder "missing" cannot be used'):
-        make_engine("missing", trained("bpe"))
+        make_encoder("missing", trained("bpe"))
 
 
-def test_an_unknown_engine_is_refused() -> None:
+def test_an_unknown_encoder_is_refused() -> None:
     with pytest.raises(UserError, match='unknown encoder "fast": choose auto or one of gigatoken, splintr, words'):
-        choose_engine(trained("bpe"), TEXTS, "fast")
+        choose_encoder(trained("bpe"), TEXTS, "fast")
 
 
 @given(text=st.one_of(any_text, awkward_text))
 @settings(max_examples=300, deadline=None)
-def test_no_word_of_the_engine_reaches_over_the_border_of_a_run(text: str) -> None:
+def test_no_word_of_the_encoder_reaches_over_the_border_of_a_run(text: str) -> None:
     words = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
     runs = list(RUNS.finditer(text))
     assert "".join(run[0] for run in runs) == text
@@ -267,10 +268,10 @@ def test_no_word_of_the_engine_reaches_over_the_border_of_a_run(text: str) -> No
 def test_a_full_cache_is_emptied_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "LARGEST_CACHE_CHARACTERS", 10)
     tokenizer = trained("bpe")
-    engine = WordsEngine(tokenizer, 1)
+    encoder = WordsEncoder(tokenizer, 1)
     for _ in range(2):
-        assert texts_of(engine, TEXTS) == tokenizer.encode_batch(TEXTS)
-        assert engine._known == {}
+        assert texts_of(encoder, TEXTS) == tokenizer.encode_batch(TEXTS)
+        assert encoder._known == {}
 
 
 def test_the_probes_hold_what_they_promise() -> None:

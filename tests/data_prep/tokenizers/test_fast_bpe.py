@@ -5,11 +5,12 @@ from functools import cache
 
 import pytest
 
+from data_prep.settings import TokenizerSettings
 from data_prep.tokenizers import fast_bpe, training
 from data_prep.tokenizers.encoder_probes import PROBES
 from data_prep.tokenizers.fast_bpe import _last_occurs, _train, fast_merges, is_installed
 from data_prep.tokenizers.text_spool import TextSpool
-from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from data_prep.tokenizers.training import train_tokenizer
 
 needs_gigatoken = pytest.mark.skipif(not is_installed(), reason="gigatoken is not installed")
 

@@ -8,9 +8,10 @@ import pytest
 from huggingface_hub import errors
 
 from data_prep.errors import UserError
+from data_prep.settings import TokenizerSettings
 from data_prep.tokenizers.find import find_tokenizer_file
 from data_prep.tokenizers.load import load_tokenizer
-from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from data_prep.tokenizers.training import train_tokenizer
 
 
 def test_a_file_and_its_folder_are_the_same_tokenizer(tmp_path: Path) -> None:
@@ -21,12 +22,12 @@ def test_a_file_and_its_folder_are_the_same_tokenizer(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_exactly_one_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds neither a tokenizer\.json nor a \.model file"):
+    with pytest.raises(UserError, match=r"contains neither a tokenizer\.json nor a \.model file"):
         find_tokenizer_file(tmp_path)
     (tmp_path / "a.model").touch()
     assert find_tokenizer_file(tmp_path) == tmp_path / "a.model"
     (tmp_path / "b.model").touch()
-    with pytest.raises(UserError, match=r"holds 2 \.model files: name the one to use"):
+    with pytest.raises(UserError, match=r"contains 2 \.model files: name the one to use"):
         find_tokenizer_file(tmp_path)
 
 
@@ -58,12 +59,15 @@ def response(status: int) -> httpx2.Response:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (errors.LocalEntryNotFoundError("no network"), "the Hugging Face hub cannot be reached"),
-        (errors.OfflineModeIsEnabled("offline"), "the Hugging Face hub cannot be reached"),
+        (errors.LocalEntryNotFoundError("no network"), "the Hugging Face Hub cannot be reached"),
+        (errors.OfflineModeIsEnabled("offline"), "the Hugging Face Hub cannot be reached"),
         (errors.RepositoryNotFoundError("404", response=response(404)), 'no Hugging Face repository "someone/model"'),
-        (errors.GatedRepoError("403", response=response(403)), "closed to you: ask for access"),
-        (errors.HfHubHTTPError("500", response=response(500)), "did not come from the Hugging Face hub"),
-        (errors.EntryNotFoundError("no such file"), r"holds none of tokenizer\.json, tokenizer\.model"),
+        (errors.GatedRepoError("403", response=response(403)), "you have no access to .*: request it"),
+        (
+            errors.HfHubHTTPError("500", response=response(500)),
+            "cannot download the tokenizer .* from the Hugging Face Hub",
+        ),
+        (errors.EntryNotFoundError("no such file"), r"contains none of tokenizer\.json, tokenizer\.model"),
     ],
 )
 def test_what_the_hub_refuses_is_told_in_a_sentence(

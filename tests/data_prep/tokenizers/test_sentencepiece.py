@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.encoder_probes import PROBES
-from data_prep.tokenizers.encoders import choose_engine
+from data_prep.tokenizers.encoders import choose_encoder
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.sentencepiece import convert_model
 from data_prep.tokenizers.tokenizer import Tokenizer
@@ -90,23 +90,25 @@ def converted() -> tuple[Tokenizer, sentencepiece.SentencePieceProcessor]:
     return tokenizer, sentencepiece.SentencePieceProcessor(model_proto=content)
 
 
-def test_engines_are_proven_for_converted_models_too() -> None:
+def test_encoders_are_proven_for_converted_models_too() -> None:
     tokenizer, _ = converted()
-    engine = choose_engine(tokenizer, TEXTS[:20]).engine
-    ids, _ = engine.encode(TEXTS)
+    encoder = choose_encoder(tokenizer, TEXTS[:20]).encoder
+    ids, _ = encoder.encode(TEXTS)
     assert ids.tolist() == [token for row in tokenizer.encode_batch(TEXTS) for token in row]
 
 
 def test_a_model_whose_ids_cannot_be_met_is_refused_with_a_text(tmp_path: Path) -> None:
     folded = model("unigram", normalization_rule_name="nmt_nfkc")
-    with pytest.raises(UserError, match=r"cannot be turned into an equal tokenizer\.json: '.*' gets other tokens"):
+    with pytest.raises(
+        UserError, match=r"cannot be converted to an equivalent tokenizer\.json: '.*' is encoded differently"
+    ):
         convert_model(saved(tmp_path, folded))
 
 
 def test_other_kinds_of_models_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="only Unigram and BPE models can be"):
+    with pytest.raises(UserError, match="only Unigram and BPE models are supported"):
         convert_model(saved(tmp_path, model("char")))
-    with pytest.raises(UserError, match="it writes spaces in an unusual way"):
+    with pytest.raises(UserError, match="it marks spaces in an unusual way"):
         convert_model(saved(tmp_path, model("bpe", treat_whitespace_as_suffix=True)))
 
 

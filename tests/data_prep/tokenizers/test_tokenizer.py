@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Engine
+from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from data_prep.errors import UserError
+from data_prep.settings import END_OF_TEXT, KINDS, MASK, PADDING, TokenizerSettings
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.report import tokenizer_report
-from data_prep.tokenizers.tokenizer import BYTE_CHARACTERS, BYTE_OF_CHARACTER, END_OF_TEXT, MASK, PADDING, Tokenizer
-from data_prep.tokenizers.training import KINDS, TokenizerSettings, train_tokenizer
+from data_prep.tokenizers.tokenizer import BYTE_CHARACTERS, BYTE_OF_CHARACTER, Tokenizer
+from data_prep.tokenizers.training import train_tokenizer
 
 STEMS = ["cat", "mat", "the", "other", "there", "walk", "talk", "sing", "onset", "mathematic", "wander", "light"]
 TEXTS = [
@@ -32,7 +33,7 @@ awkward_text = st.text(st.sampled_from(list(" \t\n\r\x0b\x1c\x1f\x85\xa0\u2028\u
 @cache
 def trained(kind: str) -> Tokenizer:
     size = 256 + VOCABULARY if kind == "wordpiece" else VOCABULARY  # it has every byte twice
-    return train_tokenizer(iter(TEXTS), TokenizerSettings(kind=kind, vocab_size=size))
+    return train_tokenizer(iter(TEXTS), TokenizerSettings(tokenizer_kind=kind, vocab_size=size))
 
 
 @pytest.fixture(params=KINDS)
@@ -90,7 +91,7 @@ def test_batches_encode_like_single_texts(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
 
 
-def test_byte_characters_are_those_of_the_engine() -> None:
+def test_byte_characters_are_those_of_the_library() -> None:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for character in "aé日\U0001f469\n \0":
         seen = byte_level.pre_tokenize_str(character)[0][0]
@@ -107,10 +108,10 @@ def test_a_saved_tokenizer_loads_as_the_same(tokenizer: Tokenizer, tmp_path: Pat
     assert [loaded.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
 
 
-def test_scores_are_rounded_to_what_the_engine_reads_exactly() -> None:
+def test_scores_are_rounded_to_what_the_library_reads_exactly() -> None:
     rng = random.Random(0)
     pieces = [(f"w{n}", -20 * rng.random()) for n in range(3000)]
-    tokenizer = Tokenizer.from_json(Engine(models.Unigram(pieces, unk_id=0)).to_str())
+    tokenizer = Tokenizer.from_json(Backend(models.Unigram(pieces, unk_id=0)).to_str())
     kept = json.loads(tokenizer.to_json())["model"]["vocab"]
     assert [score for _, score in kept] == [round(score, 9) for _, score in pieces]
 
@@ -131,9 +132,9 @@ def test_a_missing_tokenizer_file_is_a_user_error(tmp_path: Path) -> None:
 
 
 def foreign(words: list[str]) -> str:
-    engine = Engine(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
-    engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return engine.to_str()
+    backend = Backend(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return backend.to_str()
 
 
 def test_special_tokens_of_other_tokenizers_are_found() -> None:
@@ -152,18 +153,18 @@ def test_special_tokens_that_lack_are_added_at_the_end() -> None:
 
 
 def test_padding_and_truncation_of_a_foreign_file_are_ignored() -> None:
-    engine = Engine.from_str(foreign(["[UNK]", "hello"]))
-    engine.enable_truncation(2)
-    engine.enable_padding(length=5)
-    assert Tokenizer.from_json(engine.to_str()).encode("hello hello hello") == [1, 1, 1]
+    backend = Backend.from_str(foreign(["[UNK]", "hello"]))
+    backend.enable_truncation(2)
+    backend.enable_padding(length=5)
+    assert Tokenizer.from_json(backend.to_str()).encode("hello hello hello") == [1, 1, 1]
 
 
 def test_added_words_of_a_foreign_byte_level_file_keep_their_bytes() -> None:
-    engine = Engine(models.BPE(vocab={c: i for i, c in enumerate(BYTE_CHARACTERS)}, merges=[]))
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    engine.decoder = decoders.ByteLevel()
-    engine.add_tokens(["two words"])
-    tokenizer = Tokenizer.from_json(engine.to_str())
+    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(BYTE_CHARACTERS)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens(["two words"])
+    tokenizer = Tokenizer.from_json(backend.to_str())
     assert tokenizer.decode_bytes(tokenizer.encode("a two words é")) == "a two words é".encode()
 
 
@@ -185,14 +186,14 @@ def test_bytes_cut_from_any_text_decode_to_themselves() -> None:
 
 def test_tokens_of_other_characters_in_a_byte_level_file_are_their_own_text() -> None:
     vocabulary = {c: i for i, c in enumerate([*BYTE_CHARACTERS, "日本"])}
-    engine = Engine(models.BPE(vocab=vocabulary, merges=[]))
-    engine.decoder = decoders.ByteLevel()
-    tokenizer = Tokenizer.from_json(engine.to_str())
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer.from_json(backend.to_str())
     assert tokenizer.decode_bytes([256]) == "日本".encode() == tokenizer.decode([256]).encode()
 
 
 def test_the_report_counts_what_can_be_counted_by_hand() -> None:
-    tokenizer = train_tokenizer(iter(["ab日"]), TokenizerSettings(kind="characters", vocab_size=262))
+    tokenizer = train_tokenizer(iter(["ab日"]), TokenizerSettings(tokenizer_kind="characters", vocab_size=262))
     found = tokenizer_report(tokenizer, ["ab ba", "日é"])
     assert found["special_tokens"] == {END_OF_TEXT: 0, PADDING: 1, MASK: 2}
     assert (found["texts"], found["words"], found["text_bytes"]) == (2, 3, 10)

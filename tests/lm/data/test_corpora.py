@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from data_prep.shards.tokens import token_counts
 from lm.config.consistency import inconsistencies
 from lm.config.settings import Config, corpus_of
 from lm.data.corpora import Corpora, JoinedSplit, open_corpora
-from lm.evaluation.baselines import token_counts
 from lm.evaluation.validation_loss import evaluate
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.sources.documents import ReadSettings
+from data_prep.settings import ReadSettings
 from lm.cli.main import main
 from lm.evaluation.perplexity import document_queries, evaluate_text, windows
 from lm.kernels import masks

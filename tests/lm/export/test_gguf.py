@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from data_prep.settings import TokenizerSettings
+from data_prep.tokenizers.training import train_tokenizer
 from lm.export.gguf import export_gguf, pre_tokenizer_name, tensors
 from lm.export.stock_architectures import STOCK_CLASSES
 from lm.inference.generator import stream
@@ -76,9 +77,9 @@ def test_the_file_holds_shape_tokenizer_and_every_weight(make_run, tmp_path, sha
     [
         ({}, "gpt-2"),
         ({"digits": "single"}, "starcoder"),
-        ({"split": "llama3"}, "llama-bpe"),
-        ({"split": "qwen2"}, "qwen2"),
-        ({"split": "llama3", "digits": "single"}, "qwen2"),
+        ({"word_split": "llama3"}, "llama-bpe"),
+        ({"word_split": "qwen2"}, "qwen2"),
+        ({"word_split": "llama3", "digits": "single"}, "qwen2"),
     ],
 )
 def test_each_pre_tokenizer_has_its_name_in_llama_cpp(settings, name):
@@ -88,7 +89,7 @@ def test_each_pre_tokenizer_has_its_name_in_llama_cpp(settings, name):
 
 @pytest.mark.parametrize(("kind", "size"), [("bytes", 300), ("characters", 300), ("wordpiece", 600), ("unigram", 300)])
 def test_a_tokenizer_that_llama_cpp_lacks_is_refused(kind, size):
-    tokenizer = train_tokenizer(iter([sentences(200, 0)]), TokenizerSettings(kind=kind, vocab_size=size))
+    tokenizer = train_tokenizer(iter([sentences(200, 0)]), TokenizerSettings(tokenizer_kind=kind, vocab_size=size))
     with pytest.raises(UserError, match=r"llama\.cpp has no equivalent of this tokenizer"):
         pre_tokenizer_name(tokenizer)
 

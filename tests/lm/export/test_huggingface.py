@@ -107,7 +107,7 @@ def test_a_folder_that_is_not_empty_is_not_overwritten(make_run, tmp_path):
     with pytest.raises(UserError, match="not empty: choose another --out"):
         export(make_run(objective="next_token"), tmp_path / "out", "next_token")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
-    assert not (tmp_path / "out.tmp").exists()
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_the_start_token_is_added_and_removed(dataset):

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.settings import TokenizerSettings
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from data_prep.tokenizers.training import train_tokenizer
 from lm.inference.detokenizer import Detokenizer
 from tests.conftest import sentences
 
@@ -77,7 +78,7 @@ def test_text_ends_before_the_first_stop_string_however_it_arrives(byte_tokenize
 @pytest.mark.parametrize(("kind", "size"), [("wordpiece", 600), ("unigram", 300), ("characters", 300), ("bpe", 300)])
 def test_spaces_and_characters_come_as_the_whole_text_has_them(kind, size):
     text = sentences(60, 0)
-    tokenizer = train_tokenizer(iter([text]), TokenizerSettings(kind=kind, vocab_size=size))
+    tokenizer = train_tokenizer(iter([text]), TokenizerSettings(tokenizer_kind=kind, vocab_size=size))
     ids = tokenizer.encode(text[:400])
     whole = tokenizer.decode_bytes(ids).decode()
     for cut in (0, 1, 7, 30):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
+from data_prep.settings import TokenizerSettings
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.tokenizers.training import TokenizerSettings, train_tokenizer
+from data_prep.tokenizers.training import train_tokenizer
 from lm.inference.fill_mask import fill_masks
 from lm.inference.sampling import Sampling
 from lm.kernels import masks

@@ -1,0 +1,329 @@
+"""Every setting of a build, in one place: its meaning, default and limits. The command line follows from it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.files import sha256_of_file
+
+SMALLEST_MAX_DOCUMENT_BYTES = 16  # room for any character, and a line or two
+LARGEST_TRAIN_BYTES = 2**31 - 1  # the trainer of tokenizers counts pairs with 32 bits
+LARGEST_SHARD_TOKENS = 2**28  # keeps every offset that other readers hold in 32 bits in range
+DEFAULT_SHARD_TOKENS = 2**26
+
+UNICODE_FORMS = ("NFC", "NFKC", "NFD", "NFKD")
+KEEP, EXACT, NEAR = "keep", "exact", "near"  # what to do with duplicates
+INSTALL = 'pip install "kindling-lm[cleaning]"'
+
+KINDS = ("bpe", "wordpiece", "unigram", "bytes", "characters")
+SPECIAL_TOKENS = END_OF_TEXT, PADDING, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
+TOKEN_SETS = {
+    "chat": ("<|system|>", "<|user|>", "<|assistant|>", "<|end_of_turn|>"),
+    "infill": ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+}
+# Every tokenizer trained here splits a name of this form into several words, so no word of a text equals one.
+SPECIAL_FORM = re.compile(r"<\|[A-Za-z0-9_]+\|>")
+
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False", tuple: "a list of texts"}
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use; a container can allow fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with its help text and limits (both inclusive); the default's type is the setting's type."""
+    return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum, "choices": choices})
+
+
+def settings_of(kind: Any) -> list[Field[Any]]:
+    """Return the fields of a settings dataclass, or of an instance, that ``setting`` made."""
+    return [each for each in fields(kind) if "help" in each.metadata]
+
+
+def option_of(each: Field[Any]) -> str:
+    """Return a setting's name on the command line. An option that may be repeated is in the singular."""
+    name = each.name.removesuffix("s") if isinstance(each.default, tuple) else each.name
+    return f"--{name.replace('_', '-')}"
+
+
+def problems(settings: Any) -> Iterator[str]:
+    """Yield one sentence per setting that is outside its limits or not among its choices."""
+    for each in settings_of(settings):
+        value, option = getattr(settings, each.name), option_of(each)
+        least, most, choices = (each.metadata[name] for name in ("minimum", "maximum", "choices"))
+        if choices and value not in choices:
+            yield f'unknown {option} "{value}": choose one of {", ".join(filter(None, choices))}'
+        elif least is not None and most is not None and not least <= value <= most:
+            yield f"{option} {value} must be from {least:,} to {most:,}"
+        elif least is not None and not least <= value:
+            yield f"{option} {value} must be at least {least:,}"
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """How files become documents. Every setting affects the result."""
+
+    max_document_bytes: int = setting(
+        65536,
+        "Split longer texts into documents of at most this many bytes, at blank lines where possible.",
+        minimum=SMALLEST_MAX_DOCUMENT_BYTES,
+    )
+    document_per: str = setting(
+        "size",
+        'What counts as one document in a text file: "size" splits long files at blank lines, "file" does the same but '
+        'reads each file as one unit, "line" takes each line; any other text separates documents and is dropped.',
+    )
+    text_field: str = setting("text", "Column that holds the text, for sources with columns.")
+    errors: str = setting(
+        "skip",
+        "Documents that are not valid UTF-8: skip them, replace the invalid bytes with U+FFFD, or stop.",
+        choices=("skip", "replace", "stop"),
+    )
+    part_bytes: int = setting(64 * 2**20, "Approximate bytes of input that one worker processes at a time.", minimum=1)
+
+    def check(self) -> Iterator[str]:
+        """Yield one sentence per invalid setting."""
+        yield from problems(self)
+        if not self.document_per:
+            yield "--document-per is empty: choose size, file, line, or the text between two documents"
+        elif "\0" in self.document_per or "\r" in self.document_per:
+            yield "--document-per cannot contain NUL or carriage return: write newlines as \\n, which matches all kinds"
+        if not self.text_field:
+            yield "--text-field is empty: name the column that holds the text"
+
+
+@dataclass(frozen=True)
+class CleaningSettings:
+    """How to clean. Every step is off by default."""
+
+    unicode_form: str = setting("", "Normalize text to this Unicode form.", choices=("", *UNICODE_FORMS))
+    control_characters: bool = setting(False, "Remove control characters except newlines and tabs.")
+    min_characters: int = setting(0, "Drop documents shorter than this.", minimum=0)
+    max_characters: int = setting(0, "Drop documents longer than this; 0: no limit.", minimum=0)
+    repetition: bool = setting(False, "Drop repetitive documents (Gopher's rules).")
+    quality: bool = setting(False, "Drop documents that do not read like English prose (Gopher's rules).")
+    language: tuple[str, ...] = setting((), "Keep only documents in this language, for example en; may be repeated.")
+    duplicates: str = setting(
+        KEEP, "Drop documents that repeat an earlier one exactly or nearly.", choices=(KEEP, EXACT, NEAR)
+    )
+    near_threshold: float = setting(0.8, "Similarity at which two documents count as near duplicates.")
+    decontaminate: tuple[str, ...] = setting(
+        (), "Drop documents that share a run of words with this file of evaluation texts; may be repeated."
+    )
+    decontaminate_ngram: int = setting(13, "Length of such a run, in words.", minimum=1)
+
+    def check(self) -> Iterator[str]:
+        """Yield one sentence per invalid setting, with the way to fix it."""
+        yield from problems(self)
+        if 0 < self.max_characters < self.min_characters:
+            yield f"no text has {self.min_characters} characters or more and {self.max_characters} or fewer: change one"
+        if not 0 < self.near_threshold <= 1:
+            yield f"--near-threshold must be above 0 and at most 1, not {self.near_threshold:g}"
+        for name in self.decontaminate:
+            if not Path(name).is_file():
+                yield f'there is no evaluation file "{name}"'
+        if self.duplicates == NEAR and not version_of("rensa"):
+            yield f"near duplicates need the package rensa: {INSTALL}"
+        if self.language and not version_of("py3langid"):
+            yield f"the language filter needs the package py3langid: {INSTALL}"
+        elif self.language:
+            known = load_language_identifier().labels
+            for language in self.language:
+                if language not in known:
+                    yield f'unknown language "{language}": choose one of {", ".join(sorted(known))}'
+
+    def identity(self) -> dict[str, Any]:
+        """Return what determines the result, ready for JSON: settings, files by name and SHA-256, library versions.
+
+        Raises ``UserError`` if an evaluation file does not exist.
+        """
+        found: dict[str, Any] = asdict(self)
+        found["language"] = sorted(self.language)
+        found["decontaminate"] = [{"name": Path(name).name, "sha256": _sha256(name)} for name in self.decontaminate]
+        found["versions"] = {
+            name: value
+            for name, used, value in (
+                ("unicode", bool(self.unicode_form), unicodedata.unidata_version),
+                ("py3langid", bool(self.language), version_of("py3langid")),
+                ("rensa", self.duplicates == NEAR, version_of("rensa")),
+            )
+            if used
+        }
+        return found
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package, or ""."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _sha256(name: str) -> str:
+    try:
+        return sha256_of_file(Path(name))
+    except FileNotFoundError:
+        raise UserError(f'there is no evaluation file "{name}"') from None
+
+
+@cache
+def load_language_identifier() -> Any:
+    """Load py3langid's model, which takes half a second; cached per process and inherited by forked workers."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # an extra
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Which tokenizer to train.
+
+    The vocabulary size includes special tokens and single bytes. ``bpe``, ``wordpiece`` and ``unigram`` reach it
+    exactly, ``characters`` keeps at most that many (the most frequent), ``bytes`` ignores it. ``word_split`` uses
+    llama.cpp's names. With ``digits="single"`` the split ``gpt2`` becomes llama.cpp's ``smollm``, and ``llama3`` its
+    ``qwen2``.
+    """
+
+    tokenizer_kind: str = setting("bpe", "Kind of tokenizer to train.", choices=KINDS)
+    vocab_size: int = setting(8192, "Tokens in the vocabulary.")
+    train_bytes: int = setting(
+        100_000_000,
+        "Bytes of training text, from the beginning, to train the tokenizer on.",
+        minimum=1,
+        maximum=LARGEST_TRAIN_BYTES,
+    )
+    word_split: str = setting("gpt2", "How bpe splits text into words.", choices=("gpt2", "llama3", "qwen2"))
+    digits: str = setting(
+        "together", "single: make each digit a token; together: follow the word split.", choices=("together", "single")
+    )
+    extra_tokens: tuple[str, ...] = setting(
+        (), "Additional special token <|name|>, or chat or infill for a predefined set; may be repeated."
+    )
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """All special tokens in the order of their ids, with predefined sets expanded."""
+        expanded = [token for name in self.extra_tokens for token in TOKEN_SETS.get(name, (name,))]
+        return (*SPECIAL_TOKENS, *expanded)
+
+    @property
+    def smallest_vocabulary(self) -> int:
+        """The special tokens plus the 256 bytes. WordPiece has each byte twice: word-initial and word-internal."""
+        return len(self.special_tokens) + 256 * (2 if self.tokenizer_kind == "wordpiece" else 1)
+
+    def check(self) -> Iterator[str]:
+        """Yield one sentence per invalid setting."""
+        yield from problems(self)
+        if self.tokenizer_kind not in KINDS or self.tokenizer_kind == "bytes":
+            pass
+        elif self.vocab_size < self.smallest_vocabulary:
+            twice = " (each word-initial and word-internal)" if self.tokenizer_kind == "wordpiece" else ""
+            yield (
+                f"--vocab-size {self.vocab_size} is too small: 256 bytes{twice} and {len(self.special_tokens)} "
+                f"special tokens need at least {self.smallest_vocabulary}"
+            )
+        if self.tokenizer_kind != "bpe" and (self.word_split, self.digits) != ("gpt2", "together"):
+            yield f'--word-split and --digits apply only to --tokenizer-kind bpe, not to "{self.tokenizer_kind}"'
+        for token, count in Counter(self.special_tokens).items():
+            if not SPECIAL_FORM.fullmatch(token):
+                name = re.sub(r"\W+", "_", token).strip("_") or "name"
+                sets = ", ".join(TOKEN_SETS)
+                yield f'"{token}" cannot be a special token: write it as <|{name}|>, or name one of the sets {sets}'
+            if count > 1:
+                yield f'the special token "{token}" is listed {count} times: list each one once'
+
+    def identity(self) -> dict[str, Any]:
+        """Return what determines the tokenizer, apart from the texts, ready for JSON; token sets are expanded."""
+        extra_tokens = list(self.special_tokens[len(SPECIAL_TOKENS) :])
+        if self.tokenizer_kind == "bytes":
+            return {"tokenizer_kind": self.tokenizer_kind, "extra_tokens": extra_tokens}
+        return asdict(self) | {"extra_tokens": extra_tokens}
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """All settings of a build. ``workers``, ``engine`` and ``encoder`` do not affect the result."""
+
+    sources: tuple[str, ...]
+    out: Path
+    reading: ReadSettings = field(default_factory=ReadSettings)
+    cleaning: CleaningSettings = field(default_factory=CleaningSettings)
+    training: TokenizerSettings = field(default_factory=TokenizerSettings)
+    tokenizer: str | None = setting(
+        None,
+        "Existing tokenizer to use instead of training one: a tokenizer.json, a sentencepiece .model, a folder with "
+        "either, or a name on the Hugging Face hub.",
+    )
+    validation_fraction: float = setting(0.05, "Fraction of documents held out for validation, from 0 to below 1.")
+    shard_tokens: int = setting(
+        DEFAULT_SHARD_TOKENS, "Maximum tokens per shard file.", minimum=1, maximum=LARGEST_SHARD_TOKENS
+    )
+    workers: int = setting(0, "Worker processes; 0: one per available core.", minimum=0)
+    engine: str = setting(
+        "local",
+        "Where workers run: on this machine, or on the Ray cluster at RAY_ADDRESS.",
+        choices=("local", "ray"),
+    )
+    encoder: str = setting("auto", "Library that encodes; auto: the fastest one installed that proves exact.")
+
+    @classmethod
+    def from_options(cls, sources: Sequence[str | Path], out: str | Path, **options: Any) -> BuildSettings:
+        """Make settings from options, each named after a field here or in one of the three groups.
+
+        Raises ``UserError`` for an unknown option or a value of the wrong type.
+        """
+        groups = {"reading": ReadSettings, "cleaning": CleaningSettings, "training": TokenizerSettings}
+        known = {each.name: each.default for kind in (*groups.values(), cls) for each in settings_of(kind)}
+        options = {name: _as_given(name, value, known) for name, value in options.items()}
+        made = {
+            group: kind(**{each.name: options.pop(each.name) for each in settings_of(kind) if each.name in options})
+            for group, kind in groups.items()
+        }
+        named = [sources] if isinstance(sources, (str, Path)) else sources
+        return cls(tuple(map(str, named)), Path(out), **made, **options)
+
+    def check(self) -> None:
+        """Raise ``UserError`` with one line per invalid setting."""
+        found = [*self.reading.check(), *self.cleaning.check(), *problems(self)]
+        if self.tokenizer is None:
+            found += self.training.check()
+        if not 0 <= self.validation_fraction < 1:
+            found.append(f"--validation-fraction {self.validation_fraction} must be at least 0 and below 1")
+        if found:
+            raise UserError("\n".join(found))
+
+
+def _as_given(name: str, value: Any, known: dict[str, Any]) -> Any:
+    if name not in known:
+        similar = difflib.get_close_matches(name, known, 1)
+        raise UserError(
+            f'there is no setting "{name}": '
+            + (f"did you mean {similar[0]}?" if similar else f"choose from {', '.join(known)}")
+        )
+    kind = type(known[name])
+    if kind is tuple and isinstance(value, (str, list)):
+        return (value,) if isinstance(value, str) else tuple(value)
+    if known[name] is not None and not isinstance(value, (int, float) if kind is float else kind):
+        raise UserError(f"{name} must be {TYPE_NAMES[kind]}, not {value!r}")
+    return value
