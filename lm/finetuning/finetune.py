@@ -163,7 +163,7 @@ class Finetuning:
     def model(self) -> nn.Module:
         return self.lesson.model(starting_trunk(self.config, self.path))
 
-    def rates(self, model: nn.Module) -> dict[str, float]:
+    def lr_multipliers(self, model: nn.Module) -> dict[str, float]:
         return learning_rates(self.config, list(trained_tensors(model)))
 
     def batch(self, step: int) -> Any:
@@ -184,23 +184,23 @@ class Finetuning:
         return self.lesson.validate(model)
 
     def remark(self, best: Best) -> str:
-        if not self.is_enough(best):
+        if not self.should_stop(best):
             return ""
         return (
             f"{best.worse} validations in a row were no better than that of step {best.step:,}, whose weights are kept"
         )
 
-    def is_enough(self, best: Best) -> bool:
+    def should_stop(self, best: Best) -> bool:
         return 0 < self.config.finetune.patience <= best.worse
 
     def epochs(self, steps: int) -> float:
         return steps * self.config.finetune.batch_examples / self.lesson.examples
 
-    def amount(self, steps: int) -> dict[str, float]:
+    def progress(self, steps: int) -> dict[str, float]:
         epochs = self.epochs(steps)
         return {"tokens": round(epochs * self.lesson.tokens), "epoch": round(epochs, 6)}
 
-    def speed(self, seconds_per_step: float) -> dict[str, float]:
+    def throughput(self, seconds_per_step: float) -> dict[str, float]:
         return {"tokens_per_second": round(self.epochs(1) * self.lesson.tokens / seconds_per_step, 1)}
 
 

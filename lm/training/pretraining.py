@@ -111,7 +111,7 @@ class Pretraining:
             model.compile_training()
         return model
 
-    def rates(self, model: nn.Module) -> dict[str, float]:
+    def lr_multipliers(self, model: nn.Module) -> dict[str, float]:
         return {}
 
     def batch(self, step: int) -> Batch:
@@ -145,13 +145,13 @@ class Pretraining:
             f"heart. That step's checkpoint is kept; more text, dropout or fewer steps would help"
         )
 
-    def is_enough(self, best: Best) -> bool:
+    def should_stop(self, best: Best) -> bool:
         return False
 
-    def amount(self, steps: int) -> dict[str, float]:
+    def progress(self, steps: int) -> dict[str, float]:
         return {"tokens": steps * self.config.data.batch_tokens, "epoch": round(self.batches.epochs(steps), 6)}
 
-    def speed(self, seconds_per_step: float) -> dict[str, float]:
+    def throughput(self, seconds_per_step: float) -> dict[str, float]:
         speed = self.config.data.batch_tokens / seconds_per_step
         peak = self.plan.machine_rate * self.ranks.world
         return {

@@ -30,7 +30,7 @@ class TrainModule(Source, Protocol[Batch]):
         """A model with the weights of step 0."""
         ...
 
-    def rates(self, model: nn.Module) -> dict[str, float]:
+    def lr_multipliers(self, model: nn.Module) -> dict[str, float]:
         """Shares of the learning rate, by the name of a parameter; 1 for those left out."""
         ...
 
@@ -50,14 +50,14 @@ class TrainModule(Source, Protocol[Batch]):
         """What a person should know after a validation; "" for nothing."""
         ...
 
-    def is_enough(self, best: Best) -> bool:
+    def should_stop(self, best: Best) -> bool:
         """Whether to end here, a validation having said so."""
         ...
 
-    def amount(self, steps: int) -> dict[str, float]:
+    def progress(self, steps: int) -> dict[str, float]:
         """What ``steps`` steps have read, for the log: ``tokens`` and ``epoch``."""
         ...
 
-    def speed(self, seconds_per_step: float) -> dict[str, float]:
+    def throughput(self, seconds_per_step: float) -> dict[str, float]:
         """How fast that is, for the log: ``tokens_per_second``, and more where it is known."""
         ...

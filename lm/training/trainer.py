@@ -156,7 +156,7 @@ class Training(Generic[Batch]):
     def run(self, start: checkpoint.Checkpoint | None) -> None:
         """Train from the checkpoint ``start`` (None: from nothing) to the last step."""
         steps, state = self.config.training.steps, State.of(start) if start else State()
-        if state.step >= steps or self.work.is_enough(state.best):
+        if state.step >= steps or self.work.should_stop(state.best):
             self.reporter.note(f"{self.path} is trained: {state.step:,} of {steps:,} steps are done")
             return
         self._prepare(state.step)
@@ -196,7 +196,7 @@ class Training(Generic[Batch]):
         if saved is not None:
             load_trained(self.model, saved.model())
         self.ranks.spread(self.model)
-        self.optimizer = Optimizer(self.model, self.config.optimizer, self.ranks, self.work.rates(self.model))
+        self.optimizer = Optimizer(self.model, self.config.optimizer, self.ranks, self.work.lr_multipliers(self.model))
         self.state = State()
         if saved is not None:
             self.optimizer.load_state(saved.optimizer())
@@ -244,7 +244,7 @@ class Training(Generic[Batch]):
             self.state.interval = Interval()
         if step % training.validate_every == 0 or last:
             best = self._validate()
-            last = last or self.work.is_enough(self.state.best)
+            last = last or self.work.should_stop(self.state.best)
         # Asked once, so that what is told below is what was saved; a signal to one rank stops all.
         stopping = self.ranks.highest(self.stop.received or 0)
         due = (step % training.checkpoint_every == 0 or last) and not self.state.ladder.in_trouble
@@ -278,10 +278,10 @@ class Training(Generic[Batch]):
         step = self.state.step
         return {
             "step": step,
-            **self.work.amount(step),
+            **self.work.progress(step),
             **self.state.interval.means(),
             "learning_rate": self._rate(step - 1) * self.config.optimizer.learning_rate,
-            **self.work.speed(self.clock.seconds_per_step()),
+            **self.work.throughput(self.clock.seconds_per_step()),
             "memory_bytes": peak_memory(self.ranks.device),
         }
 
