@@ -1,4 +1,4 @@
-"""``kindling finetune``: teach a pretrained run a task."""
+"""``kindling finetune``: fine-tune a pretrained run on a task."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def finetuning_settings() -> list[Setting]:
-    """The settings that a fine-tuning has, with its own defaults; the others are those of its base."""
+    """The settings of a fine-tuning, with its own defaults; the others are taken from its base."""
     from lm.config.finetuning_defaults import DEFAULTS, DERIVED, LEARNING_RATES
 
     own = [s for s in all_settings() if s.section in ("finetune", "optimizer", "training") or s.name == "dropout"]
     kept = [s for s in own if s.name not in (*DERIVED, "base")]
     kept.sort(key=lambda setting: setting.section != "finetune")
     rates = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
-    more = {"learning_rate": f"; the default by method: {rates}"}
+    more = {"learning_rate": f"; default by method: {rates}"}
     return [
         dataclasses.replace(s, default=DEFAULTS.get(s.name, s.default), help=s.help + more.get(s.name, ""))
         for s in kept
@@ -45,16 +45,20 @@ def finetuning_settings() -> list[Setting]:
     "out",
     type=click.Path(path_type=Path),
     required=True,
-    help="Run directory to write; with --seeds the folder of several.",
+    help="Run directory to write; with --seeds, the folder for one run per seed.",
 )
-@click.option("--recipe", type=click.Path(path_type=Path), help="TOML file with settings, as config.toml has them.")
 @click.option(
-    "--seeds", default="", help="Several seeds, as in 0,1,2: trains --run/seed_0 and so on, and tells their mean."
+    "--recipe", type=click.Path(path_type=Path), help="TOML file with settings, in the format of config.toml."
+)
+@click.option(
+    "--seeds",
+    default="",
+    help="Seeds, for example 0,1,2: train --run/seed_0 and so on, and print the mean of their metrics.",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with the run even if settings of its training have changed. An unchanged command goes on by itself.",
+    help="Resume the run even if settings of its training have changed. An unchanged command always resumes.",
 )
 @json_option
 @settings_options(finetuning_settings())
@@ -69,13 +73,14 @@ def finetune(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Fine-tune the pretrained RUN on a task: sort texts or pairs of texts into classes, give them a number, label
-    their words, choose among answers, or follow instructions.
+    """Fine-tune the pretrained RUN on a task: classify texts or pairs of texts, predict a number, tag words, choose
+    among answers, follow instructions, or embed sentences.
 
     \b
     python finetune.py runs/mine --task classification --train train.jsonl --validation validation.jsonl --run runs/task
 
-    The same command goes on where a run was stopped. The best validation's weights are kept, and taken by predict.
+    The same command resumes a run that was stopped. The checkpoint with the best validation is kept, and predict uses
+    it.
     """
     from lm.finetuning.finetune import finetune as finetune_run
     from lm.finetuning.finetune import finetune_config
@@ -94,20 +99,25 @@ def finetune(
     done = [
         finetune_run(each, path, TerminalProgress(), accept_changes=resume) for each, path in _runs(config, out, seeds)
     ]
-    _tell(done, as_json)
+    _print_results(done, as_json)
 
 
 def _runs(config: Config, out: Path, seeds: str) -> list[tuple[Config, Path]]:
-    """Settings and run directory of each of the seeds; of the one of the settings, if none are named."""
+    """The settings and the run directory of each seed."""
     if not seeds:
         return [(config, out)]
-    numbers = [seed.strip() for seed in seeds.split(",")]
+    return [(config.replace(seed=seed), out / f"seed_{seed}") for seed in parse_seeds(seeds)]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds of ``--seeds``. UserError unless they are distinct whole numbers, separated by commas."""
+    numbers = [seed.strip() for seed in text.split(",")]
     if not all(seed.isdecimal() for seed in numbers) or len(set(numbers)) < len(numbers):
-        raise UserError(f"--seeds {seeds} are not different whole numbers with commas between them, as 0,1,2 are")
-    return [(config.replace(seed=int(seed)), out / f"seed_{seed}") for seed in numbers]
+        raise UserError(f"--seeds must be distinct whole numbers, for example 0,1,2, not {text}")
+    return [int(seed) for seed in numbers]
 
 
-def _tell(done: list[Finetuned], as_json: bool) -> None:
+def _print_results(done: list[Finetuned], as_json: bool) -> None:
     names = list(done[0].metrics)
     mean = {name: statistics.fmean(each.metrics[name] for each in done) for name in names}
     spread = {name: statistics.stdev(each.metrics[name] for each in done) for name in names} if done[1:] else {}

@@ -450,7 +450,7 @@ def _inconsistencies_of_task(config: Config) -> list[str]:
         problems.append(f"judged_by {task.judged_by} is for classes, and a regression has none: choose auto, or loss")
     if task.judged_by not in ("auto", "loss") and task.task == "instruction":
         problems.append(f"judged_by {task.judged_by} is not measured of instructions: choose auto, or loss")
-    if task.task in ("regression", "choice", "instruction", "contrastive"):
+    if task.task not in ("none", "classification", "tokens"):
         problems += [
             f"{name} is for classes, and {task.task} has none: leave it out"
             for name, is_set in (

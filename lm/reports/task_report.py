@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.files import write_atomically
-from lm.evaluation.task_table import ROWS, Cell, Examples, Summary, findings, summarise
+from lm.evaluation.task_table import ROWS, Cell, Examples, Summary, findings, summarize
 from lm.finetuning.metrics import CALIBRATION_BINS, calibration, confusion_matrix
 from lm.reports.page import Bars, Panel, draw, render
 
@@ -50,7 +50,7 @@ def _number(mean: float, deviation: float, seeds: int) -> str:
 
 def _section(examples: Examples, cells: Sequence[Cell]) -> dict[str, Any]:
     """What the page says about one task."""
-    task, summaries = examples.task, summarise(cells)
+    task, summaries = examples.task, summarize(cells)
     header, rows = table(summaries, task.judged_by)
     values = {summary.row: summary.metrics[task.judged_by] for summary in summaries}
     by_row = {cell.row: cell for cell in reversed(cells)}  # of several seeds the first
