@@ -194,7 +194,7 @@ def records_of_parquet(file: IO[bytes], text_field: str, errors: str, start: int
                 row += 1
                 yield _record_of_cell(row, value, text_field, names, errors)
     except (pyarrow.ArrowException, OSError) as error:
-        yield Record(row + 1, None, DAMAGED_FILE, f"no whole parquet file ({_first_line(error)})")
+        yield Record(row + 1, None, DAMAGED_FILE, f"no whole parquet file ({first_line(error)})")
 
 
 def _column_of(batch: Any) -> Any:
@@ -218,17 +218,18 @@ def _record_of_cell(row: int, value: Any, text_field: str, names: tuple[str, ...
 
 def records_of_dataset(name: str, split: str, text_field: str) -> Iterator[Record]:
     """A record for each row of a Hugging Face dataset (a name, or a local folder), streamed."""
-    for number, row in enumerate(_rows_of_dataset(name, split), start=1):
+    for number, row in enumerate(rows_of_dataset(name, split), start=1):
         yield _record_of_value(number, row.get(text_field), text_field, tuple(row))
 
 
-def _rows_of_dataset(name: str, split: str) -> Iterator[dict[str, Any]]:
+def rows_of_dataset(name: str, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a Hugging Face dataset, streamed. UserError if it cannot be read."""
     import datasets  # here, because it takes seconds
 
     try:
         yield from datasets.load_dataset(name, split=split, streaming=True)
     except Exception as error:  # the library raises anything, from ValueError to errors of its network client
-        raise UserError(f'cannot read the dataset "{name}", split "{split}": {_first_line(error)}') from error
+        raise UserError(f'cannot read the dataset "{name}", split "{split}": {first_line(error)}') from error
 
 
 def parse_hugging_face(location: str) -> tuple[str, str]:
@@ -264,7 +265,8 @@ def not_utf8(byte: int, offset: int | None = None) -> str:
     return f"not UTF-8 (byte 0x{byte:02x}{where})"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

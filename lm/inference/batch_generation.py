@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.errors import UserError
+from lm.data.example_files import json_lines
 from lm.inference.generator import Event, Generator
 from lm.inference.sampling import Sampling
 
@@ -112,29 +113,20 @@ def check_prompts(path: Path, defaults: Sampling) -> int:
     return count
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str | None]]:
-    """The lines that hold something, each with its place; None for one that is no UTF-8."""
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """The objects of the lines, each with its place; a phrase for a line that has none."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield f"{path}, line {number}", line.decode("utf-8")
-                    except UnicodeDecodeError:
-                        yield f"{path}, line {number}", None
+            yield from json_lines(str(path), enumerate(file, 1))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _parsed(line: str | None, defaults: Sampling) -> tuple[Prompt | None, list[str]]:
+def _parsed(content: dict[str, Any] | str, defaults: Sampling) -> tuple[Prompt | None, list[str]]:
     """The prompt of a line, or None and what is wrong with it."""
-    if line is None:
-        return None, ["not UTF-8"]
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        return None, ["not JSON"]
-    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
+    if isinstance(content, str):
+        return None, [content]
+    if not isinstance(content.get("prompt"), str):
         return None, ['no object with a text "prompt"']
     kinds = {f.name: _kind(getattr(defaults, f.name), f.name) for f in dataclasses.fields(Sampling)}
     given = {name: value for name, value in content.items() if name != "prompt"}

@@ -20,6 +20,7 @@ from lm.finetuning.predict import open_predictor, predict, read_inputs
 from lm.runs import checkpoint
 from lm.runs.base_weights import BASE, starting_trunk
 from lm.runs.directory import open_run
+from tests.conftest import Recorder
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -67,14 +68,11 @@ def test_every_method_learns_and_moves_only_what_it_may(changes, task_settings, 
         assert done.metrics["accuracy"] > (0.7 if changes.get("weights") == "random" else 0.9)
 
 
-class StopAt:
+class StopAt(Recorder):
     def __init__(self, step: int) -> None:
+        super().__init__()
         self.at = step
 
-    def note(self, text: str) -> None: ...
-    def begin(self, done: int, total: int) -> None: ...
-    def metrics(self, line: dict) -> None: ...
-    def end(self) -> None: ...
     def step(self, step: int) -> None:
         if step == self.at:
             raise InterruptedError
@@ -120,7 +118,7 @@ def test_finetune_py_killed_and_called_again_ends_as_if_undisturbed(
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     while not checkpoint.steps(tmp_path / "run" / "checkpoints"):
         assert first.poll() is None, first.stderr.read()
-        time.sleep(0.001)
+        time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[0] < 96
@@ -128,7 +126,7 @@ def test_finetune_py_killed_and_called_again_ends_as_if_undisturbed(
     assert_same_run(tmp_path / "run", tmp_path / "through")
 
 
-def test_early_stopping_ends_the_run_keeps_the_best_and_does_not_go_on(task_settings, recorder, tmp_path):
+def test_early_stopping_ends_the_run_keeps_the_best_and_does_not_resume(task_settings, recorder, tmp_path):
     config = task_settings("classification", epochs=20, patience=2, validations_per_epoch=3, judged_by="accuracy")
     done = finetune(config, tmp_path / "run", recorder)
     judged = [(line["step"], line["metrics"]["accuracy"]) for line in done.run.metrics() if "metrics" in line]
@@ -136,7 +134,7 @@ def test_early_stopping_ends_the_run_keeps_the_best_and_does_not_go_on(task_sett
     assert done.step == next(step for step, value in judged if value == best)
     assert [step for step, _ in judged].index(done.step) == len(judged) - 3
     assert judged[-1][0] < config.replace(steps=240).training.steps
-    assert any("2 validations in a row were no better than that of step" in note for note in recorder.notes)
+    assert any("2 validations in a row without improvement" in note for note in recorder.notes)
     lines = list(done.run.metrics())
     finetune(config, tmp_path / "run", recorder)
     assert recorder.notes[-1].startswith(f"{tmp_path / 'run'} is trained")
@@ -152,7 +150,7 @@ def test_another_task_or_data_is_refused_and_more_epochs_are_not(task_settings, 
     assert finetune(task_settings("classification", epochs=2), tmp_path / "run", recorder).run.newest().step == 24
 
 
-def test_what_was_cut_off_before_its_first_checkpoint_begins_anew_with_the_base_that_is_named_now(
+def test_what_was_cut_off_before_its_first_checkpoint_starts_over_with_the_base_that_is_named_now(
     task_settings, trained, quietly, small, recorder, tmp_path
 ):
     other = quietly(small.replace(steps=2, seed=5), tmp_path / "other")
@@ -183,7 +181,7 @@ def test_layer_decay_slows_the_lower_blocks(task_settings, recorder, tmp_path, t
 def test_a_run_with_a_head_writes_no_text_and_a_plain_run_answers_nothing(classifier, trained):
     with pytest.raises(UserError, match="for classification and is no language model now: kindling predict"):
         classifier.run.load_model(CPU)
-    with pytest.raises(UserError, match="answers no task: kindling finetune"):
+    with pytest.raises(UserError, match="was not fine-tuned on a task with a head: kindling finetune"):
         open_predictor(trained.path, CPU)
     result = CliRunner().invoke(main, ["sample", str(classifier.run.path), "--prompt", "a"])
     assert (result.exit_code, "kindling predict asks it" in result.stderr) == (2, True)
@@ -192,22 +190,20 @@ def test_a_run_with_a_head_writes_no_text_and_a_plain_run_answers_nothing(classi
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train": ""}, "name the examples to learn from: --train FILE"),
-        ({"task": "none"}, "name a task: --task classification"),
+        ({"train": ""}, "name a file with training examples: --train FILE"),
+        ({"task": "none"}, "choose a task, for example --task classification"),
         ({"train": "nowhere.jsonl"}, "there is no file nowhere.jsonl"),
         ({"label_column": "answer"}, "there is no column"),
         ({"judged_by": "pearson"}, "judged_by pearson is for a regression"),
     ],
 )
-def test_what_is_wrong_with_a_task_is_told_before_anything_is_written(
-    changes, words, task_settings, recorder, tmp_path
-):
+def test_an_invalid_task_is_refused_before_anything_is_written(changes, words, task_settings, recorder, tmp_path):
     with pytest.raises(UserError, match=words):
         finetune(task_settings("classification", **changes), tmp_path / "run", recorder)
     assert not (tmp_path / "run").exists()
 
 
-def test_labels_that_were_not_trained_are_told_with_file_and_line(task_settings, write_rows, recorder, tmp_path):
+def test_labels_that_were_not_trained_are_reported_with_file_and_line(task_settings, write_rows, recorder, tmp_path):
     validation = write_rows(tmp_path / "v.jsonl", [{"text": "a", "label": "place"}, {"text": "b", "label": "thing"}])
     with pytest.raises(UserError, match=r'v\.jsonl, line 2: the label "thing" does not occur in the training examples'):
         finetune(task_settings("classification", validation=validation), tmp_path / "run", recorder)

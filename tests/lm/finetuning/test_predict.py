@@ -125,7 +125,7 @@ def test_a_table_has_a_column_for_each_probability(classifier, task_files, tmp_p
     assert list(rows[0]) == ["label", "probability animal", "probability place"]
     assert len(rows) == 64
     refused = kindling("predict", classifier.run.path, *arguments, tmp_path / "out.xlsx")
-    assert "written to .jsonl, .csv or .tsv" in refused.stderr
+    assert "name a .jsonl, .csv or .tsv file" in refused.stderr
     assert not (tmp_path / "out.xlsx").exists()
 
 
@@ -157,7 +157,10 @@ def test_a_text_longer_than_the_context_is_cut_or_read_in_windows_and_counted(
     for way in ("truncate", "window"):
         done = finetune(task_settings("classification", long_texts=way, epochs=1), tmp_path / way, recorder)
         result = kindling("predict", done.run.path, "--input", path)
-        words = {"truncate": "2 answers; 1 were cut to 32 tokens", "window": "2 answers; 1 were read in windows of 32"}
+        words = {
+            "truncate": "2 answers; 1 were truncated to 32 tokens",
+            "window": "2 answers; 1 were split into windows of 32",
+        }
         assert words[way] in result.stderr
         answers[way] = [json.loads(line)["probabilities"] for line in result.stdout.splitlines()]
     assert answers["truncate"][0] != answers["window"][0]
@@ -168,7 +171,7 @@ def test_pairs_and_single_texts_are_not_taken_for_each_other(classifier, task_fi
     path = write_rows(tmp_path / "pairs.jsonl", [{"text": "a", "text_pair": "b"}])
     predictor = open_predictor(classifier.run.path, CPU)
     with pytest.raises(
-        UserError, match=r"pairs\.jsonl, line 1: .* was fine-tuned on one text each, and this holds pairs"
+        UserError, match=r"pairs\.jsonl, line 1: .* was fine-tuned on single texts, but these are pairs"
     ):
         list(read_inputs(predictor, path))
 
@@ -177,7 +180,7 @@ def test_weights_of_another_model_are_refused(classifier, tmp_path):
     path = shutil.copytree(classifier.run.path, tmp_path / "run")
     (path / "answers.json").write_text('{"labels": ["a", "b", "c"], "texts": 1, "mean": 0, "deviation": 1}')
     with pytest.raises(
-        UserError, match=r"step_.* does not fit the run directory: head\.weight is \(2, 32\), not \(3, 32\)"
+        UserError, match=r"step_.* does not match the run directory: head\.weight is \(2, 32\), not \(3, 32\)"
     ):
         open_predictor(path, CPU)
     (path / "answers.json").unlink()

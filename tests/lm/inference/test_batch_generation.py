@@ -64,7 +64,7 @@ def test_a_line_may_have_settings_of_its_own(tmp_path):
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ('"text"', 'no object with a text "prompt"'),
+        ('"text"', "not a JSON object"),
         ('{"prompt": 3}', 'no object with a text "prompt"'),
         ('{"prompt": "a", "tempreature": 1}', 'unknown setting "tempreature"; there are temperature,'),
         ('{"prompt": "a", "temperature": "warm"}', 'temperature must be a number, not "warm"'),
