@@ -111,10 +111,11 @@ def _runs(config: Config, out: Path, seeds: str) -> list[tuple[Config, Path]]:
 
 def parse_seeds(text: str) -> list[int]:
     """The seeds of ``--seeds``. UserError unless they are distinct whole numbers, separated by commas."""
-    numbers = [seed.strip() for seed in text.split(",")]
-    if not all(seed.isdecimal() for seed in numbers) or len(set(numbers)) < len(numbers):
+    parts = [part.strip() for part in text.split(",")]
+    seeds = [int(part) for part in parts if part.isdecimal()]
+    if len(set(seeds)) < len(parts):
         raise UserError(f"--seeds must be distinct whole numbers, for example 0,1,2, not {text}")
-    return [int(seed) for seed in numbers]
+    return seeds
 
 
 def _print_results(done: list[Finetuned], as_json: bool) -> None:

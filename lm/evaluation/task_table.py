@@ -336,6 +336,12 @@ def findings(summaries: Sequence[Summary], metric: str) -> list[str]:
         if min(len(rows["full"].seeds), len(rows[other].seeds)) < 2:
             sentences.append(f"Full fine-tuning vs. {name}: {numbers}; with a single seed this may be chance.")
             continue
-        verdict = "better than" if difference > margin else "worse than" if difference < -margin else "on a par with"
+        verdict = (
+            "better than"
+            if difference > margin
+            else "worse than"
+            if difference < -margin
+            else "not clearly different from"
+        )
         sentences.append(f"Full fine-tuning is {verdict} {name}: {numbers} (two standard deviations: {margin:.3f}).")
     return sentences

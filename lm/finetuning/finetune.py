@@ -174,12 +174,12 @@ class Finetuning:
     def batch(self, step: int) -> Any:
         """The examples of a step; each epoch goes through all of them in a new order."""
         count = self.config.finetune.batch_examples
-        epochs, turns = np.divmod(np.arange(step * count, (step + 1) * count), self.examples)
-        numbers = np.empty_like(turns)
+        epochs, indices = np.divmod(np.arange(step * count, (step + 1) * count), self.examples)
+        numbers = np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():
             of_epoch = epochs == epoch
             seed = keyed_random.key(self.config.training.seed, Stream.EXAMPLE_ORDER, epoch)
-            numbers[of_epoch] = keyed_random.permuted(turns[of_epoch], self.examples, seed)
+            numbers[of_epoch] = keyed_random.permuted(indices[of_epoch], self.examples, seed)
         return self.task.batch(numbers)
 
     def gradients(self, model: nn.Module, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:

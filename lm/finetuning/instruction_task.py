@@ -57,7 +57,7 @@ def turn_of(example: Example, template: str, tokenizer: Tokenizer, context_lengt
     """Format an example by the template; if too long, it loses the beginning of its prompt, then the response's end.
 
     Raises:
-        UserError: the template does not begin a conversation with an answer as it does without.
+        UserError: the template formats the prompt differently when a response follows.
     """
     prompt, response = example.texts
     messages = [{"role": "user", "content": prompt}]
@@ -70,11 +70,11 @@ def turn_of(example: Example, template: str, tokenizer: Tokenizer, context_lengt
         )
     answer = whole[len(before) :].rstrip("\n")
     end = tokenizer.end_of_text_id
-    said, answered = tokenizer.encode(before), [*tokenizer.encode(answer), end]
+    question, answered = tokenizer.encode(before), [*tokenizer.encode(answer), end]
     kept = answered[:context_length]
     room = context_length - len(kept)
-    shown = said[len(said) - min(len(said), room) :]
-    cut = len(kept) < len(answered) or len(shown) < len(said)
+    shown = question[len(question) - min(len(question), room) :]
+    cut = len(kept) < len(answered) or len(shown) < len(question)
     return Turn([end, *shown, *kept], 1 + len(shown), len(answer.encode()), cut)
 
 

@@ -52,7 +52,7 @@ class Task(ABC):
 
     @abstractmethod
     def batch(self, numbers: NDArray[Any]) -> Any:
-        """The batch of one step from the training examples ``numbers``, int64; called in a thread of its own."""
+        """The batch of one step from the training examples ``numbers``, int64; called in a background thread."""
 
     @abstractmethod
     def gradients(self, model: nn.Module, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:

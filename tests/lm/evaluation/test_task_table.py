@@ -199,7 +199,7 @@ def test_what_the_table_says_takes_the_deviations_into_account():
 
     assert "is better than the untrained architecture: accuracy 0.800 vs. 0.700" in told(0.8, 0.7, 0.01)
     assert "is worse than the untrained" in told(0.6, 0.7, 0.01)
-    assert "is on a par with the untrained" in told(0.8, 0.7, 0.06)
+    assert "is not clearly different from the untrained" in told(0.8, 0.7, 0.06)
     assert findings([], "accuracy") == []
     alone = [Summary("t", row, (0,), {"accuracy": (0.5, 0.0)}, 1, 1.0) for row in ("full", "tfidf")]
     assert "with a single seed this may be chance" in findings(alone, "accuracy")[0]
