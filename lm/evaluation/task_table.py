@@ -47,7 +47,6 @@ ROWS = {
 }
 TUNED = ("untrained", "lora", "full")
 FROZEN = ("probe_untrained", "knn", "probe")
-KINDS = ("classification", "regression")
 CELLS, TABLE = "cells", "table.json"
 FORMAT = 2  # of a cell; cells of another format are computed again
 
@@ -140,13 +139,11 @@ def read_task(task: Task) -> Examples:
     Raises:
         UserError: a file cannot be read, all labels are the same, or a test label is not in the training examples.
     """
-    if task.kind not in KINDS:
-        raise UserError(f'task "{task.name}" is a {task.kind}: tables support {" and ".join(KINDS)}')
+    if task.kind not in METRICS:
+        raise UserError(f'task "{task.name}": tables support {" and ".join(METRICS)}, not {task.kind}')
     if task.judged_by not in METRICS[task.kind]:
         known = ", ".join(METRICS[task.kind])
-        raise UserError(
-            f'task "{task.name}": there is no metric "{task.metric}" for {task.kind}: choose one of {known}'
-        )
+        raise UserError(f'task "{task.name}": {task.kind} has no metric "{task.metric}": choose one of {known}')
     train = read_examples(task.train, task.kind, task.columns)
     test = read_examples(task.test, task.kind, task.columns)
     validation = read_examples(task.validation, task.kind, task.columns) if task.validation else []
@@ -188,8 +185,7 @@ class CellMaker:
     ) -> None:
         """``weights`` is the hash of the model's file, ``out`` the folder of the tables.
 
-        The run directories of fine-tuned rows, in ``out/runs``, are removed once their cell is written, unless
-        ``keep_runs``.
+        The run directories of fine-tuned rows, in ``out/runs``, are removed once their cell is written, or kept.
         """
         self.run, self.model, self.weights, self.reading, self.tune, self.out = run, model, weights, reading, tune, out
         self.keep_runs = keep_runs
@@ -336,12 +332,8 @@ def findings(summaries: Sequence[Summary], metric: str) -> list[str]:
         if min(len(rows["full"].seeds), len(rows[other].seeds)) < 2:
             sentences.append(f"Full fine-tuning vs. {name}: {numbers}; with a single seed this may be chance.")
             continue
-        verdict = (
-            "better than"
-            if difference > margin
-            else "worse than"
-            if difference < -margin
-            else "not clearly different from"
-        )
+        verdict = "better than" if difference > 0 else "worse than"
+        if abs(difference) <= margin:
+            verdict = "not clearly different from"
         sentences.append(f"Full fine-tuning is {verdict} {name}: {numbers} (two standard deviations: {margin:.3f}).")
     return sentences

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,12 @@ Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Answers(ABC):
-    """How a head is trained, measured and read; the values are kept in the run directory (``answers.json``).
+class Answers:
+    """How a head is trained, measured and read: here one class for each text or pair; other tasks are subclasses.
 
-    ``labels`` are the names of the classes, if any; a regression's outputs are distances from ``mean`` in units of
-    ``deviation``. ``texts`` is 1 for a task on single texts, 2 for one on pairs, 0 for others.
+    The values are kept in the run directory (``answers.json``): ``labels`` are the names of the classes, if any; a
+    regression's outputs are distances from ``mean`` in units of ``deviation``; ``texts`` is 1 for a task on single
+    texts, 2 for one on pairs, 0 for others.
     """
 
     labels: tuple[str, ...] = ()
@@ -38,22 +38,21 @@ class Answers(ABC):
     deviation: float = 1.0
 
     @classmethod
-    @abstractmethod
     def of(cls, examples: Sequence[Example]) -> Self:
         """From training examples. UserError if they all have the same answer."""
+        return cls(Labels.of(examples).names, len(examples[0].texts))
 
     @property
     def outputs(self) -> int:
         """How many numbers the head gives per item."""
         return len(self.labels) or 1
 
-    @abstractmethod
     def targets(self, example: Example) -> list[Any]:
         """The targets of an example as ``losses`` takes them. UserError if the training examples lack its class."""
+        return [Labels(self.labels).index(example)]
 
-    @abstractmethod
     def losses(self, outputs: Tensor, targets: Tensor, items: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """The loss of each target, (targets,).
+        """The loss of each target, (targets,): cross-entropy in nats.
 
         Args:
             outputs: of a forward pass, (items, outputs).
@@ -61,14 +60,17 @@ class Answers(ABC):
             items: (examples,), how many items each example has.
             label_smoothing: share of the probability that is spread over all classes; for classes only.
         """
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
 
-    @abstractmethod
     def metrics(self, outputs: Tensor, targets: Tensor, items: Tensor) -> dict[str, float]:
         """Metrics of outputs, arguments as of ``losses``; higher is better."""
+        return classification_metrics(targets.numpy(), outputs.argmax(1).numpy(), len(self.labels))
 
-    @abstractmethod
     def answer(self, outputs: Tensor) -> Answer:
         """The outputs for one example (its items, outputs) as ``kindling predict`` writes them."""
+        chances = outputs[0].double().softmax(0).tolist()
+        best = self.labels[int(np.argmax(chances))]
+        return {"label": best, "probabilities": dict(zip(self.labels, chances, strict=True))}
 
     def save(self, path: Path) -> None:
         write_atomically(path / ANSWERS, json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n")
@@ -85,29 +87,7 @@ class Answers(ABC):
             raise UserError(f"{path / ANSWERS} cannot be read: {error}") from None
 
 
-class ClassAnswers(Answers):
-    """One class for each text or pair, by softmax and cross-entropy in nats."""
-
-    @classmethod
-    def of(cls, examples: Sequence[Example]) -> Self:
-        return cls(Labels.of(examples).names, len(examples[0].texts))
-
-    def targets(self, example: Example) -> list[int]:
-        return [Labels(self.labels).index(example)]
-
-    def losses(self, outputs: Tensor, targets: Tensor, items: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
-
-    def metrics(self, outputs: Tensor, targets: Tensor, items: Tensor) -> dict[str, float]:
-        return classification_metrics(targets.numpy(), outputs.argmax(1).numpy(), len(self.labels))
-
-    def answer(self, outputs: Tensor) -> Answer:
-        chances = outputs[0].double().softmax(0).tolist()
-        best = self.labels[int(np.argmax(chances))]
-        return {"label": best, "probabilities": dict(zip(self.labels, chances, strict=True))}
-
-
-class TagAnswers(ClassAnswers):
+class TagAnswers(Answers):
     """One class for each word; metrics count words."""
 
     @classmethod

@@ -19,7 +19,7 @@ from lm.data import keyed_random
 from lm.data.examples import Example
 from lm.data.keyed_random import Stream
 from lm.finetuning import metrics
-from lm.finetuning.answers import Answers, ChoiceAnswers, ClassAnswers, NumberAnswers, TagAnswers
+from lm.finetuning.answers import Answers, ChoiceAnswers, NumberAnswers, TagAnswers
 from lm.finetuning.heads import ItemBatch, TaskModel, item_batch
 from lm.finetuning.task import Task
 from lm.finetuning.task_inputs import EncodedExample, Encoder, in_parts
@@ -29,7 +29,7 @@ from lm.training.gradients import accumulated
 
 # Every task of settings.HEAD_TASKS, and what its head's outputs mean.
 HEADS: dict[str, type[Answers]] = {
-    "classification": ClassAnswers,
+    "classification": Answers,
     "regression": NumberAnswers,
     "tokens": TagAnswers,
     "choice": ChoiceAnswers,

@@ -158,8 +158,8 @@ def test_fine_tuning_chooses_by_a_tenth_of_the_training_examples_unless_it_is_gi
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "choice"}, 'task "verbs" is a choice: tables support'),
-        ({"metric": "pearson"}, 'no metric "pearson" for classification: choose one of accuracy, f1'),
+        ({"kind": "choice"}, 'task "verbs": tables support classification and regression, not choice'),
+        ({"metric": "pearson"}, 'classification has no metric "pearson": choose one of accuracy, f1'),
         ({"test": "same"}, "pairs of texts and others single texts"),
         ({"kind": "regression"}, r'train\.jsonl, line 1: "label" is "\w+", not a number'),
     ],

@@ -12,7 +12,7 @@ from data_prep.errors import UserError
 from lm.config.settings import HEAD_TASKS, TASKS
 from lm.data.examples import Example
 from lm.finetuning import finetune, head_task
-from lm.finetuning.answers import ChoiceAnswers, ClassAnswers, NumberAnswers, TagAnswers, by_example
+from lm.finetuning.answers import Answers, ChoiceAnswers, NumberAnswers, TagAnswers, by_example
 
 
 def test_every_task_of_the_settings_has_its_class():
@@ -38,7 +38,7 @@ def test_losses_are_those_of_the_plain_formulas():
     outputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     labels, items = torch.tensor([0, 2, 1, 1, 0, 2]), torch.ones(6, dtype=torch.int64)
     wanted = [-math.log(float(row.softmax(0)[label])) for row, label in zip(outputs, labels, strict=True)]
-    assert ClassAnswers().losses(outputs, labels, items).tolist() == pytest.approx(wanted, rel=1e-5)
+    assert Answers().losses(outputs, labels, items).tolist() == pytest.approx(wanted, rel=1e-5)
     smooth = TagAnswers().losses(outputs, labels, items, 0.3)
     everywhere = -outputs.log_softmax(1).mean(1)
     assert smooth.tolist() == pytest.approx((0.7 * torch.tensor(wanted) + 0.3 * everywhere).tolist(), rel=1e-5)
