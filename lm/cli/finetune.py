@@ -1,4 +1,4 @@
-"""``kindling finetune``: teach a pretrained run a task."""
+"""``kindling finetune``: fine-tune a pretrained run on a task."""
 
 from __future__ import annotations
 
@@ -28,16 +28,20 @@ if TYPE_CHECKING:
     "out",
     type=click.Path(path_type=Path),
     required=True,
-    help="Run directory to write; with --seeds the folder of several.",
+    help="Run directory to write; with --seeds, the folder for one run per seed.",
 )
-@click.option("--recipe", type=click.Path(path_type=Path), help="TOML file with settings, as config.toml has them.")
 @click.option(
-    "--seeds", default="", help="Several seeds, as in 0,1,2: trains --run/seed_0 and so on, and tells their mean."
+    "--recipe", type=click.Path(path_type=Path), help="TOML file with settings, in the format of config.toml."
+)
+@click.option(
+    "--seeds",
+    default="",
+    help="Seeds, for example 0,1,2: train --run/seed_0 and so on, and print the mean of their metrics.",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with the run even if settings of its training have changed. An unchanged command goes on by itself.",
+    help="Resume the run even if settings of its training have changed. An unchanged command always resumes.",
 )
 @json_option
 @settings_options(finetuning_settings())
@@ -52,13 +56,14 @@ def finetune(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Fine-tune the pretrained RUN on a task: sort texts or pairs of texts into classes, give them a number, label
-    their words, choose among answers, or follow instructions.
+    """Fine-tune the pretrained RUN on a task: classify texts or pairs of texts, predict a number, tag words, choose
+    among answers, follow instructions, or embed sentences.
 
     \b
     python finetune.py runs/mine --task classification --train train.jsonl --validation validation.jsonl --run runs/task
 
-    The same command goes on where a run was stopped. The best validation's weights are kept, and taken by predict.
+    The same command resumes a run that was stopped. The checkpoint with the best validation is kept, and predict uses
+    it.
     """
     from lm.finetuning.finetune import finetune as finetune_run
     from lm.finetuning.finetune import finetune_config
@@ -72,28 +77,28 @@ def finetune(
     done = [
         finetune_run(each, path, TerminalProgress(), accept_changes=resume) for each, path in _runs(config, out, seeds)
     ]
-    _tell(done, as_json)
+    _print_results(done, as_json)
 
 
 def _runs(config: Config, out: Path, seeds: str) -> list[tuple[Config, Path]]:
-    """Settings and run directory of each of the seeds; of the one of the settings, if none are named."""
+    """The settings and the run directory of each seed."""
     if not seeds:
         return [(config, out)]
     return [(config.replace(seed=seed), out / f"seed_{seed}") for seed in seeds_of(seeds)]
 
 
-def _tell(done: list[Finetuned], as_json: bool) -> None:
+def _print_results(done: list[Finetuned], as_json: bool) -> None:
     import statistics
 
-    names = list(done[0].metrics)
-    mean = {name: statistics.fmean(each.metrics[name] for each in done) for name in names}
-    spread = {name: statistics.stdev(each.metrics[name] for each in done) for name in names} if done[1:] else {}
+    names = list(done[0].scores)
+    mean = {name: statistics.fmean(each.scores[name] for each in done) for name in names}
+    spread = {name: statistics.stdev(each.scores[name] for each in done) for name in names} if done[1:] else {}
     if as_json:
         runs = [
             {
-                "run": str(each.run.path),
+                "run": str(each.path),
                 "step": each.step,
-                "metrics": each.metrics,
+                "metrics": each.scores,
                 "parameters": each.trained_parameters,
             }
             for each in done
@@ -103,8 +108,6 @@ def _tell(done: list[Finetuned], as_json: bool) -> None:
         for name in names:
             more = f" ± {spread[name]:.4f} over {len(done)} seeds" if spread else ""
             click.echo(f"{name}  {mean[name]:.4f}{more}")
-    task = done[0].run.config
+    task = done[0].config
     use = "predict" if task.has_task_head else "embed" if task.finetune.task == "contrastive" else "sample"
-    click.echo(
-        f"{done[0].run.path} is ready, best at step {done[0].step:,}; next: kindling {use} {done[0].run.path}", err=True
-    )
+    click.echo(f"{done[0].path} is ready, best at step {done[0].step:,}; next: kindling {use} {done[0].path}", err=True)

@@ -1,4 +1,4 @@
-"""``kindling predict``: a fine-tuned run's answers to new texts."""
+"""``kindling predict``: the predictions of a fine-tuned run for new texts."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from lm.cli.options import best_checkpoint_option, device_option, run_argument
     "source",
     required=True,
     metavar="FILE|-|hf:NAME[:SPLIT]",
-    help="Texts, in the columns that RUN was fine-tuned with: .jsonl, .csv, .tsv or .parquet, .txt with a text a line, "
-    "- for JSON lines from standard input.",
+    help="Texts, in the columns that RUN was fine-tuned with: .jsonl, .csv, .tsv, .parquet, or .txt with one text per "
+    "line; - reads JSON lines from standard input.",
 )
 @click.option(
     "--output",
     default="-",
     show_default=True,
     metavar="FILE|-",
-    help="Where the answers go: .jsonl, .csv or .tsv, one for each text, in order; - for JSON lines on stdout.",
+    help="File for the answers, one per text and in order: .jsonl, .csv or .tsv; - writes JSON lines to stdout.",
 )
 @best_checkpoint_option
 @device_option
 def predict(run: Path, source: str, output: str, which: str, device: str) -> None:
-    """Answer for each text of a file what RUN was fine-tuned for: its label with the probabilities of all, or a number.
+    """Predict for each text of a file what RUN was fine-tuned on: its label with all probabilities, or a number.
 
-    Texts are taken as they come and not held, however many there are.
+    Input is streamed, so files of any size work.
     """
     from lm.finetuning.predict import open_predictor, read_inputs, write_answers
     from lm.finetuning.predict import predict as answers_to
@@ -50,6 +50,6 @@ def predict(run: Path, source: str, output: str, which: str, device: str) -> Non
             yield answer
 
     written = write_answers(counted(), output)
-    how = "were read in windows of" if predictor.config.finetune.long_texts == "window" else "were cut to"
+    how = "were split into windows of" if predictor.config.finetune.long_texts == "window" else "were truncated to"
     more = f"; {cut:,} {how} {predictor.config.data.context_length} tokens" if cut else ""
     click.echo(f"{written:,} answers{more}", err=True)

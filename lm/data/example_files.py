@@ -1,8 +1,8 @@
-"""The rows of small files that people write by hand or get from others, each with its place, for messages about it.
+"""The rows of small files such as task examples and prompts, each with its place in the file for error messages.
 
-.jsonl, .csv, .tsv and .parquet, packed (.gz, .zst, .bz2, .xz) or not; ``-`` for JSON lines on standard input; and
-Hugging Face datasets as ``hf:NAME[:SPLIT]``. The readers of pretraining text leave out what is damaged and go on; this
-one stops at the first thing that is wrong, for a score over a part of a file is no score of the file.
+.jsonl, .csv, .tsv and .parquet, compressed (.gz, .zst, .bz2, .xz) or not; ``-`` for JSON lines on standard input; and
+Hugging Face datasets as ``hf:NAME[:SPLIT]``. The readers of pretraining text skip damaged records; this one stops at
+the first error, because a score over part of a file is not a score of the file.
 """
 
 from __future__ import annotations
@@ -16,38 +16,49 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.sources.documents import one_line
-from data_prep.sources.records import HUGGING_FACE, MAX_RECORD_BYTES, UTF8_MARK, owned_lines, parse_hugging_face
+from data_prep.sources.records import (
+    HUGGING_FACE,
+    MAX_RECORD_BYTES,
+    UTF8_MARK,
+    first_line,
+    owned_lines,
+    parse_hugging_face,
+    rows_of_dataset,
+)
 from data_prep.sources.storage import PACKED_SUFFIXES, UnreadableError, open_raw, open_stream
 
 STDIN = "-"
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-LINES = ".txt"  # a text a line; only where no other column is wanted
+LINES = ".txt"  # one text per line; only if no other column is needed
 Row = tuple[str, dict[str, Any]]
+Lines = Iterable[tuple[int, bytes | None]]  # with their numbers, from 1; None for one that is too long
 
 
 def rows_of(source: str | Path, lines_as: str = "") -> Iterator[Row]:
-    """The rows of a file or dataset, one after the other, each as (place, values by column).
+    """Stream the rows of a file or dataset as (place, values by column).
 
-    A place reads like ``reviews.jsonl, line 12``, for the beginning of a sentence. Empty lines are skipped. Values of
-    .csv and .tsv files are text; others are what JSON or the file's columns hold.
+    A place is like ``reviews.jsonl, line 12``, to begin an error message. Empty lines are skipped. Values of .csv and
+    .tsv files are text; others have the types of the JSON or of the file's columns.
 
     Args:
-        lines_as: if given, each line of a .txt file is a row with the line as this column.
+        lines_as: if given, each line of a .txt file is a row with the line in this column.
 
     Raises:
-        UserError: the source is not there or of no known kind, or a row cannot be read; the message has its place.
+        UserError: the source is missing or of an unknown kind, or a row cannot be read; the message has its place.
     """
     location = str(source)
     if location.startswith(HUGGING_FACE):
-        yield from _rows_of_dataset(location)
+        dataset, split = parse_hugging_face(location)
+        for number, row in enumerate(rows_of_dataset(dataset, split), 1):
+            yield f"{HUGGING_FACE}{dataset}:{split}, row {number}", row
         return
     if location == STDIN:
-        yield from _rows_of_json_lines(_lines("standard input", enumerate(sys.stdin.buffer, 1)))
+        yield from _rows_of_json_lines("standard input", enumerate(sys.stdin.buffer, 1))
         return
     name, kind = one_line(location), _kind(location)
     if kind not in (*SUFFIXES, *([LINES] if lines_as else [])):
         known = ", ".join(SUFFIXES)
-        raise UserError(f"{name} is not a kind of file that is read here: name one that ends in {known}")
+        raise UserError(f"cannot read {name}: the file must end in one of {known}")
     if not Path(location).is_file():
         raise UserError(f"there is no file {name}")
     try:
@@ -55,15 +66,15 @@ def rows_of(source: str | Path, lines_as: str = "") -> Iterator[Row]:
             yield from _rows_of_parquet(location, name)
             return
         with open_stream(location) as stream:
-            lines = _lines(name, enumerate((line for _, line in owned_lines(stream, 0, -1)), 1))
+            lines = enumerate((line for _, line in owned_lines(stream, 0, -1)), 1)
             if kind == ".jsonl":
-                yield from _rows_of_json_lines(lines)
+                yield from _rows_of_json_lines(name, lines)
             elif kind == LINES:
-                yield from ((place, {lines_as: text}) for place, text in lines if text)
+                yield from ((place, {lines_as: text}) for place, text in _texts(name, lines) if text)
             else:
-                yield from _rows_of_csv(name, lines, "\t" if kind == ".tsv" else ",")
+                yield from _rows_of_csv(name, _texts(name, lines), "\t" if kind == ".tsv" else ",")
             if stream.damage:
-                raise UserError(f"{name} is damaged ({stream.damage}): get a whole copy")
+                raise UserError(f"{name} is damaged ({stream.damage}): get a complete copy")
     except UnreadableError as error:
         raise UserError(f"{name} {error}: make it readable") from None
 
@@ -73,29 +84,50 @@ def _kind(location: str) -> str:
     return Path(path.stem).suffix if path.suffix in PACKED_SUFFIXES else path.suffix
 
 
-def _lines(name: str, lines: Iterable[tuple[int, bytes | None]]) -> Iterator[tuple[str, str]]:
+def json_lines(name: str, lines: Lines) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """The place and the object of each line of JSON in the file ``name``, or a phrase for what is wrong with the line.
+
+    Empty lines are skipped.
+    """
+    for number, line in lines:
+        try:
+            text = _decoded(number, line)
+            if not text.strip():
+                continue
+            row = json.loads(text)
+        except UserError as error:
+            row = str(error)
+        except (ValueError, RecursionError) as error:
+            row = f"not JSON ({error})"
+        else:
+            row = row if isinstance(row, dict) else "not a JSON object"
+        yield f"{name}, line {number}", row
+
+
+def _rows_of_json_lines(name: str, lines: Lines) -> Iterator[Row]:
+    for place, row in json_lines(name, lines):
+        if isinstance(row, str):
+            raise UserError(f"{place}: {row}")
+        yield place, row
+
+
+def _texts(name: str, lines: Lines) -> Iterator[tuple[str, str]]:
     """The place and the text of each line."""
     for number, line in lines:
-        place = f"{name}, line {number}"
-        if line is None:
-            raise UserError(f"{place} is longer than {MAX_RECORD_BYTES // 2**20} MiB")
         try:
-            yield place, (line.removeprefix(UTF8_MARK) if number == 1 else line).decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place}: not UTF-8 (byte 0x{line[error.start]:02x}): convert the file to UTF-8") from None
+            yield f"{name}, line {number}", _decoded(number, line)
+        except UserError as error:
+            raise UserError(f"{name}, line {number}: {error}") from None
 
 
-def _rows_of_json_lines(lines: Iterable[tuple[str, str]]) -> Iterator[Row]:
-    for place, text in lines:
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: no JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: not a JSON object")
-        yield place, row
+def _decoded(number: int, line: bytes | None) -> str:
+    """The text of a line, without its end and a byte-order mark. UserError: a phrase to follow the line's place."""
+    if line is None:
+        raise UserError(f"longer than {MAX_RECORD_BYTES // 2**20} MiB")
+    try:
+        return (line.removeprefix(UTF8_MARK) if number == 1 else line).decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 (byte 0x{line[error.start]:02x}): convert the file to UTF-8") from None
 
 
 def _rows_of_csv(name: str, lines: Iterable[tuple[str, str]], between: str) -> Iterator[Row]:
@@ -131,19 +163,4 @@ def _rows_of_parquet(location: str, name: str) -> Iterator[Row]:
                     number += 1
                     yield f"{name}, row {number}", row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}, row {number + 1}: {_first_line(error)}") from None
-
-
-def _rows_of_dataset(location: str) -> Iterator[Row]:
-    import datasets  # here, because it takes seconds
-
-    dataset, split = parse_hugging_face(location)
-    try:
-        for number, row in enumerate(datasets.load_dataset(dataset, split=split, streaming=True), 1):
-            yield f"{HUGGING_FACE}{dataset}:{split}, row {number}", row
-    except Exception as error:  # the library raises anything, from ValueError to errors of its network client
-        raise UserError(f'cannot read the dataset "{dataset}", split "{split}": {_first_line(error)}') from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}, row {number + 1}: {first_line(error)}") from None

@@ -1,17 +1,18 @@
-"""Tasks as files hold them: what the examples are, what their labels mean, and what is wrong with them.
+"""Labeled examples of a task: how files hold them, what their labels mean, and what is wrong with them.
 
 ======================  ==========================================  ===================================================
-kind                    columns (their usual names)                 ``Example.texts`` and ``Example.label``
+task                    columns (their usual names)                 ``Example.texts`` and ``Example.label``
 ======================  ==========================================  ===================================================
-classification          text, text_pair if there is one, label      the text or the two; the label's name
-regression              text, text_pair if there is one, label      the text or the two; a float
+classification          text, text_pair if there is one, label      the text or both; the label's name
+regression              text, text_pair if there is one, label      the text or both; a float
 tokens                  words, tags: lists, or text with spaces     the words; as many names of tags
 choice                  text, choices, label                        the text and its choices; the right one, from 0
 instruction             prompt, response                            the prompt and the response; None
-contrastive             text, text_pair if there is one             the text or the two; None
+contrastive             text, text_pair if there is one             the text or both; None
+any other               as classification
 ======================  ==========================================  ===================================================
 
-``lm.data.example_files`` says which files are read.
+``lm.data.example_files`` reads the files.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ from data_prep.sources.records import known_fields
 from lm.config.settings import FinetuneConfig
 from lm.data.example_files import rows_of
 
-MOST_PROBLEMS = 5  # that are told at once
+MOST_PROBLEMS = 5  # that are reported at once
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example of a task. ``label`` is None where none was asked for; ``place`` is like ``file.jsonl, line 12``."""
+    """One example of a task. ``label`` is None if it was not read; ``place`` is like ``file.jsonl, line 12``."""
 
     texts: tuple[str, ...]
     label: Any
@@ -43,10 +44,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Columns:
-    """In which columns of a file the parts of an example are; each kind of task uses its own (see the module).
+    """The names of the columns that hold the parts of an example; each task uses its own (see the module).
 
-    ``text_pair`` None: a second text if the file's first row has the column "text_pair". ``choices`` is one column with
-    a list of texts, or several with a text each.
+    ``text_pair`` None: there is a second text if the file's first row has the column "text_pair"; "": there is none.
+    ``choices`` is one column with a list of texts, or several with a text each.
     """
 
     text: str = FinetuneConfig.text_column
@@ -58,31 +59,29 @@ class Columns:
     prompt: str = FinetuneConfig.prompt_column
     response: str = FinetuneConfig.response_column
 
-    def needed(self, kind: str, first: dict[str, Any], *, labelled: bool) -> dict[str, str]:
-        """The columns that examples of a kind have, by what each is for; ``first`` is the file's first row."""
+    def needed(self, task: str, first: dict[str, Any], *, labeled: bool) -> dict[str, str]:
+        """The columns of a task's examples, by their part in it; ``first`` is the file's first row."""
         pair = self.text_pair or ("text_pair" if self.text_pair is None and "text_pair" in first else "")
         texts = {"text": self.text} | ({"text_pair": pair} if pair else {})
-        answer = {"label": self.label} if labelled else {}
+        answer = {"label": self.label} if labeled else {}
         return {
-            "classification": texts | answer,
-            "regression": texts | answer,
-            "tokens": {"words": self.words} | ({"tags": self.tags} if labelled else {}),
+            "tokens": {"words": self.words} | ({"tags": self.tags} if labeled else {}),
             "choice": {"text": self.text} | {f"choice {n}": name for n, name in enumerate(self.choices)} | answer,
             "contrastive": texts,
-            "instruction": {"prompt": self.prompt} | ({"response": self.response} if labelled else {}),
-        }[kind]
+            "instruction": {"prompt": self.prompt} | ({"response": self.response} if labeled else {}),
+        }.get(task, texts | answer)
 
 
-def read_examples(source: str | Path, kind: str, columns: Columns = Columns()) -> list[Example]:
-    """All examples of a file or of a Hugging Face dataset (``hf:NAME[:SPLIT]``); ``kind`` is one of ``settings.TASKS``.
+def read_examples(source: str | Path, task: str, columns: Columns = Columns()) -> list[Example]:
+    """All examples of a file or of a Hugging Face dataset (``hf:NAME[:SPLIT]``) for a task.
 
     Raises:
-        UserError: the source cannot be read or holds nothing, a column is not there (the message names those that are),
-            or examples are not as they should be, each with file and line.
+        UserError: the source cannot be read or is empty, a column is missing (the message names those that exist), or
+            examples are invalid, each with file and line.
     """
     examples: list[Example] = []
     problems: list[str] = []
-    for found in _outcomes(source, kind, columns, labelled=True):
+    for found in _outcomes(source, task, columns, labeled=True):
         if isinstance(found, Example):
             examples.append(found)
         else:
@@ -92,81 +91,81 @@ def read_examples(source: str | Path, kind: str, columns: Columns = Columns()) -
         rest = [f"and {more:,} more like these"] if more > 0 else []
         raise UserError("\n".join(problems[:MOST_PROBLEMS] + rest))
     if not examples:
-        raise UserError(f"{source} holds no examples")
+        raise UserError(f"{source} has no examples")
     return examples
 
 
-def stream_examples(source: str | Path, kind: str, columns: Columns = Columns()) -> Iterator[Example]:
-    """Examples without their labels, one after the other and none kept, for as long as the source lasts.
+def stream_examples(source: str | Path, task: str, columns: Columns = Columns()) -> Iterator[Example]:
+    """Stream examples without their labels.
 
     ``-`` is JSON lines from standard input, and each line of a .txt file is a text. Texts may be empty.
 
     Raises:
-        UserError: as ``read_examples``, at the first thing that is wrong.
+        UserError: as ``read_examples``, at the first problem.
     """
-    for found in _outcomes(source, kind, columns, labelled=False):
+    for found in _outcomes(source, task, columns, labeled=False):
         if isinstance(found, UserError):
             raise found
         yield found
 
 
-def _outcomes(source: str | Path, kind: str, columns: Columns, *, labelled: bool) -> Iterator[Example | UserError]:
-    """For each row its example, or what is wrong with it."""
+def _outcomes(source: str | Path, task: str, columns: Columns, *, labeled: bool) -> Iterator[Example | UserError]:
+    """Yield each row's example, or the error in it."""
     needed: dict[str, str] = {}
-    for place, row in rows_of(source, lines_as="" if labelled else columns.text):
+    for place, row in rows_of(source, lines_as="" if labeled else columns.text):
         if not needed:
-            needed = columns.needed(kind, row, labelled=labelled)
+            needed = columns.needed(task, row, labeled=labeled)
             missing = [name for name in needed.values() if name not in row]
             if missing:
                 raise UserError(
                     f"{place}: there is no column {known_fields(missing)} in {known_fields(row)}: "
-                    "say which is which, as with --text-column"
+                    "name the columns, for example with --text-column"
                 )
         try:
-            yield _example(kind, place, row, needed, labelled=labelled)
+            yield _example(task, place, row, needed, labeled=labeled)
         except UserError as problem:
             yield problem
 
 
-def _example(kind: str, place: str, row: dict[str, Any], needed: dict[str, str], *, labelled: bool) -> Example:
+def _example(task: str, place: str, row: dict[str, Any], needed: dict[str, str], *, labeled: bool) -> Example:
     def text(part: str) -> str:
-        return _text(place, needed[part], row.get(needed[part]), may_be_empty=not labelled)
+        return _text(place, needed[part], row.get(needed[part]), may_be_empty=not labeled)
 
     answer = row.get(needed["label"]) if "label" in needed else None
     if "label" in needed and (answer is None or answer == ""):
         raise UserError(f'{place}: "{needed["label"]}" is missing')
-    if kind == "tokens":
+    if task == "tokens":
         words = _words(place, needed["words"], row.get(needed["words"]))
-        tags = _words(place, needed["tags"], row.get(needed["tags"])) if labelled else None
+        tags = _words(place, needed["tags"], row.get(needed["tags"])) if labeled else None
         if tags is not None and len(tags) != len(words):
             raise UserError(f"{place}: there are {len(words)} words, but {len(tags)} tags")
         return Example(words, tags, place)
-    if kind == "choice":
+    if task == "choice":
         choices = _choices(place, row, [name for part, name in needed.items() if part.startswith("choice ")])
-        return Example((text("text"), *choices), _choice(place, answer, choices) if labelled else None, place)
-    if kind == "instruction":
+        return Example((text("text"), *choices), _choice(place, answer, choices) if labeled else None, place)
+    if task == "instruction":
         return Example(tuple(text(part) for part in needed), None, place)
     texts = tuple(text(part) for part in ("text", "text_pair") if part in needed)
-    if not labelled or kind == "contrastive":
+    if not labeled or task == "contrastive":
         return Example(texts, None, place)
-    label = _number(place, needed["label"], answer) if kind == "regression" else _name(place, needed["label"], answer)
+    label = _number(place, needed["label"], answer) if task == "regression" else _name(place, needed["label"], answer)
     return Example(texts, label, place)
 
 
 def _text(place: str, column: str, value: Any, *, may_be_empty: bool = False) -> str:
     if not isinstance(value, str) or not (may_be_empty or value.strip()):
-        raise UserError(f'{place}: "{column}" is missing or holds no text')
+        raise UserError(f'{place}: "{column}" is missing or has no text')
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f'{place}: "{column}" holds half of a surrogate pair') from None
+        raise UserError(f'{place}: "{column}" contains half of a surrogate pair') from None
     return value
 
 
 def _words(place: str, column: str, value: Any) -> tuple[str, ...]:
     words = value.split() if isinstance(value, str) else value
     if not isinstance(words, list) or not words:
-        raise UserError(f'{place}: "{column}" is missing or holds no list')
+        raise UserError(f'{place}: "{column}" is missing or is not a list')
     return tuple(_name(place, column, word) for word in words)
 
 
@@ -178,12 +177,12 @@ def _choices(place: str, row: dict[str, Any], names: Sequence[str]) -> tuple[str
         except ValueError:
             found = []
     if not isinstance(found, list) or len(found) < 2:
-        raise UserError(f'{place}: "{names[0]}" is missing or holds no list of two texts or more')
+        raise UserError(f'{place}: "{names[0]}" is missing or is not a list of at least two texts')
     return tuple(_text(place, names[min(n, len(names) - 1)], choice) for n, choice in enumerate(found))
 
 
 def _choice(place: str, answer: Any, choices: Sequence[str]) -> int:
-    """Which choice an answer names: by its number from 0, its whole text, or its letter from A."""
+    """The number of the choice that an answer names, by its number from 0, its full text, or its letter from A."""
     text = _name(place, "label", answer)
     number = -1
     if text.isdecimal():
@@ -201,7 +200,7 @@ def _choice(place: str, answer: Any, choices: Sequence[str]) -> int:
 
 
 def _name(place: str, column: str, value: Any) -> str:
-    """A label as text: 1, 1.0 and "1" are the same one, whatever kind of file they come from."""
+    """A label as text: 1, 1.0 and "1" are the same label in every kind of file."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
@@ -209,8 +208,8 @@ def _name(place: str, column: str, value: Any) -> str:
     if isinstance(value, (str, int)):
         return str(value)
     if isinstance(value, float):
-        raise UserError(f'{place}: "{column}" is {value}, no class: a task with numbers is a regression')
-    raise UserError(f'{place}: "{column}" holds neither text nor a whole number')
+        raise UserError(f'{place}: "{column}" is {value}, which is not a class: use --task regression for numbers')
+    raise UserError(f'{place}: "{column}" is neither text nor a whole number')
 
 
 def _number(place: str, column: str, value: Any) -> float:
@@ -219,19 +218,19 @@ def _number(place: str, column: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f'{place}: "{column}" is {json.dumps(value, default=str)}, where a number should be')
+        raise UserError(f'{place}: "{column}" is {json.dumps(value, default=str)}, not a number')
     return number
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of a task, in a fixed order: the number of a class is its place in ``names``."""
+    """The classes of a task, in a fixed order: the number of a class is its index in ``names``."""
 
     names: tuple[str, ...]
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Labels:
-        """The classes that occur in training examples (or tags in them), by number if all are numbers, else by name.
+        """The classes (or tags) of training examples, sorted as numbers if all are numbers, else by name.
 
         Raises:
             UserError: there is only one.
@@ -246,12 +245,12 @@ class Labels:
         """The number of an example's class.
 
         Raises:
-            UserError: it is not one of the classes that were trained.
+            UserError: the class does not occur in the training examples.
         """
         return self._index(example.label, example.place)
 
     def indices(self, example: Example) -> list[int]:
-        """The numbers of the tags of an example of the kind "tokens"; raises as ``index``."""
+        """The numbers of the tags of an example of the task "tokens"; raises as ``index``."""
         return [self._index(tag, example.place) for tag in example.label]
 
     def _index(self, name: str, place: str) -> int:
@@ -269,7 +268,7 @@ def _names_of(example: Example) -> tuple[str, ...]:
 
 
 def numbers_of(examples: Sequence[Example]) -> list[float]:
-    """The numbers that a regression learns from. UserError if all are the same: there is nothing to learn."""
+    """The numbers that a regression learns from. UserError if all are the same."""
     numbers = [example.label for example in examples]
     if len(set(numbers)) < 2:
         raise _constant(examples, numbers[0])
@@ -278,18 +277,32 @@ def numbers_of(examples: Sequence[Example]) -> list[float]:
 
 def _constant(examples: Sequence[Example], label: Any) -> UserError:
     first, last = examples[0].place, examples[-1].place.rpartition(", ")[2]
-    return UserError(f'{first} to {last}: every example has the label "{label}": there is nothing to learn from them')
+    return UserError(f'{first} to {last}: every example has the label "{label}", so there is nothing to learn')
+
+
+def read_task(task: FinetuneConfig) -> tuple[list[Example], list[Example]]:
+    """The training and validation examples of a fine-tuning, as ``read_examples``; no validation file: no examples.
+
+    Contrastive training is validated on pairs of texts with their similarity.
+    """
+    columns = columns_of(task)
+    train = read_examples(task.train, task.task, columns)
+    if not task.validation:
+        return train, []
+    if task.task == "contrastive":  # a column of "" is that of the training texts
+        return train, read_similar(task.validation, replace(columns, text_pair=columns.text_pair or None))
+    return train, read_examples(task.validation, task.task, columns)
 
 
 def columns_of(task: FinetuneConfig) -> Columns:
-    """Which columns the settings name."""
+    """The columns that the settings name."""
     named: dict[str, Any] = {f.name: getattr(task, f"{f.name}_column") for f in fields(Columns)}
     named |= {"choices": tuple(named["choices"].split(","))}
     return Columns(**named | ({"text_pair": None} if named["text_pair"] == "auto" else {}))
 
 
 def content_hash(examples: Sequence[Example]) -> str:
-    """SHA-256 of what examples say, wherever they lie."""
+    """SHA-256 of the content of examples, not of their files."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps([example.texts, example.label]).encode())
@@ -297,12 +310,12 @@ def content_hash(examples: Sequence[Example]) -> str:
 
 
 def read_similar(source: str | Path, columns: Columns) -> list[Example]:
-    """Pairs of texts with how alike they are.
+    """Pairs of texts, labeled with their similarity.
 
     Raises:
-        UserError: as of ``lm.data.examples.read_examples``, or there are single texts.
+        UserError: as of ``read_examples``, or there are single texts.
     """
     pairs = read_examples(source, "regression", columns)
     if len(pairs[0].texts) != 2:
-        raise UserError(f"{pairs[0].place}: there is one text, where the similarity of two is asked for")
+        raise UserError(f"{pairs[0].place}: there is only one text, but similarity needs two")
     return pairs

@@ -1,9 +1,9 @@
-"""What a task gives to those who do not train the model: floors of the text alone, and probes of frozen features.
+"""What a task yields without training the model: baselines from the text alone, and probes of frozen features.
 
-Each function learns from training examples and answers others: ``majority`` and ``tfidf`` from their texts, ``nearest``
-(k-NN) and ``linear`` (logistic or ridge regression) from their vectors (``embedding``). What must be chosen, k or the
-strength of the regularisation, is chosen on a fifth of the training examples, drawn by ``seed``; then all are learnt
-from. Test examples choose nothing.
+Each function learns from training examples and predicts others: ``majority`` and ``tfidf`` from their texts,
+``nearest`` (k-NN) and ``linear`` (logistic or ridge regression) from their vectors (``lm.inference.embedding``). The
+hyperparameter, k or the strength of the regularization, is chosen on a fifth of the training examples, drawn by
+``seed``; then the model is fitted on all of them. Test examples play no part in the choice.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from lm.finetuning import heads
+from lm.finetuning.heads import pair_features
 from lm.finetuning.metrics import metrics_of, require_libraries
 
-HELD_OUT = 0.2  # of the training examples, to choose by
+HELD_OUT = 0.2  # of the training examples, to choose hyperparameters
 STRENGTHS = tuple(10.0**power for power in range(-3, 4))  # C of logistic regression, 1 / alpha of ridge regression
-NEIGHBOURS = (1, 3, 5, 9, 17, 33, 65)
+NEIGHBORS = (1, 3, 5, 9, 17, 33, 65)
 
 Texts = Sequence[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What was answered for test examples, ``parameters`` being the numbers that were learnt for it.
+class Predictions:
+    """Predictions for test examples, and the number of ``parameters`` that were learned for them.
 
     ``outputs`` are probabilities, float64 (examples, classes), or for a regression numbers, float64 (examples,);
-    ``chosen`` says in words what was chosen on training examples; ``seconds`` is the time that it took, if it was not
-    all in one go.
+    ``chosen`` describes what was chosen on training examples; ``seconds`` is the time it took, if not all in this
+    process.
     """
 
     outputs: NDArray[np.float64]
@@ -44,7 +43,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Target:
-    """What is learnt: ``values`` of the training examples, and the metric (``metrics``) that is maximised.
+    """What is learned: ``values`` of the training examples, and the metric (``lm.finetuning.metrics``) to maximize.
 
     The values are int64, classes from 0 up to ``classes``, or if that is 0 float64, the numbers of a regression.
     """
@@ -57,61 +56,53 @@ class Target:
         return metrics_of(truth, outputs, self.classes)[self.metric]
 
 
-def majority(target: Target, examples: int) -> Answers:
-    """Each class as likely as it is common; for a regression the mean. Nothing of the examples is looked at."""
+def majority(target: Target, examples: int) -> Predictions:
+    """Predict the frequencies of the classes, or for a regression the mean, for every example."""
     if target.classes:
         shares = np.bincount(target.values, minlength=target.classes) / len(target.values)
-        return Answers(np.tile(shares, (examples, 1)), 0)
-    return Answers(np.full(examples, target.values.mean()), 0)
+        return Predictions(np.tile(shares, (examples, 1)), 0)
+    return Predictions(np.full(examples, target.values.mean()), 0)
 
 
-def tfidf(train: Texts, target: Target, test: Texts, seed: int) -> Answers:
-    """Linear regression (logistic for classes) on how often words and pairs of neighbouring words occur (TF-IDF).
+def tfidf(train: Texts, target: Target, test: Texts, seed: int) -> Predictions:
+    """A linear model (logistic regression; ridge for numbers) over TF-IDF of words and word pairs.
 
-    Of a pair of texts, u and v being theirs, the features are u, v, |u - v| and u * v.
+    The features of a pair of texts are combined by ``lm.finetuning.heads.pair_features``.
     """
     require_libraries()
     from scipy import sparse
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    # Single characters and punctuation are words too: "?" tells much about a question.
+    # Single characters and punctuation count as words: "?" says a lot about a question.
     counting = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]")
     counting.fit(part for text in train for part in text)
 
     def features(texts: Texts) -> Any:
-        first, *others = (counting.transform(column) for column in zip(*texts, strict=True))
-        if not others:
-            return first
-        second = others[0]  # put together as ``lm.finetuning.heads.pair_vectors`` does
-        return sparse.hstack([first, second, abs(first - second), first.multiply(second)], format="csr")
+        first, *others = (sparse.csr_array(counting.transform(column)) for column in zip(*texts, strict=True))
+        return sparse.hstack(pair_features(first, others[0]), format="csr") if others else first
 
     return _linear(features(train), target, features(test), seed)
 
 
-def linear(train: NDArray[np.float32], target: Target, test: NDArray[np.float32], seed: int) -> Answers:
-    """Linear regression (logistic for classes) on vectors (examples, width), standardised by those of training."""
+def linear(train: NDArray[np.float32], target: Target, test: NDArray[np.float32], seed: int) -> Predictions:
+    """A linear model (logistic regression; ridge for numbers) on standardized vectors (examples, width)."""
     mean, deviation = train.mean(0), train.std(0)
     scale = np.where(deviation > 0, deviation, 1)
     return _linear((train - mean) / scale, target, (test - mean) / scale, seed)
 
 
-def nearest(train: NDArray[np.float32], target: Target, test: NDArray[np.float32], seed: int) -> Answers:
-    """The k nearest training examples by the cosine of their vectors (examples, width), each with one vote."""
+def nearest(train: NDArray[np.float32], target: Target, test: NDArray[np.float32], seed: int) -> Predictions:
+    """k nearest neighbors by the cosine of vectors (examples, width), each with one vote."""
     require_libraries()
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
     kind = KNeighborsClassifier if target.classes else KNeighborsRegressor
-    numbers = [k for k in NEIGHBOURS if k <= len(train) * (1 - HELD_OUT)]
+    numbers = [k for k in NEIGHBORS if k <= len(train) * (1 - HELD_OUT)]
     fitted, k = _chosen(numbers, lambda k: kind(k, metric="cosine", algorithm="brute"), train, target, seed)
-    return Answers(_outputs(fitted, test, target.classes), 0, f"k {k}")
+    return Predictions(_outputs(fitted, test, target.classes), 0, f"k {k}")
 
 
-def pair_vectors(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
-    """One vector for each pair of vectors (examples, width): u, v, |u - v| and u * v (Conneau et al. 2017)."""
-    return heads.pair_vectors(torch.from_numpy(first), torch.from_numpy(second)).numpy()
-
-
-def _linear(train: Any, target: Target, test: Any, seed: int) -> Answers:
+def _linear(train: Any, target: Target, test: Any, seed: int) -> Predictions:
     require_libraries()
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, Ridge
@@ -120,22 +111,22 @@ def _linear(train: Any, target: Target, test: Any, seed: int) -> Answers:
         return LogisticRegression(C=strength, max_iter=500) if target.classes else Ridge(alpha=1 / strength)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # where it stops is one more candidate, chosen or not
+        warnings.simplefilter("ignore", ConvergenceWarning)  # an unconverged candidate is still a candidate
         fitted, strength = _chosen(STRENGTHS, untrained, train, target, seed)
     parameters = int(np.size(fitted.coef_) + np.size(fitted.intercept_))
     name = f"C {strength:g}" if target.classes else f"alpha {1 / strength:g}"
-    return Answers(_outputs(fitted, test, target.classes), parameters, name)
+    return Predictions(_outputs(fitted, test, target.classes), parameters, name)
 
 
 def _chosen(
     candidates: Sequence[Any], untrained: Callable[[Any], Any], features: Any, target: Target, seed: int
 ) -> tuple[Any, Any]:
-    """Fit each candidate on a part of the training examples; the best on the rest, the first of equals, on all."""
+    """Choose the best candidate on held-out training examples (the first of equals), and fit it on all of them."""
     order = np.random.default_rng(seed).permutation(len(target.values))
     held = max(1, round(len(order) * HELD_OUT))
     out, rest = order[:held], order[held:]
     if target.classes and len(np.unique(target.values[rest])) < 2:
-        best = candidates[len(candidates) // 2]  # too few examples to choose by
+        best = candidates[len(candidates) // 2]  # too few examples to choose
     else:
         scores = []
         for candidate in candidates:
@@ -146,7 +137,7 @@ def _chosen(
 
 
 def _outputs(fitted: Any, features: Any, classes: int) -> NDArray[np.float64]:
-    """Answers of a fitted model of scikit-learn; a class that it has not seen has probability 0."""
+    """Predictions of a fitted model of scikit-learn; a class that it has not seen has probability 0."""
     if not classes:
         return np.asarray(fitted.predict(features), dtype=np.float64)
     outputs = np.zeros((features.shape[0], classes))

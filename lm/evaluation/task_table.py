@@ -1,10 +1,10 @@
-"""What did pretraining buy? One table of a task: floors, probes and fine-tuning, in the same examples, over seeds.
+"""What did pretraining buy? A table per task: baselines, probes and fine-tuning on the same examples, over seeds.
 
-    task → examples → for each row and seed a *cell*: learn, answer the test examples, measure → mean ± sd a row
+    task → examples → for each row and seed a *cell*: learn, predict the test examples, measure → mean ± sd per row
 
-Each cell is a file of its own (``cells/TASK/ROW-SEED.json``), written when it is complete: whoever is stopped goes on
-where he was, and a row or a seed that is added costs no more than itself. A cell that was made from another model, from
-other examples or with other settings is made again.
+Each cell is a file (``cells/TASK/ROW-SEED.json``), written when it is complete: a table that was interrupted resumes
+where it was, and adding a row or a seed computes only the new cells. A cell is computed again if the model, the
+examples or the settings have changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from data_prep.errors import UserError
 from data_prep.files import read_json, write_atomically
 from lm.data.examples import Columns, Example, Labels, content_hash, numbers_of, read_examples
 from lm.evaluation import probes
-from lm.evaluation.probes import Answers, Target
+from lm.evaluation.probes import Predictions, Target
+from lm.finetuning.heads import pair_features
 from lm.finetuning.metrics import METRICS, metrics_of
 from lm.inference.embedding import Reading, Vectors, all_vectors
 from lm.inference.language_model import LanguageModel
@@ -36,28 +37,27 @@ from lm.runs.directory import Run
 
 # In the order of the table: its names, and what each is.
 ROWS = {
-    "majority": "the share of each class, or the mean, whatever the text",
-    "tfidf": "TF-IDF of words and pairs of words, and linear regression",
+    "majority": "class frequencies, or the mean, regardless of the text",
+    "tfidf": "a linear classifier over TF-IDF of words and word pairs (logistic regression; ridge for numbers)",
     "untrained": "the same architecture, untrained, fine-tuned in full",
     "probe_untrained": "linear probe of the untrained architecture's frozen features",
-    "knn": "k nearest neighbours by frozen features",
+    "knn": "k nearest neighbors by frozen features",
     "probe": "linear probe of frozen features",
     "lora": "fine-tuned by LoRA",
     "full": "fine-tuned in full",
 }
 TUNED = ("untrained", "lora", "full")
 FROZEN = ("probe_untrained", "knn", "probe")
-KINDS = ("classification", "regression")
 CELLS, TABLE = "cells", "table.json"
-FORMAT = 2  # of a cell: another one is made again
+FORMAT = 2  # of a cell; cells of another format are computed again
 
 
 @dataclass(frozen=True)
 class Task:
     """One task of a table.
 
-    ``train`` is learnt from and ``test`` reported on. ``validation`` is what fine-tuning chooses its best step by; ""
-    is a tenth of ``train``, drawn by the seed. ``settings`` are those of its fine-tuned rows, by row.
+    All rows learn from ``train`` and are measured on ``test``. Fine-tuning chooses its best step on ``validation``; ""
+    stands for a tenth of ``train``, drawn by the seed. ``settings`` are those of the fine-tuned rows, by row.
     """
 
     name: str
@@ -89,20 +89,20 @@ class Examples:
         return len(self.labels.names) if self.labels else 0
 
     def values(self, examples: Sequence[Example]) -> NDArray[Any]:
-        """Labels as numbers: int64 classes, or float64. UserError for a class that was not trained."""
+        """Labels as numbers: int64 classes, or float64. UserError for a class that is not in the training examples."""
         if self.labels is None:
             return np.array([example.label for example in examples], dtype=np.float64)
         return np.array([self.labels.index(example) for example in examples], dtype=np.int64)
 
     def parts(self, seed: int) -> tuple[list[Example], list[Example]]:
-        """What a fine-tuning learns from and what it chooses its best step by."""
+        """The training and validation examples of a fine-tuning."""
         if self.validation:
             return self.train, self.validation
         seen: set[Any] = set()
         held: set[int] = set()
         for number in np.random.default_rng([seed, 1]).permutation(len(self.train)).tolist():
             if self.labels is not None and self.train[number].label not in seen:
-                seen.add(self.train[number].label)  # one of each class is learnt from
+                seen.add(self.train[number].label)  # one of each class is for training
             elif len(held) < max(1, len(self.train) // 10):
                 held.add(number)
         return (
@@ -113,10 +113,10 @@ class Examples:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a task with one seed: what was measured on the test examples, and at what price.
+    """One row of a task with one seed: the metrics on the test examples, and their cost.
 
-    ``outputs`` are the answers as in ``probes.Answers``; ``seconds`` count learning, choosing and answering;
-    ``source`` is the hash of all that the cell follows from.
+    ``outputs`` are those of ``probes.Predictions``; ``seconds`` cover learning, choosing and predicting; ``source`` is
+    the hash of everything that the cell depends on.
     """
 
     task: str
@@ -130,39 +130,39 @@ class Cell:
     source: str
 
 
-# How a fine-tuned row is made: (row, examples, seed, settings, folder for its run) → its answers to the test examples.
-Tune = Callable[[str, Examples, int, dict[str, Any], Path], Answers]
+# Makes a fine-tuned row: (row, examples, seed, settings, folder for its run) → predictions for the test examples.
+Tune = Callable[[str, Examples, int, dict[str, Any], Path], Predictions]
 
 
 def read_task(task: Task) -> Examples:
-    """The examples of a task.
+    """Read the examples of a task.
 
     Raises:
-        UserError: a file cannot be read, all labels are the same, or one of the test was not trained.
+        UserError: a file cannot be read, all labels are the same, or a test label is not in the training examples.
     """
-    if task.kind not in KINDS:
-        raise UserError(f'task "{task.name}" is of the kind "{task.kind}": a table is made of {" and ".join(KINDS)}')
+    if task.kind not in METRICS:
+        raise UserError(f'task "{task.name}": tables support {" and ".join(METRICS)}, not {task.kind}')
     if task.judged_by not in METRICS[task.kind]:
         known = ", ".join(METRICS[task.kind])
-        raise UserError(f'task "{task.name}": there is no metric "{task.metric}" of a {task.kind}: choose of {known}')
+        raise UserError(f'task "{task.name}": {task.kind} has no metric "{task.metric}": choose one of {known}')
     train = read_examples(task.train, task.kind, task.columns)
     test = read_examples(task.test, task.kind, task.columns)
     validation = read_examples(task.validation, task.kind, task.columns) if task.validation else []
     widths = {len(example.texts) for examples in (train, test, validation) for example in examples}
     if len(widths) > 1:
-        raise UserError(f'task "{task.name}": some of its files have pairs of texts, and some single texts')
+        raise UserError(f'task "{task.name}": some examples are pairs of texts and others single texts')
     if task.kind == "regression":
         numbers_of(train)
     examples = Examples(task, train, test, validation, Labels.of(train) if task.kind == "classification" else None)
     examples.values([*test, *validation])
     if task.judged_by == "f1" and examples.classes != 2:
-        raise UserError(f'task "{task.name}" has {examples.classes} classes, and f1 is of two: choose macro_f1')
+        raise UserError(f'task "{task.name}" has {examples.classes} classes, but f1 is for two: choose macro_f1')
     return examples
 
 
 @dataclass(frozen=True)
 class _Features:
-    """Vectors of a task's examples, the seconds they took and how many texts were cut to the model's context."""
+    """Vectors of a task's examples, the seconds they took, and how many texts were truncated to the context."""
 
     train: Vectors
     test: Vectors
@@ -170,8 +170,8 @@ class _Features:
     cut: int
 
 
-class Maker:
-    """Makes the cells of a run's table; keeps the features of one task at a time."""
+class CellMaker:
+    """Computes the cells of a run's tables; caches the features of one task at a time."""
 
     def __init__(
         self,
@@ -184,16 +184,16 @@ class Maker:
         *,
         keep_runs: bool = False,
     ) -> None:
-        """``weights`` is the hash of the model's file, ``out`` the folder of the table.
+        """``weights`` is the hash of the model's file, ``out`` the folder of the tables.
 
-        The run directories of fine-tuned rows, in ``out/runs``, are removed when their cell is written, or kept.
+        The run directories of fine-tuned rows, in ``out/runs``, are removed once their cell is written, or kept.
         """
         self.run, self.model, self.weights, self.reading, self.tune, self.out = run, model, weights, reading, tune, out
         self.keep_runs = keep_runs
         self._features: dict[tuple[str, int | None], _Features] = {}
 
     def cell(self, examples: Examples, row: str, seed: int) -> Cell:
-        """The cell as it was saved, or made now and saved."""
+        """Return the saved cell, or compute and save it."""
         task = examples.task
         path = self.out / CELLS / task.name / f"{row}-{seed}.json"
         settings = task.settings.get(row, {})
@@ -202,10 +202,10 @@ class Maker:
         if known and known.source == source:
             return known
         folder = self.out / "runs" / task.name / f"{row}-{seed}-{source[:8]}"
-        answers, seconds = self._answers(examples, row, seed, settings, folder)
-        metrics = metrics_of(examples.values(examples.test), answers.outputs, examples.classes)
+        found, seconds = self._predictions(examples, row, seed, settings, folder)
+        metrics = metrics_of(examples.values(examples.test), found.outputs, examples.classes)
         cell = Cell(
-            task.name, row, seed, metrics, answers.parameters, seconds, answers.chosen, answers.outputs.tolist(), source
+            task.name, row, seed, metrics, found.parameters, seconds, found.chosen, found.outputs.tolist(), source
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(cell)) + "\n")
@@ -217,40 +217,40 @@ class Maker:
         return cell
 
     def _source(self, examples: Examples, row: str, seed: int, settings: dict[str, Any]) -> str:
-        """The hash of all that a cell follows from."""
+        """The hash of everything that a cell depends on."""
         reading = asdict(self.reading) if row in FROZEN else None
         weights = self.weights if row not in ("majority", "tfidf") else ""
-        told = (FORMAT, examples.task.kind, examples.task.judged_by, row, seed, settings, reading, weights)
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+        parts = (FORMAT, examples.task.kind, examples.task.judged_by, row, seed, settings, reading, weights)
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
         for part in (examples.train, examples.test, examples.validation if row in TUNED else []):
             digest.update(content_hash(part).encode())
         return digest.hexdigest()
 
-    def _answers(
+    def _predictions(
         self, examples: Examples, row: str, seed: int, settings: dict[str, Any], folder: Path
-    ) -> tuple[Answers, float]:
-        """The answers of a row to the test examples, and the seconds that it took."""
+    ) -> tuple[Predictions, float]:
+        """The predictions of a row for the test examples, and the seconds they took."""
         target = Target(examples.values(examples.train), examples.classes, examples.task.judged_by)
         if row in FROZEN:
             features = self._vectors(examples, seed if row == "probe_untrained" else None)
         start = time.perf_counter()
         if row in FROZEN:
             probe = probes.nearest if row == "knn" else probes.linear
-            answers = probe(features.train, target, features.test, seed)
+            found = probe(features.train, target, features.test, seed)
             if features.cut:
-                answers = replace(answers, chosen=f"{answers.chosen}; {features.cut:,} texts cut")
-            return answers, features.seconds + time.perf_counter() - start
+                found = replace(found, chosen=f"{found.chosen}; {features.cut:,} texts truncated")
+            return found, features.seconds + time.perf_counter() - start
         if row in TUNED:
-            answers = self.tune(row, examples, seed, settings, folder)
+            found = self.tune(row, examples, seed, settings, folder)
         elif row == "tfidf":
             train, test = ([example.texts for example in part] for part in (examples.train, examples.test))
-            answers = probes.tfidf(train, target, test, seed)
+            found = probes.tfidf(train, target, test, seed)
         else:
-            answers = probes.majority(target, len(examples.test))
-        return answers, time.perf_counter() - start if answers.seconds is None else answers.seconds
+            found = probes.majority(target, len(examples.test))
+        return found, time.perf_counter() - start if found.seconds is None else found.seconds
 
     def _vectors(self, examples: Examples, untrained: int | None) -> _Features:
-        """Features of a task by a model that has learnt nothing, drawn from a seed, or (None) by the run's own."""
+        """Features of a task by the run's model, or by an untrained one that is drawn from the seed ``untrained``."""
         key = (examples.task.name, untrained)
         if key not in self._features:
             start = time.perf_counter()
@@ -265,16 +265,17 @@ class Maker:
         return self._features[key]
 
     def _vectors_of(self, model: Transformer, examples: Sequence[Example]) -> tuple[Vectors, int]:
-        """A vector of each example, those of the texts of a pair combined, and how many texts were cut."""
+        """A vector per example (those of a pair are combined), and how many texts were truncated."""
         columns = [[(text,) for text in column] for column in zip(*(e.texts for e in examples), strict=True)]
         language_model = LanguageModel(model, self.run.tokenizer, self.run.config)
         found = [all_vectors(language_model, column, self.reading) for column in columns]
         first, *others = (vectors for vectors, _ in found)
-        return probes.pair_vectors(first, others[0]) if others else first, sum(cut for _, cut in found)
+        vectors = np.concatenate(pair_features(first, others[0]), axis=1) if others else first
+        return vectors, sum(cut for _, cut in found)
 
 
 def read_cell(path: Path) -> Cell | None:
-    """A saved cell, or None if it is not there, damaged, or of another version."""
+    """Read a saved cell; None if it is missing, damaged, or of another version."""
     try:
         return Cell(**read_json(path))
     except (OSError, ValueError, TypeError):
@@ -293,8 +294,8 @@ class Summary:
     seconds: float
 
 
-def summarise(cells: Sequence[Cell]) -> list[Summary]:
-    """One summary for each task and row, in the order of the cells."""
+def summarize(cells: Sequence[Cell]) -> list[Summary]:
+    """Summarize the cells of each task and row, in the order of the cells."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.task, cell.row), []).append(cell)
@@ -316,24 +317,24 @@ def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
 
 
 def findings(summaries: Sequence[Summary], metric: str) -> list[str]:
-    """What one task's table says, in sentences: full fine-tuning beside the untrained architecture and beside TF-IDF.
+    """The findings of one task's table in sentences: full fine-tuning against the untrained architecture and TF-IDF.
 
-    A difference counts beyond two standard deviations of it, those of both rows taken together.
+    A difference counts if it exceeds two of its standard deviations, computed from those of both rows.
     """
     rows = {summary.row: summary for summary in summaries}
-    told = []
+    sentences = []
     for other, name in (("untrained", "the untrained architecture"), ("tfidf", "TF-IDF")):
         if "full" not in rows or other not in rows:
             continue
         (ours, our_sd), (theirs, their_sd) = rows["full"].metrics[metric], rows[other].metrics[metric]
         margin = 2 * (our_sd**2 + their_sd**2) ** 0.5
         difference = ours - theirs
-        numbers = f"{metric} {ours:.3f} against {theirs:.3f}, a difference of {difference:+.3f}"
+        numbers = f"{metric} {ours:.3f} vs. {theirs:.3f}, a difference of {difference:+.3f}"
         if min(len(rows["full"].seeds), len(rows[other].seeds)) < 2:
-            told.append(f"Fine-tuning in full beside {name}: {numbers}; one seed does not tell whether that is chance.")
+            sentences.append(f"Full fine-tuning vs. {name}: {numbers}; with a single seed this may be chance.")
             continue
-        verdict = "above" if difference > margin else "below" if difference < -margin else "not told apart from"
-        told.append(
-            f"Fine-tuning in full is {verdict} {name}: {numbers} where two standard deviations are {margin:.3f}."
-        )
-    return told
+        verdict = "better than" if difference > 0 else "worse than"
+        if abs(difference) <= margin:
+            verdict = "not clearly different from"
+        sentences.append(f"Full fine-tuning is {verdict} {name}: {numbers} (two standard deviations: {margin:.3f}).")
+    return sentences

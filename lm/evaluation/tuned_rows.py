@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_prep.files import write_atomically
 from lm.data.examples import Example
-from lm.evaluation.probes import Answers
+from lm.evaluation.probes import Predictions
 from lm.evaluation.task_table import Examples
 from lm.finetuning.finetune import finetune, finetune_config
 from lm.finetuning.predict import Predictor, open_predictor
@@ -24,12 +24,12 @@ from lm.training.reporter import NullReporter
 
 
 class Tuner:
-    """Fine-tunes a row in a run directory of its own, and answers the test examples: a ``task_table.Tune``."""
+    """A ``task_table.Tune``: fine-tunes a row in its own run directory and predicts the test examples."""
 
     def __init__(self, run: Run, device: torch.device) -> None:
         self.run, self.device = run, device
 
-    def __call__(self, row: str, examples: Examples, seed: int, settings: dict[str, Any], folder: Path) -> Answers:
+    def __call__(self, row: str, examples: Examples, seed: int, settings: dict[str, Any], folder: Path) -> Predictions:
         train, validation = examples.parts(seed)
         folder.mkdir(parents=True, exist_ok=True)
         files = {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
@@ -49,14 +49,14 @@ class Tuner:
         )
         done = finetune(config, folder / "run", NullReporter())
         start = time.perf_counter()
-        outputs, cut = outputs_of(open_predictor(done.run.path, self.device), examples, examples.test)
-        seconds = learning_seconds(done.run) + time.perf_counter() - start
+        outputs, cut = predictions_of(open_predictor(done.path, self.device), examples, examples.test)
+        seconds = learning_seconds(done) + time.perf_counter() - start
         note = f"best at step {done.step:,}" + (f"; {cut:,} test examples longer than the context" if cut else "")
-        return Answers(outputs, done.trained_parameters, note, seconds)
+        return Predictions(outputs, done.trained_parameters, note, seconds)
 
 
 def learning_seconds(run: Run) -> float:
-    """The time of a run's optimizer steps, of all its sessions, as far as ``metrics.jsonl`` tells."""
+    """The seconds of a run's optimizer steps in all its sessions, according to ``metrics.jsonl``."""
     seconds, before = 0.0, 0.0
     for line in run.metrics():
         if "tokens_per_second" in line:
@@ -66,7 +66,7 @@ def learning_seconds(run: Run) -> float:
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Write examples as JSON lines in the usual columns."""
+    """Write examples as JSON lines with the default columns."""
     lines = (
         json.dumps(dict(zip(("text", "text_pair"), example.texts, strict=False)) | {"label": example.label})
         for example in examples
@@ -74,10 +74,12 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
     write_atomically(path, "".join(line + "\n" for line in lines))
 
 
-def outputs_of(predictor: Predictor, examples: Examples, asked: Sequence[Example]) -> tuple[NDArray[np.float64], int]:
-    """A fine-tuned run's answers as ``probes.Answers`` has them, and how many examples were longer than the context.
+def predictions_of(
+    predictor: Predictor, examples: Examples, asked: Sequence[Example]
+) -> tuple[NDArray[np.float64], int]:
+    """Outputs of a fine-tuned run as in ``probes.Predictions``, and how many examples were longer than the context.
 
-    A class that it was not shown has probability 0.
+    A class that was not in its training examples has probability 0.
     """
     found = list(predict_all(predictor, asked))
     cut = sum(was_cut for _, was_cut in found)

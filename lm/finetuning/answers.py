@@ -1,4 +1,4 @@
-"""What the outputs of a task's head mean."""
+"""What the outputs of a task's head mean: one class for each kind of task with a head (``head_task.HEADS``)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.files import read_json, write_atomically
 from lm.data.examples import Example, Labels, numbers_of
+from lm.finetuning.metrics import classification_metrics, regression_metrics
 
 ANSWERS = "answers.json"
+Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a head's numbers mean, kept in the run directory (``answers.json``).
+    """How a head is trained, measured and read: here one class for each text or pair; other tasks are subclasses.
 
-    ``labels`` are the names of the classes, none where there are no classes; a regression's outputs are distances from
-    ``mean`` in units of ``deviation``. ``texts`` is 1 for a task on single texts, 2 for one on pairs, 0 for others.
+    The values are kept in the run directory (``answers.json``): ``labels`` are the names of the classes, if any; a
+    regression's outputs are distances from ``mean`` in units of ``deviation``; ``texts`` is 1 for a task on single
+    texts, 2 for one on pairs, 0 for others.
     """
 
     labels: tuple[str, ...] = ()
@@ -31,34 +38,46 @@ class Answers:
     deviation: float = 1.0
 
     @classmethod
-    def of(cls, kind: str, examples: Sequence[Example]) -> Answers:
+    def of(cls, examples: Sequence[Example]) -> Self:
         """From training examples. UserError if they all have the same answer."""
-        texts = len(examples[0].texts) if kind in ("classification", "regression") else 0
-        if kind in ("classification", "tokens"):
-            return cls(Labels.of(examples).names, texts)
-        if kind == "regression":
-            numbers = np.array(numbers_of(examples))
-            return cls((), texts, float(numbers.mean()), float(numbers.std()))
-        return cls()
+        return cls(Labels.of(examples).names, len(examples[0].texts))
 
     @property
     def outputs(self) -> int:
-        """How many numbers the head gives for an item."""
+        """How many numbers the head gives per item."""
         return len(self.labels) or 1
 
-    def numbers(self, kind: str, example: Example) -> list[float]:
-        """The labels of an example as ``heads.losses`` takes them. UserError if its class was not trained."""
-        if kind == "classification":
-            return [Labels(self.labels).index(example)]
-        if kind == "tokens":
-            return list(Labels(self.labels).indices(example))
-        return [(example.label - self.mean) / self.deviation if kind == "regression" else example.label]
+    def targets(self, example: Example) -> list[Any]:
+        """The targets of an example as ``losses`` takes them. UserError if the training examples lack its class."""
+        return [Labels(self.labels).index(example)]
+
+    def losses(self, outputs: Tensor, targets: Tensor, items: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """The loss of each target, (targets,): cross-entropy in nats.
+
+        Args:
+            outputs: of a forward pass, (items, outputs).
+            targets: int64 if ``self.targets`` gives integers, else float32; one per item, or per example.
+            items: (examples,), how many items each example has.
+            label_smoothing: share of the probability that is spread over all classes; for classes only.
+        """
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
+
+    def metrics(self, outputs: Tensor, targets: Tensor, items: Tensor) -> dict[str, float]:
+        """Metrics of outputs, arguments as of ``losses``; higher is better."""
+        return classification_metrics(targets.numpy(), outputs.argmax(1).numpy(), len(self.labels))
+
+    def answer(self, outputs: Tensor) -> Answer:
+        """The outputs for one example (its items, outputs) as ``kindling predict`` writes them."""
+        chances = outputs[0].double().softmax(0).tolist()
+        best = self.labels[int(np.argmax(chances))]
+        return {"label": best, "probabilities": dict(zip(self.labels, chances, strict=True))}
 
     def save(self, path: Path) -> None:
         write_atomically(path / ANSWERS, json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> Answers:
+    def load(cls, path: Path) -> Self:
+        """Read what ``save`` wrote. UserError if it cannot be read."""
         try:
             content = read_json(path / ANSWERS)
             return cls(
@@ -66,3 +85,69 @@ class Answers:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path / ANSWERS} cannot be read: {error}") from None
+
+
+class TagAnswers(Answers):
+    """One class for each word; metrics count words."""
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Self:
+        return cls(Labels.of(examples).names)
+
+    def targets(self, example: Example) -> list[int]:
+        return Labels(self.labels).indices(example)
+
+    def answer(self, outputs: Tensor) -> Answer:
+        chances = outputs.double().softmax(1).numpy()
+        labels = [self.labels[number] for number in chances.argmax(1).tolist()]
+        return {"labels": labels, "probabilities": chances.max(1).tolist()}
+
+
+class NumberAnswers(Answers):
+    """One number for each text or pair, by squared distance."""
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Self:
+        numbers = np.array(numbers_of(examples))
+        return cls((), len(examples[0].texts), float(numbers.mean()), float(numbers.std()))
+
+    def targets(self, example: Example) -> list[float]:
+        return [(example.label - self.mean) / self.deviation]
+
+    def losses(self, outputs: Tensor, targets: Tensor, items: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return (outputs[:, 0] - targets) ** 2
+
+    def metrics(self, outputs: Tensor, targets: Tensor, items: Tensor) -> dict[str, float]:
+        return regression_metrics(targets.double().numpy(), outputs[:, 0].double().numpy())
+
+    def answer(self, outputs: Tensor) -> Answer:
+        return {"value": float(outputs[0, 0].double()) * self.deviation + self.mean}
+
+
+class ChoiceAnswers(Answers):
+    """One of several choices, each an item with one score: softmax over an example's choices, cross-entropy in nats."""
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Self:
+        return cls()
+
+    def targets(self, example: Example) -> list[int]:
+        return [example.label]
+
+    def losses(self, outputs: Tensor, targets: Tensor, items: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(by_example(outputs[:, 0], items), targets, reduction="none")
+
+    def metrics(self, outputs: Tensor, targets: Tensor, items: Tensor) -> dict[str, float]:
+        chosen = by_example(outputs[:, 0], items).argmax(1)
+        return {"accuracy": float((chosen == targets).numpy().mean())}
+
+    def answer(self, outputs: Tensor) -> Answer:
+        chances = outputs[:, 0].double().softmax(0).tolist()
+        return {"choice": int(np.argmax(chances)), "probabilities": chances}
+
+
+def by_example(scores: Tensor, items: Tensor) -> Tensor:
+    """Scores of items (items,) as one row per example, (examples, most items), -inf where an example has no more."""
+    most = int(items.max())
+    there = torch.arange(most, device=items.device) < items[:, None]
+    return scores.new_full(there.shape, -torch.inf).masked_scatter(there, scores)

@@ -1,45 +1,42 @@
-"""Contrastive training of sentence vectors: the lesson of ``lm.finetuning.finetune`` that needs no labels.
+"""Contrastive training of sentence vectors, which needs no labels.
 
     sentences → two views of each → vectors → InfoNCE: each first view must find its second among those of the batch
 
 The views of a single text are two passes with different dropout (SimCSE, Gao, Yao and Chen 2021, section 3); those of a
-pair are its two texts. The loss needs the vectors of a whole batch, but not their graphs: they are computed, the loss's
-gradient with respect to each is found, and each part is computed again, with the same dropout, to carry it back
-(Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"). So a batch of any size is
-exact in the memory of one part.
+pair are its two texts. The loss compares all vectors of a batch, yet its gradient is exact with the memory of one part
+(``lm.training.gradients.accumulated_over_vectors``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
-from lm.data import keyed_random
-from lm.data.examples import Columns, Example, columns_of, content_hash, read_examples, read_similar
-from lm.data.keyed_random import Stream
-from lm.data.packed_sequences import PackedSequences, packed, pooled, sequence_of
+from lm.data.examples import Example
+from lm.data.packed_sequences import PackedSequences, packed, pooled
 from lm.finetuning.metrics import regression_metrics
+from lm.finetuning.task import Task
+from lm.finetuning.task_inputs import EncodedExample, Encoder
 from lm.inference.embedding import Reading, all_vectors
 from lm.inference.language_model import LanguageModel
 from lm.model.device import autocast
 from lm.model.transformer import Transformer
 from lm.objectives.contrastive import info_nce
+from lm.training.gradients import accumulated_over_vectors
 
 
 def similarity(model: LanguageModel, pairs: Sequence[Example], reading: Reading) -> dict[str, float]:
-    """How well the cosine of two texts' vectors ranks how alike they are: ``spearman`` and ``pearson`` correlation.
+    """Correlation (``spearman``, ``pearson``) of the cosine of two texts' vectors with how similar they are.
 
-    ``pairs`` are of the kind "regression", two texts each with a number.
+    ``pairs`` are examples of a regression: two texts and a number each.
     """
     vectors = [
         all_vectors(model, [(text,) for text in texts], reading)[0].astype(np.float64)
@@ -49,97 +46,66 @@ def similarity(model: LanguageModel, pairs: Sequence[Example], reading: Reading)
     return regression_metrics(np.array([pair.label for pair in pairs]), (first * second).sum(1))
 
 
-@dataclass(frozen=True)
-class Views:
-    """Views of a batch's examples, in parts for one forward pass each: (which view, from 0; its sequences)."""
+class ContrastiveTask(Task):
+    """Texts, or pairs of texts that belong together; the model is the trunk, and embeds."""
 
-    examples: int
-    parts: list[tuple[int, PackedSequences]]
+    train: list[EncodedExample]
 
-
-class ContrastiveTask:
-    """Texts, or pairs of texts that belong together; the model is the trunk itself, and embeds."""
-
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
-        task, columns = config.finetune, columns_of(config.finetune)
-        self.config, self.tokenizer = config, tokenizer
-        examples = read_examples(task.train, "contrastive", columns)
-        pair = columns.text_pair or None  # "": of the texts that are learned from
-        similar = Columns(text=columns.text, text_pair=pair, label=columns.label)
-        self.validation = read_similar(task.validation, similar) if task.validation else []
-        self.fingerprint = content_hash(examples)
-        self.pairs = len(examples[0].texts) == 2
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, train: Sequence[Example], validation: Sequence[Example]
+    ) -> None:
+        self.config, self.tokenizer, self.judging = config, tokenizer, validation
+        self.pairs = len(train[0].texts) == 2
         if not self.pairs and not config.model.dropout:
-            raise UserError("the two views of a text differ by dropout, and there is none: set dropout, to 0.1 say")
-        found = [
-            [sequence_of([tokens], tokenizer.end_of_text_id, config.data.context_length) for tokens in texts]
-            for texts in (
-                tokenizer.encode_batch(list(column)) for column in zip(*(e.texts for e in examples), strict=True)
-            )
-        ]
-        self.cut = sum(cut for column in found for _, cut in column)
-        self.views = [[tokens for tokens, _ in column] for column in found]
-
-    @property
-    def examples(self) -> int:
-        return len(self.views[0])
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(tokens) for column in self.views for tokens in column) * (1 if self.pairs else 2)
+            raise UserError("the two views of a text differ by dropout, but dropout is 0: set it, for example to 0.1")
+        encoder = Encoder(tokenizer, config.finetune.task, config.data.context_length, "mean", apart=True)
+        self.train, self.validation = encoder.encode(train), encoder.encode(validation)
+        if not self.pairs:
+            self.train = [replace(each, sequences=each.sequences * 2) for each in self.train]
 
     def introduction(self) -> list[str]:
-        kind = "pairs of texts" if self.pairs else "texts, each read twice with other dropout"
-        cut = f", {self.cut:,} texts longer than the context and truncated" if self.cut else ""
-        return [f"{self.examples:,} {kind}{cut}", f"{len(self.validation):,} pairs to validate by"]
+        return [] if self.pairs else ["each text is read twice, with different dropout"]
 
-    def save(self, path: Path) -> None:
-        """There is nothing to keep but the weights."""
-
-    def model(self, trunk: Transformer) -> Transformer:
-        return trunk
-
-    def batch(self, numbers: NDArray[np.int64]) -> Views:
-        parts = []
-        for view in (0, 1):
-            sequences = [self.views[view if self.pairs else 0][n] for n in numbers.tolist()]
-            parts += [(view, part) for part in self._packed(sequences)]
-        return Views(len(numbers), parts)
-
-    def _packed(self, sequences: Sequence[Sequence[int]]) -> Iterator[PackedSequences]:
+    def batch(self, numbers: NDArray[np.int64]) -> list[tuple[int, PackedSequences]]:
+        """The views of the examples, in parts for one forward pass each: (which view, from 0; its sequences)."""
         context = self.config.data.context_length
         rows = max(1, self.config.finetune.micro_batch_tokens // context)
-        return packed(sequences, self.config.finetune.reads, self.tokenizer.end_of_text_id, context, rows)
+        parts = []
+        for view in (0, 1):
+            sequences = [self.train[n].sequences[view] for n in numbers.tolist()]
+            found = packed(sequences, self.config.finetune.reads, self.tokenizer.end_of_text_id, context, rows)
+            parts += [(view, part) for part in found]
+        return parts
 
-    def gradients(self, model: nn.Module, batch: Views, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def gradients(
+        self, model: nn.Module, batch: list[tuple[int, PackedSequences]], step: int
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        def loss(vectors: Sequence[Tensor]) -> Tensor:
+            examples = sum(len(part.numbers) for view, part in batch if view == 0)
+            views = vectors[0].new_zeros(2, examples, vectors[0].shape[1])
+            for (view, part), found in zip(batch, vectors, strict=True):
+                views[view, part.numbers] = found
+            return info_nce(views[0], views[1], self.config.finetune.temperature)
+
+        found = accumulated_over_vectors(model, batch, self._vectors, loss, self.config, step)
+        return {"contrastive": found}, {"contrastive": 1.0}
+
+    def _vectors(self, model: nn.Module, view: tuple[int, PackedSequences]) -> Tensor:
+        """The vectors of a part, float32 (sequences, hidden)."""
         assert isinstance(model, Transformer)
-        model.zero_grad()
-        vectors = torch.zeros(2, batch.examples, model.config.hidden_size, device=model.norm.weight.device)
-        with torch.no_grad():
-            for number, (view, part) in enumerate(batch.parts):
-                vectors[view, part.numbers] = self._vectors(model, part, step, number)
-        vectors.requires_grad_()
-        loss = info_nce(vectors[0], vectors[1], self.config.finetune.temperature)
-        (of_vectors,) = torch.autograd.grad(loss, vectors)
-        for number, (view, part) in enumerate(batch.parts):
-            self._vectors(model, part, step, number).backward(of_vectors[view, part.numbers])
-        return {"contrastive": loss.detach()}, {"contrastive": 1.0}
-
-    def _vectors(self, model: Transformer, part: PackedSequences, step: int, number: int) -> Tensor:
-        """Vectors of a part, float32 (sequences, hidden); its dropout, drawn from its number, is the same each time."""
-        torch.manual_seed(keyed_random.key(self.config.training.seed, Stream.FINETUNING_DROPOUT, step, number) >> 1)
-        batch = part.batch.to(model.norm.weight.device)
+        _, part = view
+        batch = part.batch.to(next(model.parameters()).device)
         with autocast(batch.inputs.device, self.config.training.precision):
-            hidden = model(batch.inputs, batch.positions, batch.lo, batch.hi)
+            hidden = model.read(batch)
         return pooled(hidden.float(), part, self.config.finetune.pooling)
 
     def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
         assert isinstance(model, Transformer)
-        if not self.validation:
+        if not self.judging:
             return {"metrics": {}}, None
         task = self.config.finetune
         model.eval()
         reading = Reading(task.reads, task.pooling)
-        found = similarity(LanguageModel(model, self.tokenizer, self.config), self.validation, reading)
+        found = similarity(LanguageModel(model, self.tokenizer, self.config), self.judging, reading)
         model.train()
         return {"metrics": found, "examples": len(self.validation)}, -found[task.judged_by]

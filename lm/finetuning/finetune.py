@@ -1,9 +1,9 @@
-"""Fine-tuning, as the work that ``lm.training.trainer`` carries out: a pretrained run learns a task from examples.
+"""Fine-tuning, as a ``TrainModule`` for ``lm.training.trainer``: a pretrained run learns a task from examples.
 
-    a run's weights (base_weights) -> all, LoRA or the head learn -> a lesson (head_task, …) -> another run
+    a run's weights (base_weights) → full, LoRA or probe → a task (head_task, …) → another run
 
-What comes out is a run directory like any other, with exact resume, checkpoints, metrics and early stopping by the same
-loop, and the base's weights and tokenizer beside its own.
+The result is a run directory like any other, with the same loop, exact resume, checkpoints, metrics and early stopping,
+and with the base's weights and tokenizer in it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
@@ -26,14 +25,25 @@ from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm import kernels
 from lm.config.recipes import load_config
-from lm.config.settings import METHODS, Config, OptimizerConfig, ReportConfig, TrainingConfig, finetuning_defaults
+from lm.config.settings import (
+    HEAD_TASKS,
+    METHODS,
+    Config,
+    OptimizerConfig,
+    ReportConfig,
+    TrainingConfig,
+    finetuning_defaults,
+    usual_pooling,
+    usual_reading,
+)
 from lm.data import keyed_random
+from lm.data.examples import Example, content_hash, read_task
 from lm.data.keyed_random import Stream
 from lm.finetuning.contrastive_task import ContrastiveTask
-from lm.finetuning.head_task import HeadTask, settle_reading
+from lm.finetuning.head_task import HeadTask
 from lm.finetuning.instruction_task import InstructionTask
-from lm.finetuning.layer_decay import learning_rates
-from lm.model.transformer import Transformer
+from lm.finetuning.layer_decay import lr_multipliers
+from lm.finetuning.task import Task
 from lm.runs.base_weights import keep_base, kept_base, starting_trunk
 from lm.runs.checkpoint_writer import trained_tensors
 from lm.runs.directory import Run, open_run
@@ -43,28 +53,18 @@ from lm.training.reporter import Reporter
 from lm.training.train_module import TrainModule
 from lm.training.trainer import fit
 
-
-class Lesson(Protocol):
-    """What is learned, as far as tasks differ; see ``trainer.TrainModule`` for what ``gradients`` and ``validate`` give."""
-
-    fingerprint: str
-
-    @property
-    def examples(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    def introduction(self) -> list[str]: ...
-    def save(self, path: Path) -> None: ...
-    def model(self, trunk: Transformer) -> nn.Module: ...
-    def batch(self, numbers: NDArray[np.int64]) -> Any: ...
-    def gradients(self, model: nn.Module, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, float]]: ...
-    def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]: ...
+# Every task of settings.TASKS, and the class that learns it.
+TASKS: dict[str, type[Task]] = {
+    **dict.fromkeys(HEAD_TASKS, HeadTask),
+    "instruction": InstructionTask,
+    "contrastive": ContrastiveTask,
+}
 
 
 def finetune_config(
     run: Run, settings: Mapping[str, Any], recipe: Path | None = None, *, unknown_options: Sequence[str] = ()
 ) -> Config:
-    """The settings of a fine-tuning of ``run``: its shape, fine-tuning's defaults, and what is given.
+    """The settings of a fine-tuning of ``run``: its model and data, fine-tuning's defaults, and the given settings.
 
     Arguments and errors as of ``lm.config.recipes.load_config``; the task must be among the settings.
     """
@@ -77,19 +77,23 @@ def finetune_config(
 
 
 @dataclass(frozen=True)
-class Finetuned:
-    """A fine-tuning that is done: its run, and the best validation (the last one, where it was judged by nothing)."""
+class Finetuned(Run):
+    """A finished fine-tuning.
 
-    run: Run
+    Attributes:
+        step: that of the best validation, or the last one if there were no validation examples.
+        scores: the metrics of that validation.
+    """
+
     step: int
-    metrics: dict[str, float]
+    scores: dict[str, float]
     trained_parameters: int
 
 
 def finetune(config: Config, path: Path, reporter: Reporter, *, accept_changes: bool = False) -> Finetuned:
-    """Fine-tune in the run directory ``path``, or go on with the fine-tuning that is there.
+    """Fine-tune in the run directory ``path``, or resume the fine-tuning that is there.
 
-    Arguments and errors as of ``lm.training.trainer.train``; ``finetune_config`` makes the settings.
+    Arguments and errors as of ``lm.training.pretraining.train``; ``finetune_config`` makes the settings.
     """
     done = fit(
         lambda ranks: Finetuning.open(config, path, ranks),
@@ -104,30 +108,33 @@ def finetune(config: Config, path: Path, reporter: Reporter, *, accept_changes: 
     for line in run.metrics():
         if line["step"] == saved.step:
             metrics = line.get("metrics") or line.get("validation", {}).get("response") or metrics
-    return Finetuned(run, saved.step, metrics, sum(tensor.numel() for tensor in saved.model().values()))
+    return Finetuned(path, done, saved.step, metrics, sum(tensor.numel() for tensor in saved.model().values()))
 
 
 class Finetuning(TrainModule[Any]):
-    """The ``lm.training.trainer.TrainModule`` of a fine-tuning in the run directory ``path``."""
+    """A fine-tuning in the run directory ``path``."""
 
     def __init__(
-        self, config: Config, path: Path, ranks: Ranks, lesson: Lesson, tokenizer: Tokenizer, weights: Path
+        self, config: Config, path: Path, ranks: Ranks, task: Task, tokenizer: Tokenizer, weights: Path, hashed: str
     ) -> None:
-        self.path, self.ranks, self.lesson, self.processor, self.weights = path, ranks, lesson, tokenizer, weights
-        self.config, self.name = config, config.finetune.train
-        self.fingerprint = hashlib.sha256(f"{lesson.fingerprint} {sha256_of_file(weights)}".encode()).hexdigest()
+        """``weights`` is the file with the base's weights, ``hashed`` the hash of the examples."""
+        self.config, self.path, self.ranks, self.task, self.weights = config, path, ranks, task, weights
+        self.name, self.processor = config.finetune.train, tokenizer
+        self.examples = len(task.train)
+        self.tokens = sum(example.tokens for example in task.train)
+        self.fingerprint = hashlib.sha256(f"{hashed} {sha256_of_file(weights)}".encode()).hexdigest()
 
     @classmethod
     def open(cls, config: Config, path: Path, ranks: Ranks) -> Finetuning:
-        """Read the examples and find the weights; ``path`` is the run directory.
+        """Read the examples and find the base's weights; ``path`` is the run directory.
 
         Raises:
-            UserError: an example, a setting or the base run is not as it should be.
+            UserError: an example, a setting or the base run is invalid.
         """
         if not config.is_finetuning:
-            raise UserError("name a task: --task classification, say")
+            raise UserError("choose a task, for example --task classification")
         if not config.finetune.train:
-            raise UserError("name the examples to learn from: --train FILE")
+            raise UserError("name a file with training examples: --train FILE")
         if ranks.world > 1:
             raise UserError("fine-tuning runs in one process: start finetune.py without torchrun")
         weights, own = kept_base(path), path / "tokenizer.json"
@@ -136,76 +143,89 @@ class Finetuning(TrainModule[Any]):
         else:
             base = open_run(config.finetune.base)
             tokenizer, weights = base.tokenizer, weights or base.plain_weights()
-        config = settle_reading(config)
-        lesson: Lesson
-        if config.finetune.task == "instruction":
-            lesson = InstructionTask(config, tokenizer)
-        elif config.finetune.task == "contrastive":
-            lesson = ContrastiveTask(config, tokenizer)
-        else:
-            lesson = HeadTask(config, tokenizer)
-        return cls(settle_steps(config, lesson.examples), path, ranks, lesson, tokenizer, weights)
+        train, validation = read_task(config.finetune)
+        config = settle_steps(settle_reading(config), len(train))
+        task = TASKS[config.finetune.task](config, tokenizer, train, validation)
+        hashed = content_hash([*train, *(Example((text,), None, "") for text in task.hashed_texts)])
+        return cls(config, path, ranks, task, tokenizer, weights, hashed)
 
     def prepare(self, done: int) -> list[str]:
         keep_base(self.weights, self.path)
-        self.lesson.save(self.path)
+        self.task.save(self.path)
         model, task, training = self.model(), self.config.finetune, self.config.training
-        learn = sum(tensor.numel() for tensor in trained_tensors(model).values())
-        whole = sum(parameter.numel() for parameter in model.parameters())
-        begun = f"the weights of {task.base}" if task.weights == "pretrained" else "random weights"
+        trained = sum(tensor.numel() for tensor in trained_tensors(model).values())
+        total = sum(parameter.numel() for parameter in model.parameters())
+        start = f"the weights of {task.base}" if task.weights == "pretrained" else "random weights"
         return [
-            f"{task.task} from {begun}: {learn / 1e6:.3f}M of {whole / 1e6:.2f}M parameters learn ({task.method})",
-            *self.lesson.introduction(),
+            f"{task.task} from {start}: training {trained / 1e6:.3f}M of {total / 1e6:.2f}M parameters ({task.method})",
+            *(self._size(part) for part in ("training", "validation")),
+            *self.task.introduction(),
             f"{training.steps:,} steps x {task.batch_examples} examples = {self.epochs(training.steps):.2f} epochs",
             f"on {self.ranks.device.type.upper()}; {kernels.describe(self.ranks.device)}",
         ]
 
+    def _size(self, part: str) -> str:
+        """How many training or validation examples there are, and how many of them the context does not hold."""
+        examples = self.task.train if part == "training" else self.task.validation
+        cut = sum(example.cut for example in examples)
+        how = "split into windows" if self.config.finetune.long_texts == "window" else "truncated"
+        return f"{len(examples):,} {part} examples" + (f", {cut:,} longer than the context and {how}" if cut else "")
+
     def model(self) -> nn.Module:
-        return self.lesson.model(starting_trunk(self.config, self.path))
+        return self.task.model(starting_trunk(self.config, self.path))
 
     def lr_multipliers(self, model: nn.Module) -> dict[str, float]:
-        return learning_rates(self.config, list(trained_tensors(model)))
+        return lr_multipliers(self.config, list(trained_tensors(model)))
 
     def batch(self, step: int) -> Any:
-        """The examples of a step: each epoch has all of them in an order of its own."""
+        """The examples of a step; each epoch goes through all of them in a new order."""
         count = self.config.finetune.batch_examples
-        epochs, turns = np.divmod(np.arange(step * count, (step + 1) * count), self.lesson.examples)
-        numbers = np.empty_like(turns)
+        epochs, indices = np.divmod(np.arange(step * count, (step + 1) * count), self.examples)
+        numbers = np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():
             of_epoch = epochs == epoch
             seed = keyed_random.key(self.config.training.seed, Stream.EXAMPLE_ORDER, epoch)
-            numbers[of_epoch] = keyed_random.permuted(turns[of_epoch], self.lesson.examples, seed)
-        return self.lesson.batch(numbers)
+            numbers[of_epoch] = keyed_random.permuted(indices[of_epoch], self.examples, seed)
+        return self.task.batch(numbers)
 
     def gradients(self, model: nn.Module, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        return self.lesson.gradients(model, batch, step)
+        return self.task.gradients(model, batch, step)
 
     def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
-        return self.lesson.validate(model)
+        return self.task.validate(model)
 
     def remark(self, best: Best) -> str:
         if not self.should_stop(best):
             return ""
-        return (
-            f"{best.worse} validations in a row were no better than that of step {best.step:,}, whose weights are kept"
-        )
+        return f"stopping early: {best.worse} validations in a row without improvement; step {best.step:,} was the best"
 
     def should_stop(self, best: Best) -> bool:
         return 0 < self.config.finetune.patience <= best.worse
 
     def epochs(self, steps: int) -> float:
-        return steps * self.config.finetune.batch_examples / self.lesson.examples
+        return steps * self.config.finetune.batch_examples / self.examples
 
     def progress(self, steps: int) -> dict[str, float]:
         epochs = self.epochs(steps)
-        return {"tokens": round(epochs * self.lesson.tokens), "epoch": round(epochs, 6)}
+        return {"tokens": round(epochs * self.tokens), "epoch": round(epochs, 6)}
 
     def throughput(self, seconds_per_step: float) -> dict[str, float]:
-        return {"tokens_per_second": round(self.epochs(1) * self.lesson.tokens / seconds_per_step, 1)}
+        return {"tokens_per_second": round(self.epochs(1) * self.tokens / seconds_per_step, 1)}
+
+
+def settle_reading(config: Config) -> Config:
+    """Replace "auto" in ``reads``, ``pooling`` and ``judged_by`` by what it stands for."""
+    task = config.finetune
+    usual = "causal" if task.task == "instruction" else usual_reading(config)
+    reads = usual if task.reads == "auto" else task.reads
+    pooling = usual_pooling(reads) if task.pooling == "auto" else task.pooling
+    metric = {"regression": "spearman", "contrastive": "spearman", "instruction": "loss"}.get(task.task, "accuracy")
+    judged_by = metric if task.judged_by == "auto" else task.judged_by
+    return config.replace(reads=reads, pooling=pooling, judged_by=judged_by)
 
 
 def settle_steps(config: Config, examples: int) -> Config:
-    """The settings with the steps that the epochs take, and those between validations."""
+    """Set the number of steps from the epochs, and the steps between validations."""
     task = config.finetune
     per_epoch = examples / task.batch_examples
     steps = max(1, math.ceil(task.epochs * per_epoch))

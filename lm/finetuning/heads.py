@@ -1,55 +1,56 @@
-"""Task heads: a trunk that reads packed sequences, and one linear map from what it read to a task's answers.
+"""Task heads: a trunk that reads packed sequences, and a linear layer from its hidden states to a task's answers.
 
-The items of ``task_inputs`` become vectors, the mean of the hidden states at their places, and the head gives each a
+Each item of ``task_inputs`` becomes a vector, the mean of the hidden states at its positions, and the head computes a
 score for every class (classification, words), one number (regression) or one score (a choice among several). The two
-texts of a pair that are read apart are two items, whose vectors are put together before.
+texts of a pair that are read apart are two items, whose vectors are combined first (``pair_features``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm.data.batch import Batch
 from lm.data.packed_sequences import packed
-from lm.finetuning.task_inputs import Encoded
+from lm.finetuning.task_inputs import EncodedExample
 from lm.model.transformer import Transformer
+
+Features = TypeVar("Features", bound=Any)
 
 
 @dataclass(frozen=True)
 class ItemBatch:
     """Examples for one forward pass.
 
-    ``places`` int64 (P,) are positions in the flattened rows, item after item; ``shares`` float32 (P,) is what each
-    adds to its item's mean and ``counts`` int64 (items,) how many places each item has. ``items`` int64 (examples,) is
-    how many items each example has, those that are put together counting as one.
+    ``positions`` int64 (P,) index the flattened rows, item by item; ``shares`` float32 (P,) are their weights in the
+    item's mean, and ``counts`` int64 (items,) is how many positions each item has. ``items`` int64 (examples,) is how
+    many items each example has; items that are combined count as one.
     """
 
     rows: Batch
-    places: Tensor
+    positions: Tensor
     shares: Tensor
     counts: Tensor
     items: Tensor
 
     def to(self, device: torch.device) -> ItemBatch:
-        parts = {name: getattr(self, name).to(device) for name in ("places", "shares", "counts", "items")}
+        parts = {name: getattr(self, name).to(device) for name in ("positions", "shares", "counts", "items")}
         return replace(self, rows=self.rows.to(device), **parts)
 
 
-def item_batch(encoded: Sequence[Encoded], reads: str, end_of_text: int, context_length: int) -> ItemBatch:
+def item_batch(encoded: Sequence[EncodedExample], reads: str, end_of_text: int, context_length: int) -> ItemBatch:
     """Pack examples for one forward pass; arguments as of ``lm.data.packed_sequences.packed``."""
     sequences = [sequence for example in encoded for sequence in example.sequences]
     (rows,) = packed(sequences, reads, end_of_text, context_length, len(sequences))
-    begins_of = np.empty(len(sequences), dtype=np.int64)  # place of each sequence's first token in the flattened rows
+    begins_of = np.empty(len(sequences), dtype=np.int64)  # of each sequence in the flattened rows
     begins_of[rows.numbers] = rows.rows * rows.batch.inputs.shape[1] + rows.first
     first = np.cumsum([0, *(len(e.sequences) for e in encoded)])
-    runs: list[tuple[int, int, float]] = []  # begin in the flattened rows, length, share of each place
+    runs: list[tuple[int, int, float]] = []  # begin in the flattened rows, length, share of each position
     counts = []
     for example, base in zip(encoded, first.tolist(), strict=False):
         for spans in example.items:
@@ -69,7 +70,7 @@ def item_batch(encoded: Sequence[Encoded], reads: str, end_of_text: int, context
 
 
 class TaskModel(nn.Module):
-    """A trunk with a task's head of ``outputs`` numbers an item, or for ``pairs`` of items."""
+    """A trunk with a task head: ``outputs`` numbers per item, or with ``pairs`` per pair of items."""
 
     def __init__(self, trunk: Transformer, outputs: int, dropout: float, *, pairs: bool = False) -> None:
         super().__init__()
@@ -77,10 +78,10 @@ class TaskModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(trunk.config.hidden_size * (4 if pairs else 1), outputs)
         if trunk.head is not None:
-            trunk.head.requires_grad_(False)  # of the vocabulary: not used here
+            trunk.head.requires_grad_(False)  # the vocabulary's head is not used here
 
-    def initialise_head(self, seed: int) -> None:
-        """Small weights drawn from ``seed``, no bias."""
+    def initialize_head(self, seed: int) -> None:
+        """Draw small weights from ``seed``; the bias is zero."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.head.weight.copy_(torch.randn(self.head.weight.shape, generator=generator) * 0.02)
@@ -90,48 +91,20 @@ class TaskModel(nn.Module):
         """The head's numbers, float32 (items, outputs)."""
         vectors = self.vectors(batch)
         if self.pairs:
-            vectors = pair_vectors(vectors[0::2], vectors[1::2])
+            vectors = torch.cat(pair_features(vectors[0::2], vectors[1::2]), dim=1)
         return self.head(self.dropout(vectors)).float()
 
     def vectors(self, batch: ItemBatch) -> Tensor:
         """The mean of each item's hidden states, float32 (items, hidden)."""
-        rows = batch.rows
-        hidden = self.trunk(rows.inputs, rows.positions, rows.lo, rows.hi).flatten(0, 1)
+        hidden = self.trunk.read(batch.rows).flatten(0, 1)
         return torch.segment_reduce(
-            hidden[batch.places].float() * batch.shares[:, None], "sum", lengths=batch.counts, axis=0, initial=0
+            hidden[batch.positions].float() * batch.shares[:, None], "sum", lengths=batch.counts, axis=0, initial=0
         )
 
 
-def pair_vectors(u: Tensor, v: Tensor) -> Tensor:
-    """Two texts' vectors (pairs, width) as u, v, |u - v| and u * v, (pairs, 4 width) (Conneau et al. 2017)."""
-    return torch.cat((u, v, (u - v).abs(), u * v), dim=1)
+def pair_features(u: Features, v: Features) -> tuple[Features, Features, Features, Features]:
+    """The features of a pair from the vectors of its texts, (pairs, width) each: u, v, |u - v| and u * v.
 
-
-def losses(kind: str, outputs: Tensor, labels: Tensor, items: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """What the answers cost, (labels,): cross-entropy in nats, or for a regression the squared distance.
-
-    Args:
-        kind: one of ``lm.config.settings.TASKS`` but instructions.
-        outputs: of a forward pass, (items, outputs).
-        labels: a class an item (classification, tokens), a number an item (regression), or which of its items is right
-            of each example (choice).
-        items: (examples,), how many items each example has.
-        label_smoothing: share of the answer that is spread over all classes; for classes only.
+    From Conneau et al. 2017; the vectors may be of Torch, NumPy or SciPy (sparse arrays).
     """
-    if kind == "regression":
-        return (outputs[:, 0] - labels) ** 2
-    scores = by_example(outputs[:, 0], items) if kind == "choice" else outputs
-    return F.cross_entropy(scores, labels, reduction="none", label_smoothing=label_smoothing)
-
-
-def by_example(scores: Tensor, items: Tensor) -> Tensor:
-    """Scores of items (items,) as one row an example, (examples, most items), -inf where an example has no more."""
-    most = int(items.max())
-    there = torch.arange(most, device=items.device) < items[:, None]
-    return scores.new_full(there.shape, -torch.inf).masked_scatter(there, scores)
-
-
-def probabilities(kind: str, outputs: Tensor, items: Tensor) -> NDArray[np.float64]:
-    """Outputs as probabilities: of each class (items, classes), or of each choice (examples, most choices)."""
-    scores = by_example(outputs[:, 0], items) if kind == "choice" else outputs
-    return scores.double().softmax(-1).cpu().numpy()
+    return u, v, abs(u - v), u * v

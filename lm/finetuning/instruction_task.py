@@ -1,7 +1,7 @@
-"""Instruction tuning: the lesson of ``finetune`` that teaches a model to answer, by prompts and responses.
+"""Instruction tuning: learn to answer, from prompts and responses.
 
-A prompt is written as the chat template has it (``chat_template``), the response follows, and an end of text. Only the
-response and that end are predicted.
+The chat template formats the prompt (``chat_template``); the response and an end-of-text token follow. Only the
+response and that token are predicted.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from data_prep.files import write_atomically
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.data.batch import IGNORED, Batch
-from lm.data.examples import Example, columns_of, content_hash, read_examples
+from lm.data.examples import Example
 from lm.data.packed_sequences import packed
+from lm.finetuning.task import Task
 from lm.finetuning.task_inputs import in_parts
 from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, render
 from lm.model.device import autocast
@@ -34,7 +35,7 @@ from lm.training.gradients import accumulated
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt and its response: ``tokens`` from the first end of text to the last; those from ``first`` on count."""
+    """A prompt and its response: ``row`` from the first end of text to the last, predicted from index ``first``."""
 
     row: list[int]
     first: int
@@ -43,7 +44,7 @@ class Turn:
 
     @property
     def tokens(self) -> int:
-        """Of the inputs: the last token is only a target."""
+        """Input tokens: the last token of the row is only a target."""
         return len(self.row) - 1
 
     @property
@@ -52,73 +53,58 @@ class Turn:
 
 
 def turn_of(example: Example, template: str, tokenizer: Tokenizer, context_length: int) -> Turn:
-    """Write an example as the template has it; what is too long loses the beginning of its prompt, then its end.
+    """Format an example by the template; if too long, it loses the beginning of its prompt, then the response's end.
 
     Raises:
-        UserError: the template does not write the conversation so far in front of the answer.
+        UserError: the template formats the prompt differently when a response follows.
     """
     prompt, response = example.texts
-    asked = [{"role": "user", "content": prompt}]
-    before = render(asked, template)
-    whole = render([*asked, {"role": "assistant", "content": response}], template)
+    messages = [{"role": "user", "content": prompt}]
+    before = render(messages, template)
+    whole = render([*messages, {"role": "assistant", "content": response}], template)
     if not whole.startswith(before):
         raise UserError(
-            f"{example.place}: with the response the chat template begins otherwise than it does without: it must "
-            "write the prompt, and the words before the response, alike in both"
+            f"{example.place}: the chat template formats the prompt differently when a response follows: the prompt "
+            "and the words before the response must be the same in both cases"
         )
     answer = whole[len(before) :].rstrip("\n")
     end = tokenizer.end_of_text_id
-    said, answered = tokenizer.encode(before), [*tokenizer.encode(answer), end]
+    question, answered = tokenizer.encode(before), [*tokenizer.encode(answer), end]
     kept = answered[:context_length]
     room = context_length - len(kept)
-    shown = said[len(said) - min(len(said), room) :]
-    cut = len(kept) < len(answered) or len(shown) < len(said)
+    shown = question[len(question) - min(len(question), room) :]
+    cut = len(kept) < len(answered) or len(shown) < len(question)
     return Turn([end, *shown, *kept], 1 + len(shown), len(answer.encode()), cut)
 
 
-class InstructionTask:
-    """Prompts and responses; the model is the trunk itself, and writes."""
+class InstructionTask(Task):
+    """Prompts and responses; the model is the trunk, and stays a language model."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+    train: list[Turn]
+    validation: list[Turn]
+
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, train: Sequence[Example], validation: Sequence[Example]
+    ) -> None:
         task = config.finetune
         if "next_token" not in config.readouts:
             raise UserError(
-                f"{task.base} was trained with {config.objective.objective} only: it cannot write, and so not follow "
-                "instructions"
+                f"{task.base} was trained with {config.objective.objective} only: it generates no text and cannot "
+                "follow instructions"
             )
         self.config, self.tokenizer = config, tokenizer
-        self.template = read_template(task.chat_template)
-        read = [
-            read_examples(file, "instruction", columns_of(task)) if file else []
-            for file in (task.train, task.validation)
-        ]
-        self.fingerprint = content_hash([*read[0], Example((self.template,), None, "")])
+        self.template = load_template(task.chat_template)
+        self.hashed_texts = (self.template,)
         self.train, self.validation = (
             [turn_of(each, self.template, tokenizer, config.data.context_length) for each in examples]
-            for examples in read
+            for examples in (train, validation)
         )
 
-    @property
-    def examples(self) -> int:
-        return len(self.train)
-
-    @property
-    def tokens(self) -> int:
-        return sum(turn.tokens for turn in self.train)
-
     def introduction(self) -> list[str]:
-        told = []
-        for name, turns in (("training", self.train), ("validation", self.validation)):
-            cut = sum(turn.cut for turn in turns)
-            more = f", {cut:,} of them longer than the context and cut" if cut else ""
-            told.append(f"{len(turns):,} {name} examples{more}")
-        return [*told, "only the responses are learned; the chat template is kept in the run directory"]
+        return ["only the responses are learned; the chat template is saved in the run directory"]
 
     def save(self, path: Path) -> None:
         write_atomically(path / CHAT_TEMPLATE, self.template)
-
-    def model(self, trunk: Transformer) -> Transformer:
-        return trunk
 
     def batch(self, numbers: NDArray[np.int64]) -> list[Batch]:
         turns = [self.train[n] for n in numbers.tolist()]
@@ -126,7 +112,7 @@ class InstructionTask:
         return list(self._batches(turns, weight))
 
     def _batches(self, turns: Sequence[Turn], weight: float) -> Iterator[Batch]:
-        """Micro-batches, in which each predicted token has this weight."""
+        """Yield micro-batches in which each predicted token has this weight."""
         for first, stop in in_parts(turns, self.config.finetune.micro_batch_tokens):
             yield pack_turns(turns[first:stop], weight, self.tokenizer.end_of_text_id, self.config.data.context_length)
 
@@ -137,8 +123,7 @@ class InstructionTask:
         assert isinstance(model, Transformer)
         batch = batch.to(model.norm.weight.device)
         with autocast(batch.inputs.device, self.config.training.precision):
-            hidden = model(batch.inputs, batch.positions, batch.lo, batch.hi)
-            return model.loss(hidden, batch.targets, batch.loss_weights)
+            return model.loss(model.read(batch), batch.targets, batch.loss_weights)
 
     def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
         if not self.validation:
@@ -153,8 +138,8 @@ class InstructionTask:
         return {"validation": {"response": loss}}, loss["nats_per_token"]
 
 
-def read_template(path: str) -> str:
-    """A chat template from a file; "" is plain turns."""
+def load_template(path: str) -> str:
+    """Read a chat template from a file; "" stands for plain turns. UserError if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8") if path else PLAIN_TURNS
     except (OSError, ValueError) as error:
@@ -162,7 +147,7 @@ def read_template(path: str) -> str:
 
 
 def pack_turns(turns: Sequence[Turn], weight: float, end_of_text: int, context_length: int) -> Batch:
-    """Conversations in as few rows as best fit finds, none seeing another, read causally."""
+    """Pack conversations into rows by best fit; each is read causally and sees no other."""
     (rows,) = packed([turn.row[:-1] for turn in turns], "causal", end_of_text, context_length, len(turns))
     targets = np.full(tuple(rows.batch.inputs.shape), IGNORED, dtype=np.int64)
     for number, row, first in zip(rows.numbers.tolist(), rows.rows.tolist(), rows.first.tolist(), strict=True):

@@ -1,15 +1,15 @@
-"""Layer-wise learning-rate decay, and which weights fine-tuning updates."""
+"""Layer-wise learning-rate decay."""
 
 from __future__ import annotations
 
 from lm.config.settings import Config
 
 
-def learning_rates(config: Config, names: list[str]) -> dict[str, float]:
-    """The share of the learning rate that each of these weights of the model has, by ``layer_decay``.
+def lr_multipliers(config: Config, names: list[str]) -> dict[str, float]:
+    """Learning-rate multipliers of parameters by name, from ``layer_decay``; 1 for those left out.
 
-    The head and the last norm have all of it, the blocks below less, each by that factor, and the embedding the least
-    (Clark et al. 2020, ELECTRA, section 3.1).
+    The head and the last norm get the full rate; each block gets ``layer_decay`` times the rate of the block above, and
+    the embedding the lowest (Clark et al. 2020, ELECTRA, section 3.1).
     """
     layers, decay = config.model.num_layers, config.finetune.layer_decay
     found = {}

@@ -1,4 +1,4 @@
-"""A fine-tuned run as one with plain weights: what LoRA has added becomes part of the matrices."""
+"""Turn a fine-tuned run into one with plain weights, merging LoRA into the matrices."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import nn
 from data_prep.errors import UserError
 from data_prep.files import new_folder
 from lm.config.settings import FinetuneConfig
-from lm.finetuning.answers import Answers
-from lm.finetuning.predict import load_task_model
+from lm.finetuning.predict import load_answers, load_task_model
 from lm.inference.chat_template import CHAT_TEMPLATE
 from lm.runs import checkpoint
 from lm.runs.base_weights import BASE
@@ -24,23 +23,23 @@ from lm.runs.directory import CHECKPOINTS, METRICS, Run, plain_settings
 
 
 def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -> None:
-    """Write the run directory ``out`` from a checkpoint of a fine-tuned run; it says what that says, to the last bit.
+    """Write the run directory ``out`` from a checkpoint of a fine-tuned run; its outputs are the same bit for bit.
 
-    A run with a task's head keeps it, unless ``trunk_only``; without one the result is a run as pretraining makes it,
-    to sample, to export, to fine-tune again.
+    A run with a task head keeps it, unless ``trunk_only``; without a head the result is like a pretrained run, to be
+    sampled from, exported or fine-tuned.
 
     Raises:
-        UserError: the run is not fine-tuned, or ``out`` holds something.
+        UserError: the run is not fine-tuned, or ``out`` is not empty.
     """
     if not run.config.is_finetuning:
-        raise UserError(f"{run.path} is not fine-tuned: its weights are plain as they are")
+        raise UserError(f"{run.path} is not fine-tuned: its weights are plain already")
     keeps_head = run.config.has_task_head and not trunk_only
     if run.config.has_task_head:
         whole = load_task_model(run, saved)
         trunk, model = whole.trunk, whole if keeps_head else whole.trunk
     else:
         trunk = model = run.load_model(torch.device("cpu"), saved)
-    _all_learn(model)
+    _require_gradients(model)
     config = run.config.replace(method="full", weights="pretrained", base=str(run.path))
     if not keeps_head:
         config = dataclasses.replace(run.config, finetune=FinetuneConfig())
@@ -50,7 +49,7 @@ def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -
         (folder / METRICS).touch()
         if keeps_head:
             save_file(snapshot(trunk.state_dict()), folder / BASE)
-            Answers.load(run.path).save(folder)
+            load_answers(run).save(folder)
         if (run.path / CHAT_TEMPLATE).is_file():
             shutil.copyfile(run.path / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
         state = {
@@ -63,7 +62,7 @@ def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -
         checkpoint.save(folder / CHECKPOINTS, saved.step, weights, {}, state, best_step=saved.step)
 
 
-def _all_learn(model: nn.Module) -> None:
-    """Have every weight count as one that full fine-tuning moves; the vocabulary's head of a task model is none."""
+def _require_gradients(model: nn.Module) -> None:
+    """Mark all weights as trained, as in full fine-tuning, but not the vocabulary head of a task model."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name != "trunk.head.weight")

@@ -1,6 +1,6 @@
-"""How well labels were predicted: metrics from scikit-learn and SciPy, and how far confidence can be trusted.
+"""Metrics of predicted labels from scikit-learn and SciPy, and calibration.
 
-Higher is better for every metric, and 0 is what a constant answer gets for all but accuracy and the F1s.
+Higher is better for every metric. A constant answer scores 0 in all but accuracy and the F1s.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 
-# By kind of task; the first is what a task is judged by unless it says another.
+# By task; the first one is the default that a task is judged by.
 METRICS = {
     "classification": ("accuracy", "f1", "macro_f1", "matthews"),
     "regression": ("spearman", "pearson"),
@@ -42,7 +42,7 @@ def metrics_of(truth: NDArray[Any], outputs: NDArray[np.float64], classes: int) 
 
 
 def classification_metrics(truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> dict[str, float]:
-    """Metrics of predicted classes, both (examples,), numbers from 0.
+    """Metrics of predicted classes, numbers from 0; both arguments are (examples,).
 
     ``accuracy``; ``f1`` of the second class, where there are two (what GLUE reports for MRPC); ``macro_f1``, the mean
     over all classes; ``matthews``, the correlation of Matthews 1975, for more than two classes that of Gorodkin 2004.
@@ -55,15 +55,15 @@ def classification_metrics(truth: NDArray[np.int64], predicted: NDArray[np.int64
         found["f1"] = float(metrics.f1_score(truth, predicted, zero_division=0))
     every = range(classes)
     found["macro_f1"] = float(metrics.f1_score(truth, predicted, labels=every, average="macro", zero_division=0))
-    constant = np.ptp(truth) == 0 or np.ptp(predicted) == 0  # not defined then
+    constant = np.ptp(truth) == 0 or np.ptp(predicted) == 0  # then it is undefined
     found["matthews"] = 0.0 if constant else float(metrics.matthews_corrcoef(truth, predicted))
     return found
 
 
 def regression_metrics(truth: NDArray[np.float64], predicted: NDArray[np.float64]) -> dict[str, float]:
-    """``pearson`` and ``spearman`` correlation of predicted numbers, both (examples,).
+    """``pearson`` and ``spearman`` correlation of predicted numbers; both arguments are (examples,).
 
-    A constant prediction, for which neither is defined, gets 0.
+    A constant prediction, for which neither is defined, scores 0.
     """
     require_libraries()
     from scipy import stats
@@ -77,13 +77,13 @@ def regression_metrics(truth: NDArray[np.float64], predicted: NDArray[np.float64
 
 
 def confusion_matrix(truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-    """How many examples of each class (row) were taken for each class (column): int64 (classes, classes)."""
+    """How many examples of each true class (row) got each predicted class (column): int64 (classes, classes)."""
     return np.bincount(truth * classes + predicted, minlength=classes * classes).reshape(classes, classes)
 
 
 @dataclass(frozen=True)
 class Bin:
-    """The predictions whose confidence lies in one part of [0, 1]: how sure they were on average, how often right."""
+    """Predictions with confidence in one part of [0, 1]: their mean confidence and their accuracy."""
 
     confidence: float
     accuracy: float
@@ -93,12 +93,12 @@ class Bin:
 def calibration(
     probabilities: NDArray[np.float64], truth: NDArray[np.int64], bins: int = CALIBRATION_BINS
 ) -> tuple[list[Bin], float]:
-    """Whether a prediction made with 70 % confidence is right in 70 % of the cases (Guo et al. 2017).
+    """Calibration: whether predictions made with 70% confidence are right 70% of the time (Guo et al. 2017).
 
     Args:
         probabilities: of each class, (examples, classes).
         truth: the classes, (examples,).
-        bins: how many parts of equal width [0, 1] is cut into; those without a prediction are left out.
+        bins: the number of equal parts of [0, 1]; those without a prediction are left out.
 
     Returns:
         The bins, and the expected calibration error: the mean over examples of |confidence - accuracy| of their bin.

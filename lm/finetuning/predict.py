@@ -1,4 +1,4 @@
-"""Answers of a fine-tuned run to new texts, one after the other and none kept, however many there are."""
+"""Stream the answers of a fine-tuned run to new texts."""
 
 from __future__ import annotations
 
@@ -14,29 +14,27 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.files import atomic_file
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.data.examples import Example, columns_of, stream_examples
-from lm.finetuning.answers import Answers
-from lm.finetuning.head_task import encoder_of, outputs_of, task_model
-from lm.finetuning.heads import TaskModel, probabilities
+from lm.finetuning.answers import Answer, Answers
+from lm.finetuning.head_task import HEADS, encoder_of, outputs_of, task_model
+from lm.finetuning.heads import TaskModel
 from lm.model.lora import merge_lora
 from lm.runs.base_weights import starting_trunk
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.checkpoint_writer import load_trained
 from lm.runs.directory import Run, open_run, warn
 
-EXAMPLES_AT_ONCE = 256  # are held, and packed among themselves
-Answer = dict[str, Any]
+EXAMPLES_AT_ONCE = 256  # are in memory, and packed together
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A run that was fine-tuned for a task with a head, ready to answer."""
+    """A run that was fine-tuned on a task with a head, ready to predict."""
 
     run: Run
     model: TaskModel
@@ -54,88 +52,78 @@ class Predictor:
 def open_predictor(
     path: str | Path, device: torch.device, which: str = "best", warn: Callable[[str], None] = warn
 ) -> Predictor:
-    """Open a run directory to predict with, at the checkpoint ``which`` (``Run.checkpoint``); LoRA is merged.
+    """Open a run directory for prediction, at the checkpoint ``which`` (``Run.checkpoint``), with LoRA merged.
 
     Raises:
-        UserError: there is no such run, it is fine-tuned for no task that has answers, or its files do not fit.
+        UserError: there is no such run, it was not fine-tuned on a task with a head, or its files do not match.
     """
     run = open_run(path)
     if not run.config.has_task_head:
-        raise UserError(f"{run.path} answers no task: kindling finetune makes a run that does")
+        raise UserError(f"{run.path} was not fine-tuned on a task with a head: kindling finetune makes such a run")
     model = load_task_model(run, run.checkpoint(which, warn))
-    return Predictor(run, model.to(device).eval(), Answers.load(run.path))
+    return Predictor(run, model.to(device).eval(), load_answers(run))
+
+
+def load_answers(run: Run) -> Answers:
+    """What the outputs of the run's head mean. UserError if the file cannot be read."""
+    return HEADS[run.config.finetune.task].load(run.path)
 
 
 def load_task_model(run: Run, saved: Checkpoint) -> TaskModel:
-    """The model of a checkpoint of a run with a task's head, LoRA merged, on the CPU; UserError if it does not fit."""
+    """The model of a checkpoint with a task's head, with LoRA merged, on the CPU; UserError if they do not match."""
     run.refuse_another(saved)
-    model = task_model(run.config, starting_trunk(run.config, run.path), Answers.load(run.path))
+    model = task_model(run.config, starting_trunk(run.config, run.path), load_answers(run))
     try:
         load_trained(model, saved.model())
     except RuntimeError as error:
-        raise UserError(f"checkpoint {saved.path} does not fit the run directory: {error}") from None
+        raise UserError(f"checkpoint {saved.path} does not match the run directory: {error}") from None
     merge_lora(model.trunk)
     return model
 
 
 def read_inputs(predictor: Predictor, source: str | Path) -> Iterator[Example]:
-    """The examples of a file (``examples.stream_examples``), read from the columns that the run was trained with.
+    """Stream the examples of a file (``examples.stream_examples``), from the columns that the run was trained with.
 
     Raises:
-        UserError: as there, or they are not pairs where the run was trained on pairs, or the other way round.
+        UserError: as there, or the run was trained on pairs and these are single texts, or vice versa.
     """
     answers = predictor.answers
     for example in stream_examples(source, predictor.config.finetune.task, columns_of(predictor.config.finetune)):
         if answers.texts and len(example.texts) != answers.texts:
-            words = ("one text each", "pairs of texts")
+            words = ("single texts", "pairs of texts")
             raise UserError(
-                f"{example.place}: {predictor.run.path} was fine-tuned on {words[answers.texts - 1]}, and this holds "
+                f"{example.place}: {predictor.run.path} was fine-tuned on {words[answers.texts - 1]}, but these are "
                 f"{words[len(example.texts) - 1]}"
             )
         yield example
 
 
 def predict(predictor: Predictor, examples: Iterable[Example]) -> Iterator[tuple[Answer, bool]]:
-    """The answer to each example, in order, and whether the example was longer than the context.
+    """Yield the answer to each example, in order, and whether the example was longer than the context.
 
-    Classification: ``label`` and the ``probabilities`` of all labels by name. Regression: ``value``. Words: ``labels``,
-    and the ``probabilities`` of these. A choice: its number ``choice``, from 0, and the ``probabilities`` of all.
+    An answer is a JSON object: for classes the ``label`` and the ``probabilities`` of all labels, for a regression the
+    ``value``, for words the ``labels`` and the ``probabilities`` of these, for choices the ``choice``, from 0, and the
+    ``probabilities`` of all choices.
     """
     encoder, rest = encoder_of(predictor.config, predictor.tokenizer), iter(examples)
     while some := list(islice(rest, EXAMPLES_AT_ONCE)):
         encoded = encoder.encode(some)
         found = outputs_of(predictor.model, encoded, predictor.config, predictor.tokenizer)
         for example, outputs in zip(encoded, found, strict=True):
-            yield answer(predictor.config.finetune.task, predictor.answers, outputs), example.cut
-
-
-def answer(kind: str, answers: Answers, outputs: Tensor) -> Answer:
-    """What the head's numbers for one example (its items, outputs) say."""
-    if kind == "regression":
-        return {"value": float(outputs[0, 0].double()) * answers.deviation + answers.mean}
-    chances = probabilities(kind, outputs, torch.tensor([len(outputs)]))
-    best = chances.argmax(1).tolist()
-    if kind == "choice":
-        return {"choice": best[0], "probabilities": chances[0].tolist()}
-    if kind == "tokens":
-        return {"labels": [answers.labels[n] for n in best], "probabilities": chances.max(1).tolist()}
-    return {
-        "label": answers.labels[best[0]],
-        "probabilities": dict(zip(answers.labels, chances[0].tolist(), strict=True)),
-    }
+            yield predictor.answers.answer(outputs), example.cut
 
 
 def write_answers(found: Iterable[Answer], output: str) -> int:
-    """Write answers as they come, to a .jsonl, .csv or .tsv file, or with ``-`` as JSON lines to stdout; their number.
+    """Stream answers to a .jsonl, .csv or .tsv file, or with ``-`` as JSON lines to stdout; return how many.
 
-    A file appears when it is complete. In a table each probability has a column, lists are JSON.
+    A file appears only when it is complete. In a table each probability has its own column; lists are JSON.
 
     Raises:
-        UserError: the name ends otherwise.
+        UserError: the output is of another kind.
     """
     suffix = ".jsonl" if output == "-" else Path(output).suffix
     if suffix not in (".jsonl", ".csv", ".tsv"):
-        raise UserError(f"answers are written to .jsonl, .csv or .tsv, or to -, not to {output}")
+        raise UserError(f"cannot write answers to {output}: name a .jsonl, .csv or .tsv file, or - for stdout")
     opened: AbstractContextManager[IO[bytes]] = (
         nullcontext(sys.stdout.buffer) if output == "-" else atomic_file(Path(output))
     )
@@ -156,11 +144,12 @@ def write_answers(found: Iterable[Answer], output: str) -> int:
 
 
 def _cells(each: Answer) -> dict[str, Any]:
-    chances = each.get("probabilities")
-    if isinstance(chances, dict):
-        named = {f"probability {name}": chance for name, chance in chances.items()}
-        return {"label": each["label"], **named}
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in each.items()}
+    """The cells of an answer's row, by column."""
+    cells = {n: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for n, value in each.items()}
+    if isinstance(chances := each.get("probabilities"), dict):
+        del cells["probabilities"]
+        cells |= {f"probability {name}": chance for name, chance in chances.items()}
+    return cells
 
 
 def _table_row(cells: list[Any], suffix: str) -> bytes:

@@ -1,7 +1,7 @@
-"""Examples of a task as sequences of tokens (``packed_sequences``), and the places that its answers are read from.
+"""Examples of a task as token sequences (``packed_sequences``), and the positions that its answers are read from.
 
-An *item* is what a task's head answers once: a text, a pair of texts, a text with one of its choices, or a word. It is
-read from the mean of its places: all of a sequence's ("mean"), the last one ("last"), or the first token of a word.
+An *item* gets one answer of the head: a text, a pair of texts, a text with one of its choices, or a word. Its vector is
+the mean over its positions: all of a sequence ("mean"), the last one ("last"), or the first token of a word.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Tokens = list[int]
 
 
 @dataclass(frozen=True)
-class Span:
+class TokenSpan:
     """The tokens ``start`` to ``stop`` of sequence number ``sequence`` of an example."""
 
     sequence: int
@@ -28,15 +28,15 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedExample:
     """An example as tokens: its sequences, and for each of its items the spans whose means are averaged.
 
-    ``cut`` tells that it was longer than the context, and truncated or read in several windows. Of ``joined`` items in
-    a row, the vectors are put together for one answer.
+    ``cut``: it was longer than the context, and truncated or split into windows. The vectors of ``joined`` consecutive
+    items are combined for one answer.
     """
 
     sequences: tuple[Tokens, ...]
-    items: tuple[tuple[Span, ...], ...]
+    items: tuple[tuple[TokenSpan, ...], ...]
     cut: bool
     joined: int = 1
 
@@ -47,11 +47,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How examples of a kind (``settings.TASKS`` but instructions) become sequences of at most ``context_length``.
+    """Encodes examples of the task ``kind`` as sequences of at most ``context_length`` tokens.
 
-    ``pooling`` is "mean" or "last". A text that is longer than the context is truncated, or with ``windows`` read in
-    windows side by side, whose means are averaged; of a pair the longer text is truncated first, token by token, and
-    the words of a long text are always read in windows. With ``apart`` each text of a pair is a text of its own.
+    ``pooling`` is "mean" or "last". A text that is longer than the context is truncated, or with ``windows`` split into
+    adjacent windows, whose means are averaged. In a pair, the longer text is truncated first, token by token; the words
+    of a long text are always split into windows. With ``apart`` each text of a pair is its own sequence.
     """
 
     tokenizer: Tokenizer
@@ -61,8 +61,8 @@ class Encoder:
     windows: bool = False
     apart: bool = False
 
-    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """All of these examples, tokenized together."""
+    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
+        """Encode these examples, tokenized together."""
         if self.kind == "tokens":
             spelled = [[" " * (i > 0) + word for i, word in enumerate(example.texts)] for example in examples]
         else:
@@ -70,7 +70,7 @@ class Encoder:
         texts = iter(self.tokenizer.encode_batch(list(chain.from_iterable(spelled))))
         return [self._encoded([next(texts) for _ in parts]) for parts in spelled]
 
-    def _encoded(self, parts: list[Tokens]) -> Encoded:
+    def _encoded(self, parts: list[Tokens]) -> EncodedExample:
         if self.kind == "tokens":
             return self._words(parts)
         if self.kind == "choice":
@@ -79,17 +79,17 @@ class Encoder:
             return _together([self._encoded([part]) for part in parts], joined=2)
         return self._in_windows(parts[0]) if self.windows and len(parts) == 1 else self._text(parts)
 
-    def _text(self, parts: list[Tokens]) -> Encoded:
+    def _text(self, parts: list[Tokens]) -> EncodedExample:
         sequence, cut = sequence_of(parts, self.tokenizer.end_of_text_id, self.context_length)
-        return Encoded((sequence,), ((self._span(0, sequence),),), cut)
+        return EncodedExample((sequence,), ((self._span(0, sequence),),), cut)
 
-    def _in_windows(self, text: Tokens) -> Encoded:
+    def _in_windows(self, text: Tokens) -> EncodedExample:
         room = self.context_length - 1
         sequences = [self._sequence(text[first : first + room]) for first in range(0, len(text) or 1, room)]
         spans = tuple(self._span(n, sequence) for n, sequence in enumerate(sequences))
-        return Encoded(tuple(sequences), (spans,), len(sequences) > 1)
+        return EncodedExample(tuple(sequences), (spans,), len(sequences) > 1)
 
-    def _words(self, words: list[Tokens]) -> Encoded:
+    def _words(self, words: list[Tokens]) -> EncodedExample:
         room = self.context_length - 1
         sequences, items = [self._sequence([])], []
         for word in words:
@@ -97,35 +97,43 @@ class Encoder:
                 sequences.append(self._sequence([]))
             here = len(sequences[-1])
             sequences[-1] += word[:room]
-            at = min(here, len(sequences[-1]) - 1)  # a word without tokens is read where it would be
-            items.append((Span(len(sequences) - 1, at, at + 1),))
-        return Encoded(tuple(sequences), tuple(items), len(sequences) > 1 or any(len(word) > room for word in words))
+            at = min(here, len(sequences[-1]) - 1)  # a word without tokens is read from where it would start
+            items.append((TokenSpan(len(sequences) - 1, at, at + 1),))
+        return EncodedExample(
+            tuple(sequences), tuple(items), len(sequences) > 1 or any(len(word) > room for word in words)
+        )
 
     def _sequence(self, tokens: Tokens) -> Tokens:
         return [self.tokenizer.end_of_text_id, *tokens]
 
-    def _span(self, number: int, sequence: Tokens) -> Span:
+    def _span(self, number: int, sequence: Tokens) -> TokenSpan:
         stop = len(sequence)
-        return Span(number, stop - 1 if self.pooling == "last" else 0, stop)
+        return TokenSpan(number, stop - 1 if self.pooling == "last" else 0, stop)
 
 
-def _together(parts: Sequence[Encoded], joined: int = 1) -> Encoded:
-    """Several as one example, with the items of all."""
+def _together(parts: Sequence[EncodedExample], joined: int = 1) -> EncodedExample:
+    """Combine several into one example with the items of all."""
     items, first = [], 0
     for part in parts:
-        items += [tuple(Span(first + span.sequence, span.start, span.stop) for span in spans) for spans in part.items]
+        items += [
+            tuple(TokenSpan(first + span.sequence, span.start, span.stop) for span in spans) for spans in part.items
+        ]
         first += len(part.sequences)
     sequences = tuple(sequence for part in parts for sequence in part.sequences)
-    return Encoded(sequences, tuple(items), any(part.cut for part in parts), joined)
+    return EncodedExample(sequences, tuple(items), any(part.cut for part in parts), joined)
 
 
-class HasTokens(Protocol):
+class TaskExample(Protocol):
+    """An encoded example: how many tokens the model reads, and whether it was longer than the context."""
+
     @property
     def tokens(self) -> int: ...
+    @property
+    def cut(self) -> bool: ...
 
 
-def in_parts(encoded: Sequence[HasTokens], most_tokens: int) -> Iterator[tuple[int, int]]:
-    """Runs [first, stop) of examples that have at most ``most_tokens`` tokens together, or are one example."""
+def in_parts(encoded: Sequence[TaskExample], most_tokens: int) -> Iterator[tuple[int, int]]:
+    """Split into runs [first, stop) of examples with at most ``most_tokens`` tokens in total, or of one example."""
     first, tokens = 0, 0
     for number, example in enumerate(encoded):
         if number > first and tokens + example.tokens > most_tokens:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.data.example_files import json_lines
 from lm.inference.generator import Event, Generator
 from lm.inference.sampling import Sampling
 
@@ -133,30 +134,21 @@ def check_prompts(path: Path, defaults: Sampling) -> int:
     return count
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str | None]]:
-    """Yield the non-empty lines with file and line number; None for one that is not valid UTF-8."""
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """The objects of the lines, each with its place; a phrase for a line that has none."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield f"{path}, line {number}", line.decode("utf-8")
-                    except UnicodeDecodeError:
-                        yield f"{path}, line {number}", None
+            yield from json_lines(str(path), enumerate(file, 1))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _parsed(line: str | None, defaults: Sampling) -> tuple[Prompt | None, list[str]]:
-    """Return the prompt of a line, or None and its problems."""
-    if line is None:
-        return None, ["not valid UTF-8"]
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        return None, ["not JSON"]
-    if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
-        return None, ['not an object with a string "prompt"']
+def _parsed(content: dict[str, Any] | str, defaults: Sampling) -> tuple[Prompt | None, list[str]]:
+    """The prompt of a line, or None and what is wrong with it."""
+    if isinstance(content, str):
+        return None, [content]
+    if not isinstance(content.get("prompt"), str):
+        return None, ['no object with a text "prompt"']
     kinds = {f.name: _kind(getattr(defaults, f.name), f.name) for f in dataclasses.fields(Sampling)}
     given = {name: value for name, value in content.items() if name != "prompt"}
     problems = [f'unknown setting "{name}"; the settings are {", ".join(kinds)}' for name in given if name not in kinds]

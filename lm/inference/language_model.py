@@ -48,12 +48,12 @@ class LanguageModel:
         """
         batch, model = batch.to(self.device), self.model
         if layer in (-1, len(model.blocks)):
-            return model(batch.inputs, batch.positions, batch.lo, batch.hi)
+            return model.read(batch)
         caught: list[Tensor] = []
         module = model.embedding if layer == 0 else model.blocks[layer - 1]
         hook = module.register_forward_hook(lambda module, inputs, output: caught.append(output))
         try:
-            model(batch.inputs, batch.positions, batch.lo, batch.hi)
+            model.read(batch)
         finally:
             hook.remove()
         return caught[0]

@@ -1,6 +1,6 @@
-"""Runs beside one another: what differs in their settings, where they stand, and their curves in one picture.
+"""Compare runs: their different settings, their losses, and their curves in one chart.
 
-Only files that a run writes as it goes are read, so runs that are training can be compared too.
+Only files that are written during training are read, so unfinished runs can be compared too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNITS = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One of the runs that are compared, with the lines of its metrics."""
+    """One of the runs to compare, with the lines of its metrics."""
 
     name: str
     run: Run
@@ -31,7 +31,7 @@ class Entry:
 
     @property
     def objective(self) -> str:
-        """What it learns; the task of a fine-tuning."""
+        """Its objective, or the task of a fine-tuning."""
         config = self.run.config
         return config.finetune.task if config.is_finetuning else config.objective.objective
 
@@ -39,7 +39,7 @@ class Entry:
         return step * self.run.config.data.batch_tokens
 
     def training_losses(self) -> Series:
-        """(tokens seen, loss) for each objective, in nats per token."""
+        """(tokens seen, loss) by objective, in nats per token."""
         readouts = OBJECTIVES.get(self.objective, ("", (self.objective,)))[1]
         alone = readouts[0] if len(readouts) == 1 else self.objective
         found: Series = {}
@@ -51,16 +51,16 @@ class Entry:
         return found
 
     def validations(self) -> dict[str, list[dict[str, Any]]]:
-        """For each readout its losses, with the step and the tokens seen."""
+        """The validation losses by readout, with the step and the tokens seen."""
         found: dict[str, list[dict[str, Any]]] = {}
         for line in self.lines:
             for readout, loss in line.get("validation", {}).items():
-                place = {"step": line["step"], "tokens": self.tokens(line["step"])}
-                found.setdefault(readout, []).append(place | loss)
+                seen = {"step": line["step"], "tokens": self.tokens(line["step"])}
+                found.setdefault(readout, []).append(seen | loss)
         return found
 
     def data_fingerprint(self) -> str | None:
-        """What names the content of the data, from the newest checkpoint that says so."""
+        """The hash of the data's content, from the newest checkpoint that has it."""
         for state in sorted(self.run.path.glob(f"checkpoints/step_*/{STATE}"), reverse=True):
             try:
                 return str(read_json(state)["data_fingerprint"])
@@ -70,13 +70,13 @@ class Entry:
 
 
 def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
-    """The runs to compare, each by the name of its directory, or by its path where names are alike.
+    """Open the runs to compare, named by their directories, or by their paths if names repeat.
 
     Raises:
-        UserError: there are not two, or one of them is no run or has logged nothing yet.
+        UserError: there are fewer than two, or one is not a run or has logged nothing yet.
     """
     if len(paths) < 2:
-        raise UserError("name two runs to compare, or more")
+        raise UserError("name at least two runs to compare")
     names = [Path(path).resolve().name for path in paths]
     entries = []
     for path, name in zip(paths, names, strict=True):
@@ -84,17 +84,17 @@ def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
         entries.append(Entry(name if names.count(name) == 1 else str(path), run, list(run.metrics())))
     for entry in entries:
         if not summary(entry.lines):
-            raise UserError(f"{entry.run.path} has nothing in its {METRICS} yet: train it first")
+            raise UserError(f"{entry.run.path} has no metrics in {METRICS} yet: train it first")
     return entries
 
 
 def compare(entries: Sequence[Entry]) -> dict[str, Any]:
-    """What there is to say, ready for JSON.
+    """Compare the runs; the result is ready for JSON.
 
     Returns:
-        ``unit`` is the unit that losses may be compared in, ``remarks`` what must be known beside the numbers;
-        ``runs`` has for each run where it stands and, for each readout, its ``final`` and its ``best`` validation;
-        ``settings`` the values of those settings that differ, in the order of the runs.
+        ``unit`` is the unit in which losses are comparable, and ``remarks`` are caveats about the numbers; ``runs`` has
+        the state of each run and, per readout, its ``final`` and its ``best`` validation; ``settings`` has the values
+        of the settings that differ, in the order of the runs.
     """
     flat = [entry.run.config.flat() for entry in entries]
     same_tokenizer = _alike(entry.run.tokenizer.sha256 for entry in entries)
@@ -102,12 +102,12 @@ def compare(entries: Sequence[Entry]) -> dict[str, Any]:
     return {
         "unit": unit,
         "remarks": _remarks(entries, same_tokenizer=same_tokenizer),
-        "runs": [_standing(entry, unit) for entry in entries],
+        "runs": [_state_of(entry, unit) for entry in entries],
         "settings": {name: [values[name] for values in flat] for name in flat[0] if not _alike(v[name] for v in flat)},
     }
 
 
-def _standing(entry: Entry, unit: str) -> dict[str, Any]:
+def _state_of(entry: Entry, unit: str) -> dict[str, Any]:
     return {
         "run": str(entry.run.path),
         "name": entry.name,
@@ -135,13 +135,13 @@ def _remarks(entries: Sequence[Entry], *, same_tokenizer: bool) -> list[str]:
     fingerprints = [entry.data_fingerprint() for entry in entries]
     known = None not in fingerprints
     if not _alike(fingerprints if known else [entry.run.config.data.data for entry in entries]):
-        remarks.append("The data differ, so the losses may be of different texts.")
+        remarks.append("The data differ, so the losses may be on different texts.")
     parts = [[rows_validated(line) for line in entry.lines if line.get("validation")][-1:] for entry in entries]
     if not _alike(parts):
-        told = ", ".join(
+        named = ", ".join(
             f"{e.name} {part[0] if part and part[0] else 'unknown'}" for e, part in zip(entries, parts, strict=True)
         )
-        remarks.append(f"The validations are of different parts of the split: {told}.")
+        remarks.append(f"The validations use different parts of the split: {named}.")
     return remarks + [f"{entry.name}: {sentence}" for entry in entries if (sentence := overfitting(entry.lines))]
 
 
@@ -151,9 +151,9 @@ def _alike(values: Any) -> bool:
 
 
 def rows(comparison: dict[str, Any]) -> list[list[str]]:
-    """The numbers as a table of texts: the names of the runs, then what was measured and a cell for each run.
+    """The numbers as a table of texts: a header with the names of the runs, then a row per quantity.
 
-    A cell is "" where a run does not have it.
+    A cell is "" if a run does not have the quantity.
     """
     runs, unit = comparison["runs"], comparison["unit"]
     table = [
@@ -164,9 +164,9 @@ def rows(comparison: dict[str, Any]) -> list[list[str]]:
         ["tokens/s, median", *(f"{run['tokens_per_second']:,.0f}" for run in runs)],
     ]
     if any("share_of_peak" in run for run in runs):
-        table.append(["share of peak, median", *(_cell(run.get("share_of_peak"), "{:.1%}") for run in runs)])
+        table.append(["fraction of peak, median", *(_cell(run.get("share_of_peak"), "{:.1%}") for run in runs)])
     if any("memory_bytes" in run for run in runs):
-        table.append(["memory, most", *(_cell(run.get("memory_bytes"), "{:,} bytes") for run in runs)])
+        table.append(["peak memory", *(_cell(run.get("memory_bytes"), "{:,} bytes") for run in runs)])
     if unit == "nats_per_token":
         for objective in _names(runs, "training_loss"):
             cells = (_cell(run["training_loss"].get(objective), "{:.4f}") for run in runs)
@@ -183,7 +183,7 @@ def rows(comparison: dict[str, Any]) -> list[list[str]]:
 
 
 def differences(comparison: dict[str, Any]) -> list[list[str]]:
-    """The settings that differ, in the same form: the name of the setting, and a cell for each run."""
+    """The settings that differ as a table of texts: the name of the setting, then a cell per run."""
     return [
         [name, *(" ".join(value) if isinstance(value, tuple) else str(value) for value in values)]
         for name, values in comparison["settings"].items()
@@ -195,7 +195,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def write_comparison(entries: Sequence[Entry], comparison: dict[str, Any], out: Path) -> None:
-    """Write the page ``out``: the table, the curves over one another, and the settings that differ."""
+    """Write the page ``out``: the table, the curves of all runs in common charts, and the settings that differ."""
     page = render(
         "compare.html",
         names=[entry.name for entry in entries],
@@ -208,7 +208,7 @@ def write_comparison(entries: Sequence[Entry], comparison: dict[str, Any], out: 
 
 
 def _curves(entries: Sequence[Entry], comparison: dict[str, Any]) -> list[str]:
-    """Training and validation losses against the tokens seen, a panel for each objective and readout."""
+    """Training and validation losses by tokens seen, with a panel per objective and readout."""
     unit, runs = comparison["unit"], comparison["runs"]
     training, validation = [], []
     if unit == "nats_per_token":
@@ -226,5 +226,5 @@ def _curves(entries: Sequence[Entry], comparison: dict[str, Any]) -> list[str]:
 
 
 def _names(runs: Sequence[dict[str, Any]], key: str) -> list[str]:
-    """The objectives or readouts that any of the runs has, in their order."""
+    """The objectives or readouts that occur in any of the runs, in order."""
     return list(dict.fromkeys(name for run in runs for name in run[key]))

@@ -1,4 +1,4 @@
-"""What the HTML pages share: one look, and curves as SVG inside the page, which needs no network."""
+"""Common parts of the HTML pages: one style, and charts as inline SVG, so that a page needs no network."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import jinja2
 
 Series = dict[str, list[tuple[float, float]]]
 
-COLOURS = ("#b3471d", "#2b5d8c", "#5a7d2a", "#7a4b8c", "#b08a1e", "#3d8a86")
+COLORS = ("#b3471d", "#2b5d8c", "#5a7d2a", "#7a4b8c", "#b08a1e", "#3d8a86")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing: named lines, named series of marked points, and named places on the horizontal axis.
+    """One chart: named lines, named series of marked points, and named positions on the horizontal axis.
 
-    The first of the lines and the first of the points share a colour, and so on; an empty series keeps its turn.
+    The first line and the first series of points have the same color, and so on; an empty series counts too.
     """
 
     title: str
@@ -32,7 +32,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bars:
-    """One drawing: a bar for each name, from above to below, with its value and the half width of its error."""
+    """One chart: a horizontal bar per name, from top to bottom, with its value and the half-width of its error bar."""
 
     title: str
     values: dict[str, tuple[float, float]]
@@ -40,7 +40,7 @@ class Bars:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page of ``lm/templates``; what it is given is escaped, and a name that it lacks is an error."""
+    """Render a page of ``templates``; values are escaped, and an undefined name is an error."""
     return (
         jinja2.Environment(
             loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -53,7 +53,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def draw(panels: Sequence[Panel | Bars], height: float) -> str:
-    """Panels side by side, ``height`` inches high and together 9 wide, as one SVG element without a date."""
+    """Draw panels in a row, ``height`` inches high and 9 inches wide in total, as one SVG element without a date."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -80,12 +80,12 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     marked: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "--"}
     for kind, style in ((panel.lines, plain), (panel.points, marked)):
         for number, (label, series) in enumerate(kind.items()):
-            colour = COLOURS[number % len(COLOURS)]
-            axes.plot(*zip(*series, strict=True), color=colour, label=_literal(label), **style)
-    for label, place in panel.marks.items():
-        axes.axvline(place, color="#5b6477", linewidth=1, linestyle=":", label=_literal(label))
+            color = COLORS[number % len(COLORS)]
+            axes.plot(*zip(*series, strict=True), color=color, label=_literal(label), **style)
+    for label, position in panel.marks.items():
+        axes.axvline(position, color="#5b6477", linewidth=1, linestyle=":", label=_literal(label))
     axes.set(title=_literal(panel.title), xlabel=panel.horizontal)
-    if axes.get_xlim()[1] > 10:  # steps; "k" for thousands, and no "m" for shares
+    if axes.get_xlim()[1] > 10:  # steps: "k" for thousands; but no "m" for fractions
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color="#dfe3ea", linewidth=0.6)
     axes.patch.set_alpha(0)
@@ -95,10 +95,10 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
 
 def _draw_bars(axes: Any, bars: Bars) -> None:
     values, errors = zip(*bars.values.values(), strict=True)
-    places = range(len(bars.values))
-    axes.barh(places, values, xerr=errors, height=0.6, color=COLOURS[1], error_kw={"linewidth": 1.2, "capsize": 3})
+    positions = range(len(bars.values))
+    axes.barh(positions, values, xerr=errors, height=0.6, color=COLORS[1], error_kw={"linewidth": 1.2, "capsize": 3})
     axes.set(title=_literal(bars.title), xlabel=_literal(bars.horizontal), xlim=(min(0.0, *values), None))
-    axes.set_yticks(places, [_literal(name) for name in bars.values])
+    axes.set_yticks(positions, [_literal(name) for name in bars.values])
     axes.invert_yaxis()
     axes.grid(axis="x", color="#dfe3ea", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -106,6 +106,6 @@ def _draw_bars(axes: Any, bars: Bars) -> None:
 
 
 def _literal(text: str) -> str:
-    """Text that matplotlib takes as it is: no mathematics between dollars, and no label that it hides."""
+    """Escape text for matplotlib: no math between dollar signs, and no leading underscore, which hides a label."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

@@ -1,4 +1,4 @@
-"""``report.html``: curves, losses, samples, settings and environment of a run, in one file that needs no network."""
+"""``report.html`` of a run: curves, losses, samples, settings and environment, in one file that needs no network."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def write_report(
 ) -> Path:
     """Write ``report.html`` into the run directory and return its path.
 
-    ``prompts`` are continued and ``fills`` filled, as far as the run's objective has taught it; ``evaluation`` is what
-    ``validation_loss.evaluate`` returned, or None; ``checkpoint`` is whose model writes them (None: the newest).
+    ``prompts`` are continued and ``fills`` filled, if the run's objective allows; ``evaluation`` is the result of
+    ``validation_loss.evaluate``, or None; ``checkpoint`` has the model to use (None: the newest).
     """
     checkpoint = checkpoint or run.newest()
     model = run.load_model(choose_device("auto"), checkpoint)
@@ -64,7 +64,7 @@ def write_report(
         continued=continued,
         filled=filled,
         sampling=f"Continued at temperature {SAMPLE.temperature:g}, top-p {SAMPLE.top_p:g}, seed {SAMPLE.seed}; "
-        "masks filled with the likeliest token, the surest first.",
+        "each mask filled with its most likely token, the most confident first.",
         settings=_settings(run),
         environment=environment(model),
     )
@@ -74,7 +74,7 @@ def write_report(
 
 
 def environment(model: Transformer) -> dict[str, str]:
-    """What the run was made with and on."""
+    """The versions and the machine that the report was made with."""
     device = next(model.parameters()).device
     return {
         "Kindling": __version__,
@@ -93,12 +93,12 @@ def _evaluation_rows(evaluation: dict[str, Any] | None) -> dict[str, Any] | None
     return {
         "rows": [
             {
-                "name": name + (" (floor)" if is_floor else ""),
-                "floor": is_floor,
+                "name": name + (" (baseline)" if is_baseline else ""),
+                "is_baseline": is_baseline,
                 "nats": "" if loss["nats_per_token"] is None else f"{loss['nats_per_token']:.3f}",
                 "bits": f"{loss['bits_per_byte']:.3f}",
             }
-            for losses, is_floor in ((evaluation["validation"], False), (evaluation["floors"], True))
+            for losses, is_baseline in ((evaluation["validation"], False), (evaluation["floors"], True))
             for name, loss in losses.items()
         ],
         "protocol": evaluation["protocol"].capitalize(),
@@ -110,10 +110,10 @@ def _evaluation_rows(evaluation: dict[str, Any] | None) -> dict[str, Any] | None
 def _shown(model: LanguageModel, text: str) -> dict[str, Any]:
     try:
         filled = fill_masks(model, text)
-    except UserError as problem:  # one text that cannot be filled is no reason to go without a report
+    except UserError as problem:  # one text that cannot be filled must not prevent the report
         return {"pieces": [(f"{text} ({problem})", False)], "candidates": []}
-    told = [[(token.strip(), f"{probability:.0%}") for token, probability in each] for each in filled.candidates]
-    return {"pieces": filled.pieces, "candidates": told}
+    candidates = [[(token.strip(), f"{probability:.0%}") for token, probability in each] for each in filled.candidates]
+    return {"pieces": filled.pieces, "candidates": candidates}
 
 
 def _settings(run: Run) -> dict[str, list[dict[str, Any]]]:
@@ -126,7 +126,7 @@ def _settings(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def _curves(lines: list[dict[str, Any]]) -> list[str]:
-    """Losses, learning rate, gradient and speed against the step, each pair as an SVG element."""
+    """Losses, learning rate, gradient norm and speed by step, as SVG elements."""
     training = [line for line in lines if "loss" in line]
     if not training:
         return []
@@ -145,7 +145,7 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
     marks = {f"best validation, step {best['step']:,}": best["step"]} if best and best is not validated[-1] else {}
     speed = [Panel("tokens per second", {"": series(training, "tokens_per_second")})]
     if peak := series(training, "share_of_peak"):
-        speed.append(Panel("share of peak", {"": peak}))
+        speed.append(Panel("fraction of peak", {"": peak}))
     return [
         draw([Panel("loss, nats per token", curves, points, marks)], height=3.6),
         draw([Panel(name.replace("_", " "), {"": series(training, name)}) for name in RATES], height=2.2),
@@ -154,31 +154,31 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def _summary(lines: list[dict[str, Any]]) -> dict[str, str]:
-    """Where the run stands, in words."""
+    """The state of the run, in words."""
     words = {
         "tokens": ("tokens seen", "{:,}"),
         "epoch": ("epochs seen", "{:.2f}"),
         "tokens_per_second": ("tokens per second, median", "{:,.0f}"),
-        "share_of_peak": ("share of the machine's peak, median", "{:.1%}"),
-        "memory_bytes": ("memory, most", "{:,} bytes"),
+        "share_of_peak": ("fraction of the machine's peak, median", "{:.1%}"),
+        "memory_bytes": ("peak memory", "{:,} bytes"),
     }
     found = summary(lines)
-    told = {label: form.format(found[name]) for name, (label, form) in words.items() if name in found}
+    state = {label: form.format(found[name]) for name, (label, form) in words.items() if name in found}
     if best := best_validation(lines):
         losses = ", ".join(f"{name} {loss['nats_per_token']:.3f}" for name, loss in best["validation"].items())
-        told["best validation"] = f"step {best['step']:,}: {losses} nats per token"
+        state["best validation"] = f"step {best['step']:,}: {losses} nats per token"
         if part := rows_validated(best):
-            told["validated on"] = part
+            state["validated on"] = part
     if skipped := sum(line["event"] in ("skip", "lower") for line in lines if "event" in line):
-        told["steps left out"] = f"{skipped:,}"
-    return told
+        state["skipped steps"] = f"{skipped:,}"
+    return state
 
 
 def _events(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     done = {
-        "skip": "left out",
-        "lower": "left out, learning rate lowered to {rate:g} of its plan",
-        "roll_back": "went back here, with {rate:g} of the planned learning rate",
+        "skip": "skipped",
+        "lower": "skipped, learning rate lowered to {rate:g} of the schedule",
+        "roll_back": "rolled back to this step, with {rate:g} of the scheduled learning rate",
     }
     return [
         {

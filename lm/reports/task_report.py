@@ -1,4 +1,4 @@
-"""``report.html`` of a table of tasks: the table, a picture, and what one row got right and wrong, by example."""
+"""``report.html`` of ``kindling tasks``: tables, charts, and the predictions of one row example by example."""
 
 from __future__ import annotations
 
@@ -10,28 +10,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.files import write_atomically
-from lm.evaluation.task_table import ROWS, Cell, Examples, Summary, findings, summarise
+from lm.evaluation.task_table import ROWS, Cell, Examples, Summary, findings, summarize
 from lm.finetuning.metrics import CALIBRATION_BINS, calibration, confusion_matrix
 from lm.reports.page import Bars, Panel, draw, render
 
 HARDEST = 10
-LOOKED_AT = ("full", "lora", "probe", "knn", "untrained", "tfidf", "majority")  # the first of these that is there
+DETAILED = (
+    "full",
+    "lora",
+    "probe",
+    "knn",
+    "untrained",
+    "tfidf",
+    "majority",
+)  # the first of these that exists is shown in detail
 
 
 def write_task_report(path: Path, name: str, lead: str, tasks: Sequence[Examples], cells: Sequence[Cell]) -> None:
-    """Write one page, that needs no network, about the cells of some tasks.
+    """Write a page, which needs no network, about the cells of some tasks.
 
     Args:
-        name: of the run; ``lead`` says in a sentence what it is and how it was read.
+        name: of the run; ``lead`` is a sentence about the run and how texts were read.
     """
     sections = [_section(examples, [c for c in cells if c.task == examples.task.name]) for examples in tasks]
     write_atomically(path, render("tasks.html", name=name, lead=lead, sections=sections, rows=ROWS))
 
 
 def table(summaries: Sequence[Summary], judged_by: str) -> tuple[list[str], list[list[str]]]:
-    """A task's table as text: header and rows, the metric that the task is judged by first."""
+    """A task's table as texts, header and rows; the metric ``judged_by`` comes first."""
     metrics = sorted(summaries[0].metrics, key=lambda name: name != judged_by)
-    header = ["", *metrics, "learned parameters", "seconds"]
+    header = ["", *metrics, "trained parameters", "seconds"]
     rows = [
         [
             summary.row,
@@ -49,22 +57,22 @@ def _number(mean: float, deviation: float, seeds: int) -> str:
 
 
 def _section(examples: Examples, cells: Sequence[Cell]) -> dict[str, Any]:
-    """What the page says about one task."""
-    task, summaries = examples.task, summarise(cells)
+    """The values of the template for one task."""
+    task, summaries = examples.task, summarize(cells)
     header, rows = table(summaries, task.judged_by)
     values = {summary.row: summary.metrics[task.judged_by] for summary in summaries}
-    by_row = {cell.row: cell for cell in reversed(cells)}  # of several seeds the first
-    shown = by_row[next(row for row in (*LOOKED_AT, *by_row) if row in by_row)]
+    by_row = {cell.row: cell for cell in reversed(cells)}  # the first of several seeds
+    shown = by_row[next(row for row in (*DETAILED, *by_row) if row in by_row)]
     outputs = np.array(shown.outputs)
     truth = examples.values(examples.test)
     return {
         "name": task.name,
-        "size": f"{len(examples.train):,} examples to learn from, {len(examples.test):,} to be judged by; "
+        "size": f"{len(examples.train):,} training examples, {len(examples.test):,} test examples; "
         f"seeds {', '.join(map(str, summaries[0].seeds))}",
         "header": header,
         "rows": rows,
         "findings": findings(summaries, task.judged_by),
-        "picture": draw([Bars("", values, f"{task.judged_by}, ± one standard deviation over seeds")], height=3.0),
+        "chart": draw([Bars("", values, f"{task.judged_by}, ± one standard deviation over seeds")], height=3.0),
         "shown": f"{ROWS[shown.row]}, seed {shown.seed}",
         "confusion": _confusion(examples, outputs, truth),
         "calibration": draw([_calibration(examples, outputs, truth)], height=3.0),
@@ -83,36 +91,36 @@ def _calibration(examples: Examples, outputs: NDArray[np.float64], truth: NDArra
     if examples.labels is not None:
         bins, error = calibration(outputs, truth)
         points = [(each.confidence, each.accuracy) for each in bins]
-        title = f"how often it is right; expected calibration error {error:.3f}"
+        title = f"accuracy by confidence; expected calibration error {error:.3f}"
         ends, horizontal = [(1 / examples.classes, 1 / examples.classes), (1.0, 1.0)], "confidence"
     else:
         order = np.argsort(outputs, kind="stable")
         parts = [part for part in np.array_split(order, CALIBRATION_BINS) if len(part)]
         points = [(float(outputs[part].mean()), float(truth[part].mean())) for part in parts]
-        title, horizontal = "mean of the true numbers, for each tenth of the predictions", "prediction"
+        title, horizontal = "mean true number, by tenths of the predictions", "prediction"
         low, high = float(truth.min()), float(truth.max())
         ends = [(low, low), (high, high)]
     return Panel(title, {"perfect": ends}, {"measured": points}, horizontal=horizontal)
 
 
 def _hardest(examples: Examples, outputs: NDArray[np.float64], truth: NDArray[Any]) -> list[dict[str, Any]]:
-    """The errors that were made with most confidence, or the numbers that are farthest off."""
+    """The errors with the highest confidence, or the numbers that are farthest off."""
     if examples.labels is not None:
         answered = outputs.argmax(1)
         badness = np.where(answered == truth, -1.0, outputs.max(1))
         names = examples.labels.names
-        told = [(names[a], names[t], f"{o.max():.0%}") for a, t, o in zip(answered, truth, outputs, strict=True)]
+        shown = [(names[a], names[t], f"{o.max():.0%}") for a, t, o in zip(answered, truth, outputs, strict=True)]
     else:
         badness = np.abs(outputs - truth)
-        told = [(f"{o:.2f}", f"{t:g}", f"{abs(o - t):.2f} off") for o, t in zip(outputs, truth, strict=True)]
+        shown = [(f"{o:.2f}", f"{t:g}", f"{abs(o - t):.2f} off") for o, t in zip(outputs, truth, strict=True)]
     worst = [int(number) for number in np.argsort(-badness, kind="stable")[:HARDEST] if badness[number] > 0]
     return [
         {
             "texts": examples.test[number].texts,
             "place": examples.test[number].place.rpartition("/")[2],
-            "answer": told[number][0],
-            "truth": told[number][1],
-            "sure": told[number][2],
+            "answer": shown[number][0],
+            "truth": shown[number][1],
+            "sure": shown[number][2],
         }
         for number in worst
     ]

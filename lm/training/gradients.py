@@ -76,3 +76,35 @@ def accumulated(
         cost.backward()
         total = total.to(cost.device) + cost.detach()
     return total
+
+
+def accumulated_over_vectors(
+    model: nn.Module,
+    parts: Sequence[Part],
+    vectors: Callable[[nn.Module, Part], Tensor],
+    loss: Callable[[Sequence[Tensor]], Tensor],
+    config: Config,
+    step: int,
+) -> Tensor:
+    """Leave the gradient of a loss that compares the vectors of all parts in the parameters; return that loss.
+
+    The gradient is exact with the memory of one part: the vectors are computed without a graph, then the loss's
+    gradient with respect to them, and each part is computed again, with the same dropout, to backpropagate its share
+    (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup").
+
+    Args:
+        vectors: the vectors of a part, (vectors, width).
+        loss: the scalar loss from the vectors of each part.
+    """
+
+    def seeded(number: int, part: Part) -> Tensor:
+        torch.manual_seed(keyed_random.key(config.training.seed, Stream.FINETUNING_DROPOUT, step, number) >> 1)
+        return vectors(model, part)
+
+    model.zero_grad()
+    with torch.no_grad():
+        found = [seeded(number, part) for number, part in enumerate(parts)]
+    total = loss([each.requires_grad_() for each in found])
+    for number, (part, gradient) in enumerate(zip(parts, torch.autograd.grad(total, found), strict=True)):
+        seeded(number, part).backward(gradient)
+    return total.detach()

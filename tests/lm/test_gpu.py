@@ -164,12 +164,12 @@ def test_a_gpu_writes_the_likeliest_text_that_a_cpu_writes(run):
 @pytest.mark.parametrize("method", ["full", "lora", "probe"])
 def test_fine_tuning_learns_and_answers_alike_on_both_devices(method, task_settings, recorder, tmp_path):
     done = finetune(task_settings("classification", method=method, device="cuda"), tmp_path / "run", recorder)
-    assert done.metrics["accuracy"] > {"full": 0.9, "lora": 0.8, "probe": 0.5}[method]
+    assert done.scores["accuracy"] > {"full": 0.9, "lora": 0.8, "probe": 0.5}[method]
     told = []
     for device in (CPU, GPU):
-        predictor = open_predictor(done.run.path, device)
+        predictor = open_predictor(done.path, device)
         told.append(
-            [answer for answer, _ in predict(predictor, read_inputs(predictor, done.run.config.finetune.validation))]
+            [answer for answer, _ in predict(predictor, read_inputs(predictor, done.config.finetune.validation))]
         )
     assert [a["label"] for a in told[0]] == [a["label"] for a in told[1]]
 

@@ -64,7 +64,7 @@ def test_a_choice_is_named_by_number_letter_or_text(write):
     assert read_examples(path, "choice", Columns(choices=("x", "y")))[0].texts == ("q", "one", "two")
     with pytest.raises(UserError, match='line 1: the answer "2" is none of the 2 choices'):
         read_examples(write([rows[0] | {"label": 2}]), "choice")
-    with pytest.raises(UserError, match="holds no list of two texts"):
+    with pytest.raises(UserError, match="is not a list of at least two texts"):
         read_examples(write([rows[0] | {"choices": ["x"]}]), "choice")
 
 
@@ -86,22 +86,22 @@ def test_without_labels_their_column_need_not_be_there_and_texts_may_be_empty(wr
         ("classification", {"text": "x"}, 'line 2: "label" is missing'),
         ("classification", {"text": "x", "label": None}, 'line 2: "label" is missing'),
         ("classification", {"text": "x", "label": ""}, 'line 2: "label" is missing'),
-        ("classification", {"text": " ", "label": 1}, 'line 2: "text" is missing or holds no text'),
-        ("classification", {"text": 3, "label": 1}, 'line 2: "text" is missing or holds no text'),
-        ("classification", {"text": "x", "label": 0.5}, 'line 2: "label" is 0.5, no class'),
+        ("classification", {"text": " ", "label": 1}, 'line 2: "text" is missing or has no text'),
+        ("classification", {"text": 3, "label": 1}, 'line 2: "text" is missing or has no text'),
+        ("classification", {"text": "x", "label": 0.5}, 'line 2: "label" is 0.5, which is not a class'),
         ("classification", {"text": "x", "label": [1]}, "line 2: .* neither text nor a whole number"),
         ("classification", {"text": "\ud800", "label": 1}, "line 2: .* half of a surrogate pair"),
-        ("regression", {"text": "x", "label": "high"}, 'line 2: "label" is "high", where a number should be'),
-        ("regression", {"text": "x", "label": True}, "line 2: .* where a number should be"),
-        ("regression", {"text": "x", "label": float("nan")}, "line 2: .* where a number should be"),
+        ("regression", {"text": "x", "label": "high"}, 'line 2: "label" is "high", not a number'),
+        ("regression", {"text": "x", "label": True}, "line 2: .* not a number"),
+        ("regression", {"text": "x", "label": float("nan")}, "line 2: .* not a number"),
     ],
 )
-def test_an_example_that_is_not_as_it_should_be_is_named_with_file_and_line(write, kind, row, words):
+def test_an_invalid_example_is_reported_with_file_and_line(write, kind, row, words):
     with pytest.raises(UserError, match="task.jsonl, " + words):
         read_examples(write([{"text": "fine", "label": 1}, row]), kind)
 
 
-def test_all_that_is_wrong_is_told_at_once_up_to_a_few(write):
+def test_all_problems_are_reported_at_once_up_to_a_few(write):
     path = write([{"text": "x", "label": None}] * 7)
     with pytest.raises(UserError) as error:
         read_examples(path, "classification")
@@ -109,11 +109,11 @@ def test_all_that_is_wrong_is_told_at_once_up_to_a_few(write):
     assert (len(lines), lines[4], lines[5]) == (6, f'{path}, line 5: "label" is missing', "and 2 more like these")
 
 
-def test_columns_that_are_not_there_are_told_with_those_that_are(write):
+def test_missing_columns_are_reported_with_those_that_exist(write):
     path = write([{"sentence1": "a", "sentence2": "b", "label": 1}])
     with pytest.raises(UserError, match='there is no column "text" in "sentence1", "sentence2", "label"'):
         read_examples(path, "classification")
-    with pytest.raises(UserError, match="holds no examples"):
+    with pytest.raises(UserError, match="has no examples"):
         read_examples(write(""), "classification")
 
 

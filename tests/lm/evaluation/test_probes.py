@@ -3,13 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lm.evaluation.probes import Target, linear, majority, nearest, pair_vectors, tfidf
+from lm.evaluation.probes import Target, linear, majority, nearest, tfidf
 
 CLASSES = Target(np.array([0] * 60 + [1] * 40), 2, "accuracy")
 
 
 def clouds(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Three clouds in ten dimensions, two of one class: no line tells the classes apart, neighbours do."""
+    """Three clouds in ten dimensions, two of one class: no line tells the classes apart, neighbors do."""
     draw = np.random.default_rng(seed)
     cloud = draw.integers(0, 3, count)
     centres = np.zeros((3, 10), dtype=np.float32)
@@ -59,7 +59,7 @@ def test_tfidf_of_a_pair_sees_how_much_the_two_share():
     assert found.chosen.startswith("alpha ")
 
 
-def test_neighbours_see_what_no_line_does():
+def test_neighbors_see_what_no_line_does():
     (train, values), (test, truth) = clouds(400, 1), clouds(300, 2)
     target = Target(values, 2, "accuracy")
     found = nearest(train[:, :1], target, test[:, :1], 0)  # the cosine of one number is its sign
@@ -104,8 +104,3 @@ def test_a_class_that_is_too_rare_to_be_held_out_is_still_answered():
         found = probe(vectors, Target(np.array([0, 0, 0, 2]), 3, "accuracy"), vectors, 0)
         assert found.outputs.shape == (4, 3)
         assert (found.outputs[:, 1] == 0).all()
-
-
-def test_a_pair_of_vectors_becomes_both_their_distance_and_their_product():
-    found = pair_vectors(np.array([[1.0, 2.0]], dtype=np.float32), np.array([[3.0, -1.0]], dtype=np.float32))
-    assert found.tolist() == [[1, 2, 3, -1, 2, 3, 3, -2]]

@@ -81,7 +81,7 @@ def test_a_file_of_tasks_has_settings_for_all_for_a_row_and_for_a_task(trained, 
         ("[tasks.a]\ntask = 'classification'\ntrain = 'x'\n", r"\[tasks\.a\] name the examples: --test FILE"),
         ("[tasks.a]\nepoch = 3\ntrain = 'x'\ntest = 'y'\n", r"\[tasks\.a\] unknown option --epoch: did you mean"),
         ("[rows.knn]\nk = 3\n", r'unknown row "\[rows.knn\]"'),
-        ("[tasks.'../a']\ntrain = 'x'\n", "cannot be the name of a folder"),
+        ("[tasks.'../a']\ntrain = 'x'\n", "is not a valid folder name"),
         ("[task.a]\n", r'unknown section "\[task\]"'),
         ("[settings]\n", "there are no tasks in"),
         ("[tasks", "cannot read the tasks"),
@@ -128,17 +128,17 @@ def test_a_class_that_the_fine_tuning_was_not_shown_has_probability_zero(trained
     examples = read_task(task)
     answers = [({"probabilities": {"good": 0.75}, "label": "good"}, False)]
     monkeypatch.setattr(tuned_rows, "predict_all", lambda predictor, asked: iter(answers))
-    assert tuned_rows.outputs_of(None, examples, [Example(("x",), "good", "f")])[0].tolist() == [[0.0, 0.75]]
+    assert tuned_rows.predictions_of(None, examples, [Example(("x",), "good", "f")])[0].tolist() == [[0.0, 0.75]]
 
 
-def test_the_command_makes_a_table_goes_on_and_does_nothing_twice(trained, folder):
+def test_the_command_makes_a_table_resumes_and_does_nothing_twice(trained, folder):
     out = folder / "out"
     arguments = ["tasks", str(trained.path), "--out", str(out), "--device", "cpu", "--seeds", "0,1"]
     for name, value in (of_task(folder) | QUICK).items():
         arguments += [f"--{name.replace('_', '-')}", str(value)]
     first = CliRunner().invoke(main, [*arguments, "--rows", "majority,full,tfidf"])
     assert first.exit_code == 0, first.output
-    assert "Fine-tuning in full is" in first.stdout
+    assert "Full fine-tuning is" in first.stdout
     assert [line.split("  ")[1] for line in first.stderr.splitlines() if "seed 0" in line] == [
         "majority",
         "tfidf",
@@ -161,16 +161,16 @@ def test_the_command_makes_a_table_goes_on_and_does_nothing_twice(trained, folde
     ("more", "words"),
     [
         (["--rows", "bert"], 'there is no row "bert"'),
-        (["--seeds", "0,0"], "are not different whole numbers"),
-        (["--tasks", "x.toml"], "--tasks names the tasks: leave --task, --train, --test out"),
-        (["--task", "choice"], "a table is made of classification and regression"),
+        (["--seeds", "0,0"], "must be distinct whole numbers"),
+        (["--tasks", "x.toml"], "--tasks names the tasks: leave out --task, --train, --test"),
+        (["--task", "choice"], "tables support classification and regression"),
         (["--epochs", "many"], "--epochs"),
     ],
 )
-def test_a_command_that_cannot_be_is_told_in_a_sentence(trained, folder, more, words):
+def test_an_invalid_command_is_refused_in_a_sentence(trained, folder, more, words):
     arguments = ["tasks", str(trained.path), "--out", str(folder / "out")]
     for name in ("task", "train", "test"):
         arguments += [f"--{name}", of_task(folder)[name]]
-    told = CliRunner().invoke(main, [*arguments, *more])
-    assert (told.exit_code, words in told.stderr) == (2, True), told.output
+    result = CliRunner().invoke(main, [*arguments, *more])
+    assert (result.exit_code, words in result.stderr) == (2, True), result.output
     assert not (folder / "out").exists()

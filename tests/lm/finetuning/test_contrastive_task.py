@@ -11,13 +11,14 @@ from click.testing import CliRunner
 from data_prep.errors import UserError
 from lm.cli.main import main
 from lm.data.examples import Example
+from lm.data.keyed_random import Stream, key
 from lm.data.packed_sequences import packed, pooled
-from lm.finetuning.contrastive_task import ContrastiveTask, similarity
-from lm.finetuning.finetune import finetune, finetune_config
-from lm.finetuning.head_task import settle_reading
+from lm.finetuning.contrastive_task import similarity
+from lm.finetuning.finetune import Finetuning, finetune, finetune_config
 from lm.inference.embedding import Reading, all_vectors, reading_of
 from lm.objectives.contrastive import info_nce
 from lm.runs.directory import Run
+from lm.training.distributed import Ranks
 from lm.training.reporter import NullReporter
 from tests.conftest import loaded
 
@@ -57,6 +58,12 @@ def pairs(tmp_path):
     return write(tmp_path / "pairs.jsonl", rows)
 
 
+@pytest.fixture
+def task_of(config_of, tmp_path):
+    """The task of these settings."""
+    return lambda **changes: Finetuning.open(config_of(**changes), tmp_path / "run", Ranks()).task
+
+
 def test_the_loss_is_its_formula():
     draw = torch.Generator().manual_seed(0)
     first, second = torch.randn(2, 5, 7, generator=draw, dtype=torch.float64)
@@ -69,22 +76,21 @@ def test_the_loss_is_its_formula():
 
 
 @pytest.mark.parametrize("tokens", [64, 100_000])
-def test_the_gradient_in_parts_is_that_of_the_whole_batch(trained, config_of, tokens):
-    config = settle_reading(config_of(micro_batch_tokens=tokens))
-    lesson = ContrastiveTask(config, trained.tokenizer)
-    batch = lesson.batch(np.arange(8))
-    assert (len(batch.parts) > 2) == (tokens == 64)
+def test_the_gradient_in_parts_is_that_of_the_whole_batch(trained, task_of, tokens):
+    task = task_of(micro_batch_tokens=tokens)
+    batch = task.batch(np.arange(8))
+    assert (len(batch) > 2) == (tokens == 64)
     model = trained.load_model(torch.device("cpu"))
     model.blocks[0].dropout.p = model.dropout.p = 0.2
     model.train()
-    found, _ = lesson.gradients(model, batch, 3)
+    found, _ = task.gradients(model, batch, 3)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     views = torch.zeros(2, 8, 32)
-    for number, (view, part) in enumerate(batch.parts):
-        views = views.index_put(
-            (torch.tensor(view), torch.from_numpy(part.numbers)), lesson._vectors(model, part, 3, number)
-        )
+    for number, (view, part) in enumerate(batch):
+        torch.manual_seed(key(0, Stream.FINETUNING_DROPOUT, 3, number) >> 1)
+        at = (torch.tensor(view), torch.from_numpy(part.numbers))
+        views = views.index_put(at, task._vectors(model, (view, part)))
     loss = info_nce(views[0], views[1], 0.05)
     loss.backward()
     assert float(found["contrastive"]) == pytest.approx(float(loss.detach()), rel=1e-5)
@@ -94,12 +100,11 @@ def test_the_gradient_in_parts_is_that_of_the_whole_batch(trained, config_of, to
         torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad, rtol=1e-4, atol=1e-6)
 
 
-def test_the_views_of_a_pair_are_its_two_texts(trained, config_of, tmp_path):
+def test_the_views_of_a_pair_are_its_two_texts(trained, task_of, tmp_path):
     rows = [{"text": one, "text_pair": other} for one, other in zip(SENTENCES, SENTENCES[::-1], strict=True)]
-    config = settle_reading(config_of(train=write(tmp_path / "two.jsonl", rows), dropout=0.0))
-    lesson = ContrastiveTask(config, trained.tokenizer)
-    assert lesson.pairs
-    views = dict(lesson.batch(np.array([2, 5])).parts)
+    task = task_of(train=write(tmp_path / "two.jsonl", rows), dropout=0.0)
+    assert task.pairs
+    views = dict(task.batch(np.array([2, 5])))
     for view, texts in enumerate((SENTENCES, SENTENCES[::-1])):
         row = views[view].batch.inputs[0].tolist()
         at = int(views[view].first[list(views[view].numbers).index(1)])
@@ -126,24 +131,24 @@ def test_training_tells_sentences_apart_and_makes_a_run_that_embeds(trained, con
     config = config_of(epochs=20, validation=pairs, learning_rate=0.002)
     done = finetune(config, tmp_path / "out", NullReporter())
     after = CliRunner().invoke(
-        main, ["evaluate", str(done.run.path), "--similarity", pairs, "--checkpoint", "best", "--json"]
+        main, ["evaluate", str(done.path), "--similarity", pairs, "--checkpoint", "best", "--json"]
     )
     assert after.exit_code == 0, after.output
     found, first = json.loads(after.stdout), json.loads(before.stdout)
-    assert found["spearman"] == pytest.approx(done.metrics["spearman"], abs=1e-6)
-    losses = [line["loss"] for line in done.run.metrics() if "loss" in line]
+    assert found["spearman"] == pytest.approx(done.scores["spearman"], abs=1e-6)
+    losses = [line["loss"] for line in done.metrics() if "loss" in line]
     assert losses[-1] < losses[0]
-    assert reading_of(done.run.config) == Reading("bidirectional", "mean")
+    assert reading_of(done.config) == Reading("bidirectional", "mean")
     assert found["pairs"] == first["pairs"] == 216
 
 
-def test_what_cannot_be_trained_or_judged_is_refused(trained, config_of, pairs, tmp_path):
+def test_what_cannot_be_trained_or_judged_is_refused(task_of, config_of, tmp_path):
     for changes, words in (
-        ({"dropout": 0.0}, "two views of a text differ by dropout, and there is none"),
-        ({"validation": write(tmp_path / "v.jsonl", [{"text": "a", "label": 1}])}, "line 1: there is one text, where"),
+        ({"dropout": 0.0}, "two views of a text differ by dropout, but dropout is 0"),
+        ({"validation": write(tmp_path / "v.jsonl", [{"text": "a", "label": 1}])}, "line 1: there is only one text"),
     ):
         with pytest.raises(UserError, match=words):
-            ContrastiveTask(settle_reading(config_of(**changes)), trained.tokenizer)
+            task_of(**changes)
     for changes, words in (
         ({"method": "probe"}, "contrastive training has none"),
         ({"judged_by": "accuracy"}, "judged_by accuracy is not measured in contrastive training"),
@@ -152,11 +157,12 @@ def test_what_cannot_be_trained_or_judged_is_refused(trained, config_of, pairs, 
             config_of(**changes)
 
 
-def test_vectors_of_a_part_are_pooled_hidden_states(trained, config_of):
-    config = settle_reading(config_of(dropout=0.1))
-    lesson = ContrastiveTask(config, trained.tokenizer)
+def test_vectors_of_a_part_are_pooled_hidden_states(trained, task_of):
+    task = task_of(dropout=0.1)
     model = trained.load_model(torch.device("cpu"))
-    (part,) = packed(lesson.views[0][:3], "bidirectional", trained.tokenizer.end_of_text_id, 32, 9)
+    (part,) = packed(
+        [each.sequences[0] for each in task.train[:3]], "bidirectional", trained.tokenizer.end_of_text_id, 32, 9
+    )
     with torch.no_grad():
         hidden = model(part.batch.inputs, part.batch.positions, part.batch.lo, part.batch.hi)
-        torch.testing.assert_close(lesson._vectors(model, part, 0, 0), pooled(hidden, part, "mean"))
+        torch.testing.assert_close(task._vectors(model, (0, part)), pooled(hidden, part, "mean"))

@@ -33,17 +33,17 @@ CPU = torch.device("cpu")
 )  # fmt: skip
 def test_every_kind_of_task_is_learned(kind, metric, least, task_settings, recorder, tmp_path):
     done = finetune(task_settings(kind, pairs="together"), tmp_path / "run", recorder)
-    assert done.metrics[metric] > least
+    assert done.scores[metric] > least
     losses = [line["loss"] for line in recorder.lines if "loss" in line]
     assert losses[-1] < losses[0]
-    assert done.run.checkpoint("best").step == done.step
+    assert done.checkpoint("best").step == done.step
 
 
 def test_pairs_that_are_read_apart_are_learned_and_answered_like_alone(task_settings, task_files, recorder, tmp_path):
     done = finetune(task_settings("pair", epochs=20), tmp_path / "run", recorder)
-    assert done.metrics["accuracy"] > 0.8
+    assert done.scores["accuracy"] > 0.8
     assert "pairs are read apart" in " ".join(recorder.notes)
-    predictor = open_predictor(done.run.path, CPU)
+    predictor = open_predictor(done.path, CPU)
     examples = list(read_inputs(predictor, task_files["pair"][1]))
     together = [found for found, _ in predict(predictor, examples)]
     for number in (0, 7, 33):
@@ -57,7 +57,7 @@ def test_pairs_that_are_read_apart_are_learned_and_answered_like_alone(task_sett
 )
 def test_every_method_learns_and_moves_only_what_it_may(changes, task_settings, recorder, tmp_path, trained):
     done = finetune(task_settings("classification", **changes), tmp_path / "run", recorder)
-    names = done.run.newest().model().keys()
+    names = done.newest().model().keys()
     if changes.get("method") == "lora":
         assert {name.split(".")[-1] for name in names if not name.startswith("head.")} == {"a", "b"}
         assert done.trained_parameters < 0.3 * sum(t.numel() for t in trained.newest().model().values())
@@ -65,7 +65,7 @@ def test_every_method_learns_and_moves_only_what_it_may(changes, task_settings, 
         assert names == {"head.weight", "head.bias"}
         assert recorder.lines[-1]["metrics"]["loss"] < recorder.lines[0]["loss"]  # little, of features that say little
     else:
-        assert done.metrics["accuracy"] > (0.7 if changes.get("weights") == "random" else 0.9)
+        assert done.scores["accuracy"] > (0.7 if changes.get("weights") == "random" else 0.9)
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -116,19 +116,19 @@ def test_finetune_py_killed_and_called_again_ends_as_if_undisturbed(
     assert_same_run(tmp_path / "run", tmp_path / "through")
 
 
-def test_early_stopping_ends_the_run_keeps_the_best_and_does_not_go_on(task_settings, recorder, tmp_path):
+def test_early_stopping_ends_the_run_keeps_the_best_and_does_not_resume(task_settings, recorder, tmp_path):
     config = task_settings("classification", epochs=20, patience=2, validations_per_epoch=3, judged_by="accuracy")
     done = finetune(config, tmp_path / "run", recorder)
-    judged = [(line["step"], line["metrics"]["accuracy"]) for line in done.run.metrics() if "metrics" in line]
+    judged = [(line["step"], line["metrics"]["accuracy"]) for line in done.metrics() if "metrics" in line]
     best = max(value for _, value in judged)
     assert done.step == next(step for step, value in judged if value == best)
     assert [step for step, _ in judged].index(done.step) == len(judged) - 3
     assert judged[-1][0] < config.replace(steps=240).training.steps
-    assert any("2 validations in a row were no better than that of step" in note for note in recorder.notes)
-    lines = list(done.run.metrics())
+    assert any("2 validations in a row without improvement" in note for note in recorder.notes)
+    lines = list(done.metrics())
     finetune(config, tmp_path / "run", recorder)
     assert recorder.notes[-1].startswith(f"{tmp_path / 'run'} is trained")
-    assert list(done.run.metrics()) == lines
+    assert list(done.metrics()) == lines
 
 
 def test_another_task_or_data_is_refused_and_more_epochs_are_not(task_settings, task_files, recorder, tmp_path):
@@ -140,27 +140,27 @@ def test_another_task_or_data_is_refused_and_more_epochs_are_not(task_settings, 
     assert finetune(task_settings("classification", epochs=2), tmp_path / "run", recorder).run.newest().step == 24
 
 
-def test_what_was_cut_off_before_its_first_checkpoint_begins_anew_with_the_base_that_is_named_now(
+def test_what_was_cut_off_before_its_first_checkpoint_starts_over_with_the_base_that_is_named_now(
     task_settings, trained, quietly, small, recorder, tmp_path
 ):
     other = quietly(small.replace(steps=2, seed=5), tmp_path / "other")
     with pytest.raises(InterruptedError):
         finetune(task_settings("classification", base=str(other.path)), tmp_path / "run", StopAt(1))
     done = finetune(task_settings("classification", epochs=1), tmp_path / "run", recorder)
-    assert (done.run.path / BASE).read_bytes() == trained.plain_weights().read_bytes()
+    assert (done.path / BASE).read_bytes() == trained.plain_weights().read_bytes()
 
 
 def test_a_base_that_trains_on_does_not_change_what_was_begun(task_settings, classifier, trained):
-    base = classifier.run.path / BASE
+    base = classifier.path / BASE
     assert base.read_bytes() == (trained.newest().path / "model.safetensors").read_bytes()
-    trunk = starting_trunk(classifier.run.config, classifier.run.path)
+    trunk = starting_trunk(classifier.config, classifier.path)
     for name, tensor in trained.newest().model().items():
         assert torch.equal(trunk.state_dict()[name], tensor)
 
 
 def test_layer_decay_slows_the_lower_blocks(task_settings, recorder, tmp_path, trained):
     done = finetune(task_settings("classification", layer_decay=0.1, epochs=1), tmp_path / "run", recorder)
-    after, before = done.run.newest().model(), trained.newest().model()
+    after, before = done.newest().model(), trained.newest().model()
     moved = [
         float((after[f"trunk.{n}"] - before[n]).abs().mean())
         for n in (f"blocks.{b}.attention.value.weight" for b in (0, 1))
@@ -170,32 +170,30 @@ def test_layer_decay_slows_the_lower_blocks(task_settings, recorder, tmp_path, t
 
 def test_a_run_with_a_head_writes_no_text_and_a_plain_run_answers_nothing(classifier, trained):
     with pytest.raises(UserError, match="for classification and is no longer a language model: use kindling predict"):
-        classifier.run.load_model(CPU)
-    with pytest.raises(UserError, match="answers no task: kindling finetune"):
+        classifier.load_model(CPU)
+    with pytest.raises(UserError, match="was not fine-tuned on a task with a head: kindling finetune"):
         open_predictor(trained.path, CPU)
-    result = CliRunner().invoke(main, ["sample", str(classifier.run.path), "--prompt", "a"])
+    result = CliRunner().invoke(main, ["sample", str(classifier.path), "--prompt", "a"])
     assert (result.exit_code, "use kindling predict" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train": ""}, "name the examples to learn from: --train FILE"),
-        ({"task": "none"}, "name a task: --task classification"),
+        ({"train": ""}, "name a file with training examples: --train FILE"),
+        ({"task": "none"}, "choose a task, for example --task classification"),
         ({"train": "nowhere.jsonl"}, "there is no file nowhere.jsonl"),
         ({"label_column": "answer"}, "there is no column"),
         ({"judged_by": "pearson"}, "judged_by pearson is for regression"),
     ],
 )
-def test_what_is_wrong_with_a_task_is_told_before_anything_is_written(
-    changes, words, task_settings, recorder, tmp_path
-):
+def test_an_invalid_task_is_refused_before_anything_is_written(changes, words, task_settings, recorder, tmp_path):
     with pytest.raises(UserError, match=words):
         finetune(task_settings("classification", **changes), tmp_path / "run", recorder)
     assert not (tmp_path / "run").exists()
 
 
-def test_labels_that_were_not_trained_are_told_with_file_and_line(task_settings, write_rows, recorder, tmp_path):
+def test_labels_that_were_not_trained_are_reported_with_file_and_line(task_settings, write_rows, recorder, tmp_path):
     validation = write_rows(tmp_path / "v.jsonl", [{"text": "a", "label": "place"}, {"text": "b", "label": "thing"}])
     with pytest.raises(UserError, match=r'v\.jsonl, line 2: the label "thing" does not occur in the training examples'):
         finetune(task_settings("classification", validation=validation), tmp_path / "run", recorder)

@@ -12,22 +12,22 @@ import torch.nn.functional as F
 
 from data_prep.errors import UserError
 from lm.data.examples import Example
-from lm.finetuning.finetune import finetune, finetune_config
-from lm.finetuning.head_task import settle_reading
-from lm.finetuning.instruction_task import InstructionTask, pack_turns, turn_of
+from lm.finetuning.finetune import Finetuning, finetune, finetune_config
+from lm.finetuning.instruction_task import pack_turns, turn_of
 from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, read_template, render
 from lm.runs.base_weights import keep_base, starting_trunk
 from lm.runs.directory import open_run
+from lm.training.distributed import Ranks
 
 CPU = torch.device("cpu")
-COLOURS = {"fox": "red", "owl": "grey", "boat": "white", "river": "blue"}
+COLORS = {"fox": "red", "owl": "grey", "boat": "white", "river": "blue"}
 
 
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory) -> str:
     draw, path = random.Random(0), tmp_path_factory.mktemp("talk") / "talk.jsonl"
-    things = [draw.choice(list(COLOURS)) for _ in range(96)]
-    rows = [{"prompt": f"The {thing}?", "response": COLOURS[thing]} for thing in things]
+    things = [draw.choice(list(COLORS)) for _ in range(96)]
+    rows = [{"prompt": f"The {thing}?", "response": COLORS[thing]} for thing in things]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -59,32 +59,32 @@ def greedy(run, prompt: str, tokens: int = 6) -> str:
 
 def test_a_run_learns_to_answer_and_to_stop(config, recorder, tmp_path):
     done = finetune(config(), tmp_path / "run", recorder)
-    assert done.metrics["nats_per_token"] < 0.3
+    assert done.scores["nats_per_token"] < 0.3
     assert (tmp_path / "run" / CHAT_TEMPLATE).read_text() == PLAIN_TURNS
-    for thing, colour in COLOURS.items():
-        assert greedy(open_run(done.run.path), f"The {thing}?").strip() == colour
+    for thing, color in COLORS.items():
+        assert greedy(open_run(done.path), f"The {thing}?").strip() == color
 
 
 def test_an_adapted_run_is_read_as_a_plain_one(config, recorder, tmp_path):
     done = finetune(config(method="lora"), tmp_path / "run", recorder)
     losses = [line["loss"] for line in recorder.lines if "loss" in line]
     assert losses[-1] < 0.7 * losses[0]
-    lesson = InstructionTask(done.run.config, done.run.tokenizer)
-    assert lesson.validate(done.run.load_model(CPU, done.run.checkpoint("best")))[1] == done.metrics["nats_per_token"]
+    task = Finetuning.open(done.config, done.path, Ranks()).task
+    assert task.validate(done.load_model(CPU, done.checkpoint("best")))[1] == done.scores["nats_per_token"]
 
 
 @torch.no_grad()
 def test_the_loss_is_that_of_the_responses_alone(config, trained, tmp_path):
-    lesson = InstructionTask(settle_reading(config(micro_batch_tokens=60)), trained.tokenizer)
+    task = Finetuning.open(config(micro_batch_tokens=60), tmp_path / "run", Ranks()).task
     model = trained.load_model(CPU)
     nats, count = 0.0, 0
-    for turn in lesson.validation:
+    for turn in task.validation:
         row = torch.tensor([turn.row])
         positions = torch.arange(row.shape[1] - 1, dtype=torch.int32)[None]
         logits = model.logits(model(row[:, :-1], positions, torch.zeros_like(positions), positions + 1))[0]
         nats += float(F.cross_entropy(logits[turn.first - 1 :], row[0, turn.first :], reduction="sum"))
         count += len(turn.row) - turn.first
-    line, judged = lesson.validate(model)
+    line, judged = task.validate(model)
     assert judged == pytest.approx(nats / count, rel=1e-5)
     assert line["validation"]["response"]["predicted"] == count
 
@@ -93,9 +93,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(config, trained, tmp
     keep_base(trained.newest().path / "model.safetensors", tmp_path)
     found = []
     for most in (4096, 30):
-        lesson = InstructionTask(settle_reading(config(micro_batch_tokens=most)), trained.tokenizer)
-        model = lesson.model(starting_trunk(lesson.config, tmp_path))
-        losses, _ = lesson.gradients(model, lesson.batch(torch.arange(16).numpy()), 0)
+        task = Finetuning.open(config(micro_batch_tokens=most), tmp_path / "run", Ranks()).task
+        model = task.model(starting_trunk(task.config, tmp_path))
+        losses, _ = task.gradients(model, task.batch(torch.arange(16).numpy()), 0)
         found.append((float(losses["response"]), [p.grad.clone() for p in model.parameters()]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for a, b in zip(found[0][1], found[1][1], strict=True):
@@ -122,18 +122,20 @@ def test_a_template_of_ones_own_is_used_and_kept(config, recorder, tmp_path):
     template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
     (tmp_path / "own.jinja").write_text(template)
     done = finetune(config(chat_template=str(tmp_path / "own.jinja"), epochs=1), tmp_path / "run", recorder)
-    assert read_template(done.run.path) == template
+    assert read_template(done.path) == template
     (tmp_path / "bad.jinja").write_text(
         "{% if add_generation_prompt %}x{% else %}y{% endif %}{{ messages[0].content }}"
     )
-    with pytest.raises(UserError, match="line 1: with the response the chat template begins otherwise"):
+    with pytest.raises(
+        UserError, match="line 1: the chat template formats the prompt differently when a response follows"
+    ):
         finetune(config(chat_template=str(tmp_path / "bad.jinja")), tmp_path / "other", recorder)
     with pytest.raises(UserError, match=r"the chat template .*no\.jinja cannot be read"):
         finetune(config(chat_template=str(tmp_path / "no.jinja")), tmp_path / "other", recorder)
 
 
 def test_a_run_that_cannot_write_is_refused(config, recorder, tmp_path):
-    with pytest.raises(UserError, match="was trained with masked_token only: it cannot write"):
+    with pytest.raises(UserError, match="was trained with masked_token only: it generates no text"):
         finetune(config().replace(objective="masked_token"), tmp_path / "run", recorder)
     with pytest.raises(UserError, match="instruction tuning has none: choose full or lora"):
         config(method="probe")

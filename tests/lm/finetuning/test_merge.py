@@ -55,7 +55,7 @@ def test_a_merged_trunk_is_a_plain_run_that_can_be_exported_and_fine_tuned_again
 def test_what_is_not_fine_tuned_has_nothing_to_merge_and_what_is_must_be_merged_first(
     adapted, trained, task_settings, recorder, tmp_path
 ):
-    with pytest.raises(UserError, match="is not fine-tuned: its weights are plain as they are"):
+    with pytest.raises(UserError, match="is not fine-tuned: its weights are plain already"):
         merge(trained, tmp_path / "out", trained.newest())
     with pytest.raises(UserError, match="is itself fine-tuned: kindling merge makes a plain run of it"):
         finetune(task_settings("classification", base=str(adapted.path)), tmp_path / "run", recorder)

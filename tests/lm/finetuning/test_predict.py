@@ -35,19 +35,19 @@ def kindling(*arguments, **more):
 def test_a_saved_model_answers_in_another_process_bit_for_bit(method, task_settings, task_files, recorder, tmp_path):
     done = finetune(task_settings("classification", method=method, epochs=1), tmp_path / "run", recorder)
     validation = task_files["classification"][1]
-    predictor = open_predictor(done.run.path, CPU)
+    predictor = open_predictor(done.path, CPU)
     ours = [answer for answer, _ in predict(predictor, read_inputs(predictor, validation))]
     program = "import sys; from lm.cli.main import main; import torch; torch.set_num_threads(1); main()"
-    command = [sys.executable, "-c", program, "predict", str(done.run.path), "--input", validation, "--device", "cpu"]
+    command = [sys.executable, "-c", program, "predict", str(done.path), "--input", validation, "--device", "cpu"]
     told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert [json.loads(line) for line in told.splitlines()] == ours
 
 
 def test_a_merged_adapter_answers_as_the_adapter_does_bit_for_bit(task_settings, task_files, recorder, tmp_path):
     done = finetune(task_settings("classification", method="lora", epochs=1), tmp_path / "run", recorder)
-    merged = open_predictor(done.run.path, CPU)
-    config, saved = done.run.config, done.run.checkpoint("best")
-    apart = task_model(config, starting_trunk(config, done.run.path), merged.answers)
+    merged = open_predictor(done.path, CPU)
+    config, saved = done.config, done.checkpoint("best")
+    apart = task_model(config, starting_trunk(config, done.path), merged.answers)
     plain = apart.trunk.blocks[0].attention.query.weight.clone()
     load_trained(apart, saved.model())
     assert not torch.equal(apart.trunk.blocks[0].attention.query.weight, plain)  # the adapter does something
@@ -63,7 +63,7 @@ def test_a_merged_adapter_answers_as_the_adapter_does_bit_for_bit(task_settings,
 @pytest.mark.parametrize("reads", ["bidirectional", "causal"])
 def test_a_batch_of_mixed_lengths_answers_what_each_text_does_alone(reads, task_settings, recorder, tmp_path):
     done = finetune(task_settings("classification", reads=reads, epochs=1), tmp_path / "run", recorder)
-    predictor = open_predictor(done.run.path, CPU)
+    predictor = open_predictor(done.path, CPU)
     path = tmp_path / "mixed.txt"
     path.write_text("".join(" ".join(["the old captain found"] * n) + " owl\n" for n in (1, 4, 0, 2, 7, 1, 3)))
     examples = list(read_inputs(predictor, path))
@@ -78,19 +78,19 @@ def test_the_best_checkpoint_answers_and_not_the_newest(task_settings, recorder,
     validate, worse = Finetuning.validate, itertools.count()
     monkeypatch.setattr(Finetuning, "validate", lambda self, model: (validate(self, model)[0], float(next(worse))))
     done = finetune(task_settings("classification", epochs=2), tmp_path / "run", recorder)
-    assert done.step < done.run.newest().step
-    answering = open_predictor(done.run.path, CPU).model.head.weight
-    assert torch.equal(answering, done.run.checkpoint("best").model()["head.weight"])
-    assert not torch.equal(answering, done.run.newest().model()["head.weight"])
+    assert done.step < done.newest().step
+    answering = open_predictor(done.path, CPU).model.head.weight
+    assert torch.equal(answering, done.checkpoint("best").model()["head.weight"])
+    assert not torch.equal(answering, done.newest().model()["head.weight"])
 
 
 def test_what_is_answered_agrees_with_what_was_validated(classifier, task_files):
     validation = task_files["classification"][1]
-    predictor = open_predictor(classifier.run.path, CPU)
+    predictor = open_predictor(classifier.path, CPU)
     rows = [json.loads(line) for line in Path(validation).read_text().splitlines()]
     found = [answer for answer, _ in predict(predictor, read_inputs(predictor, validation))]
     right = [answer["label"] == row["label"] for answer, row in zip(found, rows, strict=True)]
-    assert sum(right) / len(right) == classifier.metrics["accuracy"]
+    assert sum(right) / len(right) == classifier.scores["accuracy"]
     for answer in found:
         assert sum(answer["probabilities"].values()) == pytest.approx(1)
         assert answer["label"] == max(answer["probabilities"], key=answer["probabilities"].get)
@@ -102,7 +102,7 @@ def test_what_is_answered_agrees_with_what_was_validated(classifier, task_files)
 def test_every_kind_of_task_has_its_answers(kind, key, task_settings, task_files, recorder, tmp_path):
     done = finetune(task_settings(kind), tmp_path / "run", recorder)
     rows = [json.loads(line) for line in Path(task_files[kind][1]).read_text().splitlines()]
-    result = kindling("predict", done.run.path, "--input", task_files[kind][1], "--device", "cpu")
+    result = kindling("predict", done.path, "--input", task_files[kind][1], "--device", "cpu")
     assert result.exit_code == 0, result.output
     found = [json.loads(line)[key] for line in result.stdout.splitlines()]
     if kind == "regression":
@@ -118,21 +118,21 @@ def test_every_kind_of_task_has_its_answers(kind, key, task_settings, task_files
 
 def test_a_table_has_a_column_for_each_probability(classifier, task_files, tmp_path):
     arguments = ["--input", task_files["classification"][1], "--output"]
-    result = kindling("predict", classifier.run.path, *arguments, tmp_path / "out.csv")
+    result = kindling("predict", classifier.path, *arguments, tmp_path / "out.csv")
     assert (result.exit_code, result.stderr) == (0, "64 answers\n")
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["label", "probability animal", "probability place"]
     assert len(rows) == 64
-    refused = kindling("predict", classifier.run.path, *arguments, tmp_path / "out.xlsx")
-    assert "written to .jsonl, .csv or .tsv" in refused.stderr
+    refused = kindling("predict", classifier.path, *arguments, tmp_path / "out.xlsx")
+    assert "name a .jsonl, .csv or .tsv file" in refused.stderr
     assert not (tmp_path / "out.xlsx").exists()
 
 
 def test_answers_come_while_texts_come(classifier):
     """Endless input: not more is read than is needed."""
-    predictor = open_predictor(classifier.run.path, CPU)
-    example = next(iter(read_inputs(predictor, classifier.run.config.finetune.validation)))
+    predictor = open_predictor(classifier.path, CPU)
+    example = next(iter(read_inputs(predictor, classifier.config.finetune.validation)))
     read = []
     endless = (read.append(n) or example for n in itertools.count())
     found = list(itertools.islice(predict(predictor, endless), 300))
@@ -142,7 +142,7 @@ def test_answers_come_while_texts_come(classifier):
 
 def test_texts_come_from_standard_input_too(classifier):
     lines = "".join(json.dumps({"text": text}) + "\n" for text in ("the old fox", "", "behind the barn"))
-    result = kindling("predict", classifier.run.path, "--input", "-", input=lines)
+    result = kindling("predict", classifier.path, "--input", "-", input=lines)
     assert result.exit_code == 0, result.output
     found = [json.loads(line)["label"] for line in result.stdout.splitlines()]
     assert (found[0], found[2]) == ("animal", "place")
@@ -156,8 +156,11 @@ def test_a_text_longer_than_the_context_is_cut_or_read_in_windows_and_counted(
     answers = {}
     for way in ("truncate", "window"):
         done = finetune(task_settings("classification", long_texts=way, epochs=1), tmp_path / way, recorder)
-        result = kindling("predict", done.run.path, "--input", path)
-        words = {"truncate": "2 answers; 1 were cut to 32 tokens", "window": "2 answers; 1 were read in windows of 32"}
+        result = kindling("predict", done.path, "--input", path)
+        words = {
+            "truncate": "2 answers; 1 were truncated to 32 tokens",
+            "window": "2 answers; 1 were split into windows of 32",
+        }
         assert words[way] in result.stderr
         answers[way] = [json.loads(line)["probabilities"] for line in result.stdout.splitlines()]
     assert answers["truncate"][0] != answers["window"][0]
@@ -166,18 +169,18 @@ def test_a_text_longer_than_the_context_is_cut_or_read_in_windows_and_counted(
 
 def test_pairs_and_single_texts_are_not_taken_for_each_other(classifier, task_files, write_rows, tmp_path):
     path = write_rows(tmp_path / "pairs.jsonl", [{"text": "a", "text_pair": "b"}])
-    predictor = open_predictor(classifier.run.path, CPU)
+    predictor = open_predictor(classifier.path, CPU)
     with pytest.raises(
-        UserError, match=r"pairs\.jsonl, line 1: .* was fine-tuned on one text each, and this holds pairs"
+        UserError, match=r"pairs\.jsonl, line 1: .* was fine-tuned on single texts, but these are pairs"
     ):
         list(read_inputs(predictor, path))
 
 
 def test_weights_of_another_model_are_refused(classifier, tmp_path):
-    path = shutil.copytree(classifier.run.path, tmp_path / "run")
+    path = shutil.copytree(classifier.path, tmp_path / "run")
     (path / "answers.json").write_text('{"labels": ["a", "b", "c"], "texts": 1, "mean": 0, "deviation": 1}')
     with pytest.raises(
-        UserError, match=r"step_.* does not fit the run directory: head\.weight is \(2, 32\), not \(3, 32\)"
+        UserError, match=r"step_.* does not match the run directory: head\.weight is \(2, 32\), not \(3, 32\)"
     ):
         open_predictor(path, CPU)
     (path / "answers.json").unlink()

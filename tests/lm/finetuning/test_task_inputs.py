@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.data.examples import Example
-from lm.finetuning.task_inputs import Encoded, Encoder, in_parts
+from lm.finetuning.task_inputs import EncodedExample, Encoder, in_parts
 
 LENGTH = 16
 
@@ -20,7 +20,7 @@ def encoder(dataset, kind="classification", pooling="mean", windows=False, apart
     return Encoder(dataset.tokenizer, kind, LENGTH, pooling, windows, apart)
 
 
-def test_a_text_is_read_from_all_of_its_places_or_from_the_last(dataset):
+def test_a_text_is_read_from_all_of_its_positions_or_from_the_last(dataset):
     tokens = dataset.tokenizer.encode("the old fox")
     end = dataset.tokenizer.end_of_text_id
     for pooling, start in (("mean", 0), ("last", len(tokens))):
@@ -86,7 +86,7 @@ def test_each_choice_follows_the_text(dataset):
 
 @given(st.lists(st.integers(1, 9), max_size=20), st.integers(1, 30))
 def test_parts_hold_at_most_so_many_tokens_and_every_example_once(lengths, most):
-    encoded = [Encoded(([0] * length,), (), False) for length in lengths]
+    encoded = [EncodedExample(([0] * length,), (), False) for length in lengths]
     parts = list(in_parts(encoded, most))
     assert [n for first, stop in parts for n in range(first, stop)] == list(range(len(lengths)))
     for first, stop in parts:

@@ -64,9 +64,9 @@ def test_a_line_may_have_settings_of_its_own(tmp_path):
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ('"text"', 'not an object with a string "prompt"'),
-        ('{"prompt": 3}', 'not an object with a string "prompt"'),
-        ('{"prompt": "a", "tempreature": 1}', 'unknown setting "tempreature"; the settings are temperature,'),
+        ('"text"', "not a JSON object"),
+        ('{"prompt": 3}', 'no object with a text "prompt"'),
+        ('{"prompt": "a", "tempreature": 1}', 'unknown setting "tempreature"; there are temperature,'),
         ('{"prompt": "a", "temperature": "warm"}', 'temperature must be a number, not "warm"'),
         ('{"prompt": "a", "top_k": 1.5}', "top_k must be an integer, not 1.5"),
         ('{"prompt": "a", "seed": true}', "seed must be an integer, not true"),

@@ -65,7 +65,7 @@ def test_final_and_best_losses_come_with_their_step_and_tokens(copy):
     assert cells["tokens/s, median"] == ["60", "10"]
     assert cells["validation, next_token, final"][0] == "2.7500 at step 20, 0.01M tokens"
     assert cells["validation, next_token, best"][0] == "2.5000 at step 10, 0.00M tokens"
-    assert "share of peak, median" not in cells
+    assert "fraction of peak, median" not in cells
     assert json.loads(json.dumps(comparison)).keys() == {"unit", "remarks", "runs", "settings"}
 
 
@@ -76,8 +76,8 @@ def test_what_only_one_run_has_leaves_the_others_cell_empty(copy):
     cells = table(told(a, b))
     assert cells["training, next_token"] == ["3.0000", "3.5000"]
     assert cells["training, masked_next_token"] == ["5.0000", ""]
-    assert cells["share of peak, median"] == ["50.0%", ""]
-    assert cells["memory, most"] == ["2,000 bytes", ""]
+    assert cells["fraction of peak, median"] == ["50.0%", ""]
+    assert cells["peak memory"] == ["2,000 bytes", ""]
     assert [bool(cell) for cell in cells["validation, masked_next_token, best"]] == [True, False]
     assert [bool(cell) for cell in cells["validation, next_token, best"]] == [False, True]
 
@@ -114,8 +114,8 @@ def test_other_data_vocabularies_and_parts_of_the_split_are_told(copy):
         state.write_text(json.dumps(json.loads(state.read_text()) | {"data_fingerprint": "another"}))
     assert told(a, b)["remarks"] == [
         "The vocabularies differ in size: 400, 512 tokens.",
-        "The data differ, so the losses may be of different texts.",
-        "The validations are of different parts of the split: a 8 of 1,024 rows, b whole split.",
+        "The data differ, so the losses may be on different texts.",
+        "The validations use different parts of the split: a 8 of 1,024 rows, b whole split.",
     ]
 
 
@@ -124,7 +124,7 @@ def test_without_checkpoints_the_data_are_told_apart_by_their_names(copy):
     assert told(a, b)["remarks"] == []  # the checkpoints say that the content is the same
     for path in (a, b):
         shutil.rmtree(path / "checkpoints")
-    assert told(a, b)["remarks"] == ["The data differ, so the losses may be of different texts."]
+    assert told(a, b)["remarks"] == ["The data differ, so the losses may be on different texts."]
     assert told(a, a)["remarks"] == []
 
 
@@ -180,15 +180,15 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(copy, tmp_path):
 
 def test_what_cannot_be_compared_is_said_in_a_sentence(copy, tmp_path):
     a, bare = copy("a"), copy("bare", [validation(10, 1.0)])
-    with pytest.raises(UserError, match="name two runs"):
+    with pytest.raises(UserError, match="name at least two runs"):
         open_entries([a])
-    with pytest.raises(UserError, match="bare has nothing in its metrics"):
+    with pytest.raises(UserError, match="bare has no metrics in metrics"):
         open_entries([a, bare])
     with pytest.raises(UserError, match="there is no run directory"):
         open_entries([a, tmp_path / "none"])
 
 
 def test_a_fine_tuning_is_called_by_its_task(classifier, trained):
-    found = compare(open_entries([trained.path, classifier.run.path]))
+    found = compare(open_entries([trained.path, classifier.path]))
     assert [run["objective"] for run in found["runs"]] == ["hybrid", "classification"]
     assert list(found["runs"][1]["training_loss"]) == ["classification"]

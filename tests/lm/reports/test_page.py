@@ -6,7 +6,7 @@ import re
 import jinja2
 import pytest
 
-from lm.reports.page import COLOURS, Panel, draw, render
+from lm.reports.page import COLORS, Bars, Panel, draw, render
 
 
 def test_a_drawing_has_its_titles_labels_and_no_date(read_page):
@@ -19,13 +19,19 @@ def test_a_drawing_has_its_titles_labels_and_no_date(read_page):
         assert f"<!-- {text} -->" in svg
 
 
-def test_each_series_keeps_its_colour_where_others_are_empty():
-    series = {f"run {number}": [(0.0, 1.0), (1.0, 2.0)] for number in range(len(COLOURS) + 1)}
+def test_each_series_keeps_its_color_where_others_are_empty():
+    series = {f"run {number}": [(0.0, 1.0), (1.0, 2.0)] for number in range(len(COLORS) + 1)}
     svg = draw([Panel("all", series)], height=2)
-    assert all(svg.count(colour) > draw([Panel("none", {})], height=2).count(colour) for colour in COLOURS)
+    assert all(svg.count(color) > draw([Panel("none", {})], height=2).count(color) for color in COLORS)
     second = draw([Panel("one", {"first": [], "second": [(0.0, 1.0)]})], height=2)
-    assert COLOURS[1] in second
-    assert COLOURS[0] not in second
+    assert COLORS[1] in second
+    assert COLORS[0] not in second
+
+
+def test_bars_are_drawn_from_top_to_bottom_with_their_errors():
+    svg = draw([Bars("a task", {"majority": (0.5, 0.0), "full": (0.8, 0.05)}, "accuracy")], height=2)
+    assert svg.index("<!-- majority -->") < svg.index("<!-- full -->")
+    assert "<!-- accuracy -->" in svg
 
 
 def test_names_are_drawn_as_they_are():

@@ -46,9 +46,9 @@ def test_curves_losses_samples_settings_and_environment_are_there(html, run, rea
     page = read_page(html)
     words = page.words()
     assert page.tags.count("svg") == 3
-    for heading in ("Loss on the validation split", "Training", "What it writes", "Settings", "Environment"):
+    for heading in ("Loss on the validation split", "Training", "Samples", "Settings", "Environment"):
         assert heading in words
-    for row in ("next_token", "masked_next_token", "unigram (floor)", "bz2 -9 (floor)"):
+    for row in ("next_token", "masked_next_token", "unigram (baseline)", "bz2 -9 (baseline)"):
         assert row in words
     for setting in pretraining_settings():
         assert setting.name in words
@@ -71,7 +71,7 @@ def test_a_page_without_evaluation_or_samples_leaves_them_out(run, read_page):
     assert path == run.path / "report.html"
     words = read_page(path.read_text(encoding="utf-8")).words()
     assert "Loss on the validation split" not in words
-    assert "What it writes" not in words
+    assert "Samples" not in words
     assert "Settings" in words
 
 
@@ -92,7 +92,7 @@ def test_a_run_without_any_logged_step_says_so(run, tmp_path):
 def test_only_what_the_objective_teaches_is_shown(small, quietly, tmp_path, objective, shown, left_out, read_page):
     made = quietly(small.replace(objective=objective, steps=2), tmp_path / "run")
     words = read_page(write_report(made, None, ["The captain"], ["owl [MASK]"]).read_text(encoding="utf-8")).words()
-    writes = words[words.index("What it writes") : words.index("Settings")]
+    writes = words[words.index("Samples") : words.index("Settings")]
     assert shown in writes
     assert left_out not in writes
 
@@ -115,7 +115,7 @@ def test_a_filled_text_is_shown_as_it_is(trained):
     assert "".join(piece for piece, _ in filled.pieces) == filled.text
 
 
-def test_trouble_the_best_validation_and_what_it_cost_are_told(run, tmp_path, read_page):
+def test_loss_spikes_the_best_validation_and_the_cost_are_shown(run, tmp_path, read_page):
     troubled = open_run(shutil.copytree(run.path, tmp_path / "troubled"))
     losses = [(20, 3.0), (40, 2.5), (60, 2.6), (80, 2.7), (100, 2.8)]
     interval = {"loss": 3.0, "gradient_norm": 1.0, "learning_rate": 0.01, "share_of_peak": 0.4}
@@ -137,15 +137,15 @@ def test_trouble_the_best_validation_and_what_it_cost_are_told(run, tmp_path, re
     assert "best validation step 40: next_token 2.500 nats per token validated on 8 of 1,024 rows" in words
     assert "epochs seen 2.00" in words
     assert "tokens per second, median 1,055" in words
-    assert "share of the machine's peak, median 40.0%" in words
-    assert "memory, most 100,000,000 bytes" in words
-    assert "steps left out 1" in words
-    assert "33 left out loss 99.000, gradient norm <inf>" in words
-    assert "21 went back here, with 0.5 of the planned learning rate the steps up to 37 went wrong" in words
+    assert "fraction of the machine's peak, median 40.0%" in words
+    assert "peak memory 100,000,000 bytes" in words
+    assert "skipped steps 1" in words
+    assert "33 skipped loss 99.000, gradient norm <inf>" in words
+    assert "21 rolled back to this step, with 0.5 of the scheduled learning rate the steps up to 37 went wrong" in words
     assert "50 something new unknown" in words
 
 
-def test_a_run_without_trouble_has_no_word_of_it(html, read_page):
+def test_a_run_without_spikes_does_not_mention_them(html, read_page):
     words = read_page(html).words()
-    assert "Trouble" not in words
-    assert "by heart" not in words
+    assert "Loss spikes" not in words
+    assert "overfitting" not in words
