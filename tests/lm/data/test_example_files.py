@@ -25,7 +25,7 @@ def csv_text(between: str) -> str:
 
 def test_every_kind_of_file_gives_the_same_rows_with_their_places(tmp_path):
     (tmp_path / "a.jsonl").write_text(JSON_LINES)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(JSON_LINES.encode()))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(JSON_LINES.encode(), mtime=0))
     (tmp_path / "c.csv").write_text("\ufeff" + csv_text(","))
     (tmp_path / "d.tsv").write_text(csv_text("\t").replace("\n", "\r\n"), newline="")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "e.parquet")
@@ -64,7 +64,7 @@ def test_standard_input_is_json_lines_and_a_text_file_a_text_a_line(tmp_path, mo
         ("a.jsonl", b'{"a": 1}\n{"a"\n', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b'{"a": 1}\n\n[1]\n', "line 3: not a JSON object"),
         ("a.jsonl", b'{"a": "\xff"}\n', r"line 1: not UTF-8 \(byte 0xff\)"),
-        ("a.jsonl.gz", gzip.compress(JSON_LINES.encode() * 9)[:-20], "is damaged"),
+        ("a.jsonl.gz", gzip.compress(JSON_LINES.encode() * 9, mtime=0)[:-20], "is damaged"),
         ("a.csv", b"a,b\n1,2\n3\n", "a.csv, line 3: the row has 1 columns, the header 2"),
         ("a.csv", b'a,b\n1,"2\n', "a.csv, line 2: "),
         ("a.parquet", b"no parquet", "a.parquet, row 1: "),
