@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make check: each sets up what it needs and goes on; a second call starts at once.
+# make demo · make test · make bench · make check: each installs what it needs first; the second call starts at once.
 PYTHON ?= python3
 PIP_OPTIONS ?=
 BIN := .venv/bin
@@ -6,21 +6,21 @@ READY := .venv/.ready
 
 .PHONY: help setup demo test bench kernels-aot check format clean
 
-help: ## what there is to make
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(READY) ## a virtual environment in .venv with all that is needed
+setup: $(READY) ## create .venv and install everything there
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
-	  echo "cannot make .venv: on Debian and Ubuntu, install python3-venv first" >&2; exit 1; }
+	  echo "cannot create .venv: on Debian and Ubuntu, install python3-venv first" >&2; exit 1; }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed: rm -r .venv; make setup PYTHON=python3.11" >&2; exit 1; }
-	@echo "installing into .venv (once; some minutes)"
+	@echo "installing into .venv (only once; takes a few minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup ## the main job: text, tokenizer, shards, training, evaluation, samples, report
+demo: setup ## the whole pipeline: text, tokenizer, shards, training, evaluation, samples, report
 	$(BIN)/python -m data_prep build builtin --out data/demo --vocab-size 8192 --validation-fraction 0.02
 	$(BIN)/python train.py configs/demo.toml --data data/demo --run runs/demo
 	$(BIN)/python evaluate.py runs/demo
@@ -30,26 +30,26 @@ demo: setup ## the main job: text, tokenizer, shards, training, evaluation, samp
 	  --fill "If the argument is [MASK], an exception is raised." --fill "The default value is [MASK]."
 	$(BIN)/kindling report runs/demo
 
-test: setup ## all tests, with the lines they cover
+test: setup ## run all tests, with coverage
 	$(BIN)/python -m pytest --cov --cov-report=
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton --cov --cov-append --cov-report=term --cov-fail-under=85
 
-bench: setup ## side by side with the peers, on the CPU (python -m benchmarks.gpu on a GPU)
+bench: setup ## compare with other programs, on the CPU (python -m benchmarks.gpu on a GPU)
 	$(BIN)/python -m benchmarks.cpu_attention
 	$(BIN)/python -m benchmarks.cpu_cross_entropy
 	$(BIN)/python -m benchmarks.generate
 
-kernels-aot: setup ## compile every kernel for GPUs that are not here; UPDATE=--update accepts what changed
+kernels-aot: setup ## compile every kernel for several GPU architectures, without a GPU; UPDATE=--update accepts changes
 	$(BIN)/python -m lm.kernels.aot $(UPDATE)
 
-check: setup ## style and types
+check: setup ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: setup ## put the code into its style
+format: setup ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## remove the environment and everything that was made
+clean: ## remove the environment and everything that was built, data and runs included
 	rm -rf .venv data runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -1,4 +1,4 @@
-"""The scripts as a person calls them, each in a process of its own."""
+"""The scripts as a user calls them, each in its own process."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def test_evaluation_and_report_follow(run):
     assert answer["step"] == 30
     table = succeed("evaluate.py", run).stdout
     assert f"{answer['validation']['next_token']['bits_per_byte']:.4f}" in table
-    told = succeed("-c", "from lm.cli.main import main; main()", "report", run)
-    assert told.stdout.strip() == str(run / "report.html")
+    report = succeed("-c", "from lm.cli.main import main; main()", "report", run)
+    assert report.stdout.strip() == str(run / "report.html")
     assert "Loss on the validation split" in (run / "report.html").read_text(encoding="utf-8")
 
 
@@ -126,7 +126,7 @@ def test_mistakes_get_one_clear_message_and_leave_nothing_behind(data, tmp_path,
     assert "Traceback" not in done.stderr
     for word in words:
         assert word.format(**places) in done.stderr
-    assert len(done.stderr.splitlines()) <= len(words)  # a line a mistake
+    assert len(done.stderr.splitlines()) <= len(words)  # one line per mistake
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "empty"]
     assert list(places["empty"].iterdir()) == []
 
@@ -144,7 +144,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_is_quick(name):
     seconds = []
-    while not seconds or (min(seconds) > 1.5 and len(seconds) < 4):  # again, should the machine have been busy
+    while not seconds or (min(seconds) > 1.5 and len(seconds) < 4):  # again if the machine was busy
         began = time.monotonic()
         done = succeed(*PROGRAMS[name], "--help")
         seconds.append(time.monotonic() - began)

@@ -247,7 +247,7 @@ def test_sharded_ranks_hold_each_number_once_and_replicas_hold_all(several, alon
         assert max(held) < 1.2 * numbers / world
 
 
-def test_an_error_of_one_rank_ends_all_and_is_told_once(several):
+def test_an_error_of_one_rank_ends_all_and_is_reported_once(several):
     *_, ends = several
     assert ends[-1] == ("error: only the last rank knows\n", 1)
     for told, status in ends[:-1]:
@@ -302,7 +302,7 @@ def signal_rank(launcher: subprocess.Popen, rank: int, number: int) -> None:
 
 
 def end_at(step: int, launcher: subprocess.Popen, run: Path, rank: int, number: int) -> str:
-    """Send a rank a signal when a checkpoint of ``step`` or later is there; what was told until all had ended."""
+    """Send a rank a signal when a checkpoint of ``step`` or later exists; return stderr until all have ended."""
     until = time.monotonic() + 120
     while not any(int(path.name[5:]) >= step for path in run.glob("checkpoints/step_????????")):
         assert launcher.poll() is None, launcher.stderr.read()
@@ -341,7 +341,7 @@ def test_a_run_of_replicas_stopped_then_of_shards_killed_ends_alone_as_if_undist
             assert line["validation"][readout] == pytest.approx(loss, abs=1e-5)
 
 
-def test_a_mistake_that_all_ranks_make_is_told_once(small, tmp_path):
+def test_a_mistake_that_all_ranks_make_is_reported_once(small, tmp_path):
     launcher = torchrun(small, tmp_path / "run", tmp_path, "--batch-tokens", "96")
     told = launcher.communicate(timeout=120)[1]
     assert told.count("error: the batch's 3 rows do not divide among 2 ranks") == 1

@@ -1,4 +1,4 @@
-"""A run that was disturbed ends as one that was not: every metric, every weight, every file, bit for bit."""
+"""A run that was interrupted ends like one that was not: every metric, every weight, every file, bit for bit."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def process() -> Iterator[TrainingProcess]:
 
 @pytest.fixture(scope="module")
 def long(small):
-    """A run with all that could remember something: dropout, random masks, sums between lines of the log."""
+    """A run with everything that could hold state: dropout, random masks, sums between lines of the log."""
     return small.replace(
         dropout=0.1, steps=60, log_every=7, validate_every=25, checkpoint_every=4, micro_batch_rows=4, seed=3
     )
@@ -140,7 +140,7 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def metrics_of(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what may differ."""
+    """The lines of metrics.jsonl, without the fields that may differ."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in DIFFER} for line in lines]
 
@@ -197,7 +197,7 @@ def test_train_py_killed_and_called_again_ends_as_if_undisturbed(long, undisturb
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on(long, undisturbed, process, recorder, tmp_path, number, status):
+def test_a_run_that_is_asked_to_stop_saves_and_resumes(long, undisturbed, process, recorder, tmp_path, number, status):
     run = tmp_path / "run"
     process.start(long, run)
     process.wait_for(lambda: any(saved_steps(run)))
@@ -225,7 +225,7 @@ class StopAtMetrics(StopAt):
 
 
 @pytest.mark.parametrize("step", [7, 25, 56])
-def test_a_run_stopped_beside_its_checkpoints_ends_as_if_undisturbed(long, undisturbed, quietly, tmp_path, step):
+def test_a_run_stopped_between_its_checkpoints_ends_as_if_undisturbed(long, undisturbed, quietly, tmp_path, step):
     run, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         train(long, run, StopAtMetrics(step, terminate))
@@ -237,8 +237,10 @@ def test_a_run_stopped_beside_its_checkpoints_ends_as_if_undisturbed(long, undis
 
 
 @pytest.mark.parametrize("stops", [[29], [30, 33], [34, 35, 33], [36, 30]])
-def test_a_run_stopped_before_and_in_trouble_goes_back_as_if_undisturbed(long, quietly, tmp_path, monkeypatch, stops):
-    """Trouble comes after 33 good steps, until the rate was halved twice, so the run goes back to 32, then to 28."""
+def test_a_run_stopped_before_and_during_loss_spikes_rolls_back_as_if_undisturbed(
+    long, quietly, tmp_path, monkeypatch, stops
+):
+    """Losses spike after 33 good steps until the rate was halved twice, so the run rolls back to 32, then to 28."""
     judge = Ladder.judge
 
     def troubled(ladder: Ladder, loss: float, *rest: float) -> Verdict:
@@ -300,7 +302,7 @@ def flip_a_bit(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [cut_off, flip_a_bit])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(long, undisturbed, recorder, tmp_path, harm, name):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(long, undisturbed, recorder, tmp_path, harm, name):
     run = shutil.copytree(undisturbed.path, tmp_path / "run")
     harm(run / "checkpoints" / "step_00000060" / name)
     train(long, run, recorder)
@@ -310,7 +312,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(long, undisturbe
     assert_same_run(run, undisturbed.path)
 
 
-def test_lines_of_the_log_after_the_checkpoint_are_written_anew(long, undisturbed, quietly, tmp_path):
+def test_lines_of_the_log_after_the_checkpoint_are_rewritten(long, undisturbed, quietly, tmp_path):
     run = shutil.copytree(undisturbed.path, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "step_00000060")
     with (run / "metrics.jsonl").open("a") as file:
@@ -319,7 +321,7 @@ def test_lines_of_the_log_after_the_checkpoint_are_written_anew(long, undisturbe
     assert_same_run(run, undisturbed.path)
 
 
-def test_a_finished_run_returns_at_once_and_stays_as_it_is(long, undisturbed, recorder, tmp_path):
+def test_a_finished_run_returns_at_once_unchanged(long, undisturbed, recorder, tmp_path):
     run = shutil.copytree(undisturbed.path, tmp_path / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     train(long, run, recorder)
@@ -426,7 +428,7 @@ def test_a_save_that_fails_ends_the_run_and_nothing_is_lost(
     assert_same_run(begun, undisturbed.path)
 
 
-def test_a_log_that_cannot_be_written_ends_the_run_and_its_cut_off_line_is_written_anew(
+def test_a_log_that_cannot_be_written_ends_the_run_and_its_truncated_line_is_rewritten(
     long, undisturbed, begun, recorder, quietly, monkeypatch
 ):
     write = MetricsLog.write

@@ -60,7 +60,7 @@ def test_the_gradient_is_that_of_the_mean_loss(dataset, small):
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_dropout_is_drawn_anew_for_each_step_and_micro_batch_and_the_same_again(dataset, small):
+def test_dropout_differs_between_steps_and_micro_batches_and_is_reproducible(dataset, small):
     config = small.replace(objective="next_token", vocab_size=400, dropout=0.3, micro_batch_rows=1)
     batches = TrainingBatches(Corpora([dataset]), config)
     objective, one = batches.objective, batches.batch(0).rows(0, 1)

@@ -54,7 +54,7 @@ def test_metrics_have_their_schema(trained):
             assert list(loss) == ["nats_per_token", "bits_per_byte", "predicted"]
 
 
-def test_the_run_directory_holds_all_that_was_asked_for(trained, dataset, small):
+def test_the_run_directory_has_every_expected_file(trained, dataset, small):
     assert sorted(path.name for path in trained.path.iterdir()) == [
         "checkpoints", "config.toml", "metrics.jsonl", "tokenizer.json"
     ]  # fmt: skip
@@ -84,7 +84,7 @@ def test_more_steps_can_be_added_to_a_finished_run(small, quietly, recorder, tmp
         ({"learning_rate": 0.5, "num_layers": 3}, ["learning_rate 0.01 (now 0.5)", "num_layers 2 (now 3)"]),
     ],
 )
-def test_a_run_is_not_continued_with_other_settings_unawares(small, quietly, tmp_path, changes, words):
+def test_a_run_does_not_resume_with_other_settings_unless_asked(small, quietly, tmp_path, changes, words):
     quietly(small.replace(steps=2), tmp_path / "run")
     before = (tmp_path / "run" / "config.toml").read_bytes()
     with pytest.raises(UserError) as refused:
@@ -103,14 +103,14 @@ def test_a_run_is_not_continued_with_other_settings_unawares(small, quietly, tmp
         )
 
 
-def test_a_run_is_not_continued_with_other_data(small, quietly, text_folder, make_dataset, tmp_path):
+def test_a_run_does_not_resume_with_other_data(small, quietly, text_folder, make_dataset, tmp_path):
     quietly(small.replace(steps=2), tmp_path / "run")
     other = make_dataset(text_folder, tmp_path / "other", vocab_size=400, validation_fraction=0.2)
     with pytest.raises(UserError, match="was trained on other data"):
         quietly(small.replace(steps=4, data=(str(other.directory),)), tmp_path / "run", accept_changes=True)
 
 
-def test_the_same_data_may_lie_elsewhere(small, dataset, quietly, tmp_path):
+def test_the_same_data_may_be_in_another_folder(small, dataset, quietly, tmp_path):
     quietly(small.replace(steps=2), tmp_path / "run")
     moved = shutil.copytree(dataset.directory, tmp_path / "moved")
     run = quietly(small.replace(steps=3, data=(str(moved),)), tmp_path / "run")
@@ -126,20 +126,20 @@ def test_the_same_data_may_lie_elsewhere(small, dataset, quietly, tmp_path):
         ({"context_length": 10**6, "batch_tokens": 10**6}, "context_length 1000000 is longer"),
     ],
 )
-def test_a_run_that_cannot_begin_leaves_nothing_behind(small, quietly, tmp_path, changes, words):
+def test_a_run_that_cannot_start_leaves_nothing_behind(small, quietly, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         quietly(small.replace(**changes), tmp_path / "runs" / "new")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_other_things_is_not_made_a_run(small, quietly, tmp_path):
+def test_a_folder_with_other_files_does_not_become_a_run(small, quietly, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="is not empty and is not a run directory"):
         quietly(small, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_when_every_checkpoint_is_damaged_nothing_is_begun_anew(small, quietly, tmp_path):
+def test_when_every_checkpoint_is_damaged_no_new_run_is_started(small, quietly, tmp_path):
     run = quietly(small.replace(steps=2), tmp_path / "run")
     (run.path / "checkpoints" / "step_00000002" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
@@ -175,7 +175,7 @@ def test_two_processes_do_not_train_one_run(small, quietly, tmp_path):
     assert quietly(small.replace(steps=4), tmp_path / "run").latest().step == 4
 
 
-def test_an_allocation_that_fails_is_told_in_one_sentence_and_other_failures_as_they_are():
+def test_a_failed_allocation_is_explained_in_one_sentence_and_other_failures_pass_through():
     with pytest.raises(UserError, match="set micro_batch_rows lower"), explain_out_of_memory():
         torch.empty(2**60)
     with pytest.raises(UserError, match="not enough memory"), explain_out_of_memory():
@@ -203,7 +203,7 @@ def test_every_kind_of_model_learns(small, quietly, tmp_path, changes):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_the_screen_is_given_back_when_a_run_fails(small, recorder, tmp_path):
+def test_the_terminal_is_restored_when_a_run_fails(small, recorder, tmp_path):
     with pytest.raises(UserError):
         train(small.replace(learning_rate=1e30, muon_learning_rate=1e30), tmp_path / "run", recorder)
     assert recorder.ended == 1
@@ -229,7 +229,7 @@ def test_a_signal_after_the_save_of_a_step_stops_only_after_another_save(small, 
 
 
 @pytest.mark.parametrize("left", ["tokenizer.json", "tokenizer.json.tmp", "config.toml.tmp"])
-def test_a_run_killed_while_its_directory_is_made_begins_anew(small, quietly, dataset, tmp_path, left):
+def test_a_run_killed_while_its_directory_is_created_starts_over(small, quietly, dataset, tmp_path, left):
     (tmp_path / "run").mkdir()
     dataset.tokenizer.save(tmp_path / "run" / left)
     assert quietly(small.replace(steps=1), tmp_path / "run").latest().step == 1
