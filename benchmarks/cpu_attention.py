@@ -1,13 +1,14 @@
-"""Attention on the CPU, forward and backward: the planned pieces against PyTorch's attention with a dense mask.
+"""Compare attention on the CPU, forward and backward: planned pieces and PyTorch's attention with a dense mask.
 
     python -m benchmarks.cpu_attention [--rounds 15]
 
-"dense mask" is ``scaled_dot_product_attention`` with a boolean mask (rows, 1, T, T) that was made outside the timing.
-"fastest call" is the same function with what the batch allows: no mask, the causal flag, else the dense mask. "pieces"
-finds its plan in the cache, as all layers of a model but the first do; what the first pays is told as "plan".
+"dense mask" is ``scaled_dot_product_attention`` with a boolean mask (rows, 1, T, T) that is made outside the timing.
+"fastest call" is the same function with the cheapest arguments possible: no mask, the causal flag, or else the dense
+mask. "pieces" finds its plan in the cache, as all layers of a model but the first do; "plan" is the cost of the first.
 
-Pieces are many short parallel regions. Where other programs want the same cores, OpenMP's threads spin for one that is
-not running, and pieces can take five times as long; ``OMP_WAIT_POLICY=passive`` in the environment mends that.
+Pieces are many short parallel regions. If other programs use the same cores, OpenMP's threads spin while they wait for
+one that is not running, and pieces can take five times as long; ``OMP_WAIT_POLICY=passive`` in the environment avoids
+that.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from benchmarks.side_by_side import in_turn, table
 from lm.kernels import attention_torch, masks
 
-# name: rows, tokens, heads, key heads, width, mean document length (0: whole rows), how many rows are read both ways
+# name: rows, tokens, heads, key heads, width, mean document length (0: whole rows), how many rows are bidirectional
 CASES = {
     "documents of 128, causal": (8, 512, 8, 8, 32, 128, 0),
     "documents of 128, half of the rows both ways": (8, 512, 8, 8, 32, 128, 4),

@@ -1,9 +1,9 @@
-"""The output head and its loss on the CPU, forward and backward: ours beside what PyTorch offers, in time and memory.
+"""Compare time and memory of our output head and loss on the CPU, forward and backward, with PyTorch's.
 
     python -m benchmarks.cpu_cross_entropy [--rounds 7]
 
-Peak memory is how much the resident memory of a process of its own rises during one call, the returned gradients
-included, after a first call with few tokens has loaded what the call needs.
+Peak memory is the increase of a separate process's resident memory during one call, including the returned gradients,
+after a first call with few tokens has loaded everything that is needed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def checkpointed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Eight chunks, whose logits are computed again in the backward pass."""
+    """Eight chunks, whose logits are recomputed in the backward pass."""
     parts = zip(hidden.chunk(8), targets.chunk(8), strict=True)
     losses = [torch.utils.checkpoint.checkpoint(chunk, h, weight, t, use_reentrant=False) for h, t in parts]
     return torch.stack(losses).sum()
@@ -68,7 +68,7 @@ def step(loss: Loss, tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ..
 
 
 def resident(field: str) -> int:
-    """Bytes of VmRSS or VmHWM, this process's memory now or at its highest."""
+    """Bytes of VmRSS or VmHWM, the current or peak memory of this process."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found.group(1))
@@ -77,9 +77,9 @@ def resident(field: str) -> int:
 def peak_bytes(name: str, width: int) -> int:
     loss = candidates()[name]
     for tokens in (512, TOKENS) if "compiled" in name else (512,):
-        step(loss, inputs(tokens, width))  # a compiled one is compiled for the shape that counts, too
+        step(loss, inputs(tokens, width))  # compiles a compiled one for the measured shape, too
     tensors = inputs(TOKENS, width)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest becomes the present
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current memory
     before = resident("VmRSS")
     step(loss, tensors)
     return resident("VmHWM") - before

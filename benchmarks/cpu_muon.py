@@ -1,9 +1,9 @@
-"""Muon's arithmetic on the CPU: the matrices of some layers, orthogonalized by one inverse and by rounds of products.
+"""Compare Muon's arithmetic on the CPU: orthogonalize the matrices of some layers by one inverse and by products.
 
     python -m benchmarks.cpu_muon [--rounds 9] [--threads 1]
 
-Both take the same stacks, one for each shape of a layer: four square matrices, and three of a SwiGLU feed-forward.
-Below the times stands where the singular values of random square matrices come to.
+Both use the same stacks, one for each matrix shape of a layer: four square matrices, and three of a SwiGLU
+feed-forward. Below the times are the resulting singular values of random square matrices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CASES = ((128, 4), (256, 2), (384, 2), (768, 1))  # width, layers
 
 
 def stacks_of(width: int, layers: int) -> list[Tensor]:
-    """Wide matrices of norm 1: attention's, and the feed-forward's."""
+    """Wide matrices of norm 1, of attention and of the feed-forward."""
     inner = ModelConfig(hidden_size=width, num_heads=1).feed_forward_width
     stacks = [torch.randn(4 * layers, width, width), torch.randn(3 * layers, width, inner)]
     return [stack / stack.norm(dim=(1, 2), keepdim=True) for stack in stacks]

@@ -1,15 +1,15 @@
-"""A whole training step on the CPU beside nanoGPT's, at the same shape and with AdamW.
+"""Compare a whole training step on the CPU with nanoGPT's, at the same shape and with AdamW.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m benchmarks.cpu_training nanoGPT [--rounds 7] [--threads 1] [--compiled]
 
-Both take random tokens through forward, backward, clipping to norm 1 and a step of AdamW: nanoGPT by its ``model.py``
-and what its ``train.py`` does in a step, Kindling by the functions that ``train.py`` calls. ``--compiled`` adds nanoGPT
-under torch.compile. Tokens are per CPU second of all threads together. Each candidate has a process of its own, which
-Kindling arranges as ``train.py`` does (``lm.model.device.keep_freed_memory``).
+Both run forward, backward, clipping to norm 1 and a step of AdamW on random tokens: nanoGPT with its ``model.py`` and
+the step of its ``train.py``, Kindling with the functions that ``train.py`` calls. ``--compiled`` adds nanoGPT under
+torch.compile. Tokens are per CPU second of all threads together. Each candidate has its own process, which Kindling
+configures as ``train.py`` does (``lm.model.device.keep_freed_memory``).
 
-The rate of a step is its model's FLOPs (as ``Transformer.flops_per_token`` counts them) over its CPU seconds, times the
-threads; the machine's is the best that its matrix products reach with as many threads, by the clock.
+The rate of a step is its model's FLOPs (``Transformer.flops_per_token``) per CPU second, times the number of threads;
+the machine's rate is the best of its matrix products with the same number of threads, by wall-clock time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lm.objectives.objective import open_objective
 from lm.training.gradients import step_gradients
 from lm.training.optimizer import Optimizer
 
-# name: layers, heads, width, context, rows, steps in a turn. The first is nanoGPT's for a CPU, the second that of its
+# name: layers, heads, width, context, rows, steps per turn. The first is nanoGPT's for a CPU, the second that of its
 # config/train_shakespeare_char.py with 16 rows.
 SHAPES = {"0.8M": (4, 4, 128, 64, 12, 10), "10M": (6, 6, 384, 256, 16, 1)}
 VOCABULARY = 65
@@ -46,7 +46,7 @@ def several(step: Callable[[], object], steps: int) -> Callable[[], object]:
 
 
 def kindling_steps(name: str, threads: int) -> Callable[[], object]:
-    """The steps of a turn."""
+    """Run the steps of one turn."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     shape = SHAPES[name]
@@ -59,7 +59,7 @@ def kindling_steps(name: str, threads: int) -> Callable[[], object]:
 
 
 def kindling_step(config: Config, device: torch.device) -> Callable[[], object]:
-    """A step of these settings on random tokens, compiled if they say so."""
+    """One training step with these settings on random tokens, compiled if they ask for it."""
     model = Transformer(config.model).initialise(0).to(device)
     if config.training.compile:
         model.compile_training()
@@ -80,7 +80,7 @@ def kindling_step(config: Config, device: torch.device) -> Callable[[], object]:
 
 
 def nanogpt_module(checkout: Path) -> ModuleType:
-    """Its ``model.py``."""
+    """Import its ``model.py``."""
     specification = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -89,7 +89,7 @@ def nanogpt_module(checkout: Path) -> ModuleType:
 
 
 def nanogpt_steps(checkout: Path, name: str, threads: int, compiled: bool) -> Callable[[], object]:
-    """The steps of a turn of nanoGPT's ``train.py``, without dropout and biases, as it is set for a CPU."""
+    """The steps of one turn of nanoGPT's ``train.py`` with its settings for a CPU, without dropout and biases."""
     torch.set_num_threads(threads)
     module = nanogpt_module(checkout)
     layers, heads, width, context, rows, steps = SHAPES[name]
@@ -122,7 +122,7 @@ def compare(name: str, nanogpt: Path, rounds: int, *, compiled: bool) -> None:
     }
     if compiled:
         makers["nanoGPT, compiled"] = partial(nanogpt_steps, nanogpt, name, threads, compiled=True)
-    machine = machine_rate(torch.device("cpu"))  # and again afterwards: a busy machine may hide what it can do
+    machine = machine_rate(torch.device("cpu"))  # and again afterwards, since a busy machine may be slower
     timings = apart_in_turn(makers, rounds=rounds, warm_up=2)
     tokens = steps * rows * context
     machine = max(machine, machine_rate(torch.device("cpu")))

@@ -1,9 +1,9 @@
-"""What ``train.py --plan`` predicts, beside what then happens: peak memory and speed of three presets.
+"""Compare the estimates of ``train.py --plan`` with measurements: peak memory and speed of three recipes.
 
     python -m benchmarks.plan [--data FOLDER] [--steps 20] [--threads N]
 
-Each preset is planned in one process and trained in another, in turn. The batches are smaller than the presets' own, so
-that all of it takes about two minutes on two cores.
+Each recipe is planned in one process and trained in another, one after the other. The batches are smaller than the
+recipes' own, so that everything takes about two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import data_prep
 
-# Presets, and the batches that they are given here.
+# The recipes, and their batches here.
 BATCHES = {
     "tiny": {"batch_tokens": 4096},
     "small": {"batch_tokens": 1024},
@@ -28,13 +28,13 @@ BATCHES = {
 
 
 def train_py(*arguments: object) -> str:
-    """Call the console command's ``train`` in a process of its own; return what it prints."""
+    """Run ``kindling train`` in a new process and return its output."""
     command = [sys.executable, "-c", "from lm.cli.main import main; main()", "train", *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def compare(preset: str, data: Path, steps: int, threads: int, scratch: Path) -> dict[str, Any]:
-    """Predicted and real peak memory, in bytes, and tokens per second, of ``steps`` steps of a preset."""
+    """Estimated and measured peak memory, in bytes, and tokens per second, of ``steps`` steps of a recipe."""
     settings = {"data": data, "steps": steps, "threads": threads, "log_every": 1, **BATCHES[preset]}
     options = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", value)]
     plan = json.loads(train_py(preset, *options, "--plan", "--json"))

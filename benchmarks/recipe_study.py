@@ -1,9 +1,9 @@
-"""What each choice of a subword recipe is worth: one setting after another is changed, everything else stays as it is.
+"""The effect of each setting of a subword recipe: change one at a time and keep everything else.
 
     python -m benchmarks.recipe_study DATA --out FOLDER [--only PREFIX] [--threads 1]
 
-DATA is a folder of shards; what is about repetition needs a second one, ``--little``, a small part of the same text.
-Every run that is finished is kept in FOLDER and not run again. losses are over the whole split, nats a token.
+DATA is a folder of shards; the runs with repeated text need a second one, ``--little``, a small part of the same text.
+Finished runs are kept in FOLDER and not repeated. Losses are over the whole split, in nats per token.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ BASE: dict[str, Any] = {
     "objective": "hybrid",
     "steps": 300,
 }
-WIDTHS = {64: 2, 128: 4, 256: 8}  # and heads of 32
+WIDTHS = {64: 2, 128: 4, 256: 8}  # the number of heads of size 32
 AVERAGES = (0.9, 0.97, 0.99)
 
 
 def experiments() -> dict[str, dict[str, Any]]:
-    """The settings that each run changes, by its name."""
+    """The settings that each run changes, by the run's name."""
     runs: dict[str, dict[str, Any]] = {f"base seed {seed}": {"seed": seed} for seed in range(3)}
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         for rate in (0.1, 0.2, 0.3, 0.4) if 0 < share < 1 else (0.2, 0.4):
             runs[f"masked_fraction {share}, mask_rate {rate}"] = {"masked_fraction": share, "mask_rate": rate}
-    # The masked readout learns to read both ways only after some time: what it is worth shows in longer runs.
+    # The masked readout learns to use both sides only after some time, so its value shows in longer runs.
     for share, rate in (
         (0.5, 0.2),
         (0.5, 0.4),
@@ -99,7 +99,7 @@ def experiments() -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def averaging(decays: tuple[float, ...]) -> Iterator[dict[float, dict[str, Tensor]]]:
-    """Exponential moving averages of the weights of what is trained meanwhile."""
+    """Collect exponential moving averages of the weights that are trained inside the context."""
     kept: dict[float, dict[str, Tensor]] = {}
     step = Optimizer.step
 
@@ -127,10 +127,10 @@ def measure(name: str, settings: dict[str, Any], data: Path, folder: Path, threa
         **settings, data=(str(data),), threads=threads, validate_every=10**6, checkpoint_every=10**6
     )
     path = folder / "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
-    began = time.process_time()
+    start = time.process_time()
     with averaging(AVERAGES if name.startswith("averaged") else ()) as averages:
         train(config, path, NullReporter())
-    seconds = time.process_time() - began
+    seconds = time.process_time() - start
     run = open_run(path)
     model = run.load_model(torch.device("cpu"))
     result: dict[str, Any] = {"cpu_seconds": seconds, "losses": losses(model, data, config)}
@@ -146,7 +146,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--little", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", action="append", default=[], help="runs whose name begins so; may be repeated")
+    parser.add_argument(
+        "--only", action="append", default=[], help="only runs whose name starts with this; may be repeated"
+    )
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

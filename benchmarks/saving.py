@@ -1,4 +1,4 @@
-"""How long a checkpoint keeps a run from training: written while it waits, and in the background.
+"""How long a checkpoint interrupts training: written in the foreground, and in the background.
 
 python -m benchmarks.saving [RECIPE]
 """
@@ -33,21 +33,21 @@ def main(recipe: str) -> None:
     optimizer.step(1.0)
     weights, state = model.state_dict(), optimizer.state()
     size = sum(tensor.nbytes for part in (weights, state) for tensor in part.values())
-    Path("/proc/self/clear_refs").write_text("5")  # the highest memory becomes the present one
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak memory to the current memory
     before = resident("VmRSS")
-    pauses: dict[str, list[tuple[float, float]]] = {"written while it waits": [], "in the background": []}
+    pauses: dict[str, list[tuple[float, float]]] = {"in the foreground": [], "in the background": []}
     with tempfile.TemporaryDirectory(dir=".") as name:
         folder, keep = Path(name), Retention(2)
-        with CheckpointWriter(folder, keep, 0, lambda: None) as saver:
+        with CheckpointWriter(folder, keep, 0, lambda: None) as writer:
             for step in range(1, 2 * ROUNDS, 2):
                 wall, cpu = time.perf_counter(), time.thread_time()
                 checkpoint.save(folder, step, snapshot(weights), snapshot(state), {})
                 checkpoint.tidy(folder, step, keep)
-                pauses["written while it waits"].append((time.perf_counter() - wall, time.thread_time() - cpu))
+                pauses["in the foreground"].append((time.perf_counter() - wall, time.thread_time() - cpu))
                 wall, cpu = time.perf_counter(), time.thread_time()
-                saver.save(step + 1, weights, state, {}, scheduled=True, best_step=0)
+                writer.save(step + 1, weights, state, {}, scheduled=True, best_step=0)
                 pauses["in the background"].append((time.perf_counter() - wall, time.thread_time() - cpu))
-                saver.wait()
+                writer.wait()
     print(describe(model))
     print(f"{size / 2**20:.0f} MiB of weights and optimizer state, {ROUNDS} times in turn, medians (and the range):")
     for name, measured in pauses.items():

@@ -1,4 +1,4 @@
-"""Time several ways of doing one thing in turn, A B A B …, so that a busy machine slows all of them alike."""
+"""Time alternatives in turn, A B A B …, so that a busy machine slows all of them equally."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from multiprocessing.connection import Connection
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over the rounds: seconds on the clock, and CPU seconds of all threads together."""
+    """Medians over the rounds: wall-clock seconds, and CPU seconds of all threads together."""
 
     wall: float
     cpu: float
 
 
 def in_turn(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 15, warm_up: int = 2) -> dict[str, Timing]:
-    """Call each candidate once a round, for ``warm_up`` untimed rounds and ``rounds`` timed ones."""
+    """Call each candidate once per round, for ``warm_up`` untimed rounds and ``rounds`` timed ones."""
     return _rounds({name: partial(timed, call) for name, call in candidates.items()}, rounds, warm_up)
 
 
 def timed(call: Callable[[], object]) -> Timing:
-    """What one call takes in this process."""
+    """Time one call in this process."""
     wall, cpu = time.perf_counter(), time.process_time()
     call()
     return Timing(time.perf_counter() - wall, time.process_time() - cpu)
@@ -47,9 +47,9 @@ def _rounds(candidates: Mapping[str, Callable[[], Timing]], rounds: int, warm_up
 def apart_in_turn(
     makers: Mapping[str, Callable[[], Callable[[], object]]], *, rounds: int = 15, warm_up: int = 2
 ) -> dict[str, Timing]:
-    """As ``in_turn``, but each candidate is made and called in a process of its own, arranged as it likes to be.
+    """As ``in_turn``, but each candidate is made and called in its own process, which it may configure.
 
-    A maker is a function of a module, or a ``functools.partial`` of one.
+    A maker is a module-level function, or a ``functools.partial`` of one.
     """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -78,7 +78,7 @@ def _serve(pipe: Connection, make: Callable[[], Callable[[], object]]) -> None:
 
 
 def table(title: str, timings: Mapping[str, Timing], baseline: str) -> str:
-    """The timings in milliseconds, each with how many times faster than ``baseline`` it is (wall and CPU)."""
+    """Format the timings in milliseconds, each with its speedup over ``baseline`` (wall and CPU)."""
     width = max(map(len, timings))
     lines = [title, f"  {'':{width}}  wall ms   CPU ms  faster (wall, CPU)"]
     for name, timing in timings.items():

@@ -1,19 +1,20 @@
-"""Characters at the shape of nanoGPT's CPU demonstration: the recipe char-tiny beside nanoGPT.
+"""Compare the recipe char-tiny with nanoGPT, on characters and at the shape of nanoGPT's CPU example.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m benchmarks.vs_nanogpt nanoGPT input.txt [--seeds 3] [--steps 2000] [--reach-steps 250] [--tuned 3e-3]
 
-Both have 4 layers, 4 heads, width 128, context 64, batches of 12 rows, no dropout and as many steps. They read the same
-characters: the first nine tenths of the text for training, the rest for validation. For each seed, in turn:
+Both have 4 layers, 4 heads, width 128, context 64, batches of 12 rows, no dropout and the same number of steps, on the
+same characters: the first nine tenths of the text for training, the rest for validation. For each seed, in turn:
 
-- kindling: ``lm.training.trainer.train`` with the recipe as it is.
+- kindling: ``lm.training.pretraining.train`` with the unchanged recipe.
 - kindling, short: the same with ``--reach-steps`` steps, for the CPU seconds to the loss ``--reach``.
-- nanoGPT: its ``model.py``, with the loop and the schedule of its ``train.py`` in our words, set as its readme says for
-  a CPU. (``train.py`` itself cannot be asked for the loss on a whole split.) ``--tuned`` gives another peak rate.
+- nanoGPT: its ``model.py``, with the loop and the schedule of its ``train.py`` reimplemented here, and the settings
+  that its readme recommends for a CPU. (``train.py`` itself cannot report the loss on a whole split.) ``--tuned`` sets
+  another peak learning rate.
 
-A loss is over the whole validation split, in windows side by side, in nats per character; Kindling's has the cost of
-the text's end in it too. CPU seconds are those of all threads between steps: batches, steps and logging, neither
-validation nor start. nanoGPT's vocabulary is the 65 characters of the text, Kindling's has 259 more.
+Losses are over the whole validation split, in consecutive windows, in nats per character; Kindling's includes the end
+of the text. CPU seconds are those of all threads for batches, steps and logging, without validation and start-up.
+nanoGPT's vocabulary is the 65 characters of the text; Kindling's has 259 more.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ from lm.config.recipes import find_recipe, load_config
 from lm.training.pretraining import train
 
 CONTEXT, ROWS = 64, 12
-# nanoGPT's config/train_shakespeare_char.py, and what its readme changes for a CPU.
+# nanoGPT's config/train_shakespeare_char.py, with the changes that its readme recommends for a CPU.
 PEAK_RATE, LEAST_RATE, WARMUP, WEIGHT_DECAY, BETAS, CLIP = 1e-3, 1e-4, 100, 0.1, (0.9, 0.99), 1.0
 SHAPE = {"block_size": CONTEXT, "n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.0, "bias": False}
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a run had cost, and how good it was, after ``step`` steps."""
+    """The cost and the loss of a run after ``step`` steps."""
 
     step: int
     cpu_seconds: float
@@ -91,7 +92,7 @@ def split_text(text: str) -> tuple[str, str]:
 
 @torch.no_grad()
 def whole_split_loss(logits_of: Callable[[Tensor], Tensor], tokens: NDArray[np.int64], context: int) -> float:
-    """Mean cost in nats of ``tokens`` in windows of ``context`` side by side; the last one stands before the first.
+    """Mean loss, in nats, of ``tokens`` in consecutive windows of ``context``; the last token precedes the first.
 
     ``logits_of`` maps inputs (rows, T) to scores (rows, T, vocabulary).
     """
@@ -106,7 +107,7 @@ def whole_split_loss(logits_of: Callable[[Tensor], Tensor], tokens: NDArray[np.i
 
 
 def nanogpt_rate(step: int, steps: int, peak: float) -> float:
-    """The learning rate of ``step``: up linearly over ``WARMUP`` steps, then down along a cosine to ``LEAST_RATE``."""
+    """The learning rate of ``step``: linear warmup over ``WARMUP`` steps, then cosine decay to ``LEAST_RATE``."""
     if step < WARMUP:
         return peak * (step + 1) / (WARMUP + 1)
     share = (step - WARMUP) / max(1, steps - WARMUP)
@@ -114,7 +115,7 @@ def nanogpt_rate(step: int, steps: int, peak: float) -> float:
 
 
 def load_nanogpt(checkout: Path) -> ModuleType:
-    """``model.py`` of a checkout."""
+    """Import ``model.py`` of a checkout."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -125,7 +126,7 @@ def load_nanogpt(checkout: Path) -> ModuleType:
 def train_nanogpt(
     model_py: ModuleType, text: tuple[str, str], seed: int, *, steps: int, every: int, peak: float
 ) -> list[Point]:
-    """nanoGPT's run, validated every so many steps."""
+    """Train nanoGPT, with regular validations."""
     number_of = {character: i for i, character in enumerate(sorted(set(text[0] + text[1])))}
     training, validation = (np.array([number_of[c] for c in part], dtype=np.uint16) for part in text)
     torch.manual_seed(1337 + seed)
@@ -156,7 +157,7 @@ def train_nanogpt(
             loss.item()
             if (step + 1) % every == 0 or step + 1 == steps:
                 watch.stop()
-                model.eval()  # it gives all scores only if it is given targets
+                model.eval()  # it returns all logits only if it receives targets
                 found = whole_split_loss(lambda x: model(x, x)[0], validation.astype(np.int64), CONTEXT)
                 model.train()
                 points.append(Point(step + 1, watch.seconds, found))
@@ -165,7 +166,7 @@ def train_nanogpt(
 
 
 def make_dataset(text: tuple[str, str], folder: Path) -> Path:
-    """Shards of both parts, each one document, with the characters of the first part as tokens."""
+    """Write shards of both parts, each as one document, with the characters of the first part as tokens."""
     source = folder / "train.txt"
     source.write_text(text[0], encoding="utf-8", newline="")
     data_prep.build([source], folder / "characters", tokenizer_kind="characters", validation_fraction=0.0)
@@ -178,7 +179,7 @@ def make_dataset(text: tuple[str, str], folder: Path) -> Path:
 
 
 class Clock:
-    """A reporter that lets a stopwatch run from step to step, and stops it while the trainer validates and saves."""
+    """A reporter that runs a stopwatch between steps, and stops it during validation and saving."""
 
     def __init__(self, characters: int) -> None:
         self.characters, self.watch, self.points, self._running = characters, Stopwatch(), list[Point](), False
@@ -208,7 +209,7 @@ class Clock:
 
 
 def train_kindling(data: Path, characters: int, run: Path, seed: int, **settings: Any) -> list[Point]:
-    """A run of the recipe with some settings changed; ``characters`` is the length of the validation text."""
+    """Train the recipe with some settings changed; ``characters`` is the length of the validation text."""
     every = min(settings.pop("every"), settings["steps"])
     asked = {
         "data": [str(data)],
@@ -227,7 +228,7 @@ def train_kindling(data: Path, characters: int, run: Path, seed: int, **settings
 
 
 def summary(curves: list[Curve], reach: float) -> str:
-    """A line for each candidate: its last loss, mean and every seed's, and CPU seconds to its end and to ``reach``."""
+    """One line per candidate: its final loss, per seed and on average, and CPU seconds in total and to ``reach``."""
     names = list(dict.fromkeys(curve.name for curve in curves))
     lines = [f"{'':24}  loss at the end: mean, each     CPU s  CPU s to {reach:g}: each"]
     for name in names:
@@ -250,7 +251,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=250, help="steps between validations")
     parser.add_argument("--tuned", type=float, help="also nanoGPT with this peak learning rate")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="where to write all curves, again after each run")
+    parser.add_argument("--json", type=Path, help="file for all curves, rewritten after each run")
     arguments = parser.parse_args()
     text = split_text(arguments.text.read_text(encoding="utf-8"))
     model_py, every = load_nanogpt(arguments.nanogpt), arguments.every
@@ -277,8 +278,8 @@ def main() -> None:
         for seed in range(arguments.seeds):
             for candidate, run in candidates.items():
                 curves.append(Curve(candidate, seed, run(seed)))
-                told = ", ".join(f"{p.step}: {p.loss:.3f} ({p.cpu_seconds:.1f} s)" for p in curves[-1].points)
-                print(f"{candidate}, seed {seed}: {told}", file=sys.stderr, flush=True)
+                points = ", ".join(f"{p.step}: {p.loss:.3f} ({p.cpu_seconds:.1f} s)" for p in curves[-1].points)
+                print(f"{candidate}, seed {seed}: {points}", file=sys.stderr, flush=True)
                 if arguments.json:
                     arguments.json.write_text(json.dumps([asdict(curve) for curve in curves], indent=1))
     print(summary(curves, arguments.reach))
