@@ -22,14 +22,19 @@ def console() -> Console:
 
 
 def print_table(header: Iterable[str], rows: Iterable[Iterable[str]], explanation: str = "") -> None:
-    """Print a table and, below it, an explanation. On a narrow terminal, the first column wraps."""
+    """Print a table, numbers to the right, and an explanation below it; an empty header is left out.
+
+    On a narrow terminal, the widest column wraps.
+    """
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
-    for row in rows:
+    cells, names = [list(row) for row in rows], list(header)
+    table = Table(box=None, pad_edge=False, show_header=bool(names))
+    for number, name in enumerate(names):
+        numeric = number > 0 and any(cell[:1].isdigit() for cell in (row[number] for row in cells))
+        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
         table.add_row(*map(Text, row))
     out = console()
     out.print(table)

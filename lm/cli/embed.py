@@ -50,17 +50,14 @@ def embed(
     Input is streamed, so files of any size work. Texts longer than the model's context are cut; their number is
     printed at the end.
     """
+    from lm import api
     from lm.data.examples import stream_examples
     from lm.inference.embedding import reading_of, vectors_of, write_lines, write_vectors
-    from lm.inference.language_model import LanguageModel
-    from lm.model.device import choose_device
     from lm.runs.directory import open_run
 
     opened = open_run(run)
     reading = reading_of(opened.config, reads, pooling, layer, normalize=normalize)
-    model = LanguageModel(
-        opened.load_model(choose_device(device), opened.checkpoint(which)), opened.tokenizer, opened.config
-    )
+    model = api.load_model(opened, checkpoint=which, device=device)
     texts = (each.texts for each in stream_examples(source, "classification", columns_of(columns)))
     counts = {"texts": 0, "cut": 0}
 

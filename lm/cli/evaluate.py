@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.tables import print_table
 from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, columns_of, columns_options, json_option, reading_options, run_argument
-
-if TYPE_CHECKING:
-    from lm.data.examples import Columns
-    from lm.evaluation.bootstrap import Accuracy
-    from lm.inference.embedding import Reading
-    from lm.inference.language_model import LanguageModel
 
 
 @click.command(cls=FriendlyCommand)
@@ -92,54 +87,49 @@ def evaluate(
     on any text. With --pairs: how often the acceptable one of two sentences is more likely. With --choices: how often
     the right answer to a question is the most likely. With --similarity: how well embeddings rank pairs of texts.
     """
-    from lm.evaluation.validation_loss import evaluate as evaluate_run
-    from lm.inference.embedding import reading_of
-    from lm.inference.language_model import LanguageModel
-    from lm.model.device import choose_device
-    from lm.runs.directory import open_run
-
     options = {"--data": data, "--text": source, "--pairs": pairs, "--choices": choices, "--similarity": similarity}
     if len(given := [name for name, value in options.items() if value]) > 1:
         raise UserError(f"{' and '.join(given)} cannot be combined: choose one of them")
-    opened = open_run(run)
-    checkpoint = opened.checkpoint(which)
+    from lm import api
 
-    def model() -> LanguageModel:  # loaded after the files of examples have been read
-        return LanguageModel(opened.load_model(choose_device("auto"), checkpoint), opened.tokenizer, opened.config)
-
-    if pairs is not None:
-        _evaluate_pairs(model, pairs, columns, ties, as_json)
-    elif choices is not None:
-        _evaluate_choices(model, choices, columns_of(task_columns), as_json)
-    elif similarity is not None:
-        reading = reading_of(opened.config, reads, pooling, layer)
-        _evaluate_similarity(model, similarity, columns_of(task_columns), reading, as_json)
-    elif source is not None:
-        from data_prep.settings import ReadSettings
-        from lm.evaluation.perplexity import evaluate_text
-
-        found = evaluate_text(
-            model(), source, ReadSettings(text_field=text_field), stride=stride, progress=_print_progress
-        )
-        _print_losses({"step": checkpoint.step, **found}, as_json)
-    else:
-        _print_losses(evaluate_run(opened, data, checkpoint), as_json)
-
-
-def _print_progress(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _print_losses(result: dict[str, Any], as_json: bool) -> None:
+    result = api.evaluate(
+        run,
+        data=data,
+        text=source or "",
+        text_field=text_field,
+        stride=stride,
+        pairs=pairs or "",
+        sentences=columns,
+        ties=ties,
+        choices=choices or "",
+        similarity=similarity or "",
+        columns=columns_of(task_columns),
+        reads=reads,
+        pooling=pooling,
+        layer=layer,
+        checkpoint=which,
+        progress=lambda text: click.echo(text, err=True),
+    )
     if as_json:
         click.echo(json.dumps(result))
-        return
+    elif pairs is not None:
+        _print_pairs(result)
+    elif choices is not None:
+        _print_choices(result)
+    elif similarity is not None:
+        click.echo("  ".join(f"{name} {value:.4f}" for name, value in result.items() if name != "pairs"))
+        click.echo(f"{result['pairs']:,} pairs: correlation of their similarity with the cosine of their embeddings")
+    else:
+        _print_losses(result)
+
+
+def _print_losses(result: dict[str, Any]) -> None:
     rows = []
     for losses, kind in ((result["validation"], ""), (result["floors"], " (baseline)")):
         for name, loss in losses.items():
             nats = "" if loss["nats_per_token"] is None else f"{loss['nats_per_token']:.4f}"
             rows.append((name + kind, nats, f"{loss['bits_per_byte']:.4f}"))
-    _print_table(
+    print_table(
         ("", "nats per token", "bits per byte"),
         rows,
         f"step {result['step']:,}; {result['validation_tokens']:,} tokens, {result['validation_bytes']:,} bytes of "
@@ -147,85 +137,35 @@ def _print_losses(result: dict[str, Any], as_json: bool) -> None:
     )
 
 
-def _print_table(header: Iterable[str], rows: Iterable[Iterable[str]], explanation: str) -> None:
-    from rich.table import Table
-
-    from lm.cli.tables import console
-
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(header):
-        table.add_column(name, no_wrap=number > 0, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    out = console()
-    out.print(table)
-    out.print(explanation, markup=False)
-
-
-def _percentages(accuracies: Iterable[Accuracy]) -> Iterator[str]:
-    return (f"{accuracy.mean:.1%} ± {accuracy.error:.1%}" for accuracy in accuracies)
+def _percentages(accuracies: Iterable[dict[str, float]]) -> Iterator[str]:
+    return (f"{accuracy['mean']:.1%} ± {accuracy['error']:.1%}" for accuracy in accuracies)
 
 
 def _label(name: str) -> str:
-    """Return how a table calls the row or column ``name`` of a result."""
+    """How a table calls the row or column ``name`` of a result."""
     return name.replace("(floor)", "(baseline)")
 
 
-def _as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[str, Any]]:
-    return {name: {key: value.as_dict() for key, value in each.items()} for name, each in results.items()}
+def _print_choices(result: dict[str, Any]) -> None:
+    from lm.evaluation.multiple_choice import NORMALIZATIONS
 
-
-def _evaluate_choices(load: Callable[[], LanguageModel], path: str, columns: Columns, as_json: bool) -> None:
-    from lm.data.examples import read_examples
-    from lm.evaluation.multiple_choice import NORMALIZATIONS, evaluate_choices
-
-    examples = read_examples(path, "choice", columns)
-    results, cut = evaluate_choices(load(), examples, progress=_print_progress)
-    if as_json:
-        click.echo(json.dumps({"questions": len(examples), "cut": cut, "accuracy": _as_dicts(results)}))
-        return
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in NORMALIZATIONS.items())
-    shortened = f"; {cut:,} answers follow a question that lost its beginning" if cut else ""
-    _print_table(
+    cut = f"; {result['cut']:,} answers follow a question that lost its beginning" if result["cut"] else ""
+    print_table(
         ("", *NORMALIZATIONS),
-        ((_label(name), *_percentages(each.values())) for name, each in results.items()),
-        f"share of {len(examples):,} questions whose right answer is the most likely, ± bootstrap error; {meanings}; "
-        f"equally likely answers share the point{shortened}",
+        ((_label(name), *_percentages(each.values())) for name, each in result["accuracy"].items()),
+        f"share of {result['questions']:,} questions whose right answer is the most likely, ± bootstrap error; "
+        f"{meanings}; equally likely answers share the point{cut}",
     )
 
 
-def _evaluate_similarity(
-    load: Callable[[], LanguageModel], path: str, columns: Columns, reading: Reading, as_json: bool
-) -> None:
-    from lm.data.examples import read_similar
-    from lm.finetuning.contrastive_task import similarity
-
-    pairs = read_similar(path, columns)
-    found = similarity(load(), pairs, reading)
-    if as_json:
-        click.echo(json.dumps({"pairs": len(pairs), **found}))
-        return
-    click.echo("  ".join(f"{name} {value:.4f}" for name, value in found.items()))
-    click.echo(
-        f"{len(pairs):,} pairs: correlation of their similarity with the cosine of their embeddings; read "
-        f"{reading.reads}, {reading.pooling} of layer {reading.layer}"
-    )
-
-
-def _evaluate_pairs(
-    load: Callable[[], LanguageModel], path: Path, columns: tuple[str, str], ties: str, as_json: bool
-) -> None:
-    from lm.evaluation import minimal_pairs
-
-    paradigms = minimal_pairs.read_pairs(path, columns)
-    results = minimal_pairs.evaluate_model(load(), paradigms, ties=ties, progress=_print_progress)
-    if as_json:
-        click.echo(json.dumps({"ties": ties, "accuracy": _as_dicts(results)}))
-        return
-    equal = ", ".join(f"{_label(name)} {each['all'].ties:,}" for name, each in results.items())
-    _print_table(
-        ("", *map(_label, results)),
-        ((name, *_percentages(each[name] for each in results.values())) for name in next(iter(results.values()))),
+def _print_pairs(result: dict[str, Any]) -> None:
+    columns = result["accuracy"]
+    first = next(iter(columns.values()))
+    equal = ", ".join(f"{_label(name)} {each['all']['ties']:,}" for name, each in columns.items())
+    print_table(
+        ("", *map(_label, columns)),
+        ((name, *_percentages(each[name] for each in columns.values())) for name in first),
         f"share of pairs whose acceptable sentence is more likely, ± bootstrap error; temperature 1; ties score "
-        f"{ties} (of {next(iter(results.values()))['all'].pairs:,}: {equal}); all: the mean over paradigms",
+        f"{result['ties']} (of {first['all']['pairs']:,}: {equal}); all: the mean over paradigms",
     )

@@ -36,11 +36,11 @@ def predict(run: Path, source: str, output: str, which: str, device: str) -> Non
 
     Input is streamed, so files of any size work.
     """
-    from lm.finetuning.predict import open_predictor, read_inputs, write_answers
+    from lm import api
     from lm.finetuning.predict import predict as answers_to
-    from lm.model.device import choose_device
+    from lm.finetuning.predict import read_inputs, write_answers
 
-    predictor = open_predictor(run, choose_device(device), which)
+    predictor = api.load_task_model(run, checkpoint=which, device=device)
     cut = 0
 
     def counted() -> Iterator[dict[str, Any]]:

@@ -62,7 +62,7 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(comparison))
         return
-    from lm.cli.tables import print_table
+    from data_prep.cli.tables import print_table
 
     header, *numbers = rows(comparison)
     print_table(header, [*numbers, *differences(comparison)], "\n".join(comparison["remarks"]))

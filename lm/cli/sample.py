@@ -76,10 +76,9 @@ def sample(
     **sampling: Any,
 ) -> None:
     """Generate text with the model of RUN: continue prompts, fill masks, chat. Only the text goes to stdout."""
+    from lm import api
     from lm.inference.batch_generation import Prompt, check_prompts, read_prompts
-    from lm.inference.language_model import LanguageModel
     from lm.inference.sampling import Sampling
-    from lm.model.device import choose_device
     from lm.runs.directory import open_run
 
     settings = Sampling(**sampling)
@@ -100,9 +99,7 @@ def sample(
     if output is not None and output.exists():
         raise UserError(f"{output} already exists: choose another --output")
     count = len(prompts) if source is None else check_prompts(source, settings)
-    model = LanguageModel(
-        opened.load_model(choose_device(device), opened.checkpoint(which)), opened.tokenizer, opened.config
-    )
+    model = api.load_model(opened, checkpoint=which, device=device)
     if source is not None:
         generator = _generator(model, min(rows, count), compiled)
         _continue_file(model, generator, read_prompts(source, settings), output, count)

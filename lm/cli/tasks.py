@@ -157,7 +157,7 @@ def _print_tables(out: Path, examples: list[Examples], cells: list[Cell], as_jso
         return
     from rich.table import Table
 
-    from lm.cli.tables import console
+    from data_prep.cli.tables import console
 
     printer = console()
     printer.width = max(printer.width, WIDTH)

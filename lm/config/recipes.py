@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from lm.config.consistency import inconsistencies
-from lm.config.settings import Config, Setting, all_settings
+from lm.config.settings import Config, FinetuneConfig, ReportConfig, Setting, all_settings
 
 
 def find_recipe(name: str) -> Path:
@@ -62,17 +62,72 @@ def load_config(
     problems: list[str] = []
     given = [(name, value, "") for name, value in (overrides or {}).items()]
     for name, value, where in [*_recipe_values(recipe, known, problems), *given]:
+        if name not in known:
+            problems.append(f'unknown setting "{name}"{suggestion(name, known)}')
+            continue
         try:
             values[name] = _convert(known[name], value)
         except ValueError as problem:
             problems.append(f"{f'{name} in {where}' if where else known[name].option} {problem}")
     for option in unknown_options:
-        problems.append(f"unknown option {option}{_suggestion(option, [s.option for s in known.values()])}")
+        problems.append(f"unknown option {option}{suggestion(option, [s.option for s in known.values()])}")
     config = (base or Config()).replace(**values)
     problems += inconsistencies(config)
     if problems:
         raise UserError("\n".join(problems))
     return config
+
+
+def run_config(path: str | Path) -> Config:
+    """The settings of a run directory.
+
+    Raises:
+        UserError: there is no such directory, or it is not one of a run.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"there is no run directory {path}: train.py makes one")
+    if not (path / "config.toml").is_file():
+        raise UserError(f"{path} is not a run directory: it has no config.toml")
+    return load_config(path / "config.toml")
+
+
+def pretraining_config(
+    recipe: str | Path | None,
+    run: str | Path | None,
+    settings: Mapping[str, Any],
+    *,
+    unknown_options: Sequence[str] = (),
+) -> tuple[Config, Path, Config | None]:
+    """The settings of a pretraining, its run directory, and the settings the run has had so far, if it exists.
+
+    Args:
+        recipe: a TOML file, or the name of one that comes with Kindling; None: the settings of the run.
+        run: the run directory; None: runs/NAME-OF-THE-RECIPE.
+        settings, unknown_options: as of ``load_config``.
+
+    Raises:
+        UserError: a setting is wrong, or there is nothing to resume.
+    """
+    if recipe is None and run is None:
+        raise UserError(
+            "name a recipe to train (for example configs/tiny.toml), or a run to resume: --run RUN --resume"
+        )
+    path = Path(run) if run is not None else Path("runs") / Path(str(recipe)).stem
+    before = load_config(path / "config.toml") if (path / "config.toml").is_file() else None
+    # The rows of a micro-batch may have been chosen for another batch: they are kept only if they still fit.
+    base = before and before.replace(micro_batch_rows=0)
+    if base is None and settings.get("init_from"):  # the settings of that run, except for data and report
+        like = run_config(settings["init_from"])
+        like = dataclasses.replace(like, report=ReportConfig(), finetune=FinetuneConfig())
+        base = like.replace(data=(), micro_batch_rows=0)
+    if recipe is None and base is None and not unknown_options:
+        raise UserError(f"{path} is not a run directory yet: name a recipe to start it (for example configs/tiny.toml)")
+    file = find_recipe(str(recipe)) if recipe is not None else None
+    config = load_config(file, settings, unknown_options=unknown_options, base=base)
+    if config.is_finetuning:
+        raise UserError(f"{path} is a fine-tuning run: finetune.py resumes it")
+    return config, path, before
 
 
 def _recipe_values(
@@ -88,14 +143,14 @@ def _recipe_values(
     sections = [f.name for f in dataclasses.fields(Config)]
     for section, settings in content.items():
         if not isinstance(settings, dict):
-            home = f": it belongs under [{known[section].section}]" if section in known else _suggestion(section, known)
+            home = f": it belongs under [{known[section].section}]" if section in known else suggestion(section, known)
             problems.append(f'setting "{section}" outside a section in {recipe}{home}')
         elif section not in sections:
-            problems.append(f'unknown section "[{section}]" in {recipe}{_suggestion(section, sections)}')
+            problems.append(f'unknown section "[{section}]" in {recipe}{suggestion(section, sections)}')
         else:
             for name, value in settings.items():
                 if name not in known:
-                    problems.append(f'unknown setting "{name}" in {recipe}{_suggestion(name, known)}')
+                    problems.append(f'unknown setting "{name}" in {recipe}{suggestion(name, known)}')
                 elif known[name].section != section:
                     problems.append(
                         f'setting "{name}" in {recipe} belongs under [{known[name].section}], not [{section}]'
@@ -104,7 +159,8 @@ def _recipe_values(
                     yield name, value, str(recipe)
 
 
-def _suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest known one, or ""."""
     close = difflib.get_close_matches(name, list(known), 1, cutoff=0.6)
     return f': did you mean "{close[0]}"?' if close else ""
 
@@ -147,7 +203,7 @@ def _convert(setting: Setting, value: Any) -> Any:
 def _check_choice(setting: Setting, value: Any) -> None:
     if setting.choices and value not in setting.choices:
         raise ValueError(
-            f"must be one of {', '.join(setting.choices)}, not {value!r}{_suggestion(value, setting.choices)}"
+            f"must be one of {', '.join(setting.choices)}, not {value!r}{suggestion(value, setting.choices)}"
         )
 
 

@@ -19,7 +19,7 @@ from data_prep.errors import UserError
 from data_prep.files import read_json, sha256_of_file
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.recipes import load_config
+from lm.config.recipes import run_config
 from lm.config.settings import Config, all_settings
 from lm.model.lora import merge_lora
 from lm.model.transformer import Transformer
@@ -189,17 +189,8 @@ def plain_settings(config: Config) -> dict[str, Any]:
 
 
 def open_run(path: str | Path) -> Run:
-    """Open a run directory.
-
-    Raises:
-        UserError: there is no such directory, or it is not a run directory.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"there is no run directory {path}: train.py creates one")
-    if not (path / "config.toml").is_file():
-        raise UserError(f"{path} is not a run directory: it has no config.toml")
-    return Run(path, load_config(path / "config.toml"))
+    """Open a run directory; errors as of ``lm.config.recipes.run_config``."""
+    return Run(Path(path), run_config(path))
 
 
 RESULT = "evaluation.json"

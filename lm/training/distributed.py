@@ -285,6 +285,11 @@ def joined(settings: TrainingConfig) -> Iterator[Ranks]:
         ) from None
 
 
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def leave_unless_first(status: int) -> None:
     """Handle an error before ``joined``: return on the first rank that has it, exit with ``status`` on the others."""
     store, rank, _ = _meeting_place()

@@ -1,0 +1,362 @@
+"""Kindling from Python: load a model and use it; train, fine-tune, evaluate. The commands call these functions too."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import UserError
+from data_prep.settings import ReadSettings
+from lm.config.recipes import pretraining_config, suggestion
+from lm.config.sampling import Sampling
+from lm.config.settings import Config
+from lm.data.examples import Columns, Example, read_examples, read_similar
+from lm.evaluation import minimal_pairs, multiple_choice, perplexity, validation_loss
+from lm.evaluation.bootstrap import Accuracy
+from lm.export.huggingface import choose_readout, export_huggingface
+from lm.export.import_huggingface import import_checkpoint
+from lm.finetuning import finetune as finetuning
+from lm.finetuning.contrastive_task import similarity as correlations
+from lm.finetuning.predict import Predictor, open_predictor, predict
+from lm.inference.batch_generation import Prompt, continuations
+from lm.inference.embedding import all_vectors, reading_of
+from lm.inference.fill_mask import GREEDY, Filled, fill_masks
+from lm.inference.generator import Generator
+from lm.inference.generator import stream as stream_events
+from lm.inference.language_model import LanguageModel
+from lm.inference.scoring import log_likelihoods
+from lm.model.device import choose_device
+from lm.reports.run_report import write_report
+from lm.runs.checkpoint import Checkpoint
+from lm.runs.directory import Run, open_run, saved_evaluation
+from lm.training import pretraining
+from lm.training.distributed import is_main_process
+from lm.training.reporter import Reporter
+from lm.training.terminal import TerminalProgress
+
+__all__ = ["Config", "Run", "Sampling", "UserError", "evaluate", "finetune", "load", "train"]
+
+ROWS = 16  # texts that are generated at the same time
+
+
+@dataclass(frozen=True)
+class Model(LanguageModel):
+    """A trained language model: what ``load`` returns for a run that is not fine-tuned for a task with a head.
+
+    Every method that takes a text also takes a list of texts, and then returns a list or an array with one item per
+    text. ``run`` and ``saved`` are the run and the checkpoint that the model comes from.
+    """
+
+    run: Run
+    saved: Checkpoint
+    keep: object = None  # the temporary folder of an imported model
+
+    def generate(self, prompts: str | Sequence[str], *, stream: bool = False, **sampling: Any) -> Any:
+        """Continue each prompt; the continuation is returned without the prompt.
+
+        Args:
+            stream: return an iterator over the pieces of one continuation as they are generated.
+            sampling: fields of ``Sampling``, such as ``max_new_tokens``, ``temperature`` or ``seed``.
+
+        Raises:
+            UserError: a setting is wrong, or the model was trained to fill masks only.
+        """
+        if "next_token" not in self.readouts:
+            raise UserError(f"{self.run.path} was trained to fill masks only: it cannot continue a prompt")
+        settings = _sampling(sampling)
+        if stream:
+            if not isinstance(prompts, str):
+                raise UserError("stream=True takes one prompt, not a list")
+            return self._pieces(prompts, settings)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        generator = Generator(self, max_rows=max(1, min(ROWS, len(texts))))
+        found = [each.text for each in continuations(generator, [Prompt(text, settings) for text in texts])]
+        return found[0] if isinstance(prompts, str) else found
+
+    def _pieces(self, prompt: str, settings: Sampling) -> Iterator[str]:
+        return (event.text for event in stream_events(self, prompt, settings))
+
+    def fill(self, texts: str | Sequence[str], *, top: int = 5, rounds: int = 0, **sampling: Any) -> Any:
+        """Fill every ``[MASK]`` of a text: its ``text``, and the ``top`` candidates of each mask with probabilities.
+
+        Arguments and errors as of ``lm.inference.fill_mask.fill_masks``; without ``sampling`` the most probable tokens
+        are taken.
+        """
+        settings = _sampling(sampling) if sampling else GREEDY
+
+        def filled(text: str) -> Filled:
+            return fill_masks(self, text, top=top, rounds=rounds, sampling=settings)
+
+        return filled(texts) if isinstance(texts, str) else [filled(text) for text in texts]
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        reads: str | None = None,
+        pooling: str | None = None,
+        layer: int = -1,
+        normalize: bool = False,
+    ) -> NDArray[np.float32]:
+        """Vectors of texts, float32 (texts, hidden), or (hidden,) for one text.
+
+        Args:
+            reads: "causal" or "bidirectional"; None: bidirectional if the model was trained to fill masks.
+            pooling: "mean" over the tokens, or "last"; None: mean with bidirectional attention, else last.
+            layer: 0 is the embeddings, 1 the first block, -1 the last.
+            normalize: scale vectors to length 1.
+        """
+        reading = reading_of(self.config, reads, pooling, layer, normalize=normalize)
+        given = [texts] if isinstance(texts, str) else texts
+        vectors, _ = all_vectors(self, ((text,) for text in given), reading)
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def score(self, texts: str | Sequence[str], *, readout: str | None = None) -> Any:
+        """Log-likelihood of each text in nats, float64 (texts,), or a float for one text.
+
+        Args:
+            readout: None: the first of ``readouts``. A masked readout gives the pseudo-log-likelihood.
+
+        Raises:
+            UserError: the model was not trained for the readout, or a text is longer than its context.
+        """
+        given = [texts] if isinstance(texts, str) else texts
+        tokens = [self.tokenizer.encode(text) for text in given]
+        found = log_likelihoods(self, tokens, self._readout(readout))
+        return float(found[0]) if isinstance(texts, str) else found
+
+    def perplexity(self, source: str | Path, *, readout: str | None = None, stride: int = 0) -> float:
+        """Perplexity per token of a file, a folder, or anything else that data preparation reads.
+
+        ``evaluate(run, text=source)`` gives all readouts, bits per byte and baselines as well.
+
+        Args:
+            readout: as of ``score``.
+            stride: tokens that are scored per window; 0: all.
+        """
+        found = perplexity.evaluate_text(self, str(source), ReadSettings(), stride=stride)
+        return math.exp(found["validation"][self._readout(readout)]["nats_per_token"])
+
+    def save_pretrained(self, folder: str | Path, *, readout: str | None = None) -> None:
+        """Write a folder that ``transformers`` loads with its own classes; errors as of ``export_huggingface``."""
+        export_huggingface(self.run, Path(folder), self.saved, choose_readout(self.run, readout))
+
+    def _readout(self, wanted: str | None) -> str:
+        if wanted is not None and wanted not in self.readouts:
+            raise UserError(f"{self.run.path} was trained for {' and '.join(self.readouts)}, not for {wanted}")
+        return wanted or self.readouts[0]
+
+
+@dataclass(frozen=True)
+class TaskModel(Predictor):
+    """A model that was fine-tuned for a task with a head: what ``load`` returns for such a run."""
+
+    def predict(self, inputs: Sequence[str | Sequence[str]]) -> list[dict[str, Any]]:
+        """The answer to each input, as ``kindling predict`` writes it: a label with probabilities, a value, …
+
+        Args:
+            inputs: texts; (text, text) for a task on pairs, the words of a sentence for tagging words, (question,
+                *answers) for choosing an answer.
+        """
+        if isinstance(inputs, str):
+            raise UserError('predict takes a list of texts: predict(["..."])')
+        texts = [(each,) if isinstance(each, str) else tuple(each) for each in inputs]
+        examples = [Example(each, None, f"input {number}") for number, each in enumerate(texts)]
+        return [answer for answer, _ in predict(self, examples)]
+
+
+def load(run: str | Path | Run, *, checkpoint: str | int | None = None, device: str = "auto") -> Any:
+    """Load the model of a run, or a folder of ``transformers`` (Llama, Qwen3, EuroBERT).
+
+    Args:
+        checkpoint: "newest", "best", or a step; None: the newest, or the best one of a run with a task's head.
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Returns:
+        A ``Model``, or a ``TaskModel`` for a run that was fine-tuned for a task with a head.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or it is damaged.
+    """
+    path = run.path if isinstance(run, Run) else Path(run)
+    if (path / "config.json").is_file() and not (path / "config.toml").is_file():
+        folder = tempfile.TemporaryDirectory()
+        import_checkpoint(str(path), Path(folder.name) / "run")
+        return dataclasses.replace(load_model(Path(folder.name) / "run", device=device), keep=folder)
+    opened = open_run(path)
+    if opened.config.has_task_head:
+        return load_task_model(opened, checkpoint=str(checkpoint or "best"), device=device)
+    return load_model(opened, checkpoint=str(checkpoint or "newest"), device=device)
+
+
+def load_model(run: str | Path | Run, *, checkpoint: str = "newest", device: str = "auto") -> Model:
+    """``load`` of a run that must be a language model."""
+    opened = run if isinstance(run, Run) else open_run(run)
+    saved = opened.checkpoint(checkpoint)
+    return Model(opened.load_model(choose_device(device), saved), opened.tokenizer, opened.config, opened, saved)
+
+
+def load_task_model(run: str | Path | Run, *, checkpoint: str = "best", device: str = "auto") -> TaskModel:
+    """``load`` of a run that must have a task's head."""
+    found = open_predictor(run.path if isinstance(run, Run) else run, choose_device(device), checkpoint)
+    return TaskModel(found.run, found.model, found.answers)
+
+
+def train(
+    recipe: str | Path | Config | None = None,
+    *,
+    run: str | Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> Run:
+    """Pretrain a model, or resume the run that is there, and write its report.
+
+    Args:
+        recipe: a TOML file, the name of a recipe that comes with Kindling, or a ``Config``; None: as the run has it.
+        run: the run directory; None: runs/NAME-OF-THE-RECIPE.
+        resume: resume even if settings of the training have changed; with no recipe, with the settings the run has.
+        reporter: called as training proceeds; None: a progress bar.
+        settings: any setting by its name, as on the command line: ``data="data/mine", steps=200``.
+
+    Raises:
+        UserError: the data, the settings and the run directory do not fit together; one line per problem.
+        SystemExit: stopped by Ctrl-C or SIGTERM, with a checkpoint written; the same call resumes.
+    """
+    if isinstance(recipe, Config):
+        config, path = recipe, Path(run or "")
+    else:
+        config, path, _ = pretraining_config(recipe, run, _plain(settings))
+    done = pretraining.train(config, path, reporter or TerminalProgress(), accept_changes=resume)
+    if is_main_process():
+        _write_report(done)
+    return done
+
+
+def _write_report(run: Run) -> None:
+    """Write ``report.html`` unless it is newer than the newest checkpoint."""
+    report, newest = run.path / "report.html", run.latest()
+    if newest and not (report.exists() and report.stat().st_mtime >= newest.path.stat().st_mtime):
+        write_report(run, saved_evaluation(run, newest), run.config.report.prompts, run.config.report.fills)
+
+
+def finetune(
+    base: str | Path | Run | Config,
+    *,
+    run: str | Path,
+    resume: bool = False,
+    recipe: str | Path | None = None,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> finetuning.Finetuned:
+    """Fine-tune a run on a task, or resume the fine-tuning that is there.
+
+    Args:
+        base: the pretrained run, or complete settings.
+        run: the run directory to write.
+        recipe: a TOML file with settings.
+        settings: any setting by its name: ``task="classification", train="train.jsonl", validation="dev.jsonl"``.
+
+    Returns:
+        The new run, with the ``scores`` of its best validation and the ``step`` of it.
+
+    Raises:
+        UserError, SystemExit: as of ``train``.
+    """
+    if isinstance(base, Config):
+        config = base
+    else:
+        opened = base if isinstance(base, Run) else open_run(base)
+        config = finetuning.finetune_config(opened, _plain(settings), Path(recipe) if recipe else None)
+    return finetuning.finetune(config, Path(run), reporter or TerminalProgress(), accept_changes=resume)
+
+
+def evaluate(
+    run: str | Path | Run,
+    *,
+    data: str | Path = "",
+    text: str | Path = "",
+    text_field: str = "text",
+    stride: int = 0,
+    pairs: str | Path = "",
+    sentences: tuple[str, str] = minimal_pairs.COLUMNS,
+    ties: str = "half",
+    choices: str | Path = "",
+    similarity: str | Path = "",
+    columns: Columns | None = None,
+    reads: str | None = None,
+    pooling: str | None = None,
+    layer: int = -1,
+    checkpoint: str | int = "newest",
+    device: str = "auto",
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure a run: the loss on its validation split, or one of the other measures if it is named.
+
+    Args:
+        data: another dataset whose validation split to use.
+        text: the loss on any text instead (``text_field``: the field of records; ``stride``: tokens scored per window).
+        pairs: minimal pairs (``sentences``: the columns of the acceptable and the other one; ``ties``: half or first).
+        choices: multiple-choice questions, with ``columns``.
+        similarity: pairs of texts with how similar they are, with ``columns``; ``reads``, ``pooling`` and ``layer`` are
+            as of ``Model.embed``.
+        progress: called with a line before each part.
+
+    Returns:
+        What ``evaluate.py --json`` prints.
+
+    Raises:
+        UserError: two measures are named, or a file is missing or wrong.
+    """
+    given = {"data": data, "text": text, "pairs": pairs, "choices": choices, "similarity": similarity}
+    if len(named := [name for name, value in given.items() if value]) > 1:
+        raise UserError(f"{' and '.join(named)} cannot be combined: choose one of them")
+    opened = run if isinstance(run, Run) else open_run(run)
+    saved = opened.checkpoint(str(checkpoint))
+    if not (text or pairs or choices or similarity):
+        return validation_loss.evaluate(opened, str(data), saved)
+
+    def model() -> Model:  # after the files of examples have been read, so that their mistakes show at once
+        return load_model(opened, checkpoint=str(checkpoint), device=device)
+
+    if text:
+        reading = ReadSettings(text_field=text_field)
+        found = perplexity.evaluate_text(model(), str(text), reading, stride=stride, progress=progress)
+        return {"step": saved.step, **found}
+    if pairs:
+        paradigms = minimal_pairs.read_pairs(Path(pairs), sentences)
+        by_readout = minimal_pairs.evaluate_model(model(), paradigms, ties=ties, progress=progress)
+        return {"ties": ties, "accuracy": _as_dicts(by_readout)}
+    if choices:
+        examples = read_examples(str(choices), "choice", columns or Columns())
+        accuracy, cut = multiple_choice.evaluate_choices(model(), examples, progress=progress)
+        return {"questions": len(examples), "cut": cut, "accuracy": _as_dicts(accuracy)}
+    rated = read_similar(str(similarity), columns or Columns())
+    return {"pairs": len(rated), **correlations(model(), rated, reading_of(opened.config, reads, pooling, layer))}
+
+
+def _as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[str, Any]]:
+    return {name: {key: value.as_dict() for key, value in each.items()} for name, each in results.items()}
+
+
+def _sampling(settings: dict[str, Any]) -> Sampling:
+    """Raises a UserError that lists everything that is wrong with the settings."""
+    known = [field.name for field in dataclasses.fields(Sampling)]
+    problems = [f'unknown setting "{name}"{suggestion(name, known)}' for name in settings if name not in known]
+    sampling = Sampling(**{name: value for name, value in settings.items() if name in known})
+    if problems := problems + sampling.problems():
+        raise UserError("\n".join(problems))
+    return sampling
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as the recipes take them: a path becomes a text."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
