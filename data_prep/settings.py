@@ -235,9 +235,8 @@ class TokenizerSettings:
     def check(self) -> Iterator[str]:
         """Yield one sentence per invalid setting."""
         yield from problems(self)
-        if self.tokenizer_kind not in KINDS or self.tokenizer_kind == "bytes":
-            pass
-        elif self.vocab_size < self.smallest_vocabulary:
+        sized = self.tokenizer_kind in KINDS and self.tokenizer_kind != "bytes"
+        if sized and self.vocab_size < self.smallest_vocabulary:
             twice = " (each word-initial and word-internal)" if self.tokenizer_kind == "wordpiece" else ""
             yield (
                 f"--vocab-size {self.vocab_size} is too small: 256 bytes{twice} and {len(self.special_tokens)} "
@@ -273,7 +272,7 @@ class BuildSettings:
     tokenizer: str | None = setting(
         None,
         "Existing tokenizer to use instead of training one: a tokenizer.json, a sentencepiece .model, a folder with "
-        "either, or a name on the Hugging Face hub.",
+        "either, or a name on the Hugging Face Hub.",
     )
     validation_fraction: float = setting(0.05, "Fraction of documents held out for validation, from 0 to below 1.")
     shard_tokens: int = setting(
