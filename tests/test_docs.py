@@ -17,6 +17,22 @@ PATH = re.compile(r"(?<![\w./~-])(?:lm|data_prep|tests|docs|configs|benchmarks)/
 DOTTED = re.compile(rf"(?<![\w./-])(?:{'|'.join(PACKAGES)})(?:\.[A-Za-z_]\w*)+\b(?!/)")
 PYTHON_FILE = re.compile(r"(?<![\w./-])\w+\.py\b")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+SOURCES = sorted([*PAGES, *(ROOT / "lm").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")])
+STEMS = (
+    "capital|character|custom|emphas|familiar|final|general|initial|local|maxim|memor|minim|normal|optim|organ|orthogonal|"
+    "parallel|penal|priorit|quant|real|recogn|regular|serial|special|summar|synchron|token|util|visual"
+)
+BRITISH = re.compile(
+    rf"(?:{STEMS})(?:is(?:e[ds]?|er|ers|ing|ation|ations|able)(?![a-z]))"
+    r"|(?:behavi|col|fav|flav|harb|hon|lab|neighb|rum)our(?!e)"
+    r"|(?:label|model|signal|travel|level)l(?:ed|ing|er)"
+    r"|\b(?:analyse[ds]?|artefacts?|catalogue|centre[ds]?|defence|grey|learnt|licence|programmes?|spelt|whilst|amongst)\b"
+)
+# Each has a plain word: overfitting, most likely, resume, again, in both directions, report, fix, next to.
+PRIVATE = re.compile(
+    r"by heart|likeliest|whoever|\banew\b|both[ _]ways|\bgoes on\b|\b(?:go|going|went) on (?:where|at|with|from)\b"
+    r"|(?<![a-z])(?:told|tells)(?![a-z])|(?<![a-z])(?:mends?|mended)(?![a-z])|\bbeside\b|\blets? go\b"
+)
 
 
 def files_that_a_page_adds(text: str) -> set[str]:
@@ -116,3 +132,28 @@ def test_the_tree_in_the_readme_has_a_line_for_each_room_and_file(package):
     shown = re.findall(r"^[├└]── ([\w.]+)/? +\S", tree.partition("\n```")[0].split("\ndata_prep/ ")[0], re.M)
     files = {entry.name for entry in (ROOT / package).iterdir()} - {"__init__.py", "__main__.py", "__pycache__"}
     assert set(shown) == files
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_the_spelling_is_american(path):
+    text = path.read_text(encoding="utf-8").lower()
+    assert not (found := sorted({match.group() for match in BRITISH.finditer(text)})), f"{relative(path)}: {found}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_the_words_are_those_of_the_field(path):
+    text = path.read_text(encoding="utf-8").lower()
+    assert not (found := sorted({match.group() for match in PRIVATE.finditer(text)})), f"{relative(path)}: {found}"
+
+
+@pytest.mark.parametrize("word", ["normalised", "optimiser", "colour", "labelled", "neighbours", "learnt", "modelling"])
+def test_british_spellings_are_found(word):
+    assert BRITISH.search(word)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["promise", "precision", "specialist", "realistic", "tokens", "exercise", "raise", "four", "our", "hour", "noise"],
+)
+def test_other_words_are_not(word):
+    assert not BRITISH.search(word)
