@@ -1,4 +1,11 @@
-"""What is typed after ``kindling``: a file for each command; ``main`` puts them together.
+"""What is typed after ``kindling``: a file for each command; ``lm.cli.main`` puts them together.
 
 PyTorch is imported inside the commands, so that ``--help`` and a mistyped setting answer at once.
 """
+
+
+def main() -> None:
+    """The console script."""
+    from lm.cli.main import main as command
+
+    command()

@@ -1,1 +1,7 @@
-"""Every setting of a run: defaults, recipe files, and the rules that check and choose them."""
+"""Every setting: recipes, defaults, limits and the rules that choose them."""
+
+from lm.config.recipes import find_recipe, load_config, run_config
+from lm.config.sampling import Sampling
+from lm.config.settings import OBJECTIVES, Config, Setting, all_settings
+
+__all__ = ["OBJECTIVES", "Config", "Sampling", "Setting", "all_settings", "find_recipe", "load_config", "run_config"]

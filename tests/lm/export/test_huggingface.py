@@ -104,7 +104,7 @@ def test_the_readout_is_the_first_that_can_be_export(make_run):
 def test_a_folder_that_is_not_empty_is_not_overwritten(make_run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="not empty: choose another --out"):
+    with pytest.raises(UserError, match="not an empty folder: choose another --out"):
         export(make_run(objective="next_token"), tmp_path / "out", "next_token")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
     assert not (tmp_path / ".out.partial").exists()

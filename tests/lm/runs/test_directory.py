@@ -125,5 +125,5 @@ def test_a_device_that_is_not_there_is_refused():
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
     for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         if not there:
-            with pytest.raises(UserError, match=f"device {name} was asked for"):
+            with pytest.raises(UserError, match=f"the device {name} was requested"):
                 choose_device(name)

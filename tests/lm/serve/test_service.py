@@ -42,6 +42,6 @@ def test_a_run_that_cannot_fill_masks_says_so(small, quietly, tmp_path, serving)
 def test_the_run_is_described(served, trained):
     about = served.ask("/api/run").json
     assert (about["name"], about["step"], about["context_length"]) == ("trained", 100, 32)
-    assert about["parameters"]["total"] == sum(p.numel() for p in served.service.model.parameters())
+    assert about["parameters"]["total"] == sum(p.numel() for p in served.service.model.model.parameters())
     assert about["readouts"] == ["next_token", "masked_next_token"]
     assert about["settings"]["hidden_size"] == 32
