@@ -1,7 +1,6 @@
-"""Every setting: recipes, defaults, limits and the rules that choose them."""
+"""Every setting: defaults, limits, recipes, and the rules that choose and check them."""
 
-from lm.config.recipes import find_recipe, load_config, run_config
 from lm.config.sampling import Sampling
 from lm.config.settings import OBJECTIVES, Config, Setting, all_settings
 
-__all__ = ["OBJECTIVES", "Config", "Sampling", "Setting", "all_settings", "find_recipe", "load_config", "run_config"]
+__all__ = ["OBJECTIVES", "Config", "Sampling", "Setting", "all_settings"]

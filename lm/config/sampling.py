@@ -43,7 +43,7 @@ class Sampling:
             (-100 <= s.presence_penalty <= 100, "presence_penalty", "must be from -100 to 100"),
             (-100 <= s.frequency_penalty <= 100, "frequency_penalty", "must be from -100 to 100"),
             (s.max_new_tokens >= 1, "max_new_tokens", "must be at least 1"),
-            (all(s.stop), "stop", "must hold no empty text"),
+            (all(s.stop), "stop", "must not contain an empty string"),
             (0 <= s.seed < 2**63, "seed", "must be at least 0 and below 2^63"),
             (s.logprobs is None or 0 <= s.logprobs <= MOST_LOGPROBS, "logprobs", f"must be from 0 to {MOST_LOGPROBS}"),
         ]

@@ -264,7 +264,7 @@ def test_compare_shows_numbers_settings_and_remarks_and_writes_a_page(run, small
 
 
 def test_compare_needs_two_runs_that_have_begun(run, tmp_path):
-    assert_refused(kindling("compare", run, "--out", tmp_path / "page.html"), "name two runs to compare")
+    assert_refused(kindling("compare", run, "--out", tmp_path / "page.html"), "name at least two runs to compare")
     assert_refused(kindling("compare", run, tmp_path, "--out", tmp_path / "page.html"), "is not a run directory")
     assert not (tmp_path / "page.html").exists()
 

@@ -44,10 +44,10 @@ def test_any_file_with_two_columns_will_do(tmp_path, name, between):
         ("a.jsonl", '{"sentence_good": "x", "sentence_bad": "y"}\n\n{"sentence_good": 3}', "line 3: .sentence_good"),
         ("a.jsonl", '{"sentence_good": "x", "sentence_bad": "  "}', "contains no text"),
         ("a.jsonl", "[1]\n", "line 1: not a JSON object"),
-        ("a.jsonl", "{", "a.jsonl, line 1: no JSON"),
+        ("a.jsonl", "{", "a.jsonl, line 1: not JSON"),
         ("a.jsonl", "\n\n", "contains no pairs"),
         ("a.csv", "sentence_good\nx\n", 'line 2: "sentence_bad" is missing'),
-        ("a.txt", "", "is not a kind of file that is read here"),
+        ("a.txt", "", "the file must end in one of"),
     ],
 )
 def test_a_line_that_is_no_pair_is_named(tmp_path, name, content, words):

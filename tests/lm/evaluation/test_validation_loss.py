@@ -30,7 +30,7 @@ def test_an_evaluation_is_over_the_whole_split_and_every_token(run, dataset):
     model = run.load_model(torch.device("cpu"))
     losses = validate_readouts(model, dataset, run.config, rows=0, every_token=True)
     split = dataset.split("validation")
-    assert result["validation"] == {name: loss.as_dict() for name, loss in losses.items()}
+    assert result["validation"] == losses
     assert result["step"] == run.newest().step == 100
     assert (result["validation_tokens"], result["validation_bytes"]) == (split.tokens, split.text_bytes)
     assert result["validation"]["next_token"]["predicted"] == split.tokens

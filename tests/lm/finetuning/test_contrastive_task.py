@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def test_the_gradient_in_parts_is_that_of_the_whole_batch(trained, task_of, toke
     batch = task.batch(np.arange(8))
     assert (len(batch) > 2) == (tokens == 64)
     model = trained.load_model(torch.device("cpu"))
-    model.blocks[0].dropout.p = model.dropout.p = 0.2
+    model.blocks[0].dropout.p = 0.2
+    model.blocks.config = dataclasses.replace(model.config, dropout=0.2)
     model.train()
     found, _ = task.gradients(model, batch, 3)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -151,7 +153,7 @@ def test_what_cannot_be_trained_or_judged_is_refused(task_of, config_of, tmp_pat
             task_of(**changes)
     for changes, words in (
         ({"method": "probe"}, "contrastive training has none"),
-        ({"judged_by": "accuracy"}, "judged_by accuracy is not measured in contrastive training"),
+        ({"judged_by": "accuracy"}, "judged_by accuracy is not available in contrastive training"),
     ):
         with pytest.raises(UserError, match=words):
             config_of(**changes)

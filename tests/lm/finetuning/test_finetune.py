@@ -137,7 +137,7 @@ def test_another_task_or_data_is_refused_and_more_epochs_are_not(task_settings, 
         finetune(task_settings("classification", method="lora"), tmp_path / "run", recorder)
     with pytest.raises(UserError, match="was trained on other data"):
         finetune(task_settings("classification", train=task_files["classification"][1]), tmp_path / "run", recorder)
-    assert finetune(task_settings("classification", epochs=2), tmp_path / "run", recorder).run.newest().step == 24
+    assert finetune(task_settings("classification", epochs=2), tmp_path / "run", recorder).newest().step == 24
 
 
 def test_what_was_cut_off_before_its_first_checkpoint_starts_over_with_the_base_that_is_named_now(

@@ -20,7 +20,7 @@ def adapted(task_settings, tmp_path_factory):
     from lm.training.reporter import NullReporter
 
     path = tmp_path_factory.mktemp("adapted") / "run"
-    return finetune(task_settings("classification", method="lora", epochs=1), path, NullReporter()).run
+    return finetune(task_settings("classification", method="lora", epochs=1), path, NullReporter())
 
 
 def answers_of(path, task_files) -> list:
@@ -49,7 +49,7 @@ def test_a_merged_trunk_is_a_plain_run_that_can_be_exported_and_fine_tuned_again
     assert all(torch.equal(tensor, moved[name]) for name, tensor in trunk.items())
     export_huggingface(plain, tmp_path / "exported", plain.newest(), "next_token")
     again = task_settings("classification", epochs=1, base=str(plain.path))
-    assert finetune(again, tmp_path / "again", recorder).metrics["accuracy"] > 0.5
+    assert finetune(again, tmp_path / "again", recorder).scores["accuracy"] > 0.5
 
 
 def test_what_is_not_fine_tuned_has_nothing_to_merge_and_what_is_must_be_merged_first(
@@ -57,5 +57,5 @@ def test_what_is_not_fine_tuned_has_nothing_to_merge_and_what_is_must_be_merged_
 ):
     with pytest.raises(UserError, match="is not fine-tuned: its weights are plain already"):
         merge(trained, tmp_path / "out", trained.newest())
-    with pytest.raises(UserError, match="is itself fine-tuned: kindling merge makes a plain run of it"):
+    with pytest.raises(UserError, match="is itself fine-tuned: make it a plain run with kindling merge"):
         finetune(task_settings("classification", base=str(adapted.path)), tmp_path / "run", recorder)
