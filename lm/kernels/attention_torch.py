@@ -127,7 +127,8 @@ def forward(
         part_out, part_lse = _attend(queries, keys, values, plan.pieces[0], scale, softcap)
         return part_out.transpose(1, 2).contiguous(), part_lse.contiguous()
     out = _fresh(q, plan.blind is None)
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=_accumulator(q.dtype), device=q.device)
+    precise = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=precise, device=q.device)
     for piece in plan.pieces:
         queries, keys, values = piece.of_queries(q), piece.of_keys(k), piece.of_keys(v)
         part_out, part_lse = _attend(queries, keys, values, piece, scale, softcap)
@@ -139,17 +140,9 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
+    scale: float, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, contiguous, of the same shapes and dtypes; arguments and results as in ``forward``."""
     plan = plan_for(q, k, lo, hi)
     if grad_out.stride(-1) != 1:
@@ -215,7 +208,7 @@ def _runs_of_equal_rows(lo: np.ndarray, hi: np.ndarray) -> list[range]:
     alike: dict[bytes, list[int]] = {}
     for row, interval in enumerate(np.concatenate((lo, hi), axis=1)):
         alike.setdefault(interval.tobytes(), []).append(row)
-    runs: list[range] = []
+    runs = []
     for rows in alike.values():
         run = range(rows[0], rows[0] + 1)
         for row in rows[1:]:
@@ -261,13 +254,8 @@ def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span
             end = came_from[c][end]
     of, begins, ends = np.array(chosen).T
     starts, stops = cuts[of, begins], cuts[of, ends]
-    columns = (
-        starts,
-        stops,
-        seen_from[of, begins, ends - 1],
-        seen_to[of, begins, ends - 1],
-        _kinds(bounds, of, starts, stops),
-    )
+    seen = (seen_from[of, begins, ends - 1], seen_to[of, begins, ends - 1])
+    columns = (starts, stops, *seen, _kinds(bounds, of, starts, stops))
     lowest_key = [shape.keys] * len(candidates)
     pieces: list[tuple[range, Span, Span, Kind, bool]] = []
     for (c, _, _), start, stop, key, last_key, kind in zip(chosen, *(x.tolist() for x in columns), strict=True):
@@ -347,9 +335,8 @@ def _cost_of_one_call(kind: Kind, shape: Shape) -> float:
     if causal:  # the flag skips what lies beyond the kernel's blocks of 512 keys
         pairs *= min(1.0, 0.5 + 256 / shape.keys)
     mask = 0.0 if causal or kind == "full" else MASK_COST * pairs
-    return float(
-        CALL_COST + _head_calls(np.array(shape.rows), shape) * (_cost_of_head(queries, keys, pairs, shape) + mask)
-    )
+    head = _cost_of_head(queries, keys, pairs, shape) + mask
+    return float(CALL_COST + _head_calls(np.array(shape.rows), shape) * head)
 
 
 def _cost_of_head(queries: np.ndarray, keys: np.ndarray, pairs: np.ndarray, shape: Shape) -> np.ndarray:
@@ -393,10 +380,6 @@ def _causal_bias(queries: int, keys: int, dtype: torch.dtype, device: torch.devi
 def _strip(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(height, width + height): row ``i`` is 0 up to column ``width + i``, then -inf."""
     return torch.full((height, width + height), -math.inf, dtype=dtype, device=device).triu_(width + 1)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _fresh(like: Tensor, filled_later: bool) -> Tensor:
@@ -447,7 +430,8 @@ def _differentiate(
 def _grouped(heads: int, *tensors: Tensor) -> list[Tensor]:
     """(R, heads * G, n, D) as (R, heads, G * n, D), in at least float32: queries that share a key head become
     contiguous, so that one product computes them and sums their gradients."""
-    return [x.to(_accumulator(x.dtype)).reshape(x.shape[0], heads, -1, x.shape[-1]) for x in tensors]
+    precise = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [x.to(precise).reshape(x.shape[0], heads, -1, x.shape[-1]) for x in tensors]
 
 
 def _scores(q: Tensor, k: Tensor, piece: Piece, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
