@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -58,13 +57,10 @@ class JoinedSplit:
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[Split, int, int]]:
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
-        number = bisect_right(self._ends, start)
-        while start < stop:
-            part, before = self._parts[number], self._ends[number] - self._parts[number].tokens
-            last = min(stop, self._ends[number])
-            yield part, start - before, last - before
-            start = last
-            number += 1
+        for part, end in zip(self._parts, self._ends, strict=True):
+            first, last = (min(max(token - end + part.tokens, 0), part.tokens) for token in (start, stop))
+            if first < last:
+                yield part, first, last
 
 
 class Corpora:

@@ -79,20 +79,13 @@ def read_examples(source: str | Path, task: str, columns: Columns = Columns()) -
         UserError: the source cannot be read or is empty, a column is missing (the message names those that exist), or
             examples are invalid, each with file and line.
     """
-    examples: list[Example] = []
-    problems: list[str] = []
-    for found in _outcomes(source, task, columns, labeled=True):
-        if isinstance(found, Example):
-            examples.append(found)
-        else:
-            problems.append(str(found))
-    if problems:
-        more = len(problems) - MOST_PROBLEMS
-        rest = [f"and {more:,} more like these"] if more > 0 else []
-        raise UserError("\n".join(problems[:MOST_PROBLEMS] + rest))
-    if not examples:
-        raise UserError(f"{source} has no examples")
-    return examples
+    outcomes = list(_outcomes(source, task, columns, labeled=True))
+    problems = [str(found) for found in outcomes if isinstance(found, UserError)]
+    if (more := len(problems) - MOST_PROBLEMS) > 0:
+        problems[MOST_PROBLEMS:] = [f"and {more:,} more like these"]
+    if problems or not outcomes:
+        raise UserError("\n".join(problems) or f"{source} has no examples")
+    return [found for found in outcomes if isinstance(found, Example)]
 
 
 def stream_examples(source: str | Path, task: str, columns: Columns = Columns()) -> Iterator[Example]:
@@ -241,26 +234,19 @@ class Labels:
         by_number = all(name.removeprefix("-").isdecimal() for name in found)
         return cls(tuple(sorted(found, key=lambda name: (int(name) if by_number else 0, name))))
 
-    def index(self, example: Example) -> int:
-        """The number of an example's class.
+    def indices(self, example: Example) -> list[int]:
+        """The number of an example's class, or those of its tags.
 
         Raises:
-            UserError: the class does not occur in the training examples.
+            UserError: a class does not occur in the training examples.
         """
-        return self._index(example.label, example.place)
-
-    def indices(self, example: Example) -> list[int]:
-        """The numbers of the tags of an example of the task "tokens"; raises as ``index``."""
-        return [self._index(tag, example.place) for tag in example.label]
-
-    def _index(self, name: str, place: str) -> int:
-        try:
-            return self.names.index(name)
-        except ValueError:
-            raise UserError(
-                f'{place}: the label "{name}" does not occur in the training examples: they have '
-                f"{known_fields(self.names)}"
-            ) from None
+        for name in _names_of(example):
+            if name not in self.names:
+                raise UserError(
+                    f'{example.place}: the label "{name}" does not occur in the training examples: they have '
+                    f"{known_fields(self.names)}"
+                )
+        return [self.names.index(name) for name in _names_of(example)]
 
 
 def _names_of(example: Example) -> tuple[str, ...]:

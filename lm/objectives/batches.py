@@ -37,8 +37,7 @@ class TrainingBatches:
 
     def check_ranks(self, world: int) -> None:
         """Raise a UserError if the rows of a batch do not divide among ``world`` ranks."""
-        count = self.rows.batch_rows
-        if count % world:
+        if (count := self.rows.batch_rows) % world:
             raise UserError(
                 f"the batch's {count} rows do not divide among {world} ranks: change batch_tokens or the ranks"
             )

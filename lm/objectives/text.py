@@ -73,12 +73,8 @@ class TextObjective:
         if padded:
             targets[np.arange(inputs.shape[1]) >= lengths[:, None]] = IGNORED
         if first_masked < len(masked):
-            inputs[first_masked:], targets[first_masked:] = self._hide(
-                inputs[first_masked:],
-                starts[first_masked:],
-                numbers[first_masked:],
-                shifted=masked_readout == "masked_next_token",
-            )
+            shifted, some = masked_readout == "masked_next_token", slice(first_masked, None)
+            inputs[some], targets[some] = self._hide(inputs[some], starts[some], numbers[some], shifted=shifted)
         weights = np.zeros(targets.shape, dtype=np.float32)
         for some in (slice(0, first_masked), slice(first_masked, None)):
             predicted = targets[some] != IGNORED
@@ -164,25 +160,18 @@ def loss_on_text(nats_per_token: float, predicted: int, nats: float, text_bytes:
         nats_per_token: the mean cost of the ``predicted`` tokens.
         nats: what the whole text costs, or would at that mean.
     """
-    return {
-        "nats_per_token": nats_per_token,
-        "bits_per_byte": bits_per_byte(nats, text_bytes),
-        "predicted": predicted,
-    }
+    per_byte = bits_per_byte(nats, text_bytes)
+    return {"nats_per_token": nats_per_token, "bits_per_byte": per_byte, "predicted": predicted}
 
 
 def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """The weighted cross-entropy of each part of a batch, in one pass through the model; 0 of a part without rows."""
     assert isinstance(model, Transformer)
     hidden = model.read(batch)
-    found, first = {}, 0
+    found, first, none = {}, 0, hidden.new_zeros((), dtype=torch.float32)
     for name, rows in batch.parts.items():
         some = slice(first, first + rows)
-        found[name] = (
-            model.loss(hidden[some], batch.targets[some], batch.loss_weights[some])
-            if rows
-            else hidden.new_zeros((), dtype=torch.float32)
-        )
+        found[name] = model.loss(hidden[some], batch.targets[some], batch.loss_weights[some]) if rows else none
         first += rows
     return found
 
