@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.shards.tokens import Dataset, Split
 from lm.config.settings import Config
-from lm.data import keyed_random
 from lm.data.batch import Rows, Vocabulary, rows_of_windows
 from lm.data.corpora import Corpora, JoinedSplit, Text
-from lm.data.keyed_random import Stream
+from lm.data.keyed_random import Stream, key, permuted
 from lm.data.mixture import Schedule
 from lm.data.packing import plan_rows
 
@@ -171,13 +170,13 @@ class TrainingRows:
         places = np.empty_like(numbers)
         for t in np.unique(texts).tolist():
             text, of_text = self.texts[t], texts == t
-            seed = keyed_random.key(self._seed, Stream.CORPUS, t) if t else self._seed
+            seed = key(self._seed, Stream.CORPUS, t) if t else self._seed
             epochs, rows = np.divmod(turns[of_text], text.per_epoch)
             found = np.empty_like(rows)
             for epoch in np.unique(epochs).tolist():
                 of_epoch = epochs == epoch
-                epoch_key = keyed_random.key(seed, Stream.ROW_ORDER, epoch)
-                order = keyed_random.permuted(rows[of_epoch], text.per_epoch, epoch_key)
+                epoch_key = key(seed, Stream.ROW_ORDER, epoch)
+                order = permuted(rows[of_epoch], text.per_epoch, epoch_key)
                 found[of_epoch] = text.places(order, epoch_key)
             places[of_text] = found
         return Located(texts, turns, places)

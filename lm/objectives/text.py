@@ -31,9 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm.config.settings import Config
-from lm.data import keyed_random
 from lm.data.batch import IGNORED, Batch, Rows, Vocabulary, assemble
-from lm.data.keyed_random import Stream
+from lm.data.keyed_random import Stream, key, uniform, uniform_at, validation_fold
 from lm.data.rows import ValidationRows
 from lm.model.transformer import Transformer
 from lm.objectives.objective import Measure
@@ -41,12 +40,8 @@ from lm.objectives.objective import Measure
 
 def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
     """Which rows of a text are masked: of the first n rows exactly floor(n × fraction), evenly spread."""
-    if fraction in (0, 1):
-        return np.full(len(numbers), bool(fraction))
     share = Fraction(str(fraction))
-    before = [n * share.numerator // share.denominator for n in numbers.tolist()]
-    after = [(n + 1) * share.numerator // share.denominator for n in numbers.tolist()]
-    return np.array([a > b for a, b in zip(after, before, strict=True)], dtype=bool)
+    return np.array([(n + 1) * share // 1 > n * share // 1 for n in numbers.tolist()], dtype=bool)
 
 
 class TextObjective:
@@ -92,17 +87,15 @@ class TextObjective:
         Ends of text are never hidden, nor, when the neighbor to the left predicts, a first token that has none.
         """
         config = self.config
-        chance = keyed_random.uniform(keyed_random.key(self.seed, Stream.HIDDEN_TOKENS), numbers, inputs.shape[1])
+        chance = uniform(key(self.seed, Stream.HIDDEN_TOKENS), numbers, inputs.shape[1])
         kept = inputs == self.vocabulary.end_of_text
         chance[kept | starts if shifted else kept] = 2.0
         # At least one token a row, so that no row is idle: the one with the smallest number.
         chosen = (chance < config.mask_rate) | ((chance == chance.min(axis=1, keepdims=True)) & (chance < 1))
         at = np.flatnonzero(chosen)
         row, column = np.divmod(at, inputs.shape[1])
-        fate, other = (
-            keyed_random.uniform_at(keyed_random.key(self.seed, stream), numbers[row], column)
-            for stream in (Stream.FATE_OF_HIDDEN_TOKENS, Stream.RANDOM_TOKENS)
-        )
+        fate = uniform_at(key(self.seed, Stream.FATE_OF_HIDDEN_TOKENS), numbers[row], column)
+        other = uniform_at(key(self.seed, Stream.RANDOM_TOKENS), numbers[row], column)
         corrupted = inputs.copy()
         shown = corrupted.ravel()[at]
         random_limit = config.mask_token_share + config.random_token_share
@@ -203,7 +196,7 @@ def validation_batch(
     if readout == "next_token":
         inputs, targets = windows[:, :-1], np.where(within[:, 1:], windows[:, 1:], IGNORED)
     else:
-        fold_of = keyed_random.validation_fold(numbers[:, None], np.arange(windows.shape[1]), folds)
+        fold_of = validation_fold(numbers[:, None], np.arange(windows.shape[1]), folds)
         chosen = (fold_of == fold) & within & (windows != vocabulary.end_of_text)
         chosen[:, 0] = False
         inputs = np.where(chosen, vocabulary.mask, windows)
