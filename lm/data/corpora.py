@@ -64,11 +64,7 @@ class JoinedSplit:
 
 
 class Corpora:
-    """Datasets that were made with one tokenizer, each with a weight; ``open_corpora`` makes it from a run's setting.
-
-    Raises:
-        UserError: their tokenizers differ.
-    """
+    """Datasets, each with a weight, that were made with one tokenizer; raises UserError if their tokenizers differ."""
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[Fraction] = (Fraction(1),)) -> None:
         self.datasets, self.weights = datasets, weights
@@ -124,8 +120,7 @@ class Corpora:
 def open_corpora(data: Sequence[str]) -> Corpora:
     """Open the datasets of the setting ``data``, reading sizes and headers only.
 
-    Raises:
-        UserError: no dataset is named, or one is missing, incomplete or made with another tokenizer.
+    Raise UserError if no dataset is named, or one is missing, incomplete or made with another tokenizer.
     """
     if not any(data):
         raise UserError("no data: name a folder of token shards with --data (python -m data_prep build makes one)")
@@ -134,11 +129,7 @@ def open_corpora(data: Sequence[str]) -> Corpora:
 
 
 def with_vocabulary(config: Config, corpora: Corpora) -> Config:
-    """``config`` with its vocabulary size: the setting, or else that of the data's tokenizer.
-
-    Raises:
-        UserError: the setting is smaller than the tokenizer's vocabulary.
-    """
+    """Set the vocabulary size, if it is not set, to the tokenizer's. UserError if the setting is below that."""
     asked = config.model.vocab_size
     if asked and asked < corpora.vocab_size:
         raise UserError(

@@ -89,12 +89,9 @@ def read_examples(source: str | Path, task: str, columns: Columns = Columns()) -
 
 
 def stream_examples(source: str | Path, task: str, columns: Columns = Columns()) -> Iterator[Example]:
-    """Stream examples without their labels.
+    """Stream examples without their labels; raises as ``read_examples``, at the first problem. Texts may be empty.
 
-    ``-`` is JSON lines from standard input, and each line of a .txt file is a text. Texts may be empty.
-
-    Raises:
-        UserError: as ``read_examples``, at the first problem.
+    ``-`` is JSON lines from standard input, and each line of a .txt file is a text.
     """
     for found in _outcomes(source, task, columns, labeled=False):
         if isinstance(found, UserError):
@@ -223,11 +220,7 @@ class Labels:
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Labels:
-        """The classes (or tags) of training examples, sorted as numbers if all are numbers, else by name.
-
-        Raises:
-            UserError: there is only one.
-        """
+        """The classes (or tags) of examples, sorted as numbers, else by name. UserError if there is only one."""
         found = {name for example in examples for name in _names_of(example)}
         if len(found) < 2:
             raise _constant(examples, *found)
@@ -235,11 +228,7 @@ class Labels:
         return cls(tuple(sorted(found, key=lambda name: (int(name) if by_number else 0, name))))
 
     def indices(self, example: Example) -> list[int]:
-        """The number of an example's class, or those of its tags.
-
-        Raises:
-            UserError: a class does not occur in the training examples.
-        """
+        """The numbers of an example's class or tags. UserError for one that the training examples do not have."""
         for name in _names_of(example):
             if name not in self.names:
                 raise UserError(
@@ -296,11 +285,7 @@ def content_hash(examples: Sequence[Example]) -> str:
 
 
 def read_similar(source: str | Path, columns: Columns) -> list[Example]:
-    """Pairs of texts, labeled with their similarity.
-
-    Raises:
-        UserError: as of ``read_examples``, or there are single texts.
-    """
+    """Pairs of texts, labeled with their similarity; raises as ``read_examples``, and for single texts."""
     pairs = read_examples(source, "regression", columns)
     if len(pairs[0].texts) != 2:
         raise UserError(f"{pairs[0].place}: there is only one text, but similarity needs two")

@@ -36,10 +36,7 @@ def vocabulary_of(dataset: Dataset | Corpora) -> Vocabulary:
 
 
 class Located(NamedTuple):
-    """Rows of the run: the corpus of each, how many rows that corpus has had before, and the position in the corpus.
-
-    All are int64 (rows,).
-    """
+    """Rows of the run: each one's corpus, how many rows that corpus had before, and its position; int64 (rows,)."""
 
     texts: NDArray[np.int64]
     turns: NDArray[np.int64]
@@ -147,11 +144,7 @@ class Documents:
 
 
 class TrainingRows:
-    """The training text of all corpora, as the rows of each step, found by arithmetic alone.
-
-    Raises:
-        UserError: a corpus is shorter than a row.
-    """
+    """The training text of all corpora, as the rows of each step; raises UserError if one is shorter than a row."""
 
     def __init__(self, corpora: Corpora, config: Config) -> None:
         texts = corpora.training_texts()

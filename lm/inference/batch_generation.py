@@ -96,10 +96,8 @@ def continuations(generator: Generator, prompts: Iterable[Prompt]) -> Iterator[C
 def read_prompts(path: Path, defaults: Sampling) -> Iterator[Prompt]:
     """Yield the prompts of a JSONL file, ``{"prompt": "…"}`` per line, reading as it goes.
 
-    A line may have settings of ``Sampling`` that differ from ``defaults``; empty lines are skipped.
-
-    Raises:
-        UserError: a line is invalid; ``check_prompts`` lists all of them.
+    A line may have settings of ``Sampling`` that differ from ``defaults``; empty lines are skipped. Raise UserError for
+    an invalid line; ``check_prompts`` lists all of them.
     """
     for prompt, problems in _outcomes(path, defaults):
         if prompt is None:
@@ -108,11 +106,7 @@ def read_prompts(path: Path, defaults: Sampling) -> Iterator[Prompt]:
 
 
 def check_prompts(path: Path, defaults: Sampling) -> int:
-    """Read the whole file once and return the number of prompts in it.
-
-    Raises:
-        UserError: the file cannot be read, or has invalid lines; the message lists them by number.
-    """
+    """Read the whole file once and return the number of its prompts; UserError lists invalid lines by number."""
     messages, count = [], 0
     for prompt, problems in _outcomes(path, defaults):
         count += prompt is not None

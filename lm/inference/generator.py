@@ -115,8 +115,7 @@ class Generator:
     def add(self, prompt: Sequence[int] | str, sampling: Sampling) -> int:
         """Queue a request and return its handle, which all its events carry.
 
-        Raises:
-            UserError: invalid settings, or a token outside the vocabulary; the message lists all problems.
+        Raise UserError, which lists all problems, for invalid settings or a token outside the vocabulary.
         """
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         problems = sampling.problems()
@@ -144,10 +143,7 @@ class Generator:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Admit waiting requests to free rows, reading each prompt in one pass, and generate a token per live text.
-
-        Returns one event per live text.
-        """
+        """Move waiting requests to free rows, generate a token per live text, and return an event for each of them."""
         while self._waiting and len(self._live) < self.max_rows:
             self._join(self._waiting.popleft())
         if not self._live:
