@@ -92,30 +92,15 @@ class Rows:
     turns: NDArray[np.int64]
 
 
-def rows_of_windows(
-    windows: NDArray[np.int64],
-    vocabulary: Vocabulary,
-    numbers: NDArray[np.int64] | None = None,
-    turns: NDArray[np.int64] | None = None,
-) -> Rows:
+def rows_of_windows(windows: NDArray[np.int64], vocabulary: Vocabulary) -> Rows:
     """Rows that are windows of the stream, (rows, T + 1) tokens, with a document beginning at each end of text.
 
-    Args:
-        numbers, turns: as of ``Rows``; None: counted from 0.
+    They are numbered from 0.
     """
-    inputs = windows[:, :-1]
+    inputs, numbers = windows[:, :-1], np.arange(len(windows), dtype=np.int64)
     starts = inputs == vocabulary.end_of_text
     starts[:, 0] = True
-    counted = np.arange(len(windows), dtype=np.int64)
-    lengths = np.full(len(inputs), inputs.shape[1])
-    return Rows(
-        inputs,
-        windows[:, 1:],
-        starts,
-        lengths,
-        counted if numbers is None else numbers,
-        counted if turns is None else turns,
-    )
+    return Rows(inputs, windows[:, 1:], starts, np.full(len(inputs), inputs.shape[1]), numbers, numbers)
 
 
 def assemble(
@@ -137,12 +122,5 @@ def assemble(
     used = None if lengths is None else torch.from_numpy(lengths)
     lo, hi = masks.packed(torch.from_numpy(starts), torch.from_numpy(bidirectional), used)
     positions = torch.from_numpy(np.arange(inputs.shape[1], dtype=np.int32) - lo.numpy())
-    return Batch(
-        torch.from_numpy(np.ascontiguousarray(inputs)),
-        torch.from_numpy(np.ascontiguousarray(targets)),
-        torch.from_numpy(weights),
-        positions,
-        lo,
-        hi,
-        parts or {},
-    )
+    read, predicted, loss_weights = (torch.from_numpy(np.ascontiguousarray(a)) for a in (inputs, targets, weights))
+    return Batch(read, predicted, loss_weights, positions, lo, hi, parts or {})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -58,21 +57,14 @@ class JoinedSplit:
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[Split, int, int]]:
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
-        number = bisect_right(self._ends, start)
-        while start < stop:
-            part, before = self._parts[number], self._ends[number] - self._parts[number].tokens
-            last = min(stop, self._ends[number])
-            yield part, start - before, last - before
-            start = last
-            number += 1
+        for part, end in zip(self._parts, self._ends, strict=True):
+            first, last = (min(max(token - end + part.tokens, 0), part.tokens) for token in (start, stop))
+            if first < last:
+                yield part, first, last
 
 
 class Corpora:
-    """Datasets that were made with one tokenizer, each with a weight; ``open_corpora`` makes it from a run's setting.
-
-    Raises:
-        UserError: their tokenizers differ.
-    """
+    """Datasets, each with a weight, that were made with one tokenizer; raises UserError if their tokenizers differ."""
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[Fraction] = (Fraction(1),)) -> None:
         self.datasets, self.weights = datasets, weights
@@ -128,8 +120,7 @@ class Corpora:
 def open_corpora(data: Sequence[str]) -> Corpora:
     """Open the datasets of the setting ``data``, reading sizes and headers only.
 
-    Raises:
-        UserError: no dataset is named, or one is missing, incomplete or made with another tokenizer.
+    Raise UserError if no dataset is named, or one is missing, incomplete or made with another tokenizer.
     """
     if not any(data):
         raise UserError("no data: name a folder of token shards with --data (python -m data_prep build makes one)")
@@ -138,11 +129,7 @@ def open_corpora(data: Sequence[str]) -> Corpora:
 
 
 def with_vocabulary(config: Config, corpora: Corpora) -> Config:
-    """``config`` with its vocabulary size: the setting, or else that of the data's tokenizer.
-
-    Raises:
-        UserError: the setting is smaller than the tokenizer's vocabulary.
-    """
+    """Set the vocabulary size, if it is not set, to the tokenizer's. UserError if the setting is below that."""
     asked = config.model.vocab_size
     if asked and asked < corpora.vocab_size:
         raise UserError(

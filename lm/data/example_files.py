@@ -55,11 +55,11 @@ def rows_of(source: str | Path, lines_as: str = "") -> Iterator[Row]:
     if location == STDIN:
         yield from _rows_of_json_lines("standard input", enumerate(sys.stdin.buffer, 1))
         return
-    name, kind = one_line(location), _kind(location)
+    name, path = one_line(location), Path(location)
+    kind = Path(path.stem).suffix if path.suffix in PACKED_SUFFIXES else path.suffix
     if kind not in (*SUFFIXES, *([LINES] if lines_as else [])):
-        known = ", ".join(SUFFIXES)
-        raise UserError(f"cannot read {name}: the file must end in one of {known}")
-    if not Path(location).is_file():
+        raise UserError(f"cannot read {name}: the file must end in one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
         raise UserError(f"there is no file {name}")
     try:
         if kind == ".parquet":
@@ -77,11 +77,6 @@ def rows_of(source: str | Path, lines_as: str = "") -> Iterator[Row]:
                 raise UserError(f"{name} is damaged ({stream.damage}): get a complete copy")
     except UnreadableError as error:
         raise UserError(f"{name} {error}: make it readable") from None
-
-
-def _kind(location: str) -> str:
-    path = Path(location)
-    return Path(path.stem).suffix if path.suffix in PACKED_SUFFIXES else path.suffix
 
 
 def json_lines(name: str, lines: Lines) -> Iterator[tuple[str, dict[str, Any] | str]]:

@@ -79,29 +79,19 @@ def read_examples(source: str | Path, task: str, columns: Columns = Columns()) -
         UserError: the source cannot be read or is empty, a column is missing (the message names those that exist), or
             examples are invalid, each with file and line.
     """
-    examples: list[Example] = []
-    problems: list[str] = []
-    for found in _outcomes(source, task, columns, labeled=True):
-        if isinstance(found, Example):
-            examples.append(found)
-        else:
-            problems.append(str(found))
-    if problems:
-        more = len(problems) - MOST_PROBLEMS
-        rest = [f"and {more:,} more like these"] if more > 0 else []
-        raise UserError("\n".join(problems[:MOST_PROBLEMS] + rest))
-    if not examples:
-        raise UserError(f"{source} has no examples")
-    return examples
+    outcomes = list(_outcomes(source, task, columns, labeled=True))
+    problems = [str(found) for found in outcomes if isinstance(found, UserError)]
+    if (more := len(problems) - MOST_PROBLEMS) > 0:
+        problems[MOST_PROBLEMS:] = [f"and {more:,} more like these"]
+    if problems or not outcomes:
+        raise UserError("\n".join(problems) or f"{source} has no examples")
+    return [found for found in outcomes if isinstance(found, Example)]
 
 
 def stream_examples(source: str | Path, task: str, columns: Columns = Columns()) -> Iterator[Example]:
-    """Stream examples without their labels.
+    """Stream examples without their labels; raises as ``read_examples``, at the first problem. Texts may be empty.
 
-    ``-`` is JSON lines from standard input, and each line of a .txt file is a text. Texts may be empty.
-
-    Raises:
-        UserError: as ``read_examples``, at the first problem.
+    ``-`` is JSON lines from standard input, and each line of a .txt file is a text.
     """
     for found in _outcomes(source, task, columns, labeled=False):
         if isinstance(found, UserError):
@@ -124,52 +114,54 @@ def _outcomes(source: str | Path, task: str, columns: Columns, *, labeled: bool)
         try:
             yield _example(task, place, row, needed, labeled=labeled)
         except UserError as problem:
-            yield problem
+            yield UserError(f"{place}: {problem}")
 
 
 def _example(task: str, place: str, row: dict[str, Any], needed: dict[str, str], *, labeled: bool) -> Example:
+    """Return a row's example. UserError: what is wrong with it, to follow the place."""
+
     def text(part: str) -> str:
-        return _text(place, needed[part], row.get(needed[part]), may_be_empty=not labeled)
+        return _text(needed[part], row.get(needed[part]), may_be_empty=not labeled)
 
     answer = row.get(needed["label"]) if "label" in needed else None
     if "label" in needed and (answer is None or answer == ""):
-        raise UserError(f'{place}: "{needed["label"]}" is missing')
+        raise UserError(f'"{needed["label"]}" is missing')
     if task == "tokens":
-        words = _words(place, needed["words"], row.get(needed["words"]))
-        tags = _words(place, needed["tags"], row.get(needed["tags"])) if labeled else None
+        words = _words(needed["words"], row.get(needed["words"]))
+        tags = _words(needed["tags"], row.get(needed["tags"])) if labeled else None
         if tags is not None and len(tags) != len(words):
-            raise UserError(f"{place}: there are {len(words)} words, but {len(tags)} tags")
+            raise UserError(f"there are {len(words)} words, but {len(tags)} tags")
         return Example(words, tags, place)
     if task == "choice":
-        choices = _choices(place, row, [name for part, name in needed.items() if part.startswith("choice ")])
-        return Example((text("text"), *choices), _choice(place, answer, choices) if labeled else None, place)
+        choices = _choices(row, [name for part, name in needed.items() if part.startswith("choice ")])
+        return Example((text("text"), *choices), _choice(answer, choices) if labeled else None, place)
     if task == "instruction":
         return Example(tuple(text(part) for part in needed), None, place)
     texts = tuple(text(part) for part in ("text", "text_pair") if part in needed)
     if not labeled or task == "contrastive":
         return Example(texts, None, place)
-    label = _number(place, needed["label"], answer) if task == "regression" else _name(place, needed["label"], answer)
+    label = _number(needed["label"], answer) if task == "regression" else _name(needed["label"], answer)
     return Example(texts, label, place)
 
 
-def _text(place: str, column: str, value: Any, *, may_be_empty: bool = False) -> str:
+def _text(column: str, value: Any, *, may_be_empty: bool = False) -> str:
     if not isinstance(value, str) or not (may_be_empty or value.strip()):
-        raise UserError(f'{place}: "{column}" is missing or has no text')
+        raise UserError(f'"{column}" is missing or has no text')
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f'{place}: "{column}" contains half of a surrogate pair') from None
+        raise UserError(f'"{column}" contains half of a surrogate pair') from None
     return value
 
 
-def _words(place: str, column: str, value: Any) -> tuple[str, ...]:
+def _words(column: str, value: Any) -> tuple[str, ...]:
     words = value.split() if isinstance(value, str) else value
     if not isinstance(words, list) or not words:
-        raise UserError(f'{place}: "{column}" is missing or is not a list')
-    return tuple(_name(place, column, word) for word in words)
+        raise UserError(f'"{column}" is missing or is not a list')
+    return tuple(_name(column, word) for word in words)
 
 
-def _choices(place: str, row: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+def _choices(row: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
     found = [row.get(name) for name in names]
     if len(names) == 1:
         try:  # .csv files hold a list as text
@@ -177,13 +169,13 @@ def _choices(place: str, row: dict[str, Any], names: Sequence[str]) -> tuple[str
         except ValueError:
             found = []
     if not isinstance(found, list) or len(found) < 2:
-        raise UserError(f'{place}: "{names[0]}" is missing or is not a list of at least two texts')
-    return tuple(_text(place, names[min(n, len(names) - 1)], choice) for n, choice in enumerate(found))
+        raise UserError(f'"{names[0]}" is missing or is not a list of at least two texts')
+    return tuple(_text(names[min(n, len(names) - 1)], choice) for n, choice in enumerate(found))
 
 
-def _choice(place: str, answer: Any, choices: Sequence[str]) -> int:
+def _choice(answer: Any, choices: Sequence[str]) -> int:
     """The number of the choice that an answer names, by its number from 0, its full text, or its letter from A."""
-    text = _name(place, "label", answer)
+    text = _name("label", answer)
     number = -1
     if text.isdecimal():
         number = int(text)
@@ -192,14 +184,12 @@ def _choice(place: str, answer: Any, choices: Sequence[str]) -> int:
     elif len(text) == 1:
         number = ord(text.upper()) - ord("A")
     if not 0 <= number < len(choices):
-        raise UserError(
-            f'{place}: the answer "{text}" is none of the {len(choices)} choices: '
-            "give its number from 0, its letter or its text"
-        )
+        wrong = f'the answer "{text}" is none of the {len(choices)} choices'
+        raise UserError(f"{wrong}: give its number from 0, its letter or its text")
     return number
 
 
-def _name(place: str, column: str, value: Any) -> str:
+def _name(column: str, value: Any) -> str:
     """A label as text: 1, 1.0 and "1" are the same label in every kind of file."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -208,17 +198,17 @@ def _name(place: str, column: str, value: Any) -> str:
     if isinstance(value, (str, int)):
         return str(value)
     if isinstance(value, float):
-        raise UserError(f'{place}: "{column}" is {value}, which is not a class: use --task regression for numbers')
-    raise UserError(f'{place}: "{column}" is neither text nor a whole number')
+        raise UserError(f'"{column}" is {value}, which is not a class: use --task regression for numbers')
+    raise UserError(f'"{column}" is neither text nor a whole number')
 
 
-def _number(place: str, column: str, value: Any) -> float:
+def _number(column: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f'{place}: "{column}" is {json.dumps(value, default=str)}, not a number')
+        raise UserError(f'"{column}" is {json.dumps(value, default=str)}, not a number')
     return number
 
 
@@ -230,37 +220,22 @@ class Labels:
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Labels:
-        """The classes (or tags) of training examples, sorted as numbers if all are numbers, else by name.
-
-        Raises:
-            UserError: there is only one.
-        """
+        """The classes (or tags) of examples, sorted as numbers, else by name. UserError if there is only one."""
         found = {name for example in examples for name in _names_of(example)}
         if len(found) < 2:
             raise _constant(examples, *found)
         by_number = all(name.removeprefix("-").isdecimal() for name in found)
         return cls(tuple(sorted(found, key=lambda name: (int(name) if by_number else 0, name))))
 
-    def index(self, example: Example) -> int:
-        """The number of an example's class.
-
-        Raises:
-            UserError: the class does not occur in the training examples.
-        """
-        return self._index(example.label, example.place)
-
     def indices(self, example: Example) -> list[int]:
-        """The numbers of the tags of an example of the task "tokens"; raises as ``index``."""
-        return [self._index(tag, example.place) for tag in example.label]
-
-    def _index(self, name: str, place: str) -> int:
-        try:
-            return self.names.index(name)
-        except ValueError:
-            raise UserError(
-                f'{place}: the label "{name}" does not occur in the training examples: they have '
-                f"{known_fields(self.names)}"
-            ) from None
+        """The numbers of an example's class or tags. UserError for one that the training examples do not have."""
+        for name in _names_of(example):
+            if name not in self.names:
+                raise UserError(
+                    f'{example.place}: the label "{name}" does not occur in the training examples: they have '
+                    f"{known_fields(self.names)}"
+                )
+        return [self.names.index(name) for name in _names_of(example)]
 
 
 def _names_of(example: Example) -> tuple[str, ...]:
@@ -310,11 +285,7 @@ def content_hash(examples: Sequence[Example]) -> str:
 
 
 def read_similar(source: str | Path, columns: Columns) -> list[Example]:
-    """Pairs of texts, labeled with their similarity.
-
-    Raises:
-        UserError: as of ``read_examples``, or there are single texts.
-    """
+    """Pairs of texts, labeled with their similarity; raises as ``read_examples``, and for single texts."""
     pairs = read_examples(source, "regression", columns)
     if len(pairs[0].texts) != 2:
         raise UserError(f"{pairs[0].place}: there is only one text, but similarity needs two")

@@ -42,13 +42,10 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def key(*parts: int) -> int:
     """One 64-bit seed from several integers."""
-    state = 0
+    state = np.zeros(1, dtype=np.uint64)
     for part in parts:
-        state = (state + _GOLDEN) & _ALL_BITS ^ (part & _ALL_BITS)
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _ALL_BITS
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _ALL_BITS
-        state ^= state >> 31
-    return state
+        state = mix(state + np.uint64(_GOLDEN) ^ np.uint64(part & _ALL_BITS))
+    return int(state[0])
 
 
 def uniform(seed: int, rows: NDArray[np.int64], width: int) -> NDArray[np.float64]:

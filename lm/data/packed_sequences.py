@@ -19,9 +19,6 @@ from torch import Tensor
 from lm.data.batch import Batch, assemble
 from lm.data.packing import best_fit
 
-READINGS = ("causal", "bidirectional")
-POOLINGS = ("mean", "last")
-
 
 def sequence_of(texts: Sequence[Sequence[int]], end_of_text: int, context_length: int) -> tuple[list[int], bool]:
     """Return a text or a pair of texts as one sequence, and whether it was cut to ``context_length``.

@@ -43,16 +43,9 @@ class PackingPlan:
 
 def plan_rows(split: Split, start: int, stop: int, context_length: int) -> PackingPlan:
     """The plan for the documents of ``split`` between the tokens ``start`` and ``stop``; reads their lengths only."""
-    parts = [_plan_block(starts, lengths, context_length) for starts, lengths in _document_blocks(split, start, stop)]
-    first, before = [np.zeros(1, dtype=np.int64)], 0
-    for part in parts:
-        first.append(part.first[1:] + before)
-        before += len(part.starts)
-    return PackingPlan(
-        np.concatenate(first),
-        np.concatenate([part.starts for part in parts]),
-        np.concatenate([part.lengths for part in parts]),
-    )
+    blocks = [_plan_block(starts, lengths, context_length) for starts, lengths in _document_blocks(split, start, stop)]
+    sizes, starts, lengths = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
+    return PackingPlan(np.concatenate([[0], np.cumsum(sizes)]), starts, lengths.astype(np.int32))
 
 
 def _document_blocks(split: Split, start: int, stop: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -77,7 +70,10 @@ def _document_blocks(split: Split, start: int, stop: int) -> Iterator[tuple[NDAr
             return
 
 
-def _plan_block(starts: NDArray[np.int64], lengths: NDArray[np.int64], context_length: int) -> PackingPlan:
+def _plan_block(
+    starts: NDArray[np.int64], lengths: NDArray[np.int64], context_length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the number of fragments of each row, and first token and number of tokens of each fragment."""
     whole, rest = np.divmod(lengths, context_length)
     # Fragments that fill a row: as many of each document as it has.
     of_document = np.repeat(np.arange(len(lengths)), whole)
@@ -88,11 +84,10 @@ def _plan_block(starts: NDArray[np.int64], lengths: NDArray[np.int64], context_l
     rest_starts, rests = (starts + whole * context_length)[has_rest], rest[has_rest]
     rows = best_fit(rests, context_length)
     by_row = np.argsort(rows, kind="stable")
-    sizes = np.concatenate([np.ones(len(full_starts), dtype=np.int64), np.bincount(rows)])
-    return PackingPlan(
-        np.concatenate([[0], np.cumsum(sizes)]),
+    return (
+        np.concatenate([np.ones(len(full_starts), dtype=np.int64), np.bincount(rows)]),
         np.concatenate([full_starts, rest_starts[by_row]]),
-        np.concatenate([np.full(len(full_starts), context_length), rests[by_row]]).astype(np.int32),
+        np.concatenate([np.full(len(full_starts), context_length), rests[by_row]]),
     )
 
 

@@ -1,13 +1,17 @@
 """The rows of tokens that training and validation read: ``rows = f(seed, step)``, with no state to save or restore.
 
 Each corpus is cut into rows in one of two ways: windows of ``context_length`` targets, at another offset in each epoch,
-or whole documents, packed once (``lm.data.packing``). ``lm.data.order`` says which of them a step reads.
+or whole documents, packed once (``lm.data.packing``). A schedule gives the corpus of row g of the run, and how many
+rows that corpus has had before (``lm.data.mixture``; with one corpus that is g). A keyed permutation per epoch gives
+the order in which the rows of a corpus are visited.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +21,26 @@ from data_prep.shards.tokens import Dataset, Split
 from lm.config.settings import Config
 from lm.data.batch import Rows, Vocabulary, rows_of_windows
 from lm.data.corpora import Corpora, JoinedSplit, Text
+from lm.data.keyed_random import Stream, key, permuted
 from lm.data.mixture import Schedule
-from lm.data.order import Located, Order
 from lm.data.packing import plan_rows
+
+# Rows that are located together: a permutation costs as much for one number as for hundreds.
+BLOCK_ROWS = 4096
 
 
 def vocabulary_of(dataset: Dataset | Corpora) -> Vocabulary:
     """The token ids of a dataset that objectives need to know."""
     tokenizer = dataset.tokenizer
     return Vocabulary(tokenizer.vocab_size, tokenizer.end_of_text_id, tokenizer.mask_id)
+
+
+class Located(NamedTuple):
+    """Rows of the run: each one's corpus, how many rows that corpus had before, and its position; int64 (rows,)."""
+
+    texts: NDArray[np.int64]
+    turns: NDArray[np.int64]
+    places: NDArray[np.int64]
 
 
 class Ring:
@@ -65,14 +80,12 @@ class Windows:
         return (epoch_key % self.context_length + rows * self.context_length) % self.ring.tokens
 
     @staticmethod
-    def read(
-        found: list[tuple[Windows, int]], located: Located, numbers: NDArray[np.int64], vocabulary: Vocabulary
-    ) -> Rows:
+    def read(found: list[tuple[Windows, int]], vocabulary: Vocabulary) -> Rows:
         """The rows that begin at these positions of these corpora."""
         windows = np.empty((len(found), found[0][0].context_length + 1), dtype=np.int64)
         for window, (text, place) in zip(windows, found, strict=True):
             text.ring.read_into(place - 1, window)
-        return rows_of_windows(windows, vocabulary, numbers, located.turns)
+        return rows_of_windows(windows, vocabulary)
 
 
 class Documents:
@@ -105,9 +118,7 @@ class Documents:
         return rows
 
     @staticmethod
-    def read(
-        found: list[tuple[Documents, int]], located: Located, numbers: NDArray[np.int64], vocabulary: Vocabulary
-    ) -> Rows:
+    def read(found: list[tuple[Documents, int]], vocabulary: Vocabulary) -> Rows:
         """These rows of these plans; positions that no document fills hold end-of-text tokens."""
         context_length = found[0][0].context_length
         shape = (len(found), context_length)
@@ -116,9 +127,9 @@ class Documents:
         fragment = np.empty(context_length + 1, dtype=np.int64)
         for row, (text, place) in enumerate(found):
             first, last = text.plan.first[place : place + 2].tolist()
-            begin = 0
+            begin, plan = 0, text.plan
             for position, length in zip(
-                text.plan.starts[first:last].tolist(), text.plan.lengths[first:last].tolist(), strict=True
+                plan.starts[first:last].tolist(), plan.lengths[first:last].tolist(), strict=True
             ):
                 end = begin + length
                 text.ring.read_into(position - text._start - 1, fragment[: length + 1])
@@ -128,15 +139,12 @@ class Documents:
                 begin = end
             lengths[row] = begin
             inputs[row, begin:] = targets[row, begin:] = vocabulary.end_of_text
-        return Rows(inputs, targets, starts, lengths, numbers, located.turns)
+        numbers = np.arange(len(found), dtype=np.int64)
+        return Rows(inputs, targets, starts, lengths, numbers, numbers)
 
 
 class TrainingRows:
-    """The training text of all corpora, as the rows of each step.
-
-    Raises:
-        UserError: a corpus is shorter than a row.
-    """
+    """The training text of all corpora, as the rows of each step; raises UserError if one is shorter than a row."""
 
     def __init__(self, corpora: Corpora, config: Config) -> None:
         texts = corpora.training_texts()
@@ -144,15 +152,39 @@ class TrainingRows:
         self.names, self.schedule = [text.name for text in texts], Schedule([text.weight for text in texts])
         self._kind: type[Windows] | type[Documents] = Documents if config.data.packing == "documents" else Windows
         self.texts = [self._kind(text, config.data.context_length) for text in texts]
-        self.order = Order(self.texts, self.schedule, config.training.seed, self.batch_rows)
+        self._seed = config.training.seed
+        self._block = lru_cache(maxsize=4)(
+            lambda block: self.locate(np.arange(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS))
+        )
+
+    def locate(self, numbers: NDArray[np.int64]) -> Located:
+        """Where these rows of the run are."""
+        texts, turns = self.schedule.place(numbers)
+        places = np.empty_like(numbers)
+        for t in np.unique(texts).tolist():
+            text, of_text = self.texts[t], texts == t
+            seed = key(self._seed, Stream.CORPUS, t) if t else self._seed
+            epochs, rows = np.divmod(turns[of_text], text.per_epoch)
+            found = np.empty_like(rows)
+            for epoch in np.unique(epochs).tolist():
+                of_epoch = epochs == epoch
+                epoch_key = key(seed, Stream.ROW_ORDER, epoch)
+                order = permuted(rows[of_epoch], text.per_epoch, epoch_key)
+                found[of_epoch] = text.places(order, epoch_key)
+            places[of_text] = found
+        return Located(texts, turns, places)
 
     def of_step(self, step: int) -> Rows:
         """The rows of optimizer step ``step``, from 0."""
         numbers = np.arange(step * self.batch_rows, (step + 1) * self.batch_rows, dtype=np.int64)
-        located = self.order.of_step(step)
+        blocks, within = np.divmod(numbers, BLOCK_ROWS)
+        parts = [
+            [array[within[blocks == block]] for array in self._block(block)] for block in np.unique(blocks).tolist()
+        ]
+        located = Located(*map(np.concatenate, zip(*parts, strict=True)))
         pairs = zip(located.texts.tolist(), located.places.tolist(), strict=True)
         found: list[Any] = [(self.texts[text], place) for text, place in pairs]
-        return self._kind.read(found, located, numbers, self.vocabulary)
+        return replace(self._kind.read(found, self.vocabulary), numbers=numbers, turns=located.turns)
 
     def epochs(self, steps: int) -> float:
         """Passes over all the text after ``steps`` steps."""

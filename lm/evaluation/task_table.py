@@ -92,7 +92,7 @@ class Examples:
         """Labels as numbers: int64 classes, or float64. UserError for a class that is not in the training examples."""
         if self.labels is None:
             return np.array([example.label for example in examples], dtype=np.float64)
-        return np.array([self.labels.index(example) for example in examples], dtype=np.int64)
+        return np.array([n for example in examples for n in self.labels.indices(example)], dtype=np.int64)
 
     def parts(self, seed: int) -> tuple[list[Example], list[Example]]:
         """The training and validation examples of a fine-tuning."""

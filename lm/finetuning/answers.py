@@ -49,7 +49,7 @@ class Answers:
 
     def targets(self, example: Example) -> list[Any]:
         """The targets of an example as ``losses`` takes them. UserError if the training examples lack its class."""
-        return [Labels(self.labels).index(example)]
+        return Labels(self.labels).indices(example)
 
     def losses(self, outputs: Tensor, targets: Tensor, items: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """The loss of each target, (targets,): cross-entropy in nats.
@@ -93,9 +93,6 @@ class TagAnswers(Answers):
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Self:
         return cls(Labels.of(examples).names)
-
-    def targets(self, example: Example) -> list[int]:
-        return Labels(self.labels).indices(example)
 
     def answer(self, outputs: Tensor) -> Answer:
         chances = outputs.double().softmax(1).numpy()

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,22 +29,19 @@ class Prompt:
     sampling: Sampling
 
 
-@dataclass
+@dataclass(frozen=True)
 class Continuation:
-    """A continuation as it grows. ``events`` are kept for their log-probabilities."""
+    """A finished continuation. ``events`` are kept for their log-probabilities."""
 
     prompt: Prompt
-    text: str = ""
-    events: list[Event] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
+    text: str
+    events: list[Event]
+    finish_reason: Literal["stop", "length"]
 
     def as_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return prompt, continuation and finish reason, and the log-probabilities of tokens if requested."""
-        content: dict[str, Any] = {
-            "prompt": self.prompt.text,
-            "continuation": self.text,
-            "finish_reason": self.finish_reason,
-        }
+        content: dict[str, Any] = {"prompt": self.prompt.text, "continuation": self.text}
+        content["finish_reason"] = self.finish_reason
         if self.prompt.sampling.logprobs is not None:
 
             def named(token: int, logprob: float | None) -> dict[str, Any]:
@@ -88,44 +85,32 @@ def events_in_order(generator: Generator, prompts: Iterable[Prompt]) -> Iterator
 
 def continuations(generator: Generator, prompts: Iterable[Prompt]) -> Iterator[Continuation]:
     """Yield the finished continuations in the order of the prompts."""
-    current: Continuation | None = None
+    events: list[Event] = []
     for prompt, event in events_in_order(generator, prompts):
-        if current is None:
-            current = Continuation(prompt)
-        current.text += event.text
-        current.events.append(event)
+        events.append(event)
         if event.finish_reason is not None:
-            current.finish_reason = event.finish_reason
-            yield current
-            current = None
+            yield Continuation(prompt, "".join(each.text for each in events), events, event.finish_reason)
+            events = []
 
 
 def read_prompts(path: Path, defaults: Sampling) -> Iterator[Prompt]:
     """Yield the prompts of a JSONL file, ``{"prompt": "…"}`` per line, reading as it goes.
 
-    A line may have settings of ``Sampling`` that differ from ``defaults``; empty lines are skipped.
-
-    Raises:
-        UserError: a line is invalid; ``check_prompts`` lists all of them.
+    A line may have settings of ``Sampling`` that differ from ``defaults``; empty lines are skipped. Raise UserError for
+    an invalid line; ``check_prompts`` lists all of them.
     """
-    for where, line in _lines(path):
-        prompt, problems = _parsed(line, defaults)
+    for prompt, problems in _outcomes(path, defaults):
         if prompt is None:
-            raise UserError(f"{where}: {'; '.join(problems)}")
+            raise UserError("\n".join(problems))
         yield prompt
 
 
 def check_prompts(path: Path, defaults: Sampling) -> int:
-    """Read the whole file once and return the number of prompts in it.
-
-    Raises:
-        UserError: the file cannot be read, or has invalid lines; the message lists them by number.
-    """
+    """Read the whole file once and return the number of its prompts; UserError lists invalid lines by number."""
     messages, count = [], 0
-    for where, line in _lines(path):
-        prompt, problems = _parsed(line, defaults)
+    for prompt, problems in _outcomes(path, defaults):
         count += prompt is not None
-        messages += [f"{where}: {problem}" for problem in problems]
+        messages += problems
         if len(messages) >= MOST_PROBLEMS:
             messages.append("there may be more")
             break
@@ -134,48 +119,42 @@ def check_prompts(path: Path, defaults: Sampling) -> int:
     return count
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """The objects of the lines, each with its place; a phrase for a line that has none."""
+def _outcomes(path: Path, defaults: Sampling) -> Iterator[tuple[Prompt | None, list[str]]]:
+    """Yield each line's prompt, or None and what is wrong with the line."""
     try:
         with path.open("rb") as file:
-            yield from json_lines(str(path), enumerate(file, 1))
+            for place, content in json_lines(str(path), enumerate(file, 1)):
+                prompt, problems = _parsed(content, defaults)
+                yield prompt, [f"{place}: {problem}" for problem in problems]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _parsed(content: dict[str, Any] | str, defaults: Sampling) -> tuple[Prompt | None, list[str]]:
-    """The prompt of a line, or None and what is wrong with it."""
+    """Return the prompt of a line, or None and what is wrong with it."""
     if isinstance(content, str):
         return None, [content]
-    if not isinstance(content.get("prompt"), str):
+    text = content.pop("prompt", None)
+    if not isinstance(text, str):
         return None, ['no object with a text "prompt"']
-    kinds = {f.name: _kind(getattr(defaults, f.name), f.name) for f in dataclasses.fields(Sampling)}
-    given = {name: value for name, value in content.items() if name != "prompt"}
-    problems = [f'unknown setting "{name}"; the settings are {", ".join(kinds)}' for name in given if name not in kinds]
-    problems += [
-        f"{name} must be {_WORDS[kinds[name]]}, not {json.dumps(value, ensure_ascii=False)}"
-        for name, value in given.items()
-        if name in kinds and not _is_a(kinds[name], value)
-    ]
-    if problems:
-        return None, problems
-    if "stop" in given:
-        given["stop"] = tuple(given["stop"])
-    sampling = dataclasses.replace(defaults, **given)
-    problems = sampling.problems()
-    return (None, problems) if problems else (Prompt(content["prompt"], sampling), [])
+    problems = [problem for name, value in content.items() if (problem := _problem(defaults, name, value))]
+    if not problems:
+        if "stop" in content:
+            content["stop"] = tuple(content["stop"])
+        sampling = dataclasses.replace(defaults, **content)
+        problems = sampling.problems()
+    return (None, problems) if problems else (Prompt(text, sampling), [])
 
 
-_WORDS = {"number": "a number", "integer": "an integer", "strings": "a list of strings"}
-
-
-def _kind(value: Any, name: str) -> str:
+def _problem(defaults: Sampling, name: str, value: Any) -> str:
+    """Return what is wrong with the name of a setting or the type of its value; "" if nothing is."""
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    if name not in names:
+        return f'unknown setting "{name}"; the settings are {", ".join(names)}'
     if name == "stop":
-        return "strings"
-    return "number" if isinstance(value, float) else "integer"
-
-
-def _is_a(kind: str, value: Any) -> bool:
-    if kind == "strings":
-        return isinstance(value, list) and all(isinstance(each, str) for each in value)
-    return not isinstance(value, bool) and isinstance(value, int | float if kind == "number" else int)
+        wanted, fits = "a list of strings", isinstance(value, list) and all(isinstance(each, str) for each in value)
+    elif isinstance(getattr(defaults, name), float):
+        wanted, fits = "a number", isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        wanted, fits = "an integer", isinstance(value, int) and not isinstance(value, bool)
+    return "" if fits else f"{name} must be {wanted}, not {json.dumps(value, ensure_ascii=False)}"

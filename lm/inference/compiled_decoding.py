@@ -76,15 +76,8 @@ class CompiledDecoder:
         seen = self._first if count == 1 else self._seen[:count]
         if warm_up:
             torch._dynamo.mark_dynamic(seen, 0, min=2, max=self._cache.capacity)
-        keys, values = self._rows[row]
-        return self._graph(
-            torch.tensor([token]),
-            torch.tensor([length]),
-            torch.tensor([length % self._cache.capacity]),
-            seen,
-            keys,
-            values,
-        )
+        numbers = (torch.tensor([number]) for number in (token, length, length % self._cache.capacity))
+        return self._graph(*numbers, seen, *self._rows[row])
 
 
 class _OneToken(nn.Module):

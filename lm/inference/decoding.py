@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,15 +39,15 @@ def decoder(model: Transformer, cache: KVCache) -> Step:
     weight = model.embedding.weight
     if eager_on_cpu(weight) and weight.dtype == torch.float32 and has_onednn():
         return PackedDecoder(model, cache).step
-    return lambda tokens: _step_of_the_model(model, cache, tokens)
 
+    def step(tokens: list[int]) -> Tensor:
+        writing = WritingTokens(cache, len(tokens))
+        inputs = torch.tensor(tokens, device=cache.stored.device)[:, None]
+        hidden = model(inputs, writing.positions, writing.lo, writing.hi, writing)
+        writing.done()
+        return model.logits(hidden[:, 0]).cpu()
 
-def _step_of_the_model(model: Transformer, cache: KVCache, tokens: list[int]) -> Tensor:
-    writing = WritingTokens(cache, len(tokens))
-    inputs = torch.tensor(tokens, device=cache.stored.device)[:, None]
-    hidden = model(inputs, writing.positions, writing.lo, writing.hi, writing)
-    writing.done()
-    return model.logits(hidden[:, 0]).cpu()
+    return step
 
 
 class PackedMatrix:
@@ -63,29 +63,21 @@ class PackedMatrix:
         return self._product(x, self._weight, None, "none", [], "")
 
 
+Matrix = TypeVar("Matrix", Tensor, PackedMatrix)
+
+
 @dataclass(frozen=True)
-class Matrices:
+class Matrices(Generic[Matrix]):
     """A block's matrices (outputs, inputs) with the linear factors around them folded in.
 
     ``head_weights`` (query and key heads, head width) are those of QK-norm, if any.
     """
 
-    heads: Tensor  # queries, keys, values
+    heads: Matrix  # queries, keys, values
     head_weights: Tensor | None
-    output: Tensor
-    inner: Tensor  # gate, if any, and up
-    down: Tensor
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """``Matrices``, packed."""
-
-    heads: PackedMatrix
-    head_weights: Tensor | None
-    output: PackedMatrix
-    inner: PackedMatrix
-    down: PackedMatrix
+    output: Matrix
+    inner: Matrix  # gate, if any, and up
+    down: Matrix
 
 
 @dataclass(frozen=True)
@@ -202,7 +194,7 @@ def _inverse_norm(x: Tensor, epsilon: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(epsilon).rsqrt_()
 
 
-def folded(block: Block) -> Matrices:
+def folded(block: Block) -> Matrices[Tensor]:
     """Return a block's matrices with the weights of the norms and the scale of the scores multiplied into them."""
     attention, feed_forward = block.attention, block.feed_forward
     root, width = block.attention_norm.weight.numel() ** 0.5, attention.head_width
@@ -233,11 +225,9 @@ def folded_head(model: Transformer) -> Tensor:
     return head / model.config.logit_softcap if model.config.logit_softcap else head
 
 
-def _packed(matrices: Matrices) -> _Layer:
-    heads, output, inner, down = (
-        PackedMatrix(each) for each in (matrices.heads, matrices.output, matrices.inner, matrices.down)
-    )
-    return _Layer(heads, matrices.head_weights, output, inner, down)
+def _packed(m: Matrices[Tensor]) -> Matrices[PackedMatrix]:
+    heads, output, inner, down = map(PackedMatrix, (m.heads, m.output, m.inner, m.down))
+    return Matrices(heads, m.head_weights, output, inner, down)
 
 
 def least_rows_with_equal_bits(matrices: list[PackedMatrix], most: int) -> int:

@@ -26,11 +26,11 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """Add a token and return the text that is now certain."""
-        return self._release(self._characters.add(token))
+        return self._release(self._characters.add([token]))
 
     def finish(self) -> str:
         """Return the text held back so far; bytes of an incomplete character become U+FFFD."""
-        text = self._release(self._characters.finish()) + self._held
+        text = self._release(self._characters.add([], final=True)) + self._held
         self._held = ""
         return text
 
@@ -61,11 +61,8 @@ class _BytesOfTokens:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, token: int) -> str:
-        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
-
-    def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
+    def add(self, tokens: list[int], *, final: bool = False) -> str:
+        return self._decoder.decode(self._tokenizer.decode_bytes(tokens), final)
 
 
 class _TextOfTokens:
@@ -79,14 +76,8 @@ class _TextOfTokens:
         self._tokens = list(after[-NEIGHBORS:])
         self._released = len(self._tokens)  # the tokens whose text was released
 
-    def add(self, token: int) -> str:
-        self._tokens.append(token)
-        return self._new_text(final=False)
-
-    def finish(self) -> str:
-        return self._new_text(final=True)
-
-    def _new_text(self, *, final: bool) -> str:
+    def add(self, tokens: list[int], *, final: bool = False) -> str:
+        self._tokens += tokens
         before = self._decoded(self._tokens[: self._released])
         after = self._decoded(self._tokens)
         if (after.endswith(UNREADABLE) and not final) or len(after) <= len(before):

@@ -54,11 +54,8 @@ def vectors_of(
 ) -> Iterator[tuple[Vectors, int]]:
     """Embed any number of texts, or pairs of texts, in order, part by part.
 
-    Yields:
-        Vectors, float32 (texts of the part, hidden), and how many of these texts were cut to the context length.
-
-    Raises:
-        UserError: the model has no such layer.
+    Yield vectors, float32 (texts of the part, hidden), and how many of these texts were cut to the context length.
+    Raise UserError if the model has no such layer.
     """
     blocks = len(model.model.blocks)
     if not -1 <= reading.layer <= blocks:
@@ -92,10 +89,7 @@ def _vectors(model: LanguageModel, texts: list[tuple[str, ...]], reading: Readin
 def write_vectors(path: Path, parts: Iterable[Vectors], width: int) -> int:
     """Write vectors as they come and return their number: .npy (float32), or .jsonl with {"embedding": […]} per line.
 
-    The file appears once it is complete.
-
-    Raises:
-        UserError: the name has another suffix.
+    The file appears once it is complete. Raise UserError if its name has another suffix.
     """
     if path.suffix not in (".npy", ".jsonl"):
         raise UserError(f"embeddings are written to .npy or .jsonl, not to {path}")

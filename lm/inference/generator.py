@@ -115,8 +115,7 @@ class Generator:
     def add(self, prompt: Sequence[int] | str, sampling: Sampling) -> int:
         """Queue a request and return its handle, which all its events carry.
 
-        Raises:
-            UserError: invalid settings, or a token outside the vocabulary; the message lists all problems.
+        Raise UserError, which lists all problems, for invalid settings or a token outside the vocabulary.
         """
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         problems = sampling.problems()
@@ -144,15 +143,13 @@ class Generator:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Admit waiting requests to free rows, reading each prompt in one pass, and generate a token per live text.
-
-        Returns one event per live text.
-        """
+        """Move waiting requests to free rows, generate a token per live text, and return an event for each of them."""
         while self._waiting and len(self._live) < self.max_rows:
             self._join(self._waiting.popleft())
         if not self._live:
             return []
-        logits = self._next_logits()
+        # (rows, vocabulary), on the CPU, in float32
+        logits = writable(self._next([request.tokens[-1] for request in self._live]), self._tokenizer)
         chosen = self._choose(logits)
         events = [self._event(*each) for each in zip(self._live, chosen, logits, strict=True)]
         for row in reversed(range(len(events))):
@@ -178,8 +175,8 @@ class Generator:
         if not self._reuse:
             return 0
         held = self._left_over
-        same = next((i for i, (a, b) in enumerate(zip(held, tokens[:-1], strict=False)) if a != b), None)
-        same = min(len(held), len(tokens) - 1) if same is None else same
+        different = (i for i, (a, b) in enumerate(zip(held, tokens[:-1], strict=False)) if a != b)
+        same = next(different, min(len(held), len(tokens) - 1))
         # Going back would need tokens that may have been overwritten.
         return same if same == len(held) or len(held) <= self._cache.capacity else 0
 
@@ -194,20 +191,11 @@ class Generator:
             self._cache.move(last, row)
             self._left_over = []
 
-    def _next_logits(self) -> Tensor:
-        """Return the logits (rows, vocabulary) of the next token of each live text, on the CPU, in float32."""
-        logits = self._next([request.tokens[-1] for request in self._live])
-        return writable(logits, self._tokenizer)
-
     def _choose(self, logits: Tensor) -> list[int]:
         """Choose the next token of each live text; rows with equal filters are filtered together."""
         if any(request.sampling.has_penalties for request in self._live):
-            logits = torch.stack(
-                [
-                    request.penalized(row) if request.sampling.has_penalties else row
-                    for request, row in zip(self._live, logits, strict=True)
-                ]
-            )
+            pairs = zip(self._live, logits, strict=True)
+            logits = torch.stack([each.penalized(row) if each.sampling.has_penalties else row for each, row in pairs])
         groups: dict[tuple[float, ...], list[int]] = {}
         for row, request in enumerate(self._live):
             groups.setdefault(request.sampling.filters, []).append(row)
@@ -234,12 +222,10 @@ class Generator:
         if reason is None and request.written == request.sampling.max_new_tokens:
             text += request.detokenizer.finish()
             reason = "length"
-        logprob: float | None = None
-        top: list[tuple[int, float]] = []
-        if request.sampling.logprobs is not None:
-            log_p, top = log_probabilities(logits, request.sampling.logprobs)
-            logprob = float(log_p[token])
-        return Event(request.handle, token, text, logprob, tuple(top), reason)
+        if request.sampling.logprobs is None:
+            return Event(request.handle, token, text, finish_reason=reason)
+        log_p, top = log_probabilities(logits, request.sampling.logprobs)
+        return Event(request.handle, token, text, float(log_p[token]), tuple(top), reason)
 
 
 def stream(model: LanguageModel, prompt: Sequence[int] | str, sampling: Sampling) -> Iterator[Event]:

@@ -160,14 +160,9 @@ class TokenProbability:
 def token_probabilities(
     model: LanguageModel, tokens: Sequence[int], readout: str, top: int
 ) -> Iterator[list[TokenProbability]]:
-    """Yield the probabilities of a text's tokens in order, those of one forward pass at a time.
+    """Yield the probabilities of a text's tokens in order, each with ``top`` alternatives, a forward pass at a time.
 
-    Args:
-        tokens: those of the text, without special tokens.
-        top: the number of alternatives.
-
-    Raises:
-        UserError: the text is longer than the model's context.
+    ``tokens`` are those of the text, without special tokens. Raise UserError if they exceed the model's context.
     """
     _refuse_longer([tokens], model.context_length)
     vocab_size = model.tokenizer.vocab_size

@@ -16,13 +16,6 @@ import torch
 from data_prep.errors import UserError
 from lm.kernels.matmul import matmul
 
-# Sizes of the square matrices to multiply: CPUs are fastest within their caches, GPUs with large matrices.
-EDGES = {"cpu": (384, 768, 1024), "gpu": (2048, 4096, 8192)}
-SECONDS = 0.3
-# From malloc.h. 32 MiB is glibc's largest threshold above which a block gets its own mapping.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-LARGEST_INT, LARGEST_MMAP_THRESHOLD = 2**31 - 1, 1 << 25
-
 
 def machine_rate(device: torch.device) -> float:
     """Floating-point operations per second of matrix products: the best of several sizes and runs.
@@ -35,11 +28,10 @@ def machine_rate(device: torch.device) -> float:
 
 @lru_cache
 def _measured_rate(device: torch.device, threads: int) -> float:
-    low = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    edges = EDGES["cpu" if device.type == "cpu" else "gpu"]
-    factors = [
-        torch.ones(edge, edge, dtype=torch.bfloat16 if low else torch.float32, device=device) * 0.1 for edge in edges
-    ]
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    # CPUs are fastest within their caches, GPUs with large matrices.
+    edges = (384, 768, 1024) if device.type == "cpu" else (2048, 4096, 8192)
+    factors = [torch.ones(edge, edge, dtype=dtype, device=device) * 0.1 for edge in edges]
     best, until = 0.0, 0.0
     while not until or time.perf_counter() < until:
         for matrix in factors:
@@ -48,7 +40,7 @@ def _measured_rate(device: torch.device, threads: int) -> float:
             synchronize(device)
             if until:
                 best = max(best, 2 * len(matrix) ** 3 / (time.perf_counter() - began))
-        until = until or time.perf_counter() + SECONDS  # the first round, which includes initialization, does not count
+        until = until or time.perf_counter() + 0.3  # the first round, which includes initialization, does not count
     return best
 
 
@@ -87,15 +79,12 @@ def _group_headrooms(membership: Path, mount: Path) -> list[int]:
         if hierarchy == "0":
             root, limit, usage, cache = mount, "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            root, limit, usage, cache = (
-                *(mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-            )
+            root, limit, usage = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
         else:
             continue
         inside = root / path.strip("/")
-        for group in (inside, *inside.parents):
-            if not group.is_relative_to(root):
-                break
+        for group in (each for each in (inside, *inside.parents) if each.is_relative_to(root)):
             try:
                 most = (group / limit).read_text().strip()
                 used = int((group / usage).read_text()) - _numbers(group / "memory.stat").get(cache, 0)
@@ -118,8 +107,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     # Unlike this, Linux's ru_maxrss starts at that of the parent process.
-    peak = _numbers(Path("/proc/self/status")).get("VmHWM")
-    if peak:
+    if peak := _numbers(Path("/proc/self/status")).get("VmHWM"):
         return peak * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -146,7 +134,8 @@ def keep_freed_memory() -> bool:
     several percent of a training step on a CPU. Other C libraries are not changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    settings = ((M_TRIM_THRESHOLD, LARGEST_INT), (M_TOP_PAD, 1 << 26), (M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD))
+    # From malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, and M_MMAP_THRESHOLD, which is at most 32 MiB.
+    settings = ((-1, 2**31 - 1), (-2, 1 << 26), (-3, 1 << 25))
     return mallopt is not None and all(mallopt(name, value) for name, value in settings)
 
 

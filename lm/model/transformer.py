@@ -31,12 +31,14 @@ class Readable(Protocol):
     def hi(self) -> Tensor: ...
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 class Cache(Protocol):
     """Keeps the keys and values of earlier tokens between passes (``lm.inference.kv_cache``)."""
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> Pair:
         """Store a layer's new keys and values (B, T, Hkv, D); return all that the intervals count, (B, Tk, Hkv, D)."""
-        ...
 
 
 class RMSNorm(nn.Module):
@@ -51,7 +53,7 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.epsilon)
 
 
-def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_table(positions: Tensor, width: int, theta: float) -> Pair:
     """Cosines and sines (rows, T, 1, width / 2) of the rotary embedding (Su et al. 2021, eq. 34).
 
     In float32, as in other libraries' models: exact to 2e-5 at position 2,000, to 1e-3 at 100,000.
@@ -59,11 +61,6 @@ def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, T
     frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width)
     angles = positions[..., None, None] * frequencies
     return angles.cos(), angles.sin()
-
-
-def rotated(heads: Tensor, rotary: tuple[Tensor, Tensor], norm: RMSNorm | None) -> Tensor:
-    """Apply QK-norm (optional) and the rotary embedding to heads (rows, T, heads, width)."""
-    return kernels.rotary(heads, *rotary) if norm is None else kernels.rotary(heads, *rotary, norm.weight, norm.epsilon)
 
 
 class Attention(nn.Module):
@@ -80,26 +77,23 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        intervals: tuple[Tensor, Tensor],
-        cache: Cache | None,
-        layer: int,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Pair, intervals: Pair, cache: Cache | None, layer: int) -> Tensor:
         q, k, v = self.heads(x, rotary)  # (B, T, H, D) and twice (B, T, Hkv, D)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         out, _ = kernels.attention(q, k, v, *intervals)
         return kernels.linear(out.flatten(2), self.output.weight)
 
-    def heads(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, rotary: Pair) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values: (B, T, H, D) and twice (B, T, Hkv, D)."""
         if torch.is_grad_enabled() and self.query_norm is None and kernels.eager_on_cpu(x):
             return kernels.qkv_projection(x, self.query.weight, self.key.weight, self.value.weight, *rotary)
         q, k, v = (f(x).unflatten(-1, (-1, self.head_width)) for f in (self.query, self.key, self.value))
-        return rotated(q, rotary, self.query_norm), rotated(k, rotary, self.key_norm), v
+        q, k = (
+            kernels.rotary(x, *rotary) if norm is None else kernels.rotary(x, *rotary, norm.weight, norm.epsilon)
+            for x, norm in ((q, self.query_norm), (k, self.key_norm))
+        )
+        return q, k, v
 
 
 class FeedForward(nn.Module):
@@ -130,14 +124,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        intervals: tuple[Tensor, Tensor],
-        cache: Cache | None,
-        layer: int,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Pair, intervals: Pair, cache: Cache | None, layer: int) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), rotary, intervals, cache, layer))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
@@ -231,12 +218,10 @@ class Transformer(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor, loss_weights: Tensor) -> Tensor:
         """Weighted sum of cross-entropies, in nats; targets and weights (rows, T), -100 where nothing is predicted."""
+        hidden, targets, loss_weights = hidden.flatten(0, 1), targets.flatten(), loss_weights.flatten()
+        softcap = self.config.logit_softcap
         return kernels.linear_cross_entropy(
-            hidden.flatten(0, 1),
-            self.head_weight,
-            targets.flatten(),
-            loss_weights=loss_weights.flatten(),
-            softcap=self.config.logit_softcap,
+            hidden, self.head_weight, targets, loss_weights=loss_weights, softcap=softcap
         )
 
     def parameter_counts(self) -> dict[str, int]:

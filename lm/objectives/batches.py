@@ -12,11 +12,7 @@ from lm.objectives.objective import Objective, open_objective
 
 
 class TrainingBatches:
-    """One batch for each step, by the settings' objective unless another is given.
-
-    Raises:
-        UserError: a corpus is shorter than a row.
-    """
+    """One batch per step, by the settings' objective unless another is given; errors as in ``TrainingRows``."""
 
     def __init__(self, corpora: Corpora, config: Config, objective: Objective | None = None) -> None:
         self.rows = TrainingRows(corpora, config)
@@ -26,10 +22,8 @@ class TrainingBatches:
         """Rank ``rank``'s share of the batch of optimizer step ``step`` (from 0): its rows rank, rank + world, …
 
         The shares of all ranks together are the batch, loss weights included, whatever the number of ranks. Each rank
-        prepares the whole batch, because the weights depend on what is hidden in all of its rows.
-
-        Raises:
-            UserError: the rows do not divide among the ranks.
+        prepares the whole batch, because the weights depend on what is hidden in all of its rows. Raise UserError if
+        the rows do not divide among the ranks.
         """
         self.check_ranks(world)
         batch = self.objective.prepare(self.rows.of_step(step))
@@ -37,8 +31,7 @@ class TrainingBatches:
 
     def check_ranks(self, world: int) -> None:
         """Raise a UserError if the rows of a batch do not divide among ``world`` ranks."""
-        count = self.rows.batch_rows
-        if count % world:
+        if (count := self.rows.batch_rows) % world:
             raise UserError(
                 f"the batch's {count} rows do not divide among {world} ranks: change batch_tokens or the ranks"
             )

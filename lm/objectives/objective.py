@@ -18,15 +18,9 @@ from torch import Tensor, nn
 
 from lm.config.settings import OBJECTIVES, Config
 
-
-class Measure(Protocol):
-    """Sums the loss of a model on held-out rows over all ranks (``lm.training.validation``)."""
-
-    def __call__(
-        self, numbers: NDArray[np.int64], batches: Sequence[Callable[[NDArray[np.int64]], Any]]
-    ) -> tuple[float, float]:
-        """The summed loss, and the summed loss weights, of the rows ``numbers``; each of ``batches`` prepares them."""
-        ...
+# Sums the loss of a model on held-out rows over all ranks (``lm.training.validation``): from the rows' numbers, and
+# functions that each prepare such rows, to the summed loss and the summed loss weights.
+Measure = Callable[[NDArray[np.int64], Sequence[Callable[[NDArray[np.int64]], Any]]], tuple[float, float]]
 
 
 class Objective(Protocol):
@@ -42,26 +36,21 @@ class Objective(Protocol):
         A batch has a length, its rows; ``rows(start, stop)``, a micro-batch; ``every(first, step)``, one rank's share;
         ``to(device)``; and ``parts``, the number of rows that a part of its loss is about, where these are not all.
         """
-        ...
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """The loss of a micro-batch, scalars by name: always the same parts, 0 if no row of it is about a part.
 
         The losses of a step's micro-batches, and of all ranks, add up to the step's loss.
         """
-        ...
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after optimizer step ``step``, from 0, has changed the weights: a teacher follows, a queue moves."""
-        ...
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps besides weights and optimizer; empty if there is nothing."""
-        ...
 
     def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         """Take up the state of a checkpoint whose weights ``model`` has; empty: that of step 0."""
-        ...
 
     def validate(self, held_out: Any, measure: Measure, *, rows: int, every_token: bool) -> dict[str, dict[str, float]]:
         """The numbers of a validation: groups by the name of what was measured, as the log has them.
@@ -73,7 +62,6 @@ class Objective(Protocol):
             rows: how many rows of the split to read; 0: all.
             every_token: predict everything that can be predicted, however long it takes.
         """
-        ...
 
 
 def open_objective(config: Config, vocabulary: Any) -> Objective:

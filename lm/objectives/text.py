@@ -31,9 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm.config.settings import Config
-from lm.data import keyed_random
 from lm.data.batch import IGNORED, Batch, Rows, Vocabulary, assemble
-from lm.data.keyed_random import Stream
+from lm.data.keyed_random import Stream, key, uniform, uniform_at, validation_fold
 from lm.data.rows import ValidationRows
 from lm.model.transformer import Transformer
 from lm.objectives.objective import Measure
@@ -41,12 +40,8 @@ from lm.objectives.objective import Measure
 
 def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_]:
     """Which rows of a text are masked: of the first n rows exactly floor(n × fraction), evenly spread."""
-    if fraction in (0, 1):
-        return np.full(len(numbers), bool(fraction))
     share = Fraction(str(fraction))
-    before = [n * share.numerator // share.denominator for n in numbers.tolist()]
-    after = [(n + 1) * share.numerator // share.denominator for n in numbers.tolist()]
-    return np.array([a > b for a, b in zip(after, before, strict=True)], dtype=bool)
+    return np.array([(n + 1) * share // 1 > n * share // 1 for n in numbers.tolist()], dtype=bool)
 
 
 class TextObjective:
@@ -73,12 +68,8 @@ class TextObjective:
         if padded:
             targets[np.arange(inputs.shape[1]) >= lengths[:, None]] = IGNORED
         if first_masked < len(masked):
-            inputs[first_masked:], targets[first_masked:] = self._hide(
-                inputs[first_masked:],
-                starts[first_masked:],
-                numbers[first_masked:],
-                shifted=masked_readout == "masked_next_token",
-            )
+            shifted, some = masked_readout == "masked_next_token", slice(first_masked, None)
+            inputs[some], targets[some] = self._hide(inputs[some], starts[some], numbers[some], shifted=shifted)
         weights = np.zeros(targets.shape, dtype=np.float32)
         for some in (slice(0, first_masked), slice(first_masked, None)):
             predicted = targets[some] != IGNORED
@@ -96,17 +87,15 @@ class TextObjective:
         Ends of text are never hidden, nor, when the neighbor to the left predicts, a first token that has none.
         """
         config = self.config
-        chance = keyed_random.uniform(keyed_random.key(self.seed, Stream.HIDDEN_TOKENS), numbers, inputs.shape[1])
+        chance = uniform(key(self.seed, Stream.HIDDEN_TOKENS), numbers, inputs.shape[1])
         kept = inputs == self.vocabulary.end_of_text
         chance[kept | starts if shifted else kept] = 2.0
         # At least one token a row, so that no row is idle: the one with the smallest number.
         chosen = (chance < config.mask_rate) | ((chance == chance.min(axis=1, keepdims=True)) & (chance < 1))
         at = np.flatnonzero(chosen)
         row, column = np.divmod(at, inputs.shape[1])
-        fate, other = (
-            keyed_random.uniform_at(keyed_random.key(self.seed, stream), numbers[row], column)
-            for stream in (Stream.FATE_OF_HIDDEN_TOKENS, Stream.RANDOM_TOKENS)
-        )
+        fate = uniform_at(key(self.seed, Stream.FATE_OF_HIDDEN_TOKENS), numbers[row], column)
+        other = uniform_at(key(self.seed, Stream.RANDOM_TOKENS), numbers[row], column)
         corrupted = inputs.copy()
         shown = corrupted.ravel()[at]
         random_limit = config.mask_token_share + config.random_token_share
@@ -164,25 +153,18 @@ def loss_on_text(nats_per_token: float, predicted: int, nats: float, text_bytes:
         nats_per_token: the mean cost of the ``predicted`` tokens.
         nats: what the whole text costs, or would at that mean.
     """
-    return {
-        "nats_per_token": nats_per_token,
-        "bits_per_byte": bits_per_byte(nats, text_bytes),
-        "predicted": predicted,
-    }
+    per_byte = bits_per_byte(nats, text_bytes)
+    return {"nats_per_token": nats_per_token, "bits_per_byte": per_byte, "predicted": predicted}
 
 
 def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """The weighted cross-entropy of each part of a batch, in one pass through the model; 0 of a part without rows."""
     assert isinstance(model, Transformer)
     hidden = model.read(batch)
-    found, first = {}, 0
+    found, first, none = {}, 0, hidden.new_zeros((), dtype=torch.float32)
     for name, rows in batch.parts.items():
         some = slice(first, first + rows)
-        found[name] = (
-            model.loss(hidden[some], batch.targets[some], batch.loss_weights[some])
-            if rows
-            else hidden.new_zeros((), dtype=torch.float32)
-        )
+        found[name] = model.loss(hidden[some], batch.targets[some], batch.loss_weights[some]) if rows else none
         first += rows
     return found
 
@@ -214,7 +196,7 @@ def validation_batch(
     if readout == "next_token":
         inputs, targets = windows[:, :-1], np.where(within[:, 1:], windows[:, 1:], IGNORED)
     else:
-        fold_of = keyed_random.validation_fold(numbers[:, None], np.arange(windows.shape[1]), folds)
+        fold_of = validation_fold(numbers[:, None], np.arange(windows.shape[1]), folds)
         chosen = (fold_of == fold) & within & (windows != vocabulary.end_of_text)
         chosen[:, 0] = False
         inputs = np.where(chosen, vocabulary.mask, windows)

@@ -22,7 +22,7 @@ from data_prep.errors import UserError
 from data_prep.files import only_writer_of
 from lm import kernels
 from lm.config.settings import Config, TrainingConfig
-from lm.data.prefetch import Prefetch
+from lm.data.prefetch import prefetch
 from lm.model.device import is_out_of_memory, keep_freed_memory, peak_memory
 from lm.runs import checkpoint
 from lm.runs.checkpoint_writer import CheckpointWriter, load_trained, trained_tensors
@@ -225,7 +225,7 @@ class Trainer(Generic[Batch]):
 
     def _train_on(self) -> None:
         """Steps, until the last one or until a rollback restarts the batches."""
-        with Prefetch(self.module.batch, range(self.state.step, self.config.training.steps)) as upcoming:
+        with prefetch(self.module.batch, range(self.state.step, self.config.training.steps)) as upcoming:
             self.clock.start()
             for batch in upcoming:
                 if not (self._step(batch) and self._after_step()):

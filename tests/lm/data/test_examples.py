@@ -121,13 +121,13 @@ def test_classes_have_one_order_whatever_the_order_of_the_examples():
     assert Labels.of(labels("b", "a", "b")).names == ("a", "b")
     assert Labels.of(labels("10", "9", "-1")).names == ("-1", "9", "10")
     assert Labels.of([Example(("x", "y"), ("O", "B"), "f"), Example(("z",), ("O",), "f")]).names == ("B", "O")
-    assert [Labels(("a", "b")).index(example) for example in labels("b", "a")] == [1, 0]
+    assert [Labels(("a", "b")).indices(example) for example in labels("b", "a")] == [[1], [0]]
     assert Labels(("B", "O")).indices(Example(("x", "y"), ("O", "B"), "f")) == [1, 0]
 
 
 def test_a_label_that_was_not_trained_and_constant_labels_are_refused():
     with pytest.raises(UserError, match=r'f\.jsonl, line 1: the label "c" does not occur .* they have "a", "b"'):
-        Labels(("a", "b")).index(labels("c")[0])
+        Labels(("a", "b")).indices(labels("c")[0])
     with pytest.raises(UserError, match=r'f\.jsonl, line 1 to line 2: every example has the label "a"'):
         Labels.of(labels("a", "a"))
     with pytest.raises(UserError, match=r'every example has the label "2\.0"'):

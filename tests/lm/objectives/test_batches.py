@@ -14,8 +14,7 @@ from data_prep.errors import UserError
 from data_prep.shards.tokens import SourceSpan, Split
 from lm.data.batch import IGNORED, TENSORS, Batch
 from lm.data.corpora import Corpora
-from lm.data.order import BLOCK_ROWS
-from lm.data.rows import Ring, ValidationRows, vocabulary_of
+from lm.data.rows import BLOCK_ROWS, Ring, ValidationRows, vocabulary_of
 from lm.objectives.batches import TrainingBatches
 from tests.conftest import masked_rows_of
 
@@ -65,7 +64,7 @@ def test_every_epoch_visits_each_window_once_in_an_order_of_its_own(dataset, cau
     assert windows == tokens // context
     orders = []
     for epoch in range(3):
-        *_, starts = batches.rows.order.locate(np.arange(epoch * windows, (epoch + 1) * windows))
+        *_, starts = batches.rows.locate(np.arange(epoch * windows, (epoch + 1) * windows))
         covered = Counter(((starts[:, None] + np.arange(context)) % tokens).ravel().tolist())
         assert len(covered) == windows * context  # no token twice
         assert max(covered.values()) == 1
@@ -77,7 +76,7 @@ def test_every_epoch_visits_each_window_once_in_an_order_of_its_own(dataset, cau
 def test_a_row_holds_the_tokens_from_its_start_and_the_one_before(dataset, causal, stream):
     batches = TrainingBatches(Corpora([dataset]), causal)
     batch = batches.batch(3)
-    *_, starts = batches.rows.order.locate(np.arange(24, 32))
+    *_, starts = batches.rows.locate(np.arange(24, 32))
     for row, start in enumerate(starts.tolist()):
         assert np.array_equal(batch.targets[row], np.take(stream, np.arange(start, start + 32), mode="wrap"))
         assert np.array_equal(batch.inputs[row], np.take(stream, np.arange(start - 1, start + 31), mode="wrap"))
@@ -249,7 +248,7 @@ def test_corpora_share_the_rows_by_weight_and_each_has_its_own_epochs(dataset, o
     batches = TrainingBatches(corpora, config)
     alone = [TrainingBatches(Corpora([d]), config) for d in (dataset, other_dataset)]
     size = batches.rows.texts[1].per_epoch
-    texts, _, places = batches.rows.order.locate(np.arange(3 * 2 * size))
+    texts, _, places = batches.rows.locate(np.arange(3 * 2 * size))
     assert Counter(texts.tolist()) == {0: 4 * size, 1: 2 * size}
     of_second = places[texts == 1]
     for epoch in (of_second[:size], of_second[size:]):
@@ -258,7 +257,7 @@ def test_corpora_share_the_rows_by_weight_and_each_has_its_own_epochs(dataset, o
         assert sorted(of_second[:size].tolist()) == list(range(size))
     assert of_second[:size].tolist() != of_second[size:].tolist()
     # The first corpus is visited in the order that it has by itself.
-    assert np.array_equal(places[texts == 0], alone[0].rows.order.locate(np.arange(4 * size)).places)
+    assert np.array_equal(places[texts == 0], alone[0].rows.locate(np.arange(4 * size)).places)
     assert "66.7% of the rows" in batches.rows.introduction(1)[0]
 
 
@@ -268,13 +267,13 @@ def test_each_corpus_has_its_own_share_of_masked_rows(dataset, other_dataset, sm
     corpora = Corpora([dataset, other_dataset], [Fraction(1), Fraction(1)])
     config = small.replace(objective="hybrid", masked_fraction=fraction, batch_tokens=32)
     batches = TrainingBatches(corpora, config)
-    texts = batches.rows.order.locate(np.arange(80)).texts
+    texts = batches.rows.locate(np.arange(80)).texts
     masked = np.array([bool(masked_rows_of(batches.batch(step))[0]) for step in range(80)])
     assert [int(masked[texts == text].sum()) for text in (0, 1)] == [40 * fraction, 40 * fraction]
 
 
 def test_corpora_of_one_size_have_orders_of_their_own(dataset, causal):
-    located = TrainingBatches(Corpora([dataset] * 2, [Fraction(1)] * 2), causal).rows.order.locate(np.arange(200))
+    located = TrainingBatches(Corpora([dataset] * 2, [Fraction(1)] * 2), causal).rows.locate(np.arange(200))
     assert located.places[located.texts == 0].tolist() != located.places[located.texts == 1].tolist()
 
 
@@ -291,7 +290,7 @@ def test_sources_of_unequal_weight_take_turns_and_equal_ones_are_one_stream(data
     monkeypatch.setattr(Split, "source_spans", spans(3.0))
     batches = TrainingBatches(Corpora([dataset]), causal)
     assert batches.rows.names == [f"{name} in {dataset.directory}" for name in "ab"]
-    texts, *_ = batches.rows.order.locate(np.arange(400))
+    texts, *_ = batches.rows.locate(np.arange(400))
     assert (texts == 1).sum() == 300
     first = split.read(0, middle)
     of_first = [row for row, text in zip(batches.rows.of_step(0).targets, texts[:8], strict=True) if text == 0]

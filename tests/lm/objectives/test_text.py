@@ -28,7 +28,8 @@ def windows_of(rows: int, length: int, seed: int = 0, *, ends: float = 0.1) -> n
 def batch_of(windows: np.ndarray, objective: str, seed: int = 0, first: int = 0, **changes) -> Batch:
     numbers = np.arange(first, first + len(windows))
     config = Config().replace(objective=objective, seed=seed, **changes)
-    return TextObjective(config, VOCABULARY).prepare(rows_of_windows(windows, VOCABULARY, numbers, numbers))
+    rows = replace(rows_of_windows(windows, VOCABULARY), numbers=numbers, turns=numbers)
+    return TextObjective(config, VOCABULARY).prepare(rows)
 
 
 def assert_same(a: Batch, b: Batch) -> None:
@@ -238,7 +239,7 @@ def test_the_vocabulary_is_all_an_objective_knows_of_the_tokenizer():
     """Other ids for the special tokens: nothing is hard-wired."""
     other = replace(VOCABULARY, end_of_text=49, mask=48)
     windows = np.where(windows_of(3, 16) == 0, 49, windows_of(3, 16))
-    config, numbers = Config().replace(objective="masked_token", mask_rate=1.0), np.arange(3)
-    batch = TextObjective(config, other).prepare(rows_of_windows(windows, other, numbers, numbers))
+    config = Config().replace(objective="masked_token", mask_rate=1.0)
+    batch = TextObjective(config, other).prepare(rows_of_windows(windows, other))
     assert (batch.inputs == 48).any()
     assert not (batch.targets == 49).any()
