@@ -60,7 +60,7 @@ def kindling_steps(name: str, threads: int) -> Callable[[], object]:
 
 def kindling_step(config: Config, device: torch.device) -> Callable[[], object]:
     """One training step with these settings on random tokens, compiled if they ask for it."""
-    model = Transformer(config.model).initialise(0).to(device)
+    model = Transformer(config.model).initialize(0).to(device)
     if config.training.compile:
         model.compile_training()
     optimizer = Optimizer(model, config.optimizer)

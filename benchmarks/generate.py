@@ -56,7 +56,7 @@ def random_run(folder: Path) -> Run:
     texts = (text for _, text in builtin_documents())
     tokenizer = train_tokenizer(texts, TokenizerSettings(vocab_size=SHAPE["vocab_size"], train_bytes=3_000_000))
     config = Config().replace(objective="next_token", **SHAPE)
-    model = Transformer(config.model).initialise(1)
+    model = Transformer(config.model).initialize(1)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

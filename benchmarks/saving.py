@@ -26,7 +26,7 @@ ROUNDS = 15
 
 def main(recipe: str) -> None:
     config = load_config(find_recipe(recipe), {"vocab_size": 8192})
-    model = Transformer(config.model).initialise(0)
+    model = Transformer(config.model).initialize(0)
     optimizer = Optimizer(model, config.optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

@@ -37,7 +37,7 @@ PRIVATE = re.compile(
 
 def files_that_a_page_adds(text: str) -> set[str]:
     """The files whose content a page of docs/adding-*.md gives; they exist only in the copy of its test."""
-    return set(re.findall(r"`([\w/]+\.py)`:\n```python\n", text))
+    return set(re.findall(r"`((?:lm|tests)/[\w/]+\.py)`(?::\n+```python\n|: compare)", text))
 
 
 def relative(path: Path) -> str:

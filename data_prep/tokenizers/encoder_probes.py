@@ -50,7 +50,7 @@ PROBES: tuple[str, ...] = (
     "日本語の文章です。中文没有空格，한국어 띄어쓰기 ｶﾀｶﾅ、「引用」",
     "abcдефγδε日本한글123ابت_x-y",
     "\u202eright to left\u202c \u200e\u200f \u00adsoft\u00adhyphen\u2060",
-    # case that changes length or depends on neighbours
+    # case that changes length or depends on neighbors
     "ΣΊΣΥΦΟΣ ΟΔΟΣ σς Straße STRASSE İstanbul ıŞIK ŉ ﬀ ǅ",
     # punctuation and code
     "!!! ... ??? --- *** ___ \"'`~ @#$%^&*()[]{}<>|\\/+=-_;:,.",

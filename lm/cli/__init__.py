@@ -5,7 +5,7 @@ PyTorch is imported inside the commands, so that ``--help`` and a mistyped setti
 
 
 def main() -> None:
-    """The console script."""
+    """The console script of installations older than this file; new ones call ``lm.cli.main.main``."""
     from lm.cli.main import main as command
 
     command()

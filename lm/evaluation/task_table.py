@@ -257,7 +257,7 @@ class CellMaker:
             model = self.model
             if untrained is not None:
                 device = next(self.model.parameters()).device
-                model = Transformer(self.run.config.model).initialise(untrained).to(device).eval()
+                model = Transformer(self.run.config.model).initialize(untrained).to(device).eval()
             train, test = (self._vectors_of(model, part) for part in (examples.train, examples.test))
             seconds = time.perf_counter() - start
             self._features = {key: value for key, value in self._features.items() if key[0] == examples.task.name}

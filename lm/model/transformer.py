@@ -163,7 +163,7 @@ class Transformer(nn.Module):
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._compiled: Callable[..., Tensor] | None = None
 
-    def initialise(self, seed: int) -> Transformer:
+    def initialize(self, seed: int) -> Transformer:
         """Draw all weights from ``seed``: the same ones on every device and for every number of threads.
 
         Matrices are normal with variance 1 / (3 · inputs); those that write into the residual stream are zero, so that

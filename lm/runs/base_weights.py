@@ -68,7 +68,7 @@ def starting_trunk(config: Config, path: Path) -> Transformer:
     # A probe's features are fixed, so dropout applies only in the head.
     trunk = Transformer(dataclasses.replace(config.model, dropout=0.0) if task.method == "probe" else config.model)
     if task.weights == "random":
-        trunk.initialise(seed)
+        trunk.initialize(seed)
     else:
         load_base(trunk, path)
     if task.method == "lora":

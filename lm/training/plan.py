@@ -402,7 +402,7 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
     with torch.device("cpu" if fits else "meta"):
         model = Transformer(config.model)
     if fits:
-        model.initialise(config.training.seed).to(device)
+        model.initialize(config.training.seed).to(device)
     return make_plan(
         config, model, objective, batch, device, data=data, epochs=epochs, measure=fits, may_shrink=may_shrink
     )

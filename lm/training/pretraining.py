@@ -87,7 +87,7 @@ class Pretraining(TrainModule[Any]):
         one_model = self.ranks.world == 1 or training.parallel == "ddp"
         self.plan = make_plan(
             self.config,
-            Transformer(self.config.model).initialise(training.seed).to(self.ranks.device),
+            Transformer(self.config.model).initialize(training.seed).to(self.ranks.device),
             self.objective,
             self.batch(done),
             self.ranks.device,
@@ -109,7 +109,7 @@ class Pretraining(TrainModule[Any]):
         if self.config.training.init_from:
             load_base(model, self.path)
         else:
-            model.initialise(self.config.training.seed)
+            model.initialize(self.config.training.seed)
         if self.config.training.compile:
             warnings.filterwarnings("ignore", "TensorFloat32")  # float32 is what the user asked for, or is hardly used
             model.compile_training()

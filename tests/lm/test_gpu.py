@@ -57,7 +57,7 @@ def last_validation(run: Run) -> dict[str, float]:
 
 def model_with_noise(seed: int = 0, **changes) -> Transformer:
     shape = {"num_layers": 2, "hidden_size": 128, "num_heads": 2, "num_key_value_heads": 1, "vocab_size": 300}
-    model = Transformer(ModelConfig(**shape | changes)).initialise(seed).eval()
+    model = Transformer(ModelConfig(**shape | changes)).initialize(seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -27,7 +27,7 @@ SHAPES = [
 def run_of(config, tokenizer, path) -> Run:
     """A run directory with random weights, far from their initialization."""
     config = config.replace(vocab_size=tokenizer.vocab_size, context_length=256, batch_tokens=256)
-    model = Transformer(config.model).initialise(1)
+    model = Transformer(config.model).initialize(1)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -66,14 +66,14 @@ def test_a_line_may_have_settings_of_its_own(tmp_path):
         ("[" * 100_000, "not JSON"),
         ('"text"', "not a JSON object"),
         ('{"prompt": 3}', 'no object with a text "prompt"'),
-        ('{"prompt": "a", "tempreature": 1}', 'unknown setting "tempreature"; there are temperature,'),
+        ('{"prompt": "a", "tempreature": 1}', 'unknown setting "tempreature"; the settings are temperature,'),
         ('{"prompt": "a", "temperature": "warm"}', 'temperature must be a number, not "warm"'),
         ('{"prompt": "a", "top_k": 1.5}', "top_k must be an integer, not 1.5"),
         ('{"prompt": "a", "seed": true}', "seed must be an integer, not true"),
         ('{"prompt": "a", "stop": "x"}', 'stop must be a list of strings, not "x"'),
         ('{"prompt": "a", "top_p": 3}', "top_p must be above 0 and at most 1, not 3"),
         ('{"prompt": "a", "temperature": NaN}', "temperature must be 0, or from"),
-        (b"\xff", "not valid UTF-8"),
+        (b"\xff", "not UTF-8"),
     ],
 )
 def test_an_invalid_line_is_reported_with_its_number(tmp_path, line, words):

@@ -125,7 +125,7 @@ def test_autocast_does_not_affect_the_sums_inside():
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_whole_model_and_its_loss_compile_without_a_graph_break(activation, qk_norm):
     config = ModelConfig(2, 32, 4, 2, activation=activation, qk_norm=qk_norm, vocab_size=23)
-    model = Transformer(config).initialise(0)
+    model = Transformer(config).initialize(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))  # so that every part has an effect

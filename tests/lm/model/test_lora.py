@@ -11,7 +11,7 @@ from lm.runs.checkpoint_writer import load_trained, trained_tensors
 
 @pytest.fixture
 def trunk(small) -> Transformer:
-    return Transformer(small.replace(vocab_size=60).model).initialise(3)
+    return Transformer(small.replace(vocab_size=60).model).initialize(3)
 
 
 def say(trunk: Transformer) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_merging_changes_no_bit_and_leaves_plain_matrices(trunk):
 
 
 def test_its_matrices_are_drawn_from_the_seed_and_can_be_loaded_elsewhere(small, trunk):
-    other = Transformer(small.replace(vocab_size=60).model).initialise(3)
+    other = Transformer(small.replace(vocab_size=60).model).initialize(3)
     for model in (trunk, other):
         add_lora(model, 4, 16.0, ("query", "value"), 7)
     assert all(torch.equal(a, trained_tensors(other)[n]) for n, a in trained_tensors(trunk).items())
@@ -70,6 +70,6 @@ def test_its_matrices_are_drawn_from_the_seed_and_can_be_loaded_elsewhere(small,
 
 
 def test_a_block_without_a_gate_has_one_matrix_fewer(small):
-    trunk = Transformer(small.replace(vocab_size=60, activation="relu2").model).initialise(0)
+    trunk = Transformer(small.replace(vocab_size=60, activation="relu2").model).initialize(0)
     add_lora(trunk, 2, 2.0, LORA_MATRICES, 0)
     assert len(trained_tensors(trunk)) == 2 * (len(LORA_MATRICES) - 1) * 2

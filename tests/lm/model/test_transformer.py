@@ -141,7 +141,7 @@ def test_only_an_untied_head_has_weights_of_its_own():
 
 
 def test_blocks_start_as_the_identity():
-    model = Transformer(ModelConfig(**BASE)).initialise(3)
+    model = Transformer(ModelConfig(**BASE)).initialize(3)
     inputs, positions, lo, hi = packed_inputs(2, 8)
     expected = torch.nn.functional.rms_norm(model.embedding(inputs), (32,), eps=1e-6)
     torch.testing.assert_close(model(inputs, positions, lo, hi), expected)
@@ -150,7 +150,7 @@ def test_blocks_start_as_the_identity():
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_first_loss_is_that_of_knowing_nothing(tied):
     vocabulary = 500
-    model = Transformer(ModelConfig(**(BASE | {"vocab_size": vocabulary, "tie_embeddings": tied}))).initialise(0)
+    model = Transformer(ModelConfig(**(BASE | {"vocab_size": vocabulary, "tie_embeddings": tied}))).initialize(0)
     inputs = torch.randint(0, vocabulary, (8, 32))
     hidden = model(inputs, torch.arange(32).expand(8, 32), *masks.causal(8, 32))
     targets = torch.randint(0, vocabulary, (8, 32))
@@ -159,7 +159,7 @@ def test_the_first_loss_is_that_of_knowing_nothing(tied):
 
 
 def test_initial_weights_depend_on_the_seed_alone():
-    first, again, other = (Transformer(ModelConfig(**BASE)).initialise(seed) for seed in (5, 5, 6))
+    first, again, other = (Transformer(ModelConfig(**BASE)).initialize(seed) for seed in (5, 5, 6))
     torch.manual_seed(99)  # the global stream has no say
     for (name, a), b, c in zip(first.named_parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)

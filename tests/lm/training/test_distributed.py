@@ -48,7 +48,7 @@ Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 def perturbed(config: Config) -> Transformer:
     """A model whose every matrix has a gradient (some begin as zeros)."""
-    model = Transformer(config.model).initialise(0)
+    model = Transformer(config.model).initialize(0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -19,7 +19,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(dataset, small, obje
     config = small.replace(objective=objective, masked_fraction=0.3, vocab_size=400)
     batches = TrainingBatches(Corpora([dataset]), config)
     objective, batch = batches.objective, batches.batch(1)
-    model = Transformer(config.model).initialise(0)
+    model = Transformer(config.model).initialize(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.05)
@@ -42,7 +42,7 @@ def test_the_gradient_is_that_of_the_mean_loss(dataset, small):
     config = small.replace(masked_fraction=0.25, vocab_size=400)
     batches = TrainingBatches(Corpora([dataset]), config)
     objective, batch = batches.objective, batches.batch(0)
-    model = Transformer(config.model).initialise(0)
+    model = Transformer(config.model).initialize(0)
     losses, shares = step_gradients(objective, model, batch, config, 0)
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -66,7 +66,7 @@ def test_dropout_differs_between_steps_and_micro_batches_and_is_reproducible(dat
     objective, one = batches.objective, batches.batch(0).rows(0, 1)
     doubled = {name: torch.cat([getattr(one, name)] * 2) for name in TENSORS}
     twice = Batch(**doubled, parts={name: 2 * rows for name, rows in one.parts.items()})
-    model = Transformer(config.model).initialise(0).train()
+    model = Transformer(config.model).initialize(0).train()
 
     def loss(batch: Batch, step: int, seed: int = 0) -> float:
         torch.manual_seed(123)  # the global stream has no say

@@ -161,7 +161,7 @@ def test_muon_takes_matrices_of_different_shapes_each_by_its_own_gradient():
 
 def tiny_model(seed: int = 0) -> Transformer:
     config = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, vocab_size=11, tie_embeddings=False)
-    model = Transformer(config).initialise(seed)
+    model = Transformer(config).initialize(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)

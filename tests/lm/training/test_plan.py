@@ -53,14 +53,14 @@ def test_a_run_with_a_dry_step_is_the_same_bit_for_bit(small, quietly, tmp_path,
 
 
 def test_a_dry_step_leaves_weights_and_gradients_as_they_are(dataset, known):
-    model = Transformer(known.model).initialise(0)
+    model = Transformer(known.model).initialize(0)
     batches = TrainingBatches(Corpora([dataset]), known)
     objective, batch = batches.objective, batches.batch(0)
     found = dry_step(model, objective, known.replace(micro_batch_rows=4), batch, 100)
     assert found.rows == 4
     assert found.seconds > 0
     assert all(p.grad is None for p in model.parameters())
-    again = Transformer(known.model).initialise(0)
+    again = Transformer(known.model).initialize(0)
     for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert dry_step(model, objective, known, batch, 3).rows == 3

@@ -111,7 +111,7 @@ def test_validation_ignores_dropout_and_leaves_the_model_training(dataset, small
     from lm.model.transformer import Transformer
 
     config = small.replace(vocab_size=400, dropout=0.5)
-    model = Transformer(config.model).initialise(0).train()
+    model = Transformer(config.model).initialize(0).train()
     losses = [validate_readouts(model, dataset, config, rows=4, every_token=True)["next_token"] for _ in range(2)]
     assert losses[0] == losses[1]
     assert model.training
