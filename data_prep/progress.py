@@ -41,7 +41,7 @@ class ConsoleReporter:
     def stage(self, name: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
         started = time.monotonic()
         done = 0
-        with _bar() if _can_show_bars() else nullcontext() as bar:
+        with _bar() if can_show_bars() else nullcontext() as bar:
             task = bar.add_task(name, total=total_bytes) if bar else None
 
             def advance(size: int) -> None:
@@ -59,7 +59,8 @@ class ConsoleReporter:
         print(message, file=sys.stderr, flush=True)
 
 
-def _can_show_bars() -> bool:
+def can_show_bars() -> bool:
+    """Whether stderr is a terminal, or a notebook that can draw bars."""
     in_notebook = "ipykernel" in sys.modules and importlib.util.find_spec("ipywidgets") is not None
     return sys.stderr.isatty() or in_notebook
 

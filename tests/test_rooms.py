@@ -43,7 +43,7 @@ FLOORS = {
 NEVER = {("serve", "objectives"), ("export", "objectives"), ("training", "inference"), ("export", "inference")}
 # What any room of lm may take of data_prep, and what some rooms may take besides.
 FACES = {"errors", "files", "settings", "tokenizers", "shards"}
-MORE = {"data": {"sources"}, "evaluation": {"sources"}, "cli": {"cli", "sources"}}
+MORE = {"data": {"sources"}, "evaluation": {"sources"}, "training": {"progress"}, "cli": {"cli", "sources"}}
 MOST_ENTRIES = {"lm": 16, "data_prep": 12}
 
 

@@ -1,4 +1,4 @@
-"""The progress of a run in the terminal: a bar with the loss on a screen, plain lines elsewhere."""
+"""The progress of a run: a bar with the loss in a terminal or a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from data_prep.progress import can_show_bars
 from lm.runs.metrics_log import rows_validated
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -30,23 +31,27 @@ class TerminalProgress:
         )
         self.total, self.began, self.began_at, self.last_line = 0, 0.0, 0, 0.0
 
+    @property
+    def has_bar(self) -> bool:
+        return self.console.is_terminal or (self.console.is_jupyter and can_show_bars())
+
     def note(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def begin(self, done: int, total: int) -> None:
         self.total, self.began, self.began_at = total, time.monotonic(), done
-        if self.console.is_terminal:
+        if self.has_bar:
             self.bar.start()
             self.task = self.bar.add_task("", total=total, completed=done, state="")
 
     def step(self, step: int) -> None:
-        if self.console.is_terminal:
+        if self.has_bar:
             self.bar.update(self.task, completed=step)
 
     def metrics(self, line: dict[str, Any]) -> None:
         if "validation" in line or "metrics" in line:
             self.note(_validation(line))
-        elif self.console.is_terminal:
+        elif self.has_bar:
             self.bar.update(self.task, completed=line["step"], state=" · ".join(_state(line)))
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or line["step"] == self.total:
             self.last_line = time.monotonic()
@@ -54,7 +59,7 @@ class TerminalProgress:
             self.note(f"step {line['step']:>6}/{self.total}  {'  '.join(words)}")
 
     def end(self) -> None:
-        if self.console.is_terminal:
+        if self.has_bar:
             self.bar.stop()
 
     def _left(self, step: int) -> str:
