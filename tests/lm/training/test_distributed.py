@@ -326,7 +326,7 @@ def test_a_run_of_replicas_stopped_then_of_shards_killed_ends_alone_as_if_undist
     told = end_at(stopped + 4, torchrun(config, run, tmp_path, "--parallel", "fsdp"), run, 1, signal.SIGKILL)
     assert told.count(f"resuming at step {stopped}") == 1
     assert "on 2 processes (FSDP)" in told
-    assert told.count("error: another process of this run has died: the same command goes on") == 1
+    assert told.count("error: another process of this run has died: the same command resumes") == 1
     assert "(SIGKILL)" in told
     assert "[rank" not in told
     killed = checkpoint.latest(run / "checkpoints", pytest.fail).step
