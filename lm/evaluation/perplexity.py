@@ -26,7 +26,7 @@ from lm.evaluation.baselines import baseline_losses, compressed_bytes, unigram_c
 from lm.evaluation.validation_loss import protocol
 from lm.inference.language_model import LanguageModel
 from lm.inference.scoring import Query, token_scores
-from lm.objectives.text import loss_on_text
+from lm.objectives.text import bits_per_byte, loss_on_text
 
 
 def documents_of(source: str, reading: ReadSettings) -> Iterator[str]:
@@ -145,7 +145,7 @@ def _loss(
     for scores in token_scores(model, queries, readout):
         nats -= float(scores.logprobs.sum())
         predicted += len(scores.logprobs)
-    return loss_on_text(nats / predicted, predicted, nats, text_bytes)
+    return loss_on_text(nats / predicted, predicted, bits_per_byte(nats, text_bytes))
 
 
 def evaluate_text(

@@ -29,7 +29,7 @@ from lm.finetuning.task_inputs import in_parts
 from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, render
 from lm.model.device import autocast
 from lm.model.transformer import Transformer
-from lm.objectives.text import loss_on_text
+from lm.objectives.text import bits_per_byte, loss_on_text
 from lm.training.gradients import accumulated
 
 
@@ -134,7 +134,7 @@ class InstructionTask(Task):
         model.train()
         predicted = sum(turn.predicted for turn in self.validation)
         size = sum(turn.response_bytes for turn in self.validation)
-        loss = loss_on_text(nats / predicted, predicted, nats, size)
+        loss = loss_on_text(nats / predicted, predicted, bits_per_byte(nats, size))
         return {"validation": {"response": loss}}, loss["nats_per_token"]
 
 

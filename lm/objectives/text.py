@@ -134,7 +134,9 @@ class TextObjective:
             # Ends of text have no bytes; the causal readout predicts them too, the masked ones do not.
             predictable = split.tokens if readout == "next_token" else split.tokens - split.documents
             per_token = nats / max(predicted, 1)
-            found[readout] = loss_on_text(per_token, int(predicted), per_token * predictable, split.text_bytes)
+            # Not ``bits_per_byte``: its order of divisions would change the last bit of what earlier runs have saved.
+            bits = per_token * predictable / split.text_bytes / math.log(2)
+            found[readout] = loss_on_text(per_token, int(predicted), bits)
         return found
 
 
@@ -143,18 +145,12 @@ open_objective = TextObjective
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:
     """The cost of a text, in nats, spread over its UTF-8 bytes, in bits: it makes tokenizers comparable."""
-    return nats / text_bytes / math.log(2)
+    return nats / math.log(2) / text_bytes
 
 
-def loss_on_text(nats_per_token: float, predicted: int, nats: float, text_bytes: int) -> dict[str, float]:
-    """What a log or a result says of a readout's loss on a text.
-
-    Args:
-        nats_per_token: the mean cost of the ``predicted`` tokens.
-        nats: what the whole text costs, or would at that mean.
-    """
-    per_byte = bits_per_byte(nats, text_bytes)
-    return {"nats_per_token": nats_per_token, "bits_per_byte": per_byte, "predicted": predicted}
+def loss_on_text(nats_per_token: float, predicted: int, bits: float) -> dict[str, float]:
+    """A readout's loss as logs and results have it; ``bits`` per byte, and the mean cost of ``predicted`` tokens."""
+    return {"nats_per_token": nats_per_token, "bits_per_byte": bits, "predicted": predicted}
 
 
 def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
