@@ -7,6 +7,7 @@ the rotary positions of Su et al. 2021), so the rows of the query and key matric
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from data_prep.errors import UserError
 from data_prep.files import sync_directory
 from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.tokenizers.training import LLAMA3_WORDS, QWEN2_WORDS
-from lm.export.stock_architectures import StockClass, stock_class
+from lm.export.stock_architectures import PARTS, StockClass, stock_class
 from lm.kernels.rotary import interleave_halves
 from lm.model.transformer import Transformer
 from lm.runs.checkpoint import Checkpoint
@@ -23,19 +24,6 @@ from lm.runs.directory import Run
 
 NORMAL_TOKEN, CONTROL_TOKEN, UNUSED_TOKEN = 1, 3, 5  # llama.cpp's token types
 FLOAT32_FILE = 0
-PARTS = {
-    "attention_norm": "attn_norm",
-    "attention.query": "attn_q",
-    "attention.key": "attn_k",
-    "attention.value": "attn_v",
-    "attention.output": "attn_output",
-    "attention.query_norm": "attn_q_norm",
-    "attention.key_norm": "attn_k_norm",
-    "feed_forward_norm": "ffn_norm",
-    "feed_forward.gate": "ffn_gate",
-    "feed_forward.up": "ffn_up",
-    "feed_forward.down": "ffn_down",
-}
 
 
 def export_gguf(run: Run, out: Path, checkpoint: Checkpoint, readout: str) -> None:
@@ -103,11 +91,10 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
             return "gpt-2"
         if by_gpt2 and len(steps) == 2 and _has(steps[0], {"type": "Digits", "individual_digits": True}):
             return "starcoder"
-        names = {LLAMA3_WORDS: "llama-bpe", QWEN2_WORDS: "qwen2"}
         if not by_gpt2 and len(steps) == 2 and steps[0]["type"] == "Split":
-            name = names.get(steps[0]["pattern"].get("Regex"))
-            if name:
-                return name
+            words = steps[0]["pattern"].get("Regex")
+            if words in (LLAMA3_WORDS, QWEN2_WORDS):
+                return "llama-bpe" if words == LLAMA3_WORDS else "qwen2"
     raise UserError(
         f"llama.cpp has no equivalent of this tokenizer (kind {tokenizer.kind}): only byte-level BPE with the split "
         "gpt2, llama3 or qwen2 can be exported"
@@ -118,10 +105,7 @@ def _has(step: dict[str, object], wanted: dict[str, object]) -> bool:
     return all(step.get(name) == value for name, value in wanted.items())
 
 
-def _add_tokenizer(writer: object, tokenizer: Tokenizer, words: str, vocab_size: int) -> None:
-    import gguf
-
-    assert isinstance(writer, gguf.GGUFWriter)
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer, words: str, vocab_size: int) -> None:
     model = tokenizer.description["model"]
     texts = {token_id: text for text, token_id in model["vocab"].items()}
     special = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
@@ -148,7 +132,7 @@ def tensors(model: Transformer, stock: StockClass) -> dict[str, Tensor]:
             _, layer, part = name.removesuffix(".weight").split(".", 2)
             if stock.model_type == "llama" and part in ("attention.query", "attention.key"):
                 value = interleave_halves(value, config.head_width)
-            found[f"blk.{layer}.{PARTS[part]}.weight"] = value
+            found[f"blk.{layer}.{PARTS[part][1]}.weight"] = value
         else:
             theirs = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}[name.split(".")[0]]
             found[f"{theirs}.weight"] = value

@@ -9,14 +9,12 @@ from typing import Any
 import jinja2
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.files import new_folder
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm import __version__
-from lm.export.stock_architectures import StockClass, stock_class, stock_config, weight_names
-from lm.model.transformer import Transformer
+from lm.export.stock_architectures import StockClass, stock_class, stock_config, token_ids, weight_names
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, saved_evaluation
 
@@ -53,39 +51,28 @@ def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str
     Raises:
         UserError: no stock class computes this readout, or ``out`` is not empty.
     """
-    stock = stock_class(run.config.model, readout)
-    model = run.load_model(torch.device("cpu"), checkpoint)
+    stock, config, tokenizer = stock_class(run.config.model, readout), run.config, run.tokenizer
+    names = weight_names(config.model)
+    state = run.load_model(torch.device("cpu"), checkpoint).state_dict()
+    weights = {names[name]: tensor.detach().float().contiguous() for name, tensor in state.items()}
+    suppressed = unwritable_ids(tokenizer, config.model.vocab_size)
     with new_folder(out) as folder:
-        save_file(_weights(model), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         for name, content in {
-            "config.json": stock_config(run.config, run.tokenizer, stock),
-            "generation_config.json": _generation_config(run.tokenizer, run.config.model.vocab_size),
-            "tokenizer.json": tokenizer_with_start(run.tokenizer),
-            "tokenizer_config.json": _tokenizer_config(run.tokenizer, run.config.data.context_length),
+            "config.json": stock_config(config, tokenizer, stock),
+            "generation_config.json": {**token_ids(tokenizer), "suppress_tokens": suppressed},
+            "tokenizer.json": tokenizer_with_start(tokenizer),
+            "tokenizer_config.json": _tokenizer_config(tokenizer, config.data.context_length),
         }.items():
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
-        run.config.save(folder / OUR_CONFIG)
+        config.save(folder / OUR_CONFIG)
         (folder / "README.md").write_text(model_card(run, checkpoint, stock), encoding="utf-8")
-
-
-def _weights(model: Transformer) -> dict[str, Tensor]:
-    names = weight_names(model.config)
-    return {names[name]: tensor.detach().float().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def unwritable_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Ids that a model never generates: padding, the mask, and embedding rows without a token."""
     return [tokenizer.padding_id, tokenizer.mask_id, *range(tokenizer.vocab_size, vocab_size)]
-
-
-def _generation_config(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    return {
-        "bos_token_id": tokenizer.end_of_text_id,
-        "eos_token_id": tokenizer.end_of_text_id,
-        "pad_token_id": tokenizer.padding_id,
-        "suppress_tokens": unwritable_ids(tokenizer, vocab_size),
-    }
 
 
 def tokenizer_with_start(tokenizer: Tokenizer) -> dict[str, Any]:

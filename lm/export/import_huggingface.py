@@ -39,11 +39,12 @@ def import_checkpoint(source: str, out: Path) -> None:
     folder = _find(source)
     shape, stock = model_config(_json(folder / "config.json"))
     weights = _weights(folder, shape)
-    tokenizer = _tokenizer(folder)
+    description = json.dumps(tokenizer_without_start(_json(folder / "tokenizer.json")), ensure_ascii=False)
+    tokenizer = Tokenizer.from_json(description, name=str(folder / "tokenizer.json"))
     if tokenizer.vocab_size > shape.vocab_size:
         weights = _grown(weights, tokenizer.vocab_size)
-    shape_config = Config().replace(**vars(shape)).replace(vocab_size=max(shape.vocab_size, tokenizer.vocab_size))
-    config = _settings(folder, shape_config, stock)
+    vocab_size = max(shape.vocab_size, tokenizer.vocab_size)
+    config = _settings(folder, Config().replace(**vars(shape) | {"vocab_size": vocab_size}), stock)
     with new_folder(out) as run:
         config.save(run / "config.toml")
         tokenizer.save(run / "tokenizer.json")
@@ -70,9 +71,8 @@ def _find(source: str) -> Path:
     except errors.HFValidationError:
         raise UserError(f"there is no folder {source}, and it is not a valid name on the Hugging Face hub") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
-        raise UserError(
-            f"there is no folder {source}, and no model of that name could be downloaded from the Hugging Face hub"
-        ) from None
+        problem = "no model of that name could be downloaded from the Hugging Face hub"
+        raise UserError(f"there is no folder {source}, and {problem}") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -98,49 +98,38 @@ def _weights(folder: Path, shape: ModelConfig) -> dict[str, Tensor]:
             found |= load_file(folder / name)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{folder / name} is damaged: {error}") from None
+    mismatch = f"{folder} does not match its config.json"
     if shape.num_layers > len(found):  # before creating as many layers as a damaged number says
-        raise UserError(
-            f"{folder} does not match its config.json: model.layers.{len(found)}.input_layernorm is missing"
-        )
-    with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in Transformer(shape).state_dict().items()}
-    names = weight_names(shape)
-    weights = {}
-    for ours, size in wanted.items():
+        raise UserError(f"{mismatch}: model.layers.{len(found)}.input_layernorm is missing")
+    names, weights = weight_names(shape), {}
+    for ours, size in _shapes(shape).items():
         tensor = found.get(names[ours])
         if tensor is None or tensor.shape != size:
             problem = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}, not {tuple(size)}"
-            raise UserError(f"{folder} does not match its config.json: {names[ours]} {problem}")
+            raise UserError(f"{mismatch}: {names[ours]} {problem}")
         weights[ours] = tensor.float()
     return weights
 
 
+def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Transformer(model).state_dict().items()}
+
+
 def _grown(weights: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
     """Add rows to the embeddings, each their mean, for the special tokens that the tokenizer lacked."""
-    grown = dict(weights)
-    for name in ("embedding.weight", "head.weight"):
-        if name in weights:
-            old = weights[name]
-            grown[name] = torch.cat([old, old.mean(0, keepdim=True).expand(rows - len(old), -1)]).contiguous()
-    return grown
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    description = tokenizer_without_start(_json(folder / "tokenizer.json"))
-    return Tokenizer.from_json(json.dumps(description, ensure_ascii=False), name=str(folder / "tokenizer.json"))
+    grown = {}
+    for name in weights.keys() & {"embedding.weight", "head.weight"}:
+        old = weights[name]
+        grown[name] = torch.cat([old, old.mean(0, keepdim=True).expand(rows - len(old), -1)]).contiguous()
+    return weights | grown
 
 
 def _settings(folder: Path, from_shape: Config, stock: StockClass) -> Config:
     """The settings of ``kindling.toml`` if the folder has it and it matches the weights, else of config.json."""
     if (folder / OUR_CONFIG).is_file():
         ours = load_config(folder / OUR_CONFIG)
-        with torch.device("meta"):
-            same = [
-                {name: tensor.shape for name, tensor in Transformer(config.model).state_dict().items()}
-                for config in (ours, from_shape)
-            ]
-        if same[0] == same[1]:
+        if _shapes(ours.model) == _shapes(from_shape.model):
             return ours
     context = int(_json(folder / "config.json").get("max_position_embeddings", 512))
-    objective = {"next_token": "next_token", "masked_token": "masked_token"}[stock.readout]
-    return from_shape.replace(context_length=context, batch_tokens=context, objective=objective)
+    return from_shape.replace(context_length=context, batch_tokens=context, objective=stock.readout)

@@ -1,16 +1,8 @@
 """The stock classes of ``transformers`` that compute the same function as a Kindling model, and their weight names.
 
-===========================  ==================  ===========================================
-class                        readout             requires
-===========================  ==================  ===========================================
-LlamaForCausalLM             next_token          swiglu, no softcap
-Qwen3ForCausalLM             next_token          swiglu, no softcap, qk_norm
-EuroBertForMaskedLM          masked_token        swiglu, no softcap, no qk_norm
-===========================  ==================  ===========================================
-
 All three have the same architecture: RMSNorm before each half of a block, rotary positions that pair the halves of a
-head, grouped-query attention, no biases. No stock class computes masked_next_token, which predicts a masked token from
-the position before it.
+head, grouped-query attention, swiglu, no softcap, no biases. No stock class computes masked_next_token, which predicts
+a masked token from the position before it.
 """
 
 from __future__ import annotations
@@ -38,6 +30,20 @@ STOCK_CLASSES = (
     StockClass("Qwen3ForCausalLM", "qwen3", "next_token", qk_norm=True),
     StockClass("EuroBertForMaskedLM", "eurobert", "masked_token", qk_norm=False),
 )
+# The parts of a block: the names of their weights in the stock classes, and in llama.cpp.
+PARTS = {
+    "attention_norm": ("input_layernorm", "attn_norm"),
+    "attention.query": ("self_attn.q_proj", "attn_q"),
+    "attention.key": ("self_attn.k_proj", "attn_k"),
+    "attention.value": ("self_attn.v_proj", "attn_v"),
+    "attention.output": ("self_attn.o_proj", "attn_output"),
+    "attention.query_norm": ("self_attn.q_norm", "attn_q_norm"),
+    "attention.key_norm": ("self_attn.k_norm", "attn_k_norm"),
+    "feed_forward_norm": ("post_attention_layernorm", "ffn_norm"),
+    "feed_forward.gate": ("mlp.gate_proj", "ffn_gate"),
+    "feed_forward.up": ("mlp.up_proj", "ffn_up"),
+    "feed_forward.down": ("mlp.down_proj", "ffn_down"),
+}
 
 
 def stock_class(model: ModelConfig, readout: str) -> StockClass:
@@ -69,23 +75,17 @@ def weight_names(model: ModelConfig) -> dict[str, str]:
     names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     if not model.tie_embeddings:
         names["head.weight"] = "lm_head.weight"
-    parts = {
-        "attention_norm": "input_layernorm",
-        "attention.query": "self_attn.q_proj",
-        "attention.key": "self_attn.k_proj",
-        "attention.value": "self_attn.v_proj",
-        "attention.output": "self_attn.o_proj",
-        "feed_forward_norm": "post_attention_layernorm",
-        "feed_forward.gate": "mlp.gate_proj",
-        "feed_forward.up": "mlp.up_proj",
-        "feed_forward.down": "mlp.down_proj",
-    }
-    if model.qk_norm:
-        parts |= {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
     for layer in range(model.num_layers):
-        for ours, theirs in parts.items():
-            names[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
+        for ours, (theirs, _) in PARTS.items():
+            if model.qk_norm or ours not in ("attention.query_norm", "attention.key_norm"):
+                names[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
     return names
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of the special tokens, by their names in ``config.json`` and ``generation_config.json``."""
+    end = tokenizer.end_of_text_id
+    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.padding_id}
 
 
 def stock_config(config: Config, tokenizer: Tokenizer, stock: StockClass) -> dict[str, Any]:
@@ -110,9 +110,7 @@ def stock_config(config: Config, tokenizer: Tokenizer, stock: StockClass) -> dic
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": tokenizer.end_of_text_id,
-        "eos_token_id": tokenizer.end_of_text_id,
-        "pad_token_id": tokenizer.padding_id,
+        **token_ids(tokenizer),
         "torch_dtype": "float32",
     }
     if stock.readout == "masked_token":
@@ -127,44 +125,39 @@ def model_config(content: dict[str, Any]) -> tuple[ModelConfig, StockClass]:
         UserError: the architecture is another, or has a feature that Kindling's model lacks.
     """
     kinds = {stock.model_type: stock for stock in STOCK_CLASSES}
-    kind = content.get("model_type")
-    if kind not in kinds:
+    kind: Any = content.get("model_type")
+    stock = kinds.get(kind)
+    if stock is None:
         raise UserError(f"model_type {kind!r} cannot be imported: only {', '.join(kinds)} are supported")
-    stock = kinds[kind]
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     theta = rope.get("rope_theta", content.get("rope_theta", 10_000.0))
-    obstacles = [
-        f"{name} {content[name]!r}"
-        for name in ("attention_bias", "mlp_bias", "use_sliding_window")
-        if content.get(name, False)
-    ]
+    unsupported = ("attention_bias", "mlp_bias", "use_sliding_window")
+    obstacles = [f"{name} {content[name]!r}" for name in unsupported if content.get(name)]
     if content.get("hidden_act", "silu") != "silu":
         obstacles.append(f"hidden_act {content['hidden_act']!r}")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        obstacles.append(f"scaled rotary positions ({rope.get('rope_type', rope.get('type'))})")
+    if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        obstacles.append(f"scaled rotary positions ({scaling})")
     if obstacles:
         raise UserError(f"this {kind} cannot be imported: it has {', '.join(obstacles)}")
     try:
         heads = _size(content["num_attention_heads"])
-        return (
-            ModelConfig(
-                num_layers=_size(content["num_hidden_layers"]),
-                hidden_size=_size(content["hidden_size"]),
-                num_heads=heads,
-                num_key_value_heads=_size(content.get("num_key_value_heads") or heads),
-                head_size=_size(content.get("head_dim") or int(content["hidden_size"]) // heads),
-                feed_forward_size=_size(content["intermediate_size"]),
-                activation="swiglu",
-                qk_norm=stock.qk_norm,
-                tie_embeddings=bool(content.get("tie_word_embeddings", False)),
-                rope_theta=float(theta),
-                norm_epsilon=float(content.get("rms_norm_eps", 1e-6)),
-                vocab_size=_size(content["vocab_size"]),
-            ),
-            stock,
+        config = ModelConfig(
+            num_layers=_size(content["num_hidden_layers"]),
+            hidden_size=_size(content["hidden_size"]),
+            num_heads=heads,
+            num_key_value_heads=_size(content.get("num_key_value_heads") or heads),
+            head_size=_size(content.get("head_dim") or int(content["hidden_size"]) // heads),
+            feed_forward_size=_size(content["intermediate_size"]),
+            activation="swiglu",
+            qk_norm=stock.qk_norm,
+            tie_embeddings=bool(content.get("tie_word_embeddings", False)),
+            rope_theta=float(theta),
+            norm_epsilon=float(content.get("rms_norm_eps", 1e-6)),
+            vocab_size=_size(content["vocab_size"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"config.json of this {kind} is damaged: {error}") from None
+    return config, stock
 
 
 def _size(value: Any) -> int:

@@ -8,6 +8,7 @@ instructions then shows as a line in a diff instead of surprising someone on a G
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -48,25 +50,16 @@ class Compiled:
     tma: int
 
 
-class FakeDriver:
+def fake_driver(architecture: int) -> Any:
     """The part of Triton's driver that compilation needs."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self) -> int:
-        return self.architecture  # Triton caches compiled kernels by device
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+        get_current_device=lambda: architecture,  # Triton caches compiled kernels by device
+        get_current_stream=lambda device=0: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
 
 
 @contextmanager
@@ -84,7 +77,7 @@ def compiling_for(architecture: int) -> Iterator[list[tuple[str, Any]]]:
         return kernel
 
     before = driver._active
-    driver.set_active(FakeDriver(architecture))
+    driver.set_active(fake_driver(architecture))
     JITFunction.run = compile_only
     try:
         yield made
@@ -147,12 +140,13 @@ Case = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 def cases() -> list[Case]:
     """(name, function, arguments): every entry of the table, and every branch of a kernel once."""
-    every: list[Case] = []
-    for dtype in (torch.bfloat16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        for width in (16, 32, 64, 128, 256):
-            every.append((f"{name} {width}", attention_case, (dtype, width, 8, 8, 0.0)))
-    every += [
+    sizes: list[Case] = [
+        (f"{name} {width}", attention_case, (dtype, width, 8, 8, 0.0))
+        for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32))
+        for width in (16, 32, 64, 128, 256)
+    ]
+    return [
+        *sizes,
         ("float16 64", attention_case, (torch.float16, 64, 8, 8, 0.0)),
         ("bfloat16 80", attention_case, (torch.bfloat16, 80, 8, 8, 0.0)),
         ("bfloat16 64 grouped", attention_case, (torch.bfloat16, 64, 8, 2, 0.0)),
@@ -167,7 +161,6 @@ def cases() -> list[Case]:
         ("bfloat16 256 normed", rotary_case, (torch.bfloat16, 256, True)),
         ("float32 64 normed", rotary_case, (torch.float32, 64, True)),
     ]
-    return every
 
 
 def compile_case(architecture: int, case: Case) -> dict[str, Compiled]:
@@ -223,9 +216,9 @@ def to_json(result: dict[str, Compiled]) -> str:
     """The text of ``aot.json``, one line per kernel, so that a change shows as one line."""
     import triton
 
-    lines = (f"  {json.dumps(name)}: {json.dumps(astuple(compiled))}" for name, compiled in result.items())
-    head = {"triton": triton.__version__, "columns": [f.name for f in fields(Compiled)]}
-    return f'{{{json.dumps(head)[1:-1]},\n "kernels": {{\n' + ",\n".join(lines) + "\n }\n}\n"
+    head = json.dumps({"triton": triton.__version__, "columns": [f.name for f in fields(Compiled)]})
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(astuple(compiled))}" for name, compiled in result.items())
+    return f'{head[:-1]},\n "kernels": {{\n{lines}\n }}\n}}\n'
 
 
 @click.command()
@@ -238,12 +231,8 @@ def main(update: bool, architectures: tuple[str, ...], only: str) -> None:
 
     if dispatch.interpreted():
         raise click.UsageError("unset TRITON_INTERPRET: the interpreter compiles no kernels")
-    tasks = [
-        (int(architecture), case)
-        for architecture in architectures or map(str, ARCHITECTURES)
-        for case in cases()
-        if case[0].startswith(only)
-    ]
+    chosen = [case for case in cases() if case[0].startswith(only)]
+    tasks = itertools.product(map(int, architectures or ARCHITECTURES), chosen)
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         result = {name: made for part in pool.starmap(compile_case, tasks, chunksize=1) for name, made in part.items()}
     click.echo(f"triton {triton.__version__}")

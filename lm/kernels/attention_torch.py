@@ -127,7 +127,8 @@ def forward(
         part_out, part_lse = _attend(queries, keys, values, plan.pieces[0], scale, softcap)
         return part_out.transpose(1, 2).contiguous(), part_lse.contiguous()
     out = _fresh(q, plan.blind is None)
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=_accumulator(q.dtype), device=q.device)
+    precise = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=precise, device=q.device)
     for piece in plan.pieces:
         queries, keys, values = piece.of_queries(q), piece.of_keys(k), piece.of_keys(v)
         part_out, part_lse = _attend(queries, keys, values, piece, scale, softcap)
@@ -139,17 +140,9 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
+    scale: float, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, contiguous, of the same shapes and dtypes; arguments and results as in ``forward``."""
     plan = plan_for(q, k, lo, hi)
     if grad_out.stride(-1) != 1:
@@ -200,12 +193,8 @@ def make_plan(lo_bytes: bytes, hi_bytes: bytes, shape: Shape) -> AttentionPlan:
     blind = lo >= hi
     # Make these intervals empty such that they widen no piece, and turn theirs into a masked one.
     lo, hi = np.where(blind, shape.keys, lo), np.where(blind, 0, hi)
-    pieces, fresh_keys = [], 0
-    for rows, queries, keys, kind, first_on_keys in _cut(lo, hi, shape):
-        part = slice(rows.start, rows.stop, rows.step), slice(*queries)
-        bias = _bias(lo[part], hi[part], keys, kind, shape)
-        pieces.append(Piece(rows, queries, keys, kind, first_on_keys, bias))
-        fresh_keys += first_on_keys * len(rows) * (keys[1] - keys[0])
+    pieces = _cut(lo, hi, shape)
+    fresh_keys = sum(len(piece.rows) * (piece.keys[1] - piece.keys[0]) for piece in pieces if piece.first_on_keys)
     blind_queries = torch.from_numpy(blind).to(shape.device)[:, None] if blind.any() else None
     return AttentionPlan(tuple(pieces), blind_queries, fresh_keys == shape.rows * shape.keys)
 
@@ -215,7 +204,7 @@ def _runs_of_equal_rows(lo: np.ndarray, hi: np.ndarray) -> list[range]:
     alike: dict[bytes, list[int]] = {}
     for row, interval in enumerate(np.concatenate((lo, hi), axis=1)):
         alike.setdefault(interval.tobytes(), []).append(row)
-    runs: list[range] = []
+    runs = []
     for rows in alike.values():
         run = range(rows[0], rows[0] + 1)
         for row in rows[1:]:
@@ -228,10 +217,12 @@ def _runs_of_equal_rows(lo: np.ndarray, hi: np.ndarray) -> list[range]:
     return runs
 
 
-def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span, Span, Kind, bool]]:
-    """The first five fields of the cheapest pieces: cut each run of equal rows separately, or all rows at the same
-    positions, or nothing. Ordered from the last queries to the first, so that of a causal document's blocks, the one
-    with the keys of all others comes first."""
+def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[Piece]:
+    """The cheapest pieces: cut each run of equal rows separately, or all rows at the same positions, or nothing.
+
+    Ordered from the last queries to the first, so that of a causal document's blocks, the one with the keys of all
+    others comes first.
+    """
     runs = _runs_of_equal_rows(lo, hi)
     candidates, together, first = [*runs, range(shape.rows)], len(runs), [run.start for run in runs]
     # The least and greatest bounds of a candidate's rows, (candidates, Tq); the rows of a run are equal.
@@ -261,15 +252,10 @@ def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span
             end = came_from[c][end]
     of, begins, ends = np.array(chosen).T
     starts, stops = cuts[of, begins], cuts[of, ends]
-    columns = (
-        starts,
-        stops,
-        seen_from[of, begins, ends - 1],
-        seen_to[of, begins, ends - 1],
-        _kinds(bounds, of, starts, stops),
-    )
+    seen = (seen_from[of, begins, ends - 1], seen_to[of, begins, ends - 1])
+    columns = (starts, stops, *seen, _kinds(bounds, of, starts, stops))
     lowest_key = [shape.keys] * len(candidates)
-    pieces: list[tuple[range, Span, Span, Kind, bool]] = []
+    pieces = []
     for (c, _, _), start, stop, key, last_key, kind in zip(chosen, *(x.tolist() for x in columns), strict=True):
         if key >= last_key:
             continue  # blind queries only
@@ -277,7 +263,10 @@ def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span
         lowest_key[c] = min(lowest_key[c], key)
         at_once = len(rows) if one_call else int(_rows_at_once(max(stop - start, last_key - key), shape))
         for i in range(0, len(rows), at_once):
-            pieces.append((rows[i : i + at_once], (start, stop), (key, last_key), kind, first_on_keys))
+            some = rows[i : i + at_once]
+            part = slice(some.start, some.stop, some.step), slice(start, stop)
+            bias = _bias(lo[part], hi[part], (key, last_key), kind, shape)
+            pieces.append(Piece(some, (start, stop), (key, last_key), kind, first_on_keys, bias))
     return pieces
 
 
@@ -347,9 +336,8 @@ def _cost_of_one_call(kind: Kind, shape: Shape) -> float:
     if causal:  # the flag skips what lies beyond the kernel's blocks of 512 keys
         pairs *= min(1.0, 0.5 + 256 / shape.keys)
     mask = 0.0 if causal or kind == "full" else MASK_COST * pairs
-    return float(
-        CALL_COST + _head_calls(np.array(shape.rows), shape) * (_cost_of_head(queries, keys, pairs, shape) + mask)
-    )
+    head = _cost_of_head(queries, keys, pairs, shape) + mask
+    return float(CALL_COST + _head_calls(np.array(shape.rows), shape) * head)
 
 
 def _cost_of_head(queries: np.ndarray, keys: np.ndarray, pairs: np.ndarray, shape: Shape) -> np.ndarray:
@@ -393,10 +381,6 @@ def _causal_bias(queries: int, keys: int, dtype: torch.dtype, device: torch.devi
 def _strip(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(height, width + height): row ``i`` is 0 up to column ``width + i``, then -inf."""
     return torch.full((height, width + height), -math.inf, dtype=dtype, device=device).triu_(width + 1)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _fresh(like: Tensor, filled_later: bool) -> Tensor:
@@ -447,7 +431,8 @@ def _differentiate(
 def _grouped(heads: int, *tensors: Tensor) -> list[Tensor]:
     """(R, heads * G, n, D) as (R, heads, G * n, D), in at least float32: queries that share a key head become
     contiguous, so that one product computes them and sums their gradients."""
-    return [x.to(_accumulator(x.dtype)).reshape(x.shape[0], heads, -1, x.shape[-1]) for x in tensors]
+    precise = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [x.to(precise).reshape(x.shape[0], heads, -1, x.shape[-1]) for x in tensors]
 
 
 def _scores(q: Tensor, k: Tensor, piece: Piece, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:

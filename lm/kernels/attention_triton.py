@@ -47,25 +47,35 @@ def store_tile(base, start, stride, values, WIDTH: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def intervals(LO, HI, base, m, inside, keys):
-    """The bounds of the queries ``m``, the range of keys that any of them sees, and that of keys they all see."""
-    lo = tl.maximum(tl.load(LO + base + m, mask=inside, other=0), 0)
-    hi = tl.minimum(tl.load(HI + base + m, mask=inside, other=0), keys)
-    seeing = lo < hi
-    first = tl.min(tl.where(seeing, lo, keys), 0)
-    end = tl.max(tl.where(seeing, hi, 0), 0)
-    full_first = tl.max(tl.where(inside, tl.where(seeing, lo, keys), 0), 0)
-    full_end = tl.min(tl.where(inside, tl.where(seeing, hi, 0), keys), 0)
-    return lo, hi, first, end, full_first, full_end
-
-
-@triton.jit
 def tiles(first, end, full_first, full_end, BLOCK: tl.constexpr):
-    """The number of tiles in [first, end), and the indices [left, right) of those within [full_first, full_end)."""
+    """The number of tiles in [first, end), and the indices [left, right) of those within [full_first, full_end).
+
+    The kernels compute these full tiles first, without a mask, and then the others.
+    """
     count = tl.cdiv(tl.maximum(end - first, 0), BLOCK)
     left = tl.minimum(tl.cdiv(tl.maximum(full_first - first, 0), BLOCK), count)
     right = tl.minimum(tl.maximum(tl.maximum(full_end - first, 0) // BLOCK, left), count)
     return count, left, right
+
+
+@triton.jit
+def query_block(LO, HI, queries, keys, heads, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's row, head and queries ``m`` from ``start``, their bounds, and the ``tiles`` of keys they see."""
+    blocks = tl.cdiv(queries, BLOCK_M)
+    # The last blocks of a causal row have the most work, so they start first.
+    start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    head = tl.program_id(0) // blocks % heads
+    row = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    m = start + tl.arange(0, BLOCK_M)
+    inside = m < queries
+    lo = tl.maximum(tl.load(LO + row * queries + m, mask=inside, other=0), 0)
+    hi = tl.minimum(tl.load(HI + row * queries + m, mask=inside, other=0), keys)
+    seeing = lo < hi
+    first, end = tl.min(tl.where(seeing, lo, keys), 0), tl.max(tl.where(seeing, hi, 0), 0)
+    full_first = tl.max(tl.where(inside, tl.where(seeing, lo, keys), 0), 0)
+    full_end = tl.min(tl.where(inside, tl.where(seeing, hi, 0), keys), 0)
+    count, left, right = tiles(first, end, full_first, full_end, BLOCK_N)
+    return row, head, start, m, lo, hi, first, count, left, right
 
 
 @triton.jit
@@ -121,32 +131,20 @@ def attention_forward(
     SOFTCAP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: OUT (B, Tq, H, D), LSE (B, H, Tq)."""
-    blocks = tl.cdiv(queries, BLOCK_M)
-    # The last blocks of a causal row have the most work, so they start first.
-    start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    head = tl.program_id(0) // blocks % heads
-    row = (tl.program_id(0) // blocks // heads).to(tl.int64)
-    m = start + tl.arange(0, BLOCK_M)
-    lo, hi, first, end, full_first, full_end = intervals(LO, HI, row * queries, m, m < queries, keys)
-    count, left, right = tiles(first, end, full_first, full_end, BLOCK_N)
-
+    row, head, start, m, lo, hi, first, count, left, right = query_block(LO, HI, queries, keys, heads, BLOCK_M, BLOCK_N)
     q = tile(Q + row * q_row + head.to(tl.int64) * q_head, start, q_token, WIDTH, BLOCK_M, BLOCK_D, queries, True)
     K += row * k_row + (head // group).to(tl.int64) * k_head
     V += row * v_row + (head // group).to(tl.int64) * v_head
     out = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     total = tl.zeros([BLOCK_M], ACC)
     top = tl.full([BLOCK_M], float("-inf"), ACC)
-    for i in range(left, right):
-        out, total, top = attend_tile(
-            out, total, top, q, K, V, k_token, v_token, first + i * BLOCK_N, lo, hi, keys, scale, softcap,
-            WIDTH, BLOCK_D, BLOCK_N, SOFTCAP, False, ACC, PRECISION,
-        )  # fmt: skip
-    for i in range(count - (right - left)):
-        number = tl.where(i < left, i, i + (right - left))
-        out, total, top = attend_tile(
-            out, total, top, q, K, V, k_token, v_token, first + number * BLOCK_N, lo, hi, keys, scale, softcap,
-            WIDTH, BLOCK_D, BLOCK_N, SOFTCAP, True, ACC, PRECISION,
-        )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        for i in range(0 if MASKED else left, count - (right - left) if MASKED else right):
+            number = tl.where(i < left, i, i + (right - left)) if MASKED else i
+            out, total, top = attend_tile(
+                out, total, top, q, K, V, k_token, v_token, first + number * BLOCK_N, lo, hi, keys, scale, softcap,
+                WIDTH, BLOCK_D, BLOCK_N, SOFTCAP, MASKED, ACC, PRECISION,
+            )  # fmt: skip
     blind = total == 0
     out = out / tl.where(blind, 1.0, total)[:, None]
     lse = tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) * LN2)
@@ -184,37 +182,25 @@ def attention_query_gradient(
     SOFTCAP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: GRAD_Q (B, Tq, H, D), and DELTA (B, H, Tq), the sums of out × its gradient."""
-    blocks = tl.cdiv(queries, BLOCK_M)
-    start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    head = tl.program_id(0) // blocks % heads
-    row = (tl.program_id(0) // blocks // heads).to(tl.int64)
-    m = start + tl.arange(0, BLOCK_M)
-    inside = m < queries
-    lo, hi, first, end, full_first, full_end = intervals(LO, HI, row * queries, m, inside, keys)
-    count, left, right = tiles(first, end, full_first, full_end, BLOCK_N)
-
+    row, head, start, m, lo, hi, first, count, left, right = query_block(LO, HI, queries, keys, heads, BLOCK_M, BLOCK_N)
     flat, line = (row * queries * heads + head) * WIDTH, heads * WIDTH
     grad_out = tile(GRAD_OUT + flat, start, line, WIDTH, BLOCK_M, BLOCK_D, queries, True)
     out = tile(OUT + flat, start, line, WIDTH, BLOCK_M, BLOCK_D, queries, True)
     delta = tl.sum(out.to(ACC) * grad_out.to(ACC), 1)
     each = (row * heads + head) * queries + m
-    tl.store(DELTA + each, delta, mask=inside)
-    lse = tl.load(LSE + each, mask=inside, other=0.0) * LOG2E
+    tl.store(DELTA + each, delta, mask=m < queries)
+    lse = tl.load(LSE + each, mask=m < queries, other=0.0) * LOG2E
     q = tile(Q + row * q_row + head.to(tl.int64) * q_head, start, q_token, WIDTH, BLOCK_M, BLOCK_D, queries, True)
     K += row * k_row + (head // group).to(tl.int64) * k_head
     V += row * v_row + (head // group).to(tl.int64) * v_head
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    for i in range(left, right):
-        grad_q = query_gradient_tile(
-            grad_q, q, grad_out, lse, delta, K, V, k_token, v_token, first + i * BLOCK_N, lo, hi, keys, scale, softcap,
-            WIDTH, BLOCK_D, BLOCK_N, SOFTCAP, False, ACC, PRECISION,
-        )  # fmt: skip
-    for i in range(count - (right - left)):
-        number = tl.where(i < left, i, i + (right - left))
-        grad_q = query_gradient_tile(
-            grad_q, q, grad_out, lse, delta, K, V, k_token, v_token, first + number * BLOCK_N, lo, hi, keys,
-            scale, softcap, WIDTH, BLOCK_D, BLOCK_N, SOFTCAP, True, ACC, PRECISION,
-        )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        for i in range(0 if MASKED else left, count - (right - left) if MASKED else right):
+            number = tl.where(i < left, i, i + (right - left)) if MASKED else i
+            grad_q = query_gradient_tile(
+                grad_q, q, grad_out, lse, delta, K, V, k_token, v_token, first + number * BLOCK_N, lo, hi, keys,
+                scale, softcap, WIDTH, BLOCK_D, BLOCK_N, SOFTCAP, MASKED, ACC, PRECISION,
+            )  # fmt: skip
     store_tile(GRAD_Q + flat, start, line, grad_q * scale, WIDTH, BLOCK_M, BLOCK_D, queries)
 
 
@@ -310,19 +296,14 @@ def attention_key_gradient(
         Q_HEAD = Q + row * q_row + head * q_head
         GRAD_HEAD = GRAD_OUT + (row * queries * heads + head) * WIDTH
         LSE_HEAD, DELTA_HEAD = LSE + (row * heads + head) * queries, DELTA + (row * heads + head) * queries
-        for i in range(left, right):
-            grad_k, grad_v = key_gradient_tile(
-                grad_k, grad_v, k, v, Q_HEAD, GRAD_HEAD, LSE_HEAD, DELTA_HEAD, LO, HI, q_token, line,
-                first + i * BLOCK_M, n, queries, keys, scale, softcap,
-                WIDTH, BLOCK_D, BLOCK_M, SOFTCAP, False, ACC, PRECISION,
-            )  # fmt: skip
-        for i in range(count - (right - left)):
-            number = tl.where(i < left, i, i + (right - left))
-            grad_k, grad_v = key_gradient_tile(
-                grad_k, grad_v, k, v, Q_HEAD, GRAD_HEAD, LSE_HEAD, DELTA_HEAD, LO, HI, q_token, line,
-                first + number * BLOCK_M, n, queries, keys, scale, softcap,
-                WIDTH, BLOCK_D, BLOCK_M, SOFTCAP, True, ACC, PRECISION,
-            )  # fmt: skip
+        for MASKED in tl.static_range(2):
+            for i in range(0 if MASKED else left, count - (right - left) if MASKED else right):
+                number = tl.where(i < left, i, i + (right - left)) if MASKED else i
+                grad_k, grad_v = key_gradient_tile(
+                    grad_k, grad_v, k, v, Q_HEAD, GRAD_HEAD, LSE_HEAD, DELTA_HEAD, LO, HI, q_token, line,
+                    first + number * BLOCK_M, n, queries, keys, scale, softcap,
+                    WIDTH, BLOCK_D, BLOCK_M, SOFTCAP, MASKED, ACC, PRECISION,
+                )  # fmt: skip
     flat, kv_line = (row * keys * kv_heads + kv_head) * WIDTH, kv_heads * WIDTH
     store_tile(GRAD_K + flat, start, kv_line, grad_k * scale, WIDTH, BLOCK_N, BLOCK_D, keys)
     store_tile(GRAD_V + flat, start, kv_line, grad_v, WIDTH, BLOCK_N, BLOCK_D, keys)

@@ -27,14 +27,9 @@ BLOCK_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 25}
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    loss_weights: Tensor | None = None,
-    softcap: float = 0.0,
-    z_loss: float = 0.0,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    loss_weights: Tensor | None = None, softcap: float = 0.0, z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Weighted sum of the cross-entropies, in nats, of ``softcap(hidden @ weight.T)`` against the targets.
 
     Args:
@@ -109,7 +104,10 @@ def compute(
     loss_weights = loss_weights.to(precise)
     heaviest = loss_weights[kept].abs().max().clamp(min=torch.finfo(precise).tiny)
     needs_grad = hidden_needs_grad or weight_needs_grad
-    differentiate = _differentiate_by_triton if backend == "triton" else _differentiate_by_torch
+    if backend == "triton":
+        from lm.kernels.cross_entropy_triton import differentiate
+    else:
+        differentiate = _differentiate_by_torch
     kind = _kind(hidden)
     rows = min(len(kept), CHUNK_TOKENS[kind], max(1, CHUNK_LOGITS[kind] // weight.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes have been chosen above
@@ -244,15 +242,6 @@ def _block_by_torch(
         return losses, sums
     exponentials.mul_(slope)
     return losses, sums / 4
-
-
-def _differentiate_by_triton(
-    logits: Tensor, targets: Tensor, shares: Tensor, softcap: float, z_loss: float, needs_grad: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Like ``_differentiate_by_torch``; the whole gradient overwrites the logits, in their dtype."""
-    from lm.kernels import cross_entropy_triton
-
-    return cross_entropy_triton.differentiate(logits, targets, shares, softcap, z_loss, needs_grad), logits, None
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

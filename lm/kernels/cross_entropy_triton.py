@@ -65,10 +65,10 @@ def cross_entropy_row(
 
 def differentiate(
     logits: Tensor, targets: Tensor, shares: Tensor, softcap: float, z_loss: float, needs_grad: bool
-) -> Tensor:
-    """Losses (n,) of logits (n, V), in the accumulating dtype.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses (n,) of logits (n, V), in the accumulating dtype, the overwritten logits, and None.
 
-    With ``needs_grad`` the logits become their gradient times ``shares`` (n,).
+    With ``needs_grad`` the logits become their gradient times ``shares`` (n,), without another factor per row.
     """
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=accumulator(logits.dtype), device=logits.device)
@@ -77,4 +77,4 @@ def differentiate(
         SIZE=min(BLOCK, triton.next_power_of_2(vocabulary)), SOFTCAP=softcap > 0, GRADIENT=needs_grad,
         ACC=tl.float64 if logits.dtype == torch.float64 else tl.float32, num_warps=WARPS,
     )  # fmt: skip
-    return losses
+    return losses, logits, None

@@ -82,7 +82,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     rows, queries, heads, _ = q.shape
     lse = q.new_empty(rows, heads, queries, dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape), lse
@@ -101,10 +101,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor, hi: Tensor,
-    scale: float, softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -114,10 +111,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, lo, hi = ctx.saved_tensors
-    gradients = _backward(grad_out, q, k, v, out, lse, lo, hi, ctx.scale, ctx.softcap)
-    return (*gradients, None, None, None, None)
+def _differentiate(
+    ctx: Any, grad_out: Tensor, _: Tensor | None, backward: Any = _backward
+) -> tuple[Tensor | None, ...]:
+    return *backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.softcap), None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -127,16 +124,12 @@ class _Direct(torch.autograd.Function):
     """The operator without PyTorch's dispatcher, which at 768 tokens takes as long as the attention itself."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = attention_torch.forward(q, k, v, lo, hi, scale, softcap)
-        _save(ctx, (q, k, v, lo, hi, scale, softcap), (out, lse))
-        return out, lse
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = attention_torch.forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, lo, hi = ctx.saved_tensors
-        gradients = attention_torch.backward(grad_out, q, k, v, out, lse, lo, hi, ctx.scale, ctx.softcap)
-        return (*gradients, None, None, None, None)
+        return _differentiate(ctx, grad_out, None, attention_torch.backward)

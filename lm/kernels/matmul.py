@@ -48,8 +48,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: x (…, K), weight (M, K), result (…, M) of x's dtype (autocast's where it is on)."""
     if not dispatch.eager_on_cpu(x):
         return torch.nn.functional.linear(x, weight)
-    out: Tensor = _Linear.apply(x, weight)
-    return out
+    return _Linear.apply(x, weight)
 
 
 class _Linear(torch.autograd.Function):

@@ -31,8 +31,7 @@ def qkv_projection(
         Queries (B, T, H, D), keys and values (B, T, Hkv, D). Dimension i of ``rotary`` is 2i here, and D / 2 + i is
         2i + 1.
     """
-    out: tuple[Tensor, Tensor, Tensor] = _QKVProjection.apply(x, query, key, value, torch.complex(cos, sin))
-    return out
+    return _QKVProjection.apply(x, query, key, value, torch.complex(cos, sin))
 
 
 class _QKVProjection(torch.autograd.Function):

@@ -19,8 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """
     if not dispatch.eager_on_cpu(x):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), epsilon)
-    out: Tensor = _RMSNorm.apply(x, weight, epsilon)
-    return out
+    return _RMSNorm.apply(x, weight, epsilon)
 
 
 class _RMSNorm(torch.autograd.Function):

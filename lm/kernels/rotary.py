@@ -29,8 +29,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, ep
     """
     if dispatch.reference_requested() or not (x.is_cuda or dispatch.interpreted()):
         return reference.rotary(x, cos, sin, weight, epsilon)
-    out: Tensor = _forward(x, cos, sin, weight, epsilon)
-    return out
+    return _forward(x, cos, sin, weight, epsilon)
 
 
 def interleave_halves(weight: Tensor, width: int) -> Tensor:

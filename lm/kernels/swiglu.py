@@ -17,8 +17,7 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """``(silu(x @ gate.T) * (x @ up.T)) @ down.T`` (Shazeer 2020): x (…, D), gate, up (F, D), down (D, F)."""
     if not dispatch.eager_on_cpu(x):
         return reference.swiglu(x, gate, up, down)
-    out: Tensor = _SwiGLU.apply(x, gate, up, down)
-    return out
+    return _SwiGLU.apply(x, gate, up, down)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -1,13 +1,13 @@
 """Tile sizes, warps and pipeline stages of the kernels: looked up in a table, never tuned during training.
 
-``tile_sizes.json`` maps architecture, kernel, bits of the dtype and head dimension to four numbers.
-``python -m lm.kernels.tune`` measures and writes them on a GPU of that architecture.
+``python -m lm.kernels.tune`` measures them on a GPU of an architecture and writes them to ``tile_sizes.json``.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -16,9 +16,8 @@ import torch
 from lm.kernels import dispatch
 
 TABLE = Path(__file__).with_suffix(".json")
-SMALLEST_WIDTH, LARGEST_WIDTH = 16, 256
-# Small in the interpreter, where time depends on the number of operations.
-INTERPRETED = (32, 32, 4, 1)
+# Architecture → kernel → bits of the dtype → padded head dimension → the four numbers of TileSizes.
+Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
 
 
 @dataclass(frozen=True)
@@ -32,27 +31,23 @@ class TileSizes:
 
     def arguments(self) -> dict[str, int]:
         """The keyword arguments of a kernel's launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+        return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), astuple(self), strict=True))
 
 
 def padded_width(width: int) -> int:
     """The power of two to which a head of ``width`` is padded; tensor cores need at least 16."""
-    return max(SMALLEST_WIDTH, 1 << (width - 1).bit_length())
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def choose(kernel: str, dtype: torch.dtype, width: int) -> TileSizes:
     """The tile sizes of ``kernel`` on the current device; ``width`` is the head dimension, at most 256."""
     if dispatch.interpreted():
-        return TileSizes(*INTERPRETED)
+        return TileSizes(32, 32, 4, 1)  # small, because time depends on the number of operations
     from triton.runtime import driver
 
     architecture = str(driver.active.get_current_target().arch)
-    return table()[nearest(architecture)][kernel][str(8 * dtype.itemsize)][padded_width(width)]
+    numbers = table()[nearest(architecture)][kernel][str(8 * dtype.itemsize)][str(padded_width(width))]
+    return TileSizes(*numbers)
 
 
 def nearest(architecture: str) -> str:
@@ -68,32 +63,12 @@ def nearest(architecture: str) -> str:
 
 
 @functools.cache
-def table() -> dict[str, dict[str, dict[str, dict[int, TileSizes]]]]:
-    """Architecture → kernel → bits → padded head dimension → tile sizes."""
-    return {
-        architecture: {
-            kernel: {
-                bits: {int(width): TileSizes(*numbers) for width, numbers in widths.items()}
-                for bits, widths in by_bits.items()
-            }
-            for kernel, by_bits in kernels.items()
-        }
-        for architecture, kernels in json.loads(TABLE.read_text(encoding="utf-8")).items()
-    }
+def table() -> Table:
+    """The content of ``tile_sizes.json``."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
-def to_json(entries: dict[str, dict[str, dict[str, dict[int, TileSizes]]]]) -> str:
+def to_json(entries: Table) -> str:
     """The text of ``tile_sizes.json``, one line per kernel and size of dtype."""
-    architectures = []
-    for architecture, kernels in sorted(entries.items(), key=lambda item: int(item[0])):
-        lines = []
-        for kernel, by_bits in kernels.items():
-            sizes = (
-                f'   "{bits}": {{'
-                + ", ".join(f'"{width}": {json.dumps(astuple(widths[width]))}' for width in sorted(widths))
-                + "}"
-                for bits, widths in by_bits.items()
-            )
-            lines.append(f'  "{kernel}": {{\n' + ",\n".join(sizes) + "\n  }")
-        architectures.append(f' "{architecture}": {{\n' + ",\n".join(lines) + "\n }")
-    return "{\n" + ",\n".join(architectures) + "\n}\n"
+    text = json.dumps(dict(sorted(entries.items(), key=lambda item: int(item[0]))), indent=1)
+    return re.sub(r"\{[^{}]*\}", lambda innermost: json.dumps(json.loads(innermost[0])), text) + "\n"

@@ -6,11 +6,13 @@ Training never tunes: it looks sizes up in ``tile_sizes.json``, so that every ru
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import astuple
 from multiprocessing import get_context
 
 import click
@@ -19,7 +21,7 @@ import torch
 from lm.kernels import dispatch, masks, tile_sizes
 from lm.kernels.tile_sizes import TileSizes
 
-WIDTHS = (16, 32, 64, 128, 256)
+WIDTHS = ("16", "32", "64", "128", "256")
 DTYPES = {"16": torch.bfloat16, "32": torch.float32}
 # Other tile sizes must be this much faster than the current ones, or noise would rewrite the table.
 WORTHWHILE = 1.02
@@ -105,9 +107,7 @@ def compile_ahead(case: tuple[str, str, int, TileSizes]) -> None:
 
 @click.command()
 @click.option("--kernel", "kernels", multiple=True, help="Tune only this kernel (may be repeated).")
-@click.option(
-    "--width", "widths", multiple=True, type=click.Choice([str(w) for w in WIDTHS]), help="Only this head dimension."
-)
+@click.option("--width", "widths", multiple=True, type=click.Choice(WIDTHS), help="Only this head dimension.")
 @click.option("--bits", "sizes", multiple=True, type=click.Choice(list(DTYPES)), help="Only dtypes of this size.")
 def main(kernels: tuple[str, ...], widths: tuple[str, ...], sizes: tuple[str, ...]) -> None:
     """Time the kernels with other tile sizes, and keep those that are at least 2 % faster."""
@@ -115,11 +115,12 @@ def main(kernels: tuple[str, ...], widths: tuple[str, ...], sizes: tuple[str, ..
         raise click.UsageError("the table can only be tuned on a GPU, and no CUDA GPU that runs the kernels was found")
     import triton.testing
 
+    time = functools.partial(triton.testing.do_bench, warmup=10, rep=30, return_mode="median")
     device = torch.device("cuda")
     architecture = "".join(map(str, torch.cuda.get_device_capability(device)))
     table = tile_sizes.table()
     entries = table.setdefault(architecture, copy.deepcopy(table[tile_sizes.nearest(architecture)]))
-    requested = list(itertools.product(sizes or DTYPES, map(int, widths or map(str, WIDTHS))))
+    requested = list(itertools.product(sizes or DTYPES, map(int, widths or WIDTHS)))
     cases = [
         (kernel, bits, width, choice)
         for bits, width in requested
@@ -133,15 +134,9 @@ def main(kernels: tuple[str, ...], widths: tuple[str, ...], sizes: tuple[str, ..
         for kernel, call in workloads(width, DTYPES[bits], device).items():
             if kernels and kernel not in kernels:
                 continue
-            before = entries[kernel][bits][width]
-            kept, times = fastest(
-                kernel,
-                before,
-                candidates(kernel, bits),
-                call,
-                lambda call: triton.testing.do_bench(call, warmup=10, rep=30, return_mode="median"),
-            )
-            entries[kernel][bits][width] = kept
+            before = TileSizes(*entries[kernel][bits][str(width)])
+            kept, times = fastest(kernel, before, candidates(kernel, bits), call, time)
+            entries[kernel][bits][str(width)] = list(astuple(kept))
             old = f"{before} {times.get(before, float('nan')):.3f} ms"
             click.echo(f"{kernel} {bits} bits, heads of {width}: {old} → {kept} {times[kept]:.3f} ms")
             tile_sizes.TABLE.write_text(tile_sizes.to_json(table), encoding="utf-8")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.inference.detokenizer import Detokenizer
 from lm.inference.generator import Event
-
-END_OF_EVENTS = "data: [DONE]\n\n"
+from lm.serve.engine import BusyError, StoppedError
+from lm.serve.schema import ApiError
 
 
 @dataclass(frozen=True)
@@ -28,27 +29,24 @@ class Scored:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one choice: its text, its tokens if log-probabilities were requested, and why the choice ended, if it
-    did.
-
-    ``written`` is the number of tokens that the model generated for it.
-    """
+    """A part of one choice: its text, its tokens if log-probabilities were requested, the number of tokens that the
+    model generated for it, and why the choice ended, if it did."""
 
     text: str
     scored: tuple[Scored, ...] = ()
     written: int = 0
     finish_reason: str | None = None
 
+    @classmethod
+    def of(cls, event: Event) -> Piece:
+        """The piece of a choice that one step of the generator produced."""
+        if event.token is None:
+            return cls(event.text, finish_reason=event.finish_reason)
+        scored = () if event.logprob is None else (Scored(event.token, event.logprob, event.top_logprobs),)
+        return cls(event.text, scored, 1, event.finish_reason)
+
 
 Pieces = AsyncGenerator[tuple[int, Piece], None]  # (index of the choice, its next piece)
-
-
-def piece_from(event: Event) -> Piece:
-    """The piece of a choice that one step of the generator produced."""
-    scored: tuple[Scored, ...] = ()
-    if event.token is not None and event.logprob is not None:
-        scored = (Scored(event.token, event.logprob, event.top_logprobs),)
-    return Piece(event.text, scored, int(event.token is not None), event.finish_reason)
 
 
 def join_pieces(pieces: Sequence[Piece]) -> Piece:
@@ -69,20 +67,7 @@ class Usage:
     completion_tokens: int = 0
 
     def body(self) -> dict[str, int]:
-        total = self.prompt_tokens + self.completion_tokens
-        return {**vars(self), "total_tokens": total}
-
-
-class Shape(Protocol):
-    """The format of one of the two kinds of answers."""
-
-    prefix: str
-    kind: str
-    kind_of_chunk: str
-
-    def whole(self, index: int, piece: Piece) -> dict[str, Any]: ...
-    def opening(self, index: int) -> dict[str, Any] | None: ...
-    def delta(self, index: int, piece: Piece) -> dict[str, Any]: ...
+        return {**vars(self), "total_tokens": self.prompt_tokens + self.completion_tokens}
 
 
 @dataclass
@@ -97,38 +82,29 @@ class CompletionShape:
     kind_of_chunk: str = "text_completion"
     _positions: dict[int, tuple[Detokenizer, int]] = field(default_factory=dict)
 
-    def whole(self, index: int, piece: Piece) -> dict[str, Any]:
-        return self.delta(index, piece)
-
     def opening(self, index: int) -> None:
         return None
 
     def delta(self, index: int, piece: Piece) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": piece.text,
-            "logprobs": self._logprobs(index, piece.scored) if self.logprobs else None,
-            "finish_reason": piece.finish_reason,
-        }
+        logprobs = self._logprobs(index, piece.scored) if self.logprobs else None
+        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+    whole = delta
 
     def _logprobs(self, index: int, scored: Sequence[Scored]) -> dict[str, Any]:
-        names = [token_name(self.tokenizer, one.token) for one in scored]
-        return {
-            "tokens": names,
-            "token_logprobs": [one.logprob for one in scored],
-            "top_logprobs": [_by_name(self.tokenizer, one) for one in scored],
-            "text_offset": self._offsets(index, scored),
-        }
-
-    def _offsets(self, index: int, scored: Sequence[Scored]) -> list[int]:
-        """Where each token's text begins, in characters, counted on from the choice's last piece."""
+        # Where each token's text begins, in characters, counted on from the choice's last piece.
         stream, offset = self._positions.get(index) or (Detokenizer(self.tokenizer), self.starts[index])
         offsets = []
         for one in scored:
             offsets.append(offset)
             offset += len(stream.add(one.token))
         self._positions[index] = stream, offset
-        return offsets
+        return {
+            "tokens": [token_name(self.tokenizer, one.token) for one in scored],
+            "token_logprobs": [one.logprob for one in scored],
+            "top_logprobs": [_by_name(self.tokenizer, one) for one in scored],
+            "text_offset": offsets,
+        }
 
 
 @dataclass
@@ -164,6 +140,9 @@ class ChatShape:
         return {"token": token_name(self.tokenizer, token), "logprob": logprob, "bytes": list(data)}
 
 
+Shape = CompletionShape | ChatShape  # the format of one of the two kinds of answers
+
+
 def token_name(tokenizer: Tokenizer, token: int) -> str:
     """A token as text, or if it is only part of a character, as ``bytes:\\xe2\\x82``."""
     data = tokenizer.decode_bytes([token])
@@ -179,6 +158,19 @@ def _by_name(tokenizer: Tokenizer, one: Scored) -> dict[str, float]:
     for token, logprob in [*one.top, (one.token, one.logprob)]:
         named.setdefault(token_name(tokenizer, token), logprob)
     return named
+
+
+def error_of(error: Exception) -> ApiError:
+    """The error that a client receives for an exception."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UserError):
+        return ApiError(400, "; ".join(str(error).splitlines()))
+    if isinstance(error, BusyError):
+        return ApiError(429, "the server is at capacity: try again soon", code="rate_limit_exceeded")
+    if isinstance(error, StoppedError):
+        return ApiError(503, "the server is shutting down")
+    return ApiError(500, "the server failed on this request: see its log")
 
 
 def header(shape: Shape, kind: str, model: str) -> dict[str, Any]:
@@ -198,14 +190,9 @@ async def whole_answer(shape: Shape, model: str, pieces: Pieces, choices: int, u
 
 
 async def events_of_answer(
-    shape: Shape,
-    model: str,
-    pieces: Pieces,
-    usage: Usage,
-    include_usage: bool,
-    failure: Callable[[Exception], dict[str, Any]],
+    shape: Shape, model: str, pieces: Pieces, usage: Usage, include_usage: bool
 ) -> AsyncGenerator[str, None]:
-    """The pieces as server-sent events, as they arrive; ``failure`` makes the last event from an exception.
+    """The pieces as server-sent events, as they arrive; an error is the last event.
 
     An exception before the first piece is raised instead, because it can still become an HTTP error.
     """
@@ -215,22 +202,20 @@ async def events_of_answer(
         async with aclosing(pieces):
             async for index, piece in pieces:
                 usage.completion_tokens += piece.written
-                choices = []
-                if index not in opened and (opening := shape.opening(index)) is not None:
-                    choices.append(opening)
+                choices = [] if index in opened else [shape.opening(index)]
                 opened.add(index)
                 if piece.text or piece.scored or piece.finish_reason:
                     choices.append(shape.delta(index, piece))
-                for choice in choices:
+                for choice in filter(None, choices):
                     yield event({**common, "choices": [choice], **({"usage": None} if include_usage else {})})
     except Exception as error:
         if not opened:
             raise
-        yield event(failure(error))
+        yield event(error_of(error).body())
         return
     if include_usage:
         yield event({**common, "choices": [], "usage": usage.body()})
-    yield END_OF_EVENTS
+    yield "data: [DONE]\n\n"
 
 
 def event(data: dict[str, Any]) -> str:

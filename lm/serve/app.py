@@ -16,8 +16,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from data_prep.errors import UserError
+from lm.serve.answers import error_of
 from lm.serve.engine import BusyError, Engine, FailedError, StoppedError
-from lm.serve.guard import AccessPolicy, Guard, error_of, error_response
+from lm.serve.guard import AccessPolicy, Guard, error_response
 from lm.serve.kindling_api import KindlingAPI
 from lm.serve.openai_api import OpenAIAPI
 from lm.serve.schema import ApiError
@@ -57,13 +58,9 @@ def make_app(service: Service, policy: AccessPolicy) -> Starlette:
     ]
     middleware = [Middleware(Guard, policy=policy)]
     if policy.origins:
-        cors = Middleware(
-            CORSMiddleware,
-            allow_origins=policy.origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )
-        middleware = [cors, *middleware]
+        methods, headers = ["GET", "POST"], ["Authorization", "Content-Type"]
+        cors = Middleware(CORSMiddleware, allow_origins=policy.origins, allow_methods=methods, allow_headers=headers)
+        middleware.insert(0, cors)
     app = Starlette(
         routes=routes,
         middleware=middleware,

@@ -15,11 +15,11 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from data_prep.errors import UserError
-from lm.inference.generator import Event
+from lm.inference.generator import Event, Generator
 from lm.inference.sampling import Sampling
 
 Piece = TypeVar("Piece")
@@ -37,14 +37,6 @@ class FailedError(Exception):
     """The model failed on this request; the traceback has been written to stderr."""
 
 
-class Writer(Protocol):
-    """The part of ``lm.inference.generator.Generator`` that the engine uses."""
-
-    def add(self, prompt: Sequence[int], sampling: Sampling) -> int: ...
-    def step(self) -> list[Event]: ...
-    def cancel(self, handle: int) -> None: ...
-
-
 @dataclass(frozen=True)
 class TextRequest:
     """One text to generate: the token ids of its prompt, and how to sample its continuation."""
@@ -55,16 +47,14 @@ class TextRequest:
 
 @dataclass(eq=False)
 class _Job:
-    """A text to generate or an iterator to exhaust. Results go to ``inbox`` as (``number``, result)."""
+    """A text to generate or an iterator to exhaust. ``inbox`` receives (``number``, result): each event of the text,
+    or the list of all the iterator's ``pieces``, or the exception that ended the job."""
 
     work: TextRequest | Iterator[Any]
     number: int
     inbox: asyncio.Queue[tuple[int, Any]]
     abandoned: bool = False
-
-
-class _Finished:
-    """Put into the inbox after the last piece of an iterator."""
+    pieces: list[Any] = field(default_factory=list)
 
 
 class Engine:
@@ -75,7 +65,7 @@ class Engine:
         capacity: the most texts and other jobs that may be active or waiting at a time.
     """
 
-    def __init__(self, make_writer: Callable[[], Writer], capacity: int) -> None:
+    def __init__(self, make_writer: Callable[[], Generator], capacity: int) -> None:
         self.capacity = capacity
         self.in_use = 0
         self._make_writer = make_writer
@@ -115,15 +105,9 @@ class Engine:
 
     async def compute(self, pieces: Iterator[Piece]) -> list[Piece]:
         """Run an iterator in the thread, piece by piece, and return its items. Raises as ``write`` does."""
-        collected: list[Piece] = []
         with self._submitted([pieces]) as inbox:
-            while True:
-                _, item = await inbox.get()
-                if isinstance(item, Exception):
-                    raise item
-                if isinstance(item, _Finished):
-                    return collected
-                collected.append(item)
+            _, collected = await _receive(inbox)
+            return collected
 
     @contextmanager
     def _submitted(self, work: Sequence[TextRequest | Iterator[Any]]) -> Iterator[asyncio.Queue[tuple[int, Any]]]:
@@ -156,7 +140,7 @@ class Engine:
             self._do_one_piece()
         self._notify([(job, StoppedError()) for job in [*self._texts.values(), *self._others]])
 
-    def _accept(self, writer: Writer) -> bool:
+    def _accept(self, writer: Generator) -> bool:
         """Start new requests, waiting for one if there is nothing to do. Return False when the engine stops."""
         idle = not self._texts and not self._others
         while idle or not self._arriving.empty():
@@ -166,25 +150,23 @@ class Engine:
             idle = False
             if job.abandoned:
                 continue
-            if not isinstance(job.work, TextRequest):
-                self._others.append(job)
-                continue
             try:
-                self._texts[writer.add(job.work.prompt, job.work.sampling)] = job
+                if isinstance(job.work, TextRequest):
+                    self._texts[writer.add(job.work.prompt, job.work.sampling)] = job
+                else:
+                    self._others.append(job)
             except Exception as error:
                 self._notify([(job, _failure(error))])
         return True
 
-    def _drop_abandoned(self, writer: Writer) -> None:
+    def _drop_abandoned(self, writer: Generator) -> None:
         for handle in [handle for handle, job in self._texts.items() if job.abandoned]:
             writer.cancel(handle)
             del self._texts[handle]
         self._others = deque(job for job in self._others if not job.abandoned)
 
-    def _write(self, writer: Writer) -> None:
-        if not self._texts:
-            return
-        events = writer.step()
+    def _write(self, writer: Generator) -> None:
+        events = writer.step() if self._texts else []
         self._notify([(self._texts[event.handle], event) for event in events])
         for event in events:
             if event.finish_reason is not None:
@@ -196,12 +178,12 @@ class Engine:
         job = self._others.popleft()
         assert not isinstance(job.work, TextRequest)
         try:
-            piece = next(job.work, _Finished())
-        except Exception as error:
-            piece = _failure(error)
-        if not isinstance(piece, (Exception, _Finished)):
+            job.pieces.append(next(job.work))
             self._others.append(job)
-        self._notify([(job, piece)])
+        except StopIteration:
+            self._notify([(job, job.pieces)])
+        except Exception as error:
+            self._notify([(job, _failure(error))])
 
     def _notify(self, results: list[tuple[_Job, Any]]) -> None:
         """Put results into the inboxes of their jobs, all in one iteration of the event loop."""
@@ -214,13 +196,18 @@ def _deliver(results: list[tuple[_Job, Any]]) -> None:
         job.inbox.put_nowait((job.number, item))
 
 
+async def _receive(inbox: asyncio.Queue[tuple[int, Any]]) -> tuple[int, Any]:
+    number, item = await inbox.get()
+    if isinstance(item, Exception):
+        raise item
+    return number, item
+
+
 async def _until_all_finished(inbox: asyncio.Queue[tuple[int, Any]], running: int) -> AsyncIterator[tuple[int, Event]]:
     while running:
-        number, item = await inbox.get()
-        if isinstance(item, Exception):
-            raise item
-        running -= item.finish_reason is not None
-        yield number, item
+        number, event = await _receive(inbox)
+        running -= event.finish_reason is not None
+        yield number, event
 
 
 def _failure(error: Exception) -> Exception:

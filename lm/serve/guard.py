@@ -11,16 +11,14 @@ import asyncio
 import hmac
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from data_prep.errors import UserError
-from lm.serve.engine import BusyError, StoppedError
-from lm.serve.schema import ApiError
+from lm.serve.schema import ApiError, parse_json
 
 Result = TypeVar("Result")
 
@@ -89,22 +87,8 @@ class Guard:
         if self.policy.key is not None and path.startswith(KEY_REQUIRED):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), self.policy.key.encode()):
-                raise ApiError(
-                    401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
-                )
-
-
-def error_of(error: Exception) -> ApiError:
-    """The error that a client receives for an exception."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, UserError):
-        return ApiError(400, "; ".join(str(error).splitlines()))
-    if isinstance(error, BusyError):
-        return ApiError(429, "the server is at capacity: try again soon", code="rate_limit_exceeded")
-    if isinstance(error, StoppedError):
-        return ApiError(503, "the server is shutting down")
-    return ApiError(500, "the server failed on this request: see its log")
+                message = "the API key is missing or wrong: send Authorization: Bearer KEY"
+                raise ApiError(401, message, code="invalid_api_key")
 
 
 def error_response(error: ApiError) -> JSONResponse:
@@ -113,8 +97,8 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, extra.get(error.status))
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body. Raises ApiError if it is longer than ``limit`` bytes or takes more than a minute."""
+async def read_json(request: Request, limit: int) -> dict[str, Any]:
+    """The request's body, a JSON object. Raises ApiError, also if it exceeds ``limit`` bytes or takes over a minute."""
     body, size = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -128,7 +112,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise ApiError(408, f"the request did not arrive within {BODY_SECONDS} seconds") from None
     if size > limit:
         raise ApiError(413, f"the request is larger than {limit:,} bytes", code="request_too_large")
-    return bytes(body)
+    return parse_json(bytes(body))
 
 
 async def unless_disconnected(request: Request, wanted: Awaitable[Result]) -> Result:

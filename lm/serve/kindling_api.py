@@ -17,18 +17,9 @@ from lm.inference.scoring import TokenProbability, texts_of_tokens
 from lm.runs.directory import METRICS
 from lm.serve.answers import token_name
 from lm.serve.engine import Engine
-from lm.serve.guard import read_body, unless_disconnected
+from lm.serve.guard import read_json, unless_disconnected
 from lm.serve.metrics_tail import read_tail
-from lm.serve.schema import (
-    LARGEST_SEED,
-    MOST_ALTERNATIVES,
-    MOST_ROUNDS,
-    ApiError,
-    Fields,
-    encode_prompt,
-    parse_json,
-    refuse_oversized,
-)
+from lm.serve.schema import LARGEST_SEED, MOST_ALTERNATIVES, MOST_ROUNDS, ApiError, Fields, check_size, encode_prompt
 from lm.serve.service import Service
 
 
@@ -44,40 +35,32 @@ class KindlingAPI:
 
         In at most ``rounds`` passes, because nothing else is computed meanwhile; sampled by ``temperature``, ``seed``.
         """
-        fields = await self._fields(request)
+        fields = Fields(await read_json(request, self.service.limits.body_bytes))
         text, top = fields.text("text"), fields.integer("top", 5, 1, MOST_ALTERNATIVES)
         rounds = fields.integer("rounds", MOST_ROUNDS, 1, MOST_ROUNDS)
         temperature, seed = fields.number("temperature", 0.0, 0, 100), fields.integer("seed", 0, 0, LARGEST_SEED - 1)
         sampling = Sampling(temperature=temperature, seed=seed)
         fields.refuse(sampling)
         fields.done()
-        service = self.service
-        unmasked = text.replace(MASK_WORD, "")
-        await asyncio.to_thread(refuse_oversized, unmasked, service.tokenizer, service.context_length, "text")
-        (filled,) = await unless_disconnected(request, self.engine.compute(service.fill(text, top, rounds, sampling)))
-        return JSONResponse(
-            {
-                "text": filled.text,
-                "pieces": [{"text": piece, "filled": is_filled} for piece, is_filled in filled.pieces],
-                "candidates": [
-                    [{"token": token, "probability": probability} for token, probability in candidates]
-                    for candidates in filled.candidates
-                ],
-            }
-        )
+        await asyncio.to_thread(check_size, text.replace(MASK_WORD, ""), self.service.model, "text")
+        work = self.engine.compute(self.service.fill(text, top, rounds, sampling))
+        (filled,) = await unless_disconnected(request, work)
+        pieces = [{"text": piece, "filled": is_filled} for piece, is_filled in filled.pieces]
+        candidates = [[{"token": token, "probability": p} for token, p in mask] for mask in filled.candidates]
+        return JSONResponse({"text": filled.text, "pieces": pieces, "candidates": candidates})
 
     async def probabilities(self, request: Request) -> Response:
         """The tokens of ``text``, with probability, rank and alternatives by each readout (or only by ``readout``)."""
-        fields = await self._fields(request)
+        fields = Fields(await read_json(request, self.service.limits.body_bytes))
         text, top = fields.text("text"), fields.integer("top", 10, 1, MOST_ALTERNATIVES)
-        readouts = self.service.readouts
+        model = self.service.model
+        readouts, tokenizer = model.readouts, model.tokenizer
         if (wanted := fields.take("readout")) is not None:
             if wanted not in readouts:
                 fields.problem("readout", f"must be one of {', '.join(readouts)}")
             readouts = (wanted,)
         fields.done()
-        tokenizer = self.service.tokenizer
-        tokens = list(await asyncio.to_thread(encode_prompt, text, tokenizer, self.service.context_length, "text"))
+        tokens = list(await asyncio.to_thread(encode_prompt, text, model, "text"))
         found = {}
         for readout in readouts:
             work = self.engine.compute(self.service.probabilities(tokens, readout, top))
@@ -105,16 +88,9 @@ class KindlingAPI:
         """How many requests are active or waiting, and how many may be."""
         return JSONResponse({"status": "ok", "requests": self.engine.in_use, "places": self.engine.capacity})
 
-    async def _fields(self, request: Request) -> Fields:
-        return Fields(parse_json(await read_body(request, self.service.limits.body_bytes)))
-
 
 def _scored(one: TokenProbability, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "probability": math.exp(one.logprob),
-        "rank": one.rank,
-        "alternatives": [
-            {"token": token_name(tokenizer, token), "probability": math.exp(logprob)}
-            for token, logprob in one.alternatives
-        ],
-    }
+    alternatives = [
+        {"token": token_name(tokenizer, token), "probability": math.exp(logprob)} for token, logprob in one.alternatives
+    ]
+    return {"probability": math.exp(one.logprob), "rank": one.rank, "alternatives": alternatives}

@@ -11,21 +11,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from lm.inference.chat_template import PLAIN_STOPS, render
-from lm.serve.answers import (
-    ChatShape,
-    CompletionShape,
-    Piece,
-    Pieces,
-    Scored,
-    Shape,
-    Usage,
-    events_of_answer,
-    piece_from,
-    whole_answer,
-)
+from lm.serve import answers
+from lm.serve.answers import ChatShape, CompletionShape, Piece, Pieces, Scored, Shape, Usage
 from lm.serve.engine import Engine, TextRequest
-from lm.serve.guard import error_of, read_body, unless_disconnected
-from lm.serve.schema import ApiError, Options, choice_sampling, encode_prompt, parse_json, read_chat, read_completion
+from lm.serve.guard import read_json, unless_disconnected
+from lm.serve.schema import ApiError, Options, choice_sampling, encode_prompt, read_chat, read_completion
 from lm.serve.service import Service
 
 
@@ -37,38 +27,36 @@ class OpenAIAPI:
     engine: Engine
 
     async def completions(self, request: Request) -> Response:
-        service = self.service
-        parsed = read_completion(parse_json(await read_body(request, service.limits.body_bytes)), service.limits)
+        service, tokenizer = self.service, self.service.model.tokenizer
+        parsed = read_completion(await read_json(request, service.limits.body_bytes), service.limits)
         options = parsed.options
         service.check(options.model, len(parsed.prompts) * options.choices)
         prompts = await asyncio.to_thread(self._tokens, parsed.prompts, "prompt")
-        texts = [service.tokenizer.decode(tokens) for tokens in prompts]
         sampling = replace(options.sampling, max_new_tokens=max(1, parsed.max_tokens))
         jobs = [TextRequest(tokens, choice_sampling(sampling, n)) for tokens in prompts for n in range(options.choices)]
-        echo = [(text, tokens) for text, tokens in zip(texts, prompts, strict=True) for _ in range(options.choices)]
+        echo = [(tokenizer.decode(tokens), tokens) for tokens in prompts for _ in range(options.choices)]
         pieces = self._written(jobs if parsed.max_tokens else [])
         if parsed.echo:
             pieces = self._echoed(echo, pieces, sampling.logprobs, ends=not parsed.max_tokens)
         starts = [0 if parsed.echo else len(text) for text, _ in echo]
-        shape = CompletionShape(service.tokenizer, starts, sampling.logprobs is not None)
-        usage = Usage(sum(map(len, prompts)))
-        return await self._answer(request, shape, pieces, len(echo), usage, options)
+        shape = CompletionShape(tokenizer, starts, sampling.logprobs is not None)
+        return await self._answer(request, shape, pieces, len(echo), Usage(sum(map(len, prompts))), options)
 
     async def chat_completions(self, request: Request) -> Response:
         service = self.service
-        parsed = read_chat(parse_json(await read_body(request, service.limits.body_bytes)), service.limits)
+        parsed = read_chat(await read_json(request, service.limits.body_bytes), service.limits)
         options = parsed.options
         service.check(options.model, options.choices)
         text = await asyncio.to_thread(render, parsed.messages, service.template)
-        (tokens,) = await asyncio.to_thread(self._tokens, [text], "messages")
-        room = min(service.context_length - 1 - len(tokens), service.limits.new_tokens)
+        tokens = await asyncio.to_thread(encode_prompt, text, service.model, "messages")
+        room = min(service.model.context_length - 1 - len(tokens), service.limits.new_tokens)
         sampling = replace(
             options.sampling,
             max_new_tokens=parsed.max_tokens or max(1, room),
             stop=options.sampling.stop + (PLAIN_STOPS if service.template is None else ()),
         )
         pieces = self._written([TextRequest(tokens, choice_sampling(sampling, n)) for n in range(options.choices)])
-        shape = ChatShape(service.tokenizer, sampling.logprobs is not None)
+        shape = ChatShape(service.model.tokenizer, sampling.logprobs is not None)
         return await self._answer(request, shape, pieces, options.choices, Usage(len(tokens)), options)
 
     async def models(self, _: Request) -> Response:
@@ -85,13 +73,12 @@ class OpenAIAPI:
         return {"id": self.service.name, "object": "model", "created": created, "owned_by": "kindling"}
 
     def _tokens(self, prompts: Sequence[str | list[int]], param: str) -> list[Sequence[int]]:
-        service = self.service
-        return [encode_prompt(prompt, service.tokenizer, service.context_length, param) for prompt in prompts]
+        return [encode_prompt(prompt, self.service.model, param) for prompt in prompts]
 
     async def _written(self, requests: Sequence[TextRequest]) -> Pieces:
         async with self.engine.write(requests) as events:
             async for index, event in events:
-                yield index, piece_from(event)
+                yield index, Piece.of(event)
 
     async def _echoed(
         self, prompts: Sequence[tuple[str, Sequence[int]]], written: Pieces, logprobs: int | None, *, ends: bool
@@ -100,9 +87,8 @@ class OpenAIAPI:
         for index, (text, tokens) in enumerate(prompts):
             scored: list[Scored] = []
             if logprobs is not None:
-                parts = await self.engine.compute(
-                    self.service.probabilities(list(tokens), "next_token", max(1, logprobs))
-                )
+                work = self.service.probabilities(list(tokens), "next_token", max(1, logprobs))
+                parts = await self.engine.compute(work)
                 scored = [Scored(p.token, p.logprob, p.alternatives[:logprobs]) for part in parts for p in part]
             yield index, Piece(text, tuple(scored), finish_reason="length" if ends else None)
         async for each in written:
@@ -112,11 +98,9 @@ class OpenAIAPI:
         self, request: Request, shape: Shape, pieces: Pieces, choices: int, usage: Usage, options: Options
     ) -> Response:
         if not options.stream:
-            answer = whole_answer(shape, self.service.name, pieces, choices, usage)
+            answer = answers.whole_answer(shape, self.service.name, pieces, choices, usage)
             return JSONResponse(await unless_disconnected(request, answer))
-        events = events_of_answer(
-            shape, self.service.name, pieces, usage, options.include_usage, lambda error: error_of(error).body()
-        )
+        events = answers.events_of_answer(shape, self.service.name, pieces, usage, options.include_usage)
         return EventStream(await unless_disconnected(request, anext(events)), events)
 
 

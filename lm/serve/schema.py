@@ -7,10 +7,10 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.sampling import MOST_LOGPROBS, Sampling
+from lm.inference.language_model import LanguageModel
 
 LARGEST_SEED = 2**63
 MOST_CHOICES = 128
@@ -42,16 +42,14 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 class ApiError(Exception):
     """An error to answer with: ``status`` is the HTTP status; the rest are the fields of OpenAI's errors."""
 
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str = ""
-    ) -> None:
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
 
     def body(self) -> dict[str, Any]:
         """The JSON body of the answer."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,9 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number in JSON")
 
 
+Default = TypeVar("Default", int, None)
+
+
 class Fields:
     """The fields of a request. Its methods take one field each; ``done`` raises if any was invalid or is unknown.
 
@@ -112,32 +113,24 @@ class Fields:
         self._known.add(name)
         return self._body.get(name)
 
-    def integer(self, name: str, default: int, low: int, high: int) -> int:
-        """An integer in [low, high]."""
-        value = self.take(name)
-        if value is None:
-            return default
-        if type(value) is not int or not low <= value <= high:
-            self.problem(name, f"must be a whole number from {low} to {high}, not {_short(value)}")
-            return default
-        return value
+    def integer(self, name: str, default: Default, low: int, high: int) -> int | Default:
+        """An integer in [low, high]; ``default`` if it is not given or invalid."""
+        valid = type(value := self.take(name)) is int and low <= value <= high
+        return self._checked(name, default, valid, f"a whole number from {low} to {high}")
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
-        """A number in [low, high]."""
-        value = self.take(name)
-        if value is None:
-            return default
-        if type(value) not in (int, float) or not low <= value <= high:
-            self.problem(name, f"must be a number from {low:g} to {high:g}, not {_short(value)}")
-            return default
-        return float(value)
+        """A number in [low, high]; ``default`` if it is not given or invalid."""
+        valid = type(value := self.take(name)) in (int, float) and low <= value <= high
+        return float(self._checked(name, default, valid, f"a number from {low:g} to {high:g}"))
 
     def flag(self, name: str) -> bool:
-        """A boolean; False if it is not given."""
-        value = self.take(name)
-        if value is not None and type(value) is not bool:
-            self.problem(name, f"must be true or false, not {_short(value)}")
-        return value is True
+        """A boolean; False if it is not given or invalid."""
+        return self._checked(name, False, type(self.take(name)) is bool, "true or false")
+
+    def _checked(self, name: str, default: Any, valid: bool, wanted: str) -> Any:
+        if not valid and (value := self.take(name)) is not None:
+            self.problem(name, f"must be {wanted}, not {_short(value)}")
+        return self.take(name) if valid else default
 
     def text(self, name: str) -> str:
         """A required string."""
@@ -226,9 +219,7 @@ def read_completion(body: dict[str, Any], limits: Limits) -> Completion:
     prompts = _prompts(fields)
     echo = fields.flag("echo")
     max_tokens = fields.integer("max_tokens", 16, 0 if echo else 1, limits.new_tokens)
-    logprobs = fields.take("logprobs")
-    if logprobs is not None:
-        logprobs = fields.integer("logprobs", 0, 0, MOST_LOGPROBS)
+    logprobs = fields.integer("logprobs", None, 0, MOST_LOGPROBS)
     options = _common_options(fields, logprobs, max(1, max_tokens))
     fields.done()
     return Completion(prompts, echo, max_tokens, options)
@@ -239,9 +230,7 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Chat:
     fields = Fields(body)
     messages = _messages(fields)
     given = "max_tokens" if fields.take("max_completion_tokens") is None else "max_completion_tokens"
-    max_tokens = None
-    if fields.take(given) is not None:
-        max_tokens = fields.integer(given, 1, 1, limits.new_tokens)
+    max_tokens = fields.integer(given, None, 1, limits.new_tokens)
     top = fields.integer("top_logprobs", 0, 0, MOST_LOGPROBS)
     wanted = fields.flag("logprobs")
     if top and not wanted:
@@ -252,11 +241,7 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Chat:
 
 
 def _common_options(fields: Fields, logprobs: int | None, max_new_tokens: int) -> Options:
-    seed = fields.take("seed")
-    if seed is None:
-        seed = secrets.randbelow(LARGEST_SEED)
-    else:
-        seed = fields.integer("seed", 0, -LARGEST_SEED, LARGEST_SEED - 1) % LARGEST_SEED
+    seed = fields.integer("seed", secrets.randbelow(LARGEST_SEED), -LARGEST_SEED, LARGEST_SEED - 1)
     sampling = Sampling(
         temperature=fields.number("temperature", 1.0, 0, 100),
         top_k=fields.integer("top_k", 0, 0, 1 << 30),
@@ -268,7 +253,7 @@ def _common_options(fields: Fields, logprobs: int | None, max_new_tokens: int) -
         frequency_penalty=fields.number("frequency_penalty", 0.0, -2, 2),
         max_new_tokens=max_new_tokens,
         stop=_stops(fields),
-        seed=seed,
+        seed=seed % LARGEST_SEED,
         logprobs=logprobs,
     )
     fields.refuse(sampling)
@@ -293,17 +278,16 @@ def _stops(fields: Fields) -> tuple[str, ...]:
 
 def _prompts(fields: Fields) -> list[str | list[int]]:
     value = fields.take("prompt")
-    if isinstance(value, str):
+    if isinstance(value, str) or _is_token_ids(value):
         return [value]
-    if isinstance(value, list) and value:
-        if all(type(token) is int for token in value):
-            return [value]
-        if all(isinstance(text, str) for text in value):
-            return value
-        if all(isinstance(ids, list) and ids and all(type(token) is int for token in ids) for ids in value):
-            return value
+    if isinstance(value, list) and value and (all(isinstance(x, str) for x in value) or all(map(_is_token_ids, value))):
+        return value
     fields.problem("prompt", "must be a string, a list of strings, a list of token ids, or a list of such lists")
     return []
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
 def _messages(fields: Fields) -> list[dict[str, str]]:
@@ -334,32 +318,29 @@ def _message(fields: Fields, number: int, message: Any) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def encode_prompt(prompt: str | list[int], tokenizer: Tokenizer, context_length: int, param: str) -> Sequence[int]:
+def encode_prompt(prompt: str | list[int], model: LanguageModel, param: str) -> Sequence[int]:
     """The token ids of a prompt. Raises ApiError if an id does not exist, or the prompt exceeds the context."""
     if isinstance(prompt, str):
-        refuse_oversized(prompt, tokenizer, context_length, param)
-        tokens = tokenizer.encode(prompt)
-    else:
-        tokens = prompt
-    if len(tokens) >= context_length:
-        raise _too_long(f"{len(tokens):,}", context_length, param)
-    if invalid := next((token for token in tokens if not 0 <= token < tokenizer.vocab_size), None):
-        raise ApiError(
-            400, f'"{param}" has the token id {invalid}; ids range from 0 to {tokenizer.vocab_size - 1}', param=param
-        )
+        check_size(prompt, model, param)
+    tokens = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    if len(tokens) >= model.context_length:
+        raise _too_long(f"{len(tokens):,}", model, param)
+    known = model.tokenizer.vocab_size
+    if invalid := next((token for token in tokens if not 0 <= token < known), None):
+        raise ApiError(400, f'"{param}" has the token id {invalid}; ids range from 0 to {known - 1}', param=param)
     return tokens
 
 
-def refuse_oversized(text: str, tokenizer: Tokenizer, context_length: int, param: str) -> None:
+def check_size(text: str, model: LanguageModel, param: str) -> None:
     """Raise ApiError if the beginning of a text alone is far too long, without encoding a megabyte first.
 
     The tokens next to the cut may differ from those of the whole text, but never by that many.
     """
-    beginning = text[: CHARACTERS_CHECKED * context_length]
-    if len(beginning) < len(text) and len(tokenizer.encode(beginning)) >= 2 * context_length:
-        raise _too_long(f"more than {context_length:,}", context_length, param)
+    beginning = text[: CHARACTERS_CHECKED * model.context_length]
+    if len(beginning) < len(text) and len(model.tokenizer.encode(beginning)) >= 2 * model.context_length:
+        raise _too_long(f"more than {model.context_length:,}", model, param)
 
 
-def _too_long(tokens: str, context_length: int, param: str) -> ApiError:
-    message = f'"{param}" has {tokens} tokens; this model reads at most {context_length - 1:,} at once'
+def _too_long(tokens: str, model: LanguageModel, param: str) -> ApiError:
+    message = f'"{param}" has {tokens} tokens; this model reads at most {model.context_length - 1:,} at once'
     return ApiError(400, message, param=param, code="context_length_exceeded")

@@ -7,7 +7,6 @@ import errno
 import logging
 import signal
 import socket
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -50,18 +49,16 @@ class Server(uvicorn.Server):
 
 def make_server(app: Starlette) -> Server:
     """A server that does not log requests, for an application of ``make_app``; ``run`` it on sockets of ``listen``."""
-    return Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            lifespan="on",
-            ws="none",
-            timeout_graceful_shutdown=2 * SECONDS_TO_FINISH,  # for clients that do not read their answers
-        ),
-        app.state.engine,
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        ws="none",
+        timeout_graceful_shutdown=2 * SECONDS_TO_FINISH,  # for clients that do not read their answers
     )
+    return Server(config, app.state.engine)
 
 
 def serve(app: Starlette, listening: socket.socket) -> None:
@@ -69,14 +66,10 @@ def serve(app: Starlette, listening: socket.socket) -> None:
     server = make_server(app)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns about every client that disconnects
     # uvicorn raises the signal again when it has shut down; the process should still exit normally.
-    before = {number: signal.signal(number, _ignore) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[listening])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         listening.close()
-
-
-def _ignore(*_: Any) -> None:
-    pass

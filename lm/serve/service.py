@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.inference.chat_template import read_template
 from lm.inference.fill_mask import Filled, fill_masks
 from lm.inference.generator import Generator
@@ -39,26 +38,13 @@ class Service:
     def open(
         cls, run: Run, checkpoint: Checkpoint, model: Transformer, limits: Limits, *, compiled: bool = False
     ) -> Service:
-        return cls(
-            run, checkpoint, LanguageModel(model, run.tokenizer, run.config), read_template(run.path), limits, compiled
-        )
+        whole = LanguageModel(model, run.tokenizer, run.config)
+        return cls(run, checkpoint, whole, read_template(run.path), limits, compiled)
 
     @property
     def name(self) -> str:
         """The name of the model in requests: that of the run's folder."""
         return self.run.path.resolve().name
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.model.tokenizer
-
-    @property
-    def context_length(self) -> int:
-        return self.model.context_length
-
-    @property
-    def readouts(self) -> tuple[str, ...]:
-        return self.model.readouts
 
     @property
     def places(self) -> int:
@@ -75,31 +61,22 @@ class Service:
     def check(self, model: str | None, texts: int = 1) -> None:
         """Raise ApiError if a request for ``texts`` texts names another model, or if this one cannot generate them."""
         if model is not None and model != self.name:
-            raise ApiError(
-                404,
-                f'there is no model "{model}", only "{self.name}"',
-                param="model",
-                code="model_not_found",
-            )
-        if "next_token" not in self.readouts:
-            raise ApiError(
-                400,
-                f"{self.name} was trained with {self.run.config.objective.objective} only: it can fill masks "
-                "(POST /api/fill), but not continue text",
-                code="unsupported_readout",
-            )
+            message = f'there is no model "{model}", only "{self.name}"'
+            raise ApiError(404, message, param="model", code="model_not_found")
+        if "next_token" not in self.model.readouts:
+            raise self._unsupported("fill masks (POST /api/fill), but not continue text")
         if texts > self.places:
             raise ApiError(400, f"the request asks for {texts:,} texts; at most {self.places:,} are accepted at once")
+
+    def _unsupported(self, abilities: str) -> ApiError:
+        objective = self.run.config.objective.objective
+        message = f"{self.name} was trained with {objective} only: it can {abilities}"
+        return ApiError(400, message, code="unsupported_readout")
 
     def fill(self, text: str, top: int, rounds: int, sampling: Sampling) -> Iterator[Filled]:
         """Return one result, for ``Engine.compute``. Raises ApiError now if the model cannot fill, UserError later."""
         if self.model.masked_readout is None:
-            raise ApiError(
-                400,
-                f"{self.name} was trained with {self.run.config.objective.objective} only: it can continue text "
-                "(POST /v1/completions), but not fill masks",
-                code="unsupported_readout",
-            )
+            raise self._unsupported("continue text (POST /v1/completions), but not fill masks")
         # A generator, because the engine's thread computes it.
         return (fill_masks(self.model, each, top=top, rounds=rounds, sampling=sampling) for each in (text,))
 
@@ -115,9 +92,9 @@ class Service:
             "parameters": self.model.model.parameter_counts(),
             "step": self.checkpoint.step,
             "objective": self.run.config.objective.objective,
-            "readouts": list(self.readouts),
-            "context_length": self.context_length,
-            "vocabulary": self.tokenizer.vocab_size,
+            "readouts": list(self.model.readouts),
+            "context_length": self.model.context_length,
+            "vocabulary": self.model.tokenizer.vocab_size,
             "chat_template": self.template is not None,
             "limits": vars(self.limits),
             "settings": plain_settings(self.run.config),

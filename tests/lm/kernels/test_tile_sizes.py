@@ -7,7 +7,7 @@ import torch
 import triton.runtime
 
 from lm.kernels import tile_sizes
-from lm.kernels.aot import ARCHITECTURES, SHARED_MEMORY_BYTES, FakeDriver
+from lm.kernels.aot import ARCHITECTURES, SHARED_MEMORY_BYTES, fake_driver
 from lm.kernels.tile_sizes import TileSizes
 
 KERNELS = ("attention_forward", "attention_query_gradient", "attention_key_gradient", "decoding_part")
@@ -18,7 +18,7 @@ def on_gpu(monkeypatch):
     """Make Triton see a GPU of an architecture."""
 
     def pretend(architecture: int) -> None:
-        monkeypatch.setattr(triton.runtime.driver, "_active", FakeDriver(architecture))
+        monkeypatch.setattr(triton.runtime.driver, "_active", fake_driver(architecture))
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     return pretend
@@ -40,7 +40,7 @@ def test_the_table_has_every_kernel_size_of_dtype_and_head_dimension(on_gpu, arc
 def test_hoppers_wgmma_needs_64_queries_per_four_warps():
     for kernel in KERNELS[:3]:
         for width in (64, 128):
-            chosen = tile_sizes.table()["90"][kernel]["16"][width]
+            chosen = TileSizes(*tile_sizes.table()["90"][kernel]["16"][str(width)])
             lines = chosen.block_n if kernel == "attention_key_gradient" else chosen.block_m
             assert lines >= 64
 

@@ -54,7 +54,7 @@ def test_invalid_requests_to_fill_are_reported(served, body, words):
 def test_probabilities_by_each_readout_add_up_to_the_score(served):
     service = served.service
     answer = served.ask("/api/probabilities", {"text": TEXT, "top": 4}).json
-    ids = service.tokenizer.encode(TEXT)
+    ids = service.model.tokenizer.encode(TEXT)
     assert [token["id"] for token in answer["tokens"]] == ids
     assert "".join(token["text"] for token in answer["tokens"]) == TEXT
     assert list(answer["readouts"]) == ["next_token", "masked_next_token"]

@@ -46,7 +46,7 @@ def test_a_completion_is_the_text_of_the_generator(client, served):
     assert answer.model == "trained"
     assert answer.choices[0].text == alone(served.service, "the captain", temperature=0.0, max_new_tokens=12)
     assert answer.choices[0].finish_reason == "length"
-    prompt = len(served.service.tokenizer.encode("the captain"))
+    prompt = len(served.service.model.tokenizer.encode("the captain"))
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt, 12)
     assert answer.usage.total_tokens == prompt + 12
 
@@ -75,7 +75,7 @@ def test_a_stream_adds_up_to_the_whole(client):
 
 
 def test_token_ids_are_as_good_as_text(client, served):
-    ids = served.service.tokenizer.encode("the captain")
+    ids = served.service.model.tokenizer.encode("the captain")
     by_ids = client.completions.create(model="trained", prompt=[ids, ids], **GREEDY)
     by_text = client.completions.create(model="trained", prompt="the captain", **GREEDY)
     assert [choice.text for choice in by_ids.choices] == [by_text.choices[0].text] * 2
@@ -96,7 +96,7 @@ def test_echo_with_log_probabilities_scores_the_prompt(client, served, streamed)
         (choice,) = next(iter(client.completions.create(**asked, stream=True))).choices
     else:
         (choice,) = client.completions.create(**asked).choices
-    ids = service.tokenizer.encode(prompt)
+    ids = service.model.tokenizer.encode(prompt)
     assert choice.text == prompt == "".join(choice.logprobs.tokens)
     assert choice.finish_reason == "length"
     (score,) = log_likelihoods(service.model, [ids], "next_token")
@@ -150,7 +150,7 @@ def test_plain_turns_end_where_the_next_one_begins(served, monkeypatch):
 def test_a_chat_without_a_limit_ends_where_the_context_does(client, served):
     answer = client.chat.completions.create(model="trained", messages=HELLO, temperature=0.0, logprobs=True)
     prompt = answer.usage.prompt_tokens
-    assert answer.usage.completion_tokens <= served.service.context_length - 1 - prompt
+    assert answer.usage.completion_tokens <= served.service.model.context_length - 1 - prompt
     logprobs = answer.choices[0].logprobs.content
     assert b"".join(bytes(one.bytes) for one in logprobs).decode().startswith(answer.choices[0].message.content)
     assert all(one.logprob <= 0 for one in logprobs)
