@@ -55,12 +55,12 @@ def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str
     names = weight_names(config.model)
     state = run.load_model(torch.device("cpu"), checkpoint).state_dict()
     weights = {names[name]: tensor.detach().float().contiguous() for name, tensor in state.items()}
-    silent = unwritable_ids(tokenizer, config.model.vocab_size)
+    suppressed = unwritable_ids(tokenizer, config.model.vocab_size)
     with new_folder(out) as folder:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         for name, content in {
             "config.json": stock_config(config, tokenizer, stock),
-            "generation_config.json": {**token_ids(tokenizer), "suppress_tokens": silent},
+            "generation_config.json": {**token_ids(tokenizer), "suppress_tokens": suppressed},
             "tokenizer.json": tokenizer_with_start(tokenizer),
             "tokenizer_config.json": _tokenizer_config(tokenizer, config.data.context_length),
         }.items():

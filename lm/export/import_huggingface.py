@@ -43,8 +43,8 @@ def import_checkpoint(source: str, out: Path) -> None:
     tokenizer = Tokenizer.from_json(description, name=str(folder / "tokenizer.json"))
     if tokenizer.vocab_size > shape.vocab_size:
         weights = _grown(weights, tokenizer.vocab_size)
-    shape_config = Config().replace(**vars(shape)).replace(vocab_size=max(shape.vocab_size, tokenizer.vocab_size))
-    config = _settings(folder, shape_config, stock)
+    vocab_size = max(shape.vocab_size, tokenizer.vocab_size)
+    config = _settings(folder, Config().replace(**vars(shape) | {"vocab_size": vocab_size}), stock)
     with new_folder(out) as run:
         config.save(run / "config.toml")
         tokenizer.save(run / "tokenizer.json")

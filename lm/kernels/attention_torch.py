@@ -193,12 +193,8 @@ def make_plan(lo_bytes: bytes, hi_bytes: bytes, shape: Shape) -> AttentionPlan:
     blind = lo >= hi
     # Make these intervals empty such that they widen no piece, and turn theirs into a masked one.
     lo, hi = np.where(blind, shape.keys, lo), np.where(blind, 0, hi)
-    pieces, fresh_keys = [], 0
-    for rows, queries, keys, kind, first_on_keys in _cut(lo, hi, shape):
-        part = slice(rows.start, rows.stop, rows.step), slice(*queries)
-        bias = _bias(lo[part], hi[part], keys, kind, shape)
-        pieces.append(Piece(rows, queries, keys, kind, first_on_keys, bias))
-        fresh_keys += first_on_keys * len(rows) * (keys[1] - keys[0])
+    pieces = _cut(lo, hi, shape)
+    fresh_keys = sum(len(piece.rows) * (piece.keys[1] - piece.keys[0]) for piece in pieces if piece.first_on_keys)
     blind_queries = torch.from_numpy(blind).to(shape.device)[:, None] if blind.any() else None
     return AttentionPlan(tuple(pieces), blind_queries, fresh_keys == shape.rows * shape.keys)
 
@@ -221,10 +217,12 @@ def _runs_of_equal_rows(lo: np.ndarray, hi: np.ndarray) -> list[range]:
     return runs
 
 
-def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span, Span, Kind, bool]]:
-    """The first five fields of the cheapest pieces: cut each run of equal rows separately, or all rows at the same
-    positions, or nothing. Ordered from the last queries to the first, so that of a causal document's blocks, the one
-    with the keys of all others comes first."""
+def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[Piece]:
+    """The cheapest pieces: cut each run of equal rows separately, or all rows at the same positions, or nothing.
+
+    Ordered from the last queries to the first, so that of a causal document's blocks, the one with the keys of all
+    others comes first.
+    """
     runs = _runs_of_equal_rows(lo, hi)
     candidates, together, first = [*runs, range(shape.rows)], len(runs), [run.start for run in runs]
     # The least and greatest bounds of a candidate's rows, (candidates, Tq); the rows of a run are equal.
@@ -257,7 +255,7 @@ def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span
     seen = (seen_from[of, begins, ends - 1], seen_to[of, begins, ends - 1])
     columns = (starts, stops, *seen, _kinds(bounds, of, starts, stops))
     lowest_key = [shape.keys] * len(candidates)
-    pieces: list[tuple[range, Span, Span, Kind, bool]] = []
+    pieces = []
     for (c, _, _), start, stop, key, last_key, kind in zip(chosen, *(x.tolist() for x in columns), strict=True):
         if key >= last_key:
             continue  # blind queries only
@@ -265,7 +263,10 @@ def _cut(lo: np.ndarray, hi: np.ndarray, shape: Shape) -> list[tuple[range, Span
         lowest_key[c] = min(lowest_key[c], key)
         at_once = len(rows) if one_call else int(_rows_at_once(max(stop - start, last_key - key), shape))
         for i in range(0, len(rows), at_once):
-            pieces.append((rows[i : i + at_once], (start, stop), (key, last_key), kind, first_on_keys))
+            some = rows[i : i + at_once]
+            part = slice(some.start, some.stop, some.step), slice(start, stop)
+            bias = _bias(lo[part], hi[part], (key, last_key), kind, shape)
+            pieces.append(Piece(some, (start, stop), (key, last_key), kind, first_on_keys, bias))
     return pieces
 
 

@@ -48,7 +48,10 @@ def store_tile(base, start, stride, values, WIDTH: tl.constexpr, ROWS: tl.conste
 
 @triton.jit
 def tiles(first, end, full_first, full_end, BLOCK: tl.constexpr):
-    """The number of tiles in [first, end), and the indices [left, right) of those within [full_first, full_end)."""
+    """The number of tiles in [first, end), and the indices [left, right) of those within [full_first, full_end).
+
+    The kernels compute these full tiles first, without a mask, and then the others.
+    """
     count = tl.cdiv(tl.maximum(end - first, 0), BLOCK)
     left = tl.minimum(tl.cdiv(tl.maximum(full_first - first, 0), BLOCK), count)
     right = tl.minimum(tl.maximum(tl.maximum(full_end - first, 0) // BLOCK, left), count)

@@ -27,14 +27,9 @@ BLOCK_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 25}
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    loss_weights: Tensor | None = None,
-    softcap: float = 0.0,
-    z_loss: float = 0.0,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    loss_weights: Tensor | None = None, softcap: float = 0.0, z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Weighted sum of the cross-entropies, in nats, of ``softcap(hidden @ weight.T)`` against the targets.
 
     Args:

@@ -35,9 +35,7 @@ def _document_bounds(starts: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDAr
     flags = starts.copy()
     flags[:, :1] = True
     begins = np.flatnonzero(flags)  # in all rows, concatenated
-    lengths = np.empty_like(begins)
-    lengths[:-1] = begins[1:] - begins[:-1]
-    lengths[-1:] = flags.size - begins[-1:]
+    lengths = np.diff(begins, append=flags.size)
     within = (begins % flags.shape[1]).astype(np.int32)
     first = np.repeat(within, lengths).reshape(flags.shape)
     end = np.repeat(within + lengths.astype(np.int32), lengths).reshape(flags.shape)
@@ -53,12 +51,9 @@ def packed(starts: Tensor, bidirectional_rows: Tensor, lengths: Tensor | None = 
         lengths: int (rows,), how many positions hold documents; those after them see nothing and are never seen.
             None: all positions hold documents.
     """
-    both = bidirectional_rows.cpu().numpy()
     lo, end = _document_bounds(starts.cpu().numpy())
     positions = np.arange(starts.shape[1], dtype=np.int32)
-    hi = np.empty_like(lo)
-    hi[:] = positions + 1
-    hi[both] = end[both]
+    hi = np.where(bidirectional_rows.cpu().numpy()[:, None], end, positions + 1)
     if lengths is not None:
         limit = lengths.cpu().numpy().astype(np.int32)[:, None]
         lo, hi = np.where(positions < limit, lo, limit), np.minimum(hi, limit)

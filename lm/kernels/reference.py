@@ -23,21 +23,14 @@ def attention(
     # Queries that see nothing are computed as if they saw everything, then zeroed: no NaN, forward or backward.
     scores = scores.masked_fill(~visible & seeing, float("-inf"))
     out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1) * seeing, v)
-    lse = torch.where(seeing[..., 0], scores.logsumexp(-1), float("-inf")).to(
-        torch.promote_types(q.dtype, torch.float32)
-    )
-    return out, lse.detach()
+    lse = torch.where(seeing[..., 0], scores.logsumexp(-1), float("-inf")).detach()
+    return out, lse.to(torch.promote_types(q.dtype, torch.float32))
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    loss_weights: Tensor | None = None,
-    softcap: float = 0.0,
-    z_loss: float = 0.0,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *,
+    loss_weights: Tensor | None = None, softcap: float = 0.0, z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Weighted sum of cross-entropies, over all logits at once; arguments as in ``lm.kernels.linear_cross_entropy``."""
     logits = hidden @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -31,8 +31,7 @@ class TileSizes:
 
     def arguments(self) -> dict[str, int]:
         """The keyword arguments of a kernel's launch."""
-        tile = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
-        return tile | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), astuple(self), strict=True))
 
 
 def padded_width(width: int) -> int:
@@ -65,6 +64,7 @@ def nearest(architecture: str) -> str:
 
 @functools.cache
 def table() -> Table:
+    """The content of ``tile_sizes.json``."""
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 

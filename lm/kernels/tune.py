@@ -121,8 +121,12 @@ def main(kernels: tuple[str, ...], widths: tuple[str, ...], sizes: tuple[str, ..
     table = tile_sizes.table()
     entries = table.setdefault(architecture, copy.deepcopy(table[tile_sizes.nearest(architecture)]))
     requested = list(itertools.product(sizes or DTYPES, map(int, widths or WIDTHS)))
-    each = ((kernel, bits, width) for bits, width in requested for kernel in (kernels or entries))
-    cases = [(*case, choice) for case in each for choice in candidates(*case[:2])]
+    cases = [
+        (kernel, bits, width, choice)
+        for bits, width in requested
+        for kernel in (kernels or entries)
+        for choice in candidates(kernel, bits)
+    ]
     click.echo(f"compiling {len(cases):,} kernels", err=True)
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 2), get_context("spawn")) as pool, suppress(BrokenExecutor):
         list(pool.map(compile_ahead, cases, chunksize=8))

@@ -17,8 +17,6 @@ from lm.inference.generator import Event
 from lm.serve.engine import BusyError, StoppedError
 from lm.serve.schema import ApiError
 
-END_OF_EVENTS = "data: [DONE]\n\n"
-
 
 @dataclass(frozen=True)
 class Scored:
@@ -94,22 +92,19 @@ class CompletionShape:
     whole = delta
 
     def _logprobs(self, index: int, scored: Sequence[Scored]) -> dict[str, Any]:
-        return {
-            "tokens": [token_name(self.tokenizer, one.token) for one in scored],
-            "token_logprobs": [one.logprob for one in scored],
-            "top_logprobs": [_by_name(self.tokenizer, one) for one in scored],
-            "text_offset": self._offsets(index, scored),
-        }
-
-    def _offsets(self, index: int, scored: Sequence[Scored]) -> list[int]:
-        """Where each token's text begins, in characters, counted on from the choice's last piece."""
+        # Where each token's text begins, in characters, counted on from the choice's last piece.
         stream, offset = self._positions.get(index) or (Detokenizer(self.tokenizer), self.starts[index])
         offsets = []
         for one in scored:
             offsets.append(offset)
             offset += len(stream.add(one.token))
         self._positions[index] = stream, offset
-        return offsets
+        return {
+            "tokens": [token_name(self.tokenizer, one.token) for one in scored],
+            "token_logprobs": [one.logprob for one in scored],
+            "top_logprobs": [_by_name(self.tokenizer, one) for one in scored],
+            "text_offset": offsets,
+        }
 
 
 @dataclass
@@ -220,7 +215,7 @@ async def events_of_answer(
         return
     if include_usage:
         yield event({**common, "choices": [], "usage": usage.body()})
-    yield END_OF_EVENTS
+    yield "data: [DONE]\n\n"
 
 
 def event(data: dict[str, Any]) -> str:

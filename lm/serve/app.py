@@ -58,10 +58,8 @@ def make_app(service: Service, policy: AccessPolicy) -> Starlette:
     ]
     middleware = [Middleware(Guard, policy=policy)]
     if policy.origins:
-        headers = ["Authorization", "Content-Type"]
-        cors = Middleware(
-            CORSMiddleware, allow_origins=policy.origins, allow_methods=["GET", "POST"], allow_headers=headers
-        )
+        methods, headers = ["GET", "POST"], ["Authorization", "Content-Type"]
+        cors = Middleware(CORSMiddleware, allow_origins=policy.origins, allow_methods=methods, allow_headers=headers)
         middleware.insert(0, cors)
     app = Starlette(
         routes=routes,

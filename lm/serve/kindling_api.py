@@ -42,8 +42,7 @@ class KindlingAPI:
         sampling = Sampling(temperature=temperature, seed=seed)
         fields.refuse(sampling)
         fields.done()
-        model, unmasked = self.service.model, text.replace(MASK_WORD, "")
-        await asyncio.to_thread(check_size, unmasked, model.tokenizer, model.context_length, "text")
+        await asyncio.to_thread(check_size, text.replace(MASK_WORD, ""), self.service.model, "text")
         work = self.engine.compute(self.service.fill(text, top, rounds, sampling))
         (filled,) = await unless_disconnected(request, work)
         pieces = [{"text": piece, "filled": is_filled} for piece, is_filled in filled.pieces]
@@ -54,14 +53,14 @@ class KindlingAPI:
         """The tokens of ``text``, with probability, rank and alternatives by each readout (or only by ``readout``)."""
         fields = Fields(await read_json(request, self.service.limits.body_bytes))
         text, top = fields.text("text"), fields.integer("top", 10, 1, MOST_ALTERNATIVES)
-        readouts, tokenizer = self.service.model.readouts, self.service.model.tokenizer
+        model = self.service.model
+        readouts, tokenizer = model.readouts, model.tokenizer
         if (wanted := fields.take("readout")) is not None:
             if wanted not in readouts:
                 fields.problem("readout", f"must be one of {', '.join(readouts)}")
             readouts = (wanted,)
         fields.done()
-        context_length = self.service.model.context_length
-        tokens = list(await asyncio.to_thread(encode_prompt, text, tokenizer, context_length, "text"))
+        tokens = list(await asyncio.to_thread(encode_prompt, text, model, "text"))
         found = {}
         for readout in readouts:
             work = self.engine.compute(self.service.probabilities(tokens, readout, top))

@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from lm.inference.chat_template import PLAIN_STOPS, render
-from lm.serve.answers import ChatShape, CompletionShape, Piece, Pieces, Scored, Usage, events_of_answer, whole_answer
+from lm.serve import answers
+from lm.serve.answers import ChatShape, CompletionShape, Piece, Pieces, Scored, Shape, Usage
 from lm.serve.engine import Engine, TextRequest
 from lm.serve.guard import read_json, unless_disconnected
 from lm.serve.schema import ApiError, Options, choice_sampling, encode_prompt, read_chat, read_completion
@@ -47,7 +48,7 @@ class OpenAIAPI:
         options = parsed.options
         service.check(options.model, options.choices)
         text = await asyncio.to_thread(render, parsed.messages, service.template)
-        (tokens,) = await asyncio.to_thread(self._tokens, [text], "messages")
+        tokens = await asyncio.to_thread(encode_prompt, text, service.model, "messages")
         room = min(service.model.context_length - 1 - len(tokens), service.limits.new_tokens)
         sampling = replace(
             options.sampling,
@@ -72,8 +73,7 @@ class OpenAIAPI:
         return {"id": self.service.name, "object": "model", "created": created, "owned_by": "kindling"}
 
     def _tokens(self, prompts: Sequence[str | list[int]], param: str) -> list[Sequence[int]]:
-        model = self.service.model
-        return [encode_prompt(prompt, model.tokenizer, model.context_length, param) for prompt in prompts]
+        return [encode_prompt(prompt, self.service.model, param) for prompt in prompts]
 
     async def _written(self, requests: Sequence[TextRequest]) -> Pieces:
         async with self.engine.write(requests) as events:
@@ -95,18 +95,12 @@ class OpenAIAPI:
             yield each
 
     async def _answer(
-        self,
-        request: Request,
-        shape: CompletionShape | ChatShape,
-        pieces: Pieces,
-        choices: int,
-        usage: Usage,
-        options: Options,
+        self, request: Request, shape: Shape, pieces: Pieces, choices: int, usage: Usage, options: Options
     ) -> Response:
         if not options.stream:
-            answer = whole_answer(shape, self.service.name, pieces, choices, usage)
+            answer = answers.whole_answer(shape, self.service.name, pieces, choices, usage)
             return JSONResponse(await unless_disconnected(request, answer))
-        events = events_of_answer(shape, self.service.name, pieces, usage, options.include_usage)
+        events = answers.events_of_answer(shape, self.service.name, pieces, usage, options.include_usage)
         return EventStream(await unless_disconnected(request, anext(events)), events)
 
 

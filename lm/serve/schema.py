@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.sampling import MOST_LOGPROBS, Sampling
+from lm.inference.language_model import LanguageModel
 
 LARGEST_SEED = 2**63
 MOST_CHOICES = 128
@@ -278,17 +278,16 @@ def _stops(fields: Fields) -> tuple[str, ...]:
 
 def _prompts(fields: Fields) -> list[str | list[int]]:
     value = fields.take("prompt")
-    if isinstance(value, str):
+    if isinstance(value, str) or _is_token_ids(value):
         return [value]
-    if isinstance(value, list) and value:
-        if all(type(token) is int for token in value):
-            return [value]
-        if all(isinstance(text, str) for text in value):
-            return value
-        if all(isinstance(ids, list) and ids and all(type(token) is int for token in ids) for ids in value):
-            return value
+    if isinstance(value, list) and value and (all(isinstance(x, str) for x in value) or all(map(_is_token_ids, value))):
+        return value
     fields.problem("prompt", "must be a string, a list of strings, a list of token ids, or a list of such lists")
     return []
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
 def _messages(fields: Fields) -> list[dict[str, str]]:
@@ -319,29 +318,29 @@ def _message(fields: Fields, number: int, message: Any) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def encode_prompt(prompt: str | list[int], tokenizer: Tokenizer, context_length: int, param: str) -> Sequence[int]:
+def encode_prompt(prompt: str | list[int], model: LanguageModel, param: str) -> Sequence[int]:
     """The token ids of a prompt. Raises ApiError if an id does not exist, or the prompt exceeds the context."""
     if isinstance(prompt, str):
-        check_size(prompt, tokenizer, context_length, param)
-    tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    if len(tokens) >= context_length:
-        raise _too_long(f"{len(tokens):,}", context_length, param)
-    if invalid := next((token for token in tokens if not 0 <= token < tokenizer.vocab_size), None):
-        message = f'"{param}" has the token id {invalid}; ids range from 0 to {tokenizer.vocab_size - 1}'
-        raise ApiError(400, message, param=param)
+        check_size(prompt, model, param)
+    tokens = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    if len(tokens) >= model.context_length:
+        raise _too_long(f"{len(tokens):,}", model, param)
+    known = model.tokenizer.vocab_size
+    if invalid := next((token for token in tokens if not 0 <= token < known), None):
+        raise ApiError(400, f'"{param}" has the token id {invalid}; ids range from 0 to {known - 1}', param=param)
     return tokens
 
 
-def check_size(text: str, tokenizer: Tokenizer, context_length: int, param: str) -> None:
+def check_size(text: str, model: LanguageModel, param: str) -> None:
     """Raise ApiError if the beginning of a text alone is far too long, without encoding a megabyte first.
 
     The tokens next to the cut may differ from those of the whole text, but never by that many.
     """
-    beginning = text[: CHARACTERS_CHECKED * context_length]
-    if len(beginning) < len(text) and len(tokenizer.encode(beginning)) >= 2 * context_length:
-        raise _too_long(f"more than {context_length:,}", context_length, param)
+    beginning = text[: CHARACTERS_CHECKED * model.context_length]
+    if len(beginning) < len(text) and len(model.tokenizer.encode(beginning)) >= 2 * model.context_length:
+        raise _too_long(f"more than {model.context_length:,}", model, param)
 
 
-def _too_long(tokens: str, context_length: int, param: str) -> ApiError:
-    message = f'"{param}" has {tokens} tokens; this model reads at most {context_length - 1:,} at once'
+def _too_long(tokens: str, model: LanguageModel, param: str) -> ApiError:
+    message = f'"{param}" has {tokens} tokens; this model reads at most {model.context_length - 1:,} at once'
     return ApiError(400, message, param=param, code="context_length_exceeded")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.serve.schema import ApiError, Limits, choice_sampling, encode_prompt, parse_json, read_chat, read_completion
 
@@ -199,15 +200,15 @@ def test_any_json_is_parsed_or_refused(body, messages, options):
 
 
 def test_prompts_longer_than_the_context_and_unknown_ids_are_refused(trained):
-    tokenizer = trained.tokenizer
-    assert list(encode_prompt("The captain", tokenizer, 32, "prompt")) == tokenizer.encode("The captain")
-    assert encode_prompt([1] * 31, tokenizer, 32, "prompt") == [1] * 31
+    tokenizer, model = trained.tokenizer, LanguageModel(None, trained.tokenizer, trained.config)
+    assert list(encode_prompt("The captain", model, "prompt")) == tokenizer.encode("The captain")
+    assert encode_prompt([1] * 31, model, "prompt") == [1] * 31
     with pytest.raises(ApiError, match="has 32 tokens; this model reads at most 31") as caught:
-        encode_prompt([1] * 32, tokenizer, 32, "prompt")
+        encode_prompt([1] * 32, model, "prompt")
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(ApiError, match="has more than 32 tokens; this model reads at most 31") as caught:
-        encode_prompt("The captain " * 1000, tokenizer, 32, "prompt")
+        encode_prompt("The captain " * 1000, model, "prompt")
     assert caught.value.code == "context_length_exceeded"
     for invalid in (-1, tokenizer.vocab_size):
         with pytest.raises(ApiError, match=f"token id {invalid}"):
-            encode_prompt([1, invalid], tokenizer, 32, "prompt")
+            encode_prompt([1, invalid], model, "prompt")
