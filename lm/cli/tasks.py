@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 # Settings that the rows determine, or another option here.
 LEFT_OUT = ("method", "weights", "seed", "device", "threads", "reads", "pooling")
-WIDTH = 120  # of a table, even if the terminal is narrower
 ONE_TASK = ("task", "train", "validation", "test")
 SETTINGS = [setting for setting in finetuning_settings() if setting.name not in LEFT_OUT]
 
@@ -155,20 +154,11 @@ def _print_tables(out: Path, examples: list[Examples], cells: list[Cell], as_jso
     if as_json:
         click.echo(json.dumps([asdict(summary) for summary in summaries]))
         return
-    from rich.table import Table
+    from data_prep.cli.tables import print_table
 
-    from data_prep.cli.tables import console
-
-    printer = console()
-    printer.width = max(printer.width, WIDTH)
     for each in examples:
         own = [summary for summary in summaries if summary.task == each.task.name]
         header, lines = table(own, each.task.judged_by)
-        shown = Table(each.task.name, *header[1:], box=None, pad_edge=False)
-        for line in lines:
-            shown.add_row(*line)
-        printer.print(shown)
-        for sentence in findings(own, each.task.judged_by):
-            printer.print(sentence, markup=False)
-        printer.print()
+        sentences = findings(own, each.task.judged_by)
+        print_table((each.task.name, *header[1:]), lines, "\n".join([*sentences, ""]))
     click.echo(f"charts and errors: {out / 'report.html'}", err=True)
