@@ -13,13 +13,7 @@ from data_prep.cli.errors import FriendlyGroup
 from data_prep.cli.options import options_of
 from data_prep.cli.tables import print_table
 from data_prep.errors import UserError
-from data_prep.settings import (
-    DEFAULT_SHARD_TOKENS,
-    BuildSettings,
-    CleaningSettings,
-    ReadSettings,
-    TokenizerSettings,
-)
+from data_prep.settings import DEFAULT_SHARD_TOKENS, BuildSettings, CleaningSettings, ReadSettings, TokenizerSettings
 
 DIRECTORY = click.Path(path_type=Path)
 SKIPPED_STATUS = 3
@@ -62,10 +56,7 @@ def build(
         manifest = data_prep.build(sources, out, **settings).manifest
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; run the same command again to resume") from None
-    if as_json:
-        click.echo(json.dumps(_summary(out, manifest), indent=2))
-    else:
-        _print_summary(out, manifest)
+    _print_summary(out, manifest, as_json)
     if any(count for reason, count in manifest["left_out"].items() if reason != EMPTY):
         context.exit(SKIPPED_STATUS)
 
@@ -87,22 +78,15 @@ def _print_estimate(settings: BuildSettings, as_json: bool) -> None:
     click.echo("nothing was written")
 
 
-def _summary(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _print_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
     counted = ("documents", "tokens", "text_bytes", "words")
     splits = {name: {key: split[key] for key in counted} for name, split in manifest["splits"].items()}
     for split in splits.values():
         split["bytes_per_token"] = split["text_bytes"] / split["tokens"] if split["tokens"] else None
-    return {
-        "out": str(out),
-        "splits": splits,
-        "tokenizer": manifest["tokenizer"],
-        "left_out": manifest["left_out"],
-        "cleaning": manifest["cleaning"],
-        "corpus_sha256": manifest["corpus_sha256"],
-    }
-
-
-def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
+    if as_json:
+        copied = {name: manifest[name] for name in ("tokenizer", "left_out", "cleaning", "corpus_sha256")}
+        click.echo(json.dumps({"out": str(out), "splits": splits, **copied}, indent=2))
+        return
     rows = [
         (
             name,
@@ -111,7 +95,7 @@ def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
             f"{split['text_bytes'] / 1e6:,.2f}",
             "–" if split["bytes_per_token"] is None else f"{split['bytes_per_token']:.2f}",
         )
-        for name, split in _summary(out, manifest)["splits"].items()
+        for name, split in splits.items()
     ]
     print_table(("split", "documents", "tokens", "text MB", "bytes per token"), rows)
     tokenizer = manifest["tokenizer"]
@@ -247,7 +231,4 @@ def convert(
         raise UserError("--from needs the --tokenizer that produced the tokens")
     loaded = load_tokenizer(tokenizer)
     manifest = import_dataset(sources, origin, loaded, out, shard_tokens=shard_tokens, progress=ConsoleReporter())
-    if as_json:
-        click.echo(json.dumps(_summary(out, manifest), indent=2))
-    else:
-        _print_summary(out, manifest)
+    _print_summary(out, manifest, as_json)

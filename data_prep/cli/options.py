@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import Field
 from typing import Any
 
 import click
 
 from data_prep.settings import option_of, settings_of
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-
-def options_of(*kinds: Any) -> Decorator:
+def options_of(*kinds: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add an option for each setting of these dataclasses; its value arrives under the setting's name."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for each in reversed([each for kind in kinds for each in settings_of(kind)]):
-            command = _option(each)(command)
+            choices, default = each.metadata["choices"], each.default
+            command = click.option(
+                option_of(each),
+                each.name,
+                type=click.Choice(choices) if choices else None,
+                metavar=f"[{'|'.join(filter(None, choices))}]" if choices else None,
+                default=default,
+                show_default=default is not False and default not in (None, "", ()),
+                is_flag=default is False,
+                multiple=isinstance(default, tuple),
+                help=each.metadata["help"],
+            )(command)
         return command
 
     return decorate
-
-
-def _option(each: Field[Any]) -> Decorator:
-    choices, default = each.metadata["choices"], each.default
-    return click.option(
-        option_of(each),
-        each.name,
-        type=click.Choice(choices) if choices else None,
-        metavar=f"[{'|'.join(filter(None, choices))}]" if choices else None,
-        default=default,
-        show_default=default is not False and default not in (None, "", ()),
-        is_flag=default is False,
-        multiple=isinstance(default, tuple),
-        help=each.metadata["help"],
-    )
