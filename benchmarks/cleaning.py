@@ -62,7 +62,7 @@ def _candidates(texts: list[str], evaluation: str) -> dict[str, Callable[[], obj
         name: partial(_clean_all, Cleaner(settings), texts) for name, settings in steps.items()
     }
     for how in ("exact", "near"):
-        candidates[f"{how} signatures"] = partial(signatures, texts, how, CleaningSettings(duplicates=how))
+        candidates[f"{how} signatures"] = partial(signatures, texts, how)
     return candidates
 
 

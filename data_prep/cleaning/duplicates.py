@@ -45,11 +45,11 @@ Flags = npt.NDArray[np.bool_]
 _word_hashes = WordHashes()
 
 
-def signatures(texts: Sequence[str], how: str, settings: CleaningSettings) -> bytes:
+def signatures(texts: Sequence[str], how: str) -> bytes:
     """Return the concatenated records of these texts: 16 bytes each for "exact", 528 for "near".
 
-    They do not depend on any setting (not even ``near_threshold``), on the machine, or on the other texts in the batch.
-    Raises ``UserError`` if the package for "near" is not installed.
+    They do not depend on any other setting, on the machine, or on the other texts in the batch. Raises ``UserError`` if
+    the package for "near" is not installed.
     """
     records = np.zeros(len(texts), _record_type(how))
     for index, text in enumerate(texts):

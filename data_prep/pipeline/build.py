@@ -26,21 +26,11 @@ from data_prep.cleaning.duplicates import find_duplicates
 from data_prep.errors import UserError
 from data_prep.files import atomic_file, empty_directory, only_writer_of, write_atomically
 from data_prep.pipeline.journal import Journal, PartRecord, differences
-from data_prep.pipeline.parts import (
-    Job,
-    build_part,
-    digest_of_parts,
-    duplicates_path,
-    keep_encoder,
-    kept_documents,
-    merged_reports,
-    signatures_path,
-    survey_part,
-)
+from data_prep.pipeline.parts import Job, build_part, keep_encoder, kept_documents, merged, part_path, survey_part
 from data_prep.pipeline.splitting import SplitRule, hash_of
-from data_prep.pipeline.workers import run_calls
+from data_prep.pipeline.workers import Advance, run_calls
 from data_prep.progress import ConsoleReporter, Reporter
-from data_prep.settings import BuildSettings, available_cores
+from data_prep.settings import KEEP, BuildSettings, available_cores
 from data_prep.shards.manifest import make_manifest, save_manifest
 from data_prep.shards.tokens import JOURNAL, MANIFEST, SPLITS, TOKENIZER_FILE, WORK, Dataset, open_dataset
 from data_prep.sources.documents import CorpusPart, ReadReport, Source
@@ -51,8 +41,7 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.tokenizers.training import train_tokenizer
 
 STDIN_COPY = "stdin.txt"
-# Encoders are compared on the first characters of the first documents.
-PROVED_DOCUMENTS, PROVED_CHARACTERS = 300, 1000
+PROVED_DOCUMENTS, PROVED_CHARACTERS = 300, 1000  # the first ones, on which encoders are compared
 SMALLEST_PART_BYTES = 1 << 20
 # A corpus has at least this many parts, unless they would be too small, so that several processes have work.
 FEWEST_PARTS = 16
@@ -108,11 +97,6 @@ class BuildPlan:
                 digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
-    def job(self, **found: Any) -> Job:
-        """Return what workers need to know; ``found`` are the results of earlier steps."""
-        settings = self.settings
-        return Job(settings.out, self.sources, settings.reading, settings.cleaning, settings.shard_tokens, **found)
-
 
 def build(
     sources: Sequence[str | Path], out: str | Path, *, progress: Reporter | None = None, **settings: Any
@@ -144,7 +128,8 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
     out = settings.out
     if out.exists() and not out.is_dir():
         raise UserError(f'"{out}" is a file: choose another --out')
-    created = _make_directories(out)
+    created = [path for path in (out, *out.parents) if not path.exists()]  # deepest first
+    out.mkdir(parents=True, exist_ok=True)
     with only_writer_of(out, f'another build is writing to "{out}": wait for it, or choose another --out'):
         if (out / MANIFEST).is_file():
             return _finished(out, plan.identity, progress)
@@ -154,7 +139,10 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
             _refuse_changed_sources(plan, journal)
             progress.note(f'resuming the build in "{out}"')
             return _Build(plan, journal, progress).run()
-        _refuse_other_files(out)
+        # A build killed during its first write leaves the journal's temporary file.
+        others = [path.name for path in out.iterdir() if path.name != f"{JOURNAL}.tmp"]
+        if others:
+            raise UserError(f'"{out}" is not empty (it contains "{min(others)}") and not a build: choose another --out')
         try:
             return _Build(plan, Journal(out / JOURNAL, plan.identity, plan.stamp()), progress).run()
         except UserError:
@@ -163,13 +151,6 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
                 for directory in created:
                     directory.rmdir()
             raise
-
-
-def _make_directories(directory: Path) -> list[Path]:
-    """Create a directory and its parents, and return the new ones, deepest first."""
-    created = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    return created
 
 
 def _finished(out: Path, identity: dict[str, Any], progress: Reporter) -> dict[str, Any]:
@@ -198,13 +179,6 @@ def _refuse_changed_sources(plan: BuildPlan, journal: Journal) -> None:
         raise UserError(f'the sources changed since the build in "{out}" began: remove "{out}" and build again')
 
 
-def _refuse_other_files(out: Path) -> None:
-    # A build killed during its first write leaves the journal's temporary file.
-    others = [path.name for path in out.iterdir() if path.name != f"{JOURNAL}.tmp"]
-    if others:
-        raise UserError(f'"{out}" is not empty (it contains "{min(others)}") and not a build: choose another --out')
-
-
 @dataclass
 class _Build:
     plan: BuildPlan
@@ -216,37 +190,32 @@ class _Build:
         self.journal.save()
         (out / WORK).mkdir(exist_ok=True)
         if any(source.location == STDIN for source in self.plan.sources):
-            self._keep_stdin()
+            with atomic_file(out / STDIN_COPY) as file:
+                copy_stdin(file)
+            self.plan = BuildPlan.of(self.plan.settings, out / STDIN_COPY)
         self._find_duplicates()
         self._settle_split()
         tokenizer = self._tokenizer()
         self._choose_encoder(tokenizer)
-        records = self._build_parts()
-        _refuse_changed_sources(self.plan, self.journal)
-        manifest = self._manifest(tokenizer, records)
+        manifest = self._build_parts(tokenizer)
         save_manifest(out, manifest)
         _remove_work(out)
         return manifest
 
-    def _keep_stdin(self) -> None:
-        with atomic_file(self.plan.settings.out / STDIN_COPY) as file:
-            copy_stdin(file)
-        self.plan = BuildPlan.of(self.plan.settings, self.plan.settings.out / STDIN_COPY)
-
     def _find_duplicates(self) -> None:
         """Step 2. The results are files next to the records of the parts."""
         how, out = self.plan.settings.cleaning.duplicates, self.plan.settings.out
-        numbers = range(len(self.plan.parts))
-        if how == "keep" or all(duplicates_path(out, number).is_file() for number in numbers):
+        found = [part_path(out, number, "duplicates") for number in range(len(self.plan.parts))]
+        if how == KEEP or all(path.is_file() for path in found):
             return
         self._run("looking for duplicates", survey_part)
-        paths = [signatures_path(out, number) for number in numbers]
-        for number, duplicates in enumerate(find_duplicates(paths, how, self.plan.settings.cleaning)):
-            write_atomically(duplicates_path(out, number), duplicates.astype("u1").tobytes())
+        signatures = [path.with_suffix(".signatures") for path in found]
+        for path, duplicates in zip(found, find_duplicates(signatures, how, self.plan.settings.cleaning), strict=True):
+            write_atomically(path, duplicates.astype("u1").tobytes())
 
     def _run(self, stage: str, function: Callable[..., Any]) -> list[Any]:
         settings = self.plan.settings
-        job = self.plan.job(threshold=self.journal.threshold or 0, encoder=self.journal.encoder)
+        job = Job(settings, self.plan.sources, self.journal.threshold or 0, self.journal.encoder)
         calls = [(job, number, part) for number, part in enumerate(self.plan.parts)]
         with self.progress.stage(stage, self.plan.total_bytes) as advance:
             workers = settings.workers or available_cores()
@@ -254,15 +223,19 @@ class _Build:
 
     def _texts(self) -> Iterator[str]:
         """Yield the texts of all documents, in order."""
-        job = self.plan.job()
-        cleaner = Cleaner(job.cleaning)
+        job = Job(self.plan.settings, self.plan.sources)
+        cleaner = Cleaner(job.settings.cleaning)
         for number, part in enumerate(self.plan.parts):
             for document in kept_documents(job, number, part, lambda size: None, ReadReport(), cleaner):
                 yield document.text
 
-    def _training_texts(self) -> Iterator[str]:
+    def _training_texts(self, advance: Advance = lambda size: None) -> Iterator[str]:
         assert self.journal.threshold is not None
-        return (text for text in self._texts() if hash_of(text.encode("utf-8")) >= self.journal.threshold)
+        for text in self._texts():
+            content = text.encode("utf-8")
+            if hash_of(content) >= self.journal.threshold:
+                yield text
+                advance(len(content))
 
     def _settle_split(self) -> None:
         """Step 3: read until each side of the threshold has a document, or to the end."""
@@ -292,19 +265,9 @@ class _Build:
         elif tokenizer is None:
             # The stage covers reading the texts; the training itself follows and is short in comparison.
             with self.progress.stage("training tokenizer", None) as advance:
-                tokenizer = train_tokenizer(self._first_training_texts(advance), self.plan.settings.training)
+                tokenizer = train_tokenizer(self._training_texts(advance), self.plan.settings.training)
         tokenizer.save(path)
         return tokenizer
-
-    def _first_training_texts(self, advance: Callable[[int], None]) -> Iterator[str]:
-        left = self.plan.settings.training.train_bytes
-        for text in self._training_texts():
-            size = len(text.encode("utf-8"))
-            yield text
-            advance(size)
-            left -= size
-            if left <= 0:
-                return
 
     def _choose_encoder(self, tokenizer: Tokenizer) -> None:
         if self.journal.encoder and self.plan.settings.encoder in ("auto", self.journal.encoder):
@@ -317,18 +280,13 @@ class _Build:
         self.journal.save()
         self.progress.note(f"encoder: {chosen.encoder.name} ({'; '.join(f'{k}: {v}' for k, v in chosen.tried)})")
 
-    def _build_parts(self) -> list[PartRecord]:
-        """Step 5."""
+    def _build_parts(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Step 5. Return the manifest, which does not depend on the time, the machine, or the number of workers."""
         records: list[PartRecord] = self._run("encoding", build_part)
-        reading, _ = merged_reports([record.summary for record in records if record.summary])
+        reading, cleaning, corpus_sha256 = merged([record.summary for record in records if record.summary])
         for message in reading.messages:
             self.progress.note(f"left out: {message}")
-        return records
-
-    def _manifest(self, tokenizer: Tokenizer, records: list[PartRecord]) -> dict[str, Any]:
-        """Step 6: nothing in it depends on the time, the machine, or the number of workers."""
-        summaries = [record.summary for record in records if record.summary is not None]
-        reading, cleaning = merged_reports(summaries)
+        _refuse_changed_sources(self.plan, self.journal)
         settings = dict(self.journal.identity)
         return make_manifest(
             tokenizer,
@@ -341,6 +299,6 @@ class _Build:
             settings=settings,
             left_out=reading.counts,
             cleaning=cleaning.to_json(),
-            corpus_sha256=digest_of_parts(summaries),
+            corpus_sha256=corpus_sha256,
             encoders=self.journal.encoders,
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from data_prep.cleaning.cleaner import Cleaner
 from data_prep.errors import UserError
 from data_prep.pipeline.build import BuildPlan
-from data_prep.pipeline.parts import cleaned_documents
+from data_prep.pipeline.parts import Job, cleaned_documents
 from data_prep.settings import BuildSettings, TokenizerSettings, available_cores
 from data_prep.shards.tokens import index_size
 from data_prep.sources.listing import STDIN, CorpusPart, ReadReport
@@ -103,29 +103,22 @@ def _is_compressed(part: CorpusPart) -> bool:
 
 
 def _sample(plan: BuildPlan) -> _Sample:
-    sample = _Sample([])
+    sample, job, cleaner = _Sample([]), Job(plan.settings, plan.sources), Cleaner(plan.settings.cleaning)
     began = time.perf_counter()
-    step = -(-len(plan.parts) // SAMPLED_PARTS)
-    for part in plan.parts[::step]:
-        _sample_part(plan, part, sample)
-    sample.seconds = time.perf_counter() - began
-    return sample
-
-
-def _sample_part(plan: BuildPlan, part: CorpusPart, sample: _Sample) -> None:
-    read = 0
 
     def advance(size: int) -> None:
-        nonlocal read
-        read += size
+        sample.read_bytes += size
 
-    cleaner = Cleaner(plan.settings.cleaning)
-    for document in cleaned_documents(plan.job(), part, advance, ReadReport(), cleaner):
-        sample.texts.append(document.text)
-        sample.kept_bytes += len(document.text)
-        if read >= SAMPLED_BYTES:
-            break
-    sample.read_bytes += max(read, 1)
+    for part in plan.parts[:: -(-len(plan.parts) // SAMPLED_PARTS)]:
+        before = sample.read_bytes
+        for document in cleaned_documents(job, part, advance, ReadReport(), cleaner):
+            sample.texts.append(document.text)
+            sample.kept_bytes += len(document.text)
+            if sample.read_bytes - before >= SAMPLED_BYTES:
+                break
+        sample.read_bytes = max(sample.read_bytes, before + 1)
+    sample.seconds = time.perf_counter() - began
+    return sample
 
 
 def _rough_tokenizer(texts: Sequence[str], settings: TokenizerSettings) -> Tokenizer:

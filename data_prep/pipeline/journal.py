@@ -53,6 +53,15 @@ class Journal:
         write_atomically(self.path, json.dumps(content, indent=2))
 
 
+def part_path(directory: Path, number: int, suffix: str) -> Path:
+    """Return a temporary file about part ``number`` of the build in ``directory``.
+
+    Its suffix is ``json`` for its record, ``signatures`` for those of its documents, or ``duplicates``, which has one
+    byte per document, 1 for those to drop.
+    """
+    return directory / WORK / f"part-{number:05d}.{suffix}"
+
+
 @dataclass
 class PartRecord:
     """The finished shards of one part.
@@ -68,7 +77,7 @@ class PartRecord:
     @classmethod
     def open(cls, directory: Path, number: int) -> Self:
         """Load the record of part ``number``, empty if the part has not been started."""
-        path = directory / WORK / f"part-{number:05d}.json"
+        path = part_path(directory, number, "json")
         if not path.is_file():
             return cls(path)
         try:

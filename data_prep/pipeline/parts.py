@@ -19,11 +19,11 @@ import numpy as np
 from data_prep.cleaning.cleaner import Cleaner, CleaningReport
 from data_prep.cleaning.duplicates import signatures
 from data_prep.files import atomic_file
-from data_prep.pipeline.journal import PartRecord
+from data_prep.pipeline.journal import PartRecord, part_path
 from data_prep.pipeline.splitting import PartDigest, hash_of
 from data_prep.pipeline.workers import Advance
-from data_prep.settings import CleaningSettings, ReadSettings
-from data_prep.shards.tokens import SPLITS, TOKENIZER_FILE, WORK, ShardWriter, count_words
+from data_prep.settings import KEEP, BuildSettings
+from data_prep.shards.tokens import SPLITS, TOKENIZER_FILE, ShardWriter, count_words
 from data_prep.sources.documents import CorpusPart, Document, ReadReport, Source
 from data_prep.sources.reading import read_part
 from data_prep.sources.records import first_line
@@ -38,32 +38,19 @@ RECHECKED, RECHECKED_CHARACTERS = 1000, 10_000
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know to process any part of a build in ``directory``."""
+    """What a worker needs to know to process any part of a build."""
 
-    directory: Path
+    settings: BuildSettings
     sources: tuple[Source, ...]
-    reading: ReadSettings
-    cleaning: CleaningSettings
-    shard_tokens: int
     threshold: int = 0
     encoder: str = ""
-
-
-def signatures_path(directory: Path, number: int) -> Path:
-    """Return the file with the signatures of a part's documents."""
-    return directory / WORK / f"part-{number:05d}.signatures"
-
-
-def duplicates_path(directory: Path, number: int) -> Path:
-    """Return the file that marks the duplicates of a part: one byte per document, 1 for those to drop."""
-    return directory / WORK / f"part-{number:05d}.duplicates"
 
 
 def cleaned_documents(
     job: Job, part: CorpusPart, advance: Advance, reading: ReadReport, cleaner: Cleaner
 ) -> Iterator[Document]:
     """Yield the documents of a part after cleaning, including duplicates."""
-    for document in read_part(part, job.sources, job.reading, reading):
+    for document in read_part(part, job.sources, job.settings.reading, reading):
         advance(len(document.text))
         text = cleaner.clean(document.text) if cleaner.active else document.text
         if text is document.text:
@@ -77,11 +64,11 @@ def kept_documents(
 ) -> Iterator[Document]:
     """Yield the documents of part ``number`` that end up in the dataset."""
     documents = cleaned_documents(job, part, advance, reading, cleaner)
-    how = job.cleaning.duplicates
-    if how == "keep":
+    how = job.settings.cleaning.duplicates
+    if how == KEEP:
         yield from documents
         return
-    left_out = np.fromfile(duplicates_path(job.directory, number), np.uint8)
+    left_out = np.fromfile(part_path(job.settings.out, number, "duplicates"), np.uint8)
     for document, duplicate in zip(documents, left_out, strict=True):
         if duplicate:
             cleaner.report.step(f"{how} duplicates").remove(document.text, f"was there before ({how})")
@@ -91,32 +78,31 @@ def kept_documents(
 
 def survey_part(job: Job, number: int, part: CorpusPart, advance: Advance) -> None:
     """Write the signatures of a part's documents to a file, to find duplicates later."""
-    path = signatures_path(job.directory, number)
+    path, settings = part_path(job.settings.out, number, "signatures"), job.settings.cleaning
     if path.is_file():
         advance(part.bytes)
         return
-    cleaner = Cleaner(job.cleaning)
     with atomic_file(path) as file:
-        for batch in _batches(cleaned_documents(job, part, advance, ReadReport(), cleaner)):
-            file.write(signatures([document.text for document in batch], job.cleaning.duplicates, job.cleaning))
+        for batch in _batches(cleaned_documents(job, part, advance, ReadReport(), Cleaner(settings))):
+            file.write(signatures([document.text for document in batch], settings.duplicates))
 
 
 def build_part(job: Job, number: int, part: CorpusPart, advance: Advance) -> PartRecord:
     """Make the shards of part ``number``, or resume where an interrupted call stopped."""
-    record = PartRecord.open(job.directory, number)
+    record = PartRecord.open(job.settings.out, number)
     if record.summary is not None:
         advance(part.bytes)
         return record
-    tokenizer, encoder = _load_encoder(job.directory, job.encoder)
-    encode = _BatchEncoder(tokenizer, encoder)
-    cleaner, reading, digest = Cleaner(job.cleaning), ReadReport(), PartDigest()
+    tokenizer, encoder = _load_encoder(job.settings.out, job.encoder)
+    cleaner, reading, digest = Cleaner(job.settings.cleaning), ReadReport(), PartDigest()
     finished = {split: sum(shard.documents for shard in record.shards[split]) for split in SPLITS}
     with _writers(job, number, part.source, record, tokenizer.vocab_size) as writers:
         for batch in _batches(kept_documents(job, number, part, advance, reading, cleaner)):
             hashed = [_HashedDocument.of(document, job.threshold) for document in batch]
             digest.update([each.content for each in hashed], [each.hash for each in hashed])
             new = _without_finished(hashed, finished)
-            for each, tokens in zip(new, encode([each.document.text for each in new]), strict=True):
+            encoded = encode_batch([each.document.text for each in new], tokenizer, encoder)
+            for each, tokens in zip(new, encoded, strict=True):
                 size, words = len(each.content), count_words(each.content)
                 writers[each.split].add(tokens, text_bytes=size, words=words, origin=each.document.origin)
             again = [each.document.text[:RECHECKED_CHARACTERS] for each in new if not each.hash % RECHECKED]
@@ -159,12 +145,12 @@ def _writers(
 
     def writer(split: str) -> ShardWriter:
         return ShardWriter(
-            job.directory,
+            job.settings.out,
             split,
             vocab_size=vocab_size,
             part=number,
             source=source,
-            shard_tokens=job.shard_tokens,
+            shard_tokens=job.settings.shard_tokens,
             finished=record.shards[split],
             on_finished=lambda shard: record.finish_shard(split, shard, is_last=ended),
         )
@@ -204,43 +190,33 @@ def _load_encoder(directory: Path, name: str) -> tuple[Tokenizer, Encoder]:
     return _encoders[directory, name]
 
 
-class _BatchEncoder:
-    """Encode texts as token arrays in the dtype of shards, each followed by the end-of-text token."""
-
-    def __init__(self, tokenizer: Tokenizer, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._end_of_text = np.array([tokenizer.end_of_text_id], self._dtype).tobytes()
-
-    def __call__(self, texts: list[str]) -> Iterator[np.ndarray]:
-        ids, lengths = self._encode(texts)
-        content, size = memoryview(ids.tobytes()), self._dtype.itemsize
-        start = 0
-        for length in lengths.tolist():
-            stop = start + length * size
-            yield np.frombuffer(b"".join((content[start:stop], self._end_of_text)), self._dtype)
-            start = stop
-
-    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            return self._encoder.encode(texts)
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except BaseException as error:  # a panic in Rust is not an Exception
-            raise EncoderError(
-                f"the encoder {self._encoder.name} failed ({first_line(error)}): build again with --encoder tokenizers"
-            ) from error
+def encode_batch(texts: list[str], tokenizer: Tokenizer, encoder: Encoder) -> Iterator[np.ndarray]:
+    """Yield the tokens of each text in the dtype of shards, followed by the end-of-text token."""
+    try:
+        ids, lengths = encoder.encode(texts)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic in Rust is not an Exception
+        raise EncoderError(
+            f"the encoder {encoder.name} failed ({first_line(error)}): build again with --encoder tokenizers"
+        ) from error
+    dtype = token_dtype(tokenizer.vocab_size)
+    end_of_text = np.array([tokenizer.end_of_text_id], dtype).tobytes()
+    content, start = memoryview(ids.tobytes()), 0
+    for length in lengths.tolist():
+        stop = start + length * dtype.itemsize
+        yield np.frombuffer(b"".join((content[start:stop], end_of_text)), dtype)
+        start = stop
 
 
-def digest_of_parts(summaries: list[dict[str, Any]]) -> str:
-    """Return the SHA-256 over the digests of all parts in order, which identifies the text of the whole corpus."""
-    return hashlib.sha256("".join(summary["digest"] for summary in summaries).encode("ascii")).hexdigest()
+def merged(summaries: list[dict[str, Any]]) -> tuple[ReadReport, CleaningReport, str]:
+    """Merge the reports on reading and cleaning of all parts, in order.
 
-
-def merged_reports(summaries: list[dict[str, Any]]) -> tuple[ReadReport, CleaningReport]:
-    """Merge the reports on reading and cleaning of all parts."""
-    reading, cleaning = ReadReport(), CleaningReport()
+    The third result is the SHA-256 over their digests, which identifies the text of the whole corpus.
+    """
+    reading, cleaning, digest = ReadReport(), CleaningReport(), hashlib.sha256()
     for summary in summaries:
         reading.merge(ReadReport(**summary["reading"]))
         cleaning.merge(CleaningReport.from_json(summary["cleaning"]))
-    return reading, cleaning
+        digest.update(summary["digest"].encode("ascii"))
+    return reading, cleaning, digest.hexdigest()

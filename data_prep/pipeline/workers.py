@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -146,9 +146,11 @@ def _run_on_ray(
     try:
         remote = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(_call_on_ray)
         references = [remote.remote(function, call) for call in calls]
-        for reference in _as_completed(ray, references):
-            _, size = ray.get(reference)
-            advance(size)
+        waiting = list(references)
+        while waiting:
+            ended, waiting = ray.wait(waiting)
+            for _, size in ray.get(ended):
+                advance(size)
         return [result for result, _ in ray.get(references)]
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
@@ -157,13 +159,6 @@ def _run_on_ray(
     finally:
         if started:
             ray.shutdown()
-
-
-def _as_completed(ray: Any, references: Sequence[Any]) -> Iterable[Any]:
-    waiting = list(references)
-    while waiting:
-        ended, waiting = ray.wait(waiting)
-        yield from ended
 
 
 def _call_on_ray(function: Callable[..., Any], call: tuple[Any, ...]) -> tuple[Any, int]:

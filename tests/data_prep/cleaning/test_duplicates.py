@@ -25,7 +25,7 @@ def found_in(folder: Path, parts: list[list[str]], chosen: CleaningSettings) -> 
     files = []
     for number, texts in enumerate(parts):
         files.append(folder / f"part{number}")
-        files[-1].write_bytes(signatures(texts, chosen.duplicates, chosen))
+        files[-1].write_bytes(signatures(texts, chosen.duplicates))
     return [flags.tolist() for flags in find_duplicates(files, chosen.duplicates, chosen)]
 
 
@@ -94,7 +94,7 @@ def test_what_is_removed_is_like_a_text_of_its_group(tmp_path: Path) -> None:
 
 def test_the_estimate_is_near_the_similarity_by_brute_force(tmp_path: Path) -> None:
     texts = families(seed=5, number=40, members=5)
-    values = np.frombuffer(signatures(texts, "near", NEAR), duplicates.NEAR_RECORD)["minhash"]
+    values = np.frombuffer(signatures(texts, "near"), duplicates.NEAR_RECORD)["minhash"]
     pairs = [(a, b) for a in range(len(texts)) for b in range(a)]
     sets = [shingles(text) for text in texts]
     exact = np.array([jaccard(sets[a], sets[b]) for a, b in pairs])
@@ -123,7 +123,7 @@ def test_unlike_texts_of_one_bucket_are_each_compared_with_those_of_their_kind(t
     texts = families(seed=8, number=10, members=6)
     monkeypatch.setattr(duplicates, "_mixed", lambda band: np.zeros(len(band), np.uint64))
     (flags,) = found_in(tmp_path, [texts], NEAR)
-    values = np.frombuffer(signatures(texts, "near", NEAR), duplicates.NEAR_RECORD)["minhash"]
+    values = np.frombuffer(signatures(texts, "near"), duplicates.NEAR_RECORD)["minhash"]
     leaders: list[int] = []
     for place in range(len(texts)):
         if not any((values[leader] == values[place]).mean() >= 0.8 for leader in leaders):
@@ -163,24 +163,23 @@ def test_records_have_a_fixed_size_and_do_not_depend_on_company_or_process() -> 
     texts = families(seed=7, number=3, members=2)
     for chosen, size in ((EXACT, 16), (NEAR, 528)):
         how = chosen.duplicates
-        together = signatures(texts, how, chosen)
+        together = signatures(texts, how)
         assert len(together) == size * len(texts)
-        assert together == b"".join(signatures([text], how, chosen) for text in texts)
-        assert signatures([], how, chosen) == b""
+        assert together == b"".join(signatures([text], how) for text in texts)
+        assert signatures([], how) == b""
     program = (
         "import sys; from data_prep.cleaning.duplicates import signatures;"
-        "from data_prep.settings import CleaningSettings;"
-        "sys.stdout.buffer.write(signatures(sys.argv[1:], 'near', CleaningSettings(duplicates='near')))"
+        "sys.stdout.buffer.write(signatures(sys.argv[1:], 'near'))"
     )
     command = [sys.executable, "-c", program, *texts]
-    assert subprocess.run(command, check=True, capture_output=True).stdout == signatures(texts, "near", NEAR)
+    assert subprocess.run(command, check=True, capture_output=True).stdout == signatures(texts, "near")
 
 
 def test_both_ways_to_hash_a_set_give_the_same_values(monkeypatch) -> None:
     texts = ["", "one", *families(seed=9, number=10, members=1), " ".join(f"w{number}" for number in range(20_000))]
-    as_arrays = signatures(texts, "near", NEAR)
+    as_arrays = signatures(texts, "near")
     monkeypatch.setattr(duplicates, "_MOST_SHINGLES_OF_AN_ARRAY", 0)
-    assert signatures(texts, "near", NEAR) == as_arrays
+    assert signatures(texts, "near") == as_arrays
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
@@ -189,12 +188,11 @@ def test_no_threads_are_started_that_a_forked_worker_would_wait_for() -> None:
     texts.append(" ".join(f"w{number}" for number in range(100_000)))
     program = """
 import os, sys
-from data_prep.settings import CleaningSettings
 from data_prep.cleaning.duplicates import signatures
-texts, near = sys.stdin.read().split(chr(10)), CleaningSettings(duplicates="near")
-signatures(texts[:1], "near", near)
+texts = sys.stdin.read().split(chr(10))
+signatures(texts[:1], "near")
 threads = len(os.listdir("/proc/self/task"))
-signatures(texts, "near", near)
+signatures(texts, "near")
 print(len(os.listdir("/proc/self/task")) - threads)
 """
     command = [sys.executable, "-c", program]
@@ -217,7 +215,7 @@ def test_memory_for_exact_duplicates_is_bounded_by_more_passes(tmp_path: Path, m
 
 
 def test_a_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
-    (tmp_path / "part7").write_bytes(signatures(["a", "b"], "exact", EXACT)[:-1])
+    (tmp_path / "part7").write_bytes(signatures(["a", "b"], "exact")[:-1])
     with pytest.raises(UserError, match=r"part7\" is truncated"):
         find_duplicates([tmp_path / "part7"], "exact", EXACT)
 
@@ -225,4 +223,4 @@ def test_a_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
 def test_without_the_package_the_message_says_how_to_get_it(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(UserError, match=r'need the package rensa: pip install "kindling-lm\[cleaning\]"'):
-        signatures(["a"], "near", NEAR)
+        signatures(["a"], "near")

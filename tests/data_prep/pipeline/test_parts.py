@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.pipeline import parts
-from data_prep.pipeline.parts import _BatchEncoder, count_words
+from data_prep.pipeline.parts import count_words, encode_batch
 from data_prep.settings import TokenizerSettings
 from data_prep.tokenizers.encoders import EncoderError, make_encoder
 from data_prep.tokenizers.training import train_tokenizer
@@ -23,7 +23,7 @@ def test_words_are_what_white_space_parts(text: str) -> None:
 def test_each_document_is_its_tokens_and_the_end_of_text(kind: str) -> None:
     texts = ["one two two", "", "é three three", "four"]
     tokenizer = train_tokenizer(iter(texts * 3), TokenizerSettings(kind, 262))
-    encoded = list(_BatchEncoder(tokenizer, make_encoder("tokenizers", tokenizer))(texts))
+    encoded = list(encode_batch(texts, tokenizer, make_encoder("tokenizers", tokenizer)))
     assert [tokens.tolist() for tokens in encoded] == [
         [*tokenizer.encode(text), tokenizer.end_of_text_id] for text in texts
     ]
@@ -51,4 +51,4 @@ def test_an_encoder_that_panics_is_told_in_a_sentence() -> None:
     with pytest.raises(
         EncoderError, match=r"panicking 1\.0 failed \(index out of bounds\): build again with --encoder"
     ):
-        list(_BatchEncoder(tokenizer, Panicking())(["text"]))
+        list(encode_batch(["text"], tokenizer, Panicking()))
