@@ -6,35 +6,30 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-class Reporter(Protocol):
-    """What a long function needs to report its progress."""
+class Reporter:
+    """Where long functions report their progress."""
 
-    def stage(self, name: str, total_bytes: int | None) -> AbstractContextManager[Callable[[int], None]]:
+    @contextmanager
+    def stage(self, name: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
         """Start a stage of about ``total_bytes``; yields a function to call with the bytes done since its last call."""
+        yield lambda size: None
 
     def note(self, message: str) -> None:
         """Print a message on its own line."""
 
 
-class SilentReporter:
+class SilentReporter(Reporter):
     """Reports nothing."""
 
-    @contextmanager
-    def stage(self, name: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
-        yield lambda size: None
 
-    def note(self, message: str) -> None:
-        pass
-
-
-class ConsoleReporter:
+class ConsoleReporter(Reporter):
     """Reports to a person: bars with speed and remaining time in a terminal or notebook, plain lines in a log file."""
 
     @contextmanager

@@ -8,13 +8,13 @@ encoder knows special tokens: a text that spells one remains text.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import re
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class UnsuitableError(Exception):
     """This encoder does not support this tokenizer; the message says why."""
 
 
-class Encoder(Protocol):
+class Encoder(ABC):
     """Encodes texts with one tokenizer.
 
     Attributes:
@@ -50,12 +50,22 @@ class Encoder(Protocol):
     short_name: str
     name: str
 
+    def __init__(self, tokenizer: Tokenizer, threads: int) -> None:
+        self._tokenizer = tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._threads = threads
+
+    @abstractmethod
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the concatenated ids of all texts and the number of ids per text (int64).
 
         The ids have the dtype of shards and no end-of-text tokens.
         """
-        ...
+
+    def _reference(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._threads > 1:
+            return self._tokenizer.encode_batch(texts)
+        return [self._tokenizer.encode(text) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -148,25 +158,19 @@ def _probes_for(tokenizer: Tokenizer) -> list[str]:
     return [text for name in names for text in (name, f"a {name} b{name}{name}\n{name[:-1]}")]
 
 
-class TokenizersEncoder:
+class TokenizersEncoder(Encoder):
     """The reference library."""
 
     short_name = "tokenizers"
-
-    def __init__(self, tokenizer: Tokenizer, threads: int) -> None:
-        self.name = f"tokenizers {importlib.metadata.version('tokenizers')}"
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._tokenizer = tokenizer
-        self._threads = threads
+    name = f"tokenizers {version('tokenizers')}"
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Encoder.encode``."""
-        encoded = _encode(self._tokenizer, texts, self._threads)
+        encoded = self._reference(texts)
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
         return np.fromiter((i for ids in encoded for i in ids), self._dtype, int(lengths.sum())), lengths
 
 
-class WordsEncoder:
+class WordsEncoder(Encoder):
     """Encode every distinct word once with ``tokenizers``, then look it up.
 
     This works for tokenizers that split texts like GPT-2, and for single bytes or characters: no token crosses the
@@ -174,19 +178,16 @@ class WordsEncoder:
     """
 
     short_name = "words"
+    name = f"words (tokenizers {version('tokenizers')})"
 
     def __init__(self, tokenizer: Tokenizer, threads: int) -> None:
         if not splits_at_words(tokenizer):
             raise UnsuitableError("this tokenizer does not cut texts at GPT-2's words")
-        self.name = f"words (tokenizers {importlib.metadata.version('tokenizers')})"
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._tokenizer = tokenizer
-        self._threads = threads
+        super().__init__(tokenizer, threads)
         self._known: dict[str, bytes] = {}
         self._known_characters = 0
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Encoder.encode``."""
         encoded = [self._encode_text(text) for text in texts]
         lengths = np.array([len(content) // self._dtype.itemsize for content in encoded], dtype=np.int64)
         return np.frombuffer(b"".join(encoded), self._dtype), lengths
@@ -194,7 +195,7 @@ class WordsEncoder:
     def _encode_text(self, text: str) -> bytes:
         words = RUNS.findall(text)
         new = list(set(words).difference(self._known))
-        ids_of_new = _encode(self._tokenizer, new, self._threads)
+        ids_of_new = self._reference(new)
         self._known.update(zip(new, (np.array(ids, self._dtype).tobytes() for ids in ids_of_new), strict=True))
         content = b"".join([self._known[word] for word in words])
         self._known_characters += sum(map(len, new))
@@ -204,63 +205,54 @@ class WordsEncoder:
         return content
 
 
-class GigatokenEncoder:
+class GigatokenEncoder(Encoder):
     """The package ``gigatoken``: byte-level BPE with known patterns, and sentencepiece BPE."""
 
     short_name = "gigatoken"
 
     def __init__(self, tokenizer: Tokenizer, threads: int) -> None:
+        super().__init__(tokenizer, threads)
         self.name = _installed("gigatoken", "gigatoken")
         import gigatoken
 
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._tokenizer = gigatoken.Tokenizer.from_json(_json_without_special_tokens(tokenizer))
-        self._threads = threads
+        self._fast = gigatoken.Tokenizer.from_json(_json_without_special_tokens(tokenizer))
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Encoder.encode``."""
         if self._threads > 1:
-            rows = self._tokenizer.encode_batch(list(texts), parallel=True).layout.to_ListOffsetArray64(True)
+            rows = self._fast.encode_batch(list(texts), parallel=True).layout.to_ListOffsetArray64(True)
             offsets = np.asarray(rows.offsets.data)
             return np.asarray(rows.content.data)[: offsets[-1]].astype(self._dtype), np.diff(offsets)
         # A batch would import the package awkward, which costs as much as encoding 50 MB.
-        encoded = [self._tokenizer.encode(text) for text in texts]
+        encoded = [self._fast.encode(text) for text in texts]
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
         return np.concatenate([np.empty(0, np.uint32), *encoded]).astype(self._dtype), lengths
 
 
-class SplintrEncoder:
+class SplintrEncoder(Encoder):
     """The package ``splintr-rs``."""
 
     short_name = "splintr"
 
     def __init__(self, tokenizer: Tokenizer, threads: int) -> None:
+        super().__init__(tokenizer, threads)
         self.name = _installed("splintr", "splintr-rs")
         import splintr
 
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._tokenizer = splintr.from_json_bytes(_json_without_special_tokens(tokenizer).encode("utf-8"))
-        self._threads = threads
+        self._fast = splintr.from_json_bytes(_json_without_special_tokens(tokenizer).encode("utf-8"))
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Encoder.encode``."""
         if self._threads > 1:
-            content, offsets = self._tokenizer.encode_batch_flat(list(texts))
+            content, offsets = self._fast.encode_batch_flat(list(texts))
             lengths = np.diff(np.frombuffer(offsets, "<u8")).astype(np.int64)
         else:  # a batch would use all cores, a single text does not
-            rows = [self._tokenizer.encode_flat(text) for text in texts]
+            rows = [self._fast.encode_flat(text) for text in texts]
             content = b"".join(rows)
             lengths = np.array([len(row) // 4 for row in rows], dtype=np.int64)
         return np.frombuffer(content, "<u4").astype(self._dtype), lengths
 
 
 # By measured speed (docs/data.md): the first exact one is used.
-ENCODERS: dict[str, Callable[[Tokenizer, int], Encoder]] = {
-    "gigatoken": GigatokenEncoder,
-    "splintr": SplintrEncoder,
-    "words": WordsEncoder,
-    "tokenizers": TokenizersEncoder,
-}
+ENCODERS = {kind.short_name: kind for kind in (GigatokenEncoder, SplintrEncoder, WordsEncoder, TokenizersEncoder)}
 
 
 def splits_at_words(tokenizer: Tokenizer) -> bool:
@@ -278,15 +270,11 @@ def splits_at_words(tokenizer: Tokenizer) -> bool:
     return bool(first["use_regex"]) or (first is pre_tokenizer and tokenizer.kind == "bytes")
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str], threads: int) -> list[list[int]]:
-    return tokenizer.encode_batch(texts) if threads > 1 else [tokenizer.encode(text) for text in texts]
-
-
 def _installed(module: str, package: str) -> str:
     """Return a package with its version. Raises ``UnsuitableError`` if it is not installed."""
-    if importlib.util.find_spec(module) is None:
+    if find_spec(module) is None:
         raise UnsuitableError(f'it is not installed ("pip install {package}")')
-    return f"{package} {importlib.metadata.version(package)}"
+    return f"{package} {version(package)}"
 
 
 def _json_without_special_tokens(tokenizer: Tokenizer) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
-from data_prep.tokenizers.text_spool import SEPARATOR, TextSpool
+from data_prep.tokenizers.text_spool import SEPARATOR, TextSpool, first_bytes
 from data_prep.tokenizers.tokenizer import BYTE_CHARACTERS, BYTE_OF_CHARACTER
 
 CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
@@ -61,24 +61,14 @@ def fast_merges(spool: TextSpool, vocab_size: int, min_pair_count: int) -> list[
 
 
 def _agree_on_a_sample(spool: TextSpool) -> bool:
-    with TextSpool(_first(spool.texts(), SAMPLE_BYTES)) as sample:
+    with TextSpool(first_bytes(spool.texts(), SAMPLE_BYTES)) as sample:
         return _train(sample.path, SAMPLE_VOCABULARY) == _train_with_tokenizers(sample.texts(), SAMPLE_VOCABULARY)
-
-
-def _first(texts: Iterator[str], size: int) -> Iterator[str]:
-    for text in texts:
-        yield text
-        size -= len(text)
-        if size <= 0:
-            return
 
 
 def _train(path: Path, vocab_size: int) -> list[Merge] | None:
     with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
-        arguments = [str(path), str(vocab_size), SEPARATOR.hex(), result.name]
-        command = [sys.executable, "-c", PROGRAM, *arguments]
-        finished = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-        if finished.returncode != 0:
+        command = [sys.executable, "-c", PROGRAM, str(path), str(vocab_size), SEPARATOR.hex(), result.name]
+        if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode != 0:
             return None
         return [(_characters(left), _characters(right)) for left, right in json.load(result)]
 

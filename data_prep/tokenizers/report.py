@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from data_prep.sources.text_files import decode
 from data_prep.tokenizers.tokenizer import Tokenizer
 
 
@@ -29,9 +30,10 @@ def tokenizer_report(tokenizer: Tokenizer, texts: Iterable[str], *, longest: int
     special = tokenizer.special_tokens
     ordinary = tokenizer.vocab_size - len(special)
     unused = ordinary - len(counts.keys() - special.values())
-    size = {token: len(tokenizer.decode_bytes([token])) for token in counts}
-    fallback_bytes = sum(count * size[token] for token, count in counts.items() if _is_part(tokenizer, token))
-    by_length = sorted(counts, key=lambda token: (-size[token], token))
+    content = {token: tokenizer.decode_bytes([token]) for token in counts}
+    parts = [token for token in counts if decode(content[token], "skip")[0] is None]  # of a character
+    fallback_bytes = sum(counts[token] * len(content[token]) for token in parts)
+    by_length = sorted(counts, key=lambda token: (-len(content[token]), token))
     return {
         "texts": read,
         "text_bytes": text_bytes,
@@ -47,12 +49,3 @@ def tokenizer_report(tokenizer: Tokenizer, texts: Iterable[str], *, longest: int
         "unknown_tokens": counts[tokenizer.unknown_id] if tokenizer.unknown_id is not None else 0,
         "special_tokens": special,
     }
-
-
-def _is_part(tokenizer: Tokenizer, token: int) -> bool:
-    """Return whether a token is part of a character: its bytes alone are not valid UTF-8."""
-    try:
-        tokenizer.decode_bytes([token]).decode("utf-8")
-    except UnicodeDecodeError:
-        return True
-    return False

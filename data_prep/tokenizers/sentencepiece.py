@@ -33,8 +33,6 @@ UNIGRAM, BPE = 1, 2
 
 COSTLIER = 1000.0
 
-Field = tuple[int, int | bytes]
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -105,7 +103,7 @@ def _as_bytes(value: int | bytes) -> bytes:
     return value
 
 
-def _fields(message: bytes) -> Iterator[Field]:
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Yield the fields of a protocol-buffer message with their numbers; integers as int, everything else as bytes."""
     position = 0
     while position < len(message):

@@ -8,25 +8,26 @@ from pathlib import Path
 from typing import Self
 
 SEPARATOR = b"\xff"  # a byte that never occurs in UTF-8
-
 CHUNK_BYTES = 1 << 20
 
 
-class TextSpool:
-    """A file of texts with ``SEPARATOR`` after each, deleted when the ``with`` block ends.
+def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Yield whole texts until they have at least ``limit`` bytes of UTF-8; the text after them is not read."""
+    for text in texts:
+        yield text
+        limit -= len(text.encode("utf-8"))
+        if limit <= 0:
+            return
 
-    Attributes:
-        path: the file.
-        size: its size in bytes.
-    """
+
+class TextSpool:
+    """A file at ``path`` of texts with ``SEPARATOR`` after each, deleted when the ``with`` block ends."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._file = tempfile.NamedTemporaryFile(suffix=".texts")  # noqa: SIM115, closed by __exit__
         self.path = Path(self._file.name)
-        self.size = 0
         try:
-            for text in texts:
-                self.size += self._file.write(text.encode("utf-8") + SEPARATOR)
+            self._file.writelines(text.encode("utf-8") + SEPARATOR for text in texts)
             self._file.flush()
         except BaseException:
             self._file.close()

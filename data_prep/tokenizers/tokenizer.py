@@ -32,14 +32,9 @@ BYTE_CHARACTERS = tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def _bytes_of_characters() -> dict[str, int]:
-    """Map each of ``BYTE_CHARACTERS`` to its byte: printable Latin-1 maps to itself, the rest count up from U+0100."""
-    themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in themselves]
-    return {chr(byte): byte for byte in themselves} | {chr(256 + n): byte for n, byte in enumerate(moved)}
-
-
-BYTE_OF_CHARACTER = _bytes_of_characters()
+# Printable Latin-1 stands for itself; the characters from U+0100 on stand for the other bytes, in order.
+_OTHERS = [byte for byte in range(256) if chr(byte) not in BYTE_CHARACTERS]
+BYTE_OF_CHARACTER = {c: ord(c) if ord(c) < 256 else _OTHERS[ord(c) - 256] for c in BYTE_CHARACTERS}
 
 
 class Tokenizer:
@@ -78,10 +73,6 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """Return the whole tokenizer as JSON text; equal tokenizers give equal text."""
-        return self._json
-
-    @cached_property
-    def _json(self) -> str:
         return str(self._backend.to_str(pretty=True)) + "\n"
 
     def save(self, path: str | Path) -> None:
@@ -164,7 +155,8 @@ class Tokenizer:
     @cached_property
     def _token_bytes(self) -> list[bytes] | None:
         """The bytes of every id, or None if the tokens do not stand for fixed bytes."""
-        kinds = _decoder_types(self.description["decoder"])
+        decoder = self.description["decoder"]
+        kinds = {part["type"] for part in decoder.get("decoders", [decoder])} if decoder else set()
         prefix = _prefix_that_decoding_drops(self.description) if kinds == {"Replace", "ByteLevel"} else ""
         byte_level = kinds == {"ByteLevel"} or bool(prefix)
         if not byte_level and kinds != {"ByteFallback", "Fuse"}:
@@ -197,12 +189,6 @@ def _with_short_scores(text: str) -> str:
         return text
     description["model"]["vocab"] = [[token, round(score, 9)] for token, score in description["model"]["vocab"]]
     return json.dumps(description, ensure_ascii=False)
-
-
-def _decoder_types(decoder: dict[str, Any] | None) -> set[str]:
-    if decoder is None:
-        return set()
-    return {part["type"] for part in decoder.get("decoders", [decoder])}
 
 
 def _prefix_that_decoding_drops(description: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Backend
 from data_prep.errors import UserError
 from data_prep.settings import SPECIAL_TOKENS, TokenizerSettings
 from data_prep.tokenizers.fast_bpe import SMALLEST_TEXT_BYTES, fast_merges, is_installed
-from data_prep.tokenizers.text_spool import TextSpool
+from data_prep.tokenizers.text_spool import TextSpool, first_bytes
 from data_prep.tokenizers.tokenizer import BYTE_CHARACTERS, Tokenizer
 
 # How llama.cpp's "llama-bpe" splits a text into words; its "qwen2" differs only in digits.
@@ -45,8 +45,7 @@ def train_tokenizer(texts: Iterator[str], settings: TokenizerSettings) -> Tokeni
     problems = list(settings.check())
     if problems:
         raise UserError("\n".join(problems))
-    texts = _first_bytes(texts, settings.train_bytes)
-    trained = _TRAINERS[settings.tokenizer_kind](texts, settings)
+    trained = _TRAINERS[settings.tokenizer_kind](first_bytes(texts, settings.train_bytes), settings)
     if settings.tokenizer_kind not in ("bytes", "characters") and trained.vocab_size < settings.vocab_size:
         raise UserError(
             f"--vocab-size {settings.vocab_size} is too large for this text: it yields only {trained.vocab_size:,} "
@@ -55,17 +54,18 @@ def train_tokenizer(texts: Iterator[str], settings: TokenizerSettings) -> Tokeni
     return trained
 
 
-def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:
-    left = limit
-    for text in texts:
-        yield text
-        left -= len(text.encode("utf-8"))
-        if left <= 0:
-            return
-
-
-def _finished(backend: Backend, special_tokens: Iterable[str]) -> Tokenizer:
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
+def _finished(
+    model: models.Model,
+    settings: TokenizerSettings,
+    decoder: decoders.Decoder,
+    words: pre_tokenizers.PreTokenizer | None = None,
+) -> Tokenizer:
+    backend = Backend(model)
+    backend.decoder = decoder
+    if words is not None:
+        backend.pre_tokenizer = words
+    tokens = [AddedToken(token, special=True, normalized=False) for token in settings.special_tokens]
+    backend.add_special_tokens(tokens)
     return Tokenizer(backend)
 
 
@@ -80,11 +80,9 @@ def _byte_level_words() -> pre_tokenizers.PreTokenizer:
 
 def _bytes_tokenizer(texts: Iterator[str], settings: TokenizerSettings) -> Tokenizer:
     """One token per byte; its id is the number of special tokens plus the rank of the byte's visible character."""
-    vocabulary = _numbered([*settings.special_tokens, *BYTE_CHARACTERS])
-    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return _finished(backend, settings.special_tokens)
+    model = models.BPE(vocab=_numbered([*settings.special_tokens, *BYTE_CHARACTERS]), merges=[])
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return _finished(model, settings, decoders.ByteLevel(), words)
 
 
 def _train_characters(texts: Iterator[str], settings: TokenizerSettings) -> Tokenizer:
@@ -96,9 +94,8 @@ def _train_characters(texts: Iterator[str], settings: TokenizerSettings) -> Toke
     kept = sorted(by_frequency[: settings.vocab_size - settings.smallest_vocabulary])
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     vocabulary = _numbered([*settings.special_tokens, *byte_tokens, *kept])
-    backend = Backend(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    return _finished(backend, settings.special_tokens)
+    model = models.BPE(vocab=vocabulary, merges=[], byte_fallback=True)
+    return _finished(model, settings, decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]))
 
 
 def _train_bpe(texts: Iterator[str], settings: TokenizerSettings) -> Tokenizer:
@@ -109,7 +106,7 @@ def _train_bpe(texts: Iterator[str], settings: TokenizerSettings) -> Tokenizer:
     """
     if (settings.word_split, settings.digits) != ("gpt2", "together") or not is_installed():
         return _train_bpe_with_tokenizers(texts, settings)
-    head = list(_first_bytes(texts, SMALLEST_TEXT_BYTES))
+    head = list(first_bytes(texts, SMALLEST_TEXT_BYTES))
     following = list(islice(texts, 1))
     if not following:
         return _train_bpe_with_tokenizers(iter(head), settings)
@@ -119,10 +116,8 @@ def _train_bpe(texts: Iterator[str], settings: TokenizerSettings) -> Tokenizer:
             return _train_bpe_with_tokenizers(spool.texts(), settings)
     # Different pairs can form the same token, which keeps the id of the first.
     tokens = dict.fromkeys([*settings.special_tokens, *BYTE_CHARACTERS, *(a + b for a, b in merges)])
-    backend = Backend(models.BPE(vocab=_numbered(tokens), merges=merges))
-    backend.pre_tokenizer = _byte_level_words()
-    backend.decoder = decoders.ByteLevel()
-    return _finished(backend, settings.special_tokens)
+    model = models.BPE(vocab=_numbered(tokens), merges=merges)
+    return _finished(model, settings, decoders.ByteLevel(), _byte_level_words())
 
 
 def _train_bpe_with_tokenizers(texts: Iterator[str], settings: TokenizerSettings) -> Tokenizer:
@@ -136,8 +131,7 @@ def _train_bpe_with_tokenizers(texts: Iterator[str], settings: TokenizerSettings
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    backend.decoder = decoders.ByteLevel()
-    return _finished(backend, settings.special_tokens)
+    return _finished(backend.model, settings, decoders.ByteLevel(), backend.pre_tokenizer)
 
 
 def _words_of(settings: TokenizerSettings) -> pre_tokenizers.PreTokenizer:
@@ -179,10 +173,8 @@ def _train_wordpiece(texts: Iterator[str], settings: TokenizerSettings) -> Token
         backend.get_vocab(), unk_token=SPECIAL_TOKENS[1], max_input_chars_per_word=LONGEST_PIECED_WORD
     )
     model.continuing_subword_prefix = INSIDE_WORD
-    pieces = Backend(model)
-    pieces.pre_tokenizer = backend.pre_tokenizer
-    pieces.decoder = decoders.Sequence([decoders.Replace(INSIDE_WORD, ""), decoders.ByteLevel()])
-    return _finished(pieces, settings.special_tokens)
+    decoder = decoders.Sequence([decoders.Replace(INSIDE_WORD, ""), decoders.ByteLevel()])
+    return _finished(model, settings, decoder, backend.pre_tokenizer)
 
 
 def _train_unigram(texts: Iterator[str], settings: TokenizerSettings) -> Tokenizer:
@@ -199,10 +191,8 @@ def _train_unigram(texts: Iterator[str], settings: TokenizerSettings) -> Tokeniz
     lowest = min((score for _, score in pieces), default=0.0) - 1.0
     # The scores of special tokens are never used: their names span several words, and only words are looked up.
     specials = [(token, lowest) for token in settings.special_tokens]
-    backend = Backend(models.Unigram([*specials, *pieces, *((character, lowest) for character in unseen)]))
-    backend.pre_tokenizer = _byte_level_words()
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer.from_json(_finished(backend, settings.special_tokens).to_json())
+    model = models.Unigram([*specials, *pieces, *((character, lowest) for character in unseen)])
+    return Tokenizer.from_json(_finished(model, settings, decoders.ByteLevel(), _byte_level_words()).to_json())
 
 
 def _count_words(texts: Iterator[str], longest: int = 256) -> Counter[str]:
