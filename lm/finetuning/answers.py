@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data_prep.errors import UserError
 from data_prep.files import read_json, write_atomically
@@ -73,16 +72,14 @@ class Answers:
         return {"label": best, "probabilities": dict(zip(self.labels, chances, strict=True))}
 
     def save(self, path: Path) -> None:
-        write_atomically(path / ANSWERS, json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n")
+        write_atomically(path / ANSWERS, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what ``save`` wrote. UserError if it cannot be read."""
         try:
-            content = read_json(path / ANSWERS)
-            return cls(
-                tuple(content["labels"]), int(content["texts"]), float(content["mean"]), float(content["deviation"])
-            )
+            saved = read_json(path / ANSWERS)
+            return cls(tuple(saved["labels"]), int(saved["texts"]), float(saved["mean"]), float(saved["deviation"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path / ANSWERS} cannot be read: {error}") from None
 
@@ -145,6 +142,4 @@ class ChoiceAnswers(Answers):
 
 def by_example(scores: Tensor, items: Tensor) -> Tensor:
     """Scores of items (items,) as one row per example, (examples, most items), -inf where an example has no more."""
-    most = int(items.max())
-    there = torch.arange(most, device=items.device) < items[:, None]
-    return scores.new_full(there.shape, -torch.inf).masked_scatter(there, scores)
+    return pad_sequence(scores.split(items.tolist()), batch_first=True, padding_value=-np.inf)

@@ -70,12 +70,12 @@ class ContrastiveTask(Task):
         """The views of the examples, in parts for one forward pass each: (which view, from 0; its sequences)."""
         context = self.config.data.context_length
         rows = max(1, self.config.finetune.micro_batch_tokens // context)
-        parts = []
-        for view in (0, 1):
-            sequences = [self.train[n].sequences[view] for n in numbers.tolist()]
-            found = packed(sequences, self.config.finetune.reads, self.tokenizer.end_of_text_id, context, rows)
-            parts += [(view, part) for part in found]
-        return parts
+        views = zip(*(self.train[n].sequences for n in numbers.tolist()), strict=True)
+        return [
+            (number, part)
+            for number, view in enumerate(views)
+            for part in packed(view, self.config.finetune.reads, self.tokenizer.end_of_text_id, context, rows)
+        ]
 
     def gradients(
         self, model: nn.Module, batch: list[tuple[int, PackedSequences]], step: int
@@ -93,19 +93,18 @@ class ContrastiveTask(Task):
     def _vectors(self, model: nn.Module, view: tuple[int, PackedSequences]) -> Tensor:
         """The vectors of a part, float32 (sequences, hidden)."""
         assert isinstance(model, Transformer)
-        _, part = view
-        batch = part.batch.to(next(model.parameters()).device)
+        batch = view[1].batch.to(next(model.parameters()).device)
         with autocast(batch.inputs.device, self.config.training.precision):
             hidden = model.read(batch)
-        return pooled(hidden.float(), part, self.config.finetune.pooling)
+        return pooled(hidden.float(), view[1], self.config.finetune.pooling)
 
     def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
         assert isinstance(model, Transformer)
         if not self.judging:
             return {"metrics": {}}, None
         task = self.config.finetune
-        model.eval()
         reading = Reading(task.reads, task.pooling)
+        model.eval()
         found = similarity(LanguageModel(model, self.tokenizer, self.config), self.judging, reading)
         model.train()
         return {"metrics": found, "examples": len(self.validation)}, -found[task.judged_by]

@@ -8,11 +8,11 @@ and with the base's weights and tokenizer in it.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from data_prep.files import sha256_of_file
 from data_prep.tokenizers.load import load_tokenizer
-from data_prep.tokenizers.tokenizer import Tokenizer
 from lm import kernels
 from lm.config.recipes import load_config
 from lm.config.settings import (
@@ -36,9 +35,8 @@ from lm.config.settings import (
     usual_pooling,
     usual_reading,
 )
-from lm.data import keyed_random
 from lm.data.examples import Example, content_hash, read_task
-from lm.data.keyed_random import Stream
+from lm.data.keyed_random import Stream, key, permuted
 from lm.finetuning.contrastive_task import ContrastiveTask
 from lm.finetuning.head_task import HeadTask
 from lm.finetuning.instruction_task import InstructionTask
@@ -68,12 +66,10 @@ def finetune_config(
 
     Arguments and errors as of ``lm.config.recipes.load_config``; the task must be among the settings.
     """
-    start = dataclasses.replace(
-        run.config, optimizer=OptimizerConfig(), training=TrainingConfig(), report=ReportConfig()
-    ).replace(**finetuning_defaults(), base=str(run.path))
-    given = {"unknown_options": unknown_options}
-    method = load_config(recipe, settings, base=start, **given).finetune.method
-    return load_config(recipe, settings, base=start.replace(learning_rate=METHODS[method]), **given)
+    start = replace(run.config, optimizer=OptimizerConfig(), training=TrainingConfig(), report=ReportConfig())
+    start = start.replace(**finetuning_defaults(), base=str(run.path))
+    load = partial(load_config, recipe, settings, unknown_options=unknown_options)
+    return load(base=start.replace(learning_rate=METHODS[load(base=start).finetune.method]))
 
 
 @dataclass(frozen=True)
@@ -95,13 +91,7 @@ def finetune(config: Config, path: Path, reporter: Reporter, *, accept_changes: 
 
     Arguments and errors as of ``lm.training.pretraining.train``; ``finetune_config`` makes the settings.
     """
-    done = fit(
-        lambda ranks: Finetuning.open(config, path, ranks),
-        config.training,
-        path,
-        reporter,
-        accept_changes=accept_changes,
-    )
+    done = fit(partial(Finetuning, config, path), config.training, path, reporter, accept_changes=accept_changes)
     run = Run(path, done)
     saved = run.checkpoint("best", lambda _: None)
     metrics: dict[str, float] = {}
@@ -114,19 +104,8 @@ def finetune(config: Config, path: Path, reporter: Reporter, *, accept_changes: 
 class Finetuning(TrainModule[Any]):
     """A fine-tuning in the run directory ``path``."""
 
-    def __init__(
-        self, config: Config, path: Path, ranks: Ranks, task: Task, tokenizer: Tokenizer, weights: Path, hashed: str
-    ) -> None:
-        """``weights`` is the file with the base's weights, ``hashed`` the hash of the examples."""
-        self.config, self.path, self.ranks, self.task, self.weights = config, path, ranks, task, weights
-        self.name, self.processor = config.finetune.train, tokenizer
-        self.examples = len(task.train)
-        self.tokens = sum(example.tokens for example in task.train)
-        self.fingerprint = hashlib.sha256(f"{hashed} {sha256_of_file(weights)}".encode()).hexdigest()
-
-    @classmethod
-    def open(cls, config: Config, path: Path, ranks: Ranks) -> Finetuning:
-        """Read the examples and find the base's weights; ``path`` is the run directory.
+    def __init__(self, config: Config, path: Path, ranks: Ranks) -> None:
+        """Read the examples and find the base's weights.
 
         Raises:
             UserError: an example, a setting or the base run is invalid.
@@ -144,10 +123,18 @@ class Finetuning(TrainModule[Any]):
             base = open_run(config.finetune.base)
             tokenizer, weights = base.tokenizer, weights or base.plain_weights()
         train, validation = read_task(config.finetune)
-        config = settle_steps(settle_reading(config), len(train))
-        task = TASKS[config.finetune.task](config, tokenizer, train, validation)
-        hashed = content_hash([*train, *(Example((text,), None, "") for text in task.hashed_texts)])
-        return cls(config, path, ranks, task, tokenizer, weights, hashed)
+        self.config = settle_steps(settle_reading(config), len(train))
+        self.path, self.ranks, self.weights, self.name, self.processor = (
+            path,
+            ranks,
+            weights,
+            config.finetune.train,
+            tokenizer,
+        )
+        self.task = TASKS[config.finetune.task](self.config, tokenizer, train, validation)
+        self.examples, self.tokens = len(train), sum(example.tokens for example in self.task.train)
+        hashed = content_hash([*train, *(Example((text,), None, "") for text in self.task.hashed_texts)])
+        self.fingerprint = hashlib.sha256(f"{hashed} {sha256_of_file(weights)}".encode()).hexdigest()
 
     def prepare(self, done: int) -> list[str]:
         keep_base(self.weights, self.path)
@@ -184,8 +171,8 @@ class Finetuning(TrainModule[Any]):
         numbers = np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():
             of_epoch = epochs == epoch
-            seed = keyed_random.key(self.config.training.seed, Stream.EXAMPLE_ORDER, epoch)
-            numbers[of_epoch] = keyed_random.permuted(indices[of_epoch], self.examples, seed)
+            seed = key(self.config.training.seed, Stream.EXAMPLE_ORDER, epoch)
+            numbers[of_epoch] = permuted(indices[of_epoch], self.examples, seed)
         return self.task.batch(numbers)
 
     def gradients(self, model: nn.Module, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -195,9 +182,8 @@ class Finetuning(TrainModule[Any]):
         return self.task.validate(model)
 
     def remark(self, best: Best) -> str:
-        if not self.should_stop(best):
-            return ""
-        return f"stopping early: {best.worse} validations in a row without improvement; step {best.step:,} was the best"
+        sentence = f"{best.worse} validations in a row without improvement; step {best.step:,} was the best"
+        return f"stopping early: {sentence}" if self.should_stop(best) else ""
 
     def should_stop(self, best: Best) -> bool:
         return 0 < self.config.finetune.patience <= best.worse

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
-from lm.data import keyed_random
 from lm.data.examples import Example
-from lm.data.keyed_random import Stream
-from lm.finetuning import metrics
+from lm.data.keyed_random import Stream, key
 from lm.finetuning.answers import Answers, ChoiceAnswers, NumberAnswers, TagAnswers
 from lm.finetuning.heads import ItemBatch, TaskModel, item_batch
+from lm.finetuning.metrics import require_libraries
 from lm.finetuning.task import Task
 from lm.finetuning.task_inputs import EncodedExample, Encoder, in_parts
 from lm.model.device import autocast
@@ -54,7 +53,7 @@ class HeadTask(Task):
     def __init__(
         self, config: Config, tokenizer: Tokenizer, train: Sequence[Example], validation: Sequence[Example]
     ) -> None:
-        metrics.require_libraries()
+        require_libraries()
         self.config, self.kind, self.tokenizer = config, config.finetune.task, tokenizer
         self.answers = HEADS[self.kind].of(train)
         encoder = encoder_of(config, tokenizer)
@@ -146,7 +145,7 @@ def task_model(config: Config, trunk: Transformer, answers: Answers) -> TaskMode
     """The trunk with a head drawn from the seed."""
     apart = config.finetune.pairs == "apart" and answers.texts == 2
     model = TaskModel(trunk, answers.outputs, config.model.dropout, pairs=apart)
-    model.initialize_head(keyed_random.key(config.training.seed, Stream.TASK_HEAD) >> 1)
+    model.initialize_head(key(config.training.seed, Stream.TASK_HEAD) >> 1)
     return model
 
 

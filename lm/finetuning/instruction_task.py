@@ -6,9 +6,8 @@ response and that token are predicted.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +70,7 @@ def turn_of(example: Example, template: str, tokenizer: Tokenizer, context_lengt
     end = tokenizer.end_of_text_id
     question, answered = tokenizer.encode(before), [*tokenizer.encode(answer), end]
     kept = answered[:context_length]
-    room = context_length - len(kept)
-    shown = question[len(question) - min(len(question), room) :]
+    shown = question[max(0, len(question) + len(kept) - context_length) :]
     cut = len(kept) < len(answered) or len(shown) < len(question)
     return Turn([end, *shown, *kept], 1 + len(shown), len(answer.encode()), cut)
 
@@ -108,8 +106,7 @@ class InstructionTask(Task):
 
     def batch(self, numbers: NDArray[np.int64]) -> list[Batch]:
         turns = [self.train[n] for n in numbers.tolist()]
-        weight = 1 / sum(turn.predicted for turn in turns)
-        return list(self._batches(turns, weight))
+        return list(self._batches(turns, 1 / sum(turn.predicted for turn in turns)))
 
     def _batches(self, turns: Sequence[Turn], weight: float) -> Iterator[Batch]:
         """Yield micro-batches in which each predicted token has this weight."""
@@ -154,4 +151,4 @@ def pack_turns(turns: Sequence[Turn], weight: float, end_of_text: int, context_l
         turn = turns[number]
         targets[row, first + turn.first - 1 : first + len(turn.row) - 1] = turn.row[turn.first :]
     weights = (targets != IGNORED).astype(np.float32) * np.float32(weight)
-    return dataclasses.replace(rows.batch, targets=torch.from_numpy(targets), loss_weights=torch.from_numpy(weights))
+    return replace(rows.batch, targets=torch.from_numpy(targets), loss_weights=torch.from_numpy(weights))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from data_prep.errors import UserError
 from data_prep.files import new_folder
@@ -39,10 +38,11 @@ def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -
         trunk, model = whole.trunk, whole if keeps_head else whole.trunk
     else:
         trunk = model = run.load_model(torch.device("cpu"), saved)
-    _require_gradients(model)
+    for name, parameter in model.named_parameters():  # all are saved as trained, but not a vocabulary head without use
+        parameter.requires_grad_(name != "trunk.head.weight")
     config = run.config.replace(method="full", weights="pretrained", base=str(run.path))
     if not keeps_head:
-        config = dataclasses.replace(run.config, finetune=FinetuneConfig())
+        config = replace(run.config, finetune=FinetuneConfig())
     with new_folder(out) as folder:
         config.save(folder / "config.toml")
         run.tokenizer.save(folder / "tokenizer.json")
@@ -60,9 +60,3 @@ def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -
         }
         weights = snapshot(trained_tensors(model))
         checkpoint.save(folder / CHECKPOINTS, saved.step, weights, {}, state, best_step=saved.step)
-
-
-def _require_gradients(model: nn.Module) -> None:
-    """Mark all weights as trained, as in full fine-tuning, but not the vocabulary head of a task model."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name != "trunk.head.weight")

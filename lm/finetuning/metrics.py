@@ -36,9 +36,7 @@ def metrics_of(truth: NDArray[Any], outputs: NDArray[np.float64], classes: int) 
 
     ``truth`` (examples,) holds classes from 0, or numbers.
     """
-    if classes:
-        return classification_metrics(truth, outputs.argmax(1), classes)
-    return regression_metrics(truth, outputs)
+    return classification_metrics(truth, outputs.argmax(1), classes) if classes else regression_metrics(truth, outputs)
 
 
 def classification_metrics(truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> dict[str, float]:
@@ -61,19 +59,13 @@ def classification_metrics(truth: NDArray[np.int64], predicted: NDArray[np.int64
 
 
 def regression_metrics(truth: NDArray[np.float64], predicted: NDArray[np.float64]) -> dict[str, float]:
-    """``pearson`` and ``spearman`` correlation of predicted numbers; both arguments are (examples,).
-
-    A constant prediction, for which neither is defined, scores 0.
-    """
+    """``pearson`` and ``spearman`` correlation of numbers, both (examples,); 0 where a constant leaves it undefined."""
     require_libraries()
     from scipy import stats
 
-    if np.ptp(truth) == 0 or np.ptp(predicted) == 0:
-        return {"spearman": 0.0, "pearson": 0.0}
-    return {
-        "spearman": float(stats.spearmanr(truth, predicted).statistic),
-        "pearson": float(stats.pearsonr(truth, predicted).statistic),
-    }
+    constant = np.ptp(truth) == 0 or np.ptp(predicted) == 0
+    measures = {"spearman": stats.spearmanr, "pearson": stats.pearsonr}
+    return {name: 0.0 if constant else float(of(truth, predicted).statistic) for name, of in measures.items()}
 
 
 def confusion_matrix(truth: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
@@ -95,13 +87,8 @@ def calibration(
 ) -> tuple[list[Bin], float]:
     """Calibration: whether predictions made with 70% confidence are right 70% of the time (Guo et al. 2017).
 
-    Args:
-        probabilities: of each class, (examples, classes).
-        truth: the classes, (examples,).
-        bins: the number of equal parts of [0, 1]; those without a prediction are left out.
-
-    Returns:
-        The bins, and the expected calibration error: the mean over examples of |confidence - accuracy| of their bin.
+    Returns the bins that hold predictions, and the expected calibration error: the mean over examples of |confidence -
+    accuracy| of their bin. ``probabilities`` are (examples, classes), ``truth`` their classes, (examples,).
     """
     confidence = probabilities.max(1)
     right = probabilities.argmax(1) == truth
@@ -111,6 +98,5 @@ def calibration(
         for inside in (number == n for n in range(bins))
         if inside.any()
     ]
-    total = sum(each.examples for each in found)
-    error = math.fsum(each.examples * abs(each.confidence - each.accuracy) for each in found) / max(total, 1)
-    return found, error
+    error = math.fsum(each.examples * abs(each.confidence - each.accuracy) for each in found)
+    return found, error / max(len(truth), 1)

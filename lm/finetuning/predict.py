@@ -7,11 +7,10 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 
@@ -124,35 +123,27 @@ def write_answers(found: Iterable[Answer], output: str) -> int:
     suffix = ".jsonl" if output == "-" else Path(output).suffix
     if suffix not in (".jsonl", ".csv", ".tsv"):
         raise UserError(f"cannot write answers to {output}: name a .jsonl, .csv or .tsv file, or - for stdout")
-    opened: AbstractContextManager[IO[bytes]] = (
-        nullcontext(sys.stdout.buffer) if output == "-" else atomic_file(Path(output))
-    )
     written = 0
-    with opened as file:
+    with nullcontext(sys.stdout.buffer) if output == "-" else atomic_file(Path(output)) as file:
         for written, each in enumerate(found, 1):
-            if suffix == ".jsonl":
-                file.write(json.dumps(each, ensure_ascii=False).encode() + b"\n")
-                if output == "-" and written % EXAMPLES_AT_ONCE == 0:
-                    file.flush()
-            else:
-                cells = _cells(each)
-                if written == 1:
-                    file.write(_table_row(list(cells), suffix))
-                file.write(_table_row(list(cells.values()), suffix))
+            file.write(_lines(each, suffix, header=written == 1).encode())
+            if output == "-" and written % EXAMPLES_AT_ONCE == 0:
+                file.flush()
         file.flush()
     return written
 
 
-def _cells(each: Answer) -> dict[str, Any]:
-    """The cells of an answer's row, by column."""
+def _lines(each: Answer, suffix: str, *, header: bool) -> str:
+    """An answer as a line of JSON, or as a row of a table, the first one after the ``header``."""
+    if suffix == ".jsonl":
+        return json.dumps(each, ensure_ascii=False) + "\n"
     cells = {n: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for n, value in each.items()}
     if isinstance(chances := each.get("probabilities"), dict):
         del cells["probabilities"]
         cells |= {f"probability {name}": chance for name, chance in chances.items()}
-    return cells
-
-
-def _table_row(cells: list[Any], suffix: str) -> bytes:
     text = io.StringIO(newline="")
-    csv.writer(text, delimiter="," if suffix == ".csv" else "\t", lineterminator="\n").writerow(cells)
-    return text.getvalue().encode()
+    writer = csv.DictWriter(text, list(cells), delimiter="," if suffix == ".csv" else "\t", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerow(cells)
+    return text.getvalue()

@@ -7,8 +7,8 @@ the mean over its positions: all of a sequence ("mean"), the last one ("last"), 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from typing import Protocol
 
 from data_prep.tokenizers.tokenizer import Tokenizer
@@ -63,10 +63,8 @@ class Encoder:
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Encode these examples, tokenized together."""
-        if self.kind == "tokens":
-            spelled = [[" " * (i > 0) + word for i, word in enumerate(example.texts)] for example in examples]
-        else:
-            spelled = [list(example.texts) for example in examples]
+        space = " " if self.kind == "tokens" else ""  # before every word but the first
+        spelled = [[space * (i > 0) + text for i, text in enumerate(example.texts)] for example in examples]
         texts = iter(self.tokenizer.encode_batch(list(chain.from_iterable(spelled))))
         return [self._encoded([next(texts) for _ in parts]) for parts in spelled]
 
@@ -81,13 +79,18 @@ class Encoder:
 
     def _text(self, parts: list[Tokens]) -> EncodedExample:
         sequence, cut = sequence_of(parts, self.tokenizer.end_of_text_id, self.context_length)
-        return EncodedExample((sequence,), ((self._span(0, sequence),),), cut)
+        return self._item([sequence], cut=cut)
 
     def _in_windows(self, text: Tokens) -> EncodedExample:
         room = self.context_length - 1
         sequences = [self._sequence(text[first : first + room]) for first in range(0, len(text) or 1, room)]
-        spans = tuple(self._span(n, sequence) for n, sequence in enumerate(sequences))
-        return EncodedExample(tuple(sequences), (spans,), len(sequences) > 1)
+        return self._item(sequences, cut=len(sequences) > 1)
+
+    def _item(self, sequences: list[Tokens], *, cut: bool) -> EncodedExample:
+        """An example with one item, which is read from all of these sequences."""
+        lengths = [len(sequence) for sequence in sequences]
+        spans = (TokenSpan(n, length - 1 if self.pooling == "last" else 0, length) for n, length in enumerate(lengths))
+        return EncodedExample(tuple(sequences), (tuple(spans),), cut)
 
     def _words(self, words: list[Tokens]) -> EncodedExample:
         room = self.context_length - 1
@@ -99,28 +102,23 @@ class Encoder:
             sequences[-1] += word[:room]
             at = min(here, len(sequences[-1]) - 1)  # a word without tokens is read from where it would start
             items.append((TokenSpan(len(sequences) - 1, at, at + 1),))
-        return EncodedExample(
-            tuple(sequences), tuple(items), len(sequences) > 1 or any(len(word) > room for word in words)
-        )
+        cut = len(sequences) > 1 or any(len(word) > room for word in words)
+        return EncodedExample(tuple(sequences), tuple(items), cut)
 
     def _sequence(self, tokens: Tokens) -> Tokens:
         return [self.tokenizer.end_of_text_id, *tokens]
 
-    def _span(self, number: int, sequence: Tokens) -> TokenSpan:
-        stop = len(sequence)
-        return TokenSpan(number, stop - 1 if self.pooling == "last" else 0, stop)
-
 
 def _together(parts: Sequence[EncodedExample], joined: int = 1) -> EncodedExample:
     """Combine several into one example with the items of all."""
-    items, first = [], 0
-    for part in parts:
-        items += [
-            tuple(TokenSpan(first + span.sequence, span.start, span.stop) for span in spans) for spans in part.items
-        ]
-        first += len(part.sequences)
-    sequences = tuple(sequence for part in parts for sequence in part.sequences)
-    return EncodedExample(sequences, tuple(items), any(part.cut for part in parts), joined)
+    sequences = tuple(chain.from_iterable(part.sequences for part in parts))
+    firsts = accumulate((len(part.sequences) for part in parts), initial=0)
+    items = tuple(
+        tuple(replace(span, sequence=first + span.sequence) for span in spans)
+        for first, part in zip(firsts, parts, strict=False)
+        for spans in part.items
+    )
+    return EncodedExample(sequences, items, any(part.cut for part in parts), joined)
 
 
 class TaskExample(Protocol):

@@ -62,7 +62,7 @@ def pairs(tmp_path):
 @pytest.fixture
 def task_of(config_of, tmp_path):
     """The task of these settings."""
-    return lambda **changes: Finetuning.open(config_of(**changes), tmp_path / "run", Ranks()).task
+    return lambda **changes: Finetuning(config_of(**changes), tmp_path / "run", Ranks()).task
 
 
 def test_the_loss_is_its_formula():

@@ -19,7 +19,7 @@ from lm.training.distributed import Ranks
 @pytest.fixture
 def task(task_settings, tmp_path):
     def made(kind, **changes) -> HeadTask:
-        return Finetuning.open(task_settings(kind, **changes), tmp_path, Ranks()).task
+        return Finetuning(task_settings(kind, **changes), tmp_path, Ranks()).task
 
     return made
 
@@ -50,7 +50,7 @@ def test_balanced_classes_count_alike_in_the_loss(task, write_rows, tmp_path):
 
 
 def test_an_epoch_has_every_example_once_in_a_new_order(task_settings, tmp_path):
-    module = Finetuning.open(task_settings("classification", epochs=2), tmp_path, Ranks())
+    module = Finetuning(task_settings("classification", epochs=2), tmp_path, Ranks())
     seen: list[int] = []
     module.task.batch = lambda numbers: seen.extend(numbers.tolist())
     for step in range(module.config.training.steps):

@@ -69,13 +69,13 @@ def test_an_adapted_run_is_read_as_a_plain_one(config, recorder, tmp_path):
     done = finetune(config(method="lora"), tmp_path / "run", recorder)
     losses = [line["loss"] for line in recorder.lines if "loss" in line]
     assert losses[-1] < 0.7 * losses[0]
-    task = Finetuning.open(done.config, done.path, Ranks()).task
+    task = Finetuning(done.config, done.path, Ranks()).task
     assert task.validate(done.load_model(CPU, done.checkpoint("best")))[1] == done.scores["nats_per_token"]
 
 
 @torch.no_grad()
 def test_the_loss_is_that_of_the_responses_alone(config, trained, tmp_path):
-    task = Finetuning.open(config(micro_batch_tokens=60), tmp_path / "run", Ranks()).task
+    task = Finetuning(config(micro_batch_tokens=60), tmp_path / "run", Ranks()).task
     model = trained.load_model(CPU)
     nats, count = 0.0, 0
     for turn in task.validation:
@@ -93,7 +93,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(config, trained, tmp
     keep_base(trained.newest().path / "model.safetensors", tmp_path)
     found = []
     for most in (4096, 30):
-        task = Finetuning.open(config(micro_batch_tokens=most), tmp_path / "run", Ranks()).task
+        task = Finetuning(config(micro_batch_tokens=most), tmp_path / "run", Ranks()).task
         model = task.model(starting_trunk(task.config, tmp_path))
         losses, _ = task.gradients(model, task.batch(torch.arange(16).numpy()), 0)
         found.append((float(losses["response"]), [p.grad.clone() for p in model.parameters()]))
