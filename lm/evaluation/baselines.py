@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import bz2
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
-from data_prep.shards.tokens import Dataset, Split, token_counts
+from data_prep.shards.tokens import Dataset, token_counts
 from lm.config.settings import Config
-from lm.data.corpora import Corpora, JoinedSplit, open_corpora
+from lm.data.corpora import Corpora, open_corpora
 from lm.objectives.text import bits_per_byte
 
 READ_AT_ONCE = 1 << 22
@@ -25,7 +26,8 @@ def dataset_baselines(dataset: Dataset | Corpora) -> Losses:
     validation = dataset.split("validation")
     costs = token_costs(token_counts(dataset.split("train"), dataset.vocab_size))
     counts = token_counts(validation, dataset.vocab_size)
-    text = (dataset.tokenizer.decode_bytes(tokens.tolist()) for tokens in _blocks(validation))
+    blocks = pairwise([*range(0, validation.tokens, READ_AT_ONCE), validation.tokens])
+    text = (dataset.tokenizer.decode_bytes(validation.read(*block).tolist()) for block in blocks)
     return baseline_losses(counts, costs, compressed_bytes(text), validation.text_bytes)
 
 
@@ -34,20 +36,15 @@ def baseline_losses(
 ) -> Losses:
     """Return ``nats_per_token`` (None: it does not model tokens) and ``bits_per_byte`` of each baseline on a text.
 
-    ``unigram`` knows only the frequency of each token in the training text; ``bz2 -9`` compresses the text by itself.
-
-    Args:
-        counts: the tokens of the text, (vocabulary,).
-        costs: of each token by ``token_costs``, (vocabulary,); None omits the unigram baseline.
-        compressed: bytes of the text after compression.
+    ``unigram`` knows only the frequency of each token in the training text: ``counts`` are those of the text, ``costs``
+    as of ``token_costs``, both (vocabulary,); without costs it is omitted. ``bz2 -9`` compresses the text by itself, to
+    ``compressed`` bytes.
     """
     losses: Losses = {}
     if costs is not None:
         nats = float(counts @ costs)
-        losses["unigram"] = {
-            "nats_per_token": nats / int(counts.sum()),
-            "bits_per_byte": bits_per_byte(nats, text_bytes),
-        }
+        per_token, bits = nats / int(counts.sum()), bits_per_byte(nats, text_bytes)
+        losses["unigram"] = {"nats_per_token": per_token, "bits_per_byte": bits}
     losses["bz2 -9"] = {"nats_per_token": None, "bits_per_byte": 8 * compressed / text_bytes}
     return losses
 
@@ -77,8 +74,3 @@ def compressed_bytes(text: Iterable[bytes]) -> int:
     """Return the size of a text, given in parts, after ``bz2 -9``."""
     compressor = bz2.BZ2Compressor(9)
     return sum(len(compressor.compress(part)) for part in text) + len(compressor.flush())
-
-
-def _blocks(split: Split | JoinedSplit) -> Iterator[np.ndarray]:
-    for start in range(0, split.tokens, READ_AT_ONCE):
-        yield split.read(start, min(start + READ_AT_ONCE, split.tokens))

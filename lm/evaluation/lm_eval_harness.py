@@ -77,14 +77,14 @@ class KindlingLM(LM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Return per request, (text,), its log-probability, in adjacent windows, the last reaching back."""
-        tokenizer, context = self.model.tokenizer, self.model.context_length
-        folds = self.model.config.objective.validation_folds
+        stride, texts = (
+            self.model.context_length,
+            (self.model.tokenizer.encode(request.args[0]) for request in requests),
+        )
         queries = (
             query
-            for owner, request in enumerate(requests)
-            for query in document_queries(
-                owner, tokenizer.encode(request.args[0]), tokenizer, self.readout, context, context, folds, ends=False
-            )
+            for owner, text in enumerate(texts)
+            for query in document_queries(self.model, owner, text, self.readout, stride, ends=False)
         )
         return [logprob for logprob, _ in self._sums(queries, len(requests))]
 

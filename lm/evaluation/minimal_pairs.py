@@ -97,27 +97,19 @@ def evaluate_pairs(
 ) -> dict[str, PairsAccuracy]:
     """Return the accuracy on each paradigm, and on ``"all"``, the mean over paradigms.
 
-    Args:
-        likelihoods: returns the log-likelihoods of texts, given as tokens.
+    ``likelihoods`` returns the log-likelihoods of texts, given as tokens.
     """
     results: dict[str, PairsAccuracy] = {}
     resampled = []
     for number, pairs in enumerate(paradigms):
-        found = likelihoods([tokenizer.encode(sentence) for sentence in pairs.good + pairs.bad])
-        good, bad = found[: len(pairs.good)], found[len(pairs.good) :]
+        good, bad = np.split(likelihoods([tokenizer.encode(text) for text in pairs.good + pairs.bad]), 2)
         score = scores(good, bad, ties)
-        means = resampled_means(score, number)
-        resampled.append(means)
-        results[pairs.paradigm] = PairsAccuracy(
-            float(score.mean()), standard_error(means), len(score), int(are_ties(good, bad).sum())
-        )
-    over_all = np.stack(resampled).mean(0)
-    results["all"] = PairsAccuracy(
-        float(np.mean([result.mean for result in results.values()])),
-        standard_error(over_all),
-        sum(result.pairs for result in results.values()),
-        sum(result.ties for result in results.values()),
-    )
+        resampled.append(resampled_means(score, number))
+        error, tied = standard_error(resampled[-1]), int(are_ties(good, bad).sum())
+        results[pairs.paradigm] = PairsAccuracy(float(score.mean()), error, len(score), tied)
+    every = list(results.values())
+    mean, error = float(np.mean([each.mean for each in every])), standard_error(np.stack(resampled).mean(0))
+    results["all"] = PairsAccuracy(mean, error, sum(each.pairs for each in every), sum(each.ties for each in every))
     return results
 
 

@@ -7,7 +7,8 @@ likelihood.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import takewhile
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,36 +29,34 @@ NORMALIZATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class EncodedAnswer:
-    """A question and an answer as ``tokens``; those from ``first`` on are the answer's."""
+class EncodedAnswer(NamedTuple):
+    """A question and an answer as ``tokens``; those from ``first`` on are the answer's.
+
+    ``cut``: the question lost its beginning, for lack of room.
+    """
 
     tokens: list[int]
     first: int
+    cut: bool
 
 
-def encode_answer(tokenizer: Tokenizer, question: str, answer: str, room: int) -> tuple[EncodedAnswer, bool]:
-    """Encode question and answer, and return whether the question lost its beginning to fit into ``room`` tokens.
+def encode_answer(tokenizer: Tokenizer, question: str, answer: str, room: int) -> EncodedAnswer:
+    """Encode question and answer as at most ``room`` tokens. UserError if the answer alone is longer.
 
     Both are tokenized together; the tokens that equal those of the question alone count as the question.
-
-    Raises:
-        UserError: the answer alone is too long.
     """
     whole, alone = tokenizer.encode(question + answer), tokenizer.encode(question)
-    first = next(
-        (n for n, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), min(map(len, (whole, alone)))
-    )
+    first = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(whole, alone, strict=False))))
     excess = max(0, len(whole) - room)
     if excess > first:
         raise UserError(f'the answer "{answer[:40]}…" has {len(whole) - first} tokens; at most {room} can be read')
-    return EncodedAnswer(whole[excess:], first - excess), excess > 0
+    return EncodedAnswer(whole[excess:], first - excess, excess > 0)
 
 
 def likelihoods(
     model: LanguageModel, examples: Sequence[Example], readout: str, between: str = " "
-) -> tuple[list[dict[str, NDArray[np.float64]]], int]:
-    """Score the choices of each example under each normalization, float64 (choices,); and count the questions cut.
+) -> tuple[dict[str, list[NDArray[np.float64]]], int]:
+    """Score the choices of each example, float64 (choices,), under each normalization; and count the questions cut.
 
     Args:
         examples: of the kind "choice" (``lm.data.examples``).
@@ -67,34 +66,26 @@ def likelihoods(
         UserError: an answer is longer than the model's context.
     """
     answers: list[EncodedAnswer] = []
-    alone: list[list[int]] = []
-    sizes: list[int] = []
-    cut = 0
     for example in examples:
         question, *choices = example.texts
         for choice in choices:
             joined = choice if question[-1:].isspace() or choice[:1].isspace() else between + choice
             try:
-                encoded, shortened = encode_answer(model.tokenizer, question, joined, model.context_length - 1)
+                answers.append(encode_answer(model.tokenizer, question, joined, model.context_length - 1))
             except UserError as problem:
                 raise UserError(f"{example.place}: {problem}") from None
-            cut += shortened
-            answers.append(encoded)
-            alone.append(encoded.tokens[encoded.first :])
-            sizes.append(len(choice.encode("utf-8")))
-    firsts = [encoded.first for encoded in answers]
-    given = log_likelihoods(model, [encoded.tokens for encoded in answers], readout, firsts=firsts)
-    unconditional = log_likelihoods(model, alone, readout)
-    tokens = np.array([max(1, len(each)) for each in alone])
+    tokens, firsts, cut = zip(*answers, strict=True)
+    alone = [each.tokens[each.first :] for each in answers]
+    sizes = [len(choice.encode("utf-8")) for example in examples for choice in example.texts[1:]]
+    given = log_likelihoods(model, tokens, readout, firsts=firsts)
     by_name = {
         "sum": given,
-        "token": given / tokens,
+        "token": given / np.maximum([len(each) for each in alone], 1),
         "byte": given / np.maximum(sizes, 1),
-        "unconditional": given - unconditional,
+        "unconditional": given - log_likelihoods(model, alone, readout),
     }
     borders = np.cumsum([len(example.texts) - 1 for example in examples])[:-1]
-    parts = {name: np.split(scores, borders) for name, scores in by_name.items()}
-    return [{name: parts[name][n] for name in parts} for n in range(len(examples))], cut
+    return {name: np.split(scores, borders) for name, scores in by_name.items()}, sum(cut)
 
 
 def score(scores: NDArray[np.float64], right: int) -> float:
@@ -115,16 +106,13 @@ def evaluate_choices(
     Arguments and errors as of ``likelihoods``.
     """
     chance = np.array([1 / (len(example.texts) - 1) for example in examples])
-    results = {}
-    cut = 0
+    right = [example.label for example in examples]
+    results, cut = {}, 0
     for readout in model.readouts:
         progress(f"{readout}: {len(examples):,} questions")
         found, cut = likelihoods(model, examples, readout, between)
         results[readout] = {
-            name: Accuracy.of(
-                np.array([score(scores[name], e.label) for scores, e in zip(found, examples, strict=True)])
-            )
-            for name in NORMALIZATIONS
+            name: Accuracy.of(np.array(list(map(score, found[name], right)))) for name in NORMALIZATIONS
         }
     results["chance (floor)"] = dict.fromkeys(NORMALIZATIONS, Accuracy(float(chance.mean()), 0.0))
     return results, cut

@@ -11,7 +11,7 @@ context / stride times.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.sources.listing import STDIN, ReadReport, ReadSettings, parse_sources, parts_of, read_part
-from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.data import keyed_random
+from lm.data.keyed_random import validation_fold
 from lm.evaluation.baselines import baseline_losses, compressed_bytes, unigram_costs
 from lm.evaluation.validation_loss import protocol
 from lm.inference.language_model import LanguageModel
@@ -68,39 +67,32 @@ def windows(length: int, context_length: int, stride: int, *, bidirectional: boo
 
 
 def document_queries(
-    number: int,
-    tokens: list[int],
-    tokenizer: Tokenizer,
-    readout: str,
-    context_length: int,
-    stride: int,
-    folds: int,
-    *,
-    ends: bool = True,
+    model: LanguageModel, number: int, text: Sequence[int], readout: str, stride: int, *, ends: bool = True
 ) -> Iterator[Query]:
-    """Yield the queries that score document ``number``, their owner.
+    """Yield the queries that score document ``number``, their owner, from the tokens of its text.
 
     ``next_token`` also predicts the end of the document if it ``ends``. A masked readout hides one fold of a window's
     tokens at a time behind the mask token, until all have been hidden.
     """
-    row = np.array([tokenizer.end_of_text_id, *tokens], dtype=np.int64)
+    context, end, folds = model.context_length, model.tokenizer.end_of_text_id, model.config.objective.validation_folds
+    row = np.array([end, *text], dtype=np.int64)
     if readout == "next_token":
-        row = np.append(row, tokenizer.end_of_text_id) if ends else row
-        for window in windows(len(row), context_length, stride, bidirectional=False):
+        row = np.append(row, end) if ends else row
+        for window in windows(len(row), context, stride, bidirectional=False):
             positions = range(window.first - 1 - window.begin, window.last - 1 - window.begin)
             targets = row[window.first : window.last].tolist()
             yield Query(number, row[window.begin : window.end].tolist(), positions, targets)
         return
-    fold_of = keyed_random.validation_fold(np.array([number]), np.arange(len(row)), folds)
+    fold_of = validation_fold(np.array([number]), np.arange(len(row)), folds)
     fold_of[0] = -1  # the end of text is never hidden
     shift = 1 if readout == "masked_next_token" else 0
-    for window in windows(len(row), context_length, min(stride, context_length - 1), bidirectional=True):
+    for window in windows(len(row), context, min(stride, context - 1), bidirectional=True):
         for fold in range(folds):
             hidden = np.flatnonzero(fold_of[window.begin : window.end] == fold) + window.begin
             scored = hidden[(hidden >= window.first) & (hidden < window.last)]
             if len(scored):
                 seen = row[window.begin : window.end].copy()
-                seen[hidden - window.begin] = tokenizer.mask_id
+                seen[hidden - window.begin] = model.tokenizer.mask_id
                 yield Query(number, seen.tolist(), (scored - window.begin - shift).tolist(), row[scored].tolist())
 
 
@@ -133,13 +125,10 @@ def _measure(model: LanguageModel, documents: Iterator[str]) -> _TextSize:
 def _loss(
     model: LanguageModel, documents: Iterator[str], readout: str, stride: int, text_bytes: int
 ) -> dict[str, float]:
-    context, folds = model.context_length, model.config.objective.validation_folds
     queries = (
         query
         for number, text in enumerate(documents)
-        for query in document_queries(
-            number, model.tokenizer.encode(text), model.tokenizer, readout, context, stride, folds
-        )
+        for query in document_queries(model, number, model.tokenizer.encode(text), readout, stride)
     )
     nats, predicted = 0.0, 0
     for scores in token_scores(model, queries, readout):

@@ -31,8 +31,7 @@ class Predictions:
     """Predictions for test examples, and the number of ``parameters`` that were learned for them.
 
     ``outputs`` are probabilities, float64 (examples, classes), or for a regression numbers, float64 (examples,);
-    ``chosen`` describes what was chosen on training examples; ``seconds`` is the time it took, if not all in this
-    process.
+    ``chosen`` describes what was chosen on training examples; ``seconds`` is the time of all processes, if several.
     """
 
     outputs: NDArray[np.float64]
@@ -51,9 +50,6 @@ class Target:
     values: NDArray[Any]
     classes: int
     metric: str
-
-    def score(self, truth: NDArray[Any], outputs: NDArray[np.float64]) -> float:
-        return metrics_of(truth, outputs, self.classes)[self.metric]
 
 
 def majority(target: Target, examples: int) -> Predictions:
@@ -131,7 +127,8 @@ def _chosen(
         scores = []
         for candidate in candidates:
             fitted = untrained(candidate).fit(features[rest], target.values[rest])
-            scores.append(target.score(target.values[out], _outputs(fitted, features[out], target.classes)))
+            outputs = _outputs(fitted, features[out], target.classes)
+            scores.append(metrics_of(target.values[out], outputs, target.classes)[target.metric])
         best = candidates[int(np.argmax(scores))]
     return untrained(best).fit(features, target.values), best
 

@@ -25,7 +25,6 @@ from data_prep.sources.records import HUGGING_FACE
 from lm.config.settings import Config, all_settings
 from lm.data.examples import columns_of
 from lm.evaluation.task_table import TUNED, Task
-from lm.evaluation.tuned_rows import METHODS
 from lm.finetuning.finetune import finetune_config
 from lm.runs.directory import Run
 
@@ -44,16 +43,11 @@ def read_tasks(run: Run, path: Path, overrides: Mapping[str, Any]) -> list[Task]
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the tasks {path}: {error}") from None
-    problems = [
-        f'unknown section "[{name}]" in {path}: the sections are {", ".join(SECTIONS)}'
-        for name in content
-        if name not in SECTIONS
-    ]
     by_row = content.get("rows", {})
+    sections, rows = ", ".join(SECTIONS), ", ".join(TUNED)
+    problems = [f'unknown section "[{n}]" in {path}: the sections are {sections}' for n in content if n not in SECTIONS]
     problems += [
-        f'unknown row "[rows.{row}]" in {path}: the fine-tuned rows are {", ".join(TUNED)}'
-        for row in by_row
-        if row not in TUNED
+        f'unknown row "[rows.{n}]" in {path}: the fine-tuned rows are {rows}' for n in by_row if n not in TUNED
     ]
     if not content.get("tasks"):
         problems.append(f"there are no tasks in {path}: add a section for each, for example [tasks.sst2]")
@@ -61,20 +55,16 @@ def read_tasks(run: Run, path: Path, overrides: Mapping[str, Any]) -> list[Task]
     for name, given in content.get("tasks", {}).items():
         if Path(name).name != name:
             problems.append(f'[tasks."{name}"] is not a valid folder name')
-        resolved = {key: _resolved(path.parent, key, value) for key, value in given.items()}
+        for key in given.keys() & {"train", "validation", "test"}:  # paths are relative to the file
+            if isinstance(file := given[key], str) and file and not file.startswith(HUGGING_FACE):
+                given[key] = str(path.parent / file)
         try:
-            tasks.append(make_task(run, name, content.get("settings", {}), by_row, resolved, overrides))
+            tasks.append(make_task(run, name, content.get("settings", {}), by_row, given, overrides))
         except UserError as problem:
             problems += [f"[tasks.{name}] {line}" for line in str(problem).splitlines()]
     if problems:
         raise UserError("\n".join(problems))
     return tasks
-
-
-def _resolved(folder: Path, key: str, value: Any) -> Any:
-    """The value of a setting, with paths taken relative to the file with the tasks."""
-    is_path = key in ("train", "validation", "test") and isinstance(value, str) and value
-    return str(folder / value) if is_path and not value.startswith(HUGGING_FACE) else value
 
 
 def make_task(
@@ -100,7 +90,7 @@ def make_task(
         unknown = [f"--{key.replace('_', '-')}" for key in values if key not in known]
         valid = {key: value for key, value in values.items() if key in known}
         try:
-            configs[row] = finetune_config(run, valid | METHODS[row], unknown_options=unknown)
+            configs[row] = finetune_config(run, valid | TUNED[row], unknown_options=unknown)
         except UserError as problem:
             problems.update(dict.fromkeys(str(problem).splitlines()))
     if not problems:

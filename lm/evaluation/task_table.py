@@ -46,7 +46,8 @@ ROWS = {
     "lora": "fine-tuned by LoRA",
     "full": "fine-tuned in full",
 }
-TUNED = ("untrained", "lora", "full")
+# The rows that are fine-tuned, and the settings of each.
+TUNED = {"untrained": {"method": "full", "weights": "random"}, "lora": {"method": "lora"}, "full": {"method": "full"}}
 FROZEN = ("probe_untrained", "knn", "probe")
 CELLS, TABLE = "cells", "table.json"
 FORMAT = 2  # of a cell; cells of another format are computed again
@@ -105,10 +106,8 @@ class Examples:
                 seen.add(self.train[number].label)  # one of each class is for training
             elif len(held) < max(1, len(self.train) // 10):
                 held.add(number)
-        return (
-            [example for number, example in enumerate(self.train) if number not in held],
-            [example for number, example in enumerate(self.train) if number in held],
-        )
+        rest = [example for number, example in enumerate(self.train) if number not in held]
+        return rest, [self.train[number] for number in sorted(held)]
 
 
 @dataclass(frozen=True)
@@ -145,11 +144,9 @@ def read_task(task: Task) -> Examples:
     if task.judged_by not in METRICS[task.kind]:
         known = ", ".join(METRICS[task.kind])
         raise UserError(f'task "{task.name}": {task.kind} has no metric "{task.metric}": choose one of {known}')
-    train = read_examples(task.train, task.kind, task.columns)
-    test = read_examples(task.test, task.kind, task.columns)
+    train, test = (read_examples(file, task.kind, task.columns) for file in (task.train, task.test))
     validation = read_examples(task.validation, task.kind, task.columns) if task.validation else []
-    widths = {len(example.texts) for examples in (train, test, validation) for example in examples}
-    if len(widths) > 1:
+    if len({len(example.texts) for example in [*train, *test, *validation]}) > 1:
         raise UserError(f'task "{task.name}": some examples are pairs of texts and others single texts')
     if task.kind == "regression":
         numbers_of(train)
@@ -194,19 +191,18 @@ class CellMaker:
 
     def cell(self, examples: Examples, row: str, seed: int) -> Cell:
         """Return the saved cell, or compute and save it."""
-        task = examples.task
-        path = self.out / CELLS / task.name / f"{row}-{seed}.json"
-        settings = task.settings.get(row, {})
-        source = self._source(examples, row, seed, settings)
-        known = read_cell(path)
-        if known and known.source == source:
+        task = examples.task.name
+        path = self.out / CELLS / task / f"{row}-{seed}.json"
+        source = self._source(examples, row, seed)
+        if (known := read_cell(path)) and known.source == source:
             return known
-        folder = self.out / "runs" / task.name / f"{row}-{seed}-{source[:8]}"
-        found, seconds = self._predictions(examples, row, seed, settings, folder)
-        metrics = metrics_of(examples.values(examples.test), found.outputs, examples.classes)
-        cell = Cell(
-            task.name, row, seed, metrics, found.parameters, seconds, found.chosen, found.outputs.tolist(), source
+        folder = self.out / "runs" / task / f"{row}-{seed}-{source[:8]}"
+        found, seconds = self._predictions(examples, row, seed, folder)
+        metrics, outputs = (
+            metrics_of(examples.values(examples.test), found.outputs, examples.classes),
+            found.outputs.tolist(),
         )
+        cell = Cell(task, row, seed, metrics, found.parameters, seconds, found.chosen, outputs, source)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(cell)) + "\n")
         if not self.keep_runs:
@@ -216,19 +212,17 @@ class CellMaker:
                 folder.parent.parent.rmdir()
         return cell
 
-    def _source(self, examples: Examples, row: str, seed: int, settings: dict[str, Any]) -> str:
+    def _source(self, examples: Examples, row: str, seed: int) -> str:
         """The hash of everything that a cell depends on."""
-        reading = asdict(self.reading) if row in FROZEN else None
+        task, reading = examples.task, asdict(self.reading) if row in FROZEN else None
         weights = self.weights if row not in ("majority", "tfidf") else ""
-        parts = (FORMAT, examples.task.kind, examples.task.judged_by, row, seed, settings, reading, weights)
+        parts = (FORMAT, task.kind, task.judged_by, row, seed, task.settings.get(row, {}), reading, weights)
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
         for part in (examples.train, examples.test, examples.validation if row in TUNED else []):
             digest.update(content_hash(part).encode())
         return digest.hexdigest()
 
-    def _predictions(
-        self, examples: Examples, row: str, seed: int, settings: dict[str, Any], folder: Path
-    ) -> tuple[Predictions, float]:
+    def _predictions(self, examples: Examples, row: str, seed: int, folder: Path) -> tuple[Predictions, float]:
         """The predictions of a row for the test examples, and the seconds they took."""
         target = Target(examples.values(examples.train), examples.classes, examples.task.judged_by)
         if row in FROZEN:
@@ -241,7 +235,7 @@ class CellMaker:
                 found = replace(found, chosen=f"{found.chosen}; {features.cut:,} texts truncated")
             return found, features.seconds + time.perf_counter() - start
         if row in TUNED:
-            found = self.tune(row, examples, seed, settings, folder)
+            found = self.tune(row, examples, seed, examples.task.settings.get(row, {}), folder)
         elif row == "tfidf":
             train, test = ([example.texts for example in part] for part in (examples.train, examples.test))
             found = probes.tfidf(train, target, test, seed)
@@ -254,21 +248,21 @@ class CellMaker:
         key = (examples.task.name, untrained)
         if key not in self._features:
             start = time.perf_counter()
-            model = self.model
+            trunk = self.model
             if untrained is not None:
                 device = next(self.model.parameters()).device
-                model = Transformer(self.run.config.model).initialize(untrained).to(device).eval()
+                trunk = Transformer(self.run.config.model).initialize(untrained).to(device).eval()
+            model = LanguageModel(trunk, self.run.tokenizer, self.run.config)
             train, test = (self._vectors_of(model, part) for part in (examples.train, examples.test))
             seconds = time.perf_counter() - start
             self._features = {key: value for key, value in self._features.items() if key[0] == examples.task.name}
             self._features[key] = _Features(train[0], test[0], seconds, train[1] + test[1])
         return self._features[key]
 
-    def _vectors_of(self, model: Transformer, examples: Sequence[Example]) -> tuple[Vectors, int]:
+    def _vectors_of(self, model: LanguageModel, examples: Sequence[Example]) -> tuple[Vectors, int]:
         """A vector per example (those of a pair are combined), and how many texts were truncated."""
-        columns = [[(text,) for text in column] for column in zip(*(e.texts for e in examples), strict=True)]
-        language_model = LanguageModel(model, self.run.tokenizer, self.run.config)
-        found = [all_vectors(language_model, column, self.reading) for column in columns]
+        columns = zip(*(example.texts for example in examples), strict=True)
+        found = [all_vectors(model, [(text,) for text in column], self.reading) for column in columns]
         first, *others = (vectors for vectors, _ in found)
         vectors = np.concatenate(pair_features(first, others[0]), axis=1) if others else first
         return vectors, sum(cut for _, cut in found)
@@ -299,21 +293,14 @@ def summarize(cells: Sequence[Cell]) -> list[Summary]:
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.task, cell.row), []).append(cell)
-    return [
-        Summary(
-            task,
-            row,
-            tuple(cell.seed for cell in group),
-            {name: _mean_and_deviation([cell.metrics[name] for cell in group]) for name in group[0].metrics},
-            max(cell.trained_parameters for cell in group),
-            mean(cell.seconds for cell in group),
-        )
-        for (task, row), group in groups.items()
-    ]
-
-
-def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
+    summaries = []
+    for (task, row), group in groups.items():
+        values = {name: [cell.metrics[name] for cell in group] for name in group[0].metrics}
+        metrics = {name: (mean(each), stdev(each) if len(each) > 1 else 0.0) for name, each in values.items()}
+        parameters = max(cell.trained_parameters for cell in group)
+        seconds = mean(cell.seconds for cell in group)
+        summaries.append(Summary(task, row, tuple(cell.seed for cell in group), metrics, parameters, seconds))
+    return summaries
 
 
 def findings(summaries: Sequence[Summary], metric: str) -> list[str]:
@@ -327,14 +314,12 @@ def findings(summaries: Sequence[Summary], metric: str) -> list[str]:
         if "full" not in rows or other not in rows:
             continue
         (ours, our_sd), (theirs, their_sd) = rows["full"].metrics[metric], rows[other].metrics[metric]
-        margin = 2 * (our_sd**2 + their_sd**2) ** 0.5
-        difference = ours - theirs
+        margin, difference = 2 * (our_sd**2 + their_sd**2) ** 0.5, ours - theirs
         numbers = f"{metric} {ours:.3f} vs. {theirs:.3f}, a difference of {difference:+.3f}"
         if min(len(rows["full"].seeds), len(rows[other].seeds)) < 2:
             sentences.append(f"Full fine-tuning vs. {name}: {numbers}; with a single seed this may be chance.")
             continue
-        verdict = "better than" if difference > 0 else "worse than"
-        if abs(difference) <= margin:
-            verdict = "not clearly different from"
+        clear = "better than" if difference > 0 else "worse than"
+        verdict = clear if abs(difference) > margin else "not clearly different from"
         sentences.append(f"Full fine-tuning is {verdict} {name}: {numbers} (two standard deviations: {margin:.3f}).")
     return sentences

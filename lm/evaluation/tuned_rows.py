@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from data_prep.files import write_atomically
 from lm.data.examples import Example
 from lm.evaluation.probes import Predictions
-from lm.evaluation.task_table import Examples
+from lm.evaluation.task_table import TUNED, Examples
 from lm.finetuning.finetune import finetune, finetune_config
 from lm.finetuning.predict import Predictor, open_predictor
 from lm.finetuning.predict import predict as predict_all
@@ -23,33 +24,29 @@ from lm.runs.directory import Run
 from lm.training.reporter import NullReporter
 
 
+@dataclass(frozen=True)
 class Tuner:
     """A ``task_table.Tune``: fine-tunes a row in its own run directory and predicts the test examples."""
 
-    def __init__(self, run: Run, device: torch.device) -> None:
-        self.run, self.device = run, device
+    run: Run
+    device: torch.device
 
     def __call__(self, row: str, examples: Examples, seed: int, settings: dict[str, Any], folder: Path) -> Predictions:
         train, validation = examples.parts(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        files = {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
-        for file, part in zip(files.values(), (train, validation), strict=True):
-            write_examples(file, part)
-        config = finetune_config(
-            self.run,
-            {
-                **settings,
-                **METHODS[row],
-                **{name: str(file) for name, file in files.items()},
-                "task": examples.task.kind,
-                "judged_by": examples.task.judged_by,
-                "seed": seed,
-                "device": self.device.type,
-            },
-        )
-        done = finetune(config, folder / "run", NullReporter())
+        write_examples(folder / "train.jsonl", train)
+        write_examples(folder / "validation.jsonl", validation)
+        own = {
+            "train": str(folder / "train.jsonl"),
+            "validation": str(folder / "validation.jsonl"),
+            "task": examples.task.kind,
+            "judged_by": examples.task.judged_by,
+            "seed": seed,
+            "device": self.device.type,
+        }
+        done = finetune(finetune_config(self.run, {**settings, **TUNED[row], **own}), folder / "run", NullReporter())
         start = time.perf_counter()
-        outputs, cut = predictions_of(open_predictor(done.path, self.device), examples, examples.test)
+        outputs, cut = predictions_of(open_predictor(done.path, self.device), examples)
         seconds = learning_seconds(done) + time.perf_counter() - start
         note = f"best at step {done.step:,}" + (f"; {cut:,} test examples longer than the context" if cut else "")
         return Predictions(outputs, done.trained_parameters, note, seconds)
@@ -74,19 +71,14 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
     write_atomically(path, "".join(line + "\n" for line in lines))
 
 
-def predictions_of(
-    predictor: Predictor, examples: Examples, asked: Sequence[Example]
-) -> tuple[NDArray[np.float64], int]:
-    """Outputs of a fine-tuned run as in ``probes.Predictions``, and how many examples were longer than the context.
+def predictions_of(predictor: Predictor, examples: Examples) -> tuple[NDArray[np.float64], int]:
+    """Outputs for test examples as in ``probes.Predictions``, and how many of them were longer than the context.
 
-    A class that was not in its training examples has probability 0.
+    A class that was not among the training examples of the fine-tuned run has probability 0.
     """
-    found = list(predict_all(predictor, asked))
+    found = list(predict_all(predictor, examples.test))
     cut = sum(was_cut for _, was_cut in found)
     if examples.labels is None:
         return np.array([answer["value"] for answer, _ in found]), cut
     names = examples.labels.names
     return np.array([[answer["probabilities"].get(name, 0.0) for name in names] for answer, _ in found]), cut
-
-
-METHODS = {"untrained": {"method": "full", "weights": "random"}, "lora": {"method": "lora"}, "full": {"method": "full"}}

@@ -29,7 +29,8 @@ def test_an_answer_is_scored_after_its_question_under_every_normalization(model,
     tokenizer = model.tokenizer
     found, cut = likelihoods(model, QUESTIONS, readout)
     assert cut == 0
-    for example, scores in zip(QUESTIONS, found, strict=True):
+    for place, example in enumerate(QUESTIONS):
+        scores = {name: of_examples[place] for name, of_examples in found.items()}
         question, *answers = example.texts
         for number, answer in enumerate(answers):
             whole, alone = tokenizer.encode(f"{question} {answer}"), tokenizer.encode(question)
@@ -44,12 +45,12 @@ def test_an_answer_is_scored_after_its_question_under_every_normalization(model,
 
 def test_a_question_that_is_too_long_loses_its_beginning(model):
     tokenizer = model.tokenizer
-    encoded, cut = encode_answer(tokenizer, "The captain lost " * 9, "an owl", 20)
-    assert cut
+    encoded = encode_answer(tokenizer, "The captain lost " * 9, "an owl", 20)
+    assert encoded.cut
     assert len(encoded.tokens) == 20
     assert tokenizer.decode(encoded.tokens).endswith("lost an owl")
     assert tokenizer.decode(encoded.tokens[encoded.first :]).strip() == "an owl"
-    assert not encode_answer(tokenizer, "The captain lost ", "an owl", 31)[1]
+    assert not encode_answer(tokenizer, "The captain lost ", "an owl", 31).cut
     long = Example(("q", "word " * 40, "x"), 0, "f.jsonl, line 7")
     with pytest.raises(UserError, match=r"f\.jsonl, line 7: the answer .* at most 31 can be read"):
         likelihoods(model, [long], "next_token")
@@ -59,7 +60,7 @@ def test_a_question_that_is_too_long_loses_its_beginning(model):
 
 def test_where_question_and_answer_grow_into_one_token_the_answer_has_it(dataset):
     tokenizer = dataset.tokenizer
-    encoded, _ = encode_answer(tokenizer, "The old mil", "ler", 31)
+    encoded = encode_answer(tokenizer, "The old mil", "ler", 31)
     assert encoded.tokens == tokenizer.encode("The old miller")
     assert tokenizer.decode(encoded.tokens[: encoded.first]) == "The old mil"[: len("The old")]
 

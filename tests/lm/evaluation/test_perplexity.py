@@ -85,10 +85,11 @@ def test_the_causal_loss_is_that_of_its_definition(model, texts, stride):
 
 
 @pytest.mark.parametrize(("readout", "shift"), [("masked_token", 0), ("masked_next_token", 1)])
-def test_a_masked_readout_hides_every_token_once_behind_the_mask_token(dataset, readout, shift):
-    tokens, tokenizer = list(range(10, 80)), dataset.tokenizer
+def test_a_masked_readout_hides_every_token_once_behind_the_mask_token(model, readout, shift):
+    model = dataclasses.replace(model, config=model.config.replace(context_length=20, validation_mask_rate=0.2))
+    tokens, tokenizer = list(range(10, 80)), model.tokenizer
     row, found = [tokenizer.end_of_text_id, *tokens], []
-    for query in document_queries(0, tokens, tokenizer, readout, 20, 7, 5):
+    for query in document_queries(model, 0, tokens, readout, 7):
         assert len(query.tokens) <= 20
         hidden = [position for position, token in enumerate(query.tokens) if token == tokenizer.mask_id]
         assert {position + shift for position in query.positions} <= set(hidden)

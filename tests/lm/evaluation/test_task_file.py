@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from types import SimpleNamespace
@@ -125,10 +126,10 @@ def test_the_seconds_of_learning_are_those_of_all_sessions():
 
 def test_a_class_that_the_fine_tuning_was_not_shown_has_probability_zero(trained, folder, monkeypatch):
     task = make_task(trained, "verbs", {}, {}, of_task(folder), {})
-    examples = read_task(task)
+    examples = dataclasses.replace(read_task(task), test=[Example(("x",), "good", "f")])
     answers = [({"probabilities": {"good": 0.75}, "label": "good"}, False)]
     monkeypatch.setattr(tuned_rows, "predict_all", lambda predictor, asked: iter(answers))
-    assert tuned_rows.predictions_of(None, examples, [Example(("x",), "good", "f")])[0].tolist() == [[0.0, 0.75]]
+    assert tuned_rows.predictions_of(None, examples)[0].tolist() == [[0.0, 0.75]]
 
 
 def test_the_command_makes_a_table_resumes_and_does_nothing_twice(trained, folder):
