@@ -5,7 +5,7 @@ Only files that are written during training are read, so unfinished runs can be 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,6 @@ class Entry:
         config = self.run.config
         return config.finetune.task if config.is_finetuning else config.objective.objective
 
-    def tokens(self, step: int) -> int:
-        return step * self.run.config.data.batch_tokens
-
     def training_losses(self) -> Series:
         """(tokens seen, loss) by objective, in nats per token."""
         readouts = OBJECTIVES.get(self.objective, ("", (self.objective,)))[1]
@@ -54,8 +51,8 @@ class Entry:
         """The validation losses by readout, with the step and the tokens seen."""
         found: dict[str, list[dict[str, Any]]] = {}
         for line in self.lines:
+            seen = {"step": line["step"], "tokens": line["step"] * self.run.config.data.batch_tokens}
             for readout, loss in line.get("validation", {}).items():
-                seen = {"step": line["step"], "tokens": self.tokens(line["step"])}
                 found.setdefault(readout, []).append(seen | loss)
         return found
 
@@ -78,10 +75,9 @@ def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
     if len(paths) < 2:
         raise UserError("name at least two runs to compare")
     names = [Path(path).resolve().name for path in paths]
-    entries = []
-    for path, name in zip(paths, names, strict=True):
-        run = open_run(path)
-        entries.append(Entry(name if names.count(name) == 1 else str(path), run, list(run.metrics())))
+    names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    runs = [open_run(path) for path in paths]
+    entries = [Entry(name, run, list(run.metrics())) for name, run in zip(names, runs, strict=True)]
     for entry in entries:
         if not summary(entry.lines):
             raise UserError(f"{entry.run.path} has no metrics in {METRICS} yet: train it first")
@@ -138,10 +134,8 @@ def _remarks(entries: Sequence[Entry], *, same_tokenizer: bool) -> list[str]:
         remarks.append("The data differ, so the losses may be on different texts.")
     parts = [[rows_validated(line) for line in entry.lines if line.get("validation")][-1:] for entry in entries]
     if not _alike(parts):
-        named = ", ".join(
-            f"{e.name} {part[0] if part and part[0] else 'unknown'}" for e, part in zip(entries, parts, strict=True)
-        )
-        remarks.append(f"The validations use different parts of the split: {named}.")
+        named = [f"{e.name} {''.join(part) or 'unknown'}" for e, part in zip(entries, parts, strict=True)]
+        remarks.append(f"The validations use different parts of the split: {', '.join(named)}.")
     return remarks + [f"{entry.name}: {sentence}" for entry in entries if (sentence := overfitting(entry.lines))]
 
 
@@ -163,14 +157,15 @@ def rows(comparison: dict[str, Any]) -> list[list[str]]:
         ["epochs seen", *(f"{run['epoch']:.2f}" for run in runs)],
         ["tokens/s, median", *(f"{run['tokens_per_second']:,.0f}" for run in runs)],
     ]
-    if any("share_of_peak" in run for run in runs):
-        table.append(["fraction of peak, median", *(_cell(run.get("share_of_peak"), "{:.1%}") for run in runs)])
-    if any("memory_bytes" in run for run in runs):
-        table.append(["peak memory", *(_cell(run.get("memory_bytes"), "{:,} bytes") for run in runs)])
+    for name, key, form in (
+        ("fraction of peak, median", "share_of_peak", "{:.1%}"),
+        ("peak memory", "memory_bytes", "{:,} bytes"),
+    ):
+        if any(key in run for run in runs):
+            table.append([name, *_cells(runs, key, form)])
     if unit == "nats_per_token":
-        for objective in _names(runs, "training_loss"):
-            cells = (_cell(run["training_loss"].get(objective), "{:.4f}") for run in runs)
-            table.append([f"training, {objective}", *cells])
+        losses = [run["training_loss"] for run in runs]
+        table += [[f"training, {name}", *_cells(losses, name, "{:.4f}")] for name in _names(runs, "training_loss")]
     for readout in _names(runs, "validation"):
         for which in ("final", "best"):
             found = [run["validation"].get(readout, {}).get(which) for run in runs]
@@ -190,8 +185,8 @@ def differences(comparison: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def _cells(values: Sequence[Mapping[str, float]], key: str, form: str) -> list[str]:
+    return [form.format(each[key]) if each.get(key) is not None else "" for each in values]
 
 
 def write_comparison(entries: Sequence[Entry], comparison: dict[str, Any], out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,15 +42,9 @@ class Bars:
 
 def render(template: str, **values: Any) -> str:
     """Render a page of ``templates``; values are escaped, and an undefined name is an error."""
-    return (
-        jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-        )
-        .get_template(template)
-        .render(**values)
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return pages.get_template(template).render(**values)
 
 
 def draw(panels: Sequence[Panel | Bars], height: float) -> str:
@@ -57,17 +52,13 @@ def draw(panels: Sequence[Panel | Bars], height: float) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {
-        "svg.hashsalt": "kindling",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with mpl.rc_context(style):
+    spines: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context({"svg.hashsalt": "kindling", "font.size": 10, **spines}):
         figure = Figure(figsize=(9, height), layout="constrained")
         figure.patch.set_alpha(0)
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             _draw_bars(axes, panel) if isinstance(panel, Bars) else _draw_panel(axes, panel)
+            axes.patch.set_alpha(0)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
@@ -76,11 +67,9 @@ def draw(panels: Sequence[Panel | Bars], height: float) -> str:
 def _draw_panel(axes: Any, panel: Panel) -> None:
     from matplotlib.ticker import EngFormatter
 
-    plain: dict[str, Any] = {"linewidth": 1.2}
-    marked: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "--"}
-    for kind, style in ((panel.lines, plain), (panel.points, marked)):
-        for number, (label, series) in enumerate(kind.items()):
-            color = COLORS[number % len(COLORS)]
+    marked = {"marker": "o", "markersize": 4, "linestyle": "--"}
+    for kind, style in ((panel.lines, {"linewidth": 1.2}), (panel.points, marked)):
+        for (label, series), color in zip(kind.items(), itertools.cycle(COLORS), strict=False):
             axes.plot(*zip(*series, strict=True), color=color, label=_literal(label), **style)
     for label, position in panel.marks.items():
         axes.axvline(position, color="#5b6477", linewidth=1, linestyle=":", label=_literal(label))
@@ -88,7 +77,6 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     if axes.get_xlim()[1] > 10:  # steps: "k" for thousands; but no "m" for fractions
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color="#dfe3ea", linewidth=0.6)
-    axes.patch.set_alpha(0)
     if len(panel.lines) + len(panel.points) + len(panel.marks) > 1:
         axes.legend(frameon=False)
 
@@ -102,7 +90,6 @@ def _draw_bars(axes: Any, bars: Bars) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x", color="#dfe3ea", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.patch.set_alpha(0)
 
 
 def _literal(text: str) -> str:

@@ -20,7 +20,7 @@ from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.model.device import choose_device
 from lm.model.transformer import Transformer, describe
-from lm.reports.page import Panel, draw, render
+from lm.reports.page import Panel, Series, draw, render
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run
 from lm.runs.metrics_log import best_validation, overfitting, rows_validated, series, summary
@@ -42,31 +42,26 @@ def write_report(
     ``validation_loss.evaluate``, or None; ``checkpoint`` has the model to use (None: the newest).
     """
     checkpoint = checkpoint or run.newest()
-    model = run.load_model(choose_device("auto"), checkpoint)
-    readouts = run.config.readouts
-    language_model = LanguageModel(model, run.tokenizer, run.config)
-    continued = [
-        (prompt, "".join(event.text for event in stream(language_model, prompt, SAMPLE)))
-        for prompt in (prompts if "next_token" in readouts else ())
-    ]
-    filled = [_shown(language_model, text) for text in (fills if language_model.masked_readout else ())]
+    trunk = run.load_model(choose_device("auto"), checkpoint)
+    model = LanguageModel(trunk, run.tokenizer, run.config)
+    prompts = prompts if "next_token" in model.readouts else ()
     lines = list(run.metrics())
     html = render(
         "report.html",
         name=run.path.name,
-        lead=f"{describe(model)}; trained with {run.config.objective.objective} "
+        lead=f"{describe(trunk)}; trained with {run.config.objective.objective} "
         f"to step {checkpoint.step:,} of {run.config.training.steps:,}.",
         evaluation=_evaluation_rows(evaluation),
         curves=_curves(lines),
         remarks=[sentence] if (sentence := overfitting(lines)) else [],
         summary=_summary(lines),
         events=_events(lines),
-        continued=continued,
-        filled=filled,
+        continued=[(prompt, "".join(event.text for event in stream(model, prompt, SAMPLE))) for prompt in prompts],
+        filled=[_shown(model, text) for text in (fills if model.masked_readout else ())],
         sampling=f"Continued at temperature {SAMPLE.temperature:g}, top-p {SAMPLE.top_p:g}, seed {SAMPLE.seed}; "
         "each mask filled with its most likely token, the most confident first.",
         settings=_settings(run),
-        environment=environment(model),
+        environment=environment(trunk),
     )
     path = run.path / "report.html"
     write_atomically(path, html)
@@ -76,14 +71,13 @@ def write_report(
 def environment(model: Transformer) -> dict[str, str]:
     """The versions and the machine that the report was made with."""
     device = next(model.parameters()).device
+    threads = f"{device.type}, {torch.get_num_threads()} threads"
     return {
         "Kindling": __version__,
         "Python": platform.python_version(),
         **{package: version(package) for package in ("torch", "tokenizers", "safetensors", "numpy")},
         "machine": platform.platform(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
     }
 
 
@@ -133,14 +127,12 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
     losses = sorted({key for line in training for key in line if key.startswith("loss_")}) or ["loss"]
     curves = {key.removeprefix("loss_"): series(training, key) for key in losses}
     validated = [line for line in lines if line.get("validation")]
-    points = {
-        f"{name}, validation": [
-            (line["step"], line["validation"][name]["nats_per_token"])
-            for line in validated
-            if name in line["validation"]
-        ]
-        for name in sorted({name for line in validated for name in line["validation"]})
+    points: Series = {
+        f"{name}, validation": [] for name in sorted({n for line in validated for n in line["validation"]})
     }
+    for line in validated:
+        for name, loss in line["validation"].items():
+            points[f"{name}, validation"].append((line["step"], loss["nats_per_token"]))
     best = best_validation(lines)
     marks = {f"best validation, step {best['step']:,}": best["step"]} if best and best is not validated[-1] else {}
     speed = [Panel("tokens per second", {"": series(training, "tokens_per_second")})]
@@ -181,11 +173,7 @@ def _events(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "roll_back": "rolled back to this step, with {rate:g} of the scheduled learning rate",
     }
     return [
-        {
-            "step": f"{line['step']:,}",
-            "what": done.get(line["event"], line["event"]).format(rate=line["rate"]),
-            "why": line["reason"],
-        }
+        {"step": f"{line['step']:,}", "what": done.get(event, event).format(rate=line["rate"]), "why": line["reason"]}
         for line in lines
-        if "event" in line
+        if (event := line.get("event"))
     ]

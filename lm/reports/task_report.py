@@ -15,23 +15,12 @@ from lm.finetuning.metrics import CALIBRATION_BINS, calibration, confusion_matri
 from lm.reports.page import Bars, Panel, draw, render
 
 HARDEST = 10
-DETAILED = (
-    "full",
-    "lora",
-    "probe",
-    "knn",
-    "untrained",
-    "tfidf",
-    "majority",
-)  # the first of these that exists is shown in detail
+# The first of these that exists is shown in detail.
+DETAILED = ("full", "lora", "probe", "knn", "untrained", "tfidf", "majority")
 
 
 def write_task_report(path: Path, name: str, lead: str, tasks: Sequence[Examples], cells: Sequence[Cell]) -> None:
-    """Write a page, which needs no network, about the cells of some tasks.
-
-    Args:
-        name: of the run; ``lead`` is a sentence about the run and how texts were read.
-    """
+    """Write a page about the cells of some tasks; ``lead`` is a sentence about the run, ``name``."""
     sections = [_section(examples, [c for c in cells if c.task == examples.task.name]) for examples in tasks]
     write_atomically(path, render("tasks.html", name=name, lead=lead, sections=sections, rows=ROWS))
 
@@ -39,21 +28,12 @@ def write_task_report(path: Path, name: str, lead: str, tasks: Sequence[Examples
 def table(summaries: Sequence[Summary], judged_by: str) -> tuple[list[str], list[list[str]]]:
     """A task's table as texts, header and rows; the metric ``judged_by`` comes first."""
     metrics = sorted(summaries[0].metrics, key=lambda name: name != judged_by)
-    header = ["", *metrics, "trained parameters", "seconds"]
-    rows = [
-        [
-            summary.row,
-            *(_number(*summary.metrics[name], len(summary.seeds)) for name in metrics),
-            f"{summary.trained_parameters:,}",
-            f"{summary.seconds:.1f}",
-        ]
-        for summary in summaries
-    ]
-    return header, rows
-
-
-def _number(mean: float, deviation: float, seeds: int) -> str:
-    return f"{mean:.3f} ± {deviation:.3f}" if seeds > 1 else f"{mean:.3f}"
+    rows = []
+    for summary in summaries:
+        form = "{:.3f} ± {:.3f}" if len(summary.seeds) > 1 else "{:.3f}"
+        numbers = [form.format(*summary.metrics[name]) for name in metrics]
+        rows.append([summary.row, *numbers, f"{summary.trained_parameters:,}", f"{summary.seconds:.1f}"])
+    return ["", *metrics, "trained parameters", "seconds"], rows
 
 
 def _section(examples: Examples, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -63,8 +43,7 @@ def _section(examples: Examples, cells: Sequence[Cell]) -> dict[str, Any]:
     values = {summary.row: summary.metrics[task.judged_by] for summary in summaries}
     by_row = {cell.row: cell for cell in reversed(cells)}  # the first of several seeds
     shown = by_row[next(row for row in (*DETAILED, *by_row) if row in by_row)]
-    outputs = np.array(shown.outputs)
-    truth = examples.values(examples.test)
+    outputs, truth = np.array(shown.outputs), examples.values(examples.test)
     return {
         "name": task.name,
         "size": f"{len(examples.train):,} training examples, {len(examples.test):,} test examples; "
@@ -92,15 +71,13 @@ def _calibration(examples: Examples, outputs: NDArray[np.float64], truth: NDArra
         bins, error = calibration(outputs, truth)
         points = [(each.confidence, each.accuracy) for each in bins]
         title = f"accuracy by confidence; expected calibration error {error:.3f}"
-        ends, horizontal = [(1 / examples.classes, 1 / examples.classes), (1.0, 1.0)], "confidence"
+        low, high, horizontal = 1 / examples.classes, 1.0, "confidence"
     else:
-        order = np.argsort(outputs, kind="stable")
-        parts = [part for part in np.array_split(order, CALIBRATION_BINS) if len(part)]
-        points = [(float(outputs[part].mean()), float(truth[part].mean())) for part in parts]
+        parts = np.array_split(np.argsort(outputs, kind="stable"), CALIBRATION_BINS)
+        points = [(float(outputs[part].mean()), float(truth[part].mean())) for part in parts if len(part)]
         title, horizontal = "mean true number, by tenths of the predictions", "prediction"
         low, high = float(truth.min()), float(truth.max())
-        ends = [(low, low), (high, high)]
-    return Panel(title, {"perfect": ends}, {"measured": points}, horizontal=horizontal)
+    return Panel(title, {"perfect": [(low, low), (high, high)]}, {"measured": points}, horizontal=horizontal)
 
 
 def _hardest(examples: Examples, outputs: NDArray[np.float64], truth: NDArray[Any]) -> list[dict[str, Any]]:
@@ -113,14 +90,9 @@ def _hardest(examples: Examples, outputs: NDArray[np.float64], truth: NDArray[An
     else:
         badness = np.abs(outputs - truth)
         shown = [(f"{o:.2f}", f"{t:g}", f"{abs(o - t):.2f} off") for o, t in zip(outputs, truth, strict=True)]
-    worst = [int(number) for number in np.argsort(-badness, kind="stable")[:HARDEST] if badness[number] > 0]
-    return [
-        {
-            "texts": examples.test[number].texts,
-            "place": examples.test[number].place.rpartition("/")[2],
-            "answer": shown[number][0],
-            "truth": shown[number][1],
-            "sure": shown[number][2],
-        }
-        for number in worst
-    ]
+    errors = []
+    for number in np.argsort(-badness, kind="stable")[:HARDEST]:
+        if badness[number] > 0:
+            example = {"texts": examples.test[number].texts, "place": examples.test[number].place.rpartition("/")[2]}
+            errors.append(example | dict(zip(("answer", "truth", "sure"), shown[number], strict=True)))
+    return errors
