@@ -31,7 +31,7 @@ MAX_NEW_TOKENS = 256  # unless the task says otherwise
 
 @register_model("kindling")
 class KindlingLM(LM):
-    """A run for the harness, with the readout that scores.
+    """A run for the harness, with the readout that scores. UserError if there is no such run, checkpoint or readout.
 
     Args:
         pretrained: the run directory.
@@ -39,9 +39,6 @@ class KindlingLM(LM):
             "greedy" then says whether each token is the most likely one at its mask. "": the run's first.
         checkpoint: newest, best, or the number of a step.
         batch_size, max_batch_size: passed by the harness to every model; not used.
-
-    Raises:
-        UserError: there is no such run, checkpoint or readout.
     """
 
     def __init__(

@@ -48,10 +48,8 @@ def read_pairs(path: Path, columns: tuple[str, str] = COLUMNS) -> list[Pairs]:
     """Read the pairs of a .jsonl, .csv, .tsv or .parquet file, or of all such files in a folder, one paradigm per file.
 
     ``columns`` name the acceptable and the unacceptable sentence. As in BLiMP, ``UID`` names the paradigm (default:
-    the name of the file) and ``linguistics_term`` its group.
-
-    Raises:
-        UserError: there are no files, or a line is not a pair; the message gives file and line.
+    the name of the file) and ``linguistics_term`` its group. Raise UserError if there are no files, or a line is not a
+    pair; the message gives file and line.
     """
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
@@ -122,8 +120,7 @@ def evaluate_model(
 ) -> dict[str, dict[str, PairsAccuracy]]:
     """Return ``evaluate_pairs`` for every readout, and for the unigram baseline if the training data still exists.
 
-    Raises:
-        UserError: a sentence is longer than the model's context.
+    Raise UserError if a sentence is longer than the model's context.
     """
     results = {}
     for readout in model.readouts:

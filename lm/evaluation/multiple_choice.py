@@ -30,10 +30,7 @@ NORMALIZATIONS = {
 
 
 class EncodedAnswer(NamedTuple):
-    """A question and an answer as ``tokens``; those from ``first`` on are the answer's.
-
-    ``cut``: the question lost its beginning, for lack of room.
-    """
+    """A question, maybe ``cut`` at its beginning, and an answer, whose ``tokens`` are those from ``first`` on."""
 
     tokens: list[int]
     first: int
@@ -58,12 +55,8 @@ def likelihoods(
 ) -> tuple[dict[str, list[NDArray[np.float64]]], int]:
     """Score the choices of each example, float64 (choices,), under each normalization; and count the questions cut.
 
-    Args:
-        examples: of the kind "choice" (``lm.data.examples``).
-        between: inserted between question and answer unless there is white space.
-
-    Raises:
-        UserError: an answer is longer than the model's context.
+    The examples are of the kind "choice" (``lm.data.examples``); ``between`` is inserted between question and answer
+    unless there is white space. Raise UserError if an answer is longer than the model's context.
     """
     answers: list[EncodedAnswer] = []
     for example in examples:

@@ -29,11 +29,7 @@ from lm.objectives.text import bits_per_byte, loss_on_text
 
 
 def documents_of(source: str, reading: ReadSettings) -> Iterator[str]:
-    """Yield the texts of a source's documents, the same on every call.
-
-    Raises:
-        UserError: the source does not exist, or is standard input.
-    """
+    """Yield the texts of a source's documents. UserError if it does not exist, or is standard input."""
     if source == STDIN:
         raise UserError("a text is read once per readout, which standard input does not allow: name a file")
     sources = parse_sources((source,))
@@ -145,16 +141,10 @@ def evaluate_text(
     stride: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Return the loss of every readout on a text, next to the baselines of ``lm.evaluation.baselines``.
+    """Return the loss of every readout on a text, scoring ``stride`` tokens per window (0: all), next to baselines.
 
-    Args:
-        stride: the tokens scored per window; 0: all.
-
-    Returns:
-        A result as of ``validation_loss.evaluate``, without the unigram baseline if the training data is gone.
-
-    Raises:
-        UserError: the source has no text, or the stride is longer than the context.
+    The result is as of ``validation_loss.evaluate``, without the unigram baseline if the training data is gone. Raise
+    UserError if the source has no text, or the stride is longer than the context.
     """
     context = model.context_length
     if not 0 <= stride <= context:

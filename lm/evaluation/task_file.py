@@ -33,11 +33,13 @@ OF_TASK = ("task", "train", "validation", "judged_by", "text_column", "text_pair
 SECTIONS = ("settings", "rows", "tasks")
 
 
-def read_tasks(run: Run, path: Path, overrides: Mapping[str, Any]) -> list[Task]:
+Settings = Mapping[str, Any]
+
+
+def read_tasks(run: Run, path: Path, overrides: Settings) -> list[Task]:
     """Read the tasks of a file; ``overrides`` are settings that take precedence over the file.
 
-    Raises:
-        UserError: the file cannot be read, or has problems (one line for each).
+    Raise UserError if the file cannot be read, or has problems (one line for each).
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -68,17 +70,11 @@ def read_tasks(run: Run, path: Path, overrides: Mapping[str, Any]) -> list[Task]
 
 
 def make_task(
-    run: Run,
-    name: str,
-    settings: Mapping[str, Any],
-    by_row: Mapping[str, Mapping[str, Any]],
-    of_task: Mapping[str, Any],
-    overrides: Mapping[str, Any],
+    run: Run, name: str, settings: Settings, by_row: Mapping[str, Settings], of_task: Settings, overrides: Settings
 ) -> Task:
     """A task with the settings of each of its fine-tuned rows; later arguments override earlier ones.
 
-    Raises:
-        UserError: invalid settings, one line for each.
+    Raise UserError if settings are invalid, with one line for each.
     """
     known = {setting.name for setting in all_settings()}
     problems: dict[str, None] = {}  # in order, without repetition

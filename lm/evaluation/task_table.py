@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.files import read_json, write_atomically
 from lm.data.examples import Columns, Example, Labels, content_hash, numbers_of, read_examples
-from lm.evaluation import probes
-from lm.evaluation.probes import Predictions, Target
+from lm.evaluation.probes import Predictions, Target, linear, majority, nearest, tfidf
 from lm.finetuning.heads import pair_features
 from lm.finetuning.metrics import METRICS, metrics_of
 from lm.inference.embedding import Reading, Vectors, all_vectors
@@ -136,8 +135,7 @@ Tune = Callable[[str, Examples, int, dict[str, Any], Path], Predictions]
 def read_task(task: Task) -> Examples:
     """Read the examples of a task.
 
-    Raises:
-        UserError: a file cannot be read, all labels are the same, or a test label is not in the training examples.
+    Raise UserError if a file cannot be read, all labels are the same, or a test label is not in the training examples.
     """
     if task.kind not in METRICS:
         raise UserError(f'task "{task.name}": tables support {" and ".join(METRICS)}, not {task.kind}')
@@ -167,27 +165,22 @@ class _Features:
     cut: int
 
 
+@dataclass
 class CellMaker:
-    """Computes the cells of a run's tables; caches the features of one task at a time."""
+    """Computes the cells of a run's tables; caches the features of one task at a time.
 
-    def __init__(
-        self,
-        run: Run,
-        model: Transformer,
-        weights: str,
-        reading: Reading,
-        tune: Tune,
-        out: Path,
-        *,
-        keep_runs: bool = False,
-    ) -> None:
-        """``weights`` is the hash of the model's file, ``out`` the folder of the tables.
+    ``weights`` is the hash of the model's file, ``out`` the folder of the tables. The run directories of fine-tuned
+    rows, in ``out/runs``, are removed once their cell is written, or kept.
+    """
 
-        The run directories of fine-tuned rows, in ``out/runs``, are removed once their cell is written, or kept.
-        """
-        self.run, self.model, self.weights, self.reading, self.tune, self.out = run, model, weights, reading, tune, out
-        self.keep_runs = keep_runs
-        self._features: dict[tuple[str, int | None], _Features] = {}
+    run: Run
+    model: Transformer
+    weights: str
+    reading: Reading
+    tune: Tune
+    out: Path
+    keep_runs: bool = field(default=False, kw_only=True)
+    _features: dict[tuple[str, int | None], _Features] = field(default_factory=dict, init=False)
 
     def cell(self, examples: Examples, row: str, seed: int) -> Cell:
         """Return the saved cell, or compute and save it."""
@@ -225,22 +218,19 @@ class CellMaker:
     def _predictions(self, examples: Examples, row: str, seed: int, folder: Path) -> tuple[Predictions, float]:
         """The predictions of a row for the test examples, and the seconds they took."""
         target = Target(examples.values(examples.train), examples.classes, examples.task.judged_by)
-        if row in FROZEN:
-            features = self._vectors(examples, seed if row == "probe_untrained" else None)
-        start = time.perf_counter()
-        if row in FROZEN:
-            probe = probes.nearest if row == "knn" else probes.linear
-            found = probe(features.train, target, features.test, seed)
+        features = self._vectors(examples, seed if row == "probe_untrained" else None) if row in FROZEN else None
+        start = time.perf_counter() - (features.seconds if features else 0)
+        if features:
+            found = (nearest if row == "knn" else linear)(features.train, target, features.test, seed)
             if features.cut:
                 found = replace(found, chosen=f"{found.chosen}; {features.cut:,} texts truncated")
-            return found, features.seconds + time.perf_counter() - start
-        if row in TUNED:
+        elif row in TUNED:
             found = self.tune(row, examples, seed, examples.task.settings.get(row, {}), folder)
         elif row == "tfidf":
             train, test = ([example.texts for example in part] for part in (examples.train, examples.test))
-            found = probes.tfidf(train, target, test, seed)
+            found = tfidf(train, target, test, seed)
         else:
-            found = probes.majority(target, len(examples.test))
+            found = majority(target, len(examples.test))
         return found, time.perf_counter() - start if found.seconds is None else found.seconds
 
     def _vectors(self, examples: Examples, untrained: int | None) -> _Features:

@@ -18,8 +18,7 @@ from lm.data.examples import Example
 from lm.evaluation.probes import Predictions
 from lm.evaluation.task_table import TUNED, Examples
 from lm.finetuning.finetune import finetune, finetune_config
-from lm.finetuning.predict import Predictor, open_predictor
-from lm.finetuning.predict import predict as predict_all
+from lm.finetuning.predict import Predictor, open_predictor, predict
 from lm.runs.directory import Run
 from lm.training.reporter import NullReporter
 
@@ -76,7 +75,7 @@ def predictions_of(predictor: Predictor, examples: Examples) -> tuple[NDArray[np
 
     A class that was not among the training examples of the fine-tuned run has probability 0.
     """
-    found = list(predict_all(predictor, examples.test))
+    found = list(predict(predictor, examples.test))
     cut = sum(was_cut for _, was_cut in found)
     if examples.labels is None:
         return np.array([answer["value"] for answer, _ in found]), cut

@@ -18,14 +18,10 @@ from lm.training.validation import validate_readouts
 def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     """Evaluate a checkpoint (None: the newest) on the validation split of ``data`` ("": the training data).
 
-    The result on the training data is saved in ``evaluation.json`` and read from there the next time.
-
-    Returns:
-        ``validation`` maps each readout to its loss, ``floors`` each baseline to its own (``baseline_losses``);
-        ``protocol`` describes the measurement in words; the other keys say what was evaluated, and on what.
-
-    Raises:
-        UserError: the data is missing, was made with another tokenizer, or has no validation text.
+    The result on the training data is saved in ``evaluation.json`` and read from there the next time. ``validation``
+    maps each readout to its loss, ``floors`` each baseline to its own (``baseline_losses``); ``protocol`` describes the
+    measurement in words; the other keys say what was evaluated, and on what. Raise UserError if the data is missing,
+    was made with another tokenizer, or has no validation text.
     """
     dataset = open_corpora((data,) if data else run.config.data.data)
     validation = dataset.split("validation")
@@ -61,7 +57,5 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
 
 def protocol(windows: str, folds: int) -> str:
     """Return the description of a measurement from that of its windows."""
-    return (
-        f"{windows}; masked readouts hide one token in {folds} at a time behind the mask token, until every token has "
-        "been hidden once"
-    )
+    masks = f"masked readouts hide one token in {folds} at a time behind the mask token"
+    return f"{windows}; {masks}, until every token has been hidden once"

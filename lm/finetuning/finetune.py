@@ -32,8 +32,6 @@ from lm.config.settings import (
     ReportConfig,
     TrainingConfig,
     finetuning_defaults,
-    usual_pooling,
-    usual_reading,
 )
 from lm.data.examples import Example, content_hash, read_task
 from lm.data.keyed_random import Stream, key, permuted
@@ -42,6 +40,7 @@ from lm.finetuning.head_task import HeadTask
 from lm.finetuning.instruction_task import InstructionTask
 from lm.finetuning.layer_decay import lr_multipliers
 from lm.finetuning.task import Task
+from lm.inference.embedding import reading_of
 from lm.runs.base_weights import keep_base, kept_base, starting_trunk
 from lm.runs.checkpoint_writer import trained_tensors
 from lm.runs.directory import Run, open_run
@@ -76,9 +75,7 @@ def finetune_config(
 class Finetuned(Run):
     """A finished fine-tuning.
 
-    Attributes:
-        step: that of the best validation, or the last one if there were no validation examples.
-        scores: the metrics of that validation.
+    ``step`` is that of the best validation, ``scores`` are its metrics; without validation examples it is the last.
     """
 
     step: int
@@ -105,11 +102,7 @@ class Finetuning(TrainModule[Any]):
     """A fine-tuning in the run directory ``path``."""
 
     def __init__(self, config: Config, path: Path, ranks: Ranks) -> None:
-        """Read the examples and find the base's weights.
-
-        Raises:
-            UserError: an example, a setting or the base run is invalid.
-        """
+        """Read the examples and find the base's weights. UserError if an example, a setting or the base is invalid."""
         if not config.is_finetuning:
             raise UserError("choose a task, for example --task classification")
         if not config.finetune.train:
@@ -124,13 +117,8 @@ class Finetuning(TrainModule[Any]):
             tokenizer, weights = base.tokenizer, weights or base.plain_weights()
         train, validation = read_task(config.finetune)
         self.config = settle_steps(settle_reading(config), len(train))
-        self.path, self.ranks, self.weights, self.name, self.processor = (
-            path,
-            ranks,
-            weights,
-            config.finetune.train,
-            tokenizer,
-        )
+        self.path, self.ranks, self.weights = path, ranks, weights
+        self.name, self.processor = config.finetune.train, tokenizer
         self.task = TASKS[config.finetune.task](self.config, tokenizer, train, validation)
         self.examples, self.tokens = len(train), sum(example.tokens for example in self.task.train)
         hashed = content_hash([*train, *(Example((text,), None, "") for text in self.task.hashed_texts)])
@@ -202,12 +190,10 @@ class Finetuning(TrainModule[Any]):
 def settle_reading(config: Config) -> Config:
     """Replace "auto" in ``reads``, ``pooling`` and ``judged_by`` by what it stands for."""
     task = config.finetune
-    usual = "causal" if task.task == "instruction" else usual_reading(config)
-    reads = usual if task.reads == "auto" else task.reads
-    pooling = usual_pooling(reads) if task.pooling == "auto" else task.pooling
+    reading = reading_of(config, "causal" if task.task == "instruction" and task.reads == "auto" else None)
     metric = {"regression": "spearman", "contrastive": "spearman", "instruction": "loss"}.get(task.task, "accuracy")
     judged_by = metric if task.judged_by == "auto" else task.judged_by
-    return config.replace(reads=reads, pooling=pooling, judged_by=judged_by)
+    return config.replace(reads=reading.reads, pooling=reading.pooling, judged_by=judged_by)
 
 
 def settle_steps(config: Config, examples: int) -> Config:

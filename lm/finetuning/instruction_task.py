@@ -54,8 +54,7 @@ class Turn:
 def turn_of(example: Example, template: str, tokenizer: Tokenizer, context_length: int) -> Turn:
     """Format an example by the template; if too long, it loses the beginning of its prompt, then the response's end.
 
-    Raises:
-        UserError: the template formats the prompt differently when a response follows.
+    Raise UserError if the template formats the prompt differently when a response follows.
     """
     prompt, response = example.texts
     messages = [{"role": "user", "content": prompt}]

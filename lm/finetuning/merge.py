@@ -25,10 +25,7 @@ def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -
     """Write the run directory ``out`` from a checkpoint of a fine-tuned run; its outputs are the same bit for bit.
 
     A run with a task head keeps it, unless ``trunk_only``; without a head the result is like a pretrained run, to be
-    sampled from, exported or fine-tuned.
-
-    Raises:
-        UserError: the run is not fine-tuned, or ``out`` is not empty.
+    sampled from, exported or fine-tuned. Raise UserError if the run is not fine-tuned, or ``out`` is not empty.
     """
     if not run.config.is_finetuning:
         raise UserError(f"{run.path} is not fine-tuned: its weights are plain already")

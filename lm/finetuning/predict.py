@@ -53,8 +53,7 @@ def open_predictor(
 ) -> Predictor:
     """Open a run directory for prediction, at the checkpoint ``which`` (``Run.checkpoint``), with LoRA merged.
 
-    Raises:
-        UserError: there is no such run, it was not fine-tuned on a task with a head, or its files do not match.
+    Raise UserError if there is no such run, it was not fine-tuned on a task with a head, or its files do not match.
     """
     run = open_run(path)
     if not run.config.has_task_head:
@@ -83,17 +82,13 @@ def load_task_model(run: Run, saved: Checkpoint) -> TaskModel:
 def read_inputs(predictor: Predictor, source: str | Path) -> Iterator[Example]:
     """Stream the examples of a file (``examples.stream_examples``), from the columns that the run was trained with.
 
-    Raises:
-        UserError: as there, or the run was trained on pairs and these are single texts, or vice versa.
+    Raise UserError as there, or if the run was trained on pairs and these are single texts, or vice versa.
     """
-    answers = predictor.answers
-    for example in stream_examples(source, predictor.config.finetune.task, columns_of(predictor.config.finetune)):
-        if answers.texts and len(example.texts) != answers.texts:
-            words = ("single texts", "pairs of texts")
-            raise UserError(
-                f"{example.place}: {predictor.run.path} was fine-tuned on {words[answers.texts - 1]}, but these are "
-                f"{words[len(example.texts) - 1]}"
-            )
+    task, texts = predictor.config.finetune, predictor.answers.texts
+    for example in stream_examples(source, task.task, columns_of(task)):
+        if texts and len(example.texts) != texts:
+            learned, given = (("single texts", "pairs of texts")[n - 1] for n in (texts, len(example.texts)))
+            raise UserError(f"{example.place}: {predictor.run.path} was fine-tuned on {learned}, but these are {given}")
         yield example
 
 
@@ -115,10 +110,8 @@ def predict(predictor: Predictor, examples: Iterable[Example]) -> Iterator[tuple
 def write_answers(found: Iterable[Answer], output: str) -> int:
     """Stream answers to a .jsonl, .csv or .tsv file, or with ``-`` as JSON lines to stdout; return how many.
 
-    A file appears only when it is complete. In a table each probability has its own column; lists are JSON.
-
-    Raises:
-        UserError: the output is of another kind.
+    A file appears only when it is complete. In a table each probability has its own column; lists are JSON. Raise
+    UserError if the output is of another kind.
     """
     suffix = ".jsonl" if output == "-" else Path(output).suffix
     if suffix not in (".jsonl", ".csv", ".tsv"):

@@ -34,8 +34,7 @@ class Task(ABC):
     ) -> None:
         """Encode the examples. The settings have no "auto" left (``finetune.settle_reading``).
 
-        Raises:
-            UserError: the task cannot be learned from these examples, or from this base run.
+        Raise UserError if the task cannot be learned from these examples, or from this base run.
         """
 
     def introduction(self) -> list[str]:

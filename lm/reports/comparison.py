@@ -69,8 +69,7 @@ class Entry:
 def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
     """Open the runs to compare, named by their directories, or by their paths if names repeat.
 
-    Raises:
-        UserError: there are fewer than two, or one is not a run or has logged nothing yet.
+    Raise UserError if there are fewer than two, or one is not a run or has logged nothing yet.
     """
     if len(paths) < 2:
         raise UserError("name at least two runs to compare")
@@ -87,10 +86,9 @@ def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
 def compare(entries: Sequence[Entry]) -> dict[str, Any]:
     """Compare the runs; the result is ready for JSON.
 
-    Returns:
-        ``unit`` is the unit in which losses are comparable, and ``remarks`` are caveats about the numbers; ``runs`` has
-        the state of each run and, per readout, its ``final`` and its ``best`` validation; ``settings`` has the values
-        of the settings that differ, in the order of the runs.
+    ``unit`` is the unit in which losses are comparable, and ``remarks`` are caveats about the numbers; ``runs`` has the
+    state of each run and, per readout, its ``final`` and its ``best`` validation; ``settings`` has the values of the
+    settings that differ, in the order of the runs.
     """
     flat = [entry.run.config.flat() for entry in entries]
     same_tokenizer = _alike(entry.run.tokenizer.sha256 for entry in entries)

@@ -26,7 +26,6 @@ from lm.runs.directory import Run
 from lm.runs.metrics_log import best_validation, overfitting, rows_validated, series, summary
 
 SAMPLE = Sampling(temperature=0.7, top_p=0.95, max_new_tokens=100)
-RATES = ("learning_rate", "gradient_norm")
 
 
 def write_report(
@@ -135,12 +134,14 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
             points[f"{name}, validation"].append((line["step"], loss["nats_per_token"]))
     best = best_validation(lines)
     marks = {f"best validation, step {best['step']:,}": best["step"]} if best and best is not validated[-1] else {}
+    rate = Panel("learning rate", {"": series(training, "learning_rate")})
+    norm = Panel("gradient norm", {"": series(training, "gradient_norm")})
     speed = [Panel("tokens per second", {"": series(training, "tokens_per_second")})]
     if peak := series(training, "share_of_peak"):
         speed.append(Panel("fraction of peak", {"": peak}))
     return [
         draw([Panel("loss, nats per token", curves, points, marks)], height=3.6),
-        draw([Panel(name.replace("_", " "), {"": series(training, name)}) for name in RATES], height=2.2),
+        draw([rate, norm], height=2.2),
         draw(speed, height=2.2),
     ]
 

@@ -128,7 +128,7 @@ def test_a_class_that_the_fine_tuning_was_not_shown_has_probability_zero(trained
     task = make_task(trained, "verbs", {}, {}, of_task(folder), {})
     examples = dataclasses.replace(read_task(task), test=[Example(("x",), "good", "f")])
     answers = [({"probabilities": {"good": 0.75}, "label": "good"}, False)]
-    monkeypatch.setattr(tuned_rows, "predict_all", lambda predictor, asked: iter(answers))
+    monkeypatch.setattr(tuned_rows, "predict", lambda predictor, asked: iter(answers))
     assert tuned_rows.predictions_of(None, examples)[0].tolist() == [[0.0, 0.75]]
 
 
