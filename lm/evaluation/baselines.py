@@ -19,6 +19,7 @@ from lm.objectives.text import bits_per_byte
 READ_AT_ONCE = 1 << 22
 
 Losses = dict[str, dict[str, float | None]]
+Progress = Callable[[str], None]
 
 
 def dataset_baselines(dataset: Dataset | Corpora) -> Losses:
@@ -49,7 +50,7 @@ def baseline_losses(
     return losses
 
 
-def unigram_costs(config: Config, progress: Callable[[str], None]) -> NDArray[np.float64] | None:
+def unigram_costs(config: Config, progress: Progress) -> NDArray[np.float64] | None:
     """Return ``token_costs`` of a run's training text; None, reported to ``progress``, if its data is gone."""
     try:
         corpora = open_corpora(config.data.data)

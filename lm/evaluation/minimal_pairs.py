@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.data.example_files import SUFFIXES, rows_of
-from lm.evaluation.baselines import unigram_costs, unigram_likelihoods
+from lm.evaluation.baselines import Progress, unigram_costs, unigram_likelihoods
 from lm.evaluation.bootstrap import TIE_NATS, Accuracy, resampled_means, standard_error
 from lm.inference.language_model import LanguageModel
 from lm.inference.scoring import log_likelihoods
@@ -112,11 +112,7 @@ def evaluate_pairs(
 
 
 def evaluate_model(
-    model: LanguageModel,
-    paradigms: Sequence[Pairs],
-    *,
-    ties: str = "half",
-    progress: Callable[[str], None] = lambda text: None,
+    model: LanguageModel, paradigms: Sequence[Pairs], *, ties: str = "half", progress: Progress = lambda text: None
 ) -> dict[str, dict[str, PairsAccuracy]]:
     """Return ``evaluate_pairs`` for every readout, and for the unigram baseline if the training data still exists.
 

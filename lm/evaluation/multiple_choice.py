@@ -6,7 +6,7 @@ likelihood.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.data.examples import Example
+from lm.evaluation.baselines import Progress
 from lm.evaluation.bootstrap import TIE_NATS, Accuracy
 from lm.inference.language_model import LanguageModel
 from lm.inference.scoring import log_likelihoods
@@ -88,17 +89,13 @@ def score(scores: NDArray[np.float64], right: int) -> float:
 
 
 def evaluate_choices(
-    model: LanguageModel,
-    examples: Sequence[Example],
-    *,
-    between: str = " ",
-    progress: Callable[[str], None] = lambda text: None,
+    model: LanguageModel, examples: Sequence[Example], *, between: str = " ", progress: Progress = lambda text: None
 ) -> tuple[dict[str, dict[str, Accuracy]], int]:
     """Return the accuracy of each readout, and of chance, under each normalization; and the number of questions cut.
 
     Arguments and errors as of ``likelihoods``.
     """
-    chance = np.array([1 / (len(example.texts) - 1) for example in examples])
+    chance = float(np.mean([1 / (len(example.texts) - 1) for example in examples]))
     right = [example.label for example in examples]
     results, cut = {}, 0
     for readout in model.readouts:
@@ -107,5 +104,5 @@ def evaluate_choices(
         results[readout] = {
             name: Accuracy.of(np.array(list(map(score, found[name], right)))) for name in NORMALIZATIONS
         }
-    results["chance (floor)"] = dict.fromkeys(NORMALIZATIONS, Accuracy(float(chance.mean()), 0.0))
+    results["chance (floor)"] = dict.fromkeys(NORMALIZATIONS, Accuracy(chance, 0.0))
     return results, cut

@@ -11,7 +11,7 @@ context / stride times.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.sources.listing import STDIN, ReadReport, ReadSettings, parse_sources, parts_of, read_part
 from lm.data.keyed_random import validation_fold
-from lm.evaluation.baselines import baseline_losses, compressed_bytes, unigram_costs
+from lm.evaluation.baselines import Progress, baseline_losses, compressed_bytes, unigram_costs
 from lm.evaluation.validation_loss import protocol
 from lm.inference.language_model import LanguageModel
 from lm.inference.scoring import Query, token_scores
@@ -134,12 +134,7 @@ def _loss(
 
 
 def evaluate_text(
-    model: LanguageModel,
-    source: str,
-    reading: ReadSettings,
-    *,
-    stride: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
+    model: LanguageModel, source: str, reading: ReadSettings, *, stride: int = 0, progress: Progress = lambda text: None
 ) -> dict[str, Any]:
     """Return the loss of every readout on a text, scoring ``stride`` tokens per window (0: all), next to baselines.
 

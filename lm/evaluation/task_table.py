@@ -191,10 +191,8 @@ class CellMaker:
             return known
         folder = self.out / "runs" / task / f"{row}-{seed}-{source[:8]}"
         found, seconds = self._predictions(examples, row, seed, folder)
-        metrics, outputs = (
-            metrics_of(examples.values(examples.test), found.outputs, examples.classes),
-            found.outputs.tolist(),
-        )
+        metrics = metrics_of(examples.values(examples.test), found.outputs, examples.classes)
+        outputs = found.outputs.tolist()
         cell = Cell(task, row, seed, metrics, found.parameters, seconds, found.chosen, outputs, source)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(cell)) + "\n")

@@ -53,11 +53,9 @@ class Answers:
     def losses(self, outputs: Tensor, targets: Tensor, items: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """The loss of each target, (targets,): cross-entropy in nats.
 
-        Args:
-            outputs: of a forward pass, (items, outputs).
-            targets: int64 if ``self.targets`` gives integers, else float32; one per item, or per example.
-            items: (examples,), how many items each example has.
-            label_smoothing: share of the probability that is spread over all classes; for classes only.
+        ``outputs`` (items, outputs) are of a forward pass; ``targets``, one per item or per example, are int64 if
+        ``self.targets`` gives integers, else float32; ``items`` (examples,) is how many items each example has;
+        ``label_smoothing``, for classes only, is the share of the probability that is spread over all classes.
         """
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
 

@@ -25,7 +25,7 @@ from lm.data.packed_sequences import PackedSequences, packed, pooled
 from lm.finetuning.metrics import regression_metrics
 from lm.finetuning.task import Task
 from lm.finetuning.task_inputs import EncodedExample, Encoder
-from lm.inference.embedding import Reading, all_vectors
+from lm.inference.embedding import Reading, all_vectors, reading_of
 from lm.inference.language_model import LanguageModel
 from lm.model.device import autocast
 from lm.model.transformer import Transformer
@@ -102,9 +102,7 @@ class ContrastiveTask(Task):
         assert isinstance(model, Transformer)
         if not self.judging:
             return {"metrics": {}}, None
-        task = self.config.finetune
-        reading = Reading(task.reads, task.pooling)
         model.eval()
-        found = similarity(LanguageModel(model, self.tokenizer, self.config), self.judging, reading)
+        found = similarity(LanguageModel(model, self.tokenizer, self.config), self.judging, reading_of(self.config))
         model.train()
-        return {"metrics": found, "examples": len(self.validation)}, -found[task.judged_by]
+        return {"metrics": found, "examples": len(self.validation)}, -found[self.config.finetune.judged_by]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,7 @@ from data_prep.files import sha256_of_file
 from data_prep.tokenizers.load import load_tokenizer
 from lm import kernels
 from lm.config.recipes import load_config
-from lm.config.settings import (
-    HEAD_TASKS,
-    METHODS,
-    Config,
-    OptimizerConfig,
-    ReportConfig,
-    TrainingConfig,
-    finetuning_defaults,
-)
+from lm.config.settings import HEAD_TASKS, METHODS, Config, finetuning_defaults
 from lm.data.examples import Example, content_hash, read_task
 from lm.data.keyed_random import Stream, key, permuted
 from lm.finetuning.contrastive_task import ContrastiveTask
@@ -65,7 +57,8 @@ def finetune_config(
 
     Arguments and errors as of ``lm.config.recipes.load_config``; the task must be among the settings.
     """
-    start = replace(run.config, optimizer=OptimizerConfig(), training=TrainingConfig(), report=ReportConfig())
+    of_run = run.config
+    start = Config(model=of_run.model, data=of_run.data, objective=of_run.objective, finetune=of_run.finetune)
     start = start.replace(**finetuning_defaults(), base=str(run.path))
     load = partial(load_config, recipe, settings, unknown_options=unknown_options)
     return load(base=start.replace(learning_rate=METHODS[load(base=start).finetune.method]))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from data_prep.errors import UserError
 from data_prep.files import new_folder
 from lm.config.settings import FinetuneConfig
-from lm.finetuning.predict import load_answers, load_task_model
+from lm.finetuning.predict import load_task_model
 from lm.inference.chat_template import CHAT_TEMPLATE
 from lm.runs import checkpoint
 from lm.runs.base_weights import BASE
@@ -31,7 +31,7 @@ def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -
         raise UserError(f"{run.path} is not fine-tuned: its weights are plain already")
     keeps_head = run.config.has_task_head and not trunk_only
     if run.config.has_task_head:
-        whole = load_task_model(run, saved)
+        whole, answers = load_task_model(run, saved)
         trunk, model = whole.trunk, whole if keeps_head else whole.trunk
     else:
         trunk = model = run.load_model(torch.device("cpu"), saved)
@@ -46,7 +46,7 @@ def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -
         (folder / METRICS).touch()
         if keeps_head:
             save_file(snapshot(trunk.state_dict()), folder / BASE)
-            load_answers(run).save(folder)
+            answers.save(folder)
         if (run.path / CHAT_TEMPLATE).is_file():
             shutil.copyfile(run.path / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
         state = {

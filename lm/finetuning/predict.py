@@ -58,25 +58,24 @@ def open_predictor(
     run = open_run(path)
     if not run.config.has_task_head:
         raise UserError(f"{run.path} was not fine-tuned on a task with a head: kindling finetune makes such a run")
-    model = load_task_model(run, run.checkpoint(which, warn))
-    return Predictor(run, model.to(device).eval(), load_answers(run))
+    model, answers = load_task_model(run, run.checkpoint(which, warn))
+    return Predictor(run, model.to(device).eval(), answers)
 
 
-def load_answers(run: Run) -> Answers:
-    """What the outputs of the run's head mean. UserError if the file cannot be read."""
-    return HEADS[run.config.finetune.task].load(run.path)
+def load_task_model(run: Run, saved: Checkpoint) -> tuple[TaskModel, Answers]:
+    """The model of a checkpoint with a task's head, with LoRA merged, on the CPU, and what the head's outputs mean.
 
-
-def load_task_model(run: Run, saved: Checkpoint) -> TaskModel:
-    """The model of a checkpoint with a task's head, with LoRA merged, on the CPU; UserError if they do not match."""
+    Raise UserError if a file cannot be read, or the checkpoint does not match the run.
+    """
     run.refuse_another(saved)
-    model = task_model(run.config, starting_trunk(run.config, run.path), load_answers(run))
+    answers = HEADS[run.config.finetune.task].load(run.path)
+    model = task_model(run.config, starting_trunk(run.config, run.path), answers)
     try:
         load_trained(model, saved.model())
     except RuntimeError as error:
         raise UserError(f"checkpoint {saved.path} does not match the run directory: {error}") from None
     merge_lora(model.trunk)
-    return model
+    return model, answers
 
 
 def read_inputs(predictor: Predictor, source: str | Path) -> Iterator[Example]:

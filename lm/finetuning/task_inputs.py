@@ -75,16 +75,15 @@ class Encoder:
             return _together([self._text([parts[0], choice]) for choice in parts[1:]])
         if self.apart and len(parts) == 2:
             return _together([self._encoded([part]) for part in parts], joined=2)
-        return self._in_windows(parts[0]) if self.windows and len(parts) == 1 else self._text(parts)
+        if self.windows and len(parts) == 1:
+            room, text = self.context_length - 1, parts[0]
+            sequences = [self._sequence(text[first : first + room]) for first in range(0, len(text) or 1, room)]
+            return self._item(sequences, cut=len(sequences) > 1)
+        return self._text(parts)
 
     def _text(self, parts: list[Tokens]) -> EncodedExample:
         sequence, cut = sequence_of(parts, self.tokenizer.end_of_text_id, self.context_length)
         return self._item([sequence], cut=cut)
-
-    def _in_windows(self, text: Tokens) -> EncodedExample:
-        room = self.context_length - 1
-        sequences = [self._sequence(text[first : first + room]) for first in range(0, len(text) or 1, room)]
-        return self._item(sequences, cut=len(sequences) > 1)
 
     def _item(self, sequences: list[Tokens], *, cut: bool) -> EncodedExample:
         """An example with one item, which is read from all of these sequences."""

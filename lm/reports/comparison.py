@@ -127,8 +127,7 @@ def _remarks(entries: Sequence[Entry], *, same_tokenizer: bool) -> list[str]:
     elif not _alike(entry.run.config.model.vocab_size for entry in entries):
         remarks.append(f"The vocabularies differ in size: {sizes} tokens.")
     fingerprints = [entry.data_fingerprint() for entry in entries]
-    known = None not in fingerprints
-    if not _alike(fingerprints if known else [entry.run.config.data.data for entry in entries]):
+    if not _alike([entry.run.config.data.data for entry in entries] if None in fingerprints else fingerprints):
         remarks.append("The data differ, so the losses may be on different texts.")
     parts = [[rows_validated(line) for line in entry.lines if line.get("validation")][-1:] for entry in entries]
     if not _alike(parts):
@@ -155,10 +154,8 @@ def rows(comparison: dict[str, Any]) -> list[list[str]]:
         ["epochs seen", *(f"{run['epoch']:.2f}" for run in runs)],
         ["tokens/s, median", *(f"{run['tokens_per_second']:,.0f}" for run in runs)],
     ]
-    for name, key, form in (
-        ("fraction of peak, median", "share_of_peak", "{:.1%}"),
-        ("peak memory", "memory_bytes", "{:,} bytes"),
-    ):
+    known = {"share_of_peak": ("fraction of peak, median", "{:.1%}"), "memory_bytes": ("peak memory", "{:,} bytes")}
+    for key, (name, form) in known.items():
         if any(key in run for run in runs):
             table.append([name, *_cells(runs, key, form)])
     if unit == "nats_per_token":

@@ -50,7 +50,7 @@ def write_report(
         name=run.path.name,
         lead=f"{describe(trunk)}; trained with {run.config.objective.objective} "
         f"to step {checkpoint.step:,} of {run.config.training.steps:,}.",
-        evaluation=_evaluation_rows(evaluation),
+        evaluation=_evaluation_rows(evaluation) if evaluation else None,
         curves=_curves(lines),
         remarks=[sentence] if (sentence := overfitting(lines)) else [],
         summary=_summary(lines),
@@ -80,9 +80,7 @@ def environment(model: Transformer) -> dict[str, str]:
     }
 
 
-def _evaluation_rows(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
-    if evaluation is None:
-        return None
+def _evaluation_rows(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {
         "rows": [
             {
@@ -134,14 +132,13 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
             points[f"{name}, validation"].append((line["step"], loss["nats_per_token"]))
     best = best_validation(lines)
     marks = {f"best validation, step {best['step']:,}": best["step"]} if best and best is not validated[-1] else {}
-    rate = Panel("learning rate", {"": series(training, "learning_rate")})
-    norm = Panel("gradient norm", {"": series(training, "gradient_norm")})
+    rates = [Panel(key.replace("_", " "), {"": series(training, key)}) for key in ("learning_rate", "gradient_norm")]
     speed = [Panel("tokens per second", {"": series(training, "tokens_per_second")})]
     if peak := series(training, "share_of_peak"):
         speed.append(Panel("fraction of peak", {"": peak}))
     return [
         draw([Panel("loss, nats per token", curves, points, marks)], height=3.6),
-        draw([rate, norm], height=2.2),
+        draw(rates, height=2.2),
         draw(speed, height=2.2),
     ]
 
