@@ -31,7 +31,7 @@ NORMALIZATIONS = {
 
 
 class EncodedAnswer(NamedTuple):
-    """A question, maybe ``cut`` at its beginning, and an answer, whose ``tokens`` are those from ``first`` on."""
+    """A question (``cut`` if it lost its beginning) and an answer, whose tokens begin at ``tokens[first]``."""
 
     tokens: list[int]
     first: int
