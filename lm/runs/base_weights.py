@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from data_prep.errors import UserError
 from data_prep.files import sync_directory
 from lm.config.settings import Config
-from lm.data import keyed_random
-from lm.data.keyed_random import Stream
+from lm.data.keyed_random import Stream, key
 from lm.model.lora import add_lora
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint
@@ -72,5 +71,5 @@ def starting_trunk(config: Config, path: Path) -> Transformer:
     else:
         load_base(trunk, path)
     if task.method == "lora":
-        add_lora(trunk, task.lora_rank, task.lora_alpha, task.lora_matrices, keyed_random.key(seed, Stream.LORA) >> 1)
+        add_lora(trunk, task.lora_rank, task.lora_alpha, task.lora_matrices, key(seed, Stream.LORA) >> 1)
     return trunk.requires_grad_(False) if task.method == "probe" else trunk

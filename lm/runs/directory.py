@@ -35,9 +35,7 @@ TOKENIZER, PROCESSOR = "tokenizer.json", "processor.json"
 class Processor(Protocol):
     """What turns raw data into model inputs: a tokenizer, or for example the preprocessing of images.
 
-    Attributes:
-        file_name: its file in the run directory, ``TOKENIZER`` or ``PROCESSOR``.
-        sha256: the hash of that file.
+    ``file_name`` is its file in the run directory, ``TOKENIZER`` or ``PROCESSOR``, and ``sha256`` the file's hash.
     """
 
     file_name: str

@@ -21,7 +21,7 @@ from lm import kernels
 from lm.config.scaling import rule_for
 from lm.config.settings import Config
 from lm.data import keyed_random
-from lm.data.batch import Rows, Vocabulary, rows_of_windows
+from lm.data.batch import Vocabulary, rows_of_windows
 from lm.data.corpora import Corpora, open_corpora, with_vocabulary
 from lm.data.rows import TrainingRows
 from lm.model.device import (
@@ -133,7 +133,7 @@ class Plan:
             "batch_rows": self.config.data.batch_rows,
             "micro_batch_rows": self.rows,
             "memory_bytes": {
-                **{f.name: getattr(self.memory, f.name) for f in dataclasses.fields(self.memory)},
+                **dataclasses.asdict(self.memory),
                 "process": self.process_bytes,
                 "peak": self.peak_bytes,
                 "available": self.available_bytes,
@@ -148,15 +148,20 @@ class Plan:
         """Name and value of each line that ``--plan`` prints."""
         data, training = self.config.data, self.config.training
         passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
+        total = f"{self.tokens / 1e6:.1f}M tokens{passes}"
+        processor = f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            processor = torch.cuda.get_device_name(self.device)
+        products = f"{self.machine_rate / 1e9:,.0f} GFLOP/s in matrix products"
         rows = [
             ("model", self.model),
             ("objective", f"{self.config.objective.objective} on {self.data}"),
-            ("tokens", f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {millions(self.tokens)}{passes}"),
+            ("tokens", f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {total}"),
             ("scaling rule", rule_for(self.config).describe(self.config)),
             ("FLOPs per token", f"{self.flops_per_token / 1e6:.1f}M, {format_flops(self.flops)} in total"),
-            ("device", f"{self._where()}; {kernels.describe(self.device)}"),
+            ("device", f"{processor} ({products}); {kernels.describe(self.device)}"),
             ("micro-batch", f"{self.rows} of the batch's {data.batch_rows} rows"),
-            *((name, format_bytes(size)) for name, size in self._parts()),
+            *((name, format_bytes(size)) for name, size in self._parts().items()),
             ("peak memory", f"{format_bytes(self.peak_bytes)} of {format_bytes(self.available_bytes)} available"),
         ]
         if self.obstacle:
@@ -170,53 +175,26 @@ class Plan:
         return rows
 
     def introduction(self, processes: str = "") -> list[str]:
-        """What to print before the first step, one sentence each.
-
-        ``processes`` says how many processes there are, as the beginning of a phrase (``Ranks.describe``).
-        """
-        config = self.config
-        passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
-        return [
+        """What to print before the first step, one sentence each; ``processes`` as of ``Ranks.describe``."""
+        table = dict(self.table())
+        parts = ", ".join(f"{name} {table[name]}" for name in self._parts())
+        lines = [
             self.model,
-            f"{config.objective.objective} on {self.data}: {config.training.steps:,} steps x "
-            f"{config.data.batch_tokens:,} tokens = {millions(self.tokens)} tokens{passes}, {format_flops(self.flops)}",
-            f"on {processes}{self._where()}; {kernels.describe(self.device)}",
-            f"{self.rows} of the batch's {config.data.batch_rows} rows per micro-batch: about "
-            f"{format_bytes(self.peak_bytes)} of memory "
-            f"({', '.join(f'{name} {format_bytes(size)}' for name, size in self._parts())}); "
+            f"{table['objective']}: {table['tokens']}, {format_flops(self.flops)}",
+            f"on {processes}{table['device']}",
+            f"{table['micro-batch']} per micro-batch: about {format_bytes(self.peak_bytes)} of memory ({parts}); "
             f"{format_bytes(self.available_bytes)} available",
-        ] + (
-            [
-                f"about {self.tokens_per_second:,.0f} tokens/s, {self.share_of_peak:.0%} of peak: "
-                f"{format_time(self.seconds or 0)} for all steps, without validation and saving"
-            ]
-            if self.dry_step
-            else []
-        )
+        ]
+        return lines + ([f"about {table['speed']}: {table['time']}"] if self.dry_step else [])
 
     @property
     def flops(self) -> float:
         """Floating-point operations of the whole run."""
         return self.tokens * self.flops_per_token
 
-    def _parts(self) -> list[tuple[str, int]]:
-        memory = self.memory
-        parts = {
-            "weights": memory.weights,
-            "gradients": memory.gradients,
-            "optimizer": memory.optimizer,
-            "activations": memory.activations,
-        }
-        if self.device.type == "cpu":
-            parts["process"] = max(0, self.peak_bytes - memory.total)
-        return list(parts.items())
-
-    def _where(self) -> str:
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-        else:
-            name = f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
-        return f"{name} ({self.machine_rate / 1e9:,.0f} GFLOP/s in matrix products)"
+    def _parts(self) -> dict[str, int]:
+        on_cpu = {"process": max(0, self.peak_bytes - self.memory.total)} if self.device.type == "cpu" else {}
+        return dataclasses.asdict(self.memory) | on_cpu
 
 
 def process_memory(memory: StepMemory, device: torch.device, resident: int) -> int:
@@ -225,7 +203,6 @@ def process_memory(memory: StepMemory, device: torch.device, resident: int) -> i
 
 
 def _need(config: Config, rows: int, device: torch.device) -> int:
-    """Bytes of ``device`` that a run with micro-batches of ``rows`` rows will allocate."""
     memory = step_memory(config, rows, device)
     return memory.total + process_memory(memory, device, 0)
 
@@ -385,7 +362,9 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
             raise UserError("a plan needs --data, or --vocab-size instead of it")
         vocabulary = Vocabulary(config.model.vocab_size, 0, 1)
         objective = open_objective(config, vocabulary)
-        batch = objective.prepare(_random_rows(config, vocabulary))
+        numbers = np.arange(config.data.batch_rows, dtype=np.int64)
+        drawn = keyed_random.uniform(0, numbers, config.data.context_length + 1) * (vocabulary.size - 2)
+        batch = objective.prepare(rows_of_windows(drawn.astype(np.int64) + 2, vocabulary))
         data, epochs = "unspecified data", None
     else:
         corpora = open_corpora(config.data.data)
@@ -410,17 +389,6 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
 
 def describe_data(corpora: Corpora, rows: TrainingRows) -> str:
     return f"{rows.tokens:,} tokens of {corpora.name}"
-
-
-def _random_rows(config: Config, vocabulary: Vocabulary) -> Rows:
-    """A step's rows of random tokens, if there is no data."""
-    numbers = np.arange(config.data.batch_rows, dtype=np.int64)
-    drawn = keyed_random.uniform(0, numbers, config.data.context_length + 1) * (vocabulary.size - 2)
-    return rows_of_windows(drawn.astype(np.int64) + 2, vocabulary)
-
-
-def millions(tokens: int) -> str:
-    return f"{tokens / 1e6:.1f}M"
 
 
 def format_bytes(size: float) -> str:

@@ -274,7 +274,7 @@ class Trainer(Generic[Batch]):
         wanted = due or best or last
         sound = bool(wanted or stopping) and self._is_finite()
         if wanted and not sound:
-            self._roll_back(self.state.ladder.broken())
+            self._roll_back(self.state.ladder.roll_back())
             return False
         if sound:
             self._save(scheduled=due)
