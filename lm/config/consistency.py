@@ -51,14 +51,13 @@ def inconsistencies(config: Config) -> list[str]:
 def _inconsistencies_of_task(config: Config) -> list[str]:
     task = config.finetune
     problems = []
-    if task.task == "instruction" and task.method == "probe":
-        problems.append("method probe trains a task's head, and instruction tuning has none: choose full or lora")
+    headless = {"instruction": "instruction tuning", "contrastive": "contrastive training"}.get(task.task)
+    if headless and task.method == "probe":
+        problems.append(f"method probe trains a task's head, and {headless} has none: choose full or lora")
     if task.task == "instruction" and task.reads == "bidirectional":
         problems.append("instruction tuning trains generation, which needs causal attention: leave reads out")
     if task.judged_by in ("pearson", "spearman") and task.task in ("classification", "tokens", "choice"):
         problems.append(f"judged_by {task.judged_by} is for regression: choose accuracy or loss")
-    if task.task == "contrastive" and task.method == "probe":
-        problems.append("method probe trains a task's head, and contrastive training has none: choose full or lora")
     if task.task == "contrastive" and task.judged_by not in ("auto", "pearson", "spearman"):
         problems.append(f"judged_by {task.judged_by} is not available in contrastive training: choose auto or pearson")
     if task.judged_by not in ("auto", "loss", "pearson", "spearman") and task.task == "regression":
@@ -66,14 +65,8 @@ def _inconsistencies_of_task(config: Config) -> list[str]:
     if task.judged_by not in ("auto", "loss") and task.task == "instruction":
         problems.append(f"judged_by {task.judged_by} is not available in instruction tuning: choose auto or loss")
     if task.task in ("regression", "choice", "instruction", "contrastive"):
-        problems += [
-            f"{name} is for classes, and {task.task} has none: leave it out"
-            for name, is_set in (
-                ("label_smoothing", task.label_smoothing > 0),
-                ("class_weights", task.class_weights != "none"),
-            )
-            if is_set
-        ]
+        given = {"label_smoothing": task.label_smoothing > 0, "class_weights": task.class_weights != "none"}
+        problems += [f"{n} is for classes, and {task.task} has none: leave it out" for n in given if given[n]]
     if task.method == "lora" and not task.lora_matrices:
         problems.append("lora_matrices is empty: name a matrix, for example query, or choose method probe")
     return problems

@@ -1,4 +1,4 @@
-"""Will it fit, and how long will it take: what a run needs, estimated before it starts.
+"""What a run needs, estimated before it starts: will it fit, and how long will it take.
 
     settings -> memory by part (memory_estimate) -> rows of a micro-batch -> a measured dry step -> seconds to the end
 
@@ -208,7 +208,7 @@ def _need(config: Config, rows: int, device: torch.device) -> int:
 
 
 def _divisors(number: int) -> list[int]:
-    """The divisors of ``number``, from the largest down."""
+    """From the largest down."""
     return [n for n in range(number, 0, -1) if number % n == 0]
 
 
@@ -243,17 +243,15 @@ def settle_micro_batch(config: Config, device: torch.device, before: Config | No
 
 def _obstacle(config: Config, device: torch.device, available: int) -> str:
     rows = config.data.micro_batch_rows or config.data.batch_rows
-    need = _need(config, rows, device)
-    if need <= available:
+    if (need := _need(config, rows, device)) <= available:
         return ""
     shortage = f"micro_batch_rows {rows} needs about {format_bytes(need)}, but {format_bytes(available)} is available"
     if fitting := choose_rows(config, device, available):
         return f"{shortage}: micro_batch_rows {fitting} would fit, with the same result"
     for layers in range(config.model.num_layers - 1, 0, -1):
         if _need(config.replace(num_layers=layers), 1, device) <= USABLE_SHARE * available:
-            return (
-                f"{shortage}: num_layers {layers} would fit with micro_batch_rows 1; or choose a shorter context_length"
-            )
+            fits = f"num_layers {layers} would fit with micro_batch_rows 1"
+            return f"{shortage}: {fits}; or choose a shorter context_length"
     return f"{shortage}: choose a smaller hidden_size or a shorter context_length"
 
 
@@ -272,9 +270,8 @@ def dry_step(model: Transformer, objective: Objective, config: Config, batch: An
     part = batch.every(0, count // rows).rows(0, rows)
     config = config.replace(micro_batch_rows=rows)
     optimizer = Optimizer(model, config.optimizer)
-    passes: list[float] = []
-    updates: list[float] = []
-    while len(passes) < MOST_PASSES:
+    times: list[tuple[float, float]] = []
+    while len(times) < MOST_PASSES:
         start = time.perf_counter()
         step_gradients(objective, model, part, config, 0)
         synchronize(device)
@@ -282,16 +279,14 @@ def dry_step(model: Transformer, objective: Objective, config: Config, batch: An
         optimizer.clip()
         optimizer.step(0.0)
         synchronize(device)
-        passes.append(between - start)
-        updates.append(time.perf_counter() - between)
-        spent = sum(passes) + sum(updates)
-        if spent > DRY_SECONDS or (spent > ENOUGH_SECONDS and len(passes) >= 4):
+        times.append((between - start, time.perf_counter() - between))
+        spent = np.sum(times)
+        if spent > DRY_SECONDS or (spent > ENOUGH_SECONDS and len(times) >= 4):
             break
     model.zero_grad()
     # The first ones warm up; they count only if there are no others.
-    later = slice(min(len(passes) - 1, max(1, len(passes) // 3)), None)
-    seconds = float(np.median(passes[later])) * count / rows + float(np.median(updates[later]))
-    return DryStep(rows, seconds, peak_memory(device))
+    passes, update = np.median(times[min(len(times) - 1, max(1, len(times) // 3)) :], axis=0)
+    return DryStep(rows, float(passes * count / rows + update), peak_memory(device))
 
 
 def make_plan(
