@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_prep.files import write_atomically
+
 if TYPE_CHECKING:
     from fractions import Fraction
 
@@ -428,8 +430,6 @@ class Config:
         return tomli_w.dumps(sections, multiline_strings=False)
 
     def save(self, path: Path) -> None:
-        from data_prep.files import write_atomically
-
         write_atomically(path, self.to_toml())
 
 

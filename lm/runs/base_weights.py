@@ -30,11 +30,7 @@ def kept_base(path: Path) -> Path | None:
 
 
 def keep_base(weights: Path, path: Path) -> None:
-    """Link or copy the file ``weights``, which never changes, into the run directory ``path``.
-
-    Raises:
-        OSError: it could not be copied.
-    """
+    """Link or copy the file ``weights``, which never changes, into the run directory ``path``; OSError if it fails."""
     final, temporary = path / BASE, path / f"{BASE}.tmp"
     if weights == final:
         return
@@ -58,10 +54,9 @@ def load_base(model: Transformer, path: Path) -> None:
 
 
 def starting_trunk(config: Config, path: Path) -> Transformer:
-    """The model that the fine-tuning in ``path`` starts from; the weights it updates require a gradient.
+    """The model that fine-tuning in ``path`` starts from; only what is trained requires a gradient.
 
-    Raises:
-        UserError: the weights are unreadable or do not fit.
+    UserError as of ``load_base``.
     """
     task, seed = config.finetune, config.training.seed
     # A probe's features are fixed, so dropout applies only in the head.

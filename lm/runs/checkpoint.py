@@ -60,10 +60,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which scheduled checkpoints to keep in addition to the newest and the best ones.
-
-    These are the ``newest`` ones, and permanently each one whose step is a multiple of ``every`` (0: none).
-    """
+    """Keep the ``newest`` scheduled checkpoints, the best, and permanently the multiples of ``every`` (0: none)."""
 
     newest: int
     every: int = 0
@@ -153,11 +150,7 @@ def of_step(folder: Path, step: int) -> Checkpoint:
 
 
 def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Read the newest checkpoint that is not damaged, and report damaged newer ones to ``warn``; None if there is none.
-
-    Raises:
-        UserError: all checkpoints are damaged.
-    """
+    """Read the newest intact checkpoint; ``warn`` of damaged ones. None: there is none; UserError: all are damaged."""
     return _first_good(_folders(folder), folder, warn)
 
 
@@ -176,10 +169,7 @@ def remove_after(folder: Path, step: int) -> None:
 
 
 def read(path: Path) -> Checkpoint:
-    """Open and verify one checkpoint; the UserError names the damaged file.
-
-    Files that have not changed since this process last verified them are not read again.
-    """
+    """Open and verify a checkpoint, rereading only files that changed since; the UserError names a damaged file."""
     try:
         state = read_json(path / STATE)
         if state["format"] != FORMAT:

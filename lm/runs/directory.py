@@ -151,11 +151,7 @@ class Run:
         return model.to(device).eval()
 
     def plain_weights(self) -> Path:
-        """The file with all of the run's newest weights.
-
-        Raises:
-            UserError: the run has a task's head, LoRA matrices or no checkpoint.
-        """
+        """The file with all of the newest weights; UserError if the run has a task's head, LoRA or no checkpoint."""
         if self.config.has_task_head or (self.config.is_finetuning and self.config.finetune.method != "full"):
             raise UserError(f"{self.path} is itself fine-tuned: make it a plain run with kindling merge")
         return self.newest().path / checkpoint.MODEL

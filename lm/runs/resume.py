@@ -27,11 +27,7 @@ class TrainingSource(Protocol):
 
 
 def refuse_other_directories(path: Path) -> None:
-    """Check that ``path`` is new, empty or a run directory, including one whose creation was interrupted.
-
-    Raises:
-        UserError: something else is at ``path``.
-    """
+    """Raise UserError unless ``path`` is new, empty or a run directory, even one whose creation was interrupted."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: choose another --run")
     own = {f"{name}{ending}" for name in ("config.toml", TOKENIZER, PROCESSOR) for ending in ("", ".tmp")}

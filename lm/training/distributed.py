@@ -203,15 +203,9 @@ class ManyRanks(Ranks):
             same = DTensor.from_local(stack, self._mesh, [Replicate()], run_check=False)
             return self.local(self.map_matrices(function, same))
         mine = self._exchanged(stack, Shard(0)).to_local()
-        made = DTensor.from_local(
-            function(mine) if len(mine) else mine,
-            self._mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=stack.shape,
-            stride=stack.stride(),
-        )
-        return self._exchanged(made, stack.placements[0])
+        made, shard = function(mine) if len(mine) else mine, [Shard(0)]
+        split = DTensor.from_local(made, self._mesh, shard, run_check=False, shape=stack.shape, stride=stack.stride())
+        return self._exchanged(split, stack.placements[0])
 
     def _exchanged(self, tensor: DTensor, placement: Placement) -> DTensor:
         """The tensor, split another way."""
@@ -230,8 +224,7 @@ def _is_split(tensor: Tensor) -> TypeGuard[DTensor]:
 
 def _sum(gradients: Tensor) -> torch.futures.Future[Tensor]:
     """The sum over ranks, in progress."""
-    work = dist.all_reduce(gradients, async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+    return dist.all_reduce(gradients, async_op=True).get_future().then(lambda future: future.value()[0])
 
 
 @contextmanager

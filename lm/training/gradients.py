@@ -54,13 +54,10 @@ Part = TypeVar("Part")
 def accumulated(
     model: nn.Module, parts: Sequence[Part], loss: Callable[[nn.Module, Part], Tensor], config: Config, step: int
 ) -> Tensor:
-    """Leave the gradient of a step's loss, the sum over its parts, in the parameters; return that sum.
-
-    Each part draws its dropout from the seed, the step and its number.
-    """
+    """Leave the gradient of a step's loss, the sum over its parts, in the parameters; return that sum."""
     model.zero_grad()
     total = torch.zeros(())
-    for number, part in enumerate(parts):
+    for number, part in enumerate(parts):  # each draws its dropout from the seed, the step and its number
         torch.manual_seed(key(config.training.seed, Stream.FINETUNING_DROPOUT, step, number) >> 1)
         cost = loss(model, part)
         cost.backward()
@@ -80,11 +77,8 @@ def accumulated_over_vectors(
 
     The gradient is exact with the memory of one part: the vectors are computed without a graph, then the loss's
     gradient with respect to them, and each part is computed again, with the same dropout, to backpropagate its share
-    (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup").
-
-    Args:
-        vectors: the vectors of a part, (vectors, width).
-        loss: the scalar loss from the vectors of each part.
+    (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"). ``vectors`` returns
+    those of a part, (vectors, width), and ``loss`` a scalar from those of each part.
     """
 
     def seeded(number: int, part: Part) -> Tensor:

@@ -80,14 +80,14 @@ def _simulated(config: Config, rows: int, device: str, low_precision: bool) -> t
         if rows < config.data.batch_rows:  # an earlier micro-batch has left its gradients
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        live.restart()
+        live.peak = live.now
         with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
             found = losses(model, Batch(inputs, inputs, weights_of_loss, positions, positions, positions, parts))
         torch.stack(list(found.values())).sum().backward()
         passes = live.peak
         del found, inputs, positions, weights_of_loss
         gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
-        live.restart()
+        live.peak = live.now
         optimizer.clip()
         optimizer.step(1.0)
         after = live.now - gradients
@@ -112,10 +112,6 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._kind = "cpu" if device == "cpu" else "gpu"
         self._seen: dict[int, weakref.ref[Any]] = {}
-
-    def restart(self) -> None:
-        """Start a new peak."""
-        self.peak = self.now
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

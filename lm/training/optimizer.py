@@ -150,10 +150,9 @@ class Muon:
 
 
 class Optimizer:
-    """Muon and AdamW together, with weight decay only for the matrices of the blocks.
+    """Muon and AdamW together, for parameters that require a gradient; only the matrices of blocks have weight decay.
 
-    Parameters that require no gradient are ignored. ``lr_multipliers`` has learning-rate multipliers by parameter name;
-    all others have 1.
+    ``lr_multipliers`` has learning-rate multipliers by parameter name; all others have 1.
     """
 
     def __init__(

@@ -45,9 +45,6 @@ from lm.training.optimizer import Optimizer
 USABLE_SHARE = 0.8
 # On a CPU more tokens per micro-batch take more memory without being faster (docs/lab-notes.md).
 CPU_MICRO_BATCH_TOKENS = 4096
-# On a CPU: the fragmentation of the heap, as a share of the activations, and the pages of PyTorch's code and its
-# libraries that the first step touches, in bytes (docs/lab-notes.md).
-HEAP_HOLES, LIBRARIES = 0.25, 40_000_000
 # A dry step that would take longer than the first of these uses fewer rows; a quick one is repeated for the second,
 # since it takes several steps to reach a steady speed.
 DRY_SECONDS, ENOUGH_SECONDS, MOST_PASSES = 10.0, 3.0, 12
@@ -199,7 +196,9 @@ class Plan:
 
 def process_memory(memory: StepMemory, device: torch.device, resident: int) -> int:
     """Bytes a process needs in addition to ``memory`` at a step's peak; it has ``resident`` bytes without a model."""
-    return resident + LIBRARIES + int(HEAP_HOLES * memory.activations) if device.type == "cpu" else 0
+    # On a CPU: the pages of PyTorch's code and its libraries that the first step touches, and the fragmentation of the
+    # heap as a share of the activations (docs/lab-notes.md).
+    return resident + 40_000_000 + int(0.25 * memory.activations) if device.type == "cpu" else 0
 
 
 def _need(config: Config, rows: int, device: torch.device) -> int:
@@ -225,10 +224,9 @@ def choose_rows(config: Config, device: torch.device, available: int) -> int | N
 
 
 def settle_micro_batch(config: Config, device: torch.device, before: Config | None = None) -> Config:
-    """``config`` with a number of micro-batch rows: as set, else that of the run so far (``before``), else chosen.
+    """``config`` with micro-batch rows: as set, else as in the run so far (``before``), else chosen.
 
-    Raises:
-        UserError: not even one row fits.
+    UserError if not even one row fits.
     """
     if config.data.micro_batch_rows:
         return config
@@ -256,13 +254,11 @@ def _obstacle(config: Config, device: torch.device, available: int) -> str:
 
 
 def dry_step(model: Transformer, objective: Objective, config: Config, batch: Any, affordable_rows: int) -> DryStep:
-    """Repeat a training step several times and measure the later ones.
+    """Repeat a training step several times and measure the later ones; the weights do not change.
 
     The weights should be those of a new run: PyTorch's own initialization spreads the logits so far that their
-    exponentials are denormal numbers, with which a CPU takes several times as long.
-
-    The weights do not change, and the gradients are discarded. If a whole micro-batch would take too long, only
-    ``affordable_rows`` of its rows are used and the time is scaled.
+    exponentials are denormal numbers, with which a CPU takes several times as long. If a whole micro-batch would take
+    too long, only ``affordable_rows`` of its rows are used and the time is scaled.
     """
     device = next(model.parameters()).device
     count = len(batch)
@@ -342,10 +338,7 @@ def make_plan(
 def plan_run(config: Config, before: Config | None = None) -> Plan:
     """The plan of ``config``, or of resuming a run with the settings ``before``; nothing is written.
 
-    Without data the vocabulary is ``vocab_size``, and the batch is random.
-
-    Raises:
-        UserError: there is neither data nor a vocabulary size.
+    Without data the vocabulary is ``vocab_size`` (UserError if it is 0), and the batch is random.
     """
     device = choose_device(config.training.device)
     if config.training.threads:

@@ -138,11 +138,7 @@ def _key(line: dict[str, Any]) -> tuple[int, str]:
 
 
 def require(names: Sequence[str]) -> None:
-    """Check that these trackers are installed.
-
-    Raises:
-        UserError: one line for each missing one, with the command that installs it.
-    """
+    """Raise UserError if trackers are not installed: a line for each, with the command that installs it."""
     specs = {name: importlib.util.find_spec(name) for name in names}
     # A folder of that name in the current directory is a module too, but without an origin.
     missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]
@@ -209,10 +205,7 @@ class Guarded:
 
 
 def open_trackers(config: Config, path: Path, step: int, note: Callable[[str], None]) -> list[Guarded]:
-    """Open the trackers of a run that is started or resumed at ``step``.
-
-    A tracker that cannot be opened (no network, no account) is reported to ``note`` and omitted.
-    """
+    """Open the trackers of a run that starts or resumes at ``step``; those that fail are reported to ``note``."""
     try:
         identities = {str(name): str(identity) for name, identity in read_json(path / IDENTITIES).items()}
     except (OSError, ValueError, AttributeError):

@@ -70,8 +70,7 @@ def fit(
 ) -> Config:
     """Train a module in the run directory ``path``, or resume the run that is there; return its final settings.
 
-    Arguments and errors as of ``lm.training.pretraining.train``; ``open_module`` opens the module for a rank, and
-    writes nothing.
+    Arguments and errors as of ``pretraining.train``; ``open_module`` opens the module for a rank and writes nothing.
     """
     with joined(settings) as ranks, ExitStack() as held, explain_out_of_memory():
         module = open_module(ranks)
