@@ -298,7 +298,6 @@ class Trainer(Generic[Batch]):
         return improved
 
     def _save(self, *, scheduled: bool) -> None:
-        """Hand a checkpoint to the writer."""
         objective = self.module.objective
         state = {name: part for name, part in asdict(self.state).items() if name != "step"}
         self.writer.save(
