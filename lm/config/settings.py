@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_prep.files import write_atomically
+
 if TYPE_CHECKING:
     from fractions import Fraction
 
@@ -407,14 +409,13 @@ class Config:
     def replace(self, **settings: Any) -> Config:
         """Return a copy with some settings changed by name: ``config.replace(steps=10, hidden_size=64)``."""
         owners = {s.name: s.section for s in all_settings()}
-        sections = {owners[name] for name in settings}
-        changed = {
-            section: dataclasses.replace(
-                getattr(self, section), **{name: value for name, value in settings.items() if owners[name] == section}
-            )
-            for section in sections
-        }
-        return dataclasses.replace(self, **changed)
+        changed: dict[str, dict[str, Any]] = {}
+        for name, value in settings.items():
+            changed.setdefault(owners[name], {})[name] = value
+        return dataclasses.replace(
+            self,
+            **{section: dataclasses.replace(getattr(self, section), **values) for section, values in changed.items()},
+        )
 
     def flat(self) -> dict[str, Any]:
         """The value of every setting, by name."""
@@ -429,8 +430,6 @@ class Config:
         return tomli_w.dumps(sections, multiline_strings=False)
 
     def save(self, path: Path) -> None:
-        from data_prep.files import write_atomically
-
         write_atomically(path, self.to_toml())
 
 
@@ -450,12 +449,13 @@ def finetuning_settings() -> list[Setting]:
     """The settings of fine-tuning with its own defaults, those of the task first; all others come from the base run."""
     own = [s for s in all_settings() if s.section in ("finetune", "optimizer", "training") or s.name == "dropout"]
     own = [s for s in own if s.name != "base" and not s.pretraining_only]
-    more = {
-        "learning_rate": f"; the default by method: {', '.join(f'{name} {rate:g}' for name, rate in METHODS.items())}"
-    }
-    defaults = finetuning_defaults()
+    by_method = f"; the default by method: {', '.join(f'{name} {rate:g}' for name, rate in METHODS.items())}"
     return [
-        dataclasses.replace(s, default=defaults.get(s.name, s.default), help=s.help + more.get(s.name, ""))
+        dataclasses.replace(
+            s,
+            default=s.default if s.finetuning is None else s.finetuning,
+            help=s.help + (by_method if s.name == "learning_rate" else ""),
+        )
         for s in sorted(own, key=lambda s: s.section != "finetune")
     ]
 

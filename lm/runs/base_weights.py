@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from data_prep.errors import UserError
 from data_prep.files import sync_directory
 from lm.config.settings import Config
-from lm.data import keyed_random
-from lm.data.keyed_random import Stream
+from lm.data.keyed_random import Stream, key
 from lm.model.lora import add_lora
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint
@@ -31,11 +30,7 @@ def kept_base(path: Path) -> Path | None:
 
 
 def keep_base(weights: Path, path: Path) -> None:
-    """Link or copy the file ``weights``, which never changes, into the run directory ``path``.
-
-    Raises:
-        OSError: it could not be copied.
-    """
+    """Link or copy the file ``weights``, which never changes, into the run directory ``path``; OSError if it fails."""
     final, temporary = path / BASE, path / f"{BASE}.tmp"
     if weights == final:
         return
@@ -59,10 +54,9 @@ def load_base(model: Transformer, path: Path) -> None:
 
 
 def starting_trunk(config: Config, path: Path) -> Transformer:
-    """The model that the fine-tuning in ``path`` starts from; the weights it updates require a gradient.
+    """The model that fine-tuning in ``path`` starts from; only what is trained requires a gradient.
 
-    Raises:
-        UserError: the weights are unreadable or do not fit.
+    UserError as of ``load_base``.
     """
     task, seed = config.finetune, config.training.seed
     # A probe's features are fixed, so dropout applies only in the head.
@@ -72,5 +66,5 @@ def starting_trunk(config: Config, path: Path) -> Transformer:
     else:
         load_base(trunk, path)
     if task.method == "lora":
-        add_lora(trunk, task.lora_rank, task.lora_alpha, task.lora_matrices, keyed_random.key(seed, Stream.LORA) >> 1)
+        add_lora(trunk, task.lora_rank, task.lora_alpha, task.lora_matrices, key(seed, Stream.LORA) >> 1)
     return trunk.requires_grad_(False) if task.method == "probe" else trunk

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +32,6 @@ from data_prep.files import read_json, sha256_of_file, sync_directory
 FORMAT = 2
 MODEL, OPTIMIZER, OBJECTIVE = "model.safetensors", "optimizer.safetensors", "objective.safetensors"
 STATE = "state.json"
-UNFINISHED = (".tmp", ".old")  # of folders that are being written or removed
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints to keep in addition to the newest and the best ones.
-
-    These are the ``newest`` scheduled ones, and permanently each scheduled one whose step is a multiple of ``every``
-    (0: none).
-    """
+    """Keep the ``newest`` scheduled checkpoints, the best, and permanently the multiples of ``every`` (0: none)."""
 
     newest: int
     every: int = 0
@@ -85,12 +80,11 @@ def save(
     """Write the checkpoint of ``step`` into ``folder``, without touching any other.
 
     Args:
-        model: tensors on the CPU, contiguous and not sharing memory (``checkpoint_writer.snapshot`` returns such).
-        optimizer: likewise.
+        model, optimizer: tensors on the CPU, contiguous and not sharing memory, as from ``checkpoint_writer.snapshot``.
         state: anything that JSON can hold.
         scheduled: False if only a stop signal asked for it.
         best_step: the step of the best validation so far; 0: there was none.
-        objective: tensors like ``model``, of an objective that has a state.
+        objective: tensors likewise, of an objective that has a state.
 
     Raises:
         OSError: it could not be written (for example, the disk is full); the earlier checkpoints are unchanged.
@@ -99,21 +93,33 @@ def save(
     temporary = final.with_suffix(".tmp")
     marks = {"format": FORMAT, "step": step, "scheduled": scheduled, "best_step": best_step}
     files = {MODEL: model, OPTIMIZER: optimizer} | ({OBJECTIVE: objective} if objective else {})
+    umask = os.umask(0)
+    os.umask(umask)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _clear(folder)
+        for left in [*folder.glob("step_*.tmp"), *folder.glob("step_*.old")]:  # by a killed process
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
-        _write(temporary, files, marks, state)
+        for name, tensors in files.items():
+            save_file(dict(tensors), temporary / name)
+            (temporary / name).chmod(0o666 & ~umask)  # safetensors creates files that only their owner can read
+            _sync_file(temporary / name)
+        content = {**marks, "sha256": {name: sha256_of_file(temporary / name) for name in files}, **state}
+        sealed = {**content, "state_sha256": _seal(content)}
+        (temporary / STATE).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
+        _sync_file(temporary / STATE)
+        sync_directory(temporary)
         if final.exists():
             _remove(final)  # a damaged one from before the run was resumed
         temporary.rename(final)
         sync_directory(folder)
     except (OSError, safetensors.SafetensorError) as error:
-        number, reason = _reason(error)
+        hidden = re.search(r"os error (\d+)", str(error))  # in the message of a SafetensorError
+        number = int(hidden[1]) if hidden else getattr(error, "errno", None)
         raise OSError(
             number,
-            f"the checkpoint of step {step:,} could not be written ({reason}); finished ones are unchanged, and the "
-            "same command resumes from the newest",
+            f"the checkpoint of step {step:,} could not be written ({os.strerror(number) if number else error}); "
+            "finished ones are unchanged, and the same command resumes from the newest",
             str(folder),
         ) from None
     finally:
@@ -121,26 +127,12 @@ def save(
     return final
 
 
-def _write(
-    folder: Path, files: Mapping[str, Mapping[str, Tensor]], marks: Mapping[str, Any], state: Mapping[str, Any]
-) -> None:
-    """Write the tensor files and the sealed state, and flush them to the disk."""
-    for name, tensors in files.items():
-        _write_tensors(folder / name, tensors)
-    content = {**marks, "sha256": {name: sha256_of_file(folder / name) for name in files}, **state}
-    sealed = {**content, "state_sha256": _seal(content)}
-    (folder / STATE).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
-    _sync_file(folder / STATE)
-    sync_directory(folder)
-
-
 def tidy(folder: Path, step: int, keep: Retention) -> None:
     """Remove the checkpoints that ``keep`` does not cover, up to ``step``, the newest one."""
     paths = [path for path in _folders(folder) if _step(path) <= step]
-    claims = {path: _claims(path) for path in paths}
-    scheduled = [path for path in paths if claims[path].scheduled]
+    scheduled = [path for path in paths if _claims(path)[0]]
     recent = {*paths[:1], *scheduled[: keep.newest]}
-    kept = {_step(path) for path in recent} | {claims[path].best_step for path in recent}
+    kept = {_step(path) for path in recent} | {_claims(path)[1] for path in recent}
     kept |= {_step(path) for path in scheduled if keep.every and _step(path) % keep.every == 0}
     for path in paths:
         if _step(path) not in kept:
@@ -158,17 +150,13 @@ def of_step(folder: Path, step: int) -> Checkpoint:
 
 
 def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Read the newest checkpoint that is not damaged, and report damaged newer ones to ``warn``; None if there is none.
-
-    Raises:
-        UserError: all checkpoints are damaged.
-    """
+    """Read the newest intact checkpoint; ``warn`` of damaged ones. None: there is none; UserError: all are damaged."""
     return _first_good(_folders(folder), folder, warn)
 
 
 def to_go_back_to(folder: Path, warn: Callable[[str], None], before: int | None = None) -> Checkpoint | None:
     """As ``latest``, among the scheduled checkpoints; among those before the step ``before``, if there are any."""
-    scheduled = [path for path in _folders(folder) if _claims(path).scheduled]
+    scheduled = [path for path in _folders(folder) if _claims(path)[0]]
     earlier = [path for path in scheduled if before is None or _step(path) < before]
     return _first_good(earlier or scheduled[-1:], folder, warn)
 
@@ -181,10 +169,7 @@ def remove_after(folder: Path, step: int) -> None:
 
 
 def read(path: Path) -> Checkpoint:
-    """Open and verify one checkpoint; the UserError names the damaged file.
-
-    Files that have not changed since this process last verified them are not read again.
-    """
+    """Open and verify a checkpoint, rereading only files that changed since; the UserError names a damaged file."""
     try:
         state = read_json(path / STATE)
         if state["format"] != FORMAT:
@@ -192,38 +177,31 @@ def read(path: Path) -> Checkpoint:
         if state.pop("state_sha256") != _seal(state) or path.name != _folder_name(state["step"]):
             raise UserError(f"damaged checkpoint {path}: {STATE} does not match its checksum")
         for name in (MODEL, OPTIMIZER, *([OBJECTIVE] if OBJECTIVE in state["sha256"] else [])):
-            if _sha256(path / name, _stamp(path / name)) != state["sha256"][name]:
+            status = (path / name).stat()
+            stamp = status.st_ino, status.st_size, status.st_mtime_ns
+            if _sha256(path / name, stamp) != state["sha256"][name]:
                 raise UserError(f"damaged checkpoint {path}: {name} does not match its checksum")
         return Checkpoint(path, state["step"], state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"damaged checkpoint {path}: {error}") from None
 
 
-@dataclass(frozen=True)
-class _Claims:
-    """What a checkpoint's state says, unverified; the defaults if it cannot be read."""
-
-    scheduled: bool = False
-    best_step: int = 0
-
-
-def _claims(path: Path) -> _Claims:
+def _claims(path: Path) -> tuple[bool, int]:
+    """Whether a checkpoint was scheduled, and its best step, unverified; False and 0 if its state cannot be read."""
     try:
         state = read_json(path / STATE)
-        return _Claims(state["scheduled"], state["best_step"])
+        return state["scheduled"], state["best_step"]
     except (OSError, ValueError, KeyError, TypeError):
-        return _Claims()
+        return False, 0
 
 
-def _first_good(paths: Iterable[Path], folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    damaged = False
+def _first_good(paths: Sequence[Path], folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     for path in paths:
         try:
             return read(path)
         except UserError as damage:
             warn(str(damage))
-            damaged = True
-    if damaged:
+    if paths:
         raise UserError(f"every checkpoint in {folder} is damaged: there is nothing to resume from")
     return None
 
@@ -250,43 +228,15 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _clear(folder: Path) -> None:
-    """Remove what a killed process left half written or half removed."""
-    for path in folder.glob("step_*"):
-        if path.suffix in UNFINISHED:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _seal(state: Mapping[str, Any]) -> str:
     """SHA-256 of a state's content, independent of its layout in the file."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """Inode, size and modification time, which change when the file does."""
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
 @lru_cache(maxsize=64)
 def _sha256(path: Path, stamp: tuple[int, int, int]) -> str:
+    """The hash of a file; ``stamp`` has its inode, size and modification time, which change when the file does."""
     return sha256_of_file(path)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file(dict(tensors), path)
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)  # safetensors creates files that only their owner can read
-    _sync_file(path)
-
-
-def _reason(error: Exception) -> tuple[int | None, str]:
-    """The error number of a failure, if any, and its description; safetensors hides both in its own message."""
-    number = error.errno if isinstance(error, OSError) else None
-    if hidden := re.search(r"os error (\d+)", str(error)):
-        number = int(hidden[1])
-    return number, os.strerror(number) if number else str(error)
 
 
 def _sync_file(path: Path) -> None:

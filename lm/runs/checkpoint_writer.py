@@ -33,11 +33,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load the tensors of ``trained_tensors`` into a model, leaving weights without a gradient unchanged.
-
-    Raises:
-        RuntimeError: the names or shapes are not those of the model.
-    """
+    """Load ``trained_tensors`` of a model into another one; RuntimeError if names or shapes are not the same."""
     wanted = trained_tensors(model)
     if unmatched := sorted(tensors.keys() ^ wanted.keys()):
         raise RuntimeError(f"{unmatched[0]} is only in one of them")
@@ -79,12 +75,20 @@ class CheckpointWriter:
         objective: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Copy the tensors and return; ``lm.runs.checkpoint.save`` writes them later. ``state`` must not change."""
-        if self._folder is None:
+        folder = self._folder
+        if folder is None:
             return
         self.wait()
-        arguments = (step, snapshot(model), snapshot(optimizer), state)
-        marks: dict[str, Any] = {"scheduled": scheduled, "best_step": best_step, "objective": snapshot(objective or {})}
-        self._pending = self._pool.submit(self._write, self._folder, *arguments, **marks)
+        weights, moments, own = (snapshot(tensors) for tensors in (model, optimizer, objective or {}))
+
+        def write() -> None:
+            self._first()
+            checkpoint.save(
+                folder, step, weights, moments, state, scheduled=scheduled, best_step=best_step, objective=own
+            )
+            checkpoint.tidy(folder, step, self._keep)
+
+        self._pending = self._pool.submit(write)
 
     def wait(self) -> None:
         """Return when the last checkpoint is on the disk."""
@@ -96,11 +100,6 @@ class CheckpointWriter:
         """Raise the error of a save that has failed, without waiting."""
         if self._pending is not None and self._pending.done():
             self.wait()
-
-    def _write(self, folder: Path, step: int, *content: Any, **marks: Any) -> None:
-        self._first()
-        checkpoint.save(folder, step, *content, **marks)
-        checkpoint.tidy(folder, step, self._keep)
 
     def __enter__(self) -> Self:
         return self

@@ -35,9 +35,7 @@ TOKENIZER, PROCESSOR = "tokenizer.json", "processor.json"
 class Processor(Protocol):
     """What turns raw data into model inputs: a tokenizer, or for example the preprocessing of images.
 
-    Attributes:
-        file_name: its file in the run directory, ``TOKENIZER`` or ``PROCESSOR``.
-        sha256: the hash of that file.
+    ``file_name`` is its file in the run directory, ``TOKENIZER`` or ``PROCESSOR``, and ``sha256`` the file's hash.
     """
 
     file_name: str
@@ -153,11 +151,7 @@ class Run:
         return model.to(device).eval()
 
     def plain_weights(self) -> Path:
-        """The file with all of the run's newest weights.
-
-        Raises:
-            UserError: the run has a task's head, LoRA matrices or no checkpoint.
-        """
+        """The file with all of the newest weights; UserError if the run has a task's head, LoRA or no checkpoint."""
         if self.config.has_task_head or (self.config.is_finetuning and self.config.finetune.method != "full"):
             raise UserError(f"{self.path} is itself fine-tuned: make it a plain run with kindling merge")
         return self.newest().path / checkpoint.MODEL

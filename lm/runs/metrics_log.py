@@ -111,10 +111,9 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         for text in lines:
             try:
                 line = parse_json(text)
-                whole = isinstance(line, dict) and "step" in line
             except ValueError:
-                whole = False
-            if not whole:
+                return
+            if not isinstance(line, dict) or "step" not in line:
                 return
             yield line
 
@@ -166,11 +165,12 @@ def overfitting(lines: Iterable[dict[str, Any]]) -> str:
     """A sentence if the model is overfitting; "" if not."""
     validated = [line for line in lines if line.get("validation")]
     best = best_validation(validated)
-    if best is None or len(validated) - validated.index(best) <= OVERFITTING:
+    since = len(validated) - validated.index(best) - 1 if best else 0
+    if best is None or since < OVERFITTING:
         return ""
     return (
-        f"The validation loss was lowest at step {best['step']:,} and has not improved in "
-        f"{len(validated) - validated.index(best) - 1} validations since: the model is overfitting."
+        f"The validation loss was lowest at step {best['step']:,} and has not improved in {since} validations since: "
+        "the model is overfitting."
     )
 
 

@@ -17,13 +17,7 @@ ON_RESUME = {setting.name: setting.on_resume for setting in all_settings()}
 
 
 class TrainingSource(Protocol):
-    """What a run's weights are trained on.
-
-    Attributes:
-        name: what messages call it.
-        fingerprint: a hash of its content.
-        processor: what turned it into model inputs.
-    """
+    """What a run is trained on: its name in messages, a hash of its content, and what made model inputs of it."""
 
     name: str
     fingerprint: str
@@ -33,11 +27,7 @@ class TrainingSource(Protocol):
 
 
 def refuse_other_directories(path: Path) -> None:
-    """Check that ``path`` is new, empty or a run directory, including one whose creation was interrupted.
-
-    Raises:
-        UserError: something else is at ``path``.
-    """
+    """Raise UserError unless ``path`` is new, empty or a run directory, even one whose creation was interrupted."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: choose another --run")
     own = {f"{name}{ending}" for name in ("config.toml", TOKENIZER, PROCESSOR) for ending in ("", ".tmp")}
@@ -61,11 +51,14 @@ def open_or_create(
     """
     newest = None
     if (path / "config.toml").exists():
-        before = open_run(path)
-        newest = before.latest(note)
+        run = open_run(path)
+        newest = run.latest(note)
         if newest is not None:
-            _check(before, newest, config, source, accept_changes=accept_changes)
-            _note_other_environment(newest, device, note)
+            _check(run, newest, config, source, accept_changes=accept_changes)
+            before, now = newest.state["place"], _environment(device)
+            changed = {name: (before[name], now[name]) for name in now if before.get(name, now[name]) != now[name]}
+            if changed:
+                note(f"trained so far with {_describe(changed)}: results will match to rounding, not bit for bit")
     source.processor.save(path / source.processor.file_name)
     config.save(path / "config.toml")
     return newest
@@ -124,10 +117,3 @@ def _describe(changed: dict[str, tuple[Any, Any]]) -> str:
 
 def _resume_hint(changed: dict[str, tuple[Any, Any]]) -> str:
     return "" if any(ON_RESUME[name] == "never" for name in changed) else ", or add --resume to change it"
-
-
-def _note_other_environment(newest: Checkpoint, device: torch.device, note: Callable[[str], None]) -> None:
-    before, now = newest.state["place"], _environment(device)
-    changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
-    if changed:
-        note(f"trained so far with {_describe(changed)}: results will match to rounding, not bit for bit")

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-# torchrun ends all ranks as soon as one has ended: the silent ones wait until the other has reported.
-LEAVE_AFTER_SECONDS = 1.0
-
 CPU = torch.device("cpu")
 
 # Messages of gloo and the store when another process is gone; they come as plain RuntimeErrors.
@@ -150,16 +147,13 @@ class ManyRanks(Ranks):
 
     def spread(self, model: nn.Module, objective: Objective | None) -> None:
         assert objective is not None  # only pretraining runs in several processes
-        losses = _Losses(model, objective)
-        self._losses = self._sharded(losses) if self.parallel == "fsdp" else self._replicated(losses)
-
-    def _replicated(self, losses: _Losses) -> nn.Module:
-        replica = nn.parallel.DistributedDataParallel(losses.to(self.device), gradient_as_bucket_view=True)
-        # Gradients are sums, while DDP averages; a lambda, since DDP refuses string annotations.
-        replica.register_comm_hook(None, lambda _, bucket: _sum(bucket.buffer()))
-        return replica
-
-    def _sharded(self, losses: _Losses) -> nn.Module:
+        losses: nn.Module = _Losses(model, objective)
+        self._losses = losses
+        if self.parallel == "ddp":
+            self._losses = nn.parallel.DistributedDataParallel(losses.to(self.device), gradient_as_bucket_view=True)
+            # Gradients are sums, while DDP averages; a lambda, since DDP refuses string annotations.
+            self._losses.register_comm_hook(None, lambda _, bucket: _sum(bucket.buffer()))
+            return
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         for trunk in [module for module in losses.modules() if isinstance(module, Trunk)]:
@@ -170,7 +164,6 @@ class ManyRanks(Ranks):
             if isinstance(module, FSDPModule):  # it would average, too
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        return losses
 
     def losses(self, objective: Objective, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = self._losses(batch)
@@ -210,15 +203,9 @@ class ManyRanks(Ranks):
             same = DTensor.from_local(stack, self._mesh, [Replicate()], run_check=False)
             return self.local(self.map_matrices(function, same))
         mine = self._exchanged(stack, Shard(0)).to_local()
-        made = DTensor.from_local(
-            function(mine) if len(mine) else mine,
-            self._mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=stack.shape,
-            stride=stack.stride(),
-        )
-        return self._exchanged(made, stack.placements[0])
+        made, shard = function(mine) if len(mine) else mine, [Shard(0)]
+        split = DTensor.from_local(made, self._mesh, shard, run_check=False, shape=stack.shape, stride=stack.stride())
+        return self._exchanged(split, stack.placements[0])
 
     def _exchanged(self, tensor: DTensor, placement: Placement) -> DTensor:
         """The tensor, split another way."""
@@ -237,8 +224,7 @@ def _is_split(tensor: Tensor) -> TypeGuard[DTensor]:
 
 def _sum(gradients: Tensor) -> torch.futures.Future[Tensor]:
     """The sum over ranks, in progress."""
-    work = dist.all_reduce(gradients, async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+    return dist.all_reduce(gradients, async_op=True).get_future().then(lambda future: future.value()[0])
 
 
 @contextmanager
@@ -260,7 +246,7 @@ def joined(settings: TrainingConfig) -> Iterator[Ranks]:
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     torch.set_num_threads(settings.threads or max(1, available_cores() // here))
-    store, rank, _ = _meeting_place()
+    store, rank = _meeting_place()
     try:
         device = _device_of_rank(settings.device, here)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -270,11 +256,8 @@ def joined(settings: TrainingConfig) -> Iterator[Ranks]:
     except SystemExit:  # all ranks were asked to stop together
         dist.destroy_process_group()
         raise
-    except UserError:
-        _leave_unless_first(store, rank, USER_ERROR_STATUS)
-        raise
-    except OSError:
-        _leave_unless_first(store, rank, MACHINE_ERROR_STATUS)
+    except (UserError, OSError) as error:
+        _leave_unless_first(store, rank, USER_ERROR_STATUS if isinstance(error, UserError) else MACHINE_ERROR_STATUS)
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(word in str(error) for word in LOST):
@@ -292,13 +275,13 @@ def is_main_process() -> bool:
 
 def leave_unless_first(status: int) -> None:
     """Handle an error before ``joined``: return on the first rank that has it, exit with ``status`` on the others."""
-    store, rank, _ = _meeting_place()
-    _leave_unless_first(store, rank, status)
+    _leave_unless_first(*_meeting_place(), status)
 
 
-def _meeting_place() -> tuple[dist.Store, int, int]:
-    """The store shared by all ranks, this rank, and their number, from torchrun's variables."""
-    return next(iter(dist.rendezvous("env://")))
+def _meeting_place() -> tuple[dist.Store, int]:
+    """The store shared by all ranks, and this rank, from torchrun's variables."""
+    store, rank, _ = next(iter(dist.rendezvous("env://")))
+    return store, rank
 
 
 def _device_of_rank(name: str, here: int) -> torch.device:
@@ -327,5 +310,5 @@ def _leave_unless_first(store: dist.Store, rank: int, status: int) -> None:
     except (RuntimeError, OSError):  # the store was the dead process's: better to report it twice than not at all
         return
     if first != own:
-        time.sleep(LEAVE_AFTER_SECONDS)
+        time.sleep(1.0)  # torchrun ends all ranks as soon as one has ended: let the first one report
         raise SystemExit(int(first.split()[1])) from None

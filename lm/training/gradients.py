@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lm.config.settings import Config
-from lm.data import keyed_random
 from lm.data.batch import Batch
-from lm.data.keyed_random import Stream
+from lm.data.keyed_random import Stream, key
 from lm.model.device import autocast
 from lm.objectives.objective import Objective
 from lm.training.distributed import Ranks
@@ -20,17 +19,12 @@ from lm.training.distributed import Ranks
 def step_gradients(
     objective: Objective, model: nn.Module, batch: Batch, config: Config, step: int, ranks: Ranks | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Leave the gradient of a step's loss in the parameters; return each part of the loss and its share of the rows.
+    """Leave the gradient of a step's loss in the parameters; return the loss of each part that has rows, and its share.
 
     The batch's weights are normalized over the whole step, so the gradients of its micro-batches simply add up: k
-    micro-batches give what one big batch gives, and so do the batches of k ranks.
-
-    Args:
-        batch: this rank's rows; what is returned is of all ranks.
-
-    Returns:
-        For each part that has rows: its loss (the sum over the parts is the step's loss, for text in nats per token
-        times the part's share), and the share of the rows that it is about.
+    micro-batches give what one big batch gives, and so do the batches of k ranks: ``batch`` has this rank's rows, and
+    what is returned is of all ranks. The losses add up to that of the step (for text in nats per token, times the
+    part's share), and a share is one of the step's rows.
     """
     ranks = ranks or Ranks(next(model.parameters()).device)
     model.zero_grad()
@@ -42,7 +36,7 @@ def step_gradients(
         part = batch.rows(first, first + at_once)
         if config.model.dropout:
             in_batch = ranks.rank + first * ranks.world  # the row's number among those of all ranks
-            torch.manual_seed(keyed_random.key(config.training.seed, Stream.DROPOUT, step, in_batch) >> 1)
+            torch.manual_seed(key(config.training.seed, Stream.DROPOUT, step, in_batch) >> 1)
         with ranks.accumulating(last=first + at_once >= rows):
             with autocast(ranks.device, config.training.precision):
                 by_name = ranks.losses(objective, model, part.to(ranks.device))
@@ -50,12 +44,8 @@ def step_gradients(
             losses.sum().backward()
         sums = sums + losses.detach()
     sums, counts = ranks.sum(sums, torch.tensor([batch.parts.get(name, rows) for name in names]))
-    found = {
-        name: (loss, count / (rows * ranks.world))
-        for name, loss, count in zip(names, sums, counts.tolist(), strict=True)
-        if count
-    }
-    return {name: loss for name, (loss, _) in found.items()}, {name: share for name, (_, share) in found.items()}
+    shares = {name: count / (rows * ranks.world) for name, count in zip(names, counts.tolist(), strict=True) if count}
+    return {name: loss for name, loss in zip(names, sums, strict=True) if name in shares}, shares
 
 
 Part = TypeVar("Part")
@@ -64,14 +54,11 @@ Part = TypeVar("Part")
 def accumulated(
     model: nn.Module, parts: Sequence[Part], loss: Callable[[nn.Module, Part], Tensor], config: Config, step: int
 ) -> Tensor:
-    """Leave the gradient of a step's loss, the sum over its parts, in the parameters; return that sum.
-
-    Each part draws its dropout from the seed, the step and its number.
-    """
+    """Leave the gradient of a step's loss, the sum over its parts, in the parameters; return that sum."""
     model.zero_grad()
     total = torch.zeros(())
-    for number, part in enumerate(parts):
-        torch.manual_seed(keyed_random.key(config.training.seed, Stream.FINETUNING_DROPOUT, step, number) >> 1)
+    for number, part in enumerate(parts):  # each draws its dropout from the seed, the step and its number
+        torch.manual_seed(key(config.training.seed, Stream.FINETUNING_DROPOUT, step, number) >> 1)
         cost = loss(model, part)
         cost.backward()
         total = total.to(cost.device) + cost.detach()
@@ -90,15 +77,12 @@ def accumulated_over_vectors(
 
     The gradient is exact with the memory of one part: the vectors are computed without a graph, then the loss's
     gradient with respect to them, and each part is computed again, with the same dropout, to backpropagate its share
-    (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup").
-
-    Args:
-        vectors: the vectors of a part, (vectors, width).
-        loss: the scalar loss from the vectors of each part.
+    (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"). ``vectors`` returns
+    those of a part, (vectors, width), and ``loss`` a scalar from those of each part.
     """
 
     def seeded(number: int, part: Part) -> Tensor:
-        torch.manual_seed(keyed_random.key(config.training.seed, Stream.FINETUNING_DROPOUT, step, number) >> 1)
+        torch.manual_seed(key(config.training.seed, Stream.FINETUNING_DROPOUT, step, number) >> 1)
         return vectors(model, part)
 
     model.zero_grad()

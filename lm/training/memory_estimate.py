@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -58,27 +58,15 @@ def step_memory(config: Config, rows: int, device: torch.device) -> StepMemory:
 @lru_cache(maxsize=64)
 def _counted(config: Config, rows: int, device: str, low_precision: bool) -> StepMemory:
     layers = config.model.num_layers
-    one, two = (
-        astuple(_simulated(config.replace(num_layers=number), rows, device, low_precision)) for number in (1, 2)
+    one, two = (_simulated(config.replace(num_layers=number), rows, device, low_precision) for number in (1, 2))
+    weights, gradients, optimizer, passes, update = (
+        first + (second - first) * (layers - 1) for first, second in zip(one, two, strict=True)
     )
-    along = [first + (second - first) * (layers - 1) for first, second in zip(one, two, strict=True)]
-    weights, gradients, optimizer, passes, update = along
     return StepMemory(weights, gradients, optimizer, max(passes, update) - weights - gradients - optimizer)
 
 
-@dataclass(frozen=True)
-class _Peaks:
-    """Bytes of the parts, and the peaks during the passes and the update of the weights."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    passes: int
-    update: int
-
-
-def _simulated(config: Config, rows: int, device: str, low_precision: bool) -> _Peaks:
-    """One step on tensors without memory."""
+def _simulated(config: Config, rows: int, device: str, low_precision: bool) -> tuple[int, int, int, int, int]:
+    """Bytes of weights, gradients and optimizer, and the peaks of the passes and of the update, without memory."""
     context = config.data.context_length
     with FakeTensorMode(), LiveBytes(device) as live:
         model = Transformer(config.model)
@@ -92,19 +80,19 @@ def _simulated(config: Config, rows: int, device: str, low_precision: bool) -> _
         if rows < config.data.batch_rows:  # an earlier micro-batch has left its gradients
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        live.restart()
+        live.peak = live.now
         with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
             found = losses(model, Batch(inputs, inputs, weights_of_loss, positions, positions, positions, parts))
         torch.stack(list(found.values())).sum().backward()
         passes = live.peak
         del found, inputs, positions, weights_of_loss
         gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
-        live.restart()
+        live.peak = live.now
         optimizer.clip()
         optimizer.step(1.0)
         after = live.now - gradients
         # The optimizer state of the first update exists during the passes of all later steps.
-        return _Peaks(weights, gradients, after - weights, passes + after - early, live.peak)
+        return weights, gradients, after - weights, passes + after - early, live.peak
 
 
 def _parts(config: Config, rows: int) -> dict[str, int]:
@@ -124,10 +112,6 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._kind = "cpu" if device == "cpu" else "gpu"
         self._seen: dict[int, weakref.ref[Any]] = {}
-
-    def restart(self) -> None:
-        """Start a new peak."""
-        self.peak = self.now
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -150,10 +150,9 @@ class Muon:
 
 
 class Optimizer:
-    """Muon and AdamW together, with weight decay only for the matrices of the blocks.
+    """Muon and AdamW together, for parameters that require a gradient; only the matrices of blocks have weight decay.
 
-    Parameters that require no gradient are ignored. ``lr_multipliers`` has learning-rate multipliers by parameter name;
-    all others have 1.
+    ``lr_multipliers`` has learning-rate multipliers by parameter name; all others have 1.
     """
 
     def __init__(
@@ -173,15 +172,9 @@ class Optimizer:
             if name not in by_muon:
                 decay = config.weight_decay if name in matrices else 0.0
                 groups.setdefault((decay, lr_multipliers.get(name, 1.0)), []).append(parameter)
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": part, "weight_decay": decay, "share": share}
-                for (decay, share), part in (groups or {(0.0, 1.0): []}).items()  # AdamW needs at least one group
-            ],
-            lr=0.0,
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
+        groups = groups or {(0.0, 1.0): []}  # AdamW needs at least one
+        parts = [{"params": part, "weight_decay": decay, "share": share} for (decay, share), part in groups.items()]
+        self.adamw = torch.optim.AdamW(parts, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
 
     def clip(self) -> Tensor:
         """Clip the norm of the whole gradient to ``gradient_clip``; return the norm before clipping."""
@@ -197,20 +190,16 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor to save, by name, as views of the live state."""
-        tensors = self.muon.state()
-        for name, parameter in self.parameters.items():
-            for part, value in self.adamw.state.get(parameter, {}).items():
-                tensors[f"{name}.{part}"] = value
-        return tensors
+        return self.muon.state() | {
+            f"{name}.{part}": value
+            for name, parameter in self.parameters.items()
+            for part, value in self.adamw.state.get(parameter, {}).items()
+        }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         for name, buffer in self.muon.state().items():
             buffer.copy_(self.ranks.cut(tensors[name], buffer))
         for name, parameter in self.parameters.items():
             if f"{name}.exp_avg" in tensors:
-                self.adamw.state[parameter] = {
-                    "step": tensors[f"{name}.step"].to(parameter.device),
-                    **{
-                        part: self.ranks.cut(tensors[f"{name}.{part}"], parameter) for part in ("exp_avg", "exp_avg_sq")
-                    },
-                }
+                moments = {n: self.ranks.cut(tensors[f"{name}.{n}"], parameter) for n in ("exp_avg", "exp_avg_sq")}
+                self.adamw.state[parameter] = {"step": tensors[f"{name}.step"].to(parameter.device), **moments}

@@ -1,4 +1,4 @@
-"""Will it fit, and how long will it take: what a run needs, estimated before it starts.
+"""What a run needs, estimated before it starts: will it fit, and how long will it take.
 
     settings -> memory by part (memory_estimate) -> rows of a micro-batch -> a measured dry step -> seconds to the end
 
@@ -21,7 +21,7 @@ from lm import kernels
 from lm.config.scaling import rule_for
 from lm.config.settings import Config
 from lm.data import keyed_random
-from lm.data.batch import Rows, Vocabulary, rows_of_windows
+from lm.data.batch import Vocabulary, rows_of_windows
 from lm.data.corpora import Corpora, open_corpora, with_vocabulary
 from lm.data.rows import TrainingRows
 from lm.model.device import (
@@ -45,9 +45,6 @@ from lm.training.optimizer import Optimizer
 USABLE_SHARE = 0.8
 # On a CPU more tokens per micro-batch take more memory without being faster (docs/lab-notes.md).
 CPU_MICRO_BATCH_TOKENS = 4096
-# On a CPU: the fragmentation of the heap, as a share of the activations, and the pages of PyTorch's code and its
-# libraries that the first step touches, in bytes (docs/lab-notes.md).
-HEAP_HOLES, LIBRARIES = 0.25, 40_000_000
 # A dry step that would take longer than the first of these uses fewer rows; a quick one is repeated for the second,
 # since it takes several steps to reach a steady speed.
 DRY_SECONDS, ENOUGH_SECONDS, MOST_PASSES = 10.0, 3.0, 12
@@ -133,7 +130,7 @@ class Plan:
             "batch_rows": self.config.data.batch_rows,
             "micro_batch_rows": self.rows,
             "memory_bytes": {
-                **{f.name: getattr(self.memory, f.name) for f in dataclasses.fields(self.memory)},
+                **dataclasses.asdict(self.memory),
                 "process": self.process_bytes,
                 "peak": self.peak_bytes,
                 "available": self.available_bytes,
@@ -148,15 +145,20 @@ class Plan:
         """Name and value of each line that ``--plan`` prints."""
         data, training = self.config.data, self.config.training
         passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
+        total = f"{self.tokens / 1e6:.1f}M tokens{passes}"
+        processor = f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            processor = torch.cuda.get_device_name(self.device)
+        products = f"{self.machine_rate / 1e9:,.0f} GFLOP/s in matrix products"
         rows = [
             ("model", self.model),
             ("objective", f"{self.config.objective.objective} on {self.data}"),
-            ("tokens", f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {millions(self.tokens)}{passes}"),
+            ("tokens", f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {total}"),
             ("scaling rule", rule_for(self.config).describe(self.config)),
             ("FLOPs per token", f"{self.flops_per_token / 1e6:.1f}M, {format_flops(self.flops)} in total"),
-            ("device", f"{self._where()}; {kernels.describe(self.device)}"),
+            ("device", f"{processor} ({products}); {kernels.describe(self.device)}"),
             ("micro-batch", f"{self.rows} of the batch's {data.batch_rows} rows"),
-            *((name, format_bytes(size)) for name, size in self._parts()),
+            *((name, format_bytes(size)) for name, size in self._parts().items()),
             ("peak memory", f"{format_bytes(self.peak_bytes)} of {format_bytes(self.available_bytes)} available"),
         ]
         if self.obstacle:
@@ -170,68 +172,42 @@ class Plan:
         return rows
 
     def introduction(self, processes: str = "") -> list[str]:
-        """What to print before the first step, one sentence each.
-
-        ``processes`` says how many processes there are, as the beginning of a phrase (``Ranks.describe``).
-        """
-        config = self.config
-        passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
-        return [
+        """What to print before the first step, one sentence each; ``processes`` as of ``Ranks.describe``."""
+        table = dict(self.table())
+        parts = ", ".join(f"{name} {table[name]}" for name in self._parts())
+        lines = [
             self.model,
-            f"{config.objective.objective} on {self.data}: {config.training.steps:,} steps x "
-            f"{config.data.batch_tokens:,} tokens = {millions(self.tokens)} tokens{passes}, {format_flops(self.flops)}",
-            f"on {processes}{self._where()}; {kernels.describe(self.device)}",
-            f"{self.rows} of the batch's {config.data.batch_rows} rows per micro-batch: about "
-            f"{format_bytes(self.peak_bytes)} of memory "
-            f"({', '.join(f'{name} {format_bytes(size)}' for name, size in self._parts())}); "
+            f"{table['objective']}: {table['tokens']}, {format_flops(self.flops)}",
+            f"on {processes}{table['device']}",
+            f"{table['micro-batch']} per micro-batch: about {format_bytes(self.peak_bytes)} of memory ({parts}); "
             f"{format_bytes(self.available_bytes)} available",
-        ] + (
-            [
-                f"about {self.tokens_per_second:,.0f} tokens/s, {self.share_of_peak:.0%} of peak: "
-                f"{format_time(self.seconds or 0)} for all steps, without validation and saving"
-            ]
-            if self.dry_step
-            else []
-        )
+        ]
+        return lines + ([f"about {table['speed']}: {table['time']}"] if self.dry_step else [])
 
     @property
     def flops(self) -> float:
         """Floating-point operations of the whole run."""
         return self.tokens * self.flops_per_token
 
-    def _parts(self) -> list[tuple[str, int]]:
-        memory = self.memory
-        parts = {
-            "weights": memory.weights,
-            "gradients": memory.gradients,
-            "optimizer": memory.optimizer,
-            "activations": memory.activations,
-        }
-        if self.device.type == "cpu":
-            parts["process"] = max(0, self.peak_bytes - memory.total)
-        return list(parts.items())
-
-    def _where(self) -> str:
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-        else:
-            name = f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
-        return f"{name} ({self.machine_rate / 1e9:,.0f} GFLOP/s in matrix products)"
+    def _parts(self) -> dict[str, int]:
+        on_cpu = {"process": max(0, self.peak_bytes - self.memory.total)} if self.device.type == "cpu" else {}
+        return dataclasses.asdict(self.memory) | on_cpu
 
 
 def process_memory(memory: StepMemory, device: torch.device, resident: int) -> int:
     """Bytes a process needs in addition to ``memory`` at a step's peak; it has ``resident`` bytes without a model."""
-    return resident + LIBRARIES + int(HEAP_HOLES * memory.activations) if device.type == "cpu" else 0
+    # On a CPU: the pages of PyTorch's code and its libraries that the first step touches, and the fragmentation of the
+    # heap as a share of the activations (docs/lab-notes.md).
+    return resident + 40_000_000 + int(0.25 * memory.activations) if device.type == "cpu" else 0
 
 
 def _need(config: Config, rows: int, device: torch.device) -> int:
-    """Bytes of ``device`` that a run with micro-batches of ``rows`` rows will allocate."""
     memory = step_memory(config, rows, device)
     return memory.total + process_memory(memory, device, 0)
 
 
 def _divisors(number: int) -> list[int]:
-    """The divisors of ``number``, from the largest down."""
+    """From the largest down."""
     return [n for n in range(number, 0, -1) if number % n == 0]
 
 
@@ -248,10 +224,9 @@ def choose_rows(config: Config, device: torch.device, available: int) -> int | N
 
 
 def settle_micro_batch(config: Config, device: torch.device, before: Config | None = None) -> Config:
-    """``config`` with a number of micro-batch rows: as set, else that of the run so far (``before``), else chosen.
+    """``config`` with micro-batch rows: as set, else as in the run so far (``before``), else chosen.
 
-    Raises:
-        UserError: not even one row fits.
+    UserError if not even one row fits.
     """
     if config.data.micro_batch_rows:
         return config
@@ -266,28 +241,24 @@ def settle_micro_batch(config: Config, device: torch.device, before: Config | No
 
 def _obstacle(config: Config, device: torch.device, available: int) -> str:
     rows = config.data.micro_batch_rows or config.data.batch_rows
-    need = _need(config, rows, device)
-    if need <= available:
+    if (need := _need(config, rows, device)) <= available:
         return ""
     shortage = f"micro_batch_rows {rows} needs about {format_bytes(need)}, but {format_bytes(available)} is available"
     if fitting := choose_rows(config, device, available):
         return f"{shortage}: micro_batch_rows {fitting} would fit, with the same result"
     for layers in range(config.model.num_layers - 1, 0, -1):
         if _need(config.replace(num_layers=layers), 1, device) <= USABLE_SHARE * available:
-            return (
-                f"{shortage}: num_layers {layers} would fit with micro_batch_rows 1; or choose a shorter context_length"
-            )
+            fits = f"num_layers {layers} would fit with micro_batch_rows 1"
+            return f"{shortage}: {fits}; or choose a shorter context_length"
     return f"{shortage}: choose a smaller hidden_size or a shorter context_length"
 
 
 def dry_step(model: Transformer, objective: Objective, config: Config, batch: Any, affordable_rows: int) -> DryStep:
-    """Repeat a training step several times and measure the later ones.
+    """Repeat a training step several times and measure the later ones; the weights do not change.
 
     The weights should be those of a new run: PyTorch's own initialization spreads the logits so far that their
-    exponentials are denormal numbers, with which a CPU takes several times as long.
-
-    The weights do not change, and the gradients are discarded. If a whole micro-batch would take too long, only
-    ``affordable_rows`` of its rows are used and the time is scaled.
+    exponentials are denormal numbers, with which a CPU takes several times as long. If a whole micro-batch would take
+    too long, only ``affordable_rows`` of its rows are used and the time is scaled.
     """
     device = next(model.parameters()).device
     count = len(batch)
@@ -295,9 +266,8 @@ def dry_step(model: Transformer, objective: Objective, config: Config, batch: An
     part = batch.every(0, count // rows).rows(0, rows)
     config = config.replace(micro_batch_rows=rows)
     optimizer = Optimizer(model, config.optimizer)
-    passes: list[float] = []
-    updates: list[float] = []
-    while len(passes) < MOST_PASSES:
+    times: list[tuple[float, float]] = []
+    while len(times) < MOST_PASSES:
         start = time.perf_counter()
         step_gradients(objective, model, part, config, 0)
         synchronize(device)
@@ -305,16 +275,14 @@ def dry_step(model: Transformer, objective: Objective, config: Config, batch: An
         optimizer.clip()
         optimizer.step(0.0)
         synchronize(device)
-        passes.append(between - start)
-        updates.append(time.perf_counter() - between)
-        spent = sum(passes) + sum(updates)
-        if spent > DRY_SECONDS or (spent > ENOUGH_SECONDS and len(passes) >= 4):
+        times.append((between - start, time.perf_counter() - between))
+        spent = np.sum(times)
+        if spent > DRY_SECONDS or (spent > ENOUGH_SECONDS and len(times) >= 4):
             break
     model.zero_grad()
     # The first ones warm up; they count only if there are no others.
-    later = slice(min(len(passes) - 1, max(1, len(passes) // 3)), None)
-    seconds = float(np.median(passes[later])) * count / rows + float(np.median(updates[later]))
-    return DryStep(rows, seconds, peak_memory(device))
+    passes, update = np.median(times[min(len(times) - 1, max(1, len(times) // 3)) :], axis=0)
+    return DryStep(rows, float(passes * count / rows + update), peak_memory(device))
 
 
 def make_plan(
@@ -370,10 +338,7 @@ def make_plan(
 def plan_run(config: Config, before: Config | None = None) -> Plan:
     """The plan of ``config``, or of resuming a run with the settings ``before``; nothing is written.
 
-    Without data the vocabulary is ``vocab_size``, and the batch is random.
-
-    Raises:
-        UserError: there is neither data nor a vocabulary size.
+    Without data the vocabulary is ``vocab_size`` (UserError if it is 0), and the batch is random.
     """
     device = choose_device(config.training.device)
     if config.training.threads:
@@ -385,7 +350,9 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
             raise UserError("a plan needs --data, or --vocab-size instead of it")
         vocabulary = Vocabulary(config.model.vocab_size, 0, 1)
         objective = open_objective(config, vocabulary)
-        batch = objective.prepare(_random_rows(config, vocabulary))
+        numbers = np.arange(config.data.batch_rows, dtype=np.int64)
+        drawn = keyed_random.uniform(0, numbers, config.data.context_length + 1) * (vocabulary.size - 2)
+        batch = objective.prepare(rows_of_windows(drawn.astype(np.int64) + 2, vocabulary))
         data, epochs = "unspecified data", None
     else:
         corpora = open_corpora(config.data.data)
@@ -410,17 +377,6 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
 
 def describe_data(corpora: Corpora, rows: TrainingRows) -> str:
     return f"{rows.tokens:,} tokens of {corpora.name}"
-
-
-def _random_rows(config: Config, vocabulary: Vocabulary) -> Rows:
-    """A step's rows of random tokens, if there is no data."""
-    numbers = np.arange(config.data.batch_rows, dtype=np.int64)
-    drawn = keyed_random.uniform(0, numbers, config.data.context_length + 1) * (vocabulary.size - 2)
-    return rows_of_windows(drawn.astype(np.int64) + 2, vocabulary)
-
-
-def millions(tokens: int) -> str:
-    return f"{tokens / 1e6:.1f}M"
 
 
 def format_bytes(size: float) -> str:

@@ -57,7 +57,8 @@ class Ladder:
     def judge(self, loss: float, gradient_norm: float, threshold: float) -> Verdict:
         """Decide what to do with a step; ``threshold`` of a spike is in standard deviations (0: no step is a spike)."""
         finite = math.isfinite(loss) and math.isfinite(gradient_norm)
-        if finite and not self._is_spike(loss, threshold):
+        highest = self.mean + threshold * max(math.sqrt(self.variance), 1e-3 * abs(self.mean))
+        if finite and not (threshold > 0 and self.seen >= MEMORY and loss > highest):
             return self._good(loss)
         self.calm = 0
         self.bad += 1
@@ -65,11 +66,11 @@ class Ladder:
             self.recovering -= 1
             if finite and self.recovering:
                 return Verdict.APPLY
-            return self._roll_back()
+            return self.roll_back()
         if self.bad <= SKIPS:
             return Verdict.SKIP
         if not finite:
-            return self._roll_back()  # a lower rate does not help if nothing is finite
+            return self.roll_back()  # a lower rate does not help if nothing is finite
         self.recovering = RECOVERY
         self.rate /= 2
         return Verdict.LOWER
@@ -78,14 +79,6 @@ class Ladder:
     def in_trouble(self) -> bool:
         """Whether the weights may be damaged, so that a rollback should not return to them."""
         return self.bad > 0 or self.recovering > 0
-
-    def broken(self) -> Verdict:
-        """Decide what to do if the weights themselves are not finite."""
-        return self._roll_back()
-
-    def _is_spike(self, loss: float, threshold: float) -> bool:
-        deviation = max(math.sqrt(self.variance), 1e-3 * abs(self.mean))
-        return threshold > 0 and self.seen >= MEMORY and loss > self.mean + threshold * deviation
 
     def _good(self, loss: float) -> Verdict:
         self.bad = 0
@@ -101,7 +94,8 @@ class Ladder:
         self.variance = (1 - share) * (self.variance + share * deviation * deviation)
         return Verdict.APPLY
 
-    def _roll_back(self) -> Verdict:
+    def roll_back(self) -> Verdict:
+        """Decide what to do if skipping does not help, or if the weights themselves are not finite."""
         self.bad = self.calm = self.recovering = 0
         self.rate /= 2
         self.roll_backs += 1

@@ -12,21 +12,21 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.files import read_json, write_atomically
 from lm.config.settings import Config
 from lm.runs import metrics_log
-from lm.runs.directory import METRICS
+from lm.runs.directory import METRICS, plain_settings
+from lm.runs.metrics_log import Follower
 
 IDENTITIES = "trackers.json"
 PROJECT = "kindling"
-Values = dict[str, float | str]
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,6 @@ class Tracked:
     step: int
     settings: dict[str, Any]
     given: set[tuple[int, str]]
-
-
-class Tracker(Protocol):
-    """One tracker's log of one run."""
-
-    def write(self, line: dict[str, Any]) -> None: ...
-    def go_back(self, step: int) -> None: ...
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -101,7 +93,7 @@ class AppendOnly:
         self._finish()
 
 
-def wandb_run(run: Tracked) -> Tracker:
+def wandb_run(run: Tracked) -> Follower:
     """``WANDB_MODE=offline`` needs no network, ``WANDB_PROJECT`` names the project."""
     import wandb
 
@@ -117,7 +109,7 @@ def wandb_run(run: Tracked) -> Tracker:
     return AppendOnly(opened, opened.finish, run.given)
 
 
-def trackio_run(run: Tracked) -> Tracker:
+def trackio_run(run: Tracked) -> Follower:
     """Logs to this machine, or to the space ``TRACKIO_SPACE_ID``; ``TRACKIO_PROJECT`` names the project."""
     import trackio
 
@@ -133,7 +125,7 @@ def trackio_run(run: Tracked) -> Tracker:
     return AppendOnly(opened, trackio.finish, run.given)
 
 
-TRACKERS: dict[str, Callable[[Tracked], Tracker]] = {
+TRACKERS: dict[str, Callable[[Tracked], Follower]] = {
     "tensorboard": TensorBoard,
     "wandb": wandb_run,
     "trackio": trackio_run,
@@ -141,29 +133,21 @@ TRACKERS: dict[str, Callable[[Tracked], Tracker]] = {
 
 
 def _key(line: dict[str, Any]) -> tuple[int, str]:
-    """The key of a line: its step and its kind."""
+    """A line's step and kind."""
     return line["step"], line.get("event") or ("validation" if "validation" in line or "metrics" in line else "loss")
 
 
 def require(names: Sequence[str]) -> None:
-    """Check that these trackers are installed.
-
-    Raises:
-        UserError: one line for each missing one, with the command that installs it.
-    """
+    """Raise UserError if trackers are not installed: a line for each, with the command that installs it."""
     specs = {name: importlib.util.find_spec(name) for name in names}
     # A folder of that name in the current directory is a module too, but without an origin.
     missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]
+    advice = 'the tracker {0} is not installed: pip install "kindling-lm[{0}]", or train without it'
     if missing:
-        raise UserError(
-            "\n".join(
-                f'the tracker {name} is not installed: pip install "kindling-lm[{name}]", or train without it'
-                for name in missing
-            )
-        )
+        raise UserError("\n".join(advice.format(name) for name in missing))
 
 
-def values_of(line: dict[str, Any]) -> Values:
+def values_of(line: dict[str, Any]) -> dict[str, float | str]:
     """The values of a line of metrics.jsonl, by the names a tracker shows.
 
     The means of an interval are under ``train/``, validation losses under ``validation/READOUT/``, and an event is a
@@ -183,41 +167,37 @@ def values_of(line: dict[str, Any]) -> Values:
 
 
 class Guarded:
-    """A follower of the log (``metrics_log.Follower``) that passes lines to a tracker and survives its failure."""
+    """A ``Follower`` that opens a tracker, passes lines to it and survives its failure: ``tracker`` is then None."""
 
-    def __init__(self, name: str, note: Callable[[str], None]) -> None:
+    tracker: Follower | None = None
+
+    def __init__(self, name: str, note: Callable[[str], None], run: Tracked) -> None:
         self._name, self._note = name, note
-        self._tracker: Tracker | None = None
-
-    def open(self, run: Tracked, earlier: Sequence[dict[str, Any]]) -> bool:
-        """Open the tracker and send it the ``earlier`` lines; return whether that worked."""
-
-        def opened() -> None:
-            self._tracker = TRACKERS[self._name](run)
-
-        self._attempt(opened)
-        for line in earlier:
-            self.write(line)
-        return self._tracker is not None
+        with self._guard():
+            self.tracker = TRACKERS[name](run)
 
     def write(self, line: dict[str, Any]) -> None:
-        if tracker := self._tracker:
-            self._attempt(lambda: tracker.write(line))
+        with self._guard():
+            if self.tracker:
+                self.tracker.write(line)
 
     def go_back(self, step: int) -> None:
-        if tracker := self._tracker:
-            self._attempt(lambda: tracker.go_back(step))
+        with self._guard():
+            if self.tracker:
+                self.tracker.go_back(step)
 
     def close(self) -> None:
-        if tracker := self._tracker:
-            self._attempt(tracker.close)
+        with self._guard():
+            if self.tracker:
+                self.tracker.close()
 
-    def _attempt(self, action: Callable[[], None]) -> None:
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
         try:
             with redirect_stdout(sys.stderr):  # stdout is for the command's own output
-                action()
+                yield
         except Exception as failure:  # no failure of a tracker may end the run
-            self._tracker = None
+            self.tracker = None
             reason = (str(failure).splitlines() or [type(failure).__name__])[0]
             self._note(
                 f"the tracker {self._name} failed ({reason}) and is no longer used; {METRICS} still has every line"
@@ -225,30 +205,24 @@ class Guarded:
 
 
 def open_trackers(config: Config, path: Path, step: int, note: Callable[[str], None]) -> list[Guarded]:
-    """Open the trackers of a run that is started or resumed at ``step``.
-
-    A tracker that cannot be opened (no network, no account) is reported to ``note`` and omitted.
-    """
-    identities = _identities(path / IDENTITIES)
-    settings = {n: list(v) if isinstance(v, tuple) else v for n, v in config.flat().items()}
+    """Open the trackers of a run that starts or resumes at ``step``; those that fail are reported to ``note``."""
+    try:
+        identities = {str(name): str(identity) for name, identity in read_json(path / IDENTITIES).items()}
+    except (OSError, ValueError, AttributeError):
+        identities = {}
     lines = list(metrics_log.read(path / METRICS))
     opened = []
     for name in dict.fromkeys(config.training.trackers):
         known = name in identities
         given = {_key(line) for line in lines} if known else set()
-        run = Tracked(path, identities.get(name) or uuid.uuid4().hex[:8], step, settings, given)
-        follower = Guarded(name, note)
-        if follower.open(run, [] if known else [line for line in lines if line["step"] <= step]):
+        run = Tracked(path, identities.get(name) or uuid.uuid4().hex[:8], step, plain_settings(config), given)
+        follower = Guarded(name, note, run)
+        for line in lines:
+            if not known and line["step"] <= step:
+                follower.write(line)
+        if follower.tracker:
             identities[name] = run.identity
             opened.append(follower)
     if opened:
         write_atomically(path / IDENTITIES, json.dumps(identities, indent=1) + "\n")
     return opened
-
-
-def _identities(path: Path) -> dict[str, str]:
-    try:
-        known = read_json(path)
-        return {str(name): str(identity) for name, identity in known.items()}
-    except (OSError, ValueError, AttributeError):
-        return {}

@@ -70,8 +70,7 @@ def fit(
 ) -> Config:
     """Train a module in the run directory ``path``, or resume the run that is there; return its final settings.
 
-    Arguments and errors as of ``lm.training.pretraining.train``; ``open_module`` opens the module for a rank, and
-    writes nothing.
+    Arguments and errors as of ``pretraining.train``; ``open_module`` opens the module for a rank and writes nothing.
     """
     with joined(settings) as ranks, ExitStack() as held, explain_out_of_memory():
         module = open_module(ranks)
@@ -110,7 +109,7 @@ def explain_out_of_memory() -> Iterator[None]:
 
 @dataclass
 class State:
-    """Everything that changes while a run trains, besides tensors; saved as JSON with every checkpoint."""
+    """What changes while a run trains, besides tensors; saved with every checkpoint."""
 
     step: int = 0
     interval: Interval = field(default_factory=Interval)
@@ -125,37 +124,14 @@ class State:
         parts = saved.state["training"]
         return cls(saved.step, Interval(**parts["interval"]), Ladder(**parts["ladder"]), Best(**parts["best"]))
 
-    def as_dict(self) -> dict[str, Any]:
-        return {name: part for name, part in asdict(self).items() if name != "step"}
-
-
-class StepClock:
-    """Measures steps, without the time between them."""
-
-    def __init__(self) -> None:
-        self.steps, self.seconds = 0, 0.0
-
-    def start(self) -> None:
-        self.began = time.perf_counter()
-
-    def stop(self) -> None:
-        self.seconds += time.perf_counter() - self.began
-        self.steps += 1
-
-    def seconds_per_step(self) -> float:
-        """The mean since the last call."""
-        mean = self.seconds / self.steps
-        self.steps, self.seconds = 0, 0.0
-        return mean
-
 
 class Trainer(Generic[Batch]):
     """One run while it trains.
 
     Attributes:
-        model, optimizer, state: what a checkpoint saves, along with the state of the module's objective; set by
-            ``_restore``.
+        model, optimizer, state: what a checkpoint saves, along with the objective's state; set by ``_restore``.
         log, stop, writer: open while the run trains; set by ``run``.
+        seconds: how long each step took since the last line of the log, without the time between the steps.
     """
 
     model: nn.Module
@@ -167,7 +143,8 @@ class Trainer(Generic[Batch]):
 
     def __init__(self, module: TrainModule[Batch], path: Path, ranks: Ranks, reporter: Reporter) -> None:
         self.module, self.path, self.ranks, self.reporter = module, path, ranks, reporter
-        self.folder, self.clock, self.ended = path / CHECKPOINTS, StepClock(), False
+        self.folder, self.ended = path / CHECKPOINTS, False
+        self.seconds: list[float] = []
 
     @property
     def config(self) -> Config:
@@ -179,7 +156,11 @@ class Trainer(Generic[Batch]):
         if state.step >= steps or self.module.should_stop(state.best):
             self.reporter.note(f"{self.path} is trained: {state.step:,} of {steps:,} steps are done")
             return
-        self._prepare(state.step)
+        asked, lines = self.config, self.module.prepare(state.step)
+        if self.config != asked:  # what the module decided: a resumed run must add up the same sums
+            self.config.save(self.path / "config.toml")
+        for line in lines:
+            self.reporter.note(line)
         self._restore(start)
         if self.state.step:
             self.reporter.note(f"resuming at step {self.state.step:,}")
@@ -199,15 +180,6 @@ class Trainer(Generic[Batch]):
         finally:
             self.reporter.end()
 
-    def _prepare(self, done: int) -> None:
-        """Let the module get ready, and save the settings that it decided: a resumed run adds up the same sums."""
-        asked = self.config
-        lines = self.module.prepare(done)
-        if self.config != asked:
-            self.config.save(self.path / "config.toml")
-        for line in lines:
-            self.reporter.note(line)
-
     def _restore(self, saved: checkpoint.Checkpoint | None) -> None:
         """Take weights, optimizer and state from a checkpoint; None: those of step 0, which follow from the seed."""
         objective = self.module.objective
@@ -226,14 +198,17 @@ class Trainer(Generic[Batch]):
     def _train_on(self) -> None:
         """Steps, until the last one or until a rollback restarts the batches."""
         with prefetch(self.module.batch, range(self.state.step, self.config.training.steps)) as upcoming:
-            self.clock.start()
+            began = time.perf_counter()
             for batch in upcoming:
-                if not (self._step(batch) and self._after_step()):
+                if not self._step(batch):
+                    return
+                self.seconds.append(time.perf_counter() - began)
+                if not self._after_step():
                     return
                 self.reporter.step(self.state.step)
                 if self.ended:
                     return
-                self.clock.start()
+                began = time.perf_counter()
 
     def _step(self, batch: Batch) -> bool:
         """One optimizer step; False: the run was rolled back instead."""
@@ -254,7 +229,6 @@ class Trainer(Generic[Batch]):
             state.interval.skipped += 1
             self._report(verdict, f"loss {loss:.3f}, gradient norm {float(gradient_norm):.3g}")
         state.step += 1
-        self.clock.stop()
         return True
 
     def _after_step(self) -> bool:
@@ -274,7 +248,7 @@ class Trainer(Generic[Batch]):
         wanted = due or best or last
         sound = bool(wanted or stopping) and self._is_finite()
         if wanted and not sound:
-            self._roll_back(self.state.ladder.broken())
+            self._roll_back(self.state.ladder.roll_back())
             return False
         if sound:
             self._save(scheduled=due)
@@ -289,8 +263,8 @@ class Trainer(Generic[Batch]):
 
     def _is_finite(self) -> bool:
         """Whether all weights are finite, on all ranks."""
-        own = (self.ranks.local(parameter) for parameter in self.model.parameters())
-        return not self.ranks.highest(not all(torch.isfinite(tensor).all() for tensor in own))
+        own = all(torch.isfinite(self.ranks.local(parameter)).all() for parameter in self.model.parameters())
+        return not self.ranks.highest(not own)
 
     def _rate(self, step: int) -> float:
         """The learning rate of a step as a share of its peak."""
@@ -298,13 +272,13 @@ class Trainer(Generic[Batch]):
         return schedule * self.state.ladder.rate
 
     def _metrics_line(self) -> dict[str, Any]:
-        step = self.state.step
+        step, seconds, self.seconds = self.state.step, self.seconds, []
         return {
             "step": step,
             **self.module.progress(step),
             **self.state.interval.means(),
             "learning_rate": self._rate(step - 1) * self.config.optimizer.learning_rate,
-            **self.module.throughput(self.clock.seconds_per_step()),
+            **self.module.throughput(sum(seconds) / len(seconds)),
             "memory_bytes": peak_memory(self.ranks.device),
         }
 
@@ -324,24 +298,20 @@ class Trainer(Generic[Batch]):
         return improved
 
     def _save(self, *, scheduled: bool) -> None:
-        """Hand a checkpoint to the writer."""
         objective = self.module.objective
+        state = {name: part for name, part in asdict(self.state).items() if name != "step"}
         self.writer.save(
             self.state.step,
             self.ranks.gathered(trained_tensors(self.model)),
             self.ranks.gathered(self.optimizer.state()),
-            {"training": self.state.as_dict(), **fingerprints(self.config, self.module, self.ranks.device)},
+            {"training": state, **fingerprints(self.config, self.module, self.ranks.device)},
             scheduled=scheduled,
             best_step=self.state.best.step,
             objective=self.ranks.gathered(objective.state()) if objective else None,
         )
 
     def _roll_back(self, verdict: Verdict) -> None:
-        """Return to a checkpoint from before the trouble, to an earlier one each time, or abort.
-
-        Raises:
-            UserError: it was rolled back too often.
-        """
+        """Return to a checkpoint from before the trouble, to an earlier one each time; UserError if too often."""
         ladder, reached = self.state.ladder, self.state.step + 1
         self.writer.wait()
         before = ladder.went_back_to if ladder.went_back_to >= 0 else None

@@ -49,8 +49,7 @@ class LossMeasure:
                 batch.loss_weights[max(0, len(own) - first) :] = 0
                 with autocast(ranks.device, config.training.precision):
                     losses = ranks.losses(self.objective, self.model, batch.to(ranks.device))
-                loss = float(sum(losses.values()))
-                sums += torch.tensor([loss, float(batch.loss_weights.sum())])
+                sums += torch.tensor([float(sum(losses.values())), float(batch.loss_weights.sum())])
         self.model.train()
         loss, weight = ranks.sum(sums)[0].tolist()
         return loss, weight
@@ -74,11 +73,12 @@ def validate_readouts(
         objective: None: as the settings say.
         ranks: which share the rows; the result is of all of them.
     """
-    if not dataset.split("validation").tokens:
+    split = dataset.split("validation")
+    if not split.tokens:
         return {}
-    ranks = ranks or Ranks(next(model.parameters()).device)
     objective = objective or open_objective(config, vocabulary_of(dataset))
-    held_out = ValidationRows(dataset.split("validation"), config.data.context_length)
+    measure = LossMeasure(model, objective, config, ranks or Ranks(next(model.parameters()).device))
     wanted = config.training.validation_rows if rows is None else rows
-    measure = LossMeasure(model, objective, config, ranks)
-    return objective.validate(held_out, measure, rows=wanted, every_token=every_token)
+    return objective.validate(
+        ValidationRows(split, config.data.context_length), measure, rows=wanted, every_token=every_token
+    )

@@ -33,7 +33,7 @@ def test_an_entry_is_a_path_and_perhaps_a_weight(text, expected):
 
 
 def test_a_weight_that_is_not_above_zero_is_told():
-    assert inconsistencies(Config().replace(data=("a@0", "b@2"))) == ['data: the weight of "a@0" must be above 0']
+    assert list(inconsistencies(Config().replace(data=("a@0", "b@2")))) == ['data: the weight of "a@0" must be above 0']
 
 
 @given(data=st.data())

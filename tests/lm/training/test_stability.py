@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_is_rolled_back_and_finally_aborted():
 
 def test_after_many_good_steps_rollbacks_are_counted_from_zero():
     ladder = calm_ladder()
-    ladder.broken()
+    ladder.roll_back()
     ladder.went_back_to = 7
     for _ in range(FORGIVEN):
         ladder.judge(2.0, 1.0, 8.0)
