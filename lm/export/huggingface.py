@@ -6,23 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
-from safetensors.torch import save_file
 
 from data_prep.errors import UserError
 from data_prep.files import new_folder
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm import __version__
-from lm.export.stock_architectures import StockClass, stock_class, stock_config, token_ids, weight_names
-from lm.runs.checkpoint import Checkpoint
-from lm.runs.directory import Run, saved_evaluation
+from lm.config.settings import Config
+from lm.export.model_card import NO_FACTS, OUR_CONFIG, CardFacts, language_model_card
+from lm.export.stock_architectures import stock_class, stock_config, token_ids, weight_names
+from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, read_template
+from lm.runs.checkpoint import Checkpoint, save_tensors
+from lm.runs.directory import CHECKPOINTS, RESULT, TOKENIZER, Run
 
-OUR_CONFIG = "kindling.toml"  # from which import_checkpoint restores all settings
+EXPORTED = {"config.toml", TOKENIZER, CHAT_TEMPLATE, CHECKPOINTS, RESULT}  # what the folder holds of a run directory
 
 
 def choose_readout(run: Run, wanted: str | None) -> str:
-    """The readout to export: ``wanted``, or the run's first that a stock class can compute.
+    """The readout to export: ``wanted``, or the run's first that a stock class computes at its own place.
 
     Raises:
         UserError: the run was not trained for it, or no stock class computes it, for the reason given.
@@ -37,13 +37,19 @@ def choose_readout(run: Run, wanted: str | None) -> str:
     for readout in trained:
         try:
             stock_class(run.config.model, readout)
-            return readout
         except UserError as problem:
             problems.append(f"{readout}: {problem}")
+            continue
+        if readout != "masked_next_token":
+            return readout
+        problems.append(
+            "masked_next_token predicts a masked token from the position before it, where a fill-mask pipeline does "
+            "not look; for programs that do (BabyLM's mntp backend, LLM2Vec) name it: --readout masked_next_token"
+        )
     raise UserError(f"{run.path} cannot be exported: {'; '.join(problems)}")
 
 
-def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str) -> None:
+def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str, facts: CardFacts = NO_FACTS) -> None:
     """Write a checkpoint to the folder ``out``, for ``AutoModelForCausalLM`` or ``AutoModelForMaskedLM``.
 
     Weights are float32. The tokenizer adds the end-of-text token before each text, as in training.
@@ -51,23 +57,54 @@ def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str
     Raises:
         UserError: no stock class computes this readout, or ``out`` is not empty.
     """
-    stock, config, tokenizer = stock_class(run.config.model, readout), run.config, run.tokenizer
+    stock, config = stock_class(run.config.model, readout), run.config
     names = weight_names(config.model)
     state = run.load_model(torch.device("cpu"), checkpoint).state_dict()
     weights = {names[name]: tensor.detach().float().contiguous() for name, tensor in state.items()}
-    suppressed = unwritable_ids(tokenizer, config.model.vocab_size)
     with new_folder(out) as folder:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        for name, content in {
-            "config.json": stock_config(config, tokenizer, stock),
-            "generation_config.json": {**token_ids(tokenizer), "suppress_tokens": suppressed},
-            "tokenizer.json": tokenizer_with_start(tokenizer),
-            "tokenizer_config.json": _tokenizer_config(tokenizer, config.data.context_length),
-        }.items():
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
-        config.save(folder / OUR_CONFIG)
-        (folder / "README.md").write_text(model_card(run, checkpoint, stock), encoding="utf-8")
+        save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "config.json", stock_config(config, run.tokenizer, stock))
+        suppressed = unwritable_ids(run.tokenizer, config.model.vocab_size)
+        write_json(folder / "generation_config.json", {**token_ids(run.tokenizer), "suppress_tokens": suppressed})
+        write_tokenizer(run, folder, generates=readout == "next_token")
+        public_settings(config).save(folder / OUR_CONFIG)
+        card = language_model_card(run, checkpoint, stock, readout, facts)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_tokenizer(run: Run, folder: Path, *, generates: bool) -> None:
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and the chat template for ``AutoTokenizer``.
+
+    Args:
+        generates: whether the model continues texts: a batch is then padded on the left, and a run without a chat
+            template gets plain turns.
+    """
+    write_json(folder / "tokenizer.json", tokenizer_with_start(run.tokenizer))
+    settings = tokenizer_config(run.tokenizer, run.config.data.context_length)
+    write_json(folder / "tokenizer_config.json", settings | {"padding_side": "left" if generates else "right"})
+    template = read_template(run.path)
+    if template is not None or generates:
+        (folder / CHAT_TEMPLATE).write_text(template_with_start(template), encoding="utf-8")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def left_out(run: Run, exported: set[str]) -> list[str]:
+    """The files and folders of a run directory that are not among those ``exported``, sorted."""
+    return sorted(path.name for path in run.path.iterdir() if path.name not in exported)
+
+
+def public_settings(config: Config) -> Config:
+    """The settings with only the last name of each absolute path, which says something of this machine."""
+
+    def public(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(public, value))
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    return config.replace(**{name: public(value) for name, value in config.flat().items() if public(value) != value})
 
 
 def unwritable_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
@@ -103,7 +140,18 @@ def tokenizer_without_start(description: dict[str, Any]) -> dict[str, Any]:
     return description
 
 
-def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
+def template_with_start(template: str | None) -> str:
+    """A run's chat template (None: plain turns) for programs that do not add the start token to a rendered text.
+
+    A template that writes ``bos_token`` itself is unchanged.
+    """
+    template = PLAIN_TURNS if template is None else template
+    start = "{{ bos_token }}{# begins each text, as in training #}\n"  # the line break after a comment is dropped
+    return template if "bos_token" in template else start + template
+
+
+def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
+    """The content of ``tokenizer_config.json``."""
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -113,26 +161,5 @@ def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, An
         "mask_token": names[tokenizer.mask_id],
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
-
-
-def model_card(run: Run, checkpoint: Checkpoint, stock: StockClass) -> str:
-    """README.md: the model, its training, its losses and its limits."""
-    evaluation = saved_evaluation(run, checkpoint) or {}
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("model_card.md")
-    return template.render(
-        name=run.path.resolve().name,
-        stock=stock,
-        step=checkpoint.step,
-        config=run.config,
-        tokens=checkpoint.step * run.config.data.batch_tokens,
-        losses=evaluation.get("validation", {}),
-        floors=evaluation.get("floors", {}),
-        protocol=evaluation.get("protocol"),
-        version=__version__,
-    )

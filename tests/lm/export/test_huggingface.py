@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 
 from data_prep.errors import UserError
+from lm.export.gguf import export_gguf
 from lm.export.huggingface import choose_readout, tokenizer_with_start, tokenizer_without_start
 from lm.inference.generator import stream
 from lm.inference.sampling import Sampling
@@ -73,10 +75,24 @@ def test_the_tokenizer_gives_the_same_ids_after_the_end_of_text_token(make_run, 
 def test_nothing_in_the_folder_carries_code(make_run, tmp_path):
     out = export(make_run(objective="next_token"), tmp_path / "out", "next_token")
     assert sorted(path.name for path in out.iterdir()) == [
-        "README.md", "config.json", "generation_config.json", "kindling.toml", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json",
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "kindling.toml",
+        "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert "auto_map" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_can_be_read_by_whom_the_umask_says(make_run, tmp_path, umask):
+    run = make_run(objective="next_token")
+    before = os.umask(umask)
+    try:
+        out = export(run, tmp_path / "out", "next_token")
+        export_gguf(run, out / "model.gguf", run.newest(), "next_token")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert {"model.safetensors", "model.gguf", "tokenizer.json"} <= modes.keys()
 
 
 def test_the_card_has_losses_and_limits(trained, tmp_path):
@@ -97,8 +113,13 @@ def test_the_readout_is_the_first_that_can_be_export(make_run):
     assert choose_readout(run, None) == "next_token"
     with pytest.raises(UserError, match="was trained for next_token and masked_next_token, not for masked_token"):
         choose_readout(run, "masked_token")
-    with pytest.raises(UserError, match="or hybrid_unshifted, or export"):
-        choose_readout(run, "masked_next_token")
+    assert choose_readout(run, "masked_next_token") == "masked_next_token"
+
+
+def test_the_shifted_readout_is_exported_only_by_name(make_run):
+    run = make_run(objective="masked_next_token")
+    with pytest.raises(UserError, match=r"from the position before it.* --readout masked_next_token"):
+        choose_readout(run, None)
 
 
 def test_a_folder_that_is_not_empty_is_not_overwritten(make_run, tmp_path):
