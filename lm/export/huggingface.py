@@ -91,9 +91,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def left_out(run: Run, exported: set[str]) -> list[str]:
-    """The files and folders of a run directory that are not among those ``exported``, sorted."""
-    return sorted(path.name for path in run.path.iterdir() if path.name not in exported)
+def left_out(run: Run, checkpoint: Checkpoint, exported: set[str]) -> list[str]:
+    """What is in a run directory and not in an export of this checkpoint that holds the files ``exported``."""
+    files = sorted(path.name for path in run.path.iterdir() if path.name not in exported)
+    return [f"{CHECKPOINTS} (all but the weights of step {checkpoint.step:,})", *files]
 
 
 def public_settings(config: Config) -> Config:
