@@ -75,4 +75,5 @@ def _explained(error: Exception) -> str:
         code = error.response.status_code
         reason = "it does not accept your token" if code in (401, 403) else f"it answered {code}"
         return f"the Hugging Face hub refused: {reason} ({error.server_message or error})".replace("\n", " ")
-    return f"the Hugging Face hub cannot be reached: {error}".split("\n")[0]
+    away = isinstance(error, OSError) or any(word in type(error).__name__ for word in ("Connect", "Timeout"))
+    return f"the Hugging Face hub {'cannot be reached' if away else 'failed'}: {error}".split("\n")[0]
