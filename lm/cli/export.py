@@ -53,7 +53,7 @@ def export(
 
     from lm.api import load_model
     from lm.export import gguf, hub, huggingface
-    from lm.export.model_card import CardFacts
+    from lm.export.model_card import CardFacts, finetuned_settings, training_limits
     from lm.runs.directory import open_run
 
     facts = CardFacts(license, language, base_model, push)
@@ -74,6 +74,8 @@ def export(
     click.echo(f"readout {chosen}; load it with: {loaded}", err=True)
     if chosen == "masked_next_token":
         click.echo("the logits at position i predict token i+1: for a mask at i, take the logits at i-1", err=True)
+    if (tuned := finetuned_settings(opened, model.saved)) and tuned["task"] != "instruction":
+        click.echo(f"warning: {' '.join(training_limits(opened, model.saved))}", err=True)
     if push:
         click.echo(hub.push(out, push, private=private))
 

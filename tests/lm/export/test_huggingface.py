@@ -11,8 +11,10 @@ import torch
 from data_prep.errors import UserError
 from lm.export.gguf import export_gguf
 from lm.export.huggingface import choose_readout, tokenizer_with_start, tokenizer_without_start
+from lm.inference.chat_template import CHAT_TEMPLATE, render
 from lm.inference.generator import stream
 from lm.inference.sampling import Sampling
+from lm.inference.scoring import log_likelihoods
 from tests.conftest import loaded
 from tests.lm.export.conftest import SHAPES, export, our_logits
 
@@ -56,6 +58,78 @@ def test_greedy_text_is_the_same_for_200_tokens(make_run, tmp_path):
     made = theirs.generate(**inputs, max_new_tokens=200, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
     assert len(ours) > 50
     assert made[: len(ours)] == ours
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_shifted_masked_readout_is_found_one_position_before_the_mask(make_run, tmp_path, shape):
+    run = make_run(objective="hybrid", **shape)
+    out = export(run, tmp_path / "out", "masked_next_token")
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    text = "The old miller found seven apples"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    total = 0.0
+    for place in range(1, len(ids)):
+        hidden = ids.clone()
+        hidden[place] = tokenizer.mask_token_id
+        with torch.no_grad():
+            logits = theirs(hidden[None]).logits[0]
+        total += float(logits[place - 1].log_softmax(-1)[ids[place]])
+    (ours,) = log_likelihoods(loaded(run), [run.tokenizer.encode(text)], "masked_next_token")
+    assert total == pytest.approx(ours, abs=1e-5 * len(ids))
+
+
+def test_a_batch_is_padded_on_the_left_and_written_as_single_texts_are(make_run, tmp_path):
+    out = export(make_run(objective="next_token", **SHAPES[1]), tmp_path / "out", "next_token")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    texts = ["The", "The old miller found a silver key behind the barn", "", "Nobody carried"]
+
+    def written(batch: list[str]) -> list[list[int]]:
+        inputs = tokenizer(batch, return_tensors="pt", padding=True)
+        made = theirs.generate(**inputs, max_new_tokens=12, do_sample=False)
+        return made[:, inputs["input_ids"].shape[1] :].tolist()
+
+    end = tokenizer.eos_token_id
+    alone = [(written([text])[0] + [end] * 12)[:12] for text in texts]
+    assert [(row + [end] * 12)[: row.index(end) if end in row else 12] for row in written(texts)] == [
+        row[: row.index(end)] if end in row else row for row in alone
+    ]
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "Who found a silver key?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who  was it?"},
+        {"role": "assistant", "content": "the old miller"},
+        {"role": "user", "content": "And then —\n\nafter that?"},
+    ],
+]
+TEMPLATES = [
+    None,
+    "  {% for m in messages %}\n <{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}",
+    "\n{%- for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor -%}",
+    "{{ bos_token }}{% for m in messages %}{{ m.content }}/{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_conversation_has_the_ids_that_the_run_reads(make_run, tmp_path, template, messages):
+    run = make_run(objective="next_token")
+    if template is not None:
+        (run.path / CHAT_TEMPLATE).write_text(template)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export(run, tmp_path / "out", "next_token"))
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert theirs == [run.tokenizer.end_of_text_id, *run.tokenizer.encode(render(messages, template))]
+
+
+def test_a_masked_model_has_a_chat_template_only_if_the_run_has_one(make_run, tmp_path):
+    run = make_run(objective="masked_token")
+    assert not (export(run, tmp_path / "a", "masked_token") / CHAT_TEMPLATE).exists()
+    (run.path / CHAT_TEMPLATE).write_text("{{ messages }}")
+    assert (export(run, tmp_path / "b", "masked_token") / CHAT_TEMPLATE).read_text().endswith("{{ messages }}")
 
 
 @pytest.mark.parametrize("text", ["", "a", "The café — naïve 12345 \n\n\tx", "<|endoftext|>", "日本語 🙂"])

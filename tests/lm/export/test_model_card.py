@@ -124,7 +124,10 @@ def test_a_trunk_that_lost_its_task_says_what_it_was(classifier, tmp_path):
     card = card_of(open_run(tmp_path / "plain"), tmp_path / "out")
     assert "Fine-tuned for the task classification" in card
     assert "texts read bidirectional" in card
-    assert "the task's head was dropped: as a language model it may be worse" in card
+    said = "the task's head was dropped: as a language model it may be worse"
+    assert said in card
+    done = CliRunner().invoke(main, ["export", str(tmp_path / "plain"), "--to", "hf", "--out", str(tmp_path / "again")])
+    assert said in done.stderr
 
 
 def test_an_imported_model_names_what_it_came_from_and_claims_no_training(make_run, tmp_path):
