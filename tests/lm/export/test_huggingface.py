@@ -108,7 +108,7 @@ CONVERSATIONS = [
 ]
 TEMPLATES = [
     None,
-    "  {% for m in messages %}\n <{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}",
+    "  {% for m in messages %}\n <{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{%endif%}",
     "\n{%- for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor -%}",
     "{{ bos_token }}{% for m in messages %}{{ m.content }}/{% endfor %}",
 ]

@@ -6,8 +6,10 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
@@ -21,7 +23,7 @@ from lm.finetuning.finetune import finetune
 from lm.finetuning.merge import merge
 from lm.runs.directory import open_run
 from lm.training.reporter import NullReporter
-from tests.lm.export.conftest import export
+from tests.lm.export.conftest import export, run_of
 
 READOUTS = [("hybrid", "next_token"), ("masked_token", "masked_token"), ("hybrid", "masked_next_token")]
 
@@ -136,6 +138,17 @@ def test_an_imported_model_names_what_it_came_from_and_claims_no_training(make_r
     card = card_of(open_run(tmp_path / "back"), tmp_path / "again")
     assert "Imported from source; Kindling has not trained it further." in card
     assert "steps" not in card
+
+
+def test_what_was_made_from_a_model_of_the_hub_names_it_as_its_base(make_run, small, dataset, tmp_path, monkeypatch):
+    source = export(make_run(objective="next_token"), tmp_path / "source", "next_token")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(source))
+    import_checkpoint("someone/model", tmp_path / "back")
+    further = run_of(small.replace(init_from=str(tmp_path / "back")), dataset.tokenizer, tmp_path / "further")
+    for run, name in ((open_run(tmp_path / "back"), "a"), (further, "b")):
+        assert ModelCard(card_of(run, tmp_path / name)).data.base_model == "someone/model"
+    shutil.rmtree(tmp_path / "back")
+    assert ModelCard(card_of(further, tmp_path / "c")).data.base_model is None
 
 
 def test_no_exported_text_names_a_folder_of_this_machine(instructed, trained, tmp_path):
