@@ -6,8 +6,11 @@ Text never becomes a special token, even if it spells one. ``data_prep.tokenizer
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
+import secrets
+import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +108,64 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each text, on all cores unless ``TOKENIZERS_PARALLELISM`` is ``false``."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_shielded(self, text: str, shielded: str, cuts: Sequence[int] = ()) -> list[list[int]]:
+        """Return the ids of a text before, between and after the cuts; no token extends over one.
+
+        Args:
+            text: as for ``encode``, but with special tokens where it spells them outside of what is shielded.
+            shielded: the text, with other characters in the places that must not be part of a special token.
+            cuts: positions in the text, in characters, ascending.
+        """
+        special = set(self._special_names)
+
+        def found_in(spelled: str) -> list[tuple[int, int, int]]:
+            encoded = splitter.encode(spelled, add_special_tokens=False)
+            pairs = zip(encoded.offsets, encoded.ids, strict=True)
+            return [(*offsets, token_id) for offsets, token_id in pairs if token_id in special]
+
+        splitter, boundary, lock = self._splitter
+        with lock:
+            splitter.encode_special_tokens = False
+            written = [
+                (start, stop, token_id)
+                for start, stop, token_id in found_in(shielded)
+                if shielded[start:stop].strip() == self._special_names[token_id].strip()
+            ]
+            if found_in(text) == written:
+                whole = splitter.encode(text, add_special_tokens=False).ids
+                starts = [splitter.encode(text[:cut], add_special_tokens=False).ids for cut in cuts]
+                if all(whole[: len(start)] == start for start in starts):
+                    lengths = [0, *map(len, starts), len(whole)]
+                    return [whole[a:b] for a, b in itertools.pairwise(lengths)]
+            splitter.encode_special_tokens = True
+            # A token that is in no text stands for each special token and each cut, so that what is between two of
+            # them is encoded as the middle of a text.
+            after = {
+                at: stop for start, stop, _ in written for at in range(start + 1, stop)
+            }  # with the space around it
+            marks = sorted([*written, *((after.get(cut, cut), after.get(cut, cut), -1) for cut in cuts)])
+            between = itertools.pairwise([0, *(at for mark in marks for at in mark[:2]), len(text)])
+            joined = boundary.join(text[start:stop] for start, stop in itertools.islice(between, 0, None, 2))
+            ids = splitter.encode(joined, add_special_tokens=False).ids
+        pieces: list[list[int]] = [[]]
+        left = iter(marks)
+        for token_id in ids:
+            if token_id != splitter.token_to_id(boundary):
+                pieces[-1].append(token_id)
+            elif (mark := next(left)[2]) >= 0:
+                pieces[-1].append(mark)
+            else:
+                pieces.append([])
+        return pieces
+
+    @cached_property
+    def _splitter(self) -> tuple[Backend, str, threading.Lock]:
+        """A copy with one more token, which nobody can guess, and a lock for whoever changes the copy."""
+        boundary = f"\ufdd0{secrets.token_hex(16)}\ufdd0"
+        splitter = Backend.from_str(self._backend.to_str())
+        splitter.add_tokens([AddedToken(boundary, special=False, normalized=False)])
+        return splitter, boundary, threading.Lock()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of some ids, with special tokens as their names and invalid UTF-8 as U+FFFD."""

@@ -45,8 +45,10 @@ class Event:
 class _Request:
     """A text that is being written."""
 
-    def __init__(self, handle: int, tokens: list[int], sampling: Sampling, tokenizer: Tokenizer) -> None:
-        self.handle, self.tokens, self.sampling = handle, tokens, sampling
+    def __init__(
+        self, handle: int, tokens: list[int], sampling: Sampling, tokenizer: Tokenizer, ends: Sequence[int]
+    ) -> None:
+        self.handle, self.tokens, self.sampling, self.ends = handle, tokens, sampling, ends
         self.detokenizer = Detokenizer(tokenizer, sampling.stop, after=tokens)
         self.written = 0
         self._generator = torch.Generator().manual_seed(sampling.seed)
@@ -112,8 +114,8 @@ class Generator:
         self._left_over: list[int] = []  # the tokens in the first row after the live ones
         self._handles = 0
 
-    def add(self, prompt: Sequence[int] | str, sampling: Sampling) -> int:
-        """Queue a request and return its handle, which all its events carry.
+    def add(self, prompt: Sequence[int] | str, sampling: Sampling, ends: Sequence[int] = ()) -> int:
+        """Queue a request and return its handle, which all its events carry; the tokens ``ends`` end its text, too.
 
         Raise UserError, which lists all problems, for invalid settings or a token outside the vocabulary.
         """
@@ -125,7 +127,7 @@ class Generator:
             raise UserError("\n".join(problems))
         self._handles += 1
         tokens = [self._tokenizer.end_of_text_id, *ids]
-        self._waiting.append(_Request(self._handles, tokens, sampling, self._tokenizer))
+        self._waiting.append(_Request(self._handles, tokens, sampling, self._tokenizer, ends))
         return self._handles
 
     def cancel(self, handle: int) -> None:
@@ -203,7 +205,7 @@ class Generator:
         for rows in groups.values():
             sampling = self._live[rows[0]].sampling
             of_group = logits if len(rows) == len(logits) else logits[rows]
-            if sampling.temperature == 0:
+            if sampling.is_greedy:
                 tokens = of_group.argmax(-1)
             else:
                 uniforms = torch.cat([self._live[row].uniform() for row in rows])
@@ -214,7 +216,7 @@ class Generator:
 
     def _event(self, request: _Request, token: int, logits: Tensor) -> Event:
         """Append the token and return its event."""
-        if token == self._tokenizer.end_of_text_id:
+        if token == self._tokenizer.end_of_text_id or token in request.ends:
             return Event(request.handle, None, request.detokenizer.finish(), finish_reason="stop")
         request.write(token)
         text = request.detokenizer.add(token)

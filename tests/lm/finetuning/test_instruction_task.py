@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from data_prep.errors import UserError
+from lm.data.batch import IGNORED
 from lm.data.examples import Example
 from lm.finetuning.finetune import Finetuning, finetune, finetune_config
 from lm.finetuning.instruction_task import pack_turns, turn_of
@@ -82,8 +83,9 @@ def test_the_loss_is_that_of_the_responses_alone(config, trained, tmp_path):
         row = torch.tensor([turn.row])
         positions = torch.arange(row.shape[1] - 1, dtype=torch.int32)[None]
         logits = model.logits(model(row[:, :-1], positions, torch.zeros_like(positions), positions + 1))[0]
-        nats += float(F.cross_entropy(logits[turn.first - 1 :], row[0, turn.first :], reduction="sum"))
-        count += len(turn.row) - turn.first
+        labels = torch.tensor(turn.labels[1:])
+        nats += float(F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
+        count += int((labels != IGNORED).sum())
     line, judged = task.validate(model)
     assert judged == pytest.approx(nats / count, rel=1e-5)
     assert line["validation"]["response"]["predicted"] == count
@@ -106,13 +108,15 @@ def test_a_turn_keeps_its_response_and_the_end_of_a_long_prompt(trained):
     tokenizer, end = trained.tokenizer, trained.tokenizer.end_of_text_id
     short = turn_of(Example(("A fox?", "red"), None, ""), PLAIN_TURNS, tokenizer, 64)
     assert tokenizer.decode(short.row[1:-1]) == "User: A fox?\nAssistant: red"
-    assert tokenizer.decode(short.row[short.first : -1]) == " red"
+    learned = [token for token in short.labels if token != IGNORED]
+    assert tokenizer.decode(learned[:-1]) == " red"
+    assert short.row[-len(learned) :] == learned
     assert (short.row[0], short.row[-1], short.cut) == (end, end, False)
     long = turn_of(Example(("A fox and an owl " * 9, "red"), None, ""), PLAIN_TURNS, tokenizer, 16)
     assert (len(long.row), long.cut, long.tokens) == (17, True, 16)
     assert tokenizer.decode(long.row[1:-1]).endswith("\nAssistant: red")
     only = turn_of(Example(("A fox?", "red " * 40), None, ""), PLAIN_TURNS, tokenizer, 8)
-    assert (len(only.row), only.first, only.cut) == (9, 1, True)
+    assert (len(only.row), only.predicted, only.cut) == (9, 8, True)
     batch = pack_turns([short, long], 0.5, end, 64)
     assert float(batch.loss_weights.sum()) == 0.5 * (short.predicted + long.predicted)
 

@@ -14,7 +14,7 @@ ASKED = [
 def test_plain_turns_end_where_the_answer_begins():
     assert render(ASKED, None) == "System: Be brief.\nUser: Why {{ 7 * 7 }}?\nAssistant:"
     answered = [*ASKED, {"role": "assistant", "content": "So."}]
-    assert render(answered, None) == "System: Be brief.\nUser: Why {{ 7 * 7 }}?\nAssistant: So.\n"
+    assert render(answered, None) == "System: Be brief.\nUser: Why {{ 7 * 7 }}?\nAssistant: So."
     longer = render([*answered, {"role": "user", "content": "Oh"}], None)
     assert longer.startswith(render(ASKED, None) + " So.\n")
 
