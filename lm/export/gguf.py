@@ -19,7 +19,7 @@ from data_prep.tokenizers.training import LLAMA3_WORDS, QWEN2_WORDS
 from lm.export.huggingface import template_with_start
 from lm.export.model_card import NO_FACTS, CardFacts
 from lm.export.stock_architectures import PARTS, StockClass, stock_class
-from lm.inference.chat_template import CHAT_TEMPLATE, read_template
+from lm.inference.chat_template import CHAT_TEMPLATE, chat_format
 from lm.kernels.rotary import interleave_halves
 from lm.model.transformer import Transformer
 from lm.runs.checkpoint import Checkpoint
@@ -80,7 +80,9 @@ def export_gguf(
         if facts.languages:
             writer.add_languages(list(facts.languages))
         _add_tokenizer(writer, tokenizer, words, config.vocab_size)
-        writer.add_chat_template(template_with_start(read_template(run.path)))
+        writer.add_chat_template(template_with_start(run))
+        for turn_end in chat_format(run.path, tokenizer, run.config).ends:
+            writer.add_eot_token_id(turn_end)
         for name, tensor in tensors(model, stock).items():
             stored = gguf.GGMLQuantizationType(tensor_type if tensor.ndim > 1 else 0)
             try:

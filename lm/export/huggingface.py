@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.export.model_card import NO_FACTS, OUR_CONFIG, CardFacts, language_model_card
 from lm.export.stock_architectures import stock_class, stock_config, token_ids, weight_names
-from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, read_template
+from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, ChatFormat, chat_format, read_template
 from lm.runs.checkpoint import Checkpoint, save_tensors
-from lm.runs.directory import CHECKPOINTS, RESULT, TOKENIZER, Run
+from lm.runs.directory import CHECKPOINTS, RESULT, TOKENIZER, Run, warn
 
 EXPORTED = {"config.toml", TOKENIZER, CHAT_TEMPLATE, CHECKPOINTS, RESULT}  # what the folder holds of a run directory
 
@@ -64,8 +66,7 @@ def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str
     with new_folder(out) as folder:
         save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
         write_json(folder / "config.json", stock_config(config, run.tokenizer, stock))
-        suppressed = unwritable_ids(run.tokenizer, config.model.vocab_size)
-        write_json(folder / "generation_config.json", {**token_ids(run.tokenizer), "suppress_tokens": suppressed})
+        write_json(folder / "generation_config.json", generation_config(run))
         write_tokenizer(run, folder, generates=readout == "next_token")
         public_settings(config).save(folder / OUR_CONFIG)
         card = language_model_card(run, checkpoint, stock, readout, facts)
@@ -82,9 +83,8 @@ def write_tokenizer(run: Run, folder: Path, *, generates: bool) -> None:
     write_json(folder / "tokenizer.json", tokenizer_with_start(run.tokenizer))
     settings = tokenizer_config(run.tokenizer, run.config.data.context_length)
     write_json(folder / "tokenizer_config.json", settings | {"padding_side": "left" if generates else "right"})
-    template = read_template(run.path)
-    if template is not None or generates:
-        (folder / CHAT_TEMPLATE).write_text(template_with_start(template), encoding="utf-8")
+    if generates or read_template(run.path) is not None:
+        (folder / CHAT_TEMPLATE).write_text(template_with_start(run), encoding="utf-8")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -141,14 +141,38 @@ def tokenizer_without_start(description: dict[str, Any]) -> dict[str, Any]:
     return description
 
 
-def template_with_start(template: str | None) -> str:
-    """A run's chat template (None: plain turns) for programs that do not add the start token to a rendered text.
+def template_with_start(run: Run) -> str:
+    """A run's chat template, or plain turns, for programs that do not add the start token to a rendered text.
 
-    A template that writes ``bos_token`` itself is unchanged.
+    A template that writes the start token itself is unchanged.
     """
-    template = PLAIN_TURNS if template is None else template
+    trained = chat_format(run.path, run.tokenizer, run.config)
+    chat = replace(trained, special=True)
+    if not trained.special and chat.writes_special_tokens:
+        warn(
+            f"{run.path} was fine-tuned with the special tokens of its chat template as plain characters, but other "
+            "programs read them as special tokens: its answers there will be worse; fine-tune again for the export"
+        )
+    template = PLAIN_TURNS if chat.template is None else chat.template
     start = "{{ bos_token }}{# begins each text, as in training #}\n"  # the line break after a comment is dropped
-    return template if "bos_token" in template else start + template
+    return template if _writes_start(chat) else start + template
+
+
+def _writes_start(chat: ChatFormat) -> bool:
+    names = {token_id: name for name, token_id in chat.tokenizer.special_tokens.items()}
+    system, user = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
+    for messages in ([user], [system, user]):  # a template may insist on either
+        with suppress(UserError):
+            return chat.render(messages).text.startswith(names[chat.tokenizer.end_of_text_id])
+    return "bos_token" in (chat.template or "")
+
+
+def generation_config(run: Run) -> dict[str, Any]:
+    """The content of ``generation_config.json``: what begins and ends a text, and what is never generated."""
+    ids = token_ids(run.tokenizer)
+    turn_ends = chat_format(run.path, run.tokenizer, run.config).ends
+    ends = {"eos_token_id": [ids["eos_token_id"], *turn_ends]} if turn_ends else {}
+    return ids | ends | {"suppress_tokens": unwritable_ids(run.tokenizer, run.config.model.vocab_size)}
 
 
 def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
+from data_prep.settings import TokenizerSettings
+from data_prep.tokenizers.training import train_tokenizer
 from lm.export.gguf import export_gguf
-from lm.export.huggingface import choose_readout, tokenizer_with_start, tokenizer_without_start
-from lm.inference.chat_template import CHAT_TEMPLATE, render
+from lm.export.huggingface import choose_readout, template_with_start, tokenizer_with_start, tokenizer_without_start
+from lm.inference.chat_template import CHAT_TEMPLATE, chat_format
 from lm.inference.generator import stream
 from lm.inference.sampling import Sampling
 from lm.inference.scoring import log_likelihoods
-from tests.conftest import loaded
-from tests.lm.export.conftest import SHAPES, export, our_logits
+from tests.conftest import loaded, sentences
+from tests.lm.export.conftest import SHAPES, export, our_logits, run_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -111,18 +113,55 @@ TEMPLATES = [
     "  {% for m in messages %}\n <{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{%endif%}",
     "\n{%- for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor -%}",
     "{{ bos_token }}{% for m in messages %}{{ m.content }}/{% endfor %}",
+    "<|endoftext|>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end_of_turn|>{% endfor %}<|assistant|>",
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}{{ bos_token }}<|user|>{{ messages }}",
+    "{# no bos_token here #}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end_of_turn|>\n{% endfor %}",
 ]
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer():
+    settings = TokenizerSettings(vocab_size=300, extra_tokens=("chat",))
+    return train_tokenizer(iter([sentences(200, 1)]), settings)
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_conversation_has_the_ids_that_the_run_reads(make_run, tmp_path, template, messages):
-    run = make_run(objective="next_token")
+def test_a_conversation_has_the_ids_that_the_run_reads(small, chat_tokenizer, tmp_path, template, messages):
+    run = run_of(small.replace(objective="next_token"), chat_tokenizer, tmp_path / "run")
     if template is not None:
         (run.path / CHAT_TEMPLATE).write_text(template)
     tokenizer = transformers.AutoTokenizer.from_pretrained(export(run, tmp_path / "out", "next_token"))
+    chat = chat_format(run.path, run.tokenizer, run.config)
+    if template and "raise_exception" in template:
+        messages = [{"role": "system", "content": "Be kind."}, messages[-1]]
     theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert theirs == [run.tokenizer.end_of_text_id, *run.tokenizer.encode(render(messages, template))]
+    assert theirs == [run.tokenizer.end_of_text_id, *chat.encode(messages)]
+
+
+def test_a_run_that_read_its_template_as_characters_is_exported_with_a_warning(small, chat_tokenizer, tmp_path, capsys):
+    config = small.replace(objective="next_token", task="instruction", weights="random", template_tokens="characters")
+    run = run_of(config, chat_tokenizer, tmp_path / "run")
+    for template, warned in (("{{ messages[0].content }}", False), ("<|user|>{{ messages[0].content }}", True)):
+        (run.path / CHAT_TEMPLATE).write_text(template)
+        template_with_start(run)
+        assert ("as plain characters" in capsys.readouterr().err) == warned
+
+
+def test_what_ends_a_turn_ends_the_text(small, chat_tokenizer, tmp_path):
+    run = run_of(small.replace(objective="next_token"), chat_tokenizer, tmp_path / "run")
+    end, turn_end = run.tokenizer.end_of_text_id, run.tokenizer.special_tokens["<|end_of_turn|>"]
+    found = [json.loads((export(run, tmp_path / "a", "next_token") / "generation_config.json").read_text())]
+    (run.path / CHAT_TEMPLATE).write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end_of_turn|>{% endfor %}"
+    )
+    found.append(json.loads((export(run, tmp_path / "b", "next_token") / "generation_config.json").read_text()))
+    assert [each["eos_token_id"] for each in found] == [end, [end, turn_end]]
+    gguf = pytest.importorskip("gguf")
+    export_gguf(run, tmp_path / "b.gguf", run.newest(), "next_token")
+    fields = gguf.GGUFReader(tmp_path / "b.gguf").fields
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == turn_end
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == end
 
 
 def test_a_masked_model_has_a_chat_template_only_if_the_run_has_one(make_run, tmp_path):
