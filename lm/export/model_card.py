@@ -117,7 +117,7 @@ def model_card(
         pipeline_tag, library, tags: metadata for the hub.
         snippet: Python code that loads and runs the model.
         notes: what one must know to use it, a paragraph each.
-        limits: what it cannot do; None of them: ``training_limits``.
+        limits: what it cannot do; empty: ``training_limits``.
         settings: the file of the folder with the run's settings; empty: there is none.
     """
     evaluation = saved_evaluation(run, checkpoint) or {}
@@ -202,7 +202,7 @@ def training_of(run: Run, checkpoint: Checkpoint) -> list[str]:
             f"Fine-tuned for the task {tuned['task']} from {base} (pretrained with the objective "
             f"`{tuned['objective']}`; {method[tuned['method']]} trained), on {Path(tuned['train']).name}: "
             f"{checkpoint.step:,} steps of {tuned['batch_examples']} examples, {tuned['optimizer']}, "
-            f"seed {tuned['seed']}, texts read {tuned['reads']}."
+            f"seed {tuned['seed']}; texts are read {_reading(tuned)}."
         ]
         if measured := _validation(run, checkpoint):
             sentences.append(f"Validation at this step: {measured}.")
@@ -229,7 +229,7 @@ def training_limits(run: Run, checkpoint: Checkpoint) -> list[str]:
         return ["It has learned to answer from the examples above, and answers like them, right or wrong."]
     if tuned:
         return [
-            f"Its weights were changed for the task {tuned['task']}, reading texts {tuned['reads']}, and the task's "
+            f"Its weights were changed for the task {tuned['task']}, which reads texts {_reading(tuned)}, and the task's "
             "head was dropped: as a language model it may be worse than the model it was made from."
         ]
     if "merged_from" in checkpoint.state:
@@ -254,6 +254,10 @@ def hub_base(run: Run, checkpoint: Checkpoint) -> str:
         except UserError:  # it was moved or deleted
             break
     return ""
+
+
+def _reading(tuned: dict[str, Any]) -> str:
+    return {"causal": "from left to right", "bidirectional": "in both directions"}.get(tuned["reads"], "as set")
 
 
 def _public_name(state: dict[str, Any]) -> str:

@@ -125,7 +125,7 @@ def test_a_trunk_that_lost_its_task_says_what_it_was(classifier, tmp_path):
     merge(classifier, tmp_path / "plain", classifier.newest(), trunk_only=True)
     card = card_of(open_run(tmp_path / "plain"), tmp_path / "out")
     assert "Fine-tuned for the task classification" in card
-    assert "texts read bidirectional" in card
+    assert "texts are read in both directions" in card
     said = "the task's head was dropped: as a language model it may be worse"
     assert said in card
     done = CliRunner().invoke(main, ["export", str(tmp_path / "plain"), "--to", "hf", "--out", str(tmp_path / "again")])
