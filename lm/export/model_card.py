@@ -229,8 +229,8 @@ def training_limits(run: Run, checkpoint: Checkpoint) -> list[str]:
         return ["It has learned to answer from the examples above, and answers like them, right or wrong."]
     if tuned:
         return [
-            f"Its weights were changed for the task {tuned['task']}, which reads texts {_reading(tuned)}, and the task's "
-            "head was dropped: as a language model it may be worse than the model it was made from."
+            f"Its weights were changed for the task {tuned['task']}, which reads texts {_reading(tuned)}, and the "
+            "task's head was dropped: as a language model it may be worse than the model it was made from."
         ]
     if "merged_from" in checkpoint.state:
         return ["Its weights were changed for a task: it may be worse as a language model than what it was made from."]
