@@ -263,7 +263,7 @@ def test_a_special_token_is_the_templates_alone(template, messages, special):
 def test_what_cannot_be_followed_is_refused_only_where_it_matters():
     chat = ChatFormat("{{ messages[0].content | urlencode }}<|user|>", tokenizer_of("byte level"))
     assert chat.encode([{"role": "user", "content": "the user"}])[-1] == chat.tokenizer.special_tokens["<|user|>"]
-    with pytest.raises(UserError, match="cannot be told from the template's own"):
+    with pytest.raises(UserError, match="no longer be distinguished from the template's own"):
         chat.encode([{"role": "user", "content": "<|user|>"}])
 
 
@@ -355,7 +355,7 @@ def test_a_message_without_role_or_content_is_told(message):
         render([ASKED[0], message], None)
     with pytest.raises(UserError, match="needs at least one message"):
         render([], None)
-    with pytest.raises(UserError, match="message 1 holds half of a surrogate pair"):
+    with pytest.raises(UserError, match="message 1 contains half of a surrogate pair"):
         render([{"role": "user", "content": json.loads('"\\ud83d"')}], None)
 
 
@@ -363,3 +363,8 @@ def test_a_run_may_hold_a_template(tmp_path):
     assert read_template(tmp_path) is None
     (tmp_path / "chat_template.jinja").write_text("é", encoding="utf-8")
     assert read_template(tmp_path) == "é"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf{{ messages }}")
+    assert read_template(tmp_path) == "{{ messages }}"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"the chat template .*chat_template\.jinja cannot be read"):
+        read_template(tmp_path)
