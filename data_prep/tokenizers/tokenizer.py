@@ -161,7 +161,7 @@ class Tokenizer:
 
     @cached_property
     def _splitter(self) -> tuple[Backend, str, threading.Lock]:
-        """A copy with one more token, which nobody can guess, and a lock for whoever changes the copy."""
+        """A copy with one more token, which nobody can guess, and a lock to hold while using the copy."""
         boundary = f"\ufdd0{secrets.token_hex(16)}\ufdd0"
         splitter = Backend.from_str(self._backend.to_str())
         splitter.add_tokens([AddedToken(boundary, special=False, normalized=False)])

@@ -25,7 +25,7 @@ from lm.data.examples import Example
 from lm.data.packed_sequences import packed
 from lm.finetuning.task import Task
 from lm.finetuning.task_inputs import in_parts
-from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, ChatFormat
+from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, ChatFormat, load_template
 from lm.model.device import autocast
 from lm.model.transformer import Transformer
 from lm.objectives.text import bits_per_byte, loss_on_text
@@ -37,7 +37,7 @@ class Turn:
     """A conversation as tokens, from the one that starts every text to the end of the assistant's last turn.
 
     ``labels`` has what is to be predicted in each place of ``row``, or IGNORED. It differs from the row's token where
-    the assistant's turn ends without a token of its own and the conversation goes on: there, the text could end.
+    a turn of the assistant ends without a token of its own and another turn follows: there the end of text is learned.
     """
 
     row: list[int]
@@ -115,7 +115,7 @@ class InstructionTask(Task):
                 "follow instructions"
             )
         self.config, self.tokenizer = config, tokenizer
-        self.template = load_template(task.chat_template)
+        self.template = template_of(config)
         self.hashed_texts = (self.template,)
         chat = ChatFormat(self.template, tokenizer, task.template_tokens == "special")
         self.train, self.validation = (
@@ -163,17 +163,14 @@ def settle_template(config: Config, tokenizer: Tokenizer) -> Config:
     """Set ``template_tokens`` to "characters" where it makes no difference, as in runs of earlier versions."""
     task = config.finetune
     asked = task.task == "instruction" and task.template_tokens == "special"
-    if asked and ChatFormat(load_template(task.chat_template), tokenizer).writes_special_tokens:
+    if asked and ChatFormat(template_of(config), tokenizer).writes_special_tokens:
         return config
     return config.replace(template_tokens="characters")
 
 
-def load_template(path: str) -> str:
-    """Read a chat template from a file; "" stands for plain turns. UserError if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8") if path else PLAIN_TURNS
-    except (OSError, ValueError) as error:
-        raise UserError(f"the chat template {path} cannot be read: {error}") from None
+def template_of(config: Config) -> str:
+    """The chat template that the settings name. UserError if it cannot be read."""
+    return load_template(config.finetune.chat_template) if config.finetune.chat_template else PLAIN_TURNS
 
 
 def pack_turns(turns: Sequence[Turn], weight: float, end_of_text: int, context_length: int) -> Batch:

@@ -92,8 +92,8 @@ class ChatFormat:
         """Return the text that ``encode`` encodes; ``complete``: the assistant's last message ends, and nobody speaks.
 
         Raises:
-            UserError: as the function ``render``; or a message holds characters of special tokens, and the template
-                treats it in a way in which these cannot be told from the template's own.
+            UserError: as the function ``render``; or a message contains characters of special tokens, and the template
+                transforms it so that they can no longer be distinguished from the template's own.
         """
         text, generated = self._run(messages, str, complete=complete)
         if not self.special:
@@ -108,8 +108,8 @@ class ChatFormat:
         signs = {each for name in names for each in ([c for c in name if not c.isalnum()] or name)}
         if any(signs.intersection(message["content"]) for message in messages):
             raise UserError(
-                "a message holds characters of special tokens, and the chat template treats it in a way in which these "
-                "cannot be told from the template's own"
+                "a message contains characters of special tokens, and the chat template transforms it so that they can "
+                "no longer be distinguished from the template's own"
             )
         return RenderedChat(text, text, generated)
 
@@ -212,9 +212,17 @@ def chat_format(run_directory: Path, tokenizer: Tokenizer, config: Config) -> Ch
 
 
 def read_template(run_directory: Path) -> str | None:
-    """Return the run's chat template, or None if it has none."""
+    """Return the run's chat template, or None if it has none. UserError if it cannot be read."""
     path = run_directory / CHAT_TEMPLATE
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return load_template(path) if path.is_file() else None
+
+
+def load_template(path: str | Path) -> str:
+    """Read a chat template from a file, without a byte order mark. UserError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the chat template {path} cannot be read: {error}") from None
 
 
 def _run(
@@ -259,4 +267,6 @@ def _check(messages: Sequence[Message]) -> None:
         try:
             "".join(message.values()).encode("utf-8")
         except UnicodeEncodeError:
-            raise UserError(f"message {number + 1} holds half of a surrogate pair, which is not a character") from None
+            raise UserError(
+                f"message {number + 1} contains half of a surrogate pair, which is not a character"
+            ) from None

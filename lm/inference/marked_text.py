@@ -138,8 +138,7 @@ def _converts(kind: type) -> Callable[[MarkedText], Any]:
 
 _TESTS = (
     "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __contains__ startswith endswith find rfind index rindex count "
-    "isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper "
-    "encode"
+    "isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper"
 )
 _CHANGES = "upper lower capitalize title swapcase casefold center ljust rjust zfill expandtabs translate"
 for _makes, _names in (

@@ -46,8 +46,9 @@ def run_template(template: str, kind: type[str], values: dict[str, Any]) -> tupl
 
 @functools.lru_cache(maxsize=64)
 def _compiled(template: str, kind: type[str]) -> jinja2.Template:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-    environment.concat = lambda parts: kind("".join(parts))  # type: ignore[method-assign]
+    environment = _Environment(
+        kind, trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
     environment.filters = {name: _returning(kind, each) for name, each in environment.filters.items()}
     environment.filters["tojson"] = functools.partial(_to_json, kind)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
@@ -105,7 +106,17 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
+    """Strings that are joined, and those that have a method called, become strings of this kind."""
+
     code_generator_class = _CodeGenerator
+
+    def __init__(self, kind: type[str], **options: Any) -> None:
+        super().__init__(**options)
+        self.kind = kind
+        self.concat = lambda parts: kind("".join(parts))  # type: ignore[method-assign]
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return super().getattr(self.kind(obj) if type(obj) is str else obj, attribute)
 
 
 class _Generation(jinja2.ext.Extension):
