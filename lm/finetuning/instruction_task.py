@@ -66,12 +66,12 @@ def turn_of(example: Example, template: str, tokenizer: Tokenizer, context_lengt
             "and the words before the response must be the same in both cases"
         )
     answer = whole[len(before) :].rstrip("\n")
-    end = tokenizer.end_of_text_id
-    question, answered = tokenizer.encode(before), [*tokenizer.encode(answer), end]
+    question, answered = tokenizer.encode(before), [*tokenizer.encode(answer), tokenizer.end_of_text_id]
     kept = answered[:context_length]
     shown = question[max(0, len(question) + len(kept) - context_length) :]
     cut = len(kept) < len(answered) or len(shown) < len(question)
-    return Turn([end, *shown, *kept], 1 + len(shown), len(answer.encode()), cut)
+    shown = tokenizer.begun(shown)
+    return Turn([*shown, *kept], len(shown), len(answer.encode()), cut)
 
 
 class InstructionTask(Task):
