@@ -96,7 +96,8 @@ def _turn(example: Example, chat: ChatFormat, context_length: int) -> Turn:
     first = max(0, min(len(body) - context_length, last))
     kept = slice(first, first + context_length)
     cut = len(body) > context_length
-    return Turn([end, *body[kept]], [IGNORED, *labels[kept]], size, cut)
+    row = chat.tokenizer.begun(body[kept])
+    return Turn(row, [IGNORED] * (len(row) - len(labels[kept])) + labels[kept], size, cut)
 
 
 class InstructionTask(Task):

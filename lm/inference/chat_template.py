@@ -119,7 +119,7 @@ class ChatFormat:
         The first piece begins without the token that starts every text, even if the template writes it.
         """
         pieces = self.tokenizer.encode_shielded(chat.text, chat.shielded, cuts)
-        if pieces[0][:1] == [self.tokenizer.end_of_text_id]:
+        if pieces[0][:1] == [self.tokenizer.begin_id]:
             del pieces[0][0]
         return pieces
 
@@ -173,9 +173,12 @@ class ChatFormat:
     def _variables(self) -> dict[str, str]:
         tokenizer = self.tokenizer
         spelled = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
-        ids = {"bos": tokenizer.end_of_text_id, "eos": tokenizer.end_of_text_id}
-        ids |= {"pad": tokenizer.padding_id, "mask": tokenizer.mask_id}
-        return {f"{name}_token": spelled[token_id] if self.special else "" for name, token_id in ids.items()}
+        own = tokenizer.special
+        ids = {"bos": own.bos, "eos": own.end_of_text, "pad": own.padding, "mask": own.mask}
+        return {
+            f"{name}_token": spelled[token_id] if self.special and token_id is not None else ""
+            for name, token_id in ids.items()
+        }
 
     @cached_property
     def _kind(self) -> type[MarkedText]:
