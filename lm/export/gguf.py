@@ -81,7 +81,8 @@ def export_gguf(
             writer.add_languages(list(facts.languages))
         _add_tokenizer(writer, tokenizer, words, config.vocab_size)
         writer.add_chat_template(template_with_start(run))
-        for turn_end in chat_format(run.path, tokenizer, run.config).ends:
+        ends = [*tokenizer.end_ids, *chat_format(run.path, tokenizer, run.config).ends]
+        for turn_end in [each for each in ends if each != tokenizer.end_of_text_id][:1]:  # the format has room for one
             writer.add_eot_token_id(turn_end)
         for name, tensor in tensors(model, stock).items():
             stored = gguf.GGMLQuantizationType(tensor_type if tensor.ndim > 1 else 0)
@@ -143,11 +144,14 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, words: str, vocab_size: in
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]])
-    writer.add_bos_token_id(tokenizer.end_of_text_id)
-    writer.add_eos_token_id(tokenizer.end_of_text_id)
-    writer.add_pad_token_id(tokenizer.padding_id)
-    writer.add_mask_token_id(tokenizer.mask_id)
-    writer.add_add_bos_token(True)
+    own = tokenizer.special
+    if own.bos is not None:
+        writer.add_bos_token_id(own.bos)
+    writer.add_eos_token_id(own.end_of_text)
+    writer.add_pad_token_id(own.padding)
+    if own.mask is not None:
+        writer.add_mask_token_id(own.mask)
+    writer.add_add_bos_token(own.begin is not None)
 
 
 def tensors(model: Transformer, stock: StockClass) -> dict[str, Tensor]:

@@ -109,12 +109,17 @@ def public_settings(config: Config) -> Config:
 
 
 def unwritable_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """Ids that a model never generates: padding, the mask, and embedding rows without a token."""
-    return [tokenizer.padding_id, tokenizer.mask_id, *range(tokenizer.vocab_size, vocab_size)]
+    """Ids that a model never generates: padding and the mask, or what an import names, and rows without a token."""
+    return [*tokenizer.unwritable_ids, *range(tokenizer.vocab_size, vocab_size)]
 
 
 def tokenizer_with_start(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of a ``tokenizer.json`` that adds the end-of-text token before each text, as a special token."""
+    """The content of a ``tokenizer.json`` that adds the end-of-text token before each text, as a special token.
+
+    The tokenizer of an imported checkpoint adds what it always added.
+    """
+    if tokenizer.is_imported:
+        return tokenizer.description
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     start = names[tokenizer.end_of_text_id]
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
@@ -159,31 +164,35 @@ def template_with_start(run: Run) -> str:
 
 
 def _writes_start(chat: ChatFormat) -> bool:
+    if chat.tokenizer.begin_id is None:
+        return True  # nothing begins a text
     names = {token_id: name for name, token_id in chat.tokenizer.special_tokens.items()}
     system, user = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
     for messages in ([user], [system, user]):  # a template may insist on either
         with suppress(UserError):
-            return chat.render(messages).text.startswith(names[chat.tokenizer.end_of_text_id])
+            return chat.render(messages).text.startswith(names[chat.tokenizer.begin_id])
     return "bos_token" in (chat.template or "")
 
 
 def generation_config(run: Run) -> dict[str, Any]:
     """The content of ``generation_config.json``: what begins and ends a text, and what is never generated."""
     ids = token_ids(run.tokenizer)
-    turn_ends = chat_format(run.path, run.tokenizer, run.config).ends
-    ends = {"eos_token_id": [ids["eos_token_id"], *turn_ends]} if turn_ends else {}
-    return ids | ends | {"suppress_tokens": unwritable_ids(run.tokenizer, run.config.model.vocab_size)}
+    ends = list(dict.fromkeys([*run.tokenizer.end_ids, *chat_format(run.path, run.tokenizer, run.config).ends]))
+    return (
+        ids
+        | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+        | {"suppress_tokens": unwritable_ids(run.tokenizer, run.config.model.vocab_size)}
+    )
 
 
 def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
     """The content of ``tokenizer_config.json``."""
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    special = tokenizer.special
+    ids = {"bos": special.bos, "eos": special.end_of_text, "pad": special.padding, "mask": special.mask}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": names[tokenizer.end_of_text_id],
-        "eos_token": names[tokenizer.end_of_text_id],
-        "pad_token": names[tokenizer.padding_id],
-        "mask_token": names[tokenizer.mask_id],
+        **{f"{name}_token": names[token_id] for name, token_id in ids.items() if token_id is not None},
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],

@@ -78,10 +78,10 @@ def weight_names(model: ModelConfig) -> dict[str, str]:
     return names
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     """The ids of the special tokens, by their names in ``config.json`` and ``generation_config.json``."""
-    end = tokenizer.end_of_text_id
-    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.padding_id}
+    special = tokenizer.special
+    return {"bos_token_id": special.bos, "eos_token_id": special.end_of_text, "pad_token_id": special.padding}
 
 
 def stock_config(config: Config, tokenizer: Tokenizer, stock: StockClass) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def stock_config(config: Config, tokenizer: Tokenizer, stock: StockClass) -> dic
         "torch_dtype": "float32",
     }
     if stock.readout == "masked_token":
-        content["mask_token_id"] = tokenizer.mask_id
+        content["mask_token_id"] = tokenizer.special.mask
     return content
 
 

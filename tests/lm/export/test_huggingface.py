@@ -10,6 +10,8 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.settings import TokenizerSettings
+from data_prep.tokenizers.special_tokens import SpecialTokens, with_record
+from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.tokenizers.training import train_tokenizer
 from lm.export.gguf import export_gguf
 from lm.export.huggingface import choose_readout, template_with_start, tokenizer_with_start, tokenizer_without_start
@@ -162,6 +164,46 @@ def test_what_ends_a_turn_ends_the_text(small, chat_tokenizer, tmp_path):
     fields = gguf.GGUFReader(tmp_path / "b.gguf").fields
     assert fields["tokenizer.ggml.eot_token_id"].contents() == turn_end
     assert fields["tokenizer.ggml.eos_token_id"].contents() == end
+
+
+HABITS = {  # of begin, bos, end_of_text, ends, padding, mask and unwritable, as names
+    "llama": ("<|system|>", "<|system|>", "<|user|>", ["<|user|>", "<|assistant|>"], "<|user|>", None, []),
+    "qwen": (None, None, "<|endoftext|>", ["<|endoftext|>", "<|end_of_turn|>"], "<|pad|>", None, ["<|pad|>"]),
+    "named but not added": (None, "<|system|>", "<|user|>", ["<|user|>"], "<|pad|>", "<|mask|>", ["<|mask|>"]),
+}
+
+
+@pytest.mark.parametrize("habit", HABITS)
+@pytest.mark.parametrize("template", [None, "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_an_imported_tokenizer_leaves_with_its_own_habits(small, chat_tokenizer, tmp_path, habit, template):
+    ids = chat_tokenizer.special_tokens
+    begin, bos, end, ends, padding, mask, unwritable = HABITS[habit]
+    special = SpecialTokens(
+        ids.get(begin), ids.get(bos), ids[end], tuple(ids[each] for each in ends), ids[padding], ids.get(mask),
+        tuple(ids[each] for each in unwritable),
+    )  # fmt: skip
+    description = with_record(chat_tokenizer.description, special, {i: name for name, i in ids.items()})
+    own = Tokenizer.from_json(json.dumps(description))
+    run = run_of(small.replace(objective="next_token"), own, tmp_path / "run")
+    if template is not None:
+        (run.path / CHAT_TEMPLATE).write_text(template)
+    out = export(run, tmp_path / "out", "next_token")
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token, theirs.mask_token) == (bos, end, padding, mask)
+    assert theirs("The barn")["input_ids"] == own.begun(own.encode("The barn"))
+    chat = chat_format(run.path, own, run.config)
+    given = theirs.apply_chat_template(CONVERSATIONS[0], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert given == own.begun(chat.encode(CONVERSATIONS[0]))
+    generation = transformers.GenerationConfig.from_pretrained(out)
+    assert generation.eos_token_id == ([ids[each] for each in ends] if len(ends) > 1 else ids[end])
+    assert generation.suppress_tokens == [ids[each] for each in unwritable]
+    gguf = pytest.importorskip("gguf")
+    export_gguf(run, tmp_path / "m.gguf", run.newest(), "next_token")
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    assert fields["tokenizer.ggml.add_bos_token"] == (begin is not None)
+    assert fields["tokenizer.ggml.eos_token_id"] == ids[end]
+    assert fields.get("tokenizer.ggml.bos_token_id") == ids.get(bos)
+    assert fields.get("tokenizer.ggml.eot_token_id") == (ids[ends[1]] if len(ends) > 1 else None)
 
 
 def test_a_masked_model_has_a_chat_template_only_if_the_run_has_one(make_run, tmp_path):
