@@ -57,7 +57,7 @@ def push(path: Path, name: str, *, private: bool) -> str:
 
     api = HfApi()
     try:
-        address = api.create_repo(name, private=private, exist_ok=True)
+        address = api.create_repo(name, private=private or None, exist_ok=True)  # None: the account's default
         message = "Upload a model exported by Kindling"
         if path.is_dir():
             api.upload_folder(repo_id=name, folder_path=path, commit_message=message)

@@ -99,7 +99,20 @@ def test_the_uploaded_files_are_those_of_the_export(make_run, hub, tmp_path, kin
     assert {name: content for name, content in hub.files.items() if name != ".gitattributes"} == here
     (wanted,) = hub.created
     assert (wanted["name"], wanted.get("organization")) == ("model", "me")
-    assert wanted.get("private") is True or wanted.get("visibility") == "private"
+    assert is_private(wanted)
+
+
+def is_private(wanted: dict) -> bool:
+    """Older and newer versions of huggingface_hub name it differently."""
+    return wanted.get("private") is True or wanted.get("visibility") == "private"
+
+
+def test_without_private_the_account_decides(make_run, hub, tmp_path):
+    done = pushed(make_run(objective="next_token"), tmp_path / "out", "--to", "gguf", "--push", "lab/model")
+    assert done.exit_code == 0, done.output
+    (wanted,) = hub.created
+    assert not is_private(wanted)
+    assert wanted.get("organization") == "lab"
 
 
 @pytest.mark.parametrize(
