@@ -81,6 +81,8 @@ class BuildPlan:
             "validation_fraction": settings.validation_fraction,
             "shard_tokens": settings.shard_tokens,
         }
+        if tokenizer is not None and tokenizer.cuts_names:  # earlier versions gave such names the ids of the tokens
+            identity["cuts_names"] = True
         return cls(settings, sources, tuple(parts), tokenizer, json.loads(json.dumps(identity)))
 
     @property

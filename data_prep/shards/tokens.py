@@ -46,6 +46,9 @@ TOKENIZER_FILE = "tokenizer.json"
 JOURNAL = "build.json"
 WORK = "work"
 
+# The setting of an import that says how many end-of-text tokens are inside documents.
+ENDS_INSIDE = "ends_inside_documents"
+
 VERIFYING_THREADS = 4
 COUNTED_TOKENS = 1 << 22  # counted at a time
 MOST_OPEN_SHARDS = 4096  # Linux allows 65,530 maps per process
@@ -398,20 +401,30 @@ class Dataset:
     def verify(self, on_file: Callable[[str, int], None] = lambda name, size: None) -> None:
         """Read everything, and raise ``UserError`` at the first file that has changed since the build.
 
-        ``on_file`` is called with the name and size of each intact file.
+        Documents must also end where their end-of-text tokens are. Only an import can have such tokens inside
+        documents, and says how many. ``on_file`` is called with the name and size of each intact file.
         """
+        inside = 0
         shards = [(split, record) for split in self._splits.values() for record in split.records]
         with ThreadPoolExecutor(VERIFYING_THREADS) as threads:  # hashing releases the interpreter lock
             checks = [threads.submit(self._verify_shard, split, record) for split, record in shards]
             try:
                 for (_, record), check in zip(shards, checks, strict=True):
-                    check.result()
+                    inside += check.result()
                     on_file(f"{record.name}.bin", record.tokens * self._dtype.itemsize)
                     on_file(f"{record.name}.idx", index_size(record.documents))
             finally:
                 threads.shutdown(cancel_futures=True)
+        # Earlier imports did not count them.
+        settings = self.manifest["settings"]
+        if inside != settings.get(ENDS_INSIDE, inside if "converted_from" in settings else 0):
+            raise UserError(
+                f'"{self.directory}" has {inside:,} end-of-text tokens inside documents, where the text spells the '
+                "token: build the dataset again, or train on it as it is with --verify-data false"
+            )
 
-    def _verify_shard(self, split: Split, record: ShardRecord) -> None:
+    def _verify_shard(self, split: Split, record: ShardRecord) -> int:
+        """Check one shard, and return how many end-of-text tokens are inside its documents."""
         for suffix, expected in ((".bin", record.bin_sha256), (".idx", record.idx_sha256)):
             path = self.directory / (record.name + suffix)
             if sha256_of_file(path) != expected:
@@ -421,9 +434,11 @@ class Dataset:
         if int(lengths.sum()) != record.tokens or index != index_bytes(lengths, self._dtype):
             raise UserError(f'"{self.directory / record.name}.idx" is inconsistent: build the dataset again')
         tokens = np.memmap(self.directory / f"{record.name}.bin", dtype=self._dtype, mode="r")
-        ends = np.cumsum(lengths, dtype=np.int64) - 1
-        if int(tokens.max()) >= self.vocab_size or np.any(tokens[ends] != self.manifest["tokenizer"]["end_of_text_id"]):
+        ends, end_of_text = np.cumsum(lengths, dtype=np.int64) - 1, self.manifest["tokenizer"]["end_of_text_id"]
+        if int(tokens.max()) >= self.vocab_size or np.any(tokens[ends] != end_of_text):
             raise UserError(f'"{self.directory / record.name}.bin" contains tokens that its tokenizer cannot produce')
+        blocks = (tokens[start : start + COUNTED_TOKENS] for start in range(0, record.tokens, COUNTED_TOKENS))
+        return sum(int(np.count_nonzero(block == end_of_text)) for block in blocks) - record.documents
 
 
 def open_dataset(directory: str | Path) -> Dataset:

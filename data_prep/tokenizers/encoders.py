@@ -20,6 +20,7 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.encoder_probes import PROBES
+from data_prep.tokenizers.spelled_names import texts_with
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 
 # Unicode's White_Space, which is \s in the library's pattern. Python's \s has four more characters.
@@ -154,8 +155,7 @@ def _excerpt(text: str) -> str:
 
 def _probes_for(tokenizer: Tokenizer) -> list[str]:
     """Return texts that contain the tokens this tokenizer searches for first."""
-    names = [token["content"] for token in tokenizer.description["added_tokens"]]
-    return [text for name in names for text in (name, f"a {name} b{name}{name}\n{name[:-1]}")]
+    return [text for token in tokenizer.description["added_tokens"] for text in texts_with(token["content"])]
 
 
 class TokenizersEncoder(Encoder):
@@ -279,5 +279,6 @@ def _installed(module: str, package: str) -> str:
 
 def _json_without_special_tokens(tokenizer: Tokenizer) -> str:
     """Return the tokenizer for encoders that would otherwise turn the name of a special token into that token."""
-    ordinary = [token for token in tokenizer.description["added_tokens"] if not token["special"]]
-    return json.dumps(tokenizer.description | {"added_tokens": ordinary}, ensure_ascii=False)
+    description = tokenizer.description_in_use()
+    ordinary = [token for token in description["added_tokens"] if not token["special"]]
+    return json.dumps(description | {"added_tokens": ordinary}, ensure_ascii=False)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
@@ -406,3 +408,41 @@ def test_sources_have_their_names_weights_and_shards(make_text: Callable[[int, i
     assert split.source_spans[0].stop == split.source_spans[1].start == split.records[0].tokens
     assert split.source_spans[1].stop == split.tokens
     assert split.records[0].first.startswith("a.txt:")
+
+
+def unigram_file(path: Path) -> Path:
+    """A tokenizer like T5's: its model knows </s> and <pad> as pieces, lacks most characters, and joins spaces."""
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((letter, -5.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"),
+    ]
+    backend = Backend(models.Unigram(pieces, unk_id=2))
+    backend.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.add_special_tokens([AddedToken(name, special=True) for name, _ in pieces[:3]])
+    backend.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_text_that_spells_the_end_of_a_text_does_not_end(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "texts").mkdir()
+    for n in range(4):
+        (tmp_path / "texts" / f"{n}.txt").write_text(f"say </s> and <pad></s>{'x' * n} to the miller", encoding="utf-8")
+    tokenizer = str(unigram_file(tmp_path / "given.json"))
+    settings = settings_for(tmp_path / "texts", tmp_path / "out", tokenizer=tokenizer, workers=workers, part_bytes=50)
+    manifest = build(settings)
+    assert manifest["settings"]["cuts_names"] is True
+    dataset = open_dataset(tmp_path / "out")
+    dataset.verify()
+    train = dataset.split("train")
+    tokens = train.read(0, train.tokens).tolist()
+    assert tokens.count(dataset.tokenizer.end_of_text_id) == train.documents == 3
+    assert dataset.tokenizer.padding_id not in tokens
+    # A build that an earlier version began has no such setting, and other tokens.
+    path = tmp_path / "out" / "manifest.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"cuts_names": true', '"names": true'), encoding="utf-8")
+    with pytest.raises(UserError, match="cuts names was null, now true"):
+        build(settings)
