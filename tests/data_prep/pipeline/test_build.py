@@ -320,6 +320,25 @@ def test_a_given_tokenizer_is_taken(corpus: Path, tmp_path: Path) -> None:
         build(settings_for(corpus, tmp_path / "out"))
 
 
+def test_an_earlier_build_keeps_its_word_split(
+    corpus: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default was once gpt2: what was begun with it resumes with it, and what is finished stays finished."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    build(settings_for(corpus, whole, word_split="gpt2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "choose_encoder", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(settings_for(corpus, stopped, word_split="gpt2"))
+    for out in (stopped, whole):
+        assert build(settings_for(corpus, out))["settings"]["word_split"] == "gpt2"
+    assert tree(stopped) == tree(whole)
+    for named in ("qwen35", "llama3"):
+        with pytest.raises(UserError, match=f'word split was "gpt2", now "{named}"'):
+            build(settings_for(corpus, whole, word_split=named))
+    assert build(settings_for(corpus, tmp_path / "new"))["settings"]["word_split"] == "qwen35"
+
+
 def test_bytes_need_no_vocabulary_size(corpus: Path, tmp_path: Path) -> None:
     manifest = build(settings_for(corpus, tmp_path / "out", tokenizer_kind="bytes", vocab_size=0))
     splits = manifest["splits"].values()

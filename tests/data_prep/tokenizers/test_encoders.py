@@ -33,12 +33,14 @@ from data_prep.tokenizers.training import train_tokenizer
 TEXTS = [
     "It's the cat's mat, isn't it?  They'll say  so...\n\n 12 34\t56 " * 3,
     "naïve   café\r\n\x1c\x85\u3000日本 语 <|mask|>",
+    "हिन्दी में हिन्दी, หน้าหน้า",
 ]
 CHOICES = {
-    "bpe": TokenizerSettings(vocab_size=265),
-    "single digits": TokenizerSettings(vocab_size=265, digits="single"),
+    "bpe": TokenizerSettings(vocab_size=265, word_split="gpt2"),
+    "single digits": TokenizerSettings(vocab_size=265, word_split="gpt2", digits="single"),
     "llama3": TokenizerSettings(vocab_size=265, word_split="llama3"),
     "qwen2": TokenizerSettings(vocab_size=265, word_split="qwen2"),
+    "qwen35": TokenizerSettings(vocab_size=275, word_split="qwen35"),
     "wordpiece": TokenizerSettings("wordpiece", 521),
     "unigram": TokenizerSettings("unigram", 265),
     "bytes": TokenizerSettings("bytes"),
@@ -49,7 +51,10 @@ INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("giga
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 awkward_text = st.text(
-    st.sampled_from(list(" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u200b\u2028\u3000\ufeff'sdtl1a.é²<|>"))
+    st.sampled_from(
+        " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u200b\u2028\u3000\ufeff'sdtl1a.é²<|>"
+        "\u0301ह\u093f\u094d\u200d१น\u0e31"
+    )
 )
 
 
@@ -89,9 +94,9 @@ def test_every_encoder_that_was_proven_gives_the_ids_of_tokenizers(texts: list[s
 
 # What each installed encoder can do; a version that does less, or silently something else, shows here.
 EXPECTED = {
-    "gigatoken": {"bpe", "llama3", "qwen2", "bytes", "characters", "chat"},
-    "splintr": {"bpe", "llama3", "qwen2", "single digits", "chat"},
-    "words": {"bpe", "wordpiece", "unigram", "bytes", "characters", "chat"},
+    "gigatoken": {"bpe", "llama3", "qwen2", "qwen35", "bytes", "characters", "chat"},
+    "splintr": {"bpe", "llama3", "qwen2", "qwen35", "single digits", "chat"},
+    "words": {"bpe", "wordpiece", "unigram", "bytes", "characters"},
     "tokenizers": set(CHOICES),
 }
 
@@ -278,6 +283,20 @@ def test_the_probes_hold_what_they_promise() -> None:
     joined = "".join(PROBES)
     assert len(set(PROBES)) == len(PROBES)
     assert "" in PROBES
-    for part in ("\r\n", "\x85", "\u2028", "\u200d", "\ue000", "\U0010ffff", "<|endoftext|>", "'s", "'S", "\0"):
+    for part in (
+        "\r\n",
+        "\x85",
+        "\u2028",
+        "\u200d",
+        "\ue000",
+        "\U0010ffff",
+        "<|endoftext|>",
+        "'s",
+        "'S",
+        "\0",
+        "हि",
+        "\n\u0e31",
+        "1\u0301",
+    ):
         assert part in joined
     assert max(len(word) for word in joined.split()) >= 5000
