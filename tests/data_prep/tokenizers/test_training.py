@@ -208,14 +208,6 @@ def test_a_split_that_cuts_at_marks_is_named_as_the_cause(changes: dict[str, str
     assert "combining marks" not in str(caught.value)
 
 
-def test_words_with_marks_become_whole_tokens() -> None:
-    sizes = {}
-    for split in ("gpt2", "qwen35"):
-        tokenizer = train_tokenizer(iter([HINDI] * 9), TokenizerSettings(vocab_size=290, word_split=split))
-        sizes[split] = len(tokenizer.encode(HINDI))
-    assert sizes["qwen35"] < 0.8 * sizes["gpt2"]
-
-
 def test_training_never_varies_with_runs_threads_or_hash_seeds() -> None:
     program = (
         "from data_prep.settings import TokenizerSettings\n"
