@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 from data_prep.errors import UserError
 from data_prep.files import parse_json, write_atomically
 from data_prep.settings import END_OF_TEXT, MASK, PADDING
+from data_prep.tokenizers.encoder_probes import PROBES
 from data_prep.tokenizers.spelled_names import keep_spelled_names, unknown_id
 
 # How existing tokenizers spell the three special tokens; the first one present is used.
@@ -147,6 +148,14 @@ class Tokenizer:
             return self._special_names[token_id]
         text = self.decode_bytes([token_id]).decode("utf-8", "backslashreplace")
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+    @cached_property
+    def is_lossless(self) -> bool:
+        """Whether decoding restores all ``PROBES``, as with every tokenizer trained here."""
+        try:
+            return all(self.decode_bytes(self.encode(text)) == text.encode("utf-8") for text in PROBES)
+        except Exception:  # a model without an unknown token raises the base class
+            return False
 
     @cached_property
     def unknown_id(self) -> int | None:
