@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
+from data_prep.shards.tokens import counted_bytes
+from data_prep.tokenizers.loss import loss_of
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.data.batch import IGNORED, Batch
@@ -71,7 +73,8 @@ def turn_of(example: Example, template: str, tokenizer: Tokenizer, context_lengt
     kept = answered[:context_length]
     shown = question[max(0, len(question) + len(kept) - context_length) :]
     cut = len(kept) < len(answered) or len(shown) < len(question)
-    return Turn([end, *shown, *kept], 1 + len(shown), len(answer.encode()), cut)
+    size = counted_bytes(len(answer.encode()), loss_of(tokenizer, answer, answered[:-1]).lost_bytes)
+    return Turn([end, *shown, *kept], 1 + len(shown), size, cut)
 
 
 class InstructionTask(Task):

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from data_prep.pipeline.build import build_dataset
 from data_prep.pipeline.splitting import hash_of
 from data_prep.progress import SilentReporter
 from data_prep.settings import BuildSettings, TokenizerSettings
-from data_prep.shards.tokens import open_dataset
+from data_prep.shards.tokens import open_dataset, split_totals
 from data_prep.tokenizers.training import train_tokenizer
 
 Tree = Callable[[Path], dict[str, bytes]]
@@ -465,3 +466,40 @@ def test_a_text_that_spells_the_end_of_a_text_does_not_end(tmp_path: Path, worke
     path.write_text(path.read_text(encoding="utf-8").replace('"cuts_names": true', '"names": true'), encoding="utf-8")
     with pytest.raises(UserError, match="cuts names was null, now true"):
         build(settings)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_the_tokenizer_loses_is_counted(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "texts").mkdir()
+    for n in range(4):
+        (tmp_path / "texts" / f"{n}.txt").write_text(f"the old miller 日{'本' * n} sold\n\nHens.", encoding="utf-8")
+    settings = settings_for(
+        tmp_path / "texts",
+        tmp_path / "out",
+        tokenizer=str(unigram_file(tmp_path / "given.json")),
+        workers=workers,
+        part_bytes=50,
+        validation_fraction=0,
+    )
+    train = build(settings)["splits"]["train"]
+    # Each file: the Chinese characters, two line breaks that become a space, the H and the period.
+    lost = sum(3 * (1 + n) + 2 + 2 for n in range(4))
+    assert train["lost_bytes"] == lost == sum(shard["lost_bytes"] for shard in train["shards"])
+    assert train["unknown_tokens"] == 4 * 3
+    split = open_dataset(tmp_path / "out").split("train")
+    assert (split.lost_bytes, split.counted_bytes) == (lost, split.text_bytes - lost)
+
+
+def test_shards_of_an_earlier_version_leave_the_loss_unknown(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    path = out / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    assert {split["lost_bytes"] for split in manifest["splits"].values()} == {0}
+    for split in manifest["splits"].values():
+        for record in (split, *split["shards"]):
+            del record["lost_bytes"], record["unknown_tokens"]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    train = open_dataset(out).split("train")
+    assert (train.lost_bytes, train.counted_bytes) == (0, train.text_bytes)
+    assert split_totals(train.records)["lost_bytes"] is None
