@@ -35,7 +35,7 @@ from data_prep.errors import UserError
 from data_prep.files import atomic_file, parse_json, sha256_of_file
 from data_prep.settings import DEFAULT_SHARD_TOKENS
 from data_prep.tokenizers.load import load_tokenizer
-from data_prep.tokenizers.loss import Loss
+from data_prep.tokenizers.loss import NO_LOSS, Loss, counted_bytes
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 
 FORMAT_NAME = "kindling-shards"
@@ -50,7 +50,6 @@ WORK = "work"
 # The setting of an import that says how many end-of-text tokens are inside documents.
 ENDS_INSIDE = "ends_inside_documents"
 
-NO_LOSS = Loss()
 VERIFYING_THREADS = 4
 COUNTED_TOKENS = 1 << 22  # counted at a time
 MOST_OPEN_SHARDS = 4096  # Linux allows 65,530 maps per process
@@ -245,11 +244,6 @@ def split_totals(records: list[ShardRecord]) -> dict[str, Any]:
         found = [getattr(record, name) for record in records]
         totals[name] = None if None in found else sum(found)
     return totals | {"shards": [asdict(record) for record in records]}
-
-
-def counted_bytes(text_bytes: int, lost_bytes: int) -> int:
-    """Return the bytes of a text that its tokens stand for: at least 1 if the whole text is lost."""
-    return max(text_bytes - lost_bytes, 1) if lost_bytes else text_bytes
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.shards.tokens import Dataset, Split, counted_bytes, open_dataset
+from data_prep.shards.tokens import Dataset, Split, open_dataset
+from data_prep.tokenizers.loss import counted_bytes
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config, corpus_of
 

@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
-from data_prep.shards.tokens import counted_bytes
 from data_prep.sources.listing import STDIN, ReadReport, ReadSettings, parse_sources, parts_of, read_part
-from data_prep.tokenizers.loss import loss_of
+from data_prep.tokenizers.loss import counted_bytes, loss_of
 from lm.data.keyed_random import validation_fold
 from lm.evaluation.baselines import Progress, baseline_losses, compressed_bytes, unigram_costs
 from lm.evaluation.validation_loss import protocol

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
-from data_prep.shards.tokens import counted_bytes
-from data_prep.tokenizers.loss import loss_of
+from data_prep.tokenizers.loss import counted_bytes, loss_of
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.data.batch import IGNORED, Batch
