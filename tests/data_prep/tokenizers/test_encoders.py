@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as TokenizersTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from data_prep.errors import UserError
 from data_prep.settings import TokenizerSettings
 from data_prep.tokenizers import encoders
 from data_prep.tokenizers.encoders import (
     ENCODERS,
+    ENDS_OF_RUNS,
     PROBES,
     RUNS,
     Encoder,
@@ -25,10 +26,10 @@ from data_prep.tokenizers.encoders import (
     choose_encoder,
     make_encoder,
     recheck,
-    splits_at_words,
+    runs_of,
 )
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.tokenizers.training import train_tokenizer
+from data_prep.tokenizers.training import PATTERNS, train_tokenizer
 
 TEXTS = [
     "It's the cat's mat, isn't it?  They'll say  so...\n\n 12 34\t56 " * 3,
@@ -96,7 +97,7 @@ def test_every_encoder_that_was_proven_gives_the_ids_of_tokenizers(texts: list[s
 EXPECTED = {
     "gigatoken": {"bpe", "llama3", "qwen2", "qwen35", "bytes", "characters", "chat"},
     "splintr": {"bpe", "llama3", "qwen2", "qwen35", "single digits", "chat"},
-    "words": {"bpe", "wordpiece", "unigram", "bytes", "characters"},
+    "words": {"bpe", "llama3", "qwen2", "qwen35", "wordpiece", "unigram", "bytes", "characters", "chat"},
     "tokenizers": set(CHOICES),
 }
 
@@ -168,7 +169,7 @@ def test_foreign_tokenizers_get_an_exact_encoder_too(change: str) -> None:
     tokenizer = altered(change)
     chosen = choose_encoder(tokenizer, TEXTS)
     assert texts_of(chosen.encoder, [*PROBES, *TEXTS]) == tokenizer.encode_batch([*PROBES, *TEXTS])
-    assert not splits_at_words(tokenizer)
+    assert runs_of(tokenizer) is None
     with pytest.raises(UserError, match='the encoder "words" cannot be used here: this tokenizer does not cut'):
         choose_encoder(tokenizer, TEXTS, "words")
 
@@ -259,6 +260,17 @@ def test_an_encoder_that_panics_or_is_missing_is_passed_over(monkeypatch: pytest
 def test_an_unknown_encoder_is_refused() -> None:
     with pytest.raises(UserError, match='unknown encoder "fast": choose auto or one of gigatoken, splintr, words'):
         choose_encoder(trained("bpe"), TEXTS, "fast")
+
+
+@given(text=st.one_of(any_text, awkward_text))
+@settings(max_examples=300, deadline=None)
+def test_no_word_of_the_patterns_reaches_over_the_border_of_a_run(text: str) -> None:
+    runs = ENDS_OF_RUNS.split(text)
+    assert "".join(runs) == text
+    for pattern in PATTERNS.values():
+        splitter = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        words = [word for run in runs if run for word, _ in splitter.pre_tokenize_str(run)]
+        assert words == [word for word, _ in splitter.pre_tokenize_str(text)]
 
 
 @given(text=st.one_of(any_text, awkward_text))
