@@ -15,13 +15,14 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.files import sync_directory
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.tokenizers.training import LLAMA3_WORDS, QWEN2_WORDS
+from data_prep.tokenizers.training import LLAMA3_WORDS, QWEN2_WORDS, QWEN35_WORDS
 from lm.export.stock_architectures import PARTS, StockClass, stock_class
 from lm.kernels.rotary import interleave_halves
 from lm.model.transformer import Transformer
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run
 
+PRE_TOKENIZERS = {LLAMA3_WORDS: "llama-bpe", QWEN2_WORDS: "qwen2", QWEN35_WORDS: "qwen35"}  # by their patterns
 NORMAL_TOKEN, CONTROL_TOKEN, UNUSED_TOKEN = 1, 3, 5  # llama.cpp's token types
 FLOAT32_FILE = 0
 
@@ -93,11 +94,11 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
             return "starcoder"
         if not by_gpt2 and len(steps) == 2 and steps[0]["type"] == "Split":
             words = steps[0]["pattern"].get("Regex")
-            if words in (LLAMA3_WORDS, QWEN2_WORDS):
-                return "llama-bpe" if words == LLAMA3_WORDS else "qwen2"
+            if words in PRE_TOKENIZERS:
+                return PRE_TOKENIZERS[words]
     raise UserError(
         f"llama.cpp has no equivalent of this tokenizer (kind {tokenizer.kind}): only byte-level BPE with the split "
-        "gpt2, llama3 or qwen2 can be exported"
+        "gpt2, llama3, qwen2 or qwen35 can be exported"
     )
 
 

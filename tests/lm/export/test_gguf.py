@@ -75,8 +75,10 @@ def test_the_file_holds_shape_tokenizer_and_every_weight(make_run, tmp_path, sha
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({}, "gpt-2"),
-        ({"digits": "single"}, "starcoder"),
+        ({}, "qwen35"),
+        ({"word_split": "qwen35", "digits": "single"}, "qwen35"),
+        ({"word_split": "gpt2"}, "gpt-2"),
+        ({"word_split": "gpt2", "digits": "single"}, "starcoder"),
         ({"word_split": "llama3"}, "llama-bpe"),
         ({"word_split": "qwen2"}, "qwen2"),
         ({"word_split": "llama3", "digits": "single"}, "qwen2"),
