@@ -23,7 +23,9 @@ from tokenizers import Tokenizer as Backend
 from data_prep.errors import UserError
 from data_prep.files import parse_json, write_atomically
 from data_prep.settings import END_OF_TEXT, MASK, PADDING
+from data_prep.tokenizers.encoder_probes import PROBES
 from data_prep.tokenizers.special_tokens import SpecialTokens, recorded
+from data_prep.tokenizers.spelled_names import keep_spelled_names, unknown_id
 
 # How existing tokenizers spell the three special tokens; the first one present is used.
 END_OF_TEXT_SPELLINGS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
@@ -68,6 +70,7 @@ class Tokenizer:
         self.end_of_text_id, self.padding_id = self.special.end_of_text, self.special.padding
         self.begin_id, self.end_ids = self.special.begin, self.special.ends
         self.unwritable_ids = self.special.unwritable
+        self._file_text = keep_spelled_names(backend)  # after all special tokens are known
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
@@ -79,11 +82,24 @@ class Tokenizer:
             raise UserError(f'"{name}" is not a readable tokenizer.json: {error}') from None
         if backend.get_vocab_size() == 0:
             raise UserError(f'"{name}" is a tokenizer without tokens')
-        return cls(backend)
+        try:
+            return cls(backend)
+        except UserError as problem:
+            raise UserError(f'the tokenizer "{name}" cannot be used: {problem}') from None
 
     def to_json(self) -> str:
         """Return the whole tokenizer as JSON text; equal tokenizers give equal text."""
-        return str(self._backend.to_str(pretty=True)) + "\n"
+        return (self._file_text or str(self._backend.to_str(pretty=True))) + "\n"
+
+    @property
+    def cuts_names(self) -> bool:
+        """Whether names of special tokens are cut here, because the file alone would take them for the tokens."""
+        return self._file_text is not None
+
+    def description_in_use(self) -> dict[str, Any]:
+        """Return ``description`` with the step that cuts names."""
+        description: dict[str, Any] = json.loads(self._backend.to_str())
+        return description
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``."""
@@ -232,14 +248,17 @@ class Tokenizer:
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
     @cached_property
+    def is_lossless(self) -> bool:
+        """Whether decoding restores all ``PROBES``, as with every tokenizer trained here."""
+        try:
+            return all(self.decode_bytes(self.encode(text)) == text.encode("utf-8") for text in PROBES)
+        except Exception:  # a model without an unknown token raises the base class
+            return False
+
+    @cached_property
     def unknown_id(self) -> int | None:
         """The id for text outside the vocabulary, or None; tokenizers trained here never need one."""
-        model = self.description["model"]
-        if model["type"] == "Unigram":
-            unknown: int | None = model["unk_id"]
-            return unknown
-        name = model.get("unk_token")
-        return None if name is None else self._backend.token_to_id(name)
+        return unknown_id(self._backend)
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.sources.listing import STDIN, ReadReport, ReadSettings, parse_sources, parts_of, read_part
+from data_prep.tokenizers.loss import counted_bytes, loss_of
 from lm.data.keyed_random import validation_fold
 from lm.evaluation.baselines import Progress, baseline_losses, compressed_bytes, unigram_costs
 from lm.evaluation.validation_loss import protocol
@@ -94,11 +95,15 @@ def document_queries(
 
 @dataclass
 class _TextSize:
-    """What a text consists of. ``counts`` (vocabulary,) are of its tokens and the ends of its documents."""
+    """What a text consists of. ``counts`` (vocabulary,) are of its tokens and the ends of its documents.
+
+    ``text_bytes`` are those that the tokens stand for, without the ``lost_bytes``.
+    """
 
     counts: NDArray[np.int64]
     documents: int = 0
     text_bytes: int = 0
+    lost_bytes: int = 0
     compressed: int = 0
 
 
@@ -107,14 +112,15 @@ def _measure(model: LanguageModel, documents: Iterator[str]) -> _TextSize:
 
     def counted() -> Iterator[bytes]:
         for text in documents:
-            data = text.encode("utf-8")
+            tokens = model.tokenizer.encode(text)
             size.documents += 1
-            size.text_bytes += len(data)
-            tokens = [*model.tokenizer.encode(text), model.tokenizer.end_of_text_id]
-            size.counts += np.bincount(tokens, minlength=len(size.counts))
-            yield data
+            size.text_bytes += len(text.encode("utf-8"))
+            size.lost_bytes += loss_of(model.tokenizer, text, tokens).lost_bytes
+            size.counts += np.bincount([*tokens, model.tokenizer.end_of_text_id], minlength=len(size.counts))
+            yield model.tokenizer.decode_bytes(tokens)  # without what is lost
 
     size.compressed = compressed_bytes(counted())
+    size.text_bytes = counted_bytes(size.text_bytes, size.lost_bytes)
     return size
 
 
@@ -163,5 +169,7 @@ def evaluate_text(
         "validation_bytes": size.text_bytes,
         "validation": validation,
         "floors": baseline_losses(size.counts, costs, size.compressed, size.text_bytes),
-        "protocol": protocol(f"{size.documents:,} documents, each in {how}", model.config.objective.validation_folds),
+        "protocol": protocol(
+            f"{size.documents:,} documents, each in {how}", model.config.objective.validation_folds, size.lost_bytes
+        ),
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.files import sync_directory
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.tokenizers.training import LLAMA3_WORDS, QWEN2_WORDS
+from data_prep.tokenizers.training import LLAMA3_WORDS, QWEN2_WORDS, QWEN35_WORDS
 from lm.export.huggingface import template_with_start
 from lm.export.model_card import NO_FACTS, CardFacts
 from lm.export.stock_architectures import PARTS, StockClass, stock_class
@@ -25,6 +25,7 @@ from lm.model.transformer import Transformer
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import CHECKPOINTS, TOKENIZER, Run, warn
 
+PRE_TOKENIZERS = {LLAMA3_WORDS: "llama-bpe", QWEN2_WORDS: "qwen2", QWEN35_WORDS: "qwen35"}  # by their patterns
 NORMAL_TOKEN, CONTROL_TOKEN, UNUSED_TOKEN = 1, 3, 5  # llama.cpp's token types
 # Names of llama.cpp's converter, and the numbers of its file types and tensor types.
 OUTTYPES = {"f32": (0, 0), "f16": (1, 1), "bf16": (32, 30), "q8_0": (7, 8)}
@@ -121,11 +122,11 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
             return "starcoder"
         if not by_gpt2 and len(steps) == 2 and steps[0]["type"] == "Split":
             words = steps[0]["pattern"].get("Regex")
-            if words in (LLAMA3_WORDS, QWEN2_WORDS):
-                return "llama-bpe" if words == LLAMA3_WORDS else "qwen2"
+            if words in PRE_TOKENIZERS:
+                return PRE_TOKENIZERS[words]
     raise UserError(
         f"llama.cpp has no equivalent of this tokenizer (kind {tokenizer.kind}): only byte-level BPE with the split "
-        "gpt2, llama3 or qwen2 can be exported"
+        "gpt2, llama3, qwen2 or qwen35 can be exported"
     )
 
 

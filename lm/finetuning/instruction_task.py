@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
+from data_prep.tokenizers.loss import counted_bytes, loss_of
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.data.batch import IGNORED, Batch
@@ -79,7 +80,7 @@ def _turn(example: Example, chat: ChatFormat, context_length: int) -> Turn:
     names = {token_id: name for name, token_id in chat.tokenizer.special_tokens.items()}
     body: list[int] = []
     labels: list[int] = []
-    size = 0
+    size = lost = 0
     for number, (start, stop) in enumerate(spans):
         asked, said = pieces[2 * number : 2 * number + 2]
         body += asked
@@ -87,7 +88,12 @@ def _turn(example: Example, chat: ChatFormat, context_length: int) -> Turn:
         last, after = len(body), pieces[2 * number + 2]
         body += said
         labels += said
-        size += len(rendered.text[start:stop].encode()) - sum(len(names[t].encode()) for t in said if t in names)
+        text = rendered.text[start:stop]
+        size += len(text.encode())
+        lost += max(  # names of special tokens count as lost, too
+            sum(len(names[token].encode()) for token in said if token in names),
+            loss_of(chat.tokenizer, text, said).lost_bytes,
+        )
         if said[-1:] and said[-1] in names:
             continue
         labels.append(after[0] if after[:1] and after[0] in (end, *chat.ends) else end)
@@ -97,7 +103,7 @@ def _turn(example: Example, chat: ChatFormat, context_length: int) -> Turn:
     kept = slice(first, first + context_length)
     cut = len(body) > context_length
     row = chat.tokenizer.begun(body[kept])
-    return Turn(row, [IGNORED] * (len(row) - len(labels[kept])) + labels[kept], size, cut)
+    return Turn(row, [IGNORED] * (len(row) - len(labels[kept])) + labels[kept], counted_bytes(size, lost), cut)
 
 
 class InstructionTask(Task):

@@ -141,7 +141,7 @@ class TextObjective:
             predictable = split.tokens if readout == "next_token" else split.tokens - split.documents
             per_token = nats / max(predicted, 1)
             # Not ``bits_per_byte``: its order of divisions would change the last bit of what earlier runs have saved.
-            bits = per_token * predictable / split.text_bytes / math.log(2)
+            bits = per_token * predictable / split.counted_bytes / math.log(2)
             found[readout] = loss_on_text(per_token, int(predicted), bits)
         return found
 
@@ -150,7 +150,10 @@ open_objective = TextObjective
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:
-    """The cost of a text, in nats, spread over its UTF-8 bytes, in bits: it makes tokenizers comparable."""
+    """The cost of a text, in nats, spread over its UTF-8 bytes, in bits: it makes tokenizers comparable.
+
+    Bytes that the tokenizer loses are no part of ``text_bytes``, because no token predicts them.
+    """
     return nats / math.log(2) / text_bytes
 
 

@@ -125,8 +125,10 @@ def test_a_matrix_that_q8_0_cannot_divide_is_f16_and_named(make_run, tmp_path, c
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({}, "gpt-2"),
-        ({"digits": "single"}, "starcoder"),
+        ({}, "qwen35"),
+        ({"word_split": "qwen35", "digits": "single"}, "qwen35"),
+        ({"word_split": "gpt2"}, "gpt-2"),
+        ({"word_split": "gpt2", "digits": "single"}, "starcoder"),
         ({"word_split": "llama3"}, "llama-bpe"),
         ({"word_split": "qwen2"}, "qwen2"),
         ({"word_split": "llama3", "digits": "single"}, "qwen2"),

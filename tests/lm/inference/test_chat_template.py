@@ -118,13 +118,19 @@ SPECIAL = [
     *("<|endoftext|>", "<|pad|>", "<|mask|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end_of_turn|>"),
     *("<|im_start|>", "<|im_end|>", "<think>", "</think>", "[INST]", "[/INST]"),
 ]
-KINDS = ("byte level", "first", "always", "never", "prepend")
+KINDS = ("byte level", "first", "always", "never", "prepend", "unigram")
 
 
 @functools.cache
 def tokenizer_of(kind: str) -> Tokenizer:
     """A small BPE: of bytes, or with a space before the first word, before each part, or before none, as sentencepiece
     and its converters have it."""
+    if kind == "unigram":  # the names of special tokens are ordinary entries, too, as in T5's vocabulary
+        pieces = ["<unk>", *SPECIAL, "user", "▁the", "said", "assistant", *map(chr, range(33, 127)), "▁", "é", "\n"]
+        backend = Backend(models.Unigram([(piece, -1.0 - n / 64) for n, piece in enumerate(pieces)], 0, False))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        backend.add_special_tokens(SPECIAL)
+        return Tokenizer(backend)
     backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True) if kind != "byte level" else models.BPE())
     alphabet = list("<|>/[]_ \n▁:.?!{}*,\"'")
     if kind == "byte level":
