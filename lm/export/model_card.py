@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import ModelCardData
 
 from data_prep.errors import UserError
 from lm import __version__
@@ -120,6 +119,8 @@ def model_card(
         limits: what it cannot do; empty: ``training_limits``.
         settings: the file of the folder with the run's settings; empty: there is none.
     """
+    from huggingface_hub import ModelCardData
+
     evaluation = saved_evaluation(run, checkpoint) or {}
     metadata = ModelCardData(
         license=facts.license or None,
