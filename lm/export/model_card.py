@@ -16,6 +16,7 @@ import jinja2
 
 from data_prep.errors import UserError
 from lm import __version__
+from lm.config.settings import HEAD_TASKS
 from lm.export.stock_architectures import StockClass
 from lm.inference.chat_template import PLAIN_TURNS, read_template
 from lm.runs.checkpoint import Checkpoint
@@ -25,8 +26,6 @@ LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
 OUR_CONFIG = "kindling.toml"  # from which import_checkpoint restores all settings
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
-
-
 SHIFTED_NOTE = (
     "**The logits are shifted.** The logits at position i predict token i+1, as in a causal model, though the model "
     "reads in both directions: for a mask at position i, take the logits at i-1. The `mntp` backend of BabyLM's "
@@ -159,7 +158,8 @@ def language_model_card(run: Run, checkpoint: Checkpoint, stock: StockClass, rea
     auto = "AutoModelForCausalLM" if readout == "next_token" else "AutoModelForMaskedLM"
     where = f'"{facts.name}"' if facts.name else '"."  # this folder'
     tuned = finetuned_settings(run, checkpoint)
-    answers = readout == "next_token" and tuned is not None and tuned["task"] == "instruction"
+    template, imported = read_template(run.path), "imported_from" in checkpoint.state
+    answers = readout == "next_token" and (tuned["task"] == "instruction" if tuned else imported and bool(template))
     report = run.config.report
     body = ANSWER if answers else CONTINUE if readout == "next_token" else FILL
     values = {
@@ -174,7 +174,7 @@ def language_model_card(run: Run, checkpoint: Checkpoint, stock: StockClass, rea
         snippet = snippet.replace(name, value)
     start = "The tokenizer adds the end-of-text token before each text, as in training: keep `add_special_tokens=True`."
     turns = "The chat template marks the turns with names only: stop generating at a new line that begins with `User:`."
-    plain = readout == "next_token" and read_template(run.path) in (None, PLAIN_TURNS)
+    plain = readout == "next_token" and template in (None, PLAIN_TURNS)
     return model_card(
         run,
         checkpoint,
@@ -183,7 +183,11 @@ def language_model_card(run: Run, checkpoint: Checkpoint, stock: StockClass, rea
         tags=["mntp"] if readout == "masked_next_token" else [],
         snippet=snippet,
         facts=facts,
-        notes=[start, *([turns] if plain else []), *([SHIFTED_NOTE] if readout == "masked_next_token" else [])],
+        notes=[
+            *([] if run.tokenizer.is_imported else [start]),
+            *([turns] if plain else []),
+            *([SHIFTED_NOTE] if readout == "masked_next_token" else []),
+        ],
     )
 
 
@@ -229,9 +233,10 @@ def training_limits(run: Run, checkpoint: Checkpoint) -> list[str]:
     if tuned and tuned["task"] == "instruction":
         return ["It has learned to answer from the examples above, and answers like them, right or wrong."]
     if tuned:
+        dropped = ", and the task's head was dropped" if tuned["task"] in HEAD_TASKS else ""
         return [
-            f"Its weights were changed for the task {tuned['task']}, which reads texts {_reading(tuned)}, and the "
-            "task's head was dropped: as a language model it may be worse than the model it was made from."
+            f"Its weights were changed for the task {tuned['task']}, which reads texts {_reading(tuned)}{dropped}: "
+            "as a language model it may be worse than the model it was made from."
         ]
     if "merged_from" in checkpoint.state:
         return ["Its weights were changed for a task: it may be worse as a language model than what it was made from."]
@@ -249,6 +254,8 @@ def hub_base(run: Run, checkpoint: Checkpoint) -> str:
             return str(checkpoint.state.get("hub_name", ""))
         tuned = finetuned_settings(run, checkpoint)
         base = tuned["base"] if tuned else run.config.training.init_from
+        if not base:
+            break
         try:
             run = open_run(base)
             checkpoint = run.newest()

@@ -132,12 +132,24 @@ def test_a_trunk_that_lost_its_task_says_what_it_was(classifier, tmp_path):
     assert said in done.stderr
 
 
+def test_a_task_without_a_head_has_dropped_none(small, dataset, tmp_path):
+    config = small.replace(task="contrastive", weights="random", reads="causal", method="full", train="pairs.jsonl")
+    card = card_of(run_of(config, dataset.tokenizer, tmp_path / "run"), tmp_path / "out")
+    assert "which reads texts from left to right: as a language model it may be worse" in card
+    assert "random weights" in card
+    assert "head was dropped" not in card
+
+
 def test_an_imported_model_names_what_it_came_from_and_claims_no_training(make_run, tmp_path):
     out = export(make_run(objective="next_token"), tmp_path / "source", "next_token")
+    (out / "chat_template.jinja").unlink()
     import_checkpoint(str(out), tmp_path / "back")
     card = card_of(open_run(tmp_path / "back"), tmp_path / "again")
     assert "Imported from source; Kindling has not trained it further." in card
     assert "steps" not in card
+    assert "apply_chat_template" not in card
+    (tmp_path / "back" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert "apply_chat_template" in card_of(open_run(tmp_path / "back"), tmp_path / "with a template")
 
 
 def test_what_was_made_from_a_model_of_the_hub_names_it_as_its_base(make_run, small, dataset, tmp_path, monkeypatch):
