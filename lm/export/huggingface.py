@@ -191,7 +191,8 @@ def generation_config(run: Run) -> dict[str, Any]:
     ids = token_ids(run.tokenizer)
     ends = list(dict.fromkeys([*run.tokenizer.end_ids, *chat_format(run.path, run.tokenizer, run.config).ends]))
     return (
-        ids
+        kept
+        | ids
         | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
         | {"suppress_tokens": unwritable_ids(run.tokenizer, run.config.model.vocab_size)}
     )
