@@ -19,6 +19,7 @@ from data_prep.files import atomic_file
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.data.examples import Example, columns_of, stream_examples
+from lm.export.task_model import TaskHead
 from lm.finetuning.answers import Answer, Answers
 from lm.finetuning.head_task import HEADS, encoder_of, outputs_of, task_model
 from lm.finetuning.heads import TaskModel
@@ -38,10 +39,22 @@ class Predictor:
     run: Run
     model: TaskModel
     answers: Answers
+    saved: Checkpoint
 
     @property
     def config(self) -> Config:
         return self.run.config
+
+    @property
+    def exportable_head(self) -> TaskHead:
+        """The head as ``lm.export`` takes it: its outputs are classes' logits, or a regression's values."""
+        head, answers, task = self.model.head, self.answers, self.config.finetune
+        weight = head.weight.detach().cpu().double() * answers.deviation
+        bias = torch.zeros(len(weight)) if head.bias is None else head.bias.detach().cpu()
+        bias = bias.double() * answers.deviation + answers.mean
+        labels = answers.labels or ("value" if task.task == "regression" else "score",)
+        texts = 2 if task.task == "choice" else answers.texts or 1
+        return TaskHead(weight.float(), bias.float(), labels, texts, self.model.pairs)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -58,8 +71,9 @@ def open_predictor(
     run = open_run(path)
     if not run.config.has_task_head:
         raise UserError(f"{run.path} was not fine-tuned on a task with a head: kindling finetune makes such a run")
-    model, answers = load_task_model(run, run.checkpoint(which, warn))
-    return Predictor(run, model.to(device).eval(), answers)
+    saved = run.checkpoint(which, warn)
+    model, answers = load_task_model(run, saved)
+    return Predictor(run, model.to(device).eval(), answers, saved)
 
 
 def load_task_model(run: Run, saved: Checkpoint) -> tuple[TaskModel, Answers]:
