@@ -58,7 +58,8 @@ def export_adapter(
         raise UserError(f"{run.path} has no LoRA adapter: fine-tune with --method lora, or export with --to hf")
     run.refuse_another(checkpoint)
     start = starting_trunk(config.replace(method="full"), run.path)
-    base, trained = trunk_weights(config, start.state_dict()), {}
+    base = trunk_weights(config, start.state_dict())
+    trained: dict[str, Tensor] = {}
     if head is not None:
         content, trained = stock_task_model(run, head, start.norm.weight)
         kind = "TOKEN_CLS" if task.task == "tokens" else "SEQ_CLS"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,7 +66,7 @@ def export_sentence_transformers(
         (folder / "modules.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
         length = {"max_seq_length": run.config.data.context_length, "do_lower_case": False}
         write_json(folder / "sentence_bert_config.json", length)
-        prompts = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+        prompts: dict[str, Any] = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
         write_json(folder / "config_sentence_transformers.json", prompts)
         public_settings(run.config).save(folder / OUR_CONFIG)
         (folder / "README.md").write_text(_card(run, checkpoint, reading, facts), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,23 @@ def write_trunk(run: Run, folder: Path, config: dict[str, Any], weights: Mapping
 
 
 def refuse_other_tokens(run: Run, texts: int) -> None:
-    """Raise UserError if the exported tokenizer adds other special tokens to ``texts`` texts read together than we do.
+    """Raise UserError if the exported tokenizer adds other special tokens to a text than we do, or to a pair of texts.
 
-    That of an imported checkpoint adds what it always added.
+    That of an imported checkpoint adds what it always added. ``texts`` is how many are read together, 1 or 2.
     """
     tokenizer = run.tokenizer
+    theirs = Backend.from_str(json.dumps(tokenizer_with_start(tokenizer)))
     words = ["a", "b"][:texts]
-    begin, end_of_text = tokenizer.begin_id, tokenizer.end_of_text_id
-    ours, _ = sequence_of(tokenizer.encode_batch(words), begin, end_of_text, run.config.data.context_length)
-    theirs = Backend.from_str(tokenizer.to_json()) if tokenizer.is_imported else None
-    if theirs is not None and theirs.encode(*words).ids != ours:
+    ours, _ = sequence_of(
+        [theirs.encode(word, add_special_tokens=False).ids for word in words],
+        tokenizer.begin_id,
+        tokenizer.end_of_text_id,
+        run.config.data.context_length,
+    )
+    found = theirs.encode("a", "b") if texts == 2 else theirs.encode("a")
+    if found.ids != ours:
         what = "a pair of texts" if texts == 2 else "a text"
         raise UserError(
-            f"{run.path} cannot be exported: its imported tokenizer marks {what} with other special tokens than "
-            "Kindling's fine-tuning and embedding do"
+            f"{run.path} cannot be exported: its imported tokenizer adds other special tokens to {what} than it was "
+            "read with here"
         )
