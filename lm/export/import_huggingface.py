@@ -6,6 +6,7 @@ Nothing is unpickled, and no code of the folder runs.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from data_prep.errors import UserError
 from data_prep.files import new_folder, read_json
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.recipes import load_config
-from lm.config.settings import Config, ModelConfig
+from lm.config.settings import Config, FinetuneConfig, ModelConfig
 from lm.export.huggingface import OUR_CONFIG, tokenizer_without_start
 from lm.export.stock_architectures import StockClass, model_config, weight_names
 from lm.model.transformer import Transformer
@@ -131,6 +132,6 @@ def _settings(folder: Path, from_shape: Config, stock: StockClass) -> Config:
     if (folder / OUR_CONFIG).is_file():
         ours = load_config(folder / OUR_CONFIG)
         if _shapes(ours.model) == _shapes(from_shape.model):
-            return ours
+            return dataclasses.replace(ours, finetune=FinetuneConfig())  # the weights are plain now
     context = int(_json(folder / "config.json").get("max_position_embeddings", 512))
     return from_shape.replace(context_length=context, batch_tokens=context, objective=stock.readout)

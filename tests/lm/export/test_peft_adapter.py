@@ -12,6 +12,7 @@ from lm import api
 from lm.finetuning.finetune import finetune
 from lm.training.reporter import NullReporter
 from tests.lm.export.conftest import our_logits
+from tests.lm.export.test_model_card import run_snippet
 
 transformers = pytest.importorskip("transformers")
 
@@ -57,7 +58,7 @@ def with_adapter(run, out, auto: str):
         {"lora_matrices": ("query", "down")},
     ],
 )
-def test_the_logits_of_a_language_model(adapted, tmp_path, changes):
+def test_the_logits_of_a_language_model(adapted, tmp_path, monkeypatch, changes):
     run = adapted("instruction", **changes)
     model, _, alone = with_adapter(run, tmp_path / "out", "AutoModelForCausalLM")
     ids = torch.randint(0, run.config.model.vocab_size, (3, 30), generator=torch.Generator().manual_seed(0))
@@ -68,7 +69,9 @@ def test_the_logits_of_a_language_model(adapted, tmp_path, changes):
     assert (before - ours).abs().max() > 1e-3
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (settings["task_type"], settings["base_model_name_or_path"]) == ("CAUSAL_LM", str(tmp_path / "out" / "base"))
-    assert "peft" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: peft" in card
+    run_snippet(card, tmp_path / "out", monkeypatch)
 
 
 @pytest.mark.parametrize("reads", ["bidirectional", "causal"])

@@ -11,6 +11,8 @@ from click.testing import CliRunner
 from data_prep.errors import UserError
 from lm import api
 from lm.cli.main import main
+from lm.export.import_huggingface import import_checkpoint
+from lm.finetuning.finetune import finetune
 from tests.lm.export.conftest import SHAPES
 
 TEXTS = [
@@ -76,8 +78,6 @@ def test_the_layout_names_the_pooling(make_run, tmp_path):
 
 
 def test_a_contrastive_run_is_exported_as_it_reads(task_settings, task_files, recorder, tmp_path):
-    from lm.finetuning.finetune import finetune
-
     train, _ = task_files["classification"]
     settings = task_settings("classification", epochs=0.2).replace(
         task="contrastive", train=train, validation="", pooling="mean", reads="bidirectional", dropout=0.1,
@@ -108,3 +108,15 @@ def test_a_run_with_a_head_embeds_nothing(classifier, tmp_path):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert "no longer a language model" in result.stderr
+
+
+def test_an_exported_fine_tuning_is_imported_as_a_plain_run(task_settings, task_files, recorder, tmp_path):
+    settings = task_settings("classification", epochs=0.2, dropout=0.1, method="lora").replace(
+        task="contrastive", train=task_files["classification"][0], validation="", judged_by="auto"
+    )
+    run = finetune(settings, tmp_path / "run", recorder)
+    ours = saved(run.path, tmp_path / "out")
+    import_checkpoint(str(tmp_path / "out"), tmp_path / "back")
+    back = api.load(tmp_path / "back")
+    assert not back.config.is_finetuning
+    np.testing.assert_array_equal(back.embed(TEXTS), ours)

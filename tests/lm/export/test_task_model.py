@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
+from huggingface_hub import ModelCard
 
 from data_prep.errors import UserError
 from lm import api
+from lm.cli.main import main
 from lm.export.stock_architectures import STOCK_CLASSES
 from lm.export.task_model import TaskHead, head_weights
 from lm.finetuning.answers import Answers
-from lm.finetuning.finetune import settle_reading
+from lm.finetuning.finetune import finetune, settle_reading
 from lm.finetuning.head_task import HEADS, task_model
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint
@@ -21,6 +23,7 @@ from lm.runs.base_weights import BASE
 from lm.runs.checkpoint_writer import snapshot, trained_tensors
 from lm.runs.directory import open_run, plain_settings
 from tests.lm.export.conftest import SHAPES
+from tests.lm.export.test_model_card import run_snippet
 
 transformers = pytest.importorskip("transformers")
 
@@ -196,20 +199,46 @@ def test_the_folder_names_labels_and_is_read_by_others(make_task, tmp_path):
     assert "on films.jsonl: 7 steps" in card
 
 
-def test_a_run_made_before_keeps_its_head(classifier, task_settings, recorder, tmp_path):
-    from lm.finetuning.finetune import finetune
+@pytest.mark.parametrize(
+    ("kind", "texts"), [("classification", 1), ("classification", 2), ("regression", 1), ("tokens", 0), ("choice", 0)]
+)
+def test_the_command_names_the_pipeline_and_the_card_runs(make_task, tmp_path, monkeypatch, kind, texts):
+    names = labels(3) if kind in ("classification", "tokens") else ()
+    make_task(HEADS[kind](names, texts), task=kind, pairs="together")
+    arguments = ["export", str(tmp_path / "run"), "--to", "hf", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    pipeline = "token-classification" if kind == "tokens" else "text-classification"
+    assert f'transformers.pipeline("{pipeline}", "{tmp_path / "out"}")' in result.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ModelCard(card).data.pipeline_tag == pipeline
+    assert run_snippet(card, tmp_path / "out", monkeypatch).strip()
 
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--to", "gguf"], "no longer a language model"),
+        (["--to", "hf", "--readout", "next_token"], "--readout is for language models"),
+        (["--to", "hf", "--normalize"], "--normalize are for --to sentence-transformers"),
+    ],
+)
+def test_options_of_other_exports_are_refused(make_task, tmp_path, options, words):
+    make_task(HEADS["classification"](labels(2), 1), task="classification")
+    arguments = ["export", str(tmp_path / "run"), *options, "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, words in result.stderr) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_made_before_keeps_its_head(task_settings, recorder, tmp_path):
     settings = task_settings("classification", epochs=0.2, reads="causal")
     new = finetune(settings, tmp_path / "new", recorder)
     assert new.config.finetune.head_bias == "false"
     assert "head.bias" not in new.newest().model()
-    old = finetune(replace_head_bias(settings, "true"), tmp_path / "old", recorder)
+    old = finetune(settings.replace(head_bias="true"), tmp_path / "old", recorder)
     toml = tmp_path / "old" / "config.toml"
     toml.write_text("".join(line for line in toml.read_text().splitlines(True) if "head_bias" not in line))
     again = finetune(settings, tmp_path / "old", recorder)  # the same command as before
     assert open_run(old.path).config.finetune.head_bias == again.config.finetune.head_bias == "true"
     assert "head.bias" in again.newest().model()
-
-
-def replace_head_bias(config, value):
-    return replace(config, finetune=replace(config.finetune, head_bias=value))
