@@ -490,13 +490,3 @@ def corpus_of(text: str) -> tuple[str, Fraction]:
         return (path, Fraction(weight)) if at else (text, Fraction(1))
     except (ValueError, ZeroDivisionError):
         return text, Fraction(1)  # the "@" is part of the path
-
-
-def usual_reading(config: Config) -> str:
-    """The attention for reading texts: "bidirectional" if the run was trained to fill masks, else "causal"."""
-    return "causal" if config.readouts == ("next_token",) else "bidirectional"
-
-
-def usual_pooling(reads: str) -> str:
-    """The pooling for this attention: "last" if only the last token has seen the whole text, else "mean"."""
-    return "last" if reads == "causal" else "mean"

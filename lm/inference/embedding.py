@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import atomic_file
-from lm.config.settings import Config, usual_pooling, usual_reading
+from lm.config.settings import Config
 from lm.data.packed_sequences import packed, pooled, sequence_of
 from lm.inference.language_model import LanguageModel
 
@@ -47,6 +47,16 @@ def reading_of(
     reads = reads or (usual_reading(config) if tuned.reads == "auto" else tuned.reads)
     pooling = pooling or (usual_pooling(reads) if tuned.pooling == "auto" else tuned.pooling)
     return Reading(reads, pooling, layer, normalize)
+
+
+def usual_reading(config: Config) -> str:
+    """The attention for reading texts: "bidirectional" if the run was trained to fill masks, else "causal"."""
+    return "causal" if config.readouts == ("next_token",) else "bidirectional"
+
+
+def usual_pooling(reads: str) -> str:
+    """The pooling for this attention: "last" if only the last token has seen the whole text, else "mean"."""
+    return "last" if reads == "causal" else "mean"
 
 
 def vectors_of(

@@ -54,7 +54,7 @@ def with_adapter(run, out, auto: str):
     "changes",
     [
         {},
-        {"lora_rank": 20, "lora_alpha": 5.0},  # more than the smaller side of some matrices
+        {"lora_rank": 40, "lora_alpha": 5.0},  # more than the smaller side of some matrices
         {"lora_matrices": ("query", "down")},
     ],
 )
