@@ -266,6 +266,32 @@ def test_a_special_token_is_the_templates_alone(template, messages, special):
     assert tokenizer.decode(tokens) == ChatFormat(template, tokenizer).render(said).text
 
 
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("('<' ~ c) == '<<|user|>'", "True"),
+        ("('a' + c + 'b') in ['a<|user|>b']", "True"),
+        ("([c, 'a'] | join) == '<|user|>a'", "True"),
+        ("([c, 'a'] | join('-')).endswith('|>-a')", "True"),
+        ("('%s!' | format(c)) == '<|user|>!'", "True"),
+        ("'{}'.format(c) == '<|user|>'", "True"),
+        ("'<|user|>x'.startswith(c)", "True"),
+        ("'a<|user|>b'.split(c) | length", "2"),
+        ("'a<|user|>b'.replace(c, '') == 'ab'", "True"),
+        ("(c | upper).lower() == c", "True"),
+        ("(c | first) == '<' and (c | last) == '>' and (c | reverse) == '>|resu|<'", "True"),
+        ("kept == c and kept.strip('<|>') == 'user'", "True"),
+        ("c | length", "8"),
+    ],
+)
+def test_a_template_sees_what_a_message_spells(expression, value):
+    template = "{% set c = messages[0].content %}{% set kept %}{{ c }}{% endset %}{{ " + expression + " }}<|user|>"
+    chat = ChatFormat(template, tokenizer_of("byte level"))
+    said = [{"role": "user", "content": "<|user|>"}]
+    assert chat.render(said).text == value + "<|user|>"
+    assert chat.encode(said) == [*chat.tokenizer.encode(value), chat.tokenizer.special_tokens["<|user|>"]]
+
+
 def test_what_cannot_be_followed_is_refused_only_where_it_matters():
     chat = ChatFormat("{{ messages[0].content | urlencode }}<|user|>", tokenizer_of("byte level"))
     assert chat.encode([{"role": "user", "content": "the user"}])[-1] == chat.tokenizer.special_tokens["<|user|>"]
