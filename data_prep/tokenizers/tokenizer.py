@@ -24,6 +24,7 @@ from data_prep.errors import UserError
 from data_prep.files import parse_json, write_atomically
 from data_prep.settings import END_OF_TEXT, MASK, PADDING
 from data_prep.tokenizers.encoder_probes import PROBES
+from data_prep.tokenizers.special_tokens import SpecialTokens, recorded
 from data_prep.tokenizers.spelled_names import keep_spelled_names, unknown_id
 
 # How existing tokenizers spell the three special tokens; the first one present is used.
@@ -46,7 +47,12 @@ class Tokenizer:
     """Convert text to token ids and back.
 
     Attributes:
-        end_of_text_id, padding_id, mask_id: the three special tokens that training needs.
+        end_of_text_id: what ends a document.
+        begin_id: what begins a text; None if nothing does. It is the end of text, unless a checkpoint was imported.
+        end_ids: the tokens that end a generated text.
+        padding_id: what fills up a batch; an imported checkpoint may use its end of text.
+        unwritable_ids: tokens that are never generated.
+        special: all of these, as one value.
         vocab_size: the largest id plus one.
         kind: ``bpe``, ``wordpiece``, ``unigram``, ``bytes`` or ``characters``, or the lowercase name of any other
             model type.
@@ -60,9 +66,10 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.end_of_text_id = _find_or_add(backend, END_OF_TEXT_SPELLINGS)
-        self.padding_id = _find_or_add(backend, PADDING_SPELLINGS)
-        self.mask_id = _find_or_add(backend, MASK_SPELLINGS)
+        self.special = recorded(backend) or _found_or_added(backend)
+        self.end_of_text_id, self.padding_id = self.special.end_of_text, self.special.padding
+        self.begin_id, self.end_ids = self.special.begin, self.special.ends
+        self.unwritable_ids = self.special.unwritable
         self._file_text = keep_spelled_names(backend)  # after all special tokens are known
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -115,6 +122,36 @@ class Tokenizer:
         if model["type"] != "BPE" or model["merges"]:
             return str(model["type"]).lower()
         return "characters" if model["byte_fallback"] else "bytes"
+
+    @property
+    def mask_id(self) -> int:
+        """What hides a token. UserError if the tokenizer has no such token."""
+        if self.special.mask is None:
+            raise UserError(
+                "this tokenizer has no mask token: train with --objective next_token, or import the checkpoint again "
+                "with --add-mask"
+            )
+        return self.special.mask
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the special tokens are those of an imported checkpoint, recorded in its ``tokenizer.json``."""
+        return recorded(self._backend) is not None
+
+    def begun(self, ids: Iterable[int]) -> list[int]:
+        """The ids of a text after what begins it; an empty text that nothing begins is an end of text.
+
+        An imported tokenizer's own beginning is not added twice: a chat template may have written it.
+        """
+        text = list(ids)
+        written = text[:1] == [self.begin_id] != [self.end_of_text_id]
+        start = [] if self.begin_id is None or written else [self.begin_id]
+        return [*start, *text] or [self.end_of_text_id]
+
+    @property
+    def start_id(self) -> int:
+        """What stands before a text whose first token is predicted: its beginning, else the end of another text."""
+        return self.end_of_text_id if self.begin_id is None else self.begin_id
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without adding special tokens."""
@@ -285,6 +322,14 @@ def _bytes_of_byte_characters(token: str) -> bytes:
         return bytes(BYTE_OF_CHARACTER[character] for character in token)
     except KeyError:
         return token.encode("utf-8")
+
+
+def _found_or_added(backend: Backend) -> SpecialTokens:
+    """The three special tokens that training needs, added where they are missing."""
+    end = _find_or_add(backend, END_OF_TEXT_SPELLINGS)
+    padding = _find_or_add(backend, PADDING_SPELLINGS)
+    mask = _find_or_add(backend, MASK_SPELLINGS)
+    return SpecialTokens(end, end, end, (end,), padding, mask, unwritable=(padding, mask))
 
 
 def _find_or_add(backend: Backend, spellings: Sequence[str]) -> int:

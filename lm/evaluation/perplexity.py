@@ -52,7 +52,7 @@ class Window:
 def windows(length: int, context_length: int, stride: int, *, bidirectional: bool) -> Iterator[Window]:
     """Yield windows of at most ``context_length`` tokens that predict every token of a document from 1 on once.
 
-    A document is ``length`` tokens, the first being the end of text before it. A causal window ends before the last
+    A document is ``length`` tokens, the first being what stands before its text. A causal window ends before the last
     token that it predicts; a bidirectional one begins with the token before the first, because a masked readout may
     predict from there.
     """
@@ -71,17 +71,17 @@ def document_queries(
     ``next_token`` also predicts the end of the document if it ``ends``. A masked readout hides one fold of a window's
     tokens at a time behind the mask token, until all have been hidden.
     """
-    context, end, folds = model.context_length, model.tokenizer.end_of_text_id, model.config.objective.validation_folds
-    row = np.array([end, *text], dtype=np.int64)
+    context, tokenizer, folds = model.context_length, model.tokenizer, model.config.objective.validation_folds
+    row = np.array([tokenizer.start_id, *text], dtype=np.int64)
     if readout == "next_token":
-        row = np.append(row, end) if ends else row
+        row = np.append(row, tokenizer.end_of_text_id) if ends else row
         for window in windows(len(row), context, stride, bidirectional=False):
             positions = range(window.first - 1 - window.begin, window.last - 1 - window.begin)
             targets = row[window.first : window.last].tolist()
             yield Query(number, row[window.begin : window.end].tolist(), positions, targets)
         return
     fold_of = validation_fold(np.array([number]), np.arange(len(row)), folds)
-    fold_of[0] = -1  # the end of text is never hidden
+    fold_of[0] = -1  # the start is never hidden
     shift = 1 if readout == "masked_next_token" else 0
     for window in windows(len(row), context, min(stride, context - 1), bidirectional=True):
         for fold in range(folds):

@@ -85,6 +85,9 @@ def log_probabilities(logits: Tensor, top: int) -> tuple[Tensor, list[tuple[int,
 
 
 def writable(logits: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Set logits (…, vocabulary) of tokens that are never generated (padding, mask, unused) to -inf, in place."""
+    """Set logits (…, vocabulary) of tokens that are never generated to -inf, in place.
+
+    These are the tokenizer's ``unwritable_ids`` (padding and mask) and the rows of the embeddings without a token.
+    """
     logits[..., tokenizer.vocab_size :] = float("-inf")
-    return logits.index_fill_(-1, torch.tensor([tokenizer.padding_id, tokenizer.mask_id]), float("-inf"))
+    return logits.index_fill_(-1, torch.tensor(tokenizer.unwritable_ids, dtype=torch.int64), float("-inf"))

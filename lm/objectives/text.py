@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from data_prep.errors import UserError
 from lm.config.settings import Config
 from lm.data.batch import IGNORED, Batch, Rows, Vocabulary, assemble
 from lm.data.keyed_random import Stream, key, uniform, uniform_at, validation_fold
@@ -50,6 +51,11 @@ class TextObjective:
     def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
         self.config, self.vocabulary, self.seed = config.objective, vocabulary, config.training.seed
         self.readouts = config.readouts
+        if vocabulary.mask < 0 and self.readouts != ("next_token",):
+            raise UserError(
+                f"the tokenizer has no mask token, which {self.config.objective} needs: train with --objective "
+                "next_token, or import the checkpoint again with --add-mask"
+            )
 
     def prepare(self, rows: Rows) -> Batch:
         """The batch of one optimizer step, the causal rows first.
@@ -84,11 +90,11 @@ class TextObjective:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Hide tokens as BERT does (Devlin et al. 2019, section 3.1): (inputs with tokens hidden, targets).
 
-        Ends of text are never hidden, nor, when the neighbor to the left predicts, a first token that has none.
+        Ends of text and beginnings are never hidden, nor, when the neighbor to the left predicts, a first token that has none.
         """
         config = self.config
         chance = uniform(key(self.seed, Stream.HIDDEN_TOKENS), numbers, inputs.shape[1])
-        kept = inputs == self.vocabulary.end_of_text
+        kept = self.vocabulary.borders(inputs)
         chance[kept | starts if shifted else kept] = 2.0
         # At least one token a row, so that no row is idle: the one with the smallest number.
         chosen = (chance < config.mask_rate) | ((chance == chance.min(axis=1, keepdims=True)) & (chance < 1))
@@ -201,6 +207,7 @@ def validation_batch(
         inputs = np.where(chosen, vocabulary.mask, windows)
         targets = _targets_of_hidden(windows, chosen, shifted=readout == "masked_next_token")
     starts = windows[:, : inputs.shape[1]] == vocabulary.end_of_text
+    inputs = vocabulary.with_beginnings(inputs)
     masked = np.full(len(windows), readout != "next_token")
     weights = (targets != IGNORED).astype(np.float32)
     return assemble(inputs, targets, weights, starts, masked, parts={readout: len(windows)})
