@@ -27,6 +27,7 @@ from lm.config.recipes import load_config
 from lm.config.settings import HEAD_TASKS, METHODS, Config, finetuning_defaults
 from lm.data.examples import Example, content_hash, read_task
 from lm.data.keyed_random import Stream, key, permuted
+from lm.finetuning.answers import labels_of
 from lm.finetuning.contrastive_task import ContrastiveTask
 from lm.finetuning.head_task import HeadTask
 from lm.finetuning.instruction_task import InstructionTask, settle_template
@@ -108,7 +109,7 @@ class Finetuning(TrainModule[Any]):
         else:
             base = open_run(config.finetune.base)
             tokenizer, weights = base.tokenizer, weights or base.plain_weights()
-        train, validation = read_task(config.finetune)
+        train, validation = read_task(config.finetune, labels_of(path))
         self.config = settle_template(settle_steps(settle_reading(config), len(train)), tokenizer)
         self.path, self.ranks, self.weights = path, ranks, weights
         self.name, self.processor = config.finetune.train, tokenizer
