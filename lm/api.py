@@ -39,6 +39,7 @@ from lm.model.device import choose_device
 from lm.reports.run_report import write_report
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, open_run, saved_evaluation
+from lm.runs.run_data import located
 from lm.training import pretraining
 from lm.training.distributed import is_main_process
 from lm.training.reporter import Reporter
@@ -338,7 +339,7 @@ def evaluate(
         return validation_loss.evaluate(opened, str(data), saved)
 
     def model() -> Model:  # after the files of examples have been read, so that their mistakes show at once
-        return load_model(opened, checkpoint=str(checkpoint), device=device)
+        return load_model(located(opened), checkpoint=str(checkpoint), device=device)
 
     if text:
         reading = ReadSettings(text_field=text_field)

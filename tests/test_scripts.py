@@ -109,7 +109,7 @@ def test_evaluation_and_report_follow(run):
             ["train.py", "tiny", "--run", "{new}", "--data", "{data}", "--batch-tokens", "65536", *LONG],
             ["context_length 65536 is longer than the training text"],
         ),
-        (["train.py", "configs/tinny.toml"], ['no recipe "configs/tinny.toml"', 'did you mean "tiny.toml"?']),
+        (["train.py", "configs/tinny.toml"], ['no recipe "configs/tinny.toml"', 'did you mean "configs/tiny.toml"?']),
         (
             ["train.py", "{recipe}", "--run", "{new}", "--dropout", "7", "--stpes", "3"],
             ['"hidden_sise"', "--dropout must be at most 0.9", "--stpes"],

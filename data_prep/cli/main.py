@@ -13,6 +13,7 @@ from data_prep.cli.errors import FriendlyGroup
 from data_prep.cli.options import options_of
 from data_prep.cli.tables import print_table
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command, example_recipe
 from data_prep.settings import DEFAULT_SHARD_TOKENS, BuildSettings, CleaningSettings, ReadSettings, TokenizerSettings
 
 DIRECTORY = click.Path(path_type=Path)
@@ -116,7 +117,7 @@ def _print_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
     if left_out:
         click.echo(f"left out: {', '.join(left_out)}")
     click.echo(f"in: {out}")
-    click.echo(f"next: python train.py configs/tiny.toml --data {out} --run runs/{out.resolve().name}")
+    click.echo(f"next: {command('train')} {example_recipe()} --data {out} --run runs/{out.resolve().name}")
 
 
 @main.command()

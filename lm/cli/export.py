@@ -8,6 +8,7 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from lm.cli.options import best_checkpoint_option, checkpoint_option, run_argument
 
 
@@ -89,7 +90,7 @@ def import_run(source: str, run: Path) -> None:
 
     import_checkpoint(source, run)
     click.echo(str(run))
-    click.echo(f"next: python sample.py {run} --prompt …, or evaluate.py {run} --data …", err=True)
+    click.echo(f"next: {command('sample')} {run} --prompt …, or {command('evaluate')} {run} --data …", err=True)
 
 
 @click.command("merge", cls=FriendlyCommand)

@@ -10,6 +10,7 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from lm.cli.options import given_settings, json_option, run_argument, seeds_of, settings_options
 from lm.config.settings import finetuning_settings
 
@@ -60,7 +61,7 @@ def finetune(
     among answers, follow instructions, or embed sentences.
 
     \b
-    python finetune.py runs/mine --task classification --train train.jsonl --validation validation.jsonl --run runs/task
+    kindling finetune runs/mine --task classification --train train.jsonl --validation validation.jsonl --run runs/task
 
     The same command resumes a run that was stopped. The checkpoint with the best validation is kept, and predict uses
     it.
@@ -106,5 +107,8 @@ def _print_results(done: list[Finetuned], as_json: bool) -> None:
             more = f" ± {spread[name]:.4f} over {len(done)} seeds" if spread else ""
             click.echo(f"{name}  {mean[name]:.4f}{more}")
     task = done[0].config
-    use = "predict" if task.has_task_head else "embed" if task.finetune.task == "contrastive" else "sample"
-    click.echo(f"{done[0].path} is ready, best at step {done[0].step:,}; next: kindling {use} {done[0].path}", err=True)
+    use, how = "sample", "--chat"
+    if task.has_task_head or task.finetune.task == "contrastive":
+        use, how = "predict" if task.has_task_head else "embed", "--input FILE --output FILE"
+    ready = f"{done[0].path} is ready, best at step {done[0].step:,}"
+    click.echo(f"{ready}; next: {command(use)} {done[0].path} {how}", err=True)

@@ -11,6 +11,7 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import USER_ERROR_STATUS, UserError
+from data_prep.errors.command_names import command
 from lm.cli.options import given_settings, json_option, settings_options
 from lm.config.settings import Config, pretraining_settings
 
@@ -56,7 +57,7 @@ def train(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Pretrain a model: RECIPE is a TOML file such as configs/tiny.toml, or the name of one that comes with Kindling.
+    """Pretrain a model: RECIPE is a TOML file, or the name of one that comes with Kindling, such as tiny.
 
     Every setting of a recipe is also an option here; the defaults below apply to settings that are not in the recipe.
     The same command resumes a run that was stopped.
@@ -78,7 +79,7 @@ def train(
             leave_unless_first(USER_ERROR_STATUS)
         raise
     if plan_only:
-        _print_plan(config, before, as_json)
+        _print_plan(config, before, run_path, as_json)
         return
     from lm import api
 
@@ -88,14 +89,19 @@ def train(
     if as_json:
         last = [line for line in run.metrics() if "validation" in line][-1:]
         click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
-    click.echo(f"{run_path} is ready, with {run_path / 'report.html'}; next: python evaluate.py {run_path}", err=True)
+    ready = f"{run_path} is ready, with {run_path / 'report.html'}"
+    click.echo(f"{ready}; next: {command('evaluate')} {run_path}", err=True)
 
 
-def _print_plan(config: Config, before: Config | None, as_json: bool) -> None:
+def _print_plan(config: Config, before: Config | None, run_path: Path, as_json: bool) -> None:
     from data_prep.cli.tables import print_table
+    from lm.runs.directory import Run
+    from lm.runs.run_data import located
     from lm.training.plan import plan_run
     from lm.training.trainer import explain_out_of_memory
 
+    if before is not None:
+        config = located(Run(run_path, config)).config
     with explain_out_of_memory():
         plan = plan_run(config, before)
     if as_json:

@@ -136,7 +136,7 @@ class DataConfig:
 
     data: tuple[str, ...] = setting(
         (),
-        "folders of token shards, made by: python -m data_prep build; with several, FOLDER@WEIGHT sets a folder's "
+        "folders of token shards, made by kindling prep build; with several, FOLDER@WEIGHT sets a folder's "
         "share of the rows (weight 1 if omitted)",
         on_resume="free",
     )
@@ -474,8 +474,14 @@ def finetuning_defaults() -> dict[str, Any]:
 
 
 def corpus_of(text: str) -> tuple[str, Fraction]:
-    """Split an entry of the setting ``data``, ``PATH@WEIGHT`` or ``PATH`` (weight 1), into path and weight."""
+    """Split an entry of the setting ``data``, ``PATH@WEIGHT`` or ``PATH`` (weight 1), into path and weight.
+
+    A folder that exists under the whole name, such as ``v@2``, is that folder.
+    """
     from fractions import Fraction
+
+    if Path(text).is_dir():
+        return text, Fraction(1)
 
     path, at, weight = text.rpartition("@")
     try:

@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from data_prep.files import sha256_of_file
 from data_prep.tokenizers.load import load_tokenizer
 from lm import kernels
@@ -102,7 +103,7 @@ class Finetuning(TrainModule[Any]):
         if not config.finetune.train:
             raise UserError("name a file with training examples: --train FILE")
         if ranks.world > 1:
-            raise UserError("fine-tuning runs in one process: start finetune.py without torchrun")
+            raise UserError(f"fine-tuning runs in one process: start {command('finetune')} without torchrun")
         weights, own = kept_base(path), path / "tokenizer.json"
         if weights and own.is_file():
             tokenizer = load_tokenizer(own)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from data_prep.files import atomic_file
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
@@ -57,7 +58,7 @@ def open_predictor(
     """
     run = open_run(path)
     if not run.config.has_task_head:
-        raise UserError(f"{run.path} was not fine-tuned on a task with a head: kindling finetune makes such a run")
+        raise UserError(f"{run.path} was not fine-tuned on a task with a head: {command('finetune')} makes such a run")
     model, answers = load_task_model(run, run.checkpoint(which, warn))
     return Predictor(run, model.to(device).eval(), answers)
 

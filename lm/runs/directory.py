@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from data_prep.files import read_json, sha256_of_file
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
@@ -96,7 +97,9 @@ class Run:
         """The newest checkpoint that is not damaged; UserError if the run has none yet."""
         found = self.latest()
         if found is None:
-            raise UserError(f"{self.path} has no checkpoint yet: train it first, with train.py … --run {self.path}")
+            raise UserError(
+                f"{self.path} has no checkpoint yet: train it first, with {command('train')} … --run {self.path}"
+            )
         return found
 
     def checkpoint(self, which: str, warn: Callable[[str], None] = warn) -> Checkpoint:

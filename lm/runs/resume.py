@@ -70,6 +70,7 @@ def fingerprints(config: Config, source: TrainingSource, device: torch.device) -
         "data_fingerprint": source.fingerprint,
         sha256_key(source.processor.file_name): source.processor.sha256,
         "config": plain_settings(config),
+        "working_directory": str(Path.cwd()),
         "place": _environment(device),
     }
 

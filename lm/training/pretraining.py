@@ -20,6 +20,7 @@ from lm.objectives.objective import Objective
 from lm.runs.base_weights import keep_base, kept_base, load_base
 from lm.runs.directory import Run, open_run
 from lm.runs.metrics_log import OVERFITTING, Best, loss_of_readouts
+from lm.runs.run_data import open_data
 from lm.training.distributed import Ranks
 from lm.training.gradients import step_gradients
 from lm.training.plan import FEWEST_STEPS, describe_data, make_plan, settle_micro_batch
@@ -52,7 +53,12 @@ class Pretraining(TrainModule[Any]):
         """
         if config.training.compile and ranks.world > 1:
             raise UserError("several processes train without compiling: leave out --compile")
-        corpora = open_corpora(config.data.data)
+        try:
+            corpora = open_corpora(config.data.data)
+        except UserError:
+            if not any(config.data.data) or not (path / "config.toml").is_file():
+                raise
+            corpora = open_data(Run(path, config))
         if config.data.verify_data:
             ranks.on_main(corpora.verify)
         config = ranks.on_main(partial(with_vocabulary, config, corpora))

@@ -57,7 +57,7 @@ def test_a_build_tells_what_it_made_and_what_to_do_next(prep: Prep, novel: Path,
     split = open_dataset(out).split("train")
     assert f"{split.tokens:,}" in result.stdout
     assert "vocabulary: 300 tokens (bpe)" in result.stdout
-    assert f"next: python train.py configs/tiny.toml --data {out} --run runs/out" in result.stdout
+    assert f"next: kindling train tiny --data {out} --run runs/out" in result.stdout
     again = prep("build", novel, "--out", out, *SMALL)
     assert again.exit_code == 0
     assert "already built" in again.stderr

@@ -86,7 +86,7 @@ def test_train_trains_reports_and_tells_what_is_next(begin, tmp_path):
     assert answer["run"] == str(run)
     assert answer["step"] == 3
     assert answer["validation"].keys() == {"next_token", "masked_next_token"}
-    assert f"next: python evaluate.py {run}" in result.stderr
+    assert f"next: kindling evaluate {run}" in result.stderr
     assert "hybrid on" in result.stderr
     assert "step      3/3  loss" in result.stderr
     config = load_config(run / "config.toml")
@@ -140,7 +140,7 @@ def test_a_run_is_named_after_its_recipe(dataset, tmp_path, monkeypatch):
 def test_training_needs_a_recipe_or_a_run(tmp_path):
     assert_refused(kindling("train"), "name a recipe to train")
     assert_refused(kindling("train", "--run", tmp_path / "none"), "is not a run directory yet")
-    assert_refused(kindling("train", "tinny"), 'no recipe "tinny": did you mean "tiny.toml"?')
+    assert_refused(kindling("train", "tinny"), 'no recipe "tinny": did you mean "tiny"?')
 
 
 def test_all_mistakes_of_a_command_line_are_told_at_once(begin, tmp_path):
