@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-run_argument = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+
+
+def existing_run(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
+    """The path of a run directory; a UserError before anything else is looked at if it is none."""
+    from lm.config.recipes import run_config
+
+    run_config(path)
+    return path
+
+
+run_argument = click.argument("run", metavar="RUN", type=click.Path(path_type=Path), callback=existing_run)
 checkpoint_option, best_checkpoint_option = (
     click.option(
         "--checkpoint",

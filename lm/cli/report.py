@@ -8,7 +8,14 @@ from pathlib import Path
 import click
 
 from data_prep.cli.errors import FriendlyCommand
-from lm.cli.options import checkpoint_option, json_option, run_argument
+from data_prep.errors import UserError
+from lm.cli.options import checkpoint_option, existing_run, json_option, run_argument
+
+
+def _several_runs(context: click.Context, parameter: click.Parameter, paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    if len(paths) < 2:
+        raise UserError("name at least two runs to compare")
+    return tuple(existing_run(context, parameter, path) for path in paths)
 
 
 @click.command(cls=FriendlyCommand)
@@ -39,7 +46,7 @@ def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: s
 
 
 @click.command(cls=FriendlyCommand)
-@click.argument("runs", metavar="RUN_A RUN_B [MORE]...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("runs", metavar="RUN_A RUN_B [MORE]...", nargs=-1, type=click.Path(path_type=Path), callback=_several_runs)
 @click.option(
     "--out",
     default="compare.html",
