@@ -88,6 +88,7 @@ class ReadSettings:
         65536,
         "Split longer texts into documents of at most this many bytes, at blank lines where possible.",
         minimum=SMALLEST_MAX_DOCUMENT_BYTES,
+        maximum=2**31 - 1,
     )
     document_per: str = setting(
         "size",

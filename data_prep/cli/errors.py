@@ -74,6 +74,8 @@ def errors_reported() -> Iterator[None]:
         _leave(str(interrupt) or "stopped", INTERRUPTED_STATUS)
     except BrokenPipeError:
         raise  # click exits silently
+    except MemoryError:
+        _leave("error: out of memory", MACHINE_ERROR_STATUS)
     except OSError as error:
         _leave(f"error: {_sentence(error)}", MACHINE_ERROR_STATUS)
 

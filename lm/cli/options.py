@@ -111,9 +111,12 @@ def seeds_of(text: str) -> list[int]:
     Raises:
         UserError: it is not a list of different whole numbers.
     """
-    numbers = [int(seed) if seed.strip().isdecimal() else -1 for seed in text.split(",")]
+    given = [seed.strip() for seed in text.split(",")]
+    numbers = [int(seed) if seed.isdecimal() and len(seed) < 19 else -1 for seed in given]
     if min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise UserError(f"--seeds {text} must be different whole numbers separated by commas, for example 0,1,2")
+        raise UserError(
+            f"--seeds {text} must be different whole numbers below 10^18, separated by commas, for example 0,1,2"
+        )
     return numbers
 
 
@@ -142,14 +145,17 @@ def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def columns_options(*names: str) -> Decorator:
-    """``--text-column`` and the like for these columns of task files; ``columns_of`` reads them."""
+def columns_options(*names: str, default: str = "") -> Decorator:
+    """``--text-column`` and the like for these columns of task files; ``columns_of`` reads them.
+
+    ``default`` says what a column is called if it is not named; "": as the setting has it.
+    """
     settings = {setting.name: setting for setting in all_settings()}
     chosen = [settings[f"{name}_column"] for name in names]
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for setting in reversed(chosen):
-            help = f"{setting.help[0].upper()}{setting.help[1:]}. [default: {setting.default}]"
+            help = f"{setting.help[0].upper()}{setting.help[1:]}. [default: {default or setting.default}]"
             function = click.option(setting.option, metavar="NAME", help=help)(function)
         return function
 

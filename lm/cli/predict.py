@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from data_prep.cli.errors import FriendlyCommand
-from lm.cli.options import best_checkpoint_option, device_option, run_argument
+from lm.cli.options import best_checkpoint_option, columns_options, device_option, given_settings, run_argument
 
 
 @click.command(cls=FriendlyCommand)
@@ -29,9 +29,10 @@ from lm.cli.options import best_checkpoint_option, device_option, run_argument
     metavar="FILE|-",
     help="File for the answers, one per text and in order: .jsonl, .csv or .tsv; - writes JSON lines to stdout.",
 )
+@columns_options("text", "text_pair", "choices", "words", default="as in fine-tuning")
 @best_checkpoint_option
 @device_option
-def predict(run: Path, source: str, output: str, which: str, device: str) -> None:
+def predict(run: Path, source: str, output: str, which: str, device: str, **columns: str | None) -> None:
     """Predict for each text of a file what RUN was fine-tuned on: its label with all probabilities, or a number.
 
     Input is streamed, so files of any size work.
@@ -45,7 +46,7 @@ def predict(run: Path, source: str, output: str, which: str, device: str) -> Non
 
     def counted() -> Iterator[dict[str, Any]]:
         nonlocal cut
-        for answer, was_cut in answers_to(predictor, read_inputs(predictor, source)):
+        for answer, was_cut in answers_to(predictor, read_inputs(predictor, source, given_settings(columns))):
             cut += was_cut
             yield answer
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lm.inference.sampling import Sampling
     from lm.runs.directory import Run
 
+STDIN = STDOUT = Path("-")
+
 
 @click.command(cls=FriendlyCommand)
 @run_argument
@@ -47,9 +49,16 @@ if TYPE_CHECKING:
 )
 @click.option("--top", default=5, show_default=True, metavar="N", help="Candidates to show for each filled mask.")
 @click.option(
-    "--input", "source", type=click.Path(path_type=Path), help='JSONL file to continue: {"prompt": "…"} per line.'
+    "--input",
+    "source",
+    type=click.Path(path_type=Path),
+    help='JSONL file to continue: {"prompt": "…"} per line; - for standard input.',
 )
-@click.option("--output", type=click.Path(path_type=Path), help="JSONL file for the continuations of --input.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="JSONL file for the continuations of --input. Default: -, standard output.",
+)
 @click.option("--chat", is_flag=True, help="Chat with the model; Ctrl-C stops an answer, Ctrl-D ends the chat.")
 @click.option("--rows", default=16, show_default=True, help="Maximum number of texts generated at the same time.")
 @sampling_options
@@ -96,16 +105,19 @@ def sample(
         fills, prompts = (*(f"{prompt}[MASK:{unmask}]" for prompt in prompts), *fills), ()
         rounds = rounds or unmask
     _check_readouts(opened, prompts or source or chat, fills)
+    output = None if output == STDOUT else output
     if output is not None and output.exists():
         raise UserError(f"{output} already exists: choose another --output")
-    count = len(prompts) if source is None else check_prompts(source, settings)
+    given = [Prompt(prompt, settings) for prompt in prompts]
+    if source == STDIN:  # cannot be read twice
+        given = list(read_prompts(source, settings))
+    count = len(given) if source in (None, STDIN) else check_prompts(source, settings)
     model = api.load_model(opened, checkpoint=which, device=device)
     if source is not None:
         generator = _generator(model, min(rows, count), compiled)
-        _continue_file(model, generator, read_prompts(source, settings), output, count)
+        _continue_file(model, generator, given or read_prompts(source, settings), output, count)
     if prompts:
         generator = _generator(model, min(rows, count), compiled)
-        given = [Prompt(prompt, settings) for prompt in prompts]
         if as_json:
             _print_lines(model, generator, given)
         else:

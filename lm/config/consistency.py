@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from lm.config.sampling import problem_of_fill
 from lm.config.settings import Config, FinetuneConfig, corpus_of
 
+LARGEST_HEAD = 256  # of the attention kernels
+
 
 def inconsistencies(config: Config) -> Iterator[str]:
     """Yield one sentence per contradiction between settings."""
@@ -20,6 +22,8 @@ def inconsistencies(config: Config) -> Iterator[str]:
         yield (
             f"the head size is {model.head_width}, but rotary positions need an even one: change num_heads or head_size"
         )
+    elif model.head_width > LARGEST_HEAD:
+        yield f"the head size is {model.head_width}, but at most {LARGEST_HEAD}: change num_heads or head_size"
     if model.num_heads % model.key_value_heads:
         yield f"num_heads {model.num_heads} is not divisible by num_key_value_heads {model.num_key_value_heads}"
     if data.batch_tokens % data.context_length:

@@ -171,10 +171,7 @@ def _recipe_values(
     """
     if recipe is None:
         return
-    try:
-        content = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the recipe {recipe}: {error}") from None
+    content = read_toml(recipe, "the recipe")
     sections = [f.name for f in dataclasses.fields(Config)]
     for section, settings in content.items():
         if not isinstance(settings, dict):
@@ -192,6 +189,17 @@ def _recipe_values(
                     )
                 else:
                     yield name, value, str(recipe)
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The content of a TOML file, which may begin with a byte-order mark. UserError if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise UserError(f"cannot read {what} {path}: it is not UTF-8 ({byte})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -227,12 +235,13 @@ def _convert(setting: Setting, value: Any) -> Any:
         raise ValueError(f"must be {_article(setting.kind)}, not {value!r}")
     _check_choice(setting, value)
     if wanted in (int, float):
+        largest = setting.maximum if setting.maximum is not None else 2**53 if wanted is int else sys.float_info.max
         if setting.minimum is not None and not value >= setting.minimum:
             raise ValueError(f"must be at least {setting.minimum:g}, not {value!r}")
-        if setting.maximum is not None and not value <= setting.maximum:
-            raise ValueError(f"must be at most {setting.maximum:g}, not {value!r}")
-        if value in (float("inf"), float("-inf")):
+        if wanted is float and not math.isfinite(value):
             raise ValueError(f"must be finite, not {value!r}")
+        if not value <= largest:
+            raise ValueError(f"must be at most {largest:{',' if wanted is int else 'g'}}, not {value!r}")
     return value
 
 

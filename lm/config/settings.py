@@ -41,7 +41,7 @@ class Setting:
 
     Attributes:
         default: its type is the setting's type.
-        minimum, maximum: limits of a number, inclusive.
+        minimum, maximum: limits of a number, inclusive; a whole number without a maximum is at most 2^53.
         on_resume: what happens if it differs when a run is resumed. "free": nothing, it changes neither the model nor
             the order of the data. "ask": it needs --resume. "never": the run is refused, since its weights or the
             meaning of a step depend on it.
@@ -94,15 +94,25 @@ def setting(
 class ModelConfig:
     """The shape of the transformer."""
 
-    num_layers: int = setting(4, "number of transformer blocks", minimum=1, on_resume="never")
-    hidden_size: int = setting(192, "width of the residual stream", minimum=8, on_resume="never")
-    num_heads: int = setting(6, "number of query heads", minimum=1, on_resume="never")
+    num_layers: int = setting(4, "number of transformer blocks", minimum=1, maximum=10_000, on_resume="never")
+    hidden_size: int = setting(192, "width of the residual stream", minimum=8, maximum=2**20, on_resume="never")
+    num_heads: int = setting(6, "number of query heads", minimum=1, maximum=2**16, on_resume="never")
     num_key_value_heads: int = setting(
-        0, "number of key and value heads (grouped-query attention); 0: num_heads", minimum=0, on_resume="never"
+        0,
+        "number of key and value heads (grouped-query attention); 0: num_heads",
+        minimum=0,
+        maximum=2**16,
+        on_resume="never",
     )
-    head_size: int = setting(0, "width of one head, even; 0: hidden_size / num_heads", minimum=0, on_resume="never")
+    head_size: int = setting(
+        0, "width of one head, even; 0: hidden_size / num_heads", minimum=0, maximum=2**16, on_resume="never"
+    )
     feed_forward_size: int = setting(
-        0, "width inside the feed-forward; 0: 8/3 (swiglu) or 4 (relu2) x hidden_size", minimum=0, on_resume="never"
+        0,
+        "width inside the feed-forward; 0: 8/3 (swiglu) or 4 (relu2) x hidden_size",
+        minimum=0,
+        maximum=2**24,
+        on_resume="never",
     )
     activation: str = setting("swiglu", "feed-forward activation", choices=("swiglu", "relu2"), on_resume="never")
     qk_norm: bool = setting(False, "RMS-normalize queries and keys, per head", on_resume="never")
@@ -113,7 +123,9 @@ class ModelConfig:
     )
     rope_theta: float = setting(10_000.0, "base of the rotary position frequencies", minimum=1, on_resume="never")
     norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", minimum=0, on_resume="never")
-    vocab_size: int = setting(0, "vocabulary size; 0: that of the data's tokenizer", minimum=0, on_resume="never")
+    vocab_size: int = setting(
+        0, "vocabulary size; 0: that of the data's tokenizer", minimum=0, maximum=2**31, on_resume="never"
+    )
 
     @property
     def key_value_heads(self) -> int:
@@ -147,8 +159,10 @@ class DataConfig:
         choices=("windows", "documents"),
         on_resume="never",
     )
-    context_length: int = setting(256, "tokens per row", minimum=2, on_resume="never")
-    batch_tokens: int = setting(8192, "tokens per step, a multiple of context_length", minimum=2, on_resume="never")
+    context_length: int = setting(256, "tokens per row", minimum=2, maximum=2**30, on_resume="never")
+    batch_tokens: int = setting(
+        8192, "tokens per step, a multiple of context_length", minimum=2, maximum=2**30, on_resume="never"
+    )
     micro_batch_rows: int = setting(
         0,
         "rows per forward pass; 0: as many as fit into memory (CPU: at most 4,096 tokens)",
@@ -225,7 +239,9 @@ class OptimizerConfig:
 class TrainingConfig:
     """How long, how often, and on which device."""
 
-    steps: int = setting(1000, "optimizer steps of the whole run", minimum=1, on_resume="free", pretraining_only=True)
+    steps: int = setting(
+        1000, "optimizer steps of the whole run", minimum=1, maximum=10**12, on_resume="free", pretraining_only=True
+    )
     init_from: str = setting(
         "",
         "run whose newest weights to start from, for example to continue with other data; empty: random weights",
@@ -263,7 +279,11 @@ class TrainingConfig:
         pretraining_only=True,
     )
     threads: int = setting(
-        0, "CPU threads; 0: PyTorch's default, or an equal share of the cores per process", minimum=0, on_resume="free"
+        0,
+        "CPU threads; 0: PyTorch's default, or an equal share of the cores per process",
+        minimum=0,
+        maximum=4096,
+        on_resume="free",
     )
     parallel: str = setting(
         "ddp",
@@ -354,13 +374,13 @@ class FinetuneConfig:
         choices=tuple(METHODS),
         on_resume="never",
     )
-    lora_rank: int = setting(8, "lora: rank of the additions", minimum=1, on_resume="never")
+    lora_rank: int = setting(8, "lora: rank of the additions", minimum=1, maximum=2**16, on_resume="never")
     lora_alpha: float = setting(16.0, "lora: additions are scaled by this / lora_rank", minimum=0, on_resume="never")
     lora_matrices: tuple[str, ...] = setting(
         LORA_MATRICES, "lora: matrices of each block to adapt", choices=LORA_MATRICES, on_resume="never"
     )
-    epochs: float = setting(3.0, "passes over the training examples", minimum=0.01, on_resume="free")
-    batch_examples: int = setting(32, "examples per optimizer step", minimum=1, on_resume="never")
+    epochs: float = setting(3.0, "passes over the training examples", minimum=0.01, maximum=1e6, on_resume="free")
+    batch_examples: int = setting(32, "examples per optimizer step", minimum=1, maximum=2**30, on_resume="never")
     micro_batch_tokens: int = setting(
         4096,
         "most tokens per forward pass (at least one example is taken); without dropout it does not change the result",

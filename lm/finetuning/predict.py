@@ -6,11 +6,12 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,13 +80,15 @@ def load_task_model(run: Run, saved: Checkpoint) -> tuple[TaskModel, Answers]:
     return model, answers
 
 
-def read_inputs(predictor: Predictor, source: str | Path) -> Iterator[Example]:
-    """Stream the examples of a file (``examples.stream_examples``), from the columns that the run was trained with.
+def read_inputs(predictor: Predictor, source: str | Path, columns: Mapping[str, Any] = {}) -> Iterator[Example]:
+    """Stream the examples of a file (``examples.stream_examples``).
+
+    Columns are named as in the run's training, but for those in ``columns``: settings such as ``text_column``.
 
     Raise UserError as there, or if the run was trained on pairs and these are single texts, or vice versa.
     """
     task, texts = predictor.config.finetune, predictor.answers.texts
-    for example in stream_examples(source, task.task, columns_of(task)):
+    for example in stream_examples(source, task.task, columns_of(replace(task, **columns))):
         if texts and len(example.texts) != texts:
             learned, given = (("single texts", "pairs of texts")[n - 1] for n in (texts, len(example.texts)))
             raise UserError(f"{example.place}: {predictor.run.path} was fine-tuned on {learned}, but these are {given}")

@@ -115,7 +115,7 @@ class Run:
             warn(f"{self.path} was not validated yet: using its newest checkpoint, step {newest.step:,}")
         if which == "newest" or (which == "best" and not newest.best_step):
             return newest
-        if which != "best" and not which.isdecimal():
+        if which != "best" and not (which.isdecimal() and len(which) < 19):
             raise UserError(f'there is no checkpoint "{which}": choose newest, best, or the number of a step')
         step = newest.best_step if which == "best" else int(which)
         there = checkpoint.steps(self.path / CHECKPOINTS)

@@ -186,3 +186,14 @@ def test_weights_of_another_model_are_refused(classifier, tmp_path):
     (path / "answers.json").unlink()
     with pytest.raises(UserError, match=r"answers\.json cannot be read"):
         open_predictor(path, CPU)
+
+
+def test_columns_of_another_name_are_named_with_their_option(classifier, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"sentence": "the old owl"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "the old owl"}\n')
+    refused = kindling("predict", classifier.path, "--input", tmp_path / "a.jsonl")
+    assert refused.exit_code == 2
+    assert "name it with --text-column" in refused.stderr
+    found = kindling("predict", classifier.path, "--input", tmp_path / "a.jsonl", "--text-column", "sentence")
+    assert found.exit_code == 0, found.output
+    assert found.stdout == kindling("predict", classifier.path, "--input", tmp_path / "b.jsonl").stdout
