@@ -9,13 +9,7 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
-from lm.cli.options import checkpoint_option, existing_run, json_option, run_argument
-
-
-def _several_runs(context: click.Context, parameter: click.Parameter, paths: tuple[Path, ...]) -> tuple[Path, ...]:
-    if len(paths) < 2:
-        raise UserError("name at least two runs to compare")
-    return tuple(existing_run(context, parameter, path) for path in paths)
+from lm.cli.options import checkpoint_option, json_option, run_argument
 
 
 @click.command(cls=FriendlyCommand)
@@ -46,7 +40,7 @@ def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: s
 
 
 @click.command(cls=FriendlyCommand)
-@click.argument("runs", metavar="RUN_A RUN_B [MORE]...", nargs=-1, type=click.Path(path_type=Path), callback=_several_runs)
+@click.argument("runs", metavar="RUN_A RUN_B [MORE]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--out",
     default="compare.html",
@@ -60,6 +54,12 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
 
     Runs that are still training can be compared too.
     """
+    from lm.config.recipes import run_config
+
+    if len(runs) < 2:
+        raise UserError("name at least two runs to compare")
+    for path in runs:
+        run_config(path)
     from lm.reports.comparison import compare as compare_runs
     from lm.reports.comparison import differences, open_entries, rows, write_comparison
 

@@ -122,6 +122,12 @@ def require_language_model(path: Path, config: Config) -> None:
         )
 
 
+def require_task_head(path: Path, config: Config) -> None:
+    """Raise UserError if the run at ``path`` has no task's head, and so makes no predictions."""
+    if not config.has_task_head:
+        raise UserError(f"{path} was not fine-tuned on a task with a head: {command('finetune')} makes such a run")
+
+
 def pretraining_config(
     recipe: str | Path | None,
     run: str | Path | None,

@@ -20,6 +20,8 @@ def problem_of_fill(text: str) -> str:
     if other := re.search(r"[\[<]mask(:[1-9]\d{0,6})?[\]>]", text, re.IGNORECASE):
         return f'nothing to fill in "{shown}": write [MASK{other[1] or ""}] for {other[0]}'
     return f'nothing to fill in "{shown}": write {MASK_WORD} where a word is missing'
+
+
 GREEDY_BELOW = 0.01  # temperatures that stand for 0, as clients send to servers that refuse 0
 
 

@@ -15,7 +15,6 @@ from lm.inference.sampling import Sampling, draw, filtered, writable
 from lm.kernels import masks
 
 
-
 @dataclass(frozen=True)
 class Filled:
     """A text with its masks filled.
