@@ -124,6 +124,8 @@ def evaluate(
 
 
 def _print_losses(result: dict[str, Any]) -> None:
+    from lm.evaluation.validation_loss import verdict
+
     rows = []
     for losses, kind in ((result["validation"], ""), (result["floors"], " (baseline)")):
         for name, loss in losses.items():
@@ -132,8 +134,14 @@ def _print_losses(result: dict[str, Any]) -> None:
     print_table(
         ("", "nats per token", "bits per byte"),
         rows,
-        f"step {result['step']:,}; {result['validation_tokens']:,} tokens, {result['validation_bytes']:,} bytes of "
-        f"{result['data']}; {result['protocol']}",
+        "\n".join(
+            [
+                verdict(result),
+                f"step {result['step']:,}; {result['validation_tokens']:,} tokens, "
+                f"{result['validation_bytes']:,} bytes of {result['data']}",
+                *result["protocol"].split("; "),
+            ]
+        ),
     )
 
 

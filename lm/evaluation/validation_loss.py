@@ -58,6 +58,25 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
     return result
 
 
+def verdict(result: dict[str, Any]) -> str:
+    """Whether the readouts of a result predict its text better than the baselines do, in plain sentences."""
+    floors = result["floors"]
+    not_beaten: dict[tuple[str, ...], list[str]] = {}
+    for name, loss in result["validation"].items():
+        floors_below = (floor for floor, its in floors.items() if its["bits_per_byte"] <= loss["bits_per_byte"])
+        shown = name if name == "next_token" else f"{name} (which sees both sides)"
+        not_beaten.setdefault(tuple(floors_below), []).append(shown)
+    sentences = []
+    for better, names in not_beaten.items() if floors else ():
+        who, several = " and ".join(names), names[1:]
+        if better:
+            verb = "do not beat" if several else "does not beat"
+            sentences.append(f"{who} {verb} {' and '.join(better)}: train longer, or on more text.")
+        else:
+            sentences.append(f"{who} {'beat' if several else 'beats'} {' and '.join(floors)}.")
+    return " ".join(sentences)
+
+
 def protocol(windows: str, folds: int, lost_bytes: int = 0) -> str:
     """Return the description of a measurement from that of its windows; ``lost_bytes`` of the text have no tokens."""
     masks = f"masked readouts hide one token in {folds} at a time behind the mask token"

@@ -5,7 +5,7 @@ Only files that are written during training are read, so unfinished runs can be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lm.reports.page import Panel, Series, draw, render
 from lm.runs.checkpoint import STATE
 from lm.runs.directory import METRICS, Run, open_run
 from lm.runs.metrics_log import overfitting, rows_validated, summary
+from lm.training.plan import format_bytes
 
 UNITS = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
 
@@ -163,13 +164,18 @@ def rows(comparison: dict[str, Any]) -> list[list[str]]:
         ["epochs seen", *(f"{run['epoch']:.2f}" for run in runs)],
         ["tokens/s, median", *(f"{run['tokens_per_second']:,.0f}" for run in runs)],
     ]
-    known = {"share_of_peak": ("fraction of peak, median", "{:.1%}"), "memory_bytes": ("peak memory", "{:,} bytes")}
+    known = {
+        "share_of_peak": ("fraction of peak, median", "{:.1%}".format),
+        "memory_bytes": ("peak memory", format_bytes),
+    }
     for key, (name, form) in known.items():
         if any(key in run for run in runs):
             table.append([name, *_cells(runs, key, form)])
     if unit == "nats_per_token":
         losses = [run["training_loss"] for run in runs]
-        table += [[f"training, {name}", *_cells(losses, name, "{:.4f}")] for name in _names(runs, "training_loss")]
+        table += [
+            [f"training, {name}", *_cells(losses, name, "{:.4f}".format)] for name in _names(runs, "training_loss")
+        ]
     for readout in _names(runs, "validation"):
         for which in ("final", "best"):
             found = [run["validation"].get(readout, {}).get(which) for run in runs]
@@ -189,8 +195,8 @@ def differences(comparison: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _cells(values: Sequence[Mapping[str, float]], key: str, form: str) -> list[str]:
-    return [form.format(each[key]) if each.get(key) is not None else "" for each in values]
+def _cells(values: Sequence[Mapping[str, float]], key: str, form: Callable[[float], str]) -> list[str]:
+    return [form(each[key]) if each.get(key) is not None else "" for each in values]
 
 
 def write_comparison(entries: Sequence[Entry], comparison: dict[str, Any], out: Path) -> None:

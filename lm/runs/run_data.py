@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.errors import UserError
 from lm.config.settings import corpus_of
 from lm.data.corpora import Corpora, open_corpora
+from lm.data.openings import Opening, openings
 from lm.runs.directory import TOKENIZER, Run, sha256_key
 
 DIRECTORY = "working_directory"  # key of a checkpoint's state: where relative paths counted from
@@ -35,6 +36,15 @@ def open_data(run: Run) -> Corpora:
             f'the data of {run.path} is missing: its config.toml names "{missing[0]}", which is '
             f"{'not there' if Path(missing[0]).is_absolute() else where}: --data names it anew"
         ) from None
+
+
+def openings_of(run: Run) -> list[Opening]:
+    """The openings of some validation documents; none if the data is gone or has no validation text."""
+    try:
+        corpora = open_data(run)
+    except UserError:
+        return []
+    return openings(corpora.split("validation"), corpora.tokenizer)
 
 
 def located(run: Run) -> Run:

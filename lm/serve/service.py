@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from lm.data.openings import Opening
 from lm.inference.chat_template import ChatFormat, chat_format
 from lm.inference.fill_mask import Filled, fill_masks
 from lm.inference.generator import Generator
@@ -16,6 +18,7 @@ from lm.inference.scoring import TokenProbability, token_probabilities
 from lm.model.transformer import Transformer, describe
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, plain_settings
+from lm.runs.run_data import openings_of
 from lm.serve.schema import ApiError, Limits
 
 
@@ -83,6 +86,11 @@ class Service:
         """The probabilities of a text's tokens, in parts, for ``Engine.compute``."""
         return token_probabilities(self.model, tokens, readout, top)
 
+    @cached_property
+    def openings(self) -> list[Opening]:
+        """Texts of the run's own data to begin with; none if it is gone."""
+        return openings_of(self.run)
+
     def about(self) -> dict[str, Any]:
         """The body of ``/api/run``: the model, its limits and its settings."""
         return {
@@ -95,6 +103,7 @@ class Service:
             "context_length": self.model.context_length,
             "vocabulary": self.model.tokenizer.vocab_size,
             "chat_template": self.chat.template is not None,
+            "openings": [opening._asdict() for opening in self.openings],
             "limits": vars(self.limits),
             "settings": plain_settings(self.run.config),
         }

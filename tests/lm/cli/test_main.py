@@ -13,6 +13,7 @@ from lm import __version__
 from lm.cli.main import main
 from lm.config.recipes import load_config
 from lm.config.settings import pretraining_settings
+from lm.evaluation.validation_loss import verdict
 from lm.runs.directory import open_run
 
 SMALL = "--num-layers 1 --hidden-size 32 --num-heads 2 --context-length 32 --batch-tokens 128 --threads 1 --device cpu"
@@ -223,11 +224,13 @@ def test_evaluate_shows_losses_next_to_baselines(run):
     result = kindling("evaluate", run)
     assert result.exit_code == 0
     for name, loss in answer["validation"].items():
-        (line,) = [line for line in result.stdout.splitlines() if line.split()[:1] == [name]]
+        (line,) = [line for line in result.stdout.splitlines() if line.split()[:1] == [name] and len(line.split()) == 3]
         assert line.split()[1:] == [f"{loss['nats_per_token']:.4f}", f"{loss['bits_per_byte']:.4f}"]
     assert "unigram (baseline)" in result.stdout
     assert "bz2 -9 (baseline)" in result.stdout
     assert "whole validation split" in result.stdout
+    assert verdict(answer) in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 120
 
 
 def test_evaluate_refuses_data_of_another_tokenizer(run, byte_dataset):

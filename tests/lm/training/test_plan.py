@@ -155,7 +155,7 @@ def test_a_run_tells_its_plan_and_its_lines_their_share_of_the_machine(small, re
     notes = "\n".join(recorder.notes)
     for words in (
         "8 of the batch's 8 rows per micro-batch",
-        "weights 0 MB",
+        "weights 158 kB",
         "tokens/s",
         "of peak",
         "GFLOP/s in matrix",
