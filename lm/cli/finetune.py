@@ -103,6 +103,8 @@ def _print_results(done: list[Finetuned], as_json: bool) -> None:
         ]
         click.echo(json.dumps({"runs": runs, "mean": mean, "sd": spread}))
     else:
+        steps = dict.fromkeys(f"{each.step:,}" for each in done)
+        click.echo(f"step  {', '.join(steps)}")
         for name in names:
             more = f" ± {spread[name]:.4f} over {len(done)} seeds" if spread else ""
             click.echo(f"{name}  {mean[name]:.4f}{more}")
@@ -110,5 +112,6 @@ def _print_results(done: list[Finetuned], as_json: bool) -> None:
     use, how = "sample", "--chat"
     if task.has_task_head or task.finetune.task == "contrastive":
         use, how = "predict" if task.has_task_head else "embed", "--input FILE --output FILE"
-    ready = f"{done[0].path} is ready, best at step {done[0].step:,}"
+    which = "best" if names else "without --validation, the last:"
+    ready = f"{done[0].path} is ready, {which} {'at ' if names else ''}step {done[0].step:,}"
     click.echo(f"{ready}; next: {command(use)} {done[0].path} {how}", err=True)

@@ -127,8 +127,8 @@ class Plan:
         if self.epochs and self.epochs > MOST_EPOCHS:
             enough = max(1, int(steps * MOST_EPOCHS / self.epochs))
             remarks.append(
-                f"{self.epochs:.0f} epochs: after about {MOST_EPOCHS}, each pass over the same text teaches less, and the "
-                f"model may overfit; --steps {enough} stops there, and more text or a smaller model goes further"
+                f"{self.epochs:.0f} epochs: after about {MOST_EPOCHS}, each pass over the same text teaches less, and "
+                f"the model may overfit; --steps {enough} stops there, and more text or a smaller model goes further"
             )
         if self.seconds and self.seconds > LONG_SECONDS:
             enough = max(1, int(steps * LONG_SECONDS / self.seconds))
