@@ -27,6 +27,9 @@ class FriendlyCommand(click.Command):
     that nothing can hold, and unknown options, with the name that other programs' options have here.
     """
 
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        return ["-h", "--help"]
+
     def main(self, *args: Any, **extra: Any) -> Any:
         _open_missing_streams()
         try:
@@ -61,6 +64,10 @@ class FriendlyGroup(FriendlyCommand, click.Group):
     """A group of commands that report errors like a ``FriendlyCommand``, as its own commands do."""
 
     command_class = FriendlyCommand
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of a first hour, not of the alphabet."""
+        return list(self.commands)
 
 
 @contextmanager

@@ -23,7 +23,11 @@ EXPORTED = ("nanogpt", "llmc", "datatrove", "olmo")
 IMPORTED = (*EXPORTED, "megatron")
 
 
-@click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=FriendlyGroup,
+    short_help="Turn text into a dataset: tokenizer and token shards.",
+    context_settings={"max_content_width": 100},
+)
 def main() -> None:
     """Turn raw text into token shards: train a tokenizer, encode, and inspect the result."""
 
@@ -192,7 +196,7 @@ def verify(directory: Path, as_json: bool) -> None:
         click.echo(f'"{directory}" is intact: {total:,} tokens, all checksums match')
 
 
-@main.command()
+@main.command(short_help="Export to or import from the token files of other programs.")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=DIRECTORY)
 @click.option("--to", "target", type=click.Choice(EXPORTED), help="Layout to export SOURCE, a dataset, to.")
 @click.option("--from", "origin", type=click.Choice(IMPORTED), help="Layout of SOURCE, files or folders to import.")

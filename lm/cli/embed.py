@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lm.inference.embedding import Vectors
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Turn texts into vectors.")
 @run_argument
 @click.option(
     "--input",

@@ -15,7 +15,7 @@ from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, columns_of, columns_options, json_option, reading_options, run_argument
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Measure a model next to baselines.")
 @run_argument
 @click.option("--data", default="", help="Folder of token shards to evaluate on. Default: the training data.")
 @click.option(

@@ -12,7 +12,7 @@ from data_prep.errors.command_names import command
 from lm.cli.options import best_checkpoint_option, checkpoint_option, run_argument
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Export a model for transformers or llama.cpp.")
 @run_argument
 @click.option("--to", "kind", required=True, type=click.Choice(["hf", "gguf"]), help="transformers or llama.cpp.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder (hf) or file (gguf) to write.")
@@ -81,7 +81,7 @@ def export(
         click.echo(hub.push(out, push, private=private))
 
 
-@click.command("import", cls=FriendlyCommand)
+@click.command("import", cls=FriendlyCommand, short_help="Import a Llama, Qwen3 or EuroBERT checkpoint.")
 @click.argument("source", metavar="FOLDER_OR_NAME")
 @click.option("--run", required=True, type=click.Path(path_type=Path), help="Run directory to write.")
 def import_run(source: str, run: Path) -> None:
@@ -93,7 +93,7 @@ def import_run(source: str, run: Path) -> None:
     click.echo(f"next: {command('sample')} {run} --prompt …, or {command('evaluate')} {run} --data …", err=True)
 
 
-@click.command("merge", cls=FriendlyCommand)
+@click.command("merge", cls=FriendlyCommand, short_help="Make plain weights of a fine-tuned run.")
 @run_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to write.")
 @click.option("--trunk-only", is_flag=True, help="Drop the task's head: a plain run, to export or to sample from.")

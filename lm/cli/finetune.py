@@ -8,19 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
-from lm.cli.options import given_settings, json_option, run_argument, seeds_of, settings_options
+from lm.cli.options import SettingsCommand, given_settings, json_option, run_argument, seeds_of, settings_options
 from lm.config.settings import finetuning_settings
 
 if TYPE_CHECKING:
     from lm.config.settings import Config
     from lm.finetuning.finetune import Finetuned
 
+# The settings that --help shows.
+COMMON = (
+    "task",
+    "train",
+    "validation",
+    "text_column",
+    "label_column",
+    "method",
+    "epochs",
+    "batch_examples",
+    "learning_rate",
+    "patience",
+    "judged_by",
+    "seed",
+    "device",
+)
+
 
 @click.command(
-    cls=FriendlyCommand,
+    cls=SettingsCommand,
+    short_help="Fine-tune a model on a task.",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110},
 )
 @run_argument
@@ -45,7 +62,7 @@ if TYPE_CHECKING:
     help="Resume the run even if settings of its training have changed. An unchanged command always resumes.",
 )
 @json_option
-@settings_options(finetuning_settings())
+@settings_options(finetuning_settings(), COMMON)
 @click.pass_context
 def finetune(
     context: click.Context,
@@ -61,7 +78,8 @@ def finetune(
     among answers, follow instructions, or embed sentences.
 
     \b
-    kindling finetune runs/mine --task classification --train train.jsonl --validation validation.jsonl --run runs/task
+    kindling finetune runs/mine --task classification \\
+      --train train.jsonl --validation validation.jsonl --run runs/task
 
     The same command resumes a run that was stopped. The checkpoint with the best validation is kept, and predict uses
     it.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
 from lm.config.sampling import Sampling
-from lm.config.settings import FinetuneConfig, Setting, all_settings
+from lm.config.settings import Config, FinetuneConfig, Setting, all_settings
 
 if TYPE_CHECKING:
     from lm.data.examples import Columns
@@ -74,30 +75,88 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def settings_options(settings: Iterable[Setting]) -> Decorator:
-    """An option for each of these settings, explained by the dataclass that defines it."""
+class SettingOption(click.Option):
+    """An option that is a setting: of which section of a recipe, and whether the short help shows it."""
+
+    section: str
+    is_common: bool
+
+
+class SettingsCommand(FriendlyCommand):
+    """A command with settings: ``--help`` shows the common ones, ``--help-all`` all, by their sections in a recipe."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for each in self.get_params(ctx):
+            title = "Options"
+            if isinstance(each, SettingOption):
+                if not (each.is_common or ctx.meta.get(HELP_ALL)):
+                    continue
+                title = SECTIONS[each.section] if ctx.meta.get(HELP_ALL) else "Common settings"
+            record = each.get_help_record(ctx)
+            if record and isinstance(each, click.Option):
+                groups.setdefault(title, []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+HELP_ALL = "lm.help_all"  # key of a context's meta
+SECTIONS = {
+    section.name: f"[{section.name}] {section.default_factory.__doc__.partition('.')[0]}"  # type: ignore[union-attr]
+    for section in dataclasses.fields(Config)
+}
+
+
+def _show_all(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        context.meta[HELP_ALL] = True
+        click.echo(context.get_help())
+        context.exit()
+
+
+def settings_options(settings: Iterable[Setting], common: Collection[str]) -> Decorator:
+    """An option for each of these settings, explained by the dataclass that defines it, and ``--help-all``.
+
+    The short help of a ``SettingsCommand`` shows those named in ``common``.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for setting in reversed(list(settings)):
-            function = _setting_option(setting)(function)
-        return function
+            function = _setting_option(setting, setting.name in common)(function)
+        return click.option(
+            "--help-all",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_show_all,
+            help="Show every setting, by its section in a recipe.",
+        )(function)
 
     return decorate
 
 
-def _setting_option(setting: Setting) -> Decorator:
+def _setting_option(setting: Setting, is_common: bool) -> Decorator:
     limits = f"; one of {', '.join(setting.choices)}" if setting.choices else ""
     default = json.dumps(setting.default) if setting.default not in ("", ()) else "none"
-    text = f"[{setting.section}] {setting.help}{limits}. [default: {default}]"
+    text = f"{setting.help[0].upper()}{setting.help[1:]}{limits}. [default: {default}]"
     repeated = " May be repeated." if setting.kind == "list of texts" else ""
-    return click.option(
-        setting.option,
-        setting.name,
-        metavar=setting.kind.upper(),
-        default=None,
-        multiple=bool(repeated),
-        help=text + repeated,
-    )
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        decorated = click.option(
+            setting.option,
+            setting.name,
+            cls=SettingOption,
+            metavar=setting.kind.upper(),
+            default=None,
+            multiple=bool(repeated),
+            help=text + repeated,
+        )(function)
+        option = decorated.__click_params__[-1]  # type: ignore[attr-defined]
+        option.section, option.is_common = setting.section, is_common
+        return decorated
+
+    return decorate
 
 
 def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:

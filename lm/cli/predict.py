@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lm.data.examples import Example
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Predict with a fine-tuned model.")
 @run_argument
 @click.option(
     "--input",

@@ -12,7 +12,7 @@ from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, json_option, run_argument
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Write a page about a run.")
 @run_argument
 @click.option(
     "--prompt",
@@ -39,7 +39,7 @@ def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: s
     click.echo(str(path))
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Compare the losses and settings of runs.")
 @click.argument("runs", metavar="RUN_A RUN_B [MORE]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--out",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STDIN = STDOUT = Path("-")
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Generate text, fill masks, or chat.")
 @run_argument
 @click.option("--prompt", "prompts", multiple=True, help='Text to continue; may be repeated. "" begins a new text.')
 @click.option(

@@ -9,11 +9,27 @@ from typing import Any
 
 import click
 
-from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import USER_ERROR_STATUS, UserError
 from data_prep.errors.command_names import command
-from lm.cli.options import given_settings, json_option, settings_options
+from lm.cli.options import SettingsCommand, given_settings, json_option, settings_options
 from lm.config.settings import Config, pretraining_settings
+
+# The settings that --help shows.
+COMMON = (
+    "data",
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "context_length",
+    "batch_tokens",
+    "objective",
+    "learning_rate",
+    "steps",
+    "validate_every",
+    "seed",
+    "device",
+    "init_from",
+)
 
 
 def is_one_of_several() -> bool:
@@ -22,7 +38,8 @@ def is_one_of_several() -> bool:
 
 
 @click.command(
-    cls=FriendlyCommand,
+    cls=SettingsCommand,
+    short_help="Pretrain a model on a dataset.",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110},
 )
 @click.argument("recipe", metavar="[RECIPE]", required=False)
@@ -46,7 +63,7 @@ def is_one_of_several() -> bool:
     "nothing. Without --data, give --vocab-size.",
 )
 @json_option
-@settings_options(pretraining_settings())
+@settings_options(pretraining_settings(), COMMON)
 @click.pass_context
 def train(
     context: click.Context,
@@ -58,6 +75,11 @@ def train(
     **settings: Any,
 ) -> None:
     """Pretrain a model: RECIPE is a TOML file, or the name of one that comes with Kindling, such as tiny.
+
+    \b
+    kindling train tiny --data data/mine --run runs/mine
+    kindling train tiny --data data/mine --plan            # will it fit, and how long will it take?
+    kindling train --resume --run runs/mine --steps 2000   # more steps
 
     Every setting of a recipe is also an option here; the defaults below apply to settings that are not in the recipe.
     The same command resumes a run that was stopped.

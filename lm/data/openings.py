@@ -18,7 +18,7 @@ LONG_WORD, PROMPT_CHARACTERS, FILL_CHARACTERS = 15, 8, 24
 
 
 class Opening(NamedTuple):
-    """The beginning of a line: ``prompt``, a few words to continue, ``text``, more of them, and ``fill``, with a mask."""
+    """The beginning of a line: ``prompt``, a few words to continue, ``text``, more words, and ``fill``, with a mask."""
 
     prompt: str
     text: str

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -54,12 +55,37 @@ def test_help_lists_the_commands_and_every_setting():
     assert all(
         name in kindling("--help").stdout for name in ("train", "sample", "evaluate", "report", "compare", "prep")
     )
-    told = kindling("train", "--help").stdout
+    told = kindling("train", "--help-all").stdout
     words = " ".join(told.split())
     for setting in pretraining_settings():
         assert setting.option in told
-        assert " ".join(setting.help.split()[:4]) in words
+        assert " ".join(setting.help.split()[1:4]) in words
         assert f"[{setting.section}]" in told
+
+
+@pytest.mark.parametrize("command", ["train", "finetune", "tasks"])
+def test_the_short_help_has_an_example_and_a_screenful_of_settings(command):
+    short, whole = (kindling(command, option).stdout for option in ("-h", "--help-all"))
+    assert kindling(command, "--help").stdout == short
+    assert f"kindling {command} " in short.partition("Options:")[0].partition("\n")[2]
+    settings = short.partition("Common settings:")[2]
+    assert 9 <= settings.count("\n  --") <= 15
+    assert all(line in whole for line in re.findall(r"^  (--[a-z-]+) ", settings, re.MULTILINE))
+    assert len(whole.splitlines()) > 2 * len(short.splitlines())
+
+
+@pytest.mark.parametrize("group", [[], ["prep"]])
+def test_summaries_are_whole_and_every_command_knows_h(group):
+    summaries = kindling(*group, "--help").stdout.partition("Commands:\n")[2].splitlines()
+    assert len(summaries) >= 5
+    for line in summaries:
+        name, summary = line.split(maxsplit=1)
+        assert summary.endswith("."), line
+        assert "..." not in summary
+        assert kindling(*group, name, "-h").stdout == kindling(*group, name, "--help").stdout != ""
+
+
+def test_the_version_is_told():
     assert __version__ in kindling("--version").stdout
 
 
