@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.tables import counted
 from data_prep.files import ending_of
 from lm.cli.options import checkpoint_option, columns_of, columns_options, device_option, reading_options, run_argument
 from lm.config.settings import VECTOR_FILES
@@ -64,7 +65,7 @@ def embed(
     texts = (each.texts for each in stream_examples(source, "classification", columns_of(columns)))
     counts = {"texts": 0, "cut": 0}
 
-    def counted() -> Iterator[Vectors]:
+    def embedded() -> Iterator[Vectors]:
         for vectors, cut in vectors_of(model, texts, reading):
             counts["texts"] += len(vectors)
             counts["cut"] += cut
@@ -72,14 +73,14 @@ def embed(
 
     width = model.model.config.hidden_size
     if output == "-":
-        for vectors in counted():
+        for vectors in embedded():
             write_lines(sys.stdout.buffer, vectors)
             sys.stdout.buffer.flush()
     else:
-        write_vectors(Path(output), counted(), width)
+        write_vectors(Path(output), embedded(), width)
     cut = f"; {counts['cut']:,} were cut to {model.context_length} tokens" if counts["cut"] else ""
     click.echo(
-        f"{counts['texts']:,} texts, {width} numbers each: read {reading.reads}, {reading.pooling} of layer "
+        f"{counted(counts['texts'], 'text')}, {width} numbers each: read {reading.reads}, {reading.pooling} of layer "
         f"{reading.layer if reading.layer >= 0 else len(model.model.blocks)}{cut}",
         err=True,
     )

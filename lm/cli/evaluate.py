@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from data_prep.cli.errors import FriendlyCommand
-from data_prep.cli.tables import print_table
+from data_prep.cli.tables import counted, print_table
 from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, columns_of, columns_options, json_option, reading_options, run_argument
 
@@ -118,7 +118,9 @@ def evaluate(
         _print_choices(result)
     elif similarity is not None:
         click.echo("  ".join(f"{name} {value:.4f}" for name, value in result.items() if name != "pairs"))
-        click.echo(f"{result['pairs']:,} pairs: correlation of their similarity with the cosine of their embeddings")
+        click.echo(
+            f"{counted(result['pairs'], 'pair')}: correlation of their similarity with the cosine of their embeddings"
+        )
     else:
         _print_losses(result)
 

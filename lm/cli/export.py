@@ -9,7 +9,7 @@ import click
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
-from lm.cli.options import best_checkpoint_option, checkpoint_option, run_argument
+from lm.cli.options import best_checkpoint_option, checkpoint_option, run_argument, usual_command
 
 
 @click.command(cls=FriendlyCommand, short_help="Export a model for transformers or llama.cpp.")
@@ -106,3 +106,4 @@ def merge_run(run: Path, out: Path, trunk_only: bool, which: str) -> None:
     opened = open_run(run)
     merge(opened, out, opened.checkpoint(which), trunk_only=trunk_only)
     click.echo(str(out))
+    click.echo(f"next: {usual_command(out, open_run(out).config)}", err=True)

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_prep.errors import UserError
-from data_prep.errors.command_names import command
-from lm.cli.options import SettingsCommand, given_settings, json_option, run_argument, seeds_of, settings_options
+from lm.cli.options import (
+    SettingsCommand,
+    given_settings,
+    json_option,
+    run_argument,
+    seeds_of,
+    settings_options,
+    usual_command,
+)
 from lm.config.settings import finetuning_settings
 
 if TYPE_CHECKING:
@@ -126,10 +133,6 @@ def _print_results(done: list[Finetuned], as_json: bool) -> None:
         for name in names:
             more = f" ± {spread[name]:.4f} over {len(done)} seeds" if spread else ""
             click.echo(f"{name}  {mean[name]:.4f}{more}")
-    task = done[0].config
-    use, how = "sample", "--chat"
-    if task.has_task_head or task.finetune.task == "contrastive":
-        use, how = "predict" if task.has_task_head else "embed", "--input FILE --output FILE"
     which = "best" if names else "without --validation, the last:"
     ready = f"{done[0].path} is ready, {which} {'at ' if names else ''}step {done[0].step:,}"
-    click.echo(f"{ready}; next: {command(use)} {done[0].path} {how}", err=True)
+    click.echo(f"{ready}; next: {usual_command(done[0].path, done[0].config)}", err=True)

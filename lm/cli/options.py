@@ -13,6 +13,7 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from lm.config.sampling import Sampling
 from lm.config.settings import Config, FinetuneConfig, Setting, all_settings
 
@@ -101,6 +102,7 @@ class SettingsCommand(FriendlyCommand):
                 formatter.write_dl(records)
 
 
+ALSO = {"text_column": ("--text-field",)}  # what prep build calls it
 HELP_ALL = "lm.help_all"  # key of a context's meta
 SECTIONS = {
     section.name: f"[{section.name}] {section.default_factory.__doc__.partition('.')[0]}"  # type: ignore[union-attr]
@@ -145,6 +147,7 @@ def _setting_option(setting: Setting, is_common: bool) -> Decorator:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         decorated = click.option(
             setting.option,
+            *ALSO.get(setting.name, ()),
             setting.name,
             cls=SettingOption,
             metavar=setting.kind.upper(),
@@ -166,6 +169,15 @@ def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if value not in (None, ())
     }
+
+
+def usual_command(path: Path, config: Config) -> str:
+    """The command that uses a finished run, whole."""
+    if config.has_task_head:
+        return f"{command('predict')} {path} --input FILE --output FILE"
+    if config.finetune.task == "contrastive":
+        return f"{command('embed')} {path} --input FILE --output FILE"
+    return f"{command('sample')} {path} {'--chat' if config.is_finetuning else '--prompt TEXT'}"
 
 
 def seeds_of(text: str) -> list[int]:

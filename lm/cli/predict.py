@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.tables import counted
 from data_prep.files import ending_of
 from lm.cli.options import best_checkpoint_option, columns_options, device_option, given_settings, run_argument
 from lm.config.settings import ANSWER_FILES
@@ -63,14 +64,14 @@ def predict(
             texts.append(parts_of(predictor.config.finetune.task, example))
             yield example
 
-    def counted() -> Iterator[dict[str, Any]]:
+    def answered() -> Iterator[dict[str, Any]]:
         nonlocal cut
         for answer, was_cut in answers_to(predictor, noted()):
             cut += was_cut
             text = texts.popleft()
             yield text | answer if with_text else answer
 
-    written = write_answers(counted(), output)
+    written = write_answers(answered(), output)
     how = "were split into windows of" if predictor.config.finetune.long_texts == "window" else "were truncated to"
     more = f"; {cut:,} {how} {predictor.config.data.context_length} tokens" if cut else ""
-    click.echo(f"{written:,} answers{more}", err=True)
+    click.echo(f"{counted(written, 'answer')}{more}", err=True)

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.tables import counted
 from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, compile_option, device_option, json_option, run_argument, sampling_options
 from lm.config.sampling import Sampling, problem_of_fill
@@ -207,7 +208,10 @@ def _continue_file(
     if part is not None and output is not None:
         part.replace(output)
     seconds = time.perf_counter() - start
-    click.echo(f"{count:,} texts, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)", err=True)
+    click.echo(
+        f"{counted(count, 'text')}, {counted(tokens, 'token')} in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)",
+        err=True,
+    )
 
 
 def _print_lines(

@@ -60,7 +60,8 @@ def is_one_of_several() -> bool:
     "plan_only",
     is_flag=True,
     help="Print what the run would need (parameters, memory by part, speed of a dry step, total time) and write "
-    "nothing. Without --data, give --vocab-size.",
+    "nothing. Without --data, give --vocab-size. The speed is also given as a share of the peak: of the rate at which "
+    "this machine multiplies matrices.",
 )
 @json_option
 @settings_options(pretraining_settings(), COMMON)

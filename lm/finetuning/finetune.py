@@ -139,7 +139,8 @@ class Finetuning(TrainModule[Any]):
         examples = self.task.train if part == "training" else self.task.validation
         cut = sum(example.cut for example in examples)
         how = "split into windows" if self.config.finetune.long_texts == "window" else "truncated"
-        return f"{len(examples):,} {part} examples" + (f", {cut:,} longer than the context and {how}" if cut else "")
+        what = f"{len(examples):,} {part} example" + ("" if len(examples) == 1 else "s")
+        return what + (f", {cut:,} longer than the context and {how}" if cut else "")
 
     def model(self) -> nn.Module:
         return self.task.model(starting_trunk(self.config, self.path))

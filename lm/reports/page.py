@@ -6,7 +6,7 @@ import html
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,16 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bars:
-    """One chart: a horizontal bar per name, from top to bottom, with its value and the half-width of its error bar."""
+    """One chart: a horizontal bar per name, from top to bottom, with its value and the half-width of its error bar.
+
+    Bars named in ``baselines`` have another color. ``limit`` is where the axis ends; None: behind the longest bar.
+    """
 
     title: str
     values: dict[str, tuple[float, float]]
     horizontal: str
+    baselines: Collection[str] = ()
+    limit: float | None = None
 
 
 def render(template: str, **values: Any) -> str:
@@ -109,8 +114,10 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
 def _draw_bars(axes: Any, bars: Bars) -> None:
     values, errors = zip(*bars.values.values(), strict=True)
     positions = range(len(bars.values))
-    axes.barh(positions, values, xerr=errors, height=0.6, color=COLORS[1], ecolor=INK, capsize=3)
-    axes.set(title=_literal(bars.title), xlabel=_literal(bars.horizontal), xlim=(min(0.0, *values), None))
+    colors = [COLORS[1] if name in bars.baselines else COLORS[0] for name in bars.values]
+    axes.barh(positions, values, xerr=errors if any(errors) else None, height=0.6, color=colors, ecolor=INK, capsize=3)
+    lowest = min(0.0, *(value - error for value, error in bars.values.values()))
+    axes.set(title=_literal(bars.title), xlabel=_literal(bars.horizontal), xlim=(lowest, bars.limit))
     axes.set_yticks(positions, [_literal(name) for name in bars.values])
     axes.invert_yaxis()
     axes.grid(axis="x", color=LINE, linewidth=0.6)

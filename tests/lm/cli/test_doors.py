@@ -153,7 +153,7 @@ ALIASES = [
         "--repeat-penalty": "--repetition-penalty", "--batch-size": "--rows", "--max-length": "--max-new-tokens",
     }.items()],
     *[("prep build x --out y", alias, ours) for alias, ours in {
-        "--val-fraction": "--validation-fraction", "--num-workers": "--workers", "--text-column": "--text-field",
+        "--val-fraction": "--validation-fraction", "--num-workers": "--workers",
         "--dedup": "--duplicates", "--special-tokens": "--extra-token",
     }.items()],
     ("embed {run} --input x", "--out", "--output"), ("predict {run} --input x", "--out", "--output"),

@@ -223,7 +223,7 @@ def test_seeds_are_runs_of_their_own_with_mean_and_deviation(trained, task_files
 
 
 def test_the_help_explains_every_setting_of_a_fine_tuning():
-    told = CliRunner().invoke(main, ["finetune", "--help"]).stdout
+    told = CliRunner().invoke(main, ["finetune", "--help-all"]).stdout
     for option in (
         "--task",
         "--method",

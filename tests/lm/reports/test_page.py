@@ -44,6 +44,17 @@ def test_bars_are_drawn_from_top_to_bottom_with_their_errors():
     svg = draw([Bars("a task", {"majority": (0.5, 0.0), "full": (0.8, 0.05)}, "accuracy")], height=2)
     assert svg.index(">majority<") < svg.index(">full<")
     assert ">accuracy<" in svg
+    assert COLORS[1] not in svg
+
+
+def test_baselines_have_another_color_and_single_values_no_error_bars():
+    values = {"majority": (0.5, 0.0), "full": (0.98, 0.0)}
+    svg = draw([Bars("", values, "accuracy", ("majority",), limit=1.0)], height=2)
+    assert COLORS[0] in svg
+    assert COLORS[1] in svg
+    assert ">1.0</text>" in svg
+    assert "LineCollection" not in svg
+    assert "LineCollection" in draw([Bars("", {**values, "full": (0.9, 0.01)}, "accuracy")], height=2)
 
 
 def test_names_are_drawn_as_they_are():
