@@ -131,6 +131,28 @@ def test_the_same_command_goes_on_and_a_finished_run_stays(begin, tmp_path):
     assert open_run(tmp_path / "run").latest().step == 4
 
 
+def test_a_run_of_another_shape_is_refused_with_the_command_that_trains_it_on(begin, tmp_path):
+    assert begin("--steps", 2).exit_code == 0
+    run = tmp_path / "run"
+    told = begin("--steps", 3, "--batch-tokens", 256)
+    assert_refused(
+        told, "batch_tokens 128 (now 256)", f"its own settings: kindling train --resume --run {run} --steps 3"
+    )
+    again = kindling(*told.stderr.strip().partition("settings: kindling ")[2].split())
+    assert again.exit_code == 0, again.output
+    assert open_run(run).latest().step == 3
+
+
+def test_what_was_imported_or_merged_has_no_curves_to_compare(run, tmp_path):
+    """But a sentence about where it comes from, and what measures it."""
+    exported = kindling("export", run, "--to", "hf", "--readout", "next_token", "--out", tmp_path / "hf")
+    assert exported.exit_code == 0, exported.output
+    assert kindling("import", tmp_path / "hf", "--run", tmp_path / "again").exit_code == 0
+    result = kindling("compare", run, tmp_path / "again")
+    assert_refused(result, f"{tmp_path / 'again'} was imported from {tmp_path / 'hf'}", "kindling evaluate")
+    assert_refused(kindling("compare", run), "name at least two runs to compare")
+
+
 def test_resume_needs_no_recipe_and_accepts_other_training_settings(begin, tmp_path):
     assert begin("--steps", 2).exit_code == 0
     assert_refused(begin("--steps", 4, "--learning-rate", "0.1"), "learning_rate 0.01 (now 0.1)", "--resume")
