@@ -66,7 +66,7 @@ def draw(panels: Sequence[Panel | Bars], height: float) -> str:
     from matplotlib.figure import Figure
 
     style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
-    style |= {"svg.hashsalt": "kindling", "svg.fonttype": "none", "axes.titlesize": 11}
+    style |= {"svg.hashsalt": "kindling", "svg.fonttype": "none", "axes.titlesize": 10}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
     with mpl.rc_context(style | {"axes.edgecolor": SOFT, "axes.prop_cycle": cycler(color=COLORS)}):
         figure = Figure(figsize=(9, height), layout="constrained")

@@ -183,8 +183,8 @@ class Best:
 
     Attributes:
         loss: its score; lower is better.
-        tie_loss: its loss, by which equal scores are told apart, such as accuracies.
-        breaks_ties: whether they are; runs that were begun by earlier versions keep the first of equal ones.
+        tie_loss: its loss, which decides between equal scores, such as accuracies.
+        breaks_ties: whether it does; runs that were begun by earlier versions keep the first of equal ones.
     """
 
     step: int = 0
