@@ -132,7 +132,7 @@ def _open_missing_streams() -> None:
 def _flush_output(*, quiet: bool) -> None:
     """Write what is left of the output; a full disk or a closed pipe is the end of the command, not of Python.
 
-    ``quiet``: the command has told an error already.
+    ``quiet``: the command has reported an error already.
     """
     try:
         sys.stdout.flush()

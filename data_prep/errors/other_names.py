@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 SHARE = "it is a share of the steps, from 0 to 1"
 
-# Names here, the names elsewhere, and what to know if the unit differs. The first row that fits is told.
+# Names here, the names elsewhere, and what to know if the unit differs. The first row that fits counts.
 OTHER_NAMES = (
     ("learning_rate", "lr max_lr peak_lr base_lr step_size max_learning_rate", ""),
     ("final_learning_rate_fraction", "min_lr lr_min end_lr", "it is a share of the peak, from 0 to 1"),
