@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import io
 import math
@@ -61,6 +62,24 @@ class FriendlyGroup(FriendlyCommand, click.Group):
     """A group of commands that report errors like a ``FriendlyCommand``, as its own commands do."""
 
     command_class = FriendlyCommand
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in self.commands and not name.startswith("-"):
+            known = [*self.commands, *_commands_of_groups(self)]
+            inner = [words for words in known if words.endswith(f" {name}")]
+            close = inner or difflib.get_close_matches(name, known, 1)
+            hint = f': did you mean "{close[0]}"?' if close else f": choose one of {', '.join(self.commands)}"
+            raise UserError(f'there is no command "{name}"{other_name(name, known) or hint}')
+        return super().resolve_command(ctx, args)
+
+
+def _commands_of_groups(group: click.Group) -> Iterator[str]:
+    """The commands of a group's groups, such as "prep build"."""
+    for name, each in group.commands.items():
+        yield from (f"{name} {inner}" for inner in (each.commands if isinstance(each, click.Group) else ()))
 
 
 @contextmanager

@@ -84,6 +84,14 @@ OTHER_NAMES = (
     ("text_column", "text_field text_key", ""),
     ("label_column", "label_field label_key target_column labels_column", ""),
     ("checkpoint", "ckpt step", ""),
+    # commands
+    ("train", "pretrain fit", ""),
+    ("sample", "generate gen complete chat write fill", ""),
+    ("evaluate", "eval test score perplexity", ""),
+    ("predict", "classify infer inference tag", ""),
+    ("prep build", "tokenize prepare preprocess", ""),
+    ("import", "load from_pretrained", ""),
+    ("serve", "server api web", ""),
     # generating text
     ("temperature", "temp t", ""),
     ("temperature", "do_sample greedy", "0 takes the most likely token"),
