@@ -21,7 +21,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## the whole pipeline: text, tokenizer, shards, training, evaluation, samples, report
-	$(BIN)/python -m data_prep build builtin --out data/demo --vocab-size 8192 --validation-fraction 0.02
+	$(BIN)/python -m data_prep build builtin --out data/demo --vocab-size 8192 --validation-fraction 0.02 --word-split gpt2
 	$(BIN)/python train.py configs/demo.toml --data data/demo --run runs/demo
 	$(BIN)/python evaluate.py runs/demo
 	$(BIN)/python sample.py runs/demo --max-new-tokens 80 --temperature 0.7 --top-p 0.95 \

@@ -27,6 +27,7 @@ KEEP, EXACT, NEAR = "keep", "exact", "near"  # what to do with duplicates
 INSTALL = 'pip install "kindling-lm[cleaning]"'
 
 KINDS = ("bpe", "wordpiece", "unigram", "bytes", "characters")
+WORD_SPLITS = ("gpt2", "llama3", "qwen2", "qwen35")
 SPECIAL_TOKENS = END_OF_TEXT, PADDING, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 TOKEN_SETS = {
     "chat": ("<|system|>", "<|user|>", "<|assistant|>", "<|end_of_turn|>"),
@@ -202,8 +203,8 @@ class TokenizerSettings:
 
     The vocabulary size includes special tokens and single bytes. ``bpe``, ``wordpiece`` and ``unigram`` reach it
     exactly, ``characters`` keeps at most that many (the most frequent), ``bytes`` ignores it. ``word_split`` uses
-    llama.cpp's names. With ``digits="single"`` the split ``gpt2`` becomes llama.cpp's ``smollm``, and ``llama3`` its
-    ``qwen2``.
+    llama.cpp's names; "auto" is "qwen35" for ``bpe``, while the others split as "gpt2" does. With ``digits="single"``
+    the split ``gpt2`` becomes llama.cpp's ``smollm``, and ``llama3`` its ``qwen2``.
     """
 
     tokenizer_kind: str = setting("bpe", "Kind of tokenizer to train.", choices=KINDS)
@@ -214,13 +215,24 @@ class TokenizerSettings:
         minimum=1,
         maximum=LARGEST_TRAIN_BYTES,
     )
-    word_split: str = setting("gpt2", "How bpe splits text into words.", choices=("gpt2", "llama3", "qwen2"))
+    word_split: str = setting(
+        "auto",
+        "How bpe splits text into words; auto: qwen35, or what an earlier build in --out began with.",
+        choices=("auto", *WORD_SPLITS),
+    )
     digits: str = setting(
         "together", "single: make each digit a token; together: follow the word split.", choices=("together", "single")
     )
     extra_tokens: tuple[str, ...] = setting(
         (), "Additional special token <|name|>, or chat or infill for a predefined set; may be repeated."
     )
+
+    @property
+    def words(self) -> str:
+        """One of ``WORD_SPLITS``: how this kind of tokenizer splits text into words."""
+        if self.word_split != "auto":
+            return self.word_split
+        return "qwen35" if self.tokenizer_kind == "bpe" else "gpt2"
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -243,7 +255,7 @@ class TokenizerSettings:
                 f"--vocab-size {self.vocab_size} is too small: 256 bytes{twice} and {len(self.special_tokens)} "
                 f"special tokens need at least {self.smallest_vocabulary}"
             )
-        if self.tokenizer_kind != "bpe" and (self.word_split, self.digits) != ("gpt2", "together"):
+        if self.tokenizer_kind != "bpe" and (self.words, self.digits) != ("gpt2", "together"):
             yield f'--word-split and --digits apply only to --tokenizer-kind bpe, not to "{self.tokenizer_kind}"'
         for token, count in Counter(self.special_tokens).items():
             if not SPECIAL_FORM.fullmatch(token):
@@ -258,7 +270,7 @@ class TokenizerSettings:
         extra_tokens = list(self.special_tokens[len(SPECIAL_TOKENS) :])
         if self.tokenizer_kind == "bytes":
             return {"tokenizer_kind": self.tokenizer_kind, "extra_tokens": extra_tokens}
-        return asdict(self) | {"extra_tokens": extra_tokens}
+        return asdict(self) | {"word_split": self.words, "extra_tokens": extra_tokens}
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ from lm.config.settings import Config
 from lm.data.examples import Columns, Example, read_examples, read_similar
 from lm.evaluation import minimal_pairs, multiple_choice, perplexity, validation_loss
 from lm.evaluation.bootstrap import Accuracy
+from lm.export.gguf import export_gguf
 from lm.export.huggingface import choose_readout, export_huggingface
 from lm.export.import_huggingface import import_checkpoint
+from lm.export.model_card import NO_FACTS, CardFacts
 from lm.finetuning import finetune as finetuning
 from lm.finetuning.contrastive_task import similarity as correlations
 from lm.finetuning.predict import Predictor, open_predictor, predict
@@ -146,9 +148,20 @@ class Model(LanguageModel):
         found = perplexity.evaluate_text(self, str(source), ReadSettings(), stride=stride)
         return math.exp(found["validation"][self._readout(readout)]["nats_per_token"])
 
-    def save_pretrained(self, folder: str | Path, *, readout: str | None = None) -> None:
-        """Write a folder that ``transformers`` loads with its own classes; errors as of ``export_huggingface``."""
-        export_huggingface(self.run, Path(folder), self.saved, choose_readout(self.run, readout))
+    def save_pretrained(self, folder: str | Path, *, readout: str | None = None, facts: CardFacts = NO_FACTS) -> None:
+        """Write a folder that ``transformers`` loads with its own classes; errors as of ``export_huggingface``.
+
+        Args:
+            readout: None: the first that ``transformers`` reads as it was trained.
+            facts: license, languages and base model for the model card.
+        """
+        export_huggingface(self.run, Path(folder), self.saved, choose_readout(self.run, readout), facts)
+
+    def save_gguf(
+        self, file: str | Path, *, readout: str | None = None, outtype: str = "f32", facts: CardFacts = NO_FACTS
+    ) -> None:
+        """Write a GGUF file for llama.cpp; arguments and errors as of ``lm.export.gguf.export_gguf``."""
+        export_gguf(self.run, Path(file), self.saved, choose_readout(self.run, readout), outtype, facts)
 
     def _readout(self, wanted: str | None) -> str:
         if wanted is not None and wanted not in self.readouts:

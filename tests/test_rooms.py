@@ -40,7 +40,7 @@ FLOORS = {
     ),
 }
 # Lower floors, but none of their business.
-NEVER = {("serve", "objectives"), ("export", "objectives"), ("training", "inference"), ("export", "inference")}
+NEVER = {("serve", "objectives"), ("export", "objectives"), ("training", "inference")}
 # What any room of lm may take of data_prep, and what some rooms may take besides.
 FACES = {"errors", "files", "settings", "tokenizers", "shards"}
 MORE = {"data": {"sources"}, "evaluation": {"sources"}, "training": {"progress"}, "cli": {"cli", "sources"}}

@@ -80,8 +80,8 @@ def _print_estimate(settings: BuildSettings, as_json: bool) -> None:
 
 
 def _print_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
-    counted = ("documents", "tokens", "text_bytes", "words")
-    splits = {name: {key: split[key] for key in counted} for name, split in manifest["splits"].items()}
+    counted = ("documents", "tokens", "text_bytes", "words", "lost_bytes", "unknown_tokens")
+    splits = {name: {key: split.get(key) for key in counted} for name, split in manifest["splits"].items()}
     for split in splits.values():
         split["bytes_per_token"] = split["text_bytes"] / split["tokens"] if split["tokens"] else None
     if as_json:
@@ -101,6 +101,14 @@ def _print_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
     print_table(("split", "documents", "tokens", "text MB", "bytes per token"), rows)
     tokenizer = manifest["tokenizer"]
     click.echo(f"vocabulary: {tokenizer['vocab_size']:,} tokens ({tokenizer['kind']})")
+    for name, split in splits.items():
+        if split["lost_bytes"]:
+            share = split["lost_bytes"] / split["text_bytes"]
+            unknown = f" ({split['unknown_tokens']:,} unknown tokens)" if split["unknown_tokens"] else ""
+            click.echo(
+                f"lost: the tokenizer loses {share:.2%} of the {name} text, {split['lost_bytes']:,} bytes{unknown}; "
+                "bits per byte do not count them"
+            )
     for step, report in manifest["cleaning"].items():
         changed, removed = report["changed_documents"], report["removed_documents"]
         example = f" ({report['examples'][0]['reason']})" if report["examples"] else ""

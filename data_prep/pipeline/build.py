@@ -81,6 +81,8 @@ class BuildPlan:
             "validation_fraction": settings.validation_fraction,
             "shard_tokens": settings.shard_tokens,
         }
+        if tokenizer is not None and tokenizer.cuts_names:  # earlier versions gave such names the ids of the tokens
+            identity["cuts_names"] = True
         return cls(settings, sources, tuple(parts), tokenizer, json.loads(json.dumps(identity)))
 
     @property
@@ -124,6 +126,7 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
 
     A finished dataset with the same settings is left unchanged. Raises ``UserError`` as ``build`` does.
     """
+    settings = _with_earlier_word_split(settings)
     plan = BuildPlan.of(settings)
     out = settings.out
     if out.exists() and not out.is_dir():
@@ -151,6 +154,20 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
                 for directory in created:
                     directory.rmdir()
             raise
+
+
+def _with_earlier_word_split(settings: BuildSettings) -> BuildSettings:
+    """Keep the word split of a build that is already in ``out``, unless another is named: the default has changed."""
+    out = settings.out
+    if settings.training.word_split != "auto":
+        return settings
+    if (out / MANIFEST).is_file():
+        identity = open_dataset(out).manifest["settings"]
+    else:
+        journal = Journal.load(out)
+        identity = journal.identity if journal else {}
+    training = replace(settings.training, word_split=identity.get("word_split", "auto"))
+    return replace(settings, training=training)
 
 
 def _finished(out: Path, identity: dict[str, Any], progress: Reporter) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from data_prep.sources.reading import read_part
 from data_prep.sources.records import first_line
 from data_prep.tokenizers.encoders import Encoder, EncoderError, make_encoder, recheck
 from data_prep.tokenizers.load import load_tokenizer
+from data_prep.tokenizers.loss import loss_of
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 
 BATCH_BYTES = 1 << 20  # of text encoded at a time
@@ -104,7 +105,8 @@ def build_part(job: Job, number: int, part: CorpusPart, advance: Advance) -> Par
             encoded = encode_batch([each.document.text for each in new], tokenizer, encoder)
             for each, tokens in zip(new, encoded, strict=True):
                 size, words = len(each.content), count_words(each.content)
-                writers[each.split].add(tokens, text_bytes=size, words=words, origin=each.document.origin)
+                loss = loss_of(tokenizer, each.document.text, tokens[:-1])
+                writers[each.split].add(tokens, text_bytes=size, words=words, origin=each.document.origin, loss=loss)
             again = [each.document.text[:RECHECKED_CHARACTERS] for each in new if not each.hash % RECHECKED]
             recheck(encoder, tokenizer, again)
     reports = {"reading": asdict(reading), "cleaning": cleaner.report.to_json()}

@@ -22,7 +22,7 @@ from data_prep.settings import DEFAULT_SHARD_TOKENS, LARGEST_SHARD_TOKENS
 from data_prep.shards import layouts
 from data_prep.shards.layouts import TokenFile
 from data_prep.shards.manifest import make_manifest, save_manifest
-from data_prep.shards.tokens import SPLITS, TOKENIZER_FILE, Dataset, ShardWriter, Split, count_words
+from data_prep.shards.tokens import ENDS_INSIDE, SPLITS, TOKENIZER_FILE, Dataset, ShardWriter, Split, count_words
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 
 PIECE_TOKENS = 1 << 20  # of a long document, decoded at a time
@@ -148,11 +148,12 @@ def import_dataset(
     if sum(file.tokens.size for file in files["train"]) == 0:
         raise UserError("the files contain no tokens to train on: add files without val or validation in their names")
     changes = {"empty_documents": 0, "ends_added": 0, "ends_moved": 0}
+    ends_inside = 0
     with new_folder(out) as folder:
         records = {}
         for split in SPLITS:
             writer = ShardWriter(folder, split, vocab_size=tokenizer.vocab_size, shard_tokens=shard_tokens)
-            _write_shards(writer, f"reading {split}", files[split], tokenizer, changes, progress)
+            ends_inside += _write_shards(writer, f"reading {split}", files[split], tokenizer, changes, progress)
             records[split] = writer.records
         tokenizer.save(folder / TOKENIZER_FILE)
         all_paths = paths["train"] + paths["validation"]
@@ -168,7 +169,7 @@ def import_dataset(
                     "bytes": sum(path.stat().st_size for path in all_paths),
                 }
             ],
-            settings={"converted_from": layout, "shard_tokens": shard_tokens},
+            settings={"converted_from": layout, "shard_tokens": shard_tokens, ENDS_INSIDE: ends_inside},
             left_out=changes,
             cleaning={},
             corpus_sha256=None,
@@ -178,6 +179,8 @@ def import_dataset(
     for name, sentence in CHANGES.items():
         if changes[name]:
             progress.note(f"{sentence}: {changes[name]:,}")
+    if ends_inside:
+        progress.note(f"end-of-text tokens inside documents, where training starts a new text: {ends_inside:,}")
     return manifest
 
 
@@ -195,12 +198,16 @@ def _write_shards(
     tokenizer: Tokenizer,
     changes: dict[str, int],
     progress: Reporter,
-) -> None:
+) -> int:
+    """Write all documents, and return how many end-of-text tokens are inside them."""
+    inside = 0
     with progress.stage(stage, sum(file.tokens.nbytes for file in files)) as advance, writer:
         for document in _ended_documents(files, tokenizer.end_of_text_id, changes):
             size, words = text_size(tokenizer, document)
             writer.add(document, text_bytes=size, words=words)
+            inside += int(np.count_nonzero(document == tokenizer.end_of_text_id)) - 1
             advance(document.nbytes)
+    return inside
 
 
 def _find_files(sources: Sequence[Path], layout: str) -> dict[str, list[Path]]:

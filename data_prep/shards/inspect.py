@@ -34,6 +34,7 @@ def _inspect_split(dataset: Dataset, split: Split, documents: int, seed: int) ->
         "documents": split.documents,
         "tokens": split.tokens,
         "text_bytes": split.text_bytes,
+        "lost_bytes": split.lost_bytes,
         "words": split.words,
         "shards": len(split.records),
     }
@@ -148,7 +149,8 @@ def render(found: dict[str, Any], *, ids: bool = False) -> str:
 
 
 def _numbers(split: dict[str, Any]) -> Iterator[str]:
-    yield f"  {split['text_bytes'] / split['tokens']:.2f} bytes of text per token, {split['words']:,} words"
+    lost = f", {split['lost_bytes']:,} bytes of text are lost" if split["lost_bytes"] else ""
+    yield f"  {split['text_bytes'] / split['tokens']:.2f} bytes of text per token, {split['words']:,} words{lost}"
     if len(split["sources"]) > 1:
         for source in split["sources"]:
             yield f"    {source['name']}: {source['bytes_per_token']:.2f}, {source['tokens']:,} tokens"

@@ -36,6 +36,7 @@ from data_prep.errors.command_names import command
 from data_prep.files import atomic_file, parse_json, sha256_of_file
 from data_prep.settings import DEFAULT_SHARD_TOKENS
 from data_prep.tokenizers.load import load_tokenizer
+from data_prep.tokenizers.loss import NO_LOSS, Loss, counted_bytes
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 
 FORMAT_NAME = "kindling-shards"
@@ -46,6 +47,9 @@ TOKENIZER_FILE = "tokenizer.json"
 # These exist in the directory only during a build; see journal.py.
 JOURNAL = "build.json"
 WORK = "work"
+
+# The setting of an import that says how many end-of-text tokens are inside documents.
+ENDS_INSIDE = "ends_inside_documents"
 
 VERIFYING_THREADS = 4
 COUNTED_TOKENS = 1 << 22  # counted at a time
@@ -62,7 +66,8 @@ class ShardRecord:
     """The entry for one shard in the manifest.
 
     ``source`` is an index into the manifest's sources. ``first`` and ``last`` locate its first and last document in
-    that source, for example ``folder/book.txt:65536``.
+    that source, for example ``folder/book.txt:65536``. ``lost_bytes`` of the text are not in the tokens, of which
+    ``unknown_tokens`` stand for nothing; earlier versions did not count them.
     """
 
     name: str
@@ -75,6 +80,8 @@ class ShardRecord:
     idx_sha256: str
     first: str
     last: str
+    lost_bytes: int | None = None
+    unknown_tokens: int | None = None
 
 
 class ShardWriter:
@@ -106,13 +113,14 @@ class ShardWriter:
         self._on_finished = on_finished
         self._open: _OpenShard | None = None
 
-    def add(self, tokens: np.ndarray, *, text_bytes: int, words: int, origin: str = "") -> None:
+    def add(self, tokens: np.ndarray, *, text_bytes: int, words: int, origin: str = "", loss: Loss = NO_LOSS) -> None:
         """Append one document.
 
         Args:
             tokens: its tokens, including the end-of-text token.
             text_bytes, words: the size of its text in UTF-8 bytes and in words.
             origin: where it is in the source.
+            loss: what of its text is not in the tokens.
         """
         signed = tokens.dtype.kind != "u"
         if tokens.size == 0 or (signed and int(tokens.min()) < 0) or int(tokens.max()) >= self._vocab_size:
@@ -122,7 +130,7 @@ class ShardWriter:
         if self._open is None:
             name = f"{self._stem}_{len(self.records):02d}" if self.records else self._stem
             self._open = _OpenShard(self._directory, name, self._dtype, self._source)
-        self._open.add(tokens.astype(self._dtype, copy=False), text_bytes, words, origin)
+        self._open.add(tokens.astype(self._dtype, copy=False), text_bytes, words, origin, loss)
 
     def _finish_shard(self) -> None:
         assert self._open is not None
@@ -157,12 +165,13 @@ class _OpenShard:
         self._lengths = array("i")
         self._text_bytes = 0
         self._words = 0
+        self._lost_bytes = self._unknown_tokens = 0
         self._first = self._last = ""
         self._hash = hashlib.sha256()
         self._stack = ExitStack()
         self._file: IO[bytes] = self._stack.enter_context(atomic_file(directory / f"{name}.bin", sync_name=False))
 
-    def add(self, tokens: np.ndarray, text_bytes: int, words: int, origin: str) -> None:
+    def add(self, tokens: np.ndarray, text_bytes: int, words: int, origin: str, loss: Loss) -> None:
         content = tokens.tobytes()
         self._hash.update(content)
         self._file.write(content)
@@ -173,6 +182,8 @@ class _OpenShard:
         self.tokens += tokens.size
         self._text_bytes += text_bytes
         self._words += words
+        self._lost_bytes += loss.lost_bytes
+        self._unknown_tokens += loss.unknown_tokens
 
     def finish(self) -> ShardRecord:
         self._stack.close()
@@ -190,6 +201,8 @@ class _OpenShard:
             idx_sha256=hashlib.sha256(index).hexdigest(),
             first=self._first,
             last=self._last,
+            lost_bytes=self._lost_bytes,
+            unknown_tokens=self._unknown_tokens,
         )
 
     def abandon(
@@ -228,6 +241,9 @@ def split_totals(records: list[ShardRecord]) -> dict[str, Any]:
     """Return the manifest entry for a split: its totals, then its shards."""
     counted = ("tokens", "documents", "text_bytes", "words")
     totals: dict[str, Any] = {name: sum(getattr(record, name) for record in records) for name in counted}
+    for name in ("lost_bytes", "unknown_tokens"):
+        found = [getattr(record, name) for record in records]
+        totals[name] = None if None in found else sum(found)
     return totals | {"shards": [asdict(record) for record in records]}
 
 
@@ -260,12 +276,19 @@ class Split:
         self.documents: int = totals["documents"]
         self.text_bytes: int = totals["text_bytes"]
         self.words: int = totals["words"]
+        #: Bytes of text that are not in the tokens; 0 if an earlier version did not count them.
+        self.lost_bytes: int = totals.get("lost_bytes") or 0
         self.records = [ShardRecord(**record) for record in totals["shards"]]
         self._directory = directory
         self._dtype = dtype
         self._sources = sources
         self._ends = list(accumulate(record.tokens for record in self.records))
         self._tokens_of = lru_cache(maxsize=MOST_OPEN_SHARDS)(self._map)
+
+    @property
+    def counted_bytes(self) -> int:
+        """The bytes of text that the tokens stand for, over which bits per byte are taken."""
+        return counted_bytes(self.text_bytes, self.lost_bytes)
 
     @property
     def source_spans(self) -> list[SourceSpan]:
@@ -399,20 +422,30 @@ class Dataset:
     def verify(self, on_file: Callable[[str, int], None] = lambda name, size: None) -> None:
         """Read everything, and raise ``UserError`` at the first file that has changed since the build.
 
-        ``on_file`` is called with the name and size of each intact file.
+        Documents must also end where their end-of-text tokens are. Only an import can have such tokens inside
+        documents, and says how many. ``on_file`` is called with the name and size of each intact file.
         """
+        inside = 0
         shards = [(split, record) for split in self._splits.values() for record in split.records]
         with ThreadPoolExecutor(VERIFYING_THREADS) as threads:  # hashing releases the interpreter lock
             checks = [threads.submit(self._verify_shard, split, record) for split, record in shards]
             try:
                 for (_, record), check in zip(shards, checks, strict=True):
-                    check.result()
+                    inside += check.result()
                     on_file(f"{record.name}.bin", record.tokens * self._dtype.itemsize)
                     on_file(f"{record.name}.idx", index_size(record.documents))
             finally:
                 threads.shutdown(cancel_futures=True)
+        # Earlier imports did not count them.
+        settings = self.manifest["settings"]
+        if inside != settings.get(ENDS_INSIDE, inside if "converted_from" in settings else 0):
+            raise UserError(
+                f'"{self.directory}" has {inside:,} end-of-text tokens inside documents, where the text spells the '
+                "token: build the dataset again, or train on it as it is with --verify-data false"
+            )
 
-    def _verify_shard(self, split: Split, record: ShardRecord) -> None:
+    def _verify_shard(self, split: Split, record: ShardRecord) -> int:
+        """Check one shard, and return how many end-of-text tokens are inside its documents."""
         for suffix, expected in ((".bin", record.bin_sha256), (".idx", record.idx_sha256)):
             path = self.directory / (record.name + suffix)
             if sha256_of_file(path) != expected:
@@ -422,9 +455,11 @@ class Dataset:
         if int(lengths.sum()) != record.tokens or index != index_bytes(lengths, self._dtype):
             raise UserError(f'"{self.directory / record.name}.idx" is inconsistent: build the dataset again')
         tokens = np.memmap(self.directory / f"{record.name}.bin", dtype=self._dtype, mode="r")
-        ends = np.cumsum(lengths, dtype=np.int64) - 1
-        if int(tokens.max()) >= self.vocab_size or np.any(tokens[ends] != self.manifest["tokenizer"]["end_of_text_id"]):
+        ends, end_of_text = np.cumsum(lengths, dtype=np.int64) - 1, self.manifest["tokenizer"]["end_of_text_id"]
+        if int(tokens.max()) >= self.vocab_size or np.any(tokens[ends] != end_of_text):
             raise UserError(f'"{self.directory / record.name}.bin" contains tokens that its tokenizer cannot produce')
+        blocks = (tokens[start : start + COUNTED_TOKENS] for start in range(0, record.tokens, COUNTED_TOKENS))
+        return sum(int(np.count_nonzero(block == end_of_text)) for block in blocks) - record.documents
 
 
 def open_dataset(directory: str | Path) -> Dataset:

@@ -41,6 +41,12 @@ PROBES: tuple[str, ...] = (
     # combining marks with and without a letter before them
     "\u0301a\u0301\u0302\u0303 \u0301 e\u0327\u0301\u20dd \u0e33\u0e49",
     "Z\u0351\u036b\u0343a\u0363\u0340l\u0321\u0353g\u0321\u0332o\u0322" * 5,
+    # scripts that write vowels with marks, with joiners, digits, and marks where no letter is
+    "हिन्दी में क्षत्रिय ज्ञान १२३, र्\u200dय क्\u200cष।",
+    "বাংলা ক্ষুদ্র ৎ தமிழ்நாடு க்ஷ ศรี น้ำใจ ๑๒ ភាសាខ្មែរ ស្ត្រី မြန်မာ",
+    "בְּרֵאשִׁית בָּרָא אֱלֹהִים אֵת־הַשָּׁמַיִם ٱلْعَرَبِيَّةُ مُحَمَّدٌ، لُغَةٌ\nབོད་སྐད་ සිංහල తెలుగు ಕನ್ನಡ മലയാളം",
+    "ि \u0941\n\u0e31a 1\u0301 .\u093f! \t\u064eب\r\n\u0f71 \u093c\u094d'\u0301s '\u0e34",
+    "\u200d\u0d4d_\u0300 \u20e3#\u20e3",
     # emoji: joined, with skin, flags, keycaps, presentation selectors
     "👩\u200d👩\u200d👧\u200d👦 👍🏽 🏳️\u200d🌈 🇩🇪🇫🇷 1️⃣ ❤️❤︎ 🧑🏿\u200d🚀x",
     # outside the first plane, private use, noncharacters, the last character

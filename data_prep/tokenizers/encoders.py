@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,13 +20,20 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.encoder_probes import PROBES
+from data_prep.tokenizers.spelled_names import texts_with
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
+from data_prep.tokenizers.training import PATTERNS
 
 # Unicode's White_Space, which is \s in the library's pattern. Python's \s has four more characters.
-SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+OTHER_SPACE = r"\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # than \r and \n
+SPACE = rf"\r\n{OTHER_SPACE}"
 
 # GPT-2's pattern with all kinds of words merged into one: no match of the full pattern crosses a match of this one.
 RUNS = re.compile(rf" ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+")
+
+# Where a text can be cut so that no word of llama.cpp's patterns is: nothing but a sign has a line break after it in a
+# word, and nothing has another space after it.
+ENDS_OF_RUNS = re.compile(rf"(?<=[^{SPACE}])(?=[{OTHER_SPACE}])|(?<=[0-9A-Za-z])(?=[\r\n])")
 
 LARGEST_CACHE_CHARACTERS = 1 << 23  # about 100 MB including the dictionary
 
@@ -154,8 +161,7 @@ def _excerpt(text: str) -> str:
 
 def _probes_for(tokenizer: Tokenizer) -> list[str]:
     """Return texts that contain the tokens this tokenizer searches for first."""
-    names = [token["content"] for token in tokenizer.description["added_tokens"]]
-    return [text for name in names for text in (name, f"a {name} b{name}{name}\n{name[:-1]}")]
+    return [text for token in tokenizer.description["added_tokens"] for text in texts_with(token["content"])]
 
 
 class TokenizersEncoder(Encoder):
@@ -173,17 +179,19 @@ class TokenizersEncoder(Encoder):
 class WordsEncoder(Encoder):
     """Encode every distinct word once with ``tokenizers``, then look it up.
 
-    This works for tokenizers that split texts like GPT-2, and for single bytes or characters: no token crosses the
-    boundary of a run of ``RUNS``, so the tokens of a text are the concatenated tokens of its runs.
+    This works for tokenizers that split texts like GPT-2 or by a pattern of llama.cpp, and for single bytes or
+    characters: no token crosses the boundary of a run, so the tokens of a text are the concatenated tokens of its runs.
     """
 
     short_name = "words"
     name = f"words (tokenizers {version('tokenizers')})"
 
     def __init__(self, tokenizer: Tokenizer, threads: int) -> None:
-        if not splits_at_words(tokenizer):
-            raise UnsuitableError("this tokenizer does not cut texts at GPT-2's words")
+        runs = runs_of(tokenizer)
+        if runs is None:
+            raise UnsuitableError("this tokenizer does not cut texts at the words of a known pattern")
         super().__init__(tokenizer, threads)
+        self._runs = runs
         self._known: dict[str, bytes] = {}
         self._known_characters = 0
 
@@ -193,7 +201,7 @@ class WordsEncoder(Encoder):
         return np.frombuffer(b"".join(encoded), self._dtype), lengths
 
     def _encode_text(self, text: str) -> bytes:
-        words = RUNS.findall(text)
+        words = self._runs(text)
         new = list(set(words).difference(self._known))
         ids_of_new = self._reference(new)
         self._known.update(zip(new, (np.array(ids, self._dtype).tobytes() for ids in ids_of_new), strict=True))
@@ -255,19 +263,22 @@ class SplintrEncoder(Encoder):
 ENCODERS = {kind.short_name: kind for kind in (GigatokenEncoder, SplintrEncoder, WordsEncoder, TokenizersEncoder)}
 
 
-def splits_at_words(tokenizer: Tokenizer) -> bool:
-    """Return whether the tokens of a text are the concatenated tokens of its ``RUNS``."""
+def runs_of(tokenizer: Tokenizer) -> Callable[[str], list[str]] | None:
+    """Return what cuts a text into runs whose tokens are together those of the text; None if that is not known."""
     description = tokenizer.description
     if description["normalizer"] is not None or not all(token["special"] for token in description["added_tokens"]):
-        return False
+        return None
     pre_tokenizer = description["pre_tokenizer"]
     if pre_tokenizer is None:
-        return tokenizer.kind == "characters"
+        return RUNS.findall if tokenizer.kind == "characters" else None
     # Later steps of a sequence only see the words of the first step.
     first = pre_tokenizer["pretokenizers"][0] if pre_tokenizer["type"] == "Sequence" else pre_tokenizer
+    if first["type"] == "Split":
+        known = first["pattern"].get("Regex") in PATTERNS.values()
+        return ENDS_OF_RUNS.split if known and first["behavior"] == "Isolated" and not first["invert"] else None
     if first["type"] != "ByteLevel" or first["add_prefix_space"]:
-        return False
-    return bool(first["use_regex"]) or (first is pre_tokenizer and tokenizer.kind == "bytes")
+        return None
+    return RUNS.findall if first["use_regex"] or (first is pre_tokenizer and tokenizer.kind == "bytes") else None
 
 
 def _installed(module: str, package: str) -> str:
@@ -279,5 +290,6 @@ def _installed(module: str, package: str) -> str:
 
 def _json_without_special_tokens(tokenizer: Tokenizer) -> str:
     """Return the tokenizer for encoders that would otherwise turn the name of a special token into that token."""
-    ordinary = [token for token in tokenizer.description["added_tokens"] if not token["special"]]
-    return json.dumps(tokenizer.description | {"added_tokens": ordinary}, ensure_ascii=False)
+    description = tokenizer.description_in_use()
+    ordinary = [token for token in description["added_tokens"] if not token["special"]]
+    return json.dumps(description | {"added_tokens": ordinary}, ensure_ascii=False)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from data_prep.sources.text_files import decode
+from data_prep.tokenizers.loss import loss_of
 from data_prep.tokenizers.tokenizer import Tokenizer
 
 
@@ -16,13 +17,15 @@ def tokenizer_report(tokenizer: Tokenizer, texts: Iterable[str], *, longest: int
     Returns ``texts``, ``text_bytes``, ``words`` (split at whitespace), ``tokens``, ``bytes_per_token`` and
     ``tokens_per_word`` (None without tokens or words), ``unused_tokens`` (non-special ids that never occurred) and
     their share ``unused_share``, ``longest_tokens`` (used tokens with the most bytes), ``fallback_bytes`` (bytes in
-    tokens that split a character) with ``fallback_share`` of the text, ``unknown_tokens`` (lost text), and
-    ``special_tokens`` with their ids.
+    tokens that split a character) with ``fallback_share`` of the text, ``unknown_tokens``, ``lost_bytes``
+    (text that decoding does not restore) with ``lost_share``, and ``special_tokens`` with their ids.
     """
     counts: Counter[int] = Counter()
-    read = text_bytes = words = 0
+    read = text_bytes = words = lost_bytes = 0
     for text in texts:
-        counts.update(tokenizer.encode(text))
+        ids = tokenizer.encode(text)
+        counts.update(ids)
+        lost_bytes += loss_of(tokenizer, text, ids).lost_bytes
         read += 1
         text_bytes += len(text.encode("utf-8"))
         words += len(text.split())
@@ -47,5 +50,7 @@ def tokenizer_report(tokenizer: Tokenizer, texts: Iterable[str], *, longest: int
         "fallback_bytes": fallback_bytes,
         "fallback_share": fallback_bytes / text_bytes if text_bytes else 0.0,
         "unknown_tokens": counts[tokenizer.unknown_id] if tokenizer.unknown_id is not None else 0,
+        "lost_bytes": lost_bytes,
+        "lost_share": lost_bytes / text_bytes if text_bytes else 0.0,
         "special_tokens": special,
     }

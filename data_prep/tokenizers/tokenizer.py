@@ -6,8 +6,11 @@ Text never becomes a special token, even if it spells one. ``data_prep.tokenizer
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
+import secrets
+import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +23,9 @@ from tokenizers import Tokenizer as Backend
 from data_prep.errors import UserError
 from data_prep.files import parse_json, write_atomically
 from data_prep.settings import END_OF_TEXT, MASK, PADDING
+from data_prep.tokenizers.encoder_probes import PROBES
+from data_prep.tokenizers.special_tokens import SpecialTokens, recorded
+from data_prep.tokenizers.spelled_names import keep_spelled_names, unknown_id
 
 # How existing tokenizers spell the three special tokens; the first one present is used.
 END_OF_TEXT_SPELLINGS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
@@ -41,7 +47,12 @@ class Tokenizer:
     """Convert text to token ids and back.
 
     Attributes:
-        end_of_text_id, padding_id, mask_id: the three special tokens that training needs.
+        end_of_text_id: what ends a document.
+        begin_id: what begins a text; None if nothing does. It is the end of text, unless a checkpoint was imported.
+        end_ids: the tokens that end a generated text.
+        padding_id: what fills up a batch; an imported checkpoint may use its end of text.
+        unwritable_ids: tokens that are never generated.
+        special: all of these, as one value.
         vocab_size: the largest id plus one.
         kind: ``bpe``, ``wordpiece``, ``unigram``, ``bytes`` or ``characters``, or the lowercase name of any other
             model type.
@@ -55,9 +66,11 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.end_of_text_id = _find_or_add(backend, END_OF_TEXT_SPELLINGS)
-        self.padding_id = _find_or_add(backend, PADDING_SPELLINGS)
-        self.mask_id = _find_or_add(backend, MASK_SPELLINGS)
+        self.special = recorded(backend) or _found_or_added(backend)
+        self.end_of_text_id, self.padding_id = self.special.end_of_text, self.special.padding
+        self.begin_id, self.end_ids = self.special.begin, self.special.ends
+        self.unwritable_ids = self.special.unwritable
+        self._file_text = keep_spelled_names(backend)  # after all special tokens are known
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
@@ -69,11 +82,24 @@ class Tokenizer:
             raise UserError(f'"{name}" is not a readable tokenizer.json: {error}') from None
         if backend.get_vocab_size() == 0:
             raise UserError(f'"{name}" is a tokenizer without tokens')
-        return cls(backend)
+        try:
+            return cls(backend)
+        except UserError as problem:
+            raise UserError(f'the tokenizer "{name}" cannot be used: {problem}') from None
 
     def to_json(self) -> str:
         """Return the whole tokenizer as JSON text; equal tokenizers give equal text."""
-        return str(self._backend.to_str(pretty=True)) + "\n"
+        return (self._file_text or str(self._backend.to_str(pretty=True))) + "\n"
+
+    @property
+    def cuts_names(self) -> bool:
+        """Whether names of special tokens are cut here, because the file alone would take them for the tokens."""
+        return self._file_text is not None
+
+    def description_in_use(self) -> dict[str, Any]:
+        """Return ``description`` with the step that cuts names."""
+        description: dict[str, Any] = json.loads(self._backend.to_str())
+        return description
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``."""
@@ -97,6 +123,36 @@ class Tokenizer:
             return str(model["type"]).lower()
         return "characters" if model["byte_fallback"] else "bytes"
 
+    @property
+    def mask_id(self) -> int:
+        """What hides a token. UserError if the tokenizer has no such token."""
+        if self.special.mask is None:
+            raise UserError(
+                "this tokenizer has no mask token: train with --objective next_token, or import the checkpoint again "
+                "with --add-mask"
+            )
+        return self.special.mask
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the special tokens are those of an imported checkpoint, recorded in its ``tokenizer.json``."""
+        return recorded(self._backend) is not None
+
+    def begun(self, ids: Iterable[int]) -> list[int]:
+        """The ids of a text after what begins it; an empty text that nothing begins is an end of text.
+
+        An imported tokenizer's own beginning is not added twice: a chat template may have written it.
+        """
+        text = list(ids)
+        written = text[:1] == [self.begin_id] != [self.end_of_text_id]
+        start = [] if self.begin_id is None or written else [self.begin_id]
+        return [*start, *text] or [self.end_of_text_id]
+
+    @property
+    def start_id(self) -> int:
+        """What stands before a text whose first token is predicted: its beginning, else the end of another text."""
+        return self.end_of_text_id if self.begin_id is None else self.begin_id
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without adding special tokens."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
@@ -105,6 +161,64 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each text, on all cores unless ``TOKENIZERS_PARALLELISM`` is ``false``."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_shielded(self, text: str, shielded: str, cuts: Sequence[int] = ()) -> list[list[int]]:
+        """Return the ids of a text before, between and after the cuts; no token extends over one.
+
+        Args:
+            text: as for ``encode``, but with special tokens where it spells them outside of what is shielded.
+            shielded: the text, with other characters in the places that must not be part of a special token.
+            cuts: positions in the text, in characters, ascending.
+        """
+        special = set(self._special_names)
+
+        def found_in(spelled: str) -> list[tuple[int, int, int]]:
+            encoded = splitter.encode(spelled, add_special_tokens=False)
+            pairs = zip(encoded.offsets, encoded.ids, strict=True)
+            return [(*offsets, token_id) for offsets, token_id in pairs if token_id in special]
+
+        splitter, boundary, lock = self._splitter
+        with lock:
+            splitter.encode_special_tokens = False
+            written = [
+                (start, stop, token_id)
+                for start, stop, token_id in found_in(shielded)
+                if shielded[start:stop].strip() == self._special_names[token_id].strip()
+            ]
+            if found_in(text) == written:
+                whole = splitter.encode(text, add_special_tokens=False).ids
+                starts = [splitter.encode(text[:cut], add_special_tokens=False).ids for cut in cuts]
+                if all(whole[: len(start)] == start for start in starts):
+                    lengths = [0, *map(len, starts), len(whole)]
+                    return [whole[a:b] for a, b in itertools.pairwise(lengths)]
+            splitter.encode_special_tokens = True
+            # A token that is in no text stands for each special token and each cut, so that what is between two of
+            # them is encoded as the middle of a text.
+            after = {
+                at: stop for start, stop, _ in written for at in range(start + 1, stop)
+            }  # with the space around it
+            marks = sorted([*written, *((after.get(cut, cut), after.get(cut, cut), -1) for cut in cuts)])
+            between = itertools.pairwise([0, *(at for mark in marks for at in mark[:2]), len(text)])
+            joined = boundary.join(text[start:stop] for start, stop in itertools.islice(between, 0, None, 2))
+            ids = splitter.encode(joined, add_special_tokens=False).ids
+        pieces: list[list[int]] = [[]]
+        left = iter(marks)
+        for token_id in ids:
+            if token_id != splitter.token_to_id(boundary):
+                pieces[-1].append(token_id)
+            elif (mark := next(left)[2]) >= 0:
+                pieces[-1].append(mark)
+            else:
+                pieces.append([])
+        return pieces
+
+    @cached_property
+    def _splitter(self) -> tuple[Backend, str, threading.Lock]:
+        """A copy with one more token, which nobody can guess, and a lock to hold while using the copy."""
+        boundary = f"\ufdd0{secrets.token_hex(16)}\ufdd0"
+        splitter = Backend.from_str(self._backend.to_str())
+        splitter.add_tokens([AddedToken(boundary, special=False, normalized=False)])
+        return splitter, boundary, threading.Lock()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of some ids, with special tokens as their names and invalid UTF-8 as U+FFFD."""
@@ -134,14 +248,17 @@ class Tokenizer:
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
     @cached_property
+    def is_lossless(self) -> bool:
+        """Whether decoding restores all ``PROBES``, as with every tokenizer trained here."""
+        try:
+            return all(self.decode_bytes(self.encode(text)) == text.encode("utf-8") for text in PROBES)
+        except Exception:  # a model without an unknown token raises the base class
+            return False
+
+    @cached_property
     def unknown_id(self) -> int | None:
         """The id for text outside the vocabulary, or None; tokenizers trained here never need one."""
-        model = self.description["model"]
-        if model["type"] == "Unigram":
-            unknown: int | None = model["unk_id"]
-            return unknown
-        name = model.get("unk_token")
-        return None if name is None else self._backend.token_to_id(name)
+        return unknown_id(self._backend)
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
@@ -205,6 +322,14 @@ def _bytes_of_byte_characters(token: str) -> bytes:
         return bytes(BYTE_OF_CHARACTER[character] for character in token)
     except KeyError:
         return token.encode("utf-8")
+
+
+def _found_or_added(backend: Backend) -> SpecialTokens:
+    """The three special tokens that training needs, added where they are missing."""
+    end = _find_or_add(backend, END_OF_TEXT_SPELLINGS)
+    padding = _find_or_add(backend, PADDING_SPELLINGS)
+    mask = _find_or_add(backend, MASK_SPELLINGS)
+    return SpecialTokens(end, end, end, (end,), padding, mask, unwritable=(padding, mask))
 
 
 def _find_or_add(backend: Backend, spellings: Sequence[str]) -> int:

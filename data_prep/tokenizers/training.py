@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -29,6 +30,12 @@ LLAMA3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+# Its "qwen35" also keeps combining marks with their letters, which many scripts of Asia need to write a vowel.
+QWEN35_WORDS = QWEN2_WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
+PATTERNS = {"llama3": LLAMA3_WORDS, "qwen2": QWEN2_WORDS, "qwen35": QWEN35_WORDS}
+
+SAMPLE_CHARACTERS = 100_000
+LARGE_SHARE_OF_MARKS = 0.01  # of letters; 0.3 to 0.6 in Hindi or Thai
 
 MIN_PAIR_COUNT = 2  # a pair seen once is not a pattern
 
@@ -45,13 +52,34 @@ def train_tokenizer(texts: Iterator[str], settings: TokenizerSettings) -> Tokeni
     problems = list(settings.check())
     if problems:
         raise UserError("\n".join(problems))
-    trained = _TRAINERS[settings.tokenizer_kind](first_bytes(texts, settings.train_bytes), settings)
+    beginning: list[str] = []
+    read = _keep_beginning(first_bytes(texts, settings.train_bytes), beginning)
+    trained = _TRAINERS[settings.tokenizer_kind](read, settings)
     if settings.tokenizer_kind not in ("bytes", "characters") and trained.vocab_size < settings.vocab_size:
         raise UserError(
             f"--vocab-size {settings.vocab_size} is too large for this text: it yields only {trained.vocab_size:,} "
-            f"distinct tokens; choose at most {trained.vocab_size}, or add text"
+            f"distinct tokens; choose at most {trained.vocab_size}, or add text{_advice(settings, ''.join(beginning))}"
         )
     return trained
+
+
+def _keep_beginning(texts: Iterator[str], kept: list[str]) -> Iterator[str]:
+    """Yield the texts, and keep the first ones."""
+    size = 0
+    for text in texts:
+        if size < SAMPLE_CHARACTERS:
+            kept.append(text[: SAMPLE_CHARACTERS - size])
+            size += len(kept[-1])
+        yield text
+
+
+def _advice(settings: TokenizerSettings, text: str) -> str:
+    """Return what to do if words are short because they are cut at combining marks, else ""."""
+    categories = Counter(unicodedata.category(character)[0] for character in text)
+    if settings.words == "qwen35" or categories["M"] < LARGE_SHARE_OF_MARKS * categories["L"]:
+        return ""
+    other = "--word-split qwen35" if settings.tokenizer_kind == "bpe" else "--tokenizer-kind bpe --word-split qwen35"
+    return f"; its words are short because they are cut at combining marks, which {other} does not do"
 
 
 def _finished(
@@ -104,7 +132,7 @@ def _train_bpe(texts: Iterator[str], settings: TokenizerSettings) -> Tokenizer:
     For GPT-2's words and larger texts, a faster library produces the same merges if it is installed; ``fast_bpe`` lists
     what is checked. It reads the texts from a temporary file.
     """
-    if (settings.word_split, settings.digits) != ("gpt2", "together") or not is_installed():
+    if (settings.words, settings.digits) != ("gpt2", "together") or not is_installed():
         return _train_bpe_with_tokenizers(texts, settings)
     head = list(first_bytes(texts, SMALLEST_TEXT_BYTES))
     following = list(islice(texts, 1))
@@ -136,10 +164,10 @@ def _train_bpe_with_tokenizers(texts: Iterator[str], settings: TokenizerSettings
 
 def _words_of(settings: TokenizerSettings) -> pre_tokenizers.PreTokenizer:
     single = settings.digits == "single"
-    if settings.word_split == "gpt2":
+    if settings.words == "gpt2":
         words = _byte_level_words()
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words]) if single else words
-    pattern = QWEN2_WORDS if single or settings.word_split == "qwen2" else LLAMA3_WORDS
+    pattern = PATTERNS["qwen2" if single and settings.words == "llama3" else settings.words]
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),

@@ -15,25 +15,23 @@ import click
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
+    from lm.inference.chat_template import ChatFormat
     from lm.inference.generator import Generator
     from lm.inference.sampling import Sampling
 
 
-def converse(generator: Generator, template: str | None, sampling: Sampling) -> None:
+def converse(generator: Generator, chat: ChatFormat, sampling: Sampling) -> None:
     """Read the user's messages, one per line, and print the answers until the input ends.
 
-    The conversation becomes one text by the chat template, or plain turns (``chat_template``); a generator with
-    ``reuse`` reads only what is new in each turn. Ctrl-C stops an answer; what was printed stays in the conversation.
+    Each answer continues the whole conversation; a generator with ``reuse`` reads only what is new in each turn. Ctrl-C
+    stops an answer; what was printed stays in the conversation.
     """
-    from lm.inference.chat_template import PLAIN_STOPS, render
-
-    if template is None:
-        sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *PLAIN_STOPS))
+    sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *chat.stops))
     messages: list[dict[str, str]] = []
     while (line := _next_line()) is not None:
         if line.strip():
             messages.append({"role": "user", "content": line.strip()})
-            answer = "".join(_shown(generator, render(messages, template), sampling))
+            answer = "".join(_shown(generator, chat, messages, sampling))
             messages.append({"role": "assistant", "content": answer.strip()})
 
 
@@ -65,9 +63,9 @@ def _text(line: str) -> str:
     return line
 
 
-def _shown(generator: Generator, prompt: str, sampling: Sampling) -> Iterator[str]:
+def _shown(generator: Generator, chat: ChatFormat, messages: list[dict[str, str]], sampling: Sampling) -> Iterator[str]:
     """Print the answer as it grows, and yield its pieces."""
-    handle = generator.add(prompt, sampling)
+    handle = generator.add(chat.encode(messages), sampling, chat.ends)
     with _interrupts() as pressed:
         while generator.busy:
             for event in generator.step():

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from lm.cli.options import best_checkpoint_option, checkpoint_option, run_argument
 
@@ -18,26 +19,66 @@ from lm.cli.options import best_checkpoint_option, checkpoint_option, run_argume
 @click.option(
     "--readout",
     type=click.Choice(["next_token", "masked_token", "masked_next_token"]),
-    help="Readout of the exported model. Default: the first of the run's readouts that can be exported.",
+    help="Readout of the exported model. Default: the first of the run's readouts that can be exported. "
+    "masked_next_token is for programs that read its logits shifted, such as BabyLM's mntp backend and LLM2Vec.",
 )
+@click.option(
+    "--outtype",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    help="Type of the matrices in a GGUF file. [default: f32]",
+)
+@click.option("--license", default="", metavar="ID", help="License in the model card, such as mit or apache-2.0.")
+@click.option("--language", multiple=True, metavar="CODE", help="Language in the model card, such as de; repeatable.")
+@click.option("--base-model", default="", metavar="NAME", help="Model on the hub that this one was made from.")
+@click.option("--push", default="", metavar="USER/NAME", help="Upload the export to the Hugging Face hub as well.")
+@click.option("--private", is_flag=True, help="With --push: a repository that only you can see.")
 @checkpoint_option
-def export(run: Path, kind: str, out: Path, readout: str | None, which: str) -> None:
+def export(
+    run: Path,
+    kind: str,
+    out: Path,
+    readout: str | None,
+    outtype: str | None,
+    license: str,
+    language: tuple[str, ...],
+    base_model: str,
+    push: str,
+    private: bool,
+    which: str,
+) -> None:
     """Export the model of RUN for transformers or llama.cpp, which load it without Kindling's code."""
-    from lm.export.gguf import export_gguf
-    from lm.export.huggingface import choose_readout, export_huggingface
+    if outtype and kind != "gguf":
+        raise UserError("--outtype is for --to gguf; the weights of --to hf are float32")
+    if private and not push:
+        raise UserError("--private is for --push USER/NAME")
+
+    from lm.api import load_model
+    from lm.export import gguf, hub, huggingface
+    from lm.export.model_card import CardFacts, finetuned_settings, training_limits
     from lm.runs.directory import open_run
 
+    facts = CardFacts(license, language, base_model, push)
     opened = open_run(run)
-    chosen = choose_readout(opened, readout)
-    write = {"hf": export_huggingface, "gguf": export_gguf}[kind]
-    write(opened, out, opened.checkpoint(which), chosen)
+    chosen = huggingface.choose_readout(opened, readout)
+    if push:
+        hub.check_push(push, private=private)
+    model = load_model(opened, checkpoint=which, device="cpu")
+    if kind == "hf":
+        model.save_pretrained(out, readout=chosen, facts=facts)
+        auto = "AutoModelForCausalLM" if chosen == "next_token" else "AutoModelForMaskedLM"
+        loaded, exported = f'transformers.{auto}.from_pretrained("{out}")', huggingface.EXPORTED
+    else:
+        model.save_gguf(out, readout=chosen, outtype=outtype or "f32", facts=facts)
+        loaded, exported = f"llama-cli -m {out}", gguf.EXPORTED
     click.echo(str(out))
-    loaded = {
-        ("hf", "next_token"): f'transformers.AutoModelForCausalLM.from_pretrained("{out}")',
-        ("hf", "masked_token"): f'transformers.AutoModelForMaskedLM.from_pretrained("{out}")',
-        ("gguf", "next_token"): f"llama-cli -m {out}",
-    }
-    click.echo(f"readout {chosen}; load it with: {loaded[kind, chosen]}", err=True)
+    click.echo(f"left out: {', '.join(huggingface.left_out(opened, model.saved, exported))}", err=True)
+    click.echo(f"readout {chosen}; load it with: {loaded}", err=True)
+    if chosen == "masked_next_token":
+        click.echo("the logits at position i predict token i+1: for a mask at i, take the logits at i-1", err=True)
+    if (tuned := finetuned_settings(opened, model.saved)) and tuned["task"] != "instruction":
+        click.echo(f"warning: {' '.join(training_limits(opened, model.saved))}", err=True)
+    if push:
+        click.echo(hub.push(out, push, private=private))
 
 
 @click.command("import", cls=FriendlyCommand)

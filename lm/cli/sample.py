@@ -126,9 +126,10 @@ def sample(
         _fill(model, text, settings if rounds else None, rounds, top, as_json)
     if chat:
         from lm.cli.chat import converse
-        from lm.inference.chat_template import read_template
+        from lm.inference.chat_template import chat_format
 
-        converse(_generator(model, 1, compiled, reuse=True), read_template(opened.path), settings)
+        chat_of_run = chat_format(opened.path, model.tokenizer, model.config)
+        converse(_generator(model, 1, compiled, reuse=True), chat_of_run, settings)
 
 
 def _conflicts(

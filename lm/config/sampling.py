@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from lm.config.settings import setting
 
 MOST_LOGPROBS = 20
+GREEDY_BELOW = 0.01  # temperatures that stand for 0, as clients send to servers that refuse 0
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How to continue a text. The filters apply in the order of their fields, after the temperature."""
 
-    temperature: float = setting(0.8, "below 1: safer; above 1: more varied; 0: always take the most likely token")
+    temperature: float = setting(
+        0.8, "below 1: safer; above 1: more varied; below 0.01: always take the most likely token"
+    )
     top_k: int = setting(0, "draw from the k most likely tokens; 0: from all")
     top_p: float = setting(1.0, "draw from the most likely tokens that together reach this probability")
     min_p: float = setting(0.0, "drop tokens whose probability is below this fraction of the top token's")
@@ -34,7 +37,7 @@ class Sampling:
         """Return one sentence per value that is out of range."""
         s = self
         limits = [
-            (s.temperature == 0 or 0.01 <= s.temperature <= 100, "temperature", "must be 0, or from 0.01 to 100"),
+            (0 <= s.temperature <= 100, "temperature", "must be from 0 to 100"),
             (s.top_k >= 0, "top_k", "must be at least 0"),
             (0 < s.top_p <= 1, "top_p", "must be above 0 and at most 1"),
             (0 <= s.min_p <= 1, "min_p", "must be between 0 and 1"),
@@ -53,6 +56,11 @@ class Sampling:
     def filters(self) -> tuple[float, int, float, float, float]:
         """The settings that ``lm.inference.sampling.filtered`` uses; rows with equal ones can be filtered together."""
         return self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature < GREEDY_BELOW
 
     @property
     def has_penalties(self) -> bool:

@@ -321,6 +321,14 @@ class FinetuneConfig:
     prompt_column: str = setting("prompt", "instruction: column with what the user says")
     response_column: str = setting("response", "instruction: column with what the model should say")
     chat_template: str = setting("", "instruction: file with a Jinja chat template; empty: User: and Assistant: turns")
+    template_tokens: str = setting(
+        "characters",
+        "instruction: what the chat template's names of special tokens become: the tokens, or their characters, as in "
+        "runs of earlier versions",
+        choices=("special", "characters"),
+        on_resume="never",
+        finetuning="special",
+    )
     reads: str = setting(
         "auto",
         "attention over the texts; auto: bidirectional if the base was trained to fill masks, else causal",

@@ -17,11 +17,27 @@ TENSORS = ("inputs", "targets", "loss_weights", "positions", "lo", "hi")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token ids that objectives need to know."""
+    """The token ids that objectives need to know.
+
+    A document is read from ``begin`` on, which stands in the place of the end of text before it; None leaves that end
+    of text there. ``mask`` is -1 in a vocabulary without one.
+    """
 
     size: int
     end_of_text: int
     mask: int
+    begin: int | None = None
+
+    def with_beginnings(self, inputs: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Inputs of any shape, with ``begin`` in the places of ends of text."""
+        if self.begin in (None, self.end_of_text):
+            return inputs
+        return np.where(inputs == self.end_of_text, self.begin, inputs)
+
+    def borders(self, inputs: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Where the inputs are ends of text or beginnings."""
+        ends = inputs == self.end_of_text
+        return ends if self.begin in (None, self.end_of_text) else ends | (inputs == self.begin)
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,7 @@ def rows_of_windows(windows: NDArray[np.int64], vocabulary: Vocabulary) -> Rows:
     inputs, numbers = windows[:, :-1], np.arange(len(windows), dtype=np.int64)
     starts = inputs == vocabulary.end_of_text
     starts[:, 0] = True
+    inputs = vocabulary.with_beginnings(inputs)
     return Rows(inputs, windows[:, 1:], starts, np.full(len(inputs), inputs.shape[1]), numbers, numbers)
 
 

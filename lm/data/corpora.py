@@ -18,6 +18,7 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.shards.tokens import Dataset, Split, open_dataset
+from data_prep.tokenizers.loss import counted_bytes
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.corpus_entry import corpus_of
 from lm.config.settings import Config
@@ -43,6 +44,8 @@ class JoinedSplit:
         self.tokens = self._ends[-1]
         self.documents = sum(part.documents for part in parts)
         self.text_bytes = sum(part.text_bytes for part in parts)
+        self.lost_bytes = sum(part.lost_bytes for part in parts)
+        self.counted_bytes = counted_bytes(self.text_bytes, self.lost_bytes)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens ``start`` to ``stop`` (exclusive) of the stream, shape ``(stop - start,)``."""

@@ -7,7 +7,8 @@ classification          text, text_pair if there is one, label      the text or 
 regression              text, text_pair if there is one, label      the text or both; a float
 tokens                  words, tags: lists, or text with spaces     the words; as many names of tags
 choice                  text, choices, label                        the text and its choices; the right one, from 0
-instruction             prompt, response                            the prompt and the response; None
+instruction             prompt, response; or a whole conversation   the prompt and the response; None
+                        (``Columns``)                               what is said; who says it
 contrastive             text, text_pair if there is one             the text or both; None
 any other               as classification
 ======================  ==========================================  ===================================================
@@ -69,8 +70,20 @@ class Columns:
             "tokens": {"words": self.words} | ({"tags": self.tags} if labeled else {}),
             "choice": {"text": self.text} | {f"choice {n}": name for n, name in enumerate(self.choices)} | answer,
             "contrastive": texts,
-            "instruction": {"prompt": self.prompt} | ({"response": self.response} if labeled else {}),
+            "instruction": self._conversation(first, labeled=labeled),
         }.get(task, texts | answer)
+
+    def _conversation(self, first: dict[str, Any], *, labeled: bool) -> dict[str, str]:
+        """Prompt and response; else, if they have no other names, a conversation in one of three usual formats:
+        "messages", ShareGPT's "conversations", or Alpaca's "instruction", "input" and "output"."""
+        usual = (self.prompt, self.response) == (Columns.prompt, Columns.response)
+        if labeled and usual and not {self.prompt, self.response} <= first.keys():
+            for name in ("messages", "conversations"):
+                if name in first:
+                    return {"messages": name}
+            if {"instruction", "output"} <= first.keys():
+                return {"prompt": "instruction", "response": "output"}
+        return {"prompt": self.prompt} | ({"response": self.response} if labeled else {})
 
 
 def read_examples(
@@ -147,14 +160,59 @@ def _example(
         typed = isinstance(row.get(needed["choice 0"]), list)  # not in a .csv file, which holds texts alone
         right = choice_of(needed["label"], answer, choices, typed=typed) if labeled else None
         return Example((text("text"), *choices), right, place)
+    if task == "instruction" and "messages" in needed:
+        return _conversation(needed["messages"], row, place)
     if task == "instruction":
-        return Example(tuple(text(part) for part in needed), None, place)
+        texts = tuple(text(part) for part in needed)
+        if needed["prompt"] == "instruction" and row.get("input"):
+            texts = (f"{texts[0]}\n{_text('input', row['input'])}", *texts[1:])
+        if needed["prompt"] == "instruction" and row.get("system"):
+            return Example((_text("system", row["system"]), *texts), ("system", "user", "assistant"), place)
+        return Example(texts, None, place)
     texts = tuple(text(part) for part in ("text", "text_pair") if part in needed)
     if not labeled or task == "contrastive":
         return Example(texts, None, place)
     if task == "regression":
         return Example(texts, number_of(needed["label"], answer), place)
     return Example(texts, class_name(needed["label"], answer, kept), place)
+
+
+# Who speaks, by the names of OpenAI's format and of ShareGPT's.
+ROLES = {name: name for name in ("system", "user", "assistant")}
+ROLES |= {"developer": "system", "human": "user", "gpt": "assistant"}
+
+
+def _conversation(column: str, row: dict[str, Any], place: str) -> Example:
+    """A conversation as its texts, labeled with the roles; a column "system" comes first."""
+    value = row.get(column)
+    try:  # .csv files hold a list as text
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise UserError(f'"{column}" is missing or is not a list of messages')
+    spoken = [("system", _text("system", row["system"]))] if row.get("system") else []
+    for number, message in enumerate(value, 1):
+        try:
+            spoken.append(_message(message))
+        except UserError as problem:
+            raise UserError(f'message {number} of "{column}": {problem}') from None
+    if not any(role == "assistant" for role, _ in spoken):
+        raise UserError(f'"{column}" has no message of the assistant\'s, so there is nothing to learn')
+    return Example(tuple(text for _, text in spoken), tuple(role for role, _ in spoken), place)
+
+
+def _message(message: dict[str, Any]) -> tuple[str, str]:
+    """The role and the text of a message in OpenAI's format or ShareGPT's."""
+    said_by, said = ("from", "value") if message.get("role") is None else ("role", "content")
+    role, content = message.get(said_by), message.get(said)
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(_text("text", part.get("text"), may_be_empty=True) for part in content)
+    if not isinstance(role, str) or role not in ROLES:
+        raise UserError(f"the role is {json.dumps(role, default=str)}, not one of {', '.join(ROLES)}")
+    if unread := [name for name in ("tool_calls", "function_call") if message.get(name)]:
+        raise UserError(f'"{unread[0]}" cannot be learned: only text can')
+    return ROLES[role], _text(said, content, may_be_empty=ROLES[role] != "assistant")
 
 
 def _text(column: str, value: Any, *, may_be_empty: bool = False) -> str:

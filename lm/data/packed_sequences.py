@@ -1,8 +1,9 @@
 """Examples as sequences of tokens, packed into rows without padding, and one vector per sequence.
 
-A sequence begins with the end-of-text token, as every document did in training. A pair of texts that is read together
-has another end-of-text token between the texts and counts as one document, so that each text sees the other. Sequences
-in the same row never see each other, so the result for one does not depend on its neighbors.
+A sequence begins with the end-of-text token, as every document did in training, or as an imported tokenizer says
+(``Tokenizer.begun``). A pair of texts that is read together has an end-of-text token between the texts and counts as one
+document, so that each text sees the other. Sequences in the same row never see each other, so the result for one does
+not depend on its neighbors.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from lm.data.batch import Batch, assemble
 from lm.data.packing import best_fit
 
 
-def sequence_of(texts: Sequence[Sequence[int]], end_of_text: int, context_length: int) -> tuple[list[int], bool]:
+def sequence_of(
+    texts: Sequence[Sequence[int]], begin: int | None, end_of_text: int, context_length: int
+) -> tuple[list[int], bool]:
     """Return a text or a pair of texts as one sequence, and whether it was cut to ``context_length``.
 
+    ``begin`` is a tokenizer's ``begin_id``; without one, an empty text is an ``end_of_text``, as a row needs a token.
     In a pair the longer text is cut first, until both are equally long.
     """
-    left = context_length - len(texts)
+    start = [] if begin is None else [begin]
+    left = context_length - len(start) - (len(texts) - 1)
     kept = [len(text) for text in texts]
     cut = sum(kept) > left
     if cut:
@@ -35,7 +40,7 @@ def sequence_of(texts: Sequence[Sequence[int]], end_of_text: int, context_length
     row: list[int] = []
     for text, length in zip(texts, kept, strict=True):
         row += [end_of_text, *text[:length]]
-    return row, cut
+    return [*start, *row[1:]] or [end_of_text], cut
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ BLOCK_ROWS = 4096
 
 def vocabulary_of(dataset: Dataset | Corpora) -> Vocabulary:
     """The token ids of a dataset that objectives need to know."""
-    tokenizer = dataset.tokenizer
-    return Vocabulary(tokenizer.vocab_size, tokenizer.end_of_text_id, tokenizer.mask_id)
+    size, special = dataset.tokenizer.vocab_size, dataset.tokenizer.special
+    return Vocabulary(size, special.end_of_text, -1 if special.mask is None else special.mask, special.begin)
 
 
 class Located(NamedTuple):
@@ -91,7 +91,8 @@ class Windows:
 class Documents:
     """Rows of whole documents: each token is a target exactly once an epoch, and nothing is cut that fits into a row.
 
-    A fragment's first input is the token before it, which is an end of text where a document begins.
+    A fragment's first input is the token before it: where a document begins, an end of text, or what the vocabulary
+    has as ``begin``.
     """
 
     def __init__(self, text: Text, context_length: int) -> None:
@@ -140,7 +141,7 @@ class Documents:
             lengths[row] = begin
             inputs[row, begin:] = targets[row, begin:] = vocabulary.end_of_text
         numbers = np.arange(len(found), dtype=np.int64)
-        return Rows(inputs, targets, starts, lengths, numbers, numbers)
+        return Rows(vocabulary.with_beginnings(inputs), targets, starts, lengths, numbers, numbers)
 
 
 class TrainingRows:

@@ -29,7 +29,7 @@ def dataset_baselines(dataset: Dataset | Corpora) -> Losses:
     counts = token_counts(validation, dataset.vocab_size)
     blocks = pairwise([*range(0, validation.tokens, READ_AT_ONCE), validation.tokens])
     text = (dataset.tokenizer.decode_bytes(validation.read(*block).tolist()) for block in blocks)
-    return baseline_losses(counts, costs, compressed_bytes(text), validation.text_bytes)
+    return baseline_losses(counts, costs, compressed_bytes(text), validation.counted_bytes)
 
 
 def baseline_losses(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.sources.listing import STDIN, ReadReport, ReadSettings, parse_sources, parts_of, read_part
+from data_prep.tokenizers.loss import counted_bytes, loss_of
 from lm.data.keyed_random import validation_fold
 from lm.evaluation.baselines import Progress, baseline_losses, compressed_bytes, unigram_costs
 from lm.evaluation.validation_loss import protocol
@@ -51,7 +52,7 @@ class Window:
 def windows(length: int, context_length: int, stride: int, *, bidirectional: bool) -> Iterator[Window]:
     """Yield windows of at most ``context_length`` tokens that predict every token of a document from 1 on once.
 
-    A document is ``length`` tokens, the first being the end of text before it. A causal window ends before the last
+    A document is ``length`` tokens, the first being what stands before its text. A causal window ends before the last
     token that it predicts; a bidirectional one begins with the token before the first, because a masked readout may
     predict from there.
     """
@@ -70,17 +71,17 @@ def document_queries(
     ``next_token`` also predicts the end of the document if it ``ends``. A masked readout hides one fold of a window's
     tokens at a time behind the mask token, until all have been hidden.
     """
-    context, end, folds = model.context_length, model.tokenizer.end_of_text_id, model.config.objective.validation_folds
-    row = np.array([end, *text], dtype=np.int64)
+    context, tokenizer, folds = model.context_length, model.tokenizer, model.config.objective.validation_folds
+    row = np.array([tokenizer.start_id, *text], dtype=np.int64)
     if readout == "next_token":
-        row = np.append(row, end) if ends else row
+        row = np.append(row, tokenizer.end_of_text_id) if ends else row
         for window in windows(len(row), context, stride, bidirectional=False):
             positions = range(window.first - 1 - window.begin, window.last - 1 - window.begin)
             targets = row[window.first : window.last].tolist()
             yield Query(number, row[window.begin : window.end].tolist(), positions, targets)
         return
     fold_of = validation_fold(np.array([number]), np.arange(len(row)), folds)
-    fold_of[0] = -1  # the end of text is never hidden
+    fold_of[0] = -1  # the start is never hidden
     shift = 1 if readout == "masked_next_token" else 0
     for window in windows(len(row), context, min(stride, context - 1), bidirectional=True):
         for fold in range(folds):
@@ -94,11 +95,15 @@ def document_queries(
 
 @dataclass
 class _TextSize:
-    """What a text consists of. ``counts`` (vocabulary,) are of its tokens and the ends of its documents."""
+    """What a text consists of. ``counts`` (vocabulary,) are of its tokens and the ends of its documents.
+
+    ``text_bytes`` are those that the tokens stand for, without the ``lost_bytes``.
+    """
 
     counts: NDArray[np.int64]
     documents: int = 0
     text_bytes: int = 0
+    lost_bytes: int = 0
     compressed: int = 0
 
 
@@ -107,14 +112,15 @@ def _measure(model: LanguageModel, documents: Iterator[str]) -> _TextSize:
 
     def counted() -> Iterator[bytes]:
         for text in documents:
-            data = text.encode("utf-8")
+            tokens = model.tokenizer.encode(text)
             size.documents += 1
-            size.text_bytes += len(data)
-            tokens = [*model.tokenizer.encode(text), model.tokenizer.end_of_text_id]
-            size.counts += np.bincount(tokens, minlength=len(size.counts))
-            yield data
+            size.text_bytes += len(text.encode("utf-8"))
+            size.lost_bytes += loss_of(model.tokenizer, text, tokens).lost_bytes
+            size.counts += np.bincount([*tokens, model.tokenizer.end_of_text_id], minlength=len(size.counts))
+            yield model.tokenizer.decode_bytes(tokens)  # without what is lost
 
     size.compressed = compressed_bytes(counted())
+    size.text_bytes = counted_bytes(size.text_bytes, size.lost_bytes)
     return size
 
 
@@ -163,5 +169,7 @@ def evaluate_text(
         "validation_bytes": size.text_bytes,
         "validation": validation,
         "floors": baseline_losses(size.counts, costs, size.compressed, size.text_bytes),
-        "protocol": protocol(f"{size.documents:,} documents, each in {how}", model.config.objective.validation_folds),
+        "protocol": protocol(
+            f"{size.documents:,} documents, each in {how}", model.config.objective.validation_folds, size.lost_bytes
+        ),
     }

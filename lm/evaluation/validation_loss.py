@@ -46,17 +46,20 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
         "data": str(dataset.name),
         "data_fingerprint": dataset.fingerprint,
         "validation_tokens": validation.tokens,
-        "validation_bytes": validation.text_bytes,
+        "validation_bytes": validation.counted_bytes,
         "validation": readouts,
         "floors": dataset_baselines(dataset),
-        "protocol": protocol(f"{windows}, documents separated", run.config.objective.validation_folds),
+        "protocol": protocol(
+            f"{windows}, documents separated", run.config.objective.validation_folds, validation.lost_bytes
+        ),
     }
     if not data:
         write_atomically(run.path / RESULT, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def protocol(windows: str, folds: int) -> str:
-    """Return the description of a measurement from that of its windows."""
+def protocol(windows: str, folds: int, lost_bytes: int = 0) -> str:
+    """Return the description of a measurement from that of its windows; ``lost_bytes`` of the text have no tokens."""
     masks = f"masked readouts hide one token in {folds} at a time behind the mask token"
-    return f"{windows}; {masks}, until every token has been hidden once"
+    lost = f"; {lost_bytes:,} more bytes, which the tokenizer loses, are not counted" if lost_bytes else ""
+    return f"{windows}; {masks}, until every token has been hidden once{lost}"

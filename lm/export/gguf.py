@@ -1,4 +1,4 @@
-"""Export a model as one GGUF file, in float32 and with its tokenizer, for llama.cpp and programs built on it.
+"""Export a model as one GGUF file, with its tokenizer, for llama.cpp and programs built on it.
 
 llama.cpp's architecture "llama" rotates pairs of adjacent dimensions, and Kindling pairs of a head's halves (both are
 the rotary positions of Su et al. 2021), so the rows of the query and key matrices are reordered. "qwen3" pairs halves.
@@ -15,19 +15,31 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.files import sync_directory
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.tokenizers.training import LLAMA3_WORDS, QWEN2_WORDS
+from data_prep.tokenizers.training import LLAMA3_WORDS, QWEN2_WORDS, QWEN35_WORDS
+from lm.export.huggingface import template_with_start
+from lm.export.model_card import NO_FACTS, CardFacts
 from lm.export.stock_architectures import PARTS, StockClass, stock_class
+from lm.inference.chat_template import CHAT_TEMPLATE, chat_format
 from lm.kernels.rotary import interleave_halves
 from lm.model.transformer import Transformer
 from lm.runs.checkpoint import Checkpoint
-from lm.runs.directory import Run
+from lm.runs.directory import CHECKPOINTS, TOKENIZER, Run, warn
 
+PRE_TOKENIZERS = {LLAMA3_WORDS: "llama-bpe", QWEN2_WORDS: "qwen2", QWEN35_WORDS: "qwen35"}  # by their patterns
 NORMAL_TOKEN, CONTROL_TOKEN, UNUSED_TOKEN = 1, 3, 5  # llama.cpp's token types
-FLOAT32_FILE = 0
+# Names of llama.cpp's converter, and the numbers of its file types and tensor types.
+OUTTYPES = {"f32": (0, 0), "f16": (1, 1), "bf16": (32, 30), "q8_0": (7, 8)}
+EXPORTED = {TOKENIZER, CHAT_TEMPLATE, CHECKPOINTS}  # what the file holds of a run directory
 
 
-def export_gguf(run: Run, out: Path, checkpoint: Checkpoint, readout: str) -> None:
+def export_gguf(
+    run: Run, out: Path, checkpoint: Checkpoint, readout: str, outtype: str = "f32", facts: CardFacts = NO_FACTS
+) -> None:
     """Write a checkpoint to the file ``out``, which must not exist yet.
+
+    Args:
+        outtype: the type of the matrices, one of ``OUTTYPES``; vectors stay float32.
+        facts: license, languages and base model for the metadata.
 
     Raises:
         UserError: llama.cpp does not support the model, readout or tokenizer, the package gguf is missing, or ``out``
@@ -61,10 +73,27 @@ def export_gguf(run: Run, out: Path, checkpoint: Checkpoint, readout: str) -> No
         writer.add_rope_freq_base(config.rope_theta)
         writer.add_layer_norm_rms_eps(config.norm_epsilon)
         writer.add_vocab_size(config.vocab_size)
-        writer.add_file_type(FLOAT32_FILE)
+        file_type, tensor_type = OUTTYPES[outtype]
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        if facts.license:
+            writer.add_license(facts.license)
+        if facts.languages:
+            writer.add_languages(list(facts.languages))
         _add_tokenizer(writer, tokenizer, words, config.vocab_size)
+        writer.add_chat_template(template_with_start(run))
+        ends = [*tokenizer.end_ids, *chat_format(run.path, tokenizer, run.config).ends]
+        for turn_end in [each for each in ends if each != tokenizer.end_of_text_id][:1]:  # the format has room for one
+            writer.add_eot_token_id(turn_end)
         for name, tensor in tensors(model, stock).items():
-            writer.add_tensor(name, tensor.numpy())
+            stored = gguf.GGMLQuantizationType(tensor_type if tensor.ndim > 1 else 0)
+            try:
+                values = gguf.quants.quantize(tensor.numpy(), stored)
+            except gguf.quants.QuantError:  # its rows are no multiple of a block of 32: float16, as in llama.cpp
+                warn(f"{name} is written as f16: {outtype} needs rows of a multiple of 32, not {tensor.shape[-1]}")
+                stored = gguf.GGMLQuantizationType.F16
+                values = gguf.quants.quantize(tensor.numpy(), stored)
+            writer.add_tensor(name, values, raw_dtype=stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -93,11 +122,11 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
             return "starcoder"
         if not by_gpt2 and len(steps) == 2 and steps[0]["type"] == "Split":
             words = steps[0]["pattern"].get("Regex")
-            if words in (LLAMA3_WORDS, QWEN2_WORDS):
-                return "llama-bpe" if words == LLAMA3_WORDS else "qwen2"
+            if words in PRE_TOKENIZERS:
+                return PRE_TOKENIZERS[words]
     raise UserError(
         f"llama.cpp has no equivalent of this tokenizer (kind {tokenizer.kind}): only byte-level BPE with the split "
-        "gpt2, llama3 or qwen2 can be exported"
+        "gpt2, llama3, qwen2 or qwen35 can be exported"
     )
 
 
@@ -116,11 +145,14 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, words: str, vocab_size: in
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]])
-    writer.add_bos_token_id(tokenizer.end_of_text_id)
-    writer.add_eos_token_id(tokenizer.end_of_text_id)
-    writer.add_pad_token_id(tokenizer.padding_id)
-    writer.add_mask_token_id(tokenizer.mask_id)
-    writer.add_add_bos_token(True)
+    own = tokenizer.special
+    if own.bos is not None:
+        writer.add_bos_token_id(own.bos)
+    writer.add_eos_token_id(own.end_of_text)
+    writer.add_pad_token_id(own.padding)
+    if own.mask is not None:
+        writer.add_mask_token_id(own.mask)
+    writer.add_add_bos_token(own.begin is not None)
 
 
 def tensors(model: Transformer, stock: StockClass) -> dict[str, Tensor]:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
-from safetensors.torch import save_file
 
 from data_prep.errors import UserError
 from data_prep.files import new_folder
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm import __version__
-from lm.export.stock_architectures import StockClass, stock_class, stock_config, token_ids, weight_names
-from lm.runs.checkpoint import Checkpoint
-from lm.runs.directory import Run, saved_evaluation
+from lm.config.settings import Config
+from lm.export.model_card import NO_FACTS, OUR_CONFIG, CardFacts, language_model_card
+from lm.export.stock_architectures import stock_class, stock_config, token_ids, weight_names
+from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, ChatFormat, chat_format, read_template
+from lm.runs.checkpoint import Checkpoint, save_tensors
+from lm.runs.directory import CHECKPOINTS, RESULT, TOKENIZER, Run, warn
 
-OUR_CONFIG = "kindling.toml"  # from which import_checkpoint restores all settings
+EXPORTED = {"config.toml", TOKENIZER, CHAT_TEMPLATE, CHECKPOINTS, RESULT}  # what the folder holds of a run directory
 
 
 def choose_readout(run: Run, wanted: str | None) -> str:
-    """The readout to export: ``wanted``, or the run's first that a stock class can compute.
+    """The readout to export: ``wanted``, or the run's first that a stock class computes at its own place.
 
     Raises:
         UserError: the run was not trained for it, or no stock class computes it, for the reason given.
@@ -37,13 +39,19 @@ def choose_readout(run: Run, wanted: str | None) -> str:
     for readout in trained:
         try:
             stock_class(run.config.model, readout)
-            return readout
         except UserError as problem:
             problems.append(f"{readout}: {problem}")
+            continue
+        if readout != "masked_next_token":
+            return readout
+        problems.append(
+            "masked_next_token predicts a masked token from the position before it, where a fill-mask pipeline does "
+            "not look; for programs that do (BabyLM's mntp backend, LLM2Vec) name it: --readout masked_next_token"
+        )
     raise UserError(f"{run.path} cannot be exported: {'; '.join(problems)}")
 
 
-def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str) -> None:
+def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str, facts: CardFacts = NO_FACTS) -> None:
     """Write a checkpoint to the folder ``out``, for ``AutoModelForCausalLM`` or ``AutoModelForMaskedLM``.
 
     Weights are float32. The tokenizer adds the end-of-text token before each text, as in training.
@@ -51,32 +59,67 @@ def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str
     Raises:
         UserError: no stock class computes this readout, or ``out`` is not empty.
     """
-    stock, config, tokenizer = stock_class(run.config.model, readout), run.config, run.tokenizer
+    stock, config = stock_class(run.config.model, readout), run.config
     names = weight_names(config.model)
     state = run.load_model(torch.device("cpu"), checkpoint).state_dict()
     weights = {names[name]: tensor.detach().float().contiguous() for name, tensor in state.items()}
-    suppressed = unwritable_ids(tokenizer, config.model.vocab_size)
     with new_folder(out) as folder:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        for name, content in {
-            "config.json": stock_config(config, tokenizer, stock),
-            "generation_config.json": {**token_ids(tokenizer), "suppress_tokens": suppressed},
-            "tokenizer.json": tokenizer_with_start(tokenizer),
-            "tokenizer_config.json": _tokenizer_config(tokenizer, config.data.context_length),
-        }.items():
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
-        config.save(folder / OUR_CONFIG)
-        (folder / "README.md").write_text(model_card(run, checkpoint, stock), encoding="utf-8")
+        save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "config.json", stock_config(config, run.tokenizer, stock))
+        write_json(folder / "generation_config.json", generation_config(run))
+        write_tokenizer(run, folder, generates=readout == "next_token")
+        public_settings(config).save(folder / OUR_CONFIG)
+        card = language_model_card(run, checkpoint, stock, readout, facts)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_tokenizer(run: Run, folder: Path, *, generates: bool) -> None:
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and the chat template for ``AutoTokenizer``.
+
+    Args:
+        generates: whether the model continues texts: a batch is then padded on the left, and a run without a chat
+            template gets plain turns.
+    """
+    write_json(folder / "tokenizer.json", tokenizer_with_start(run.tokenizer))
+    settings = tokenizer_config(run.tokenizer, run.config.data.context_length)
+    write_json(folder / "tokenizer_config.json", settings | {"padding_side": "left" if generates else "right"})
+    if generates or read_template(run.path) is not None:
+        (folder / CHAT_TEMPLATE).write_text(template_with_start(run), encoding="utf-8")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def left_out(run: Run, checkpoint: Checkpoint, exported: set[str]) -> list[str]:
+    """What is in a run directory and not in an export of this checkpoint that holds the files ``exported``."""
+    files = sorted(path.name for path in run.path.iterdir() if path.name not in exported)
+    return [f"{CHECKPOINTS} (all but the weights of step {checkpoint.step:,})", *files]
+
+
+def public_settings(config: Config) -> Config:
+    """The settings with only the last name of each absolute path, which says something of this machine."""
+
+    def public(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(public, value))
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    return config.replace(**{name: public(value) for name, value in config.flat().items() if public(value) != value})
 
 
 def unwritable_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """Ids that a model never generates: padding, the mask, and embedding rows without a token."""
-    return [tokenizer.padding_id, tokenizer.mask_id, *range(tokenizer.vocab_size, vocab_size)]
+    """Ids that a model never generates: padding and the mask, or what an import names, and rows without a token."""
+    return [*tokenizer.unwritable_ids, *range(tokenizer.vocab_size, vocab_size)]
 
 
 def tokenizer_with_start(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of a ``tokenizer.json`` that adds the end-of-text token before each text, as a special token."""
+    """The content of a ``tokenizer.json`` that adds the end-of-text token before each text, as a special token.
+
+    The tokenizer of an imported checkpoint adds what it always added.
+    """
+    if tokenizer.is_imported:
+        return tokenizer.description
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     start = names[tokenizer.end_of_text_id]
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
@@ -103,36 +146,54 @@ def tokenizer_without_start(description: dict[str, Any]) -> dict[str, Any]:
     return description
 
 
-def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
+def template_with_start(run: Run) -> str:
+    """A run's chat template, or plain turns, for programs that do not add the start token to a rendered text.
+
+    A template that writes the start token itself is unchanged.
+    """
+    trained = chat_format(run.path, run.tokenizer, run.config)
+    chat = replace(trained, special=True)
+    if not trained.special and chat.writes_special_tokens:
+        warn(
+            f"{run.path} was fine-tuned with the special tokens of its chat template as plain characters, but other "
+            "programs read them as special tokens: its answers there will be worse; fine-tune again for the export"
+        )
+    template = PLAIN_TURNS if chat.template is None else chat.template
+    start = "{{ bos_token }}{# begins each text, as in training #}\n"  # the line break after a comment is dropped
+    return template if _writes_start(chat) else start + template
+
+
+def _writes_start(chat: ChatFormat) -> bool:
+    if chat.tokenizer.begin_id is None:
+        return True  # nothing begins a text
+    names = {token_id: name for name, token_id in chat.tokenizer.special_tokens.items()}
+    system, user = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
+    for messages in ([user], [system, user]):  # a template may insist on either
+        with suppress(UserError):
+            return chat.render(messages).text.startswith(names[chat.tokenizer.begin_id])
+    return "bos_token" in (chat.template or "")
+
+
+def generation_config(run: Run) -> dict[str, Any]:
+    """The content of ``generation_config.json``: what begins and ends a text, and what is never generated."""
+    ids = token_ids(run.tokenizer)
+    ends = list(dict.fromkeys([*run.tokenizer.end_ids, *chat_format(run.path, run.tokenizer, run.config).ends]))
+    return (
+        ids
+        | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+        | {"suppress_tokens": unwritable_ids(run.tokenizer, run.config.model.vocab_size)}
+    )
+
+
+def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
+    """The content of ``tokenizer_config.json``."""
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    special = tokenizer.special
+    ids = {"bos": special.bos, "eos": special.end_of_text, "pad": special.padding, "mask": special.mask}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": names[tokenizer.end_of_text_id],
-        "eos_token": names[tokenizer.end_of_text_id],
-        "pad_token": names[tokenizer.padding_id],
-        "mask_token": names[tokenizer.mask_id],
+        **{f"{name}_token": names[token_id] for name, token_id in ids.items() if token_id is not None},
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
-
-
-def model_card(run: Run, checkpoint: Checkpoint, stock: StockClass) -> str:
-    """README.md: the model, its training, its losses and its limits."""
-    evaluation = saved_evaluation(run, checkpoint) or {}
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("model_card.md")
-    return template.render(
-        name=run.path.resolve().name,
-        stock=stock,
-        step=checkpoint.step,
-        config=run.config,
-        tokens=checkpoint.step * run.config.data.batch_tokens,
-        losses=evaluation.get("validation", {}),
-        floors=evaluation.get("floors", {}),
-        protocol=evaluation.get("protocol"),
-        version=__version__,
-    )

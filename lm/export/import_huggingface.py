@@ -51,6 +51,7 @@ def import_checkpoint(source: str, out: Path) -> None:
         (run / METRICS).touch()
         state = {
             "imported_from": source,
+            "hub_name": "" if Path(source).is_dir() else source,
             "data_fingerprint": "",
             "tokenizer_sha256": tokenizer.sha256,
             "config": plain_settings(config),

@@ -1,8 +1,8 @@
 """The stock classes of ``transformers`` that compute the same function as a Kindling model, and their weight names.
 
 All three have the same architecture: RMSNorm before each half of a block, rotary positions that pair the halves of a
-head, grouped-query attention, swiglu, no softcap, no biases. No stock class computes masked_next_token, which predicts
-a masked token from the position before it.
+head, grouped-query attention, swiglu, no softcap, no biases. The masked class also computes masked_next_token, for
+programs that look for the prediction of a masked token at the position before it.
 """
 
 from __future__ import annotations
@@ -53,17 +53,13 @@ def stock_class(model: ModelConfig, readout: str) -> StockClass:
         UserError: there is none, for the reasons given.
     """
     obstacles = []
-    if readout == "masked_next_token":
-        obstacles.append(
-            "the readout masked_next_token, which predicts a masked token from the position before it (train with "
-            "masked_token or hybrid_unshifted, or export the readout next_token of a hybrid run)"
-        )
+    at_place = "masked_token" if readout == "masked_next_token" else readout  # the same function, read elsewhere
     if model.activation != "swiglu":
         obstacles.append(f"the activation {model.activation} (only swiglu can be exported)")
     if model.logit_softcap:
         obstacles.append(f"logit_softcap {model.logit_softcap:g} (only 0 can be exported)")
-    found = [stock for stock in STOCK_CLASSES if (stock.readout, stock.qk_norm) == (readout, model.qk_norm)]
-    if not found and readout == "masked_token":
+    found = [stock for stock in STOCK_CLASSES if (stock.readout, stock.qk_norm) == (at_place, model.qk_norm)]
+    if not found and at_place == "masked_token":
         obstacles.append("qk_norm in a masked model (only false can be exported)")
     if obstacles:
         raise UserError(f"no model class of transformers supports {'; nor '.join(obstacles)}")
@@ -82,10 +78,10 @@ def weight_names(model: ModelConfig) -> dict[str, str]:
     return names
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     """The ids of the special tokens, by their names in ``config.json`` and ``generation_config.json``."""
-    end = tokenizer.end_of_text_id
-    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.padding_id}
+    special = tokenizer.special
+    return {"bos_token_id": special.bos, "eos_token_id": special.end_of_text, "pad_token_id": special.padding}
 
 
 def stock_config(config: Config, tokenizer: Tokenizer, stock: StockClass) -> dict[str, Any]:
@@ -114,7 +110,7 @@ def stock_config(config: Config, tokenizer: Tokenizer, stock: StockClass) -> dic
         "torch_dtype": "float32",
     }
     if stock.readout == "masked_token":
-        content["mask_token_id"] = tokenizer.mask_id
+        content["mask_token_id"] = tokenizer.special.mask
     return content
 
 

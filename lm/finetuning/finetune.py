@@ -31,7 +31,7 @@ from lm.data.keyed_random import Stream, key, permuted
 from lm.finetuning.answers import labels_of
 from lm.finetuning.contrastive_task import ContrastiveTask
 from lm.finetuning.head_task import HeadTask
-from lm.finetuning.instruction_task import InstructionTask
+from lm.finetuning.instruction_task import InstructionTask, settle_template
 from lm.finetuning.layer_decay import lr_multipliers
 from lm.finetuning.task import Task
 from lm.inference.embedding import reading_of
@@ -111,7 +111,7 @@ class Finetuning(TrainModule[Any]):
             base = open_run(config.finetune.base)
             tokenizer, weights = base.tokenizer, weights or base.plain_weights()
         train, validation = read_task(config.finetune, labels_of(path))
-        self.config = settle_steps(settle_reading(config), len(train))
+        self.config = settle_template(settle_steps(settle_reading(config), len(train)), tokenizer)
         self.path, self.ranks, self.weights = path, ranks, weights
         self.name, self.processor = config.finetune.train, tokenizer
         self.task = TASKS[config.finetune.task](self.config, tokenizer, train, validation)

@@ -1,7 +1,7 @@
-"""Instruction tuning: learn to answer, from prompts and responses.
+"""Instruction tuning: learn to answer, from prompts and responses or whole conversations.
 
-The chat template formats the prompt (``chat_template``); the response and an end-of-text token follow. Only the
-response and that token are predicted.
+The chat template formats a conversation (``chat_template``). Only what the assistant says is predicted, and the token
+that ends its turn: the template's own, or else the end-of-text token, which the answer would end with in use.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
+from data_prep.tokenizers.loss import counted_bytes, loss_of
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.data.batch import IGNORED, Batch
@@ -25,7 +26,7 @@ from lm.data.examples import Example
 from lm.data.packed_sequences import packed
 from lm.finetuning.task import Task
 from lm.finetuning.task_inputs import in_parts
-from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, render
+from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, ChatFormat, load_template
 from lm.model.device import autocast
 from lm.model.transformer import Transformer
 from lm.objectives.text import bits_per_byte, loss_on_text
@@ -34,10 +35,14 @@ from lm.training.gradients import accumulated
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt and its response: ``row`` from the first end of text to the last, predicted from index ``first``."""
+    """A conversation as tokens, from the one that starts every text to the end of the assistant's last turn.
+
+    ``labels`` has what is to be predicted in each place of ``row``, or IGNORED. It differs from the row's token where
+    a turn of the assistant ends without a token of its own and another turn follows: there the end of text is learned.
+    """
 
     row: list[int]
-    first: int
+    labels: list[int]
     response_bytes: int
     cut: bool
 
@@ -48,30 +53,58 @@ class Turn:
 
     @property
     def predicted(self) -> int:
-        return len(self.row) - self.first
+        return len(self.labels) - self.labels.count(IGNORED)
 
 
 def turn_of(example: Example, template: str, tokenizer: Tokenizer, context_length: int) -> Turn:
-    """Format an example by the template; if too long, it loses the beginning of its prompt, then the response's end.
+    """Format an example by the template; if too long, it loses its beginning, then the end of the last response.
 
-    Raise UserError if the template formats the prompt differently when a response follows.
+    Raise UserError if the template fails, or formats messages differently when others follow.
     """
-    prompt, response = example.texts
-    messages = [{"role": "user", "content": prompt}]
-    before = render(messages, template)
-    whole = render([*messages, {"role": "assistant", "content": response}], template)
-    if not whole.startswith(before):
-        raise UserError(
-            f"{example.place}: the chat template formats the prompt differently when a response follows: the prompt "
-            "and the words before the response must be the same in both cases"
+    return _turn(example, ChatFormat(template, tokenizer), context_length)
+
+
+def _turn(example: Example, chat: ChatFormat, context_length: int) -> Turn:
+    roles = example.label or ("user", "assistant")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, example.texts, strict=True)]
+    while messages[-1]["role"] != "assistant":  # nobody answered these
+        messages.pop()
+    try:
+        rendered, spans = chat.answers(messages)
+    except UserError as problem:
+        raise UserError(f"{example.place}: {problem}") from None
+    if not spans:
+        raise UserError(f"{example.place}: the chat template leaves out what the assistant says")
+    pieces = chat.pieces_of(rendered, [at for span in spans for at in span])
+    end = chat.tokenizer.end_of_text_id
+    names = {token_id: name for name, token_id in chat.tokenizer.special_tokens.items()}
+    body: list[int] = []
+    labels: list[int] = []
+    size = lost = 0
+    for number, (start, stop) in enumerate(spans):
+        asked, said = pieces[2 * number : 2 * number + 2]
+        body += asked
+        labels = labels[: len(body)] + [IGNORED] * (len(body) - len(labels))
+        last, after = len(body), pieces[2 * number + 2]
+        body += said
+        labels += said
+        text = rendered.text[start:stop]
+        size += len(text.encode())
+        lost += max(  # names of special tokens count as lost, too
+            sum(len(names[token].encode()) for token in said if token in names),
+            loss_of(chat.tokenizer, text, said).lost_bytes,
         )
-    answer = whole[len(before) :].rstrip("\n")
-    end = tokenizer.end_of_text_id
-    question, answered = tokenizer.encode(before), [*tokenizer.encode(answer), end]
-    kept = answered[:context_length]
-    shown = question[max(0, len(question) + len(kept) - context_length) :]
-    cut = len(kept) < len(answered) or len(shown) < len(question)
-    return Turn([end, *shown, *kept], 1 + len(shown), len(answer.encode()), cut)
+        if said[-1:] and said[-1] in names:
+            continue
+        labels.append(after[0] if after[:1] and after[0] in (*chat.tokenizer.end_ids, *chat.ends) else end)
+    if len(labels) > len(body):
+        body.append(labels[-1])
+    first = max(0, min(len(body) - context_length, last))
+    kept = slice(first, first + context_length)
+    cut = len(body) > context_length
+    row = chat.tokenizer.begun(body[kept])
+    labels = ([IGNORED] * (len(row) - len(body[kept])) + labels[kept])[-len(row) :]
+    return Turn(row, [IGNORED, *labels[1:]], counted_bytes(size, lost), cut)
 
 
 class InstructionTask(Task):
@@ -90,15 +123,15 @@ class InstructionTask(Task):
                 "follow instructions"
             )
         self.config, self.tokenizer = config, tokenizer
-        self.template = load_template(task.chat_template)
+        self.template = template_of(config)
         self.hashed_texts = (self.template,)
+        chat = ChatFormat(self.template, tokenizer, task.template_tokens == "special")
         self.train, self.validation = (
-            [turn_of(each, self.template, tokenizer, config.data.context_length) for each in examples]
-            for examples in (train, validation)
+            [_turn(each, chat, config.data.context_length) for each in examples] for examples in (train, validation)
         )
 
     def introduction(self) -> list[str]:
-        return ["only the responses are learned; the chat template is saved in the run directory"]
+        return ["only what the assistant says is learned; the chat template is saved in the run directory"]
 
     def save(self, path: Path) -> None:
         write_atomically(path / CHAT_TEMPLATE, self.template)
@@ -134,12 +167,18 @@ class InstructionTask(Task):
         return {"validation": {"response": loss}}, loss["nats_per_token"]
 
 
-def load_template(path: str) -> str:
-    """Read a chat template from a file; "" stands for plain turns. UserError if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8") if path else PLAIN_TURNS
-    except (OSError, ValueError) as error:
-        raise UserError(f"the chat template {path} cannot be read: {error}") from None
+def settle_template(config: Config, tokenizer: Tokenizer) -> Config:
+    """Set ``template_tokens`` to "characters" where it makes no difference, as in runs of earlier versions."""
+    task = config.finetune
+    asked = task.task == "instruction" and task.template_tokens == "special"
+    if asked and ChatFormat(template_of(config), tokenizer).writes_special_tokens:
+        return config
+    return config.replace(template_tokens="characters")
+
+
+def template_of(config: Config) -> str:
+    """The chat template that the settings name. UserError if it cannot be read."""
+    return load_template(config.finetune.chat_template) if config.finetune.chat_template else PLAIN_TURNS
 
 
 def pack_turns(turns: Sequence[Turn], weight: float, end_of_text: int, context_length: int) -> Batch:
@@ -148,6 +187,6 @@ def pack_turns(turns: Sequence[Turn], weight: float, end_of_text: int, context_l
     targets = np.full(tuple(rows.batch.inputs.shape), IGNORED, dtype=np.int64)
     for number, row, first in zip(rows.numbers.tolist(), rows.rows.tolist(), rows.first.tolist(), strict=True):
         turn = turns[number]
-        targets[row, first + turn.first - 1 : first + len(turn.row) - 1] = turn.row[turn.first :]
+        targets[row, first : first + turn.tokens] = turn.labels[1:]
     weights = (targets != IGNORED).astype(np.float32) * np.float32(weight)
     return replace(rows.batch, targets=torch.from_numpy(targets), loss_weights=torch.from_numpy(weights))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from data_prep.errors import UserError
 from data_prep.files import new_folder
@@ -45,12 +44,13 @@ def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -
         run.tokenizer.save(folder / "tokenizer.json")
         (folder / METRICS).touch()
         if keeps_head:
-            save_file(snapshot(trunk.state_dict()), folder / BASE)
+            checkpoint.save_tensors(snapshot(trunk.state_dict()), folder / BASE)
             answers.save(folder)
         if (run.path / CHAT_TEMPLATE).is_file():
             shutil.copyfile(run.path / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
         state = {
             "merged_from": str(run.path),
+            "merged_config": plain_settings(run.config),
             "data_fingerprint": "",
             "tokenizer_sha256": run.tokenizer.sha256,
             "config": plain_settings(config),

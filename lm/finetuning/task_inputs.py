@@ -76,13 +76,14 @@ class Encoder:
         if self.apart and len(parts) == 2:
             return _together([self._encoded([part]) for part in parts], joined=2)
         if self.windows and len(parts) == 1:
-            room, text = self.context_length - 1, parts[0]
-            sequences = [self._sequence(text[first : first + room]) for first in range(0, len(text) or 1, room)]
+            room, text = self.context_length - len(self._start), parts[0]
+            sequences = [self.tokenizer.begun(text[first : first + room]) for first in range(0, len(text) or 1, room)]
             return self._item(sequences, cut=len(sequences) > 1)
         return self._text(parts)
 
     def _text(self, parts: list[Tokens]) -> EncodedExample:
-        sequence, cut = sequence_of(parts, self.tokenizer.end_of_text_id, self.context_length)
+        begin, end_of_text = self.tokenizer.begin_id, self.tokenizer.end_of_text_id
+        sequence, cut = sequence_of(parts, begin, end_of_text, self.context_length)
         return self._item([sequence], cut=cut)
 
     def _item(self, sequences: list[Tokens], *, cut: bool) -> EncodedExample:
@@ -92,20 +93,23 @@ class Encoder:
         return EncodedExample(tuple(sequences), (tuple(spans),), cut)
 
     def _words(self, words: list[Tokens]) -> EncodedExample:
-        room = self.context_length - 1
-        sequences, items = [self._sequence([])], []
+        start = self._start or ([] if any(words) else [self.tokenizer.end_of_text_id])  # a row needs a token
+        room = self.context_length - len(start)
+        sequences, items = [[*start]], []
         for word in words:
-            if len(sequences[-1]) + len(word) > self.context_length and len(sequences[-1]) > 1:
-                sequences.append(self._sequence([]))
+            if len(sequences[-1]) + len(word) > self.context_length and len(sequences[-1]) > len(start):
+                sequences.append([*start])
             here = len(sequences[-1])
             sequences[-1] += word[:room]
-            at = min(here, len(sequences[-1]) - 1)  # a word without tokens is read from where it would start
+            at = max(0, min(here, len(sequences[-1]) - 1))  # a word without tokens is read from where it would start
             items.append((TokenSpan(len(sequences) - 1, at, at + 1),))
         cut = len(sequences) > 1 or any(len(word) > room for word in words)
         return EncodedExample(tuple(sequences), tuple(items), cut)
 
-    def _sequence(self, tokens: Tokens) -> Tokens:
-        return [self.tokenizer.end_of_text_id, *tokens]
+    @property
+    def _start(self) -> Tokens:
+        """What begins a sequence."""
+        return [] if self.tokenizer.begin_id is None else [self.tokenizer.begin_id]
 
 
 def _together(parts: Sequence[EncodedExample], joined: int = 1) -> EncodedExample:

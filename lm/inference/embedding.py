@@ -74,9 +74,9 @@ def all_vectors(model: LanguageModel, texts: Iterable[tuple[str, ...]], reading:
 
 @torch.no_grad()
 def _vectors(model: LanguageModel, texts: list[tuple[str, ...]], reading: Reading) -> tuple[Vectors, int]:
-    end_of_text, context_length = model.tokenizer.end_of_text_id, model.context_length
+    begin, end_of_text, context_length = model.tokenizer.begin_id, model.tokenizer.end_of_text_id, model.context_length
     encoded = iter(model.tokenizer.encode_batch([part for text in texts for part in text]))
-    found = [sequence_of([next(encoded) for _ in text], end_of_text, context_length) for text in texts]
+    found = [sequence_of([next(encoded) for _ in text], begin, end_of_text, context_length) for text in texts]
     vectors = np.empty((len(texts), model.model.config.hidden_size), dtype=np.float32)
     for some in packed([tokens for tokens, _ in found], reading.reads, end_of_text, context_length, ROWS):
         hidden = model.hidden_states(some.batch, reading.layer)

@@ -103,13 +103,13 @@ def _pieces(tokenizer: Tokenizer, tokens: list[int], filled: list[int]) -> list[
 
 
 def _encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the tokens of ``text`` after an end-of-text token, with mask tokens for ``[MASK]`` and ``[MASK:5]``.
+    """Return the tokens of ``text`` after the one that begins it, with mask tokens for ``[MASK]`` and ``[MASK:5]``.
 
     If words include the space before them, so does a mask.
     """
     takes_space = len(tokenizer.encode(" a")) == 1
     *parts, last = MASKS.split(text)  # text and number of masks alternate
-    tokens = [tokenizer.end_of_text_id]
+    tokens = [tokenizer.start_id]
     for part, count in zip(parts[::2], parts[1::2], strict=True):
         tokens += tokenizer.encode(part.removesuffix(" ") if takes_space else part)
         tokens += [tokenizer.mask_id] * (int(count) if count else 1)

@@ -45,8 +45,11 @@ class Event:
 class _Request:
     """A text that is being written."""
 
-    def __init__(self, handle: int, tokens: list[int], sampling: Sampling, tokenizer: Tokenizer) -> None:
-        self.handle, self.tokens, self.sampling = handle, tokens, sampling
+    def __init__(
+        self, handle: int, tokens: list[int], sampling: Sampling, tokenizer: Tokenizer, ends: Sequence[int]
+    ) -> None:
+        self.handle, self.tokens, self.sampling, self.ends = handle, tokens, sampling, ends
+        self._prompt = tokens[tokens[0] == tokenizer.end_of_text_id :]  # an end of text at the start is not penalized
         self.detokenizer = Detokenizer(tokenizer, sampling.stop, after=tokens)
         self.written = 0
         self._generator = torch.Generator().manual_seed(sampling.seed)
@@ -60,7 +63,7 @@ class _Request:
     def penalized(self, logits: Tensor) -> Tensor:
         """Return logits (vocabulary,) after this request's penalties."""
         if self._read is None or self._counts is None:
-            prompt = torch.tensor(self.tokens[1:], dtype=torch.int64)  # without the end-of-text token at the start
+            prompt = torch.tensor(self._prompt, dtype=torch.int64)
             self._read, self._counts = prompt.bincount(minlength=len(logits)).float(), torch.zeros_like(logits)
         return penalized(logits, self.sampling, self._read, self._counts)
 
@@ -80,7 +83,8 @@ class Generator:
             for event in generator.step():
                 print(event.text, end="")
 
-    A text begins after an end-of-text token, as every document did in training. Beyond the model's ``context_length``,
+    A text begins as in training, after an end-of-text token; that of an imported model begins as its tokenizer says
+    (``Tokenizer.begun``). Any of the tokenizer's ``end_ids`` ends it. Beyond the model's ``context_length``,
     each new token sees the last ``context_length`` tokens, the most that the model was trained on; a row of the cache
     holds no more. The first ``len(self._live)`` rows of the cache belong to the live requests, in order.
 
@@ -112,8 +116,8 @@ class Generator:
         self._left_over: list[int] = []  # the tokens in the first row after the live ones
         self._handles = 0
 
-    def add(self, prompt: Sequence[int] | str, sampling: Sampling) -> int:
-        """Queue a request and return its handle, which all its events carry.
+    def add(self, prompt: Sequence[int] | str, sampling: Sampling, ends: Sequence[int] = ()) -> int:
+        """Queue a request and return its handle, which all its events carry; the tokens ``ends`` end its text, too.
 
         Raise UserError, which lists all problems, for invalid settings or a token outside the vocabulary.
         """
@@ -124,8 +128,7 @@ class Generator:
         if problems:
             raise UserError("\n".join(problems))
         self._handles += 1
-        tokens = [self._tokenizer.end_of_text_id, *ids]
-        self._waiting.append(_Request(self._handles, tokens, sampling, self._tokenizer))
+        self._waiting.append(_Request(self._handles, self._tokenizer.begun(ids), sampling, self._tokenizer, ends))
         return self._handles
 
     def cancel(self, handle: int) -> None:
@@ -203,7 +206,7 @@ class Generator:
         for rows in groups.values():
             sampling = self._live[rows[0]].sampling
             of_group = logits if len(rows) == len(logits) else logits[rows]
-            if sampling.temperature == 0:
+            if sampling.is_greedy:
                 tokens = of_group.argmax(-1)
             else:
                 uniforms = torch.cat([self._live[row].uniform() for row in rows])
@@ -214,7 +217,7 @@ class Generator:
 
     def _event(self, request: _Request, token: int, logits: Tensor) -> Event:
         """Append the token and return its event."""
-        if token == self._tokenizer.end_of_text_id:
+        if token in self._tokenizer.end_ids or token in request.ends:
             return Event(request.handle, None, request.detokenizer.finish(), finish_reason="stop")
         request.write(token)
         text = request.detokenizer.add(token)

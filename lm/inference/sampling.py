@@ -34,9 +34,10 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     top-k keeps the k most likely tokens. top-p (Holtzman et al. 2020) keeps the smallest set of most likely tokens
     whose probability reaches p. min-p (Nguyen et al. 2024) drops tokens whose probability is below the fraction p of
     the top token's. Typical sampling (Meister et al. 2023) keeps the smallest set, of the tokens whose information
-    -log p is closest to the entropy, whose probability reaches p. Temperature 0 keeps only the most likely token.
+    -log p is closest to the entropy, whose probability reaches p. If
+    ``sampling.is_greedy``, only the most likely token is kept.
     """
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, float("-inf")).scatter(-1, best, 0.0)
     logits = logits / sampling.temperature
@@ -84,6 +85,9 @@ def log_probabilities(logits: Tensor, top: int) -> tuple[Tensor, list[tuple[int,
 
 
 def writable(logits: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Set logits (…, vocabulary) of tokens that are never generated (padding, mask, unused) to -inf, in place."""
+    """Set logits (…, vocabulary) of tokens that are never generated to -inf, in place.
+
+    These are the tokenizer's ``unwritable_ids`` (padding and mask) and the rows of the embeddings without a token.
+    """
     logits[..., tokenizer.vocab_size :] = float("-inf")
-    return logits.index_fill_(-1, torch.tensor([tokenizer.padding_id, tokenizer.mask_id]), float("-inf"))
+    return logits.index_fill_(-1, torch.tensor(tokenizer.unwritable_ids, dtype=torch.int64), float("-inf"))

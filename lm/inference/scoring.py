@@ -1,6 +1,8 @@
 """The log-likelihood of texts under each readout; many short texts are packed into one forward pass.
 
-A text begins after an end-of-text token, as every document did in training; that token is not scored. ``next_token``
+A text begins after an end-of-text token, as every document did in training; that token is not scored. In an imported
+model the tokenizer's own beginning stands there; if it has none, an end-of-text token, and nothing where the first
+tokens are only context (as in lm-evaluation-harness). ``next_token``
 gives the log-probability of a text. The masked readouts give its pseudo-log-likelihood (Salazar et al. 2020): each
 token is masked in turn, alone, and the log-probabilities of the masked tokens are added up.
 """
@@ -37,13 +39,15 @@ class Query:
 
 def text_queries(tokens: Sequence[int], owner: int, readout: str, tokenizer: Tokenizer, first: int = 0) -> list[Query]:
     """Return the queries that score a text's tokens from number ``first`` on."""
-    row = [tokenizer.end_of_text_id, *tokens]
+    start = [] if tokenizer.begin_id is None and first else [tokenizer.start_id]
+    row, at = [*start, *tokens], len(start)  # of the text's first token
     scored = range(first, len(tokens))
     if readout == "next_token":
-        return [Query(owner, row[:-1], list(scored), [tokens[i] for i in scored])]
+        return [Query(owner, row[:-1], [at + i - 1 for i in scored], [tokens[i] for i in scored])]
     shift = 1 if readout == "masked_next_token" else 0
     return [
-        Query(owner, [*row[: i + 1], tokenizer.mask_id, *row[i + 2 :]], [i + 1 - shift], [tokens[i]]) for i in scored
+        Query(owner, [*row[: at + i], tokenizer.mask_id, *row[at + i + 1 :]], [at + i - shift], [tokens[i]])
+        for i in scored
     ]
 
 

@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from data_prep.errors import UserError
 from lm.config.settings import Config
 from lm.data.batch import IGNORED, Batch, Rows, Vocabulary, assemble
 from lm.data.keyed_random import Stream, key, uniform, uniform_at, validation_fold
@@ -50,6 +51,11 @@ class TextObjective:
     def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
         self.config, self.vocabulary, self.seed = config.objective, vocabulary, config.training.seed
         self.readouts = config.readouts
+        if vocabulary.mask < 0 and self.readouts != ("next_token",):
+            raise UserError(
+                f"the tokenizer has no mask token, which {self.config.objective} needs: train with --objective "
+                "next_token, or import the checkpoint again with --add-mask"
+            )
 
     def prepare(self, rows: Rows) -> Batch:
         """The batch of one optimizer step, the causal rows first.
@@ -84,11 +90,11 @@ class TextObjective:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Hide tokens as BERT does (Devlin et al. 2019, section 3.1): (inputs with tokens hidden, targets).
 
-        Ends of text are never hidden, nor, when the neighbor to the left predicts, a first token that has none.
+        Ends of text and beginnings are never hidden, nor, when the neighbor to the left predicts, a first token that has none.
         """
         config = self.config
         chance = uniform(key(self.seed, Stream.HIDDEN_TOKENS), numbers, inputs.shape[1])
-        kept = inputs == self.vocabulary.end_of_text
+        kept = self.vocabulary.borders(inputs)
         chance[kept | starts if shifted else kept] = 2.0
         # At least one token a row, so that no row is idle: the one with the smallest number.
         chosen = (chance < config.mask_rate) | ((chance == chance.min(axis=1, keepdims=True)) & (chance < 1))
@@ -135,7 +141,7 @@ class TextObjective:
             predictable = split.tokens if readout == "next_token" else split.tokens - split.documents
             per_token = nats / max(predicted, 1)
             # Not ``bits_per_byte``: its order of divisions would change the last bit of what earlier runs have saved.
-            bits = per_token * predictable / split.text_bytes / math.log(2)
+            bits = per_token * predictable / split.counted_bytes / math.log(2)
             found[readout] = loss_on_text(per_token, int(predicted), bits)
         return found
 
@@ -144,7 +150,10 @@ open_objective = TextObjective
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:
-    """The cost of a text, in nats, spread over its UTF-8 bytes, in bits: it makes tokenizers comparable."""
+    """The cost of a text, in nats, spread over its UTF-8 bytes, in bits: it makes tokenizers comparable.
+
+    Bytes that the tokenizer loses are no part of ``text_bytes``, because no token predicts them.
+    """
     return nats / math.log(2) / text_bytes
 
 
@@ -198,6 +207,7 @@ def validation_batch(
         inputs = np.where(chosen, vocabulary.mask, windows)
         targets = _targets_of_hidden(windows, chosen, shifted=readout == "masked_next_token")
     starts = windows[:, : inputs.shape[1]] == vocabulary.end_of_text
+    inputs = vocabulary.with_beginnings(inputs)
     masked = np.full(len(windows), readout != "next_token")
     weights = (targets != IGNORED).astype(np.float32)
     return assemble(inputs, targets, weights, starts, masked, parts={readout: len(windows)})

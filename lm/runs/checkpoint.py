@@ -93,16 +93,13 @@ def save(
     temporary = final.with_suffix(".tmp")
     marks = {"format": FORMAT, "step": step, "scheduled": scheduled, "best_step": best_step}
     files = {MODEL: model, OPTIMIZER: optimizer} | ({OBJECTIVE: objective} if objective else {})
-    umask = os.umask(0)
-    os.umask(umask)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in [*folder.glob("step_*.tmp"), *folder.glob("step_*.old")]:  # by a killed process
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         for name, tensors in files.items():
-            save_file(dict(tensors), temporary / name)
-            (temporary / name).chmod(0o666 & ~umask)  # safetensors creates files that only their owner can read
+            save_tensors(tensors, temporary / name)
             _sync_file(temporary / name)
         content = {**marks, "sha256": {name: sha256_of_file(temporary / name) for name in files}, **state}
         sealed = {**content, "state_sha256": _seal(content)}
@@ -125,6 +122,17 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of any other new file; safetensors itself gives only 0600.
+
+    Raises OSError or SafetensorError as safetensors does.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata)
+    path.chmod(mode)
 
 
 def tidy(folder: Path, step: int, keep: Retention) -> None:

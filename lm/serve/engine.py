@@ -39,10 +39,11 @@ class FailedError(Exception):
 
 @dataclass(frozen=True)
 class TextRequest:
-    """One text to generate: the token ids of its prompt, and how to sample its continuation."""
+    """One text to generate: the token ids of its prompt, how to sample its continuation, and tokens that end it."""
 
     prompt: Sequence[int]
     sampling: Sampling
+    ends: Sequence[int] = ()
 
 
 @dataclass(eq=False)
@@ -152,7 +153,7 @@ class Engine:
                 continue
             try:
                 if isinstance(job.work, TextRequest):
-                    self._texts[writer.add(job.work.prompt, job.work.sampling)] = job
+                    self._texts[writer.add(job.work.prompt, job.work.sampling, job.work.ends)] = job
                 else:
                     self._others.append(job)
             except Exception as error:

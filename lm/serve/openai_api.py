@@ -10,12 +10,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from lm.inference.chat_template import PLAIN_STOPS, render
 from lm.serve import answers
 from lm.serve.answers import ChatShape, CompletionShape, Piece, Pieces, Scored, Shape, Usage
 from lm.serve.engine import Engine, TextRequest
 from lm.serve.guard import read_json, unless_disconnected
-from lm.serve.schema import ApiError, Options, choice_sampling, encode_prompt, read_chat, read_completion
+from lm.serve.schema import (
+    ApiError,
+    Options,
+    choice_sampling,
+    encode_messages,
+    encode_prompt,
+    read_chat,
+    read_completion,
+)
 from lm.serve.service import Service
 
 
@@ -47,15 +54,15 @@ class OpenAIAPI:
         parsed = read_chat(await read_json(request, service.limits.body_bytes), service.limits)
         options = parsed.options
         service.check(options.model, options.choices)
-        text = await asyncio.to_thread(render, parsed.messages, service.template)
-        tokens = await asyncio.to_thread(encode_prompt, text, service.model, "messages")
+        tokens = await asyncio.to_thread(encode_messages, parsed.messages, service.chat, service.model)
         room = min(service.model.context_length - 1 - len(tokens), service.limits.new_tokens)
         sampling = replace(
             options.sampling,
             max_new_tokens=parsed.max_tokens or max(1, room),
-            stop=options.sampling.stop + (PLAIN_STOPS if service.template is None else ()),
+            stop=options.sampling.stop + service.chat.stops,
         )
-        pieces = self._written([TextRequest(tokens, choice_sampling(sampling, n)) for n in range(options.choices)])
+        choices = [choice_sampling(sampling, n) for n in range(options.choices)]
+        pieces = self._written([TextRequest(tokens, choice, service.chat.ends) for choice in choices])
         shape = ChatShape(service.model.tokenizer, sampling.logprobs is not None)
         return await self._answer(request, shape, pieces, options.choices, Usage(len(tokens)), options)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from lm.config.sampling import MOST_LOGPROBS, Sampling
+from lm.inference.chat_template import ChatFormat
 from lm.inference.language_model import LanguageModel
 
 LARGEST_SEED = 2**63
@@ -229,8 +230,12 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Chat:
     """Parse a request to ``/v1/chat/completions``. Raises ApiError."""
     fields = Fields(body)
     messages = _messages(fields)
-    given = "max_tokens" if fields.take("max_completion_tokens") is None else "max_completion_tokens"
-    max_tokens = fields.integer(given, None, 1, limits.new_tokens)
+    limits_given = [
+        fields.integer(name, None, 1, limits.new_tokens) for name in ("max_completion_tokens", "max_tokens")
+    ]
+    max_tokens = limits_given[0] or limits_given[1]
+    if limits_given[1] not in (None, max_tokens):
+        fields.problem("max_tokens", 'and "max_completion_tokens" differ: give one of the two')
     top = fields.integer("top_logprobs", 0, 0, MOST_LOGPROBS)
     wanted = fields.flag("logprobs")
     if top and not wanted:
@@ -328,6 +333,16 @@ def encode_prompt(prompt: str | list[int], model: LanguageModel, param: str) -> 
     known = model.tokenizer.vocab_size
     if invalid := next((token for token in tokens if not 0 <= token < known), None):
         raise ApiError(400, f'"{param}" has the token id {invalid}; ids range from 0 to {known - 1}', param=param)
+    return tokens
+
+
+def encode_messages(messages: Sequence[dict[str, str]], chat: ChatFormat, model: LanguageModel) -> list[int]:
+    """The token ids of a conversation. Raises UserError if it cannot be formatted, ApiError as ``encode_prompt``."""
+    rendered = chat.render(messages)
+    check_size(rendered.text, model, "messages")
+    (tokens,) = chat.pieces_of(rendered, ())
+    if len(tokens) >= model.context_length:
+        raise _too_long(f"{len(tokens):,}", model, "messages")
     return tokens
 
 

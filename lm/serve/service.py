@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lm.inference.chat_template import read_template
+from lm.inference.chat_template import ChatFormat, chat_format
 from lm.inference.fill_mask import Filled, fill_masks
 from lm.inference.generator import Generator
 from lm.inference.language_model import LanguageModel
@@ -23,14 +23,13 @@ from lm.serve.schema import ApiError, Limits
 class Service:
     """One loaded checkpoint of a run.
 
-    ``template`` is the run's own chat template, or None for plain turns. With ``compiled``, decoding steps are compiled
-    before the first answer.
+    ``chat`` is how conversations are written. With ``compiled``, decoding steps are compiled before the first answer.
     """
 
     run: Run
     checkpoint: Checkpoint
     model: LanguageModel
-    template: str | None
+    chat: ChatFormat
     limits: Limits
     compiled: bool = False
 
@@ -39,7 +38,7 @@ class Service:
         cls, run: Run, checkpoint: Checkpoint, model: Transformer, limits: Limits, *, compiled: bool = False
     ) -> Service:
         whole = LanguageModel(model, run.tokenizer, run.config)
-        return cls(run, checkpoint, whole, read_template(run.path), limits, compiled)
+        return cls(run, checkpoint, whole, chat_format(run.path, run.tokenizer, run.config), limits, compiled)
 
     @property
     def name(self) -> str:
@@ -95,7 +94,7 @@ class Service:
             "readouts": list(self.model.readouts),
             "context_length": self.model.context_length,
             "vocabulary": self.model.tokenizer.vocab_size,
-            "chat_template": self.template is not None,
+            "chat_template": self.chat.template is not None,
             "limits": vars(self.limits),
             "settings": plain_settings(self.run.config),
         }

@@ -136,7 +136,10 @@ def test_the_identity_of_cleaning_is_json_and_follows_settings_and_contents_but_
     ("wrong", "message"),
     [
         (TokenizerSettings("words"), 'unknown --tokenizer-kind "words": choose one of bpe, wordpiece'),
-        (TokenizerSettings(word_split="gpt4"), 'unknown --word-split "gpt4": choose one of gpt2, llama3, qwen2'),
+        (
+            TokenizerSettings(word_split="gpt4"),
+            'unknown --word-split "gpt4": choose one of auto, gpt2, llama3, qwen2, qwen35',
+        ),
         (TokenizerSettings(digits="double"), 'unknown --digits "double": choose one of together, single'),
         (TokenizerSettings("unigram", digits="single"), 'only to --tokenizer-kind bpe, not to "unigram"'),
         (TokenizerSettings(train_bytes=0), "--train-bytes 0 must be from 1"),
@@ -154,6 +157,12 @@ def test_each_wrong_tokenizer_setting_has_its_sentence(wrong: TokenizerSettings,
 
 def test_all_wrong_tokenizer_settings_are_reported_at_once() -> None:
     assert len(list(TokenizerSettings("words", word_split="x", digits="y", extra_tokens=("z", "z")).check())) >= 5
+
+
+def test_the_default_split_is_named_in_the_identity() -> None:
+    assert TokenizerSettings().identity() == TokenizerSettings(word_split="qwen35").identity()
+    for kind in ("wordpiece", "unigram", "characters"):  # which split as they always did
+        assert TokenizerSettings(kind).identity()["word_split"] == "gpt2"
 
 
 @pytest.mark.parametrize("kind", KINDS)

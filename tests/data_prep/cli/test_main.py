@@ -15,8 +15,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from tokenizers import Tokenizer as Backend
+from tokenizers import normalizers
 
+from data_prep.settings import TokenizerSettings
 from data_prep.shards.tokens import open_dataset
+from data_prep.tokenizers.training import train_tokenizer
 
 Prep = Callable[..., Result]
 Tree = Callable[[Path], dict[str, bytes]]
@@ -57,6 +61,22 @@ def test_a_build_tells_what_it_made_and_what_to_do_next(prep: Prep, novel: Path,
     again = prep("build", novel, "--out", out, *SMALL)
     assert again.exit_code == 0
     assert "already built" in again.stderr
+
+
+def test_a_build_says_what_its_tokenizer_loses(prep: Prep, tmp_path: Path) -> None:
+    backend = Backend.from_str(train_tokenizer(iter([]), TokenizerSettings("bytes")).to_json())
+    backend.normalizer = normalizers.Lowercase()
+    backend.save(str(tmp_path / "lower.json"))
+    (tmp_path / "a.txt").write_text("The Old Miller.\n" * 10, encoding="utf-8")
+    given = ("--tokenizer", tmp_path / "lower.json", "--validation-fraction", "0")
+    result = prep("build", tmp_path / "a.txt", "--out", tmp_path / "out", *given)
+    assert "lost: the tokenizer loses 18.75% of the train text, 30 bytes; bits per byte do not count" in result.stdout
+    assert "lost bytes: 30" in prep("tokenizer", tmp_path / "lower.json", tmp_path / "a.txt").stdout
+    assert "30 bytes of text are lost" in prep("inspect", tmp_path / "out").stdout
+    again = prep("build", tmp_path / "a.txt", "--out", tmp_path / "json", "--json", *given)
+    assert json.loads(again.stdout)["splits"]["train"]["lost_bytes"] == 30
+    lossless = prep("build", tmp_path / "a.txt", "--out", tmp_path / "b", "--tokenizer-kind", "bytes", *given[2:])
+    assert "lose" not in lossless.stdout
 
 
 def test_json_is_all_that_is_on_stdout(prep: Prep, novel: Path, tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
@@ -19,7 +22,7 @@ from data_prep.pipeline.build import build_dataset
 from data_prep.pipeline.splitting import hash_of
 from data_prep.progress import SilentReporter
 from data_prep.settings import BuildSettings, TokenizerSettings
-from data_prep.shards.tokens import open_dataset
+from data_prep.shards.tokens import open_dataset, split_totals
 from data_prep.tokenizers.training import train_tokenizer
 
 Tree = Callable[[Path], dict[str, bytes]]
@@ -318,6 +321,25 @@ def test_a_given_tokenizer_is_taken(corpus: Path, tmp_path: Path) -> None:
         build(settings_for(corpus, tmp_path / "out"))
 
 
+def test_an_earlier_build_keeps_its_word_split(
+    corpus: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default was once gpt2: what was begun with it resumes with it, and what is finished stays finished."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    build(settings_for(corpus, whole, word_split="gpt2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "choose_encoder", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(settings_for(corpus, stopped, word_split="gpt2"))
+    for out in (stopped, whole):
+        assert build(settings_for(corpus, out))["settings"]["word_split"] == "gpt2"
+    assert tree(stopped) == tree(whole)
+    for named in ("qwen35", "llama3"):
+        with pytest.raises(UserError, match=f'word split was "gpt2", now "{named}"'):
+            build(settings_for(corpus, whole, word_split=named))
+    assert build(settings_for(corpus, tmp_path / "new"))["settings"]["word_split"] == "qwen35"
+
+
 def test_bytes_need_no_vocabulary_size(corpus: Path, tmp_path: Path) -> None:
     manifest = build(settings_for(corpus, tmp_path / "out", tokenizer_kind="bytes", vocab_size=0))
     splits = manifest["splits"].values()
@@ -406,3 +428,78 @@ def test_sources_have_their_names_weights_and_shards(make_text: Callable[[int, i
     assert split.source_spans[0].stop == split.source_spans[1].start == split.records[0].tokens
     assert split.source_spans[1].stop == split.tokens
     assert split.records[0].first.startswith("a.txt:")
+
+
+def unigram_file(path: Path) -> Path:
+    """A tokenizer like T5's: its model knows </s> and <pad> as pieces, lacks most characters, and joins spaces."""
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((letter, -5.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"),
+    ]
+    backend = Backend(models.Unigram(pieces, unk_id=2))
+    backend.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.add_special_tokens([AddedToken(name, special=True) for name, _ in pieces[:3]])
+    backend.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_text_that_spells_the_end_of_a_text_does_not_end(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "texts").mkdir()
+    for n in range(4):
+        (tmp_path / "texts" / f"{n}.txt").write_text(f"say </s> and <pad></s>{'x' * n} to the miller", encoding="utf-8")
+    tokenizer = str(unigram_file(tmp_path / "given.json"))
+    settings = settings_for(tmp_path / "texts", tmp_path / "out", tokenizer=tokenizer, workers=workers, part_bytes=50)
+    manifest = build(settings)
+    assert manifest["settings"]["cuts_names"] is True
+    dataset = open_dataset(tmp_path / "out")
+    dataset.verify()
+    train = dataset.split("train")
+    tokens = train.read(0, train.tokens).tolist()
+    assert tokens.count(dataset.tokenizer.end_of_text_id) == train.documents == 3
+    assert dataset.tokenizer.padding_id not in tokens
+    # A build that an earlier version began has no such setting, and other tokens.
+    path = tmp_path / "out" / "manifest.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"cuts_names": true', '"names": true'), encoding="utf-8")
+    with pytest.raises(UserError, match="cuts names was null, now true"):
+        build(settings)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_the_tokenizer_loses_is_counted(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "texts").mkdir()
+    for n in range(4):
+        (tmp_path / "texts" / f"{n}.txt").write_text(f"the old miller 日{'本' * n} sold\n\nHens.", encoding="utf-8")
+    settings = settings_for(
+        tmp_path / "texts",
+        tmp_path / "out",
+        tokenizer=str(unigram_file(tmp_path / "given.json")),
+        workers=workers,
+        part_bytes=50,
+        validation_fraction=0,
+    )
+    train = build(settings)["splits"]["train"]
+    # Each file: the Chinese characters, two line breaks that become a space, the H and the period.
+    lost = sum(3 * (1 + n) + 2 + 2 for n in range(4))
+    assert train["lost_bytes"] == lost == sum(shard["lost_bytes"] for shard in train["shards"])
+    assert train["unknown_tokens"] == 4 * 3
+    split = open_dataset(tmp_path / "out").split("train")
+    assert (split.lost_bytes, split.counted_bytes) == (lost, split.text_bytes - lost)
+
+
+def test_shards_of_an_earlier_version_leave_the_loss_unknown(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    path = out / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    assert {split["lost_bytes"] for split in manifest["splits"].values()} == {0}
+    for split in manifest["splits"].values():
+        for record in (split, *split["shards"]):
+            del record["lost_bytes"], record["unknown_tokens"]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    train = open_dataset(out).split("train")
+    assert (train.lost_bytes, train.counted_bytes) == (0, train.text_bytes)
+    assert split_totals(train.records)["lost_bytes"] is None

@@ -289,6 +289,15 @@ def test_borders_that_the_index_tells_need_no_end_of_text_token(tmp_path: Path) 
     assert totals(data, "train") == (9, 3, 6, 3)
 
 
+def test_ends_inside_documents_of_an_index_are_kept_and_counted(tmp_path: Path) -> None:
+    tokens = [*ids("ab", "cd"), *ids("e")]
+    (tmp_path / "a.ds").write_bytes(u16(*tokens))
+    (tmp_path / "a.ds.index").write_bytes(struct.pack("<2Q", 6, 8))
+    data = bring(tmp_path, "datatrove", tmp_path / "a.ds")
+    assert documents_of(data, "train") == [[*ids("ab"), *ids("cd")], ids("e")]
+    assert data.manifest["settings"]["ends_inside_documents"] == 1
+
+
 @pytest.mark.parametrize(("code", "name"), [(8, "<u2"), (4, "<i4"), (5, "<i8"), (3, "<i2")])
 def test_documents_of_several_sequences_in_any_type_of_megatron(tmp_path: Path, code: int, name: str) -> None:
     sequences = [ids("ab")[:2], ids("cd"), ids("e")]  # the first two are one document

@@ -33,9 +33,8 @@ def test_the_manifest_sums_its_shards_and_describes_the_tokenizer(tmp_path: Path
         (4, "a:3", "a:3"),
         (3, "a:2", "a:2"),
     ]
-    assert manifest["splits"]["validation"] == dict.fromkeys(("tokens", "documents", "text_bytes", "words"), 0) | {
-        "shards": []
-    }
+    counted = ("tokens", "documents", "text_bytes", "words", "lost_bytes", "unknown_tokens")
+    assert manifest["splits"]["validation"] == dict.fromkeys(counted, 0) | {"shards": []}
     assert (manifest["format"], manifest["dtype"]) == ("kindling-shards", "uint16")
     assert manifest["tokenizer"]["sha256"] == BYTES.sha256
     assert manifest["versions"]["encoders"] == {"tokenizers 1.0": "exact"}

@@ -288,6 +288,23 @@ def test_verify_sees_wrong_content_under_right_checksums(
         open_dataset(tmp_path).verify()
 
 
+@pytest.mark.parametrize("settings", [{}, {"converted_from": "olmo", "ends_inside_documents": 0}])
+def test_verify_counts_the_ends_of_documents(tmp_path: Path, settings: dict[str, Any]) -> None:
+    write_dataset(tmp_path, [[5, 6, 7], [7, 8]], [[9]])
+    edit_manifest(settings=settings)(tmp_path)
+    open_dataset(tmp_path).verify()
+    tokens = np.fromfile(tmp_path / "train-00000.bin", "<u2")
+    tokens[1] = BYTES.end_of_text_id
+    tokens.tofile(tmp_path / "train-00000.bin")
+    repair_checksums(tmp_path)
+    with pytest.raises(UserError, match="has 1 end-of-text tokens inside documents"):
+        open_dataset(tmp_path).verify()
+    # What an import counted, or an earlier import did not count, is right.
+    for known in ({"converted_from": "olmo", "ends_inside_documents": 1}, {"converted_from": "olmo"}):
+        edit_manifest(settings=known)(tmp_path)
+        open_dataset(tmp_path).verify()
+
+
 def test_opening_reads_no_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(tmp_path, [[5, 6], [7, 8]], [[9]])
     monkeypatch.setattr(np, "memmap", None)

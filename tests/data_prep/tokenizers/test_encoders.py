@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as TokenizersTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from data_prep.errors import UserError
 from data_prep.settings import TokenizerSettings
 from data_prep.tokenizers import encoders
 from data_prep.tokenizers.encoders import (
     ENCODERS,
+    ENDS_OF_RUNS,
     PROBES,
     RUNS,
     Encoder,
@@ -25,20 +26,22 @@ from data_prep.tokenizers.encoders import (
     choose_encoder,
     make_encoder,
     recheck,
-    splits_at_words,
+    runs_of,
 )
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.tokenizers.training import train_tokenizer
+from data_prep.tokenizers.training import PATTERNS, train_tokenizer
 
 TEXTS = [
     "It's the cat's mat, isn't it?  They'll say  so...\n\n 12 34\t56 " * 3,
     "naïve   café\r\n\x1c\x85\u3000日本 语 <|mask|>",
+    "हिन्दी में हिन्दी, หน้าหน้า",
 ]
 CHOICES = {
-    "bpe": TokenizerSettings(vocab_size=265),
-    "single digits": TokenizerSettings(vocab_size=265, digits="single"),
+    "bpe": TokenizerSettings(vocab_size=265, word_split="gpt2"),
+    "single digits": TokenizerSettings(vocab_size=265, word_split="gpt2", digits="single"),
     "llama3": TokenizerSettings(vocab_size=265, word_split="llama3"),
     "qwen2": TokenizerSettings(vocab_size=265, word_split="qwen2"),
+    "qwen35": TokenizerSettings(vocab_size=275, word_split="qwen35"),
     "wordpiece": TokenizerSettings("wordpiece", 521),
     "unigram": TokenizerSettings("unigram", 265),
     "bytes": TokenizerSettings("bytes"),
@@ -49,7 +52,10 @@ INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("giga
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 awkward_text = st.text(
-    st.sampled_from(list(" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u200b\u2028\u3000\ufeff'sdtl1a.é²<|>"))
+    st.sampled_from(
+        " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u200b\u2028\u3000\ufeff'sdtl1a.é²<|>"
+        "\u0301ह\u093f\u094d\u200d१น\u0e31"
+    )
 )
 
 
@@ -89,9 +95,9 @@ def test_every_encoder_that_was_proven_gives_the_ids_of_tokenizers(texts: list[s
 
 # What each installed encoder can do; a version that does less, or silently something else, shows here.
 EXPECTED = {
-    "gigatoken": {"bpe", "llama3", "qwen2", "bytes", "characters", "chat"},
-    "splintr": {"bpe", "llama3", "qwen2", "single digits", "chat"},
-    "words": {"bpe", "wordpiece", "unigram", "bytes", "characters", "chat"},
+    "gigatoken": {"bpe", "llama3", "qwen2", "qwen35", "bytes", "characters", "chat"},
+    "splintr": {"bpe", "llama3", "qwen2", "qwen35", "single digits", "chat"},
+    "words": {"bpe", "llama3", "qwen2", "qwen35", "wordpiece", "unigram", "bytes", "characters", "chat"},
     "tokenizers": set(CHOICES),
 }
 
@@ -163,7 +169,7 @@ def test_foreign_tokenizers_get_an_exact_encoder_too(change: str) -> None:
     tokenizer = altered(change)
     chosen = choose_encoder(tokenizer, TEXTS)
     assert texts_of(chosen.encoder, [*PROBES, *TEXTS]) == tokenizer.encode_batch([*PROBES, *TEXTS])
-    assert not splits_at_words(tokenizer)
+    assert runs_of(tokenizer) is None
     with pytest.raises(UserError, match='the encoder "words" cannot be used here: this tokenizer does not cut'):
         choose_encoder(tokenizer, TEXTS, "words")
 
@@ -258,6 +264,17 @@ def test_an_unknown_encoder_is_refused() -> None:
 
 @given(text=st.one_of(any_text, awkward_text))
 @settings(max_examples=300, deadline=None)
+def test_no_word_of_the_patterns_reaches_over_the_border_of_a_run(text: str) -> None:
+    runs = ENDS_OF_RUNS.split(text)
+    assert "".join(runs) == text
+    for pattern in PATTERNS.values():
+        splitter = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        words = [word for run in runs if run for word, _ in splitter.pre_tokenize_str(run)]
+        assert words == [word for word, _ in splitter.pre_tokenize_str(text)]
+
+
+@given(text=st.one_of(any_text, awkward_text))
+@settings(max_examples=300, deadline=None)
 def test_no_word_of_the_encoder_reaches_over_the_border_of_a_run(text: str) -> None:
     words = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
     runs = list(RUNS.finditer(text))
@@ -278,6 +295,20 @@ def test_the_probes_hold_what_they_promise() -> None:
     joined = "".join(PROBES)
     assert len(set(PROBES)) == len(PROBES)
     assert "" in PROBES
-    for part in ("\r\n", "\x85", "\u2028", "\u200d", "\ue000", "\U0010ffff", "<|endoftext|>", "'s", "'S", "\0"):
+    for part in (
+        "\r\n",
+        "\x85",
+        "\u2028",
+        "\u200d",
+        "\ue000",
+        "\U0010ffff",
+        "<|endoftext|>",
+        "'s",
+        "'S",
+        "\0",
+        "हि",
+        "\n\u0e31",
+        "1\u0301",
+    ):
         assert part in joined
     assert max(len(word) for word in joined.split()) >= 5000

@@ -33,7 +33,8 @@ def small_texts_count(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_gigatoken
 @pytest.mark.parametrize("vocab_size", [259, 1200])
 def test_both_trainers_give_the_same_file(vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = TokenizerSettings(vocab_size=vocab_size, extra_tokens=("<|x|>",) if vocab_size > 259 else ())
+    extra_tokens = ("<|x|>",) if vocab_size > 259 else ()
+    settings = TokenizerSettings(vocab_size=vocab_size, word_split="gpt2", extra_tokens=extra_tokens)
     with TextSpool(texts()) as spool:
         assert fast_merges(spool, vocab_size - len(settings.special_tokens), 2) is not None
     fast = train_tokenizer(iter(texts()), settings)
@@ -75,9 +76,9 @@ def test_a_library_that_fails_or_differs_on_the_sample_is_not_used(
     monkeypatch.setattr(training, "is_installed", lambda: True)
     with TextSpool(texts()) as spool:
         assert fast_merges(spool, 300, 2) is None
-    used = train_tokenizer(iter(texts()), TokenizerSettings(vocab_size=300))
+    used = train_tokenizer(iter(texts()), TokenizerSettings(vocab_size=300, word_split="gpt2"))
     monkeypatch.setattr(training, "is_installed", lambda: False)
-    assert used.sha256 == train_tokenizer(iter(texts()), TokenizerSettings(vocab_size=300)).sha256
+    assert used.sha256 == train_tokenizer(iter(texts()), TokenizerSettings(vocab_size=300, word_split="gpt2")).sha256
 
 
 def test_a_child_that_dies_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +95,6 @@ def test_small_texts_are_left_to_tokenizers_and_need_no_disk(monkeypatch: pytest
     hashes = set()
     for smallest in (size + 1, size, size - len(texts()[-1].encode())):
         monkeypatch.setattr(training, "SMALLEST_TEXT_BYTES", smallest)
-        hashes.add(train_tokenizer(iter(texts()), TokenizerSettings(vocab_size=300)).sha256)
+        hashes.add(train_tokenizer(iter(texts()), TokenizerSettings(vocab_size=300, word_split="gpt2")).sha256)
     assert asked == [texts()]  # only the last time was there a text beyond
     assert len(hashes) == 1

@@ -9,8 +9,10 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from data_prep.errors import UserError
 from data_prep.settings import SPECIAL_TOKENS, TOKEN_SETS, TokenizerSettings
@@ -19,6 +21,7 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.tokenizers.training import (
     INSIDE_WORD,
     LLAMA3_WORDS,
+    QWEN35_WORDS,
     train_tokenizer,
 )
 
@@ -29,14 +32,15 @@ TEXTS = [
 ]
 VOCABULARY = 320
 CHOICES = {
-    "bpe": TokenizerSettings(vocab_size=VOCABULARY),
+    "bpe": TokenizerSettings(vocab_size=VOCABULARY, word_split="gpt2"),
     "wordpiece": TokenizerSettings("wordpiece", 256 + VOCABULARY),  # it has every byte twice
     "unigram": TokenizerSettings("unigram", 275),
     "bytes": TokenizerSettings("bytes"),
     "characters": TokenizerSettings("characters", VOCABULARY),
-    "single digits": TokenizerSettings(vocab_size=VOCABULARY, digits="single"),
+    "single digits": TokenizerSettings(vocab_size=VOCABULARY, word_split="gpt2", digits="single"),
     "llama3": TokenizerSettings(vocab_size=VOCABULARY, word_split="llama3"),
     "qwen2": TokenizerSettings(vocab_size=VOCABULARY, word_split="qwen2"),
+    "qwen35": TokenizerSettings(vocab_size=VOCABULARY),
     "chat": TokenizerSettings(vocab_size=VOCABULARY, extra_tokens=("chat", "infill", "<|x|>")),
     "unigram chat": TokenizerSettings("unigram", 279, extra_tokens=("chat",)),
     "wordpiece chat": TokenizerSettings("wordpiece", 256 + VOCABULARY, extra_tokens=("chat",)),
@@ -139,6 +143,7 @@ SPLIT_CASES = {
     "single digits": ["call", " ", "1", "2", "3", "4", "5", " it", "'s", "\n\n", " x"],
     "llama3": ["call", " ", "123", "45", " it", "'s", "\n\n", " x"],
     "qwen2": ["call", " ", "1", "2", "3", "4", "5", " it", "'s", "\n\n", " x"],
+    "qwen35": ["call", " ", "1", "2", "3", "4", "5", " it", "'s", "\n\n", " x", " हिन्दी", " שָׁלוֹם", "!\u0301"],
 }
 
 
@@ -158,6 +163,49 @@ def test_single_digits_of_llama3_are_the_split_of_qwen2() -> None:
     single = TokenizerSettings(vocab_size=VOCABULARY, word_split="llama3", digits="single")
     assert train_tokenizer(iter(TEXTS), single).sha256 == trained("qwen2").sha256
     assert LLAMA3_WORDS.count("{1,3}") == 1
+
+
+# llama.cpp, src/llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_QWEN35
+LLAMA_CPP_QWEN35 = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+marked_text = st.lists(
+    st.sampled_from(
+        [*" \t\n\r.,'_!sStTléñ1²Ⅳ日", "न", "म", "ि", "\u094d", "\u200d", "१", "น", "\u0e31", "ב", "\u05b8", "\u0301"]
+    )
+).map("".join)
+
+
+@given(text=marked_text)
+@settings(max_examples=300, deadline=None)
+def test_the_words_of_qwen35_are_those_of_llama_cpp(text: str) -> None:
+    words = pre_tokenizers.Split(Regex(QWEN35_WORDS), behavior="isolated").pre_tokenize_str(text)
+    assert [word for word, _ in words] == regex.findall(LLAMA_CPP_QWEN35, text)
+    assert trained("qwen35").description["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": QWEN35_WORDS}
+
+
+HINDI = "मैं हिन्दी में किताबें पढ़ता हूँ और चित्रों को देखता हूँ। "
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"word_split": "gpt2"}, "which --word-split qwen35 does not do"),
+        ({"word_split": "llama3"}, "which --word-split qwen35 does not do"),
+        ({"tokenizer_kind": "unigram"}, "which --tokenizer-kind bpe --word-split qwen35 does not do"),
+        ({"tokenizer_kind": "wordpiece"}, "which --tokenizer-kind bpe --word-split qwen35 does not do"),
+        ({}, None),
+    ],
+)
+def test_a_split_that_cuts_at_marks_is_named_as_the_cause(changes: dict[str, str], advice: str | None) -> None:
+    with pytest.raises(UserError, match="too large for this text") as caught:
+        train_tokenizer(iter([HINDI] * 9), TokenizerSettings(vocab_size=2000, **changes))
+    assert (advice or "or add text") in str(caught.value)
+    assert ("combining marks" in str(caught.value)) == (advice is not None)
+    with pytest.raises(UserError) as caught:
+        train_tokenizer(iter(["plain English, naïve café. "] * 9), TokenizerSettings(vocab_size=2000, **changes))
+    assert "combining marks" not in str(caught.value)
 
 
 def test_training_never_varies_with_runs_threads_or_hash_seeds() -> None:

@@ -148,7 +148,9 @@ def test_a_chat_continues_the_whole_conversation(run, monkeypatch):
     monkeypatch.setattr(
         Generator,
         "add",
-        lambda self, prompt, sampling: prompts.append((prompt, sampling)) or add(self, prompt, sampling),
+        lambda self, prompt, sampling, ends: (
+            prompts.append((self._tokenizer.decode(prompt), sampling)) or add(self, prompt, sampling, ends)
+        ),
     )
     result = talk(run, "The old miller\n\n a key \n")
     assert result.exit_code == 0, result.output
@@ -165,7 +167,11 @@ def test_a_chat_takes_the_templates_of_the_run(run, monkeypatch):
     prompts = []
     add = Generator.add
     monkeypatch.setattr(
-        Generator, "add", lambda self, prompt, sampling: prompts.append(prompt) or add(self, prompt, sampling)
+        Generator,
+        "add",
+        lambda self, prompt, sampling, ends: (
+            prompts.append(self._tokenizer.decode(prompt)) or add(self, prompt, sampling, ends)
+        ),
     )
     template = run / "chat_template.jinja"
     template.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>")

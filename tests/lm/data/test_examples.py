@@ -74,6 +74,83 @@ def test_an_instruction_has_a_prompt_and_a_response(write):
     assert next(stream_examples(path, "instruction")).texts == ("Say hello.",)
 
 
+TALK = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", ""), ("assistant", "Yes?")]
+SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": role, "content": text} for role, text in TALK]},
+        {"messages": json.dumps([{"role": role, "content": text} for role, text in TALK])},
+        {"messages": [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in TALK], "id": 1},
+        {
+            "messages": [
+                {"role": role.replace("system", "developer"), "content": t, "tool_calls": None} for role, t in TALK
+            ]
+        },
+        {"conversations": [{"from": SHAREGPT[role], "value": text} for role, text in TALK]},
+        {"conversations": [{"from": SHAREGPT[role], "value": text} for role, text in TALK[1:]], "system": "Be brief."},
+        {"conversations": [{"role": role, "content": text} for role, text in TALK], "system": None},
+    ],
+)
+def test_conversations_have_their_usual_columns(write, row):
+    path = write([row])
+    roles, texts = zip(*TALK, strict=True)
+    assert read_examples(path, "instruction") == [Example(texts, roles, f"{path}, line 1")]
+
+
+def test_alpacas_columns_are_a_prompt_and_a_response(write):
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Sing.", "input": "", "output": "La."},
+        {"instruction": "Sing.", "output": "La.", "system": "You are a bird."},
+    ]
+    assert [(each.texts, each.label) for each in read_examples(write(rows), "instruction")] == [
+        (("Add.\n1 2", "3"), None),
+        (("Sing.", "La."), None),
+        (("You are a bird.", "Sing.", "La."), ("system", "user", "assistant")),
+    ]
+
+
+def test_named_columns_are_taken_before_a_conversation(write):
+    row = {"prompt": "a", "response": "b", "messages": [], "instruction": "c", "output": "d"}
+    assert read_examples(write([row]), "instruction")[0].texts == ("a", "b")
+    columns = Columns(prompt="instruction", response="output")
+    assert read_examples(write([row | {"input": "x"}]), "instruction", columns)[0].texts == ("c\nx", "d")
+    with pytest.raises(UserError, match='there is no column "question", "response"'):
+        read_examples(write([{"messages": []}]), "instruction", Columns(prompt="question"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ("Hello", '"messages" is missing or is not a list of messages'),
+        (None, '"messages" is missing or is not a list of messages'),
+        (["Hello"], '"messages" is missing or is not a list of messages'),
+        ([], "has no message of the assistant's, so there is nothing to learn"),
+        ([{"role": "user", "content": "a"}], "has no message of the assistant's, so there is nothing to learn"),
+        ([{"role": "tool", "content": "a"}], 'message 1 of "messages": the role is "tool", not one of system, user,'),
+        ([{"content": "a"}], "the role is null, not one of"),
+        ([{"role": ["user"], "content": "a"}], "the role is "),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}],
+            'message 2 of "messages": "content"',
+        ),
+        ([{"role": "user", "content": None}], '"content" is missing or has no text'),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], '"content" is missing or has no text'),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{"id": 1}]}], '"tool_calls" cannot be learned'),
+        ([{"role": "assistant", "content": "\ud83d"}], "half of a surrogate pair"),
+    ],
+)
+def test_a_conversation_that_cannot_be_learned_is_refused(write, messages, words):
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(UserError) as error:
+        read_examples(write([good, {"messages": messages}]), "instruction")
+    assert "line 2: " in str(error.value)
+    assert words in str(error.value)
+
+
 def test_without_labels_their_column_need_not_be_there_and_texts_may_be_empty(write):
     path = write([{"text": "a"}, {"text": ""}])
     assert [(e.texts, e.label) for e in stream_examples(path, "classification")] == [(("a",), None), (("",), None)]

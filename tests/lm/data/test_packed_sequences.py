@@ -13,17 +13,17 @@ END = 0
 
 
 def test_a_sequence_begins_with_the_end_of_text_and_a_pair_has_one_between():
-    assert sequence_of([[1, 2]], END, 8) == ([END, 1, 2], False)
-    assert sequence_of([[1, 2], [3]], END, 8) == ([END, 1, 2, END, 3], False)
-    assert sequence_of([[]], END, 8) == ([END], False)
+    assert sequence_of([[1, 2]], END, END, 8) == ([END, 1, 2], False)
+    assert sequence_of([[1, 2], [3]], END, END, 8) == ([END, 1, 2, END, 3], False)
+    assert sequence_of([[]], END, END, 8) == ([END], False)
 
 
 def test_what_is_too_long_is_cut_the_longer_text_of_a_pair_first():
-    assert sequence_of([[1, 2, 3, 4]], END, 3) == ([END, 1, 2], True)
-    assert sequence_of([[1] * 9, [2, 2]], END, 7) == ([END, 1, 1, 1, END, 2, 2], True)
-    assert sequence_of([[1] * 9, [2] * 9], END, 6) == ([END, 1, 1, END, 2, 2], True)
-    assert sequence_of([[1] * 2, [2] * 1_000_000], END, 6) == ([END, 1, 1, END, 2, 2], True)
-    assert sequence_of([[1, 2, 3]], END, 4) == ([END, 1, 2, 3], False)
+    assert sequence_of([[1, 2, 3, 4]], END, END, 3) == ([END, 1, 2], True)
+    assert sequence_of([[1] * 9, [2, 2]], END, END, 7) == ([END, 1, 1, 1, END, 2, 2], True)
+    assert sequence_of([[1] * 9, [2] * 9], END, END, 6) == ([END, 1, 1, END, 2, 2], True)
+    assert sequence_of([[1] * 2, [2] * 1_000_000], END, END, 6) == ([END, 1, 1, END, 2, 2], True)
+    assert sequence_of([[1, 2, 3]], END, END, 4) == ([END, 1, 2, 3], False)
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=40), st.integers(1, 4), st.sampled_from(["mean", "last"]))

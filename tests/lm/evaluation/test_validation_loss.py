@@ -145,3 +145,17 @@ def test_data_too_short_to_train_on_can_be_evaluated(run, make_dataset, tmp_path
     few = make_dataset(tmp_path / "few", tmp_path / "few_data", tokenizer=run.path / "tokenizer.json")
     assert few.split("train").tokens <= run.config.data.context_length
     assert evaluate(run, str(few.directory))["validation"]["next_token"]["predicted"] == few.split("validation").tokens
+
+
+def test_bytes_that_the_tokenizer_loses_are_not_counted(run, dataset, tmp_path):
+    """The same tokens as in the other dataset, of a text that had 100 bytes more."""
+    data = shutil.copytree(dataset.directory, tmp_path / "lossy")
+    manifest = json.loads((data / "manifest.json").read_text())
+    validation = manifest["splits"]["validation"]
+    validation["text_bytes"] += 100
+    validation["lost_bytes"] = 100
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    lossy, whole = evaluate(run, str(data)), evaluate(run)
+    for key in ("validation", "floors", "validation_bytes"):
+        assert lossy[key] == whole[key]
+    assert lossy["protocol"] == whole["protocol"] + "; 100 more bytes, which the tokenizer loses, are not counted"

@@ -11,8 +11,9 @@ import torch
 from data_prep.errors import UserError
 from data_prep.settings import TokenizerSettings
 from data_prep.tokenizers.training import train_tokenizer
-from lm.export.gguf import export_gguf, pre_tokenizer_name, tensors
+from lm.export.gguf import OUTTYPES, export_gguf, pre_tokenizer_name, tensors
 from lm.export.stock_architectures import STOCK_CLASSES
+from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS
 from lm.inference.generator import stream
 from lm.inference.sampling import Sampling
 from lm.kernels import masks
@@ -72,11 +73,62 @@ def test_the_file_holds_shape_tokenizer_and_every_weight(make_run, tmp_path, sha
         assert np.array_equal(stored[name], tensor.numpy()), name
 
 
+def test_a_chat_template_comes_along_and_a_run_without_one_has_plain_turns(make_run, tmp_path):
+    run = make_run(objective="next_token")
+    read = gguf.GGUFReader(exported(run, tmp_path / "plain.gguf")).fields["tokenizer.chat_template"].contents()
+    assert read.endswith(PLAIN_TURNS)
+    (run.path / CHAT_TEMPLATE).write_text("{{ bos_token }}{{ messages[0].content }}…")
+    read = gguf.GGUFReader(exported(run, tmp_path / "own.gguf")).fields["tokenizer.chat_template"].contents()
+    assert read == "{{ bos_token }}{{ messages[0].content }}…"
+
+
+def rounding_bound(weights: np.ndarray, outtype: str) -> np.ndarray:
+    """How far a value may be from its weight: half a step of the type's grid, with float32's own rounding."""
+    if outtype == "q8_0":  # 127 steps on each side of zero to a block's largest magnitude; its scale is a float16
+        blocks = np.abs(weights).reshape(-1, 32).max(1, keepdims=True)
+        return np.broadcast_to(blocks / 127 * (0.5 + 127 * 2.0**-11) + 1e-7, (len(blocks), 32)).reshape(weights.shape)
+    mantissa = {"f32": 24, "f16": 11, "bf16": 8}[outtype]
+    return np.abs(weights) * 2.0**-mantissa + (2.0**-25 if outtype == "f16" else 0)  # f16 below 2 ** -14: a fixed grid
+
+
+@pytest.mark.parametrize("outtype", OUTTYPES)
+def test_each_type_stores_matrices_within_its_rounding_and_vectors_exactly(make_run, tmp_path, outtype):
+    run = make_run(objective="next_token", qk_norm=True, feed_forward_size=96, **SHAPES[0])
+    export_gguf(run, tmp_path / "model.gguf", run.newest(), "next_token", outtype)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    named = {"f32": "ALL_F32"}.get(outtype, f"MOSTLY_{outtype.upper()}")
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType[named]
+    stock = next(stock for stock in STOCK_CLASSES if stock.model_type == "qwen3")
+    wanted = tensors(run.load_model(torch.device("cpu")), stock)
+    largest = 0.0
+    for tensor in reader.tensors:
+        weights = wanted.pop(tensor.name).numpy()
+        assert tensor.tensor_type.name == (outtype.upper() if weights.ndim > 1 else "F32")
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        difference = np.abs(values.reshape(weights.shape) - weights)
+        assert (difference <= (rounding_bound(weights, outtype) if weights.ndim > 1 else 0)).all(), tensor.name
+        largest = max(largest, difference.max())
+    assert not wanted
+    assert (largest > 0) == (outtype != "f32")
+
+
+def test_a_matrix_that_q8_0_cannot_divide_is_f16_and_named(make_run, tmp_path, capsys):
+    run = make_run(objective="next_token", **SHAPES[1])  # 48 wide
+    export_gguf(run, tmp_path / "model.gguf", run.newest(), "next_token", "q8_0")
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert (types["blk.0.attn_q.weight"], types["blk.0.ffn_down.weight"]) == ("F16", "Q8_0")
+    assert (
+        "blk.0.attn_q.weight is written as f16: q8_0 needs rows of a multiple of 32, not 48" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({}, "gpt-2"),
-        ({"digits": "single"}, "starcoder"),
+        ({}, "qwen35"),
+        ({"word_split": "qwen35", "digits": "single"}, "qwen35"),
+        ({"word_split": "gpt2"}, "gpt-2"),
+        ({"word_split": "gpt2", "digits": "single"}, "starcoder"),
         ({"word_split": "llama3"}, "llama-bpe"),
         ({"word_split": "qwen2"}, "qwen2"),
         ({"word_split": "llama3", "digits": "single"}, "qwen2"),

@@ -30,7 +30,7 @@ def test_a_config_is_read_back_as_the_shape_it_was_made_from(small, dataset):
         ({"activation": "relu2"}, "next_token", "the activation relu2"),
         ({"logit_softcap": 15.0}, "next_token", "logit_softcap 15"),
         ({"qk_norm": True}, "masked_token", "qk_norm in a masked model"),
-        ({}, "masked_next_token", "from the position before it"),
+        ({"qk_norm": True}, "masked_next_token", "qk_norm in a masked model"),
         ({"activation": "relu2", "logit_softcap": 5.0}, "next_token", "relu2 .*; nor logit_softcap 5"),
     ],
 )

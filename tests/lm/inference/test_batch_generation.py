@@ -72,7 +72,7 @@ def test_a_line_may_have_settings_of_its_own(tmp_path):
         ('{"prompt": "a", "seed": true}', "seed must be an integer, not true"),
         ('{"prompt": "a", "stop": "x"}', 'stop must be a list of strings, not "x"'),
         ('{"prompt": "a", "top_p": 3}', "top_p must be above 0 and at most 1, not 3"),
-        ('{"prompt": "a", "temperature": NaN}', "temperature must be 0, or from"),
+        ('{"prompt": "a", "temperature": NaN}', "temperature must be from 0 to 100, not nan"),
         (b"\xff", "not UTF-8"),
     ],
 )

@@ -61,6 +61,20 @@ def test_temperature_zero_leaves_only_the_likeliest_whatever_the_filters():
     assert filtered(scores, Sampling(temperature=0, top_k=2, top_p=0.5)).softmax(-1).tolist() == [0.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-5, 0.0099])
+def test_a_temperature_near_zero_leaves_what_zero_leaves(temperature):
+    scores = torch.tensor([[3.0, 2.9999999], [-1e30, 1e30]])
+    sampling = Sampling(temperature=temperature)
+    assert sampling.problems() == []
+    assert torch.equal(filtered(scores, sampling), filtered(scores, Sampling(temperature=0)))
+    assert not Sampling(temperature=0.01).is_greedy
+
+
+@pytest.mark.parametrize("temperature", [-1e-5, -1.0, 100.1, math.inf, math.nan])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    assert Sampling(temperature=temperature).problems() == [f"temperature must be from 0 to 100, not {temperature}"]
+
+
 def test_every_impossible_sampling_setting_is_told():
     wrong = Sampling(temperature=-1, top_k=-2, top_p=0, min_p=2, max_new_tokens=0)
     told = wrong.problems()

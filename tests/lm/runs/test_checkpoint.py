@@ -227,7 +227,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoints_as_they_are(tmp_path, monk
     save(tmp_path, 1)
     writes = []
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         writes.append(path)
         if len(writes) > after:
             raise error

@@ -34,10 +34,10 @@ class WatchedGenerator(Generator):
     cancelled = 0
     most_at_once = 0
 
-    def add(self, prompt: Sequence[int] | str, sampling: Sampling) -> int:
+    def add(self, prompt: Sequence[int] | str, sampling: Sampling, ends: Sequence[int] = ()) -> int:
         if list(prompt) == POISON:
             raise RuntimeError("this prompt is poison")
-        return super().add(prompt, sampling)
+        return super().add(prompt, sampling, ends)
 
     def cancel(self, handle: int) -> None:
         self.cancelled += 1

@@ -22,7 +22,7 @@ class Counting:
         self.steps: list[int] = []  # how many texts each step continued
         self.cancelled: list[int] = []
 
-    def add(self, prompt, sampling) -> int:
+    def add(self, prompt, sampling, ends) -> int:
         if prompt[1] < 1:
             raise UserError("there is nothing to count")
         self.handles += 1

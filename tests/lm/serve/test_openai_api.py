@@ -14,12 +14,12 @@ from functools import partial
 import openai
 import pytest
 
+from lm.inference import chat_template
 from lm.inference.chat_template import PLAIN_STOPS, render
 from lm.inference.generator import stream
 from lm.inference.sampling import Sampling
 from lm.inference.scoring import log_likelihoods
 from lm.runs.directory import open_run
-from lm.serve import openai_api
 from lm.serve.engine import _Job
 from lm.serve.schema import Limits
 
@@ -140,7 +140,7 @@ def test_a_chat_is_the_continuation_of_its_rendering(client, served):
 def test_plain_turns_end_where_the_next_one_begins(served, monkeypatch):
     asked = {"messages": HELLO, **GREEDY}
     text = served.ask("/v1/chat/completions", asked).json["choices"][0]["message"]["content"]
-    monkeypatch.setattr(openai_api, "PLAIN_STOPS", (text[6:9],))
+    monkeypatch.setattr(chat_template, "PLAIN_STOPS", (text[6:9],))
     choice = served.ask("/v1/chat/completions", asked).json["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == (text[: text.index(text[6:9])], "stop")
     choice = served.ask("/v1/chat/completions", {**asked, "stop": text[2:5]}).json["choices"][0]

@@ -71,6 +71,11 @@ def test_chat_reads_parts_and_old_and_new_names():
     assert asked.max_tokens == 5
     assert asked.options.sampling.logprobs == 0
     assert read_chat(HELLO | {"max_tokens": 6}, LIMITS).max_tokens == 6
+    assert read_chat(HELLO | {"max_tokens": 6, "max_completion_tokens": 6}, LIMITS).max_tokens == 6
+    for values in ({"max_tokens": 6, "max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": 6}):
+        error = refused(read_chat, HELLO | values)
+        assert error.message == '"max_tokens" and "max_completion_tokens" differ: give one of the two'
+    assert "from 1 to" in refused(read_chat, HELLO | {"max_tokens": 0, "max_completion_tokens": 5}).message
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,7 @@ def test_chat_reads_parts_and_old_and_new_names():
         ({"max_tokens": True}, "whole number"),
         ({"max_tokens": 1.5}, "whole number"),
         ({"temperature": "warm"}, 'a number from 0 to 100, not "warm"'),
-        ({"temperature": 0.001}, "must be 0, or from 0.01"),
+        ({"temperature": -0.001}, "must be a number from 0 to 100"),
         ({"top_p": 0}, "must be above 0"),
         ({"presence_penalty": 3}, "from -2 to 2"),
         ({"n": 0}, "from 1 to"),

@@ -411,7 +411,7 @@ def test_a_directory_that_cannot_be_written_ends_the_run_in_one_sentence_and_not
 def test_a_save_that_fails_ends_the_run_and_nothing_is_lost(
     long, undisturbed, begun, recorder, quietly, monkeypatch, number
 ):
-    def broken(tensors: dict, path: Path) -> None:
+    def broken(tensors: dict, path: Path, metadata: None) -> None:
         if "step_00000032" in str(path):
             raise OSError(number, os.strerror(number))
         safetensors.torch.save_file(tensors, path)
