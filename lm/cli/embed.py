@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.files import ending_of
 from lm.cli.options import checkpoint_option, columns_of, columns_options, device_option, reading_options, run_argument
+from lm.config.settings import VECTOR_FILES
 
 if TYPE_CHECKING:
     from lm.inference.embedding import Vectors
@@ -50,6 +52,7 @@ def embed(
     Input is streamed, so files of any size work. Texts longer than the model's context are cut; their number is
     printed at the end.
     """
+    ending_of(output, VECTOR_FILES)
     from lm import api
     from lm.data.examples import stream_examples
     from lm.inference.embedding import reading_of, vectors_of, write_lines, write_vectors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,7 +20,20 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-run_argument = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+
+def run_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The argument RUN, of which the command starts only if it is a run directory."""
+
+    @functools.wraps(function)
+    def checked(*args: Any, run: Path, **options: Any) -> Any:
+        from lm.config.recipes import run_config
+
+        run_config(run)
+        return function(*args, run=run, **options)
+
+    return click.argument("run", metavar="RUN", type=click.Path(path_type=Path))(checked)
+
+
 checkpoint_option, best_checkpoint_option = (
     click.option(
         "--checkpoint",

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, json_option, run_argument
 
 
@@ -53,6 +54,12 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
 
     Runs that are still training can be compared too.
     """
+    from lm.config.recipes import run_config
+
+    if len(runs) < 2:
+        raise UserError("name at least two runs to compare")
+    for path in runs:
+        run_config(path)
     from lm.reports.comparison import compare as compare_runs
     from lm.reports.comparison import differences, open_entries, rows, write_comparison
 

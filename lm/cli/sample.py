@@ -14,13 +14,12 @@ import click
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, compile_option, device_option, json_option, run_argument, sampling_options
+from lm.config.sampling import Sampling, problem_of_fill
 
 if TYPE_CHECKING:
     from lm.inference.batch_generation import Prompt
     from lm.inference.generator import Generator
     from lm.inference.language_model import LanguageModel
-    from lm.inference.sampling import Sampling
-    from lm.runs.directory import Run
 
 STDIN = STDOUT = Path("-")
 
@@ -85,14 +84,10 @@ def sample(
     **sampling: Any,
 ) -> None:
     """Generate text with the model of RUN: continue prompts, fill masks, chat. Only the text goes to stdout."""
-    from lm import api
-    from lm.inference.batch_generation import Prompt, check_prompts, read_prompts
-    from lm.inference.sampling import Sampling
-    from lm.runs.directory import open_run
-
     settings = Sampling(**sampling)
     problems = settings.problems()
     problems += _conflicts(prompts, fills, unmask, source, output, chat, as_json, settings)
+    problems += [problem for text in fills if (problem := problem_of_fill(text))]
     problems += [
         f"--{name} must be at least {least}, not {value}"
         for name, value, least in (("unmask", unmask, 0), ("rounds", rounds, 0), ("top", top, 1), ("rows", rows, 1))
@@ -100,19 +95,24 @@ def sample(
     ]
     if problems:
         raise UserError("\n".join(problems))
-    opened = open_run(run)
     if unmask:
         fills, prompts = (*(f"{prompt}[MASK:{unmask}]" for prompt in prompts), *fills), ()
         rounds = rounds or unmask
-    _check_readouts(opened, prompts or source or chat, fills)
+    _check_readouts(run, prompts or source or chat, fills)
     output = None if output == STDOUT else output
     if output is not None and output.exists():
         raise UserError(f"{output} already exists: choose another --output")
+    from lm import api
+    from lm.inference.batch_generation import Prompt, check_prompts, read_prompts
+    from lm.inference.fill_mask import tokens_to_fill
+
     given = [Prompt(prompt, settings) for prompt in prompts]
     if source == STDIN:  # cannot be read twice
         given = list(read_prompts(source, settings))
     count = len(given) if source in (None, STDIN) else check_prompts(source, settings)
-    model = api.load_model(opened, checkpoint=which, device=device)
+    model = api.load_model(run, checkpoint=which, device=device)
+    for text in fills:  # before anything is written
+        tokens_to_fill(model, text)
     if source is not None:
         generator = _generator(model, min(rows, count), compiled)
         _continue_file(model, generator, given or read_prompts(source, settings), output, count)
@@ -128,7 +128,7 @@ def sample(
         from lm.cli.chat import converse
         from lm.inference.chat_template import chat_format
 
-        chat_of_run = chat_format(opened.path, model.tokenizer, model.config)
+        chat_of_run = chat_format(run, model.tokenizer, model.config)
         converse(_generator(model, 1, compiled, reuse=True), chat_of_run, settings)
 
 
@@ -158,16 +158,19 @@ def _conflicts(
     return [sentence for holds, sentence in rules if not holds]
 
 
-def _check_readouts(run: Run, to_continue: object, to_fill: object) -> None:
-    objective = run.config.objective.objective
-    if to_continue and "next_token" not in run.config.readouts:
+def _check_readouts(run: Path, to_continue: object, to_fill: object) -> None:
+    from lm.config.recipes import require_language_model, run_config
+
+    config = run_config(run)
+    require_language_model(run, config)
+    objective = config.objective.objective
+    if to_continue and "next_token" not in config.readouts:
         raise UserError(
-            f"{run.path} was trained with {objective} only: it can fill masks (--fill, --unmask), "
-            "but not continue a prompt"
+            f"{run} was trained with {objective} only: it can fill masks (--fill, --unmask), but not continue a prompt"
         )
-    if to_fill and run.config.readouts[-1] == "next_token":
+    if to_fill and config.readouts[-1] == "next_token":
         raise UserError(
-            f"{run.path} was trained with {objective} only: it can continue a prompt (--prompt), but not fill masks"
+            f"{run} was trained with {objective} only: it can continue a prompt (--prompt), but not fill masks"
         )
 
 
@@ -231,6 +234,4 @@ def _fill(model: LanguageModel, text: str, sampling: Sampling | None, rounds: in
         return
     click.echo(filled.text)
     for candidates in () if sampling else filled.candidates:
-        click.echo(
-            "    " + "  ".join(f"{token.strip()} {probability:.0%}" for token, probability in candidates), err=True
-        )
+        click.echo("    " + "  ".join(f"{token!r} {probability:.0%}" for token, probability in candidates), err=True)

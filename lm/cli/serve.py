@@ -71,6 +71,9 @@ def serve(
 
     The page generates text, fills masks, shows token probabilities, and follows the run while it trains.
     """
+    from lm.config.recipes import require_language_model, run_config
+
+    require_language_model(run, run_config(run))
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401

@@ -72,6 +72,10 @@ def train(
         config, run_path, before = pretraining_config(recipe, run_path, given, unknown_options=unknown)
         if extras:
             raise UserError(f"unexpected argument {extras[0]!r}")
+        if before is None and (config.data.data or not plan_only):  # a run finds its own data, also after a move
+            from lm.data.corpora import open_corpora
+
+            open_corpora(config.data.data)
     except UserError:
         if is_one_of_several():  # every process finds the same mistake, and one reports it
             from lm.training.distributed import leave_unless_first

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lm.config.corpus_entry import corpus_of
+from lm.config.sampling import problem_of_fill
 from lm.config.settings import Config, FinetuneConfig, ModelConfig
 
 LARGEST_HEAD = 256  # of the attention kernels
@@ -49,8 +50,8 @@ def inconsistencies(config: Config) -> Iterator[str]:
         if corpus_of(text)[1] <= 0:
             yield f'data: the weight of "{text}" must be above 0'
     for text in config.report.fills:
-        if "[MASK]" not in text:
-            yield f'fills: there is no [MASK] in "{text}": write [MASK] where a word is missing'
+        if problem := problem_of_fill(text):
+            yield f"fills: {problem}"
     if config.objective.mask_token_share + config.objective.random_token_share > 1:
         yield "mask_token_share and random_token_share add up to more than 1"
     if optimizer.warmup_fraction + optimizer.decay_fraction > 1:

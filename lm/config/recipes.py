@@ -112,6 +112,22 @@ def run_config(path: str | Path) -> Config:
     return load_config(path / "config.toml")
 
 
+def require_language_model(path: Path, config: Config) -> None:
+    """Raise UserError if the run at ``path`` has a task's head instead of a language model's."""
+    if config.has_task_head:
+        raise UserError(
+            f"{path} is fine-tuned for {config.finetune.task} and is no longer a language model: use "
+            f"kindling predict {path} --input FILE for its answers, or kindling merge {path} --trunk-only --out RUN to "
+            "make it a plain run"
+        )
+
+
+def require_task_head(path: Path, config: Config) -> None:
+    """Raise UserError if the run at ``path`` has no task's head, and so makes no predictions."""
+    if not config.has_task_head:
+        raise UserError(f"{path} was not fine-tuned on a task with a head: {command('finetune')} makes such a run")
+
+
 def pretraining_config(
     recipe: str | Path | None,
     run: str | Path | None,

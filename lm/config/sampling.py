@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from lm.config.settings import setting
 
 MOST_LOGPROBS = 20
+MASK_WORD = "[MASK]"
+MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")
+
+
+def problem_of_fill(text: str) -> str:
+    """Why there is nothing to fill in a text; "": there is a mask."""
+    if MASKS.search(text):
+        return ""
+    shown = text if len(text) < 60 else f"{text[:56]} …"
+    if other := re.search(r"[\[<]mask(:[1-9]\d{0,6})?[\]>]", text, re.IGNORECASE):
+        return f'nothing to fill in "{shown}": write [MASK{other[1] or ""}] for {other[0]}'
+    return f'nothing to fill in "{shown}": write {MASK_WORD} where a word is missing'
+
+
 GREEDY_BELOW = 0.01  # temperatures that stand for 0, as clients send to servers that refuse 0
 
 

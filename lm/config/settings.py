@@ -25,6 +25,8 @@ OBJECTIVES = {
     "hybrid": ("text", ("next_token", "masked_next_token")),
     "hybrid_unshifted": ("text", ("next_token", "masked_token")),
 }
+# The kinds of files that ``kindling predict`` and ``kindling embed`` write.
+ANSWER_FILES, VECTOR_FILES = (".jsonl", ".csv", ".tsv"), (".jsonl", ".npy")
 # The methods of fine-tuning, each with AdamW's default learning rate.
 METHODS = {"full": 1e-3, "lora": 5e-3, "probe": 1e-2}
 # The matrices of a block that LoRA can adapt, by their names in it.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from data_prep.files import read_json, write_atomically
 from lm.config.settings import OBJECTIVES
 from lm.reports.page import Panel, Series, draw, render
@@ -69,18 +70,26 @@ class Entry:
 def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
     """Open the runs to compare, named by their directories, or by their paths if names repeat.
 
-    Raise UserError if there are fewer than two, or one is not a run or has logged nothing yet.
+    Raise UserError if one is not a run, or has logged nothing yet.
     """
-    if len(paths) < 2:
-        raise UserError("name at least two runs to compare")
     names = [Path(path).resolve().name for path in paths]
     names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
     runs = [open_run(path) for path in paths]
     entries = [Entry(name, run, list(run.metrics())) for name, run in zip(names, runs, strict=True)]
     for entry in entries:
         if not summary(entry.lines):
-            raise UserError(f"{entry.run.path} has no metrics in {METRICS} yet: train it first")
+            raise UserError(_why_no_metrics(entry.run))
     return entries
+
+
+def _why_no_metrics(run: Run) -> str:
+    """Why a run has no line of training, and what to do instead."""
+    newest = run.latest(lambda _: None)
+    for key, done in (("imported_from", "imported"), ("merged_from", "merged")):
+        if newest and key in newest.state:
+            how = f"was {done} from {newest.state[key]} and has not been trained here, so it has no curves"
+            return f"{run.path} {how}: compare it with {command('evaluate')} {run.path} --text FILE, run by run"
+    return f"{run.path} has no metrics in {METRICS} yet: train it first"
 
 
 def compare(entries: Sequence[Entry]) -> dict[str, Any]:

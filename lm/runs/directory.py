@@ -20,7 +20,7 @@ from data_prep.errors.command_names import command
 from data_prep.files import read_json, sha256_of_file
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.recipes import run_config
+from lm.config.recipes import require_language_model, run_config
 from lm.config.settings import Config, all_settings
 from lm.model.lora import merge_lora
 from lm.model.transformer import Transformer
@@ -133,11 +133,7 @@ class Run:
             UserError: the checkpoint does not match the run directory's model or processor, or the run has a task's
                 head instead of a language model's.
         """
-        if self.config.has_task_head:
-            raise UserError(
-                f"{self.path} is fine-tuned for {self.config.finetune.task} and is no longer a language model: "
-                "use kindling predict for its answers, or kindling merge --trunk-only to make it a plain run"
-            )
+        require_language_model(self.path, self.config)
         saved = saved or self.newest()
         self.refuse_another(saved)
         try:

@@ -92,7 +92,7 @@ def test_json_lines_hold_the_same_float32(tmp_path):
     lines = [json.loads(line)["embedding"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert (np.array(lines, dtype=np.float32) == vectors).all()
     assert max(map(len, (tmp_path / "a.jsonl").read_text().splitlines())) < 60
-    with pytest.raises(UserError, match=r"\.npy or \.jsonl"):
+    with pytest.raises(UserError, match=r"\.jsonl or \.npy"):
         write_vectors(tmp_path / "a.csv", iter([vectors]), 3)
 
 
