@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import errno
 import io
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -115,8 +114,6 @@ def _problem(parameter: click.Parameter, value: Any) -> str:
         return f"the value of {name} is not UTF-8"
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         return f"{name} is too large: it must be below 2^63"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{name} must be a finite number, not {value}"
     return ""
 
 

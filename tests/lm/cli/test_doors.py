@@ -62,8 +62,7 @@ def test_an_environment_variable_that_is_no_text_is_refused_and_not_shown(tmp_pa
 def test_every_command_refuses_numbers_that_nothing_can_hold(words, each, tmp_path):
     for option in each.params:
         is_number = isinstance(option, click.Option) and isinstance(option.type, click.types.IntParamType)
-        is_float = isinstance(option, click.Option) and isinstance(option.type, click.types.FloatParamType)
-        for value in ["9" * 25, "-" + "9" * 25] if is_number else ["inf", "nan", "-inf"] if is_float else []:
+        for value in ["9" * 25, "-" + "9" * 25] if is_number else []:
             needed = [
                 word
                 for other in each.params
