@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import io
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -69,6 +69,24 @@ class FriendlyGroup(FriendlyCommand, click.Group):
         """In the order of a first hour, not of the alphabet."""
         return list(self.commands)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in self.commands and not name.startswith("-"):
+            known = [*self.commands, *_commands_of_groups(self)]
+            inner = [words for words in known if words.endswith(f" {name}")]
+            close = inner or difflib.get_close_matches(name, known, 1)
+            hint = f': did you mean "{close[0]}"?' if close else f": choose one of {', '.join(self.commands)}"
+            raise UserError(f'there is no command "{name}"{other_name(name, known) or hint}')
+        return super().resolve_command(ctx, args)
+
+
+def _commands_of_groups(group: click.Group) -> Iterator[str]:
+    """The commands of a group's groups, such as "prep build"."""
+    for name, each in group.commands.items():
+        yield from (f"{name} {inner}" for inner in (each.commands if isinstance(each, click.Group) else ()))
+
 
 @contextmanager
 def errors_reported() -> Iterator[None]:
@@ -103,8 +121,6 @@ def _problem(parameter: click.Parameter, value: Any) -> str:
         return f"the value of {name} is not UTF-8"
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         return f"{name} is too large: it must be below 2^63"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{name} must be a finite number, not {value}"
     return ""
 
 
@@ -139,7 +155,7 @@ def _open_missing_streams() -> None:
 def _flush_output(*, quiet: bool) -> None:
     """Write what is left of the output; a full disk or a closed pipe is the end of the command, not of Python.
 
-    ``quiet``: the command has told an error already.
+    ``quiet``: the command has reported an error already.
     """
     try:
         sys.stdout.flush()

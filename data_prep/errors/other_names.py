@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 SHARE = "it is a share of the steps, from 0 to 1"
 
-# Names here, the names elsewhere, and what to know if the unit differs. The first row that fits is told.
+# Names here, the names elsewhere, and what to know if the unit differs. The first row that fits counts.
 OTHER_NAMES = (
     ("learning_rate", "lr max_lr peak_lr base_lr step_size max_learning_rate", ""),
     ("final_learning_rate_fraction", "min_lr lr_min end_lr", "it is a share of the peak, from 0 to 1"),
@@ -84,6 +84,14 @@ OTHER_NAMES = (
     ("text_column", "text_field text_key", ""),
     ("label_column", "label_field label_key target_column labels_column", ""),
     ("checkpoint", "ckpt step", ""),
+    # commands
+    ("train", "pretrain fit", ""),
+    ("sample", "generate gen complete chat write fill", ""),
+    ("evaluate", "eval test score perplexity", ""),
+    ("predict", "classify infer inference tag", ""),
+    ("prep build", "tokenize prepare preprocess", ""),
+    ("import", "load from_pretrained", ""),
+    ("serve", "server api web", ""),
     # generating text
     ("temperature", "temp t", ""),
     ("temperature", "do_sample greedy", "0 takes the most likely token"),

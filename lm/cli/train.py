@@ -89,7 +89,6 @@ def train(
     unknown = tuple(extra.split("=")[0] for extra in extras if extra.startswith("-"))
     recipe = None if recipe in extras else recipe  # an unknown option before the recipe was taken for it
     from lm.config.recipes import pretraining_config
-    from lm.data.corpora import open_corpora
 
     try:
         given = given_settings(settings)
@@ -97,6 +96,8 @@ def train(
         if extras:
             raise UserError(f"unexpected argument {extras[0]!r}")
         if before is None and (config.data.data or not plan_only):  # a run finds its own data, also after a move
+            from lm.data.corpora import open_corpora
+
             open_corpora(config.data.data)
     except UserError:
         if is_one_of_several():  # every process finds the same mistake, and one reports it

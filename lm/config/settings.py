@@ -10,12 +10,9 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from data_prep.files import write_atomically
-
-if TYPE_CHECKING:
-    from fractions import Fraction
 
 # The tasks of fine-tuning; the first four have a head of their own (``lm.finetuning.heads``).
 HEAD_TASKS = ("classification", "regression", "tokens", "choice")
@@ -96,25 +93,15 @@ def setting(
 class ModelConfig:
     """The shape of the transformer."""
 
-    num_layers: int = setting(4, "number of transformer blocks", minimum=1, maximum=10_000, on_resume="never")
-    hidden_size: int = setting(192, "width of the residual stream", minimum=8, maximum=2**20, on_resume="never")
-    num_heads: int = setting(6, "number of query heads", minimum=1, maximum=2**16, on_resume="never")
+    num_layers: int = setting(4, "number of transformer blocks", minimum=1, on_resume="never")
+    hidden_size: int = setting(192, "width of the residual stream", minimum=8, on_resume="never")
+    num_heads: int = setting(6, "number of query heads", minimum=1, on_resume="never")
     num_key_value_heads: int = setting(
-        0,
-        "number of key and value heads (grouped-query attention); 0: num_heads",
-        minimum=0,
-        maximum=2**16,
-        on_resume="never",
+        0, "number of key and value heads (grouped-query attention); 0: num_heads", minimum=0, on_resume="never"
     )
-    head_size: int = setting(
-        0, "width of one head, even; 0: hidden_size / num_heads", minimum=0, maximum=2**16, on_resume="never"
-    )
+    head_size: int = setting(0, "width of one head, even; 0: hidden_size / num_heads", minimum=0, on_resume="never")
     feed_forward_size: int = setting(
-        0,
-        "width inside the feed-forward; 0: 8/3 (swiglu) or 4 (relu2) x hidden_size",
-        minimum=0,
-        maximum=2**24,
-        on_resume="never",
+        0, "width inside the feed-forward; 0: 8/3 (swiglu) or 4 (relu2) x hidden_size", minimum=0, on_resume="never"
     )
     activation: str = setting("swiglu", "feed-forward activation", choices=("swiglu", "relu2"), on_resume="never")
     qk_norm: bool = setting(False, "RMS-normalize queries and keys, per head", on_resume="never")
@@ -125,9 +112,7 @@ class ModelConfig:
     )
     rope_theta: float = setting(10_000.0, "base of the rotary position frequencies", minimum=1, on_resume="never")
     norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", minimum=0, on_resume="never")
-    vocab_size: int = setting(
-        0, "vocabulary size; 0: that of the data's tokenizer", minimum=0, maximum=2**31, on_resume="never"
-    )
+    vocab_size: int = setting(0, "vocabulary size; 0: that of the data's tokenizer", minimum=0, on_resume="never")
 
     @property
     def key_value_heads(self) -> int:
@@ -493,23 +478,6 @@ def finetuning_settings() -> list[Setting]:
 def finetuning_defaults() -> dict[str, Any]:
     """The defaults that differ in fine-tuning, by name; ``learning_rate`` is that of the method "full"."""
     return {s.name: s.finetuning for s in all_settings() if s.finetuning is not None}
-
-
-def corpus_of(text: str) -> tuple[str, Fraction]:
-    """Split an entry of the setting ``data``, ``PATH@WEIGHT`` or ``PATH`` (weight 1), into path and weight.
-
-    A folder that exists under the whole name, such as ``v@2``, is that folder.
-    """
-    from fractions import Fraction
-
-    if Path(text).is_dir():
-        return text, Fraction(1)
-
-    path, at, weight = text.rpartition("@")
-    try:
-        return (path, Fraction(weight)) if at else (text, Fraction(1))
-    except (ValueError, ZeroDivisionError):
-        return text, Fraction(1)  # the "@" is part of the path
 
 
 def usual_reading(config: Config) -> str:

@@ -20,7 +20,8 @@ from data_prep.errors.command_names import command
 from data_prep.shards.tokens import Dataset, Split, open_dataset
 from data_prep.tokenizers.loss import counted_bytes
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.settings import Config, corpus_of
+from lm.config.corpus_entry import corpus_of
+from lm.config.settings import Config
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from lm.config.settings import corpus_of
+from lm.config.corpus_entry import corpus_of
 from lm.data.corpora import Corpora, open_corpora
 from lm.data.openings import Opening, openings
 from lm.runs.directory import TOKENIZER, Run, sha256_key
@@ -34,7 +34,7 @@ def open_data(run: Run) -> Corpora:
         where = f"neither {', '.join(places)}, nor, with the same content, in a folder above the run"
         raise UserError(
             f'the data of {run.path} is missing: its config.toml names "{missing[0]}", which is '
-            f"{'not there' if Path(missing[0]).is_absolute() else where}: --data names it anew"
+            f"{'not there' if Path(missing[0]).is_absolute() else where}: --data says where it is now"
         ) from None
 
 

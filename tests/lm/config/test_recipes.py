@@ -237,16 +237,9 @@ def test_a_number_that_nothing_can_hold_is_told(setting, recipe):
     for value in huge:
         (line,) = [line for line in problems_of(overrides={setting.name: value}) if line.startswith(setting.option)]
         assert "must be" in line
-    for value in (
-        "inf",
-        "-inf",
-        "nan",
-        "1e400",
-        "9223372036854775808"[: 19 if isinstance(setting.default, int) else 0],
-    ):
-        if value:
-            told = problems_of(recipe(f"[{setting.section}]\n{setting.name} = {value}\n"))
-            assert any(line.startswith(f"{setting.name} in ") and "must be" in line for line in told), (value, told)
+    for value in ["9" * 25] if isinstance(setting.default, int) else ["inf", "-inf", "nan", "1e400"]:
+        told = problems_of(recipe(f"[{setting.section}]\n{setting.name} = {value}\n"))
+        assert any(line.startswith(f"{setting.name} in ") and "must be" in line for line in told), (value, told)
 
 
 def test_a_recipe_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path):
@@ -254,7 +247,7 @@ def test_a_recipe_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf[training]\nsteps = 7\n")
     assert load_config(path).training.steps == 7
     path.write_bytes(b'[report]\nprompts = ["caf\xe9"]\n')
-    with pytest.raises(UserError, match=r"r\.toml: it is not UTF-8 \(byte 0xe9 at offset 25\)"):
+    with pytest.raises(UserError, match=r"r\.toml: it is not UTF-8 \(byte 0xe9 at offset 24\)"):
         load_config(path)
     path.write_bytes(b'[report]\nprompts = ["\\ud83d"]\n')
     with pytest.raises(UserError, match=r"cannot read the recipe .*r\.toml"):

@@ -70,13 +70,13 @@ def test_missing_data_is_told_with_the_places_and_the_option(project, quietly, t
     for words in (
         'its config.toml names "data/d"',
         f"in {tmp_path / 'elsewhere'}, in {project}, where it was trained",
-        "--data names it anew",
+        "--data says where it is now",
     ):
         assert words in str(error.value)
-    with pytest.raises(UserError, match="--data names it anew"):
+    with pytest.raises(UserError, match="--data says where it is now"):
         quietly(run.config.replace(steps=2), run.path)
     (run.path / "config.toml").write_text((run.path / "config.toml").read_text().replace("data/d", "/gone"))
-    with pytest.raises(UserError, match=r'names "/gone", which is not there: --data names it anew'):
+    with pytest.raises(UserError, match=r'names "/gone", which is not there: --data says where it is now'):
         open_data(open_run(run.path))
 
 
