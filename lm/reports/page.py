@@ -62,7 +62,7 @@ def draw(panels: Sequence[Panel | Bars], height: float) -> str:
     Its texts are texts, its colors follow the page's, and a label says what it shows.
     """
     import matplotlib as mpl
-    from cycler import cycler
+    from matplotlib.rcsetup import cycler
     from matplotlib.figure import Figure
 
     style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
