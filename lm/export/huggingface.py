@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data_prep.errors import UserError
-from data_prep.files import new_folder
+from data_prep.files import new_folder, read_json
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.export.model_card import NO_FACTS, OUR_CONFIG, CardFacts, language_model_card
@@ -20,7 +20,15 @@ from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, ChatFormat, c
 from lm.runs.checkpoint import Checkpoint, save_tensors
 from lm.runs.directory import CHECKPOINTS, RESULT, TOKENIZER, Run, warn
 
-EXPORTED = {"config.toml", TOKENIZER, CHAT_TEMPLATE, CHECKPOINTS, RESULT}  # what the folder holds of a run directory
+GENERATION = "generation_config.json"  # in the run directory of an imported checkpoint that had one
+EXPORTED = {
+    "config.toml",
+    TOKENIZER,
+    CHAT_TEMPLATE,
+    CHECKPOINTS,
+    RESULT,
+    GENERATION,
+}  # what the folder holds of a run directory
 
 
 def choose_readout(run: Run, wanted: str | None) -> str:
@@ -66,7 +74,7 @@ def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str
     with new_folder(out) as folder:
         save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
         write_json(folder / "config.json", stock_config(config, run.tokenizer, stock))
-        write_json(folder / "generation_config.json", generation_config(run))
+        write_json(folder / GENERATION, generation_config(run))
         write_tokenizer(run, folder, generates=readout == "next_token")
         public_settings(config).save(folder / OUR_CONFIG)
         card = language_model_card(run, checkpoint, stock, readout, facts)
@@ -175,11 +183,16 @@ def _writes_start(chat: ChatFormat) -> bool:
 
 
 def generation_config(run: Run) -> dict[str, Any]:
-    """The content of ``generation_config.json``: what begins and ends a text, and what is never generated."""
+    """The content of ``generation_config.json``: what begins and ends a text, and what is never generated.
+
+    An imported run keeps the other settings that its checkpoint had.
+    """
+    kept = read_json(run.path / GENERATION) if (run.path / GENERATION).is_file() else {}
     ids = token_ids(run.tokenizer)
     ends = list(dict.fromkeys([*run.tokenizer.end_ids, *chat_format(run.path, run.tokenizer, run.config).ends]))
     return (
-        ids
+        kept
+        | ids
         | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
         | {"suppress_tokens": unwritable_ids(run.tokenizer, run.config.model.vocab_size)}
     )

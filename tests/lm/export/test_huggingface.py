@@ -206,6 +206,15 @@ def test_an_imported_tokenizer_leaves_with_its_own_habits(small, chat_tokenizer,
     assert fields.get("tokenizer.ggml.eot_token_id") == (ids[ends[1]] if len(ends) > 1 else None)
 
 
+def test_the_generation_settings_of_an_imported_run_are_given_back(make_run, tmp_path):
+    run = make_run(objective="next_token")
+    saved = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": 399}
+    (run.path / "generation_config.json").write_text(json.dumps(saved))
+    theirs = transformers.GenerationConfig.from_pretrained(export(run, tmp_path / "out", "next_token"))
+    assert (theirs.do_sample, theirs.temperature, theirs.top_p) == (True, 0.6, 0.95)
+    assert theirs.eos_token_id == run.tokenizer.end_of_text_id  # what the run stops at
+
+
 def test_a_masked_model_has_a_chat_template_only_if_the_run_has_one(make_run, tmp_path):
     run = make_run(objective="masked_token")
     assert not (export(run, tmp_path / "a", "masked_token") / CHAT_TEMPLATE).exists()
