@@ -342,6 +342,14 @@ class FinetuneConfig:
         "attention, else last",
         choices=("auto", "mean", "last"),
     )
+    head_bias: str = setting(
+        "true",
+        "whether a constant is added to what the head computes; auto: unless classification or regression reads the "
+        "last token of causal attention, where the heads of transformers have none",
+        choices=("auto", "true", "false"),
+        on_resume="never",
+        finetuning="auto",
+    )
     long_texts: str = setting(
         "truncate",
         "texts longer than the context: truncate keeps the beginning, window averages consecutive windows; pairs that "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,6 +41,10 @@ class Answers:
     def of(cls, examples: Sequence[Example]) -> Self:
         """From training examples. UserError if they all have the same answer."""
         return cls(Labels.of(examples).names, len(examples[0].texts))
+
+    def uncentered(self) -> Self:
+        """The same, for a head without a bias: a regression's numbers are scaled only."""
+        return replace(self, mean=0.0, deviation=math.hypot(self.mean, self.deviation))
 
     @property
     def outputs(self) -> int:

@@ -111,6 +111,8 @@ class Finetuning(TrainModule[Any]):
             base = open_run(config.finetune.base)
             tokenizer, weights = base.tokenizer, weights or base.plain_weights()
         train, validation = read_task(config.finetune, labels_of(path))
+        if config.finetune.head_bias == "auto" and (path / "config.toml").exists():  # a run keeps the head it has
+            config = config.replace(head_bias=open_run(path).config.finetune.head_bias)
         self.config = settle_template(settle_steps(settle_reading(config), len(train)), tokenizer)
         self.path, self.ranks, self.weights = path, ranks, weights
         self.name, self.processor = config.finetune.train, tokenizer
@@ -184,12 +186,14 @@ class Finetuning(TrainModule[Any]):
 
 
 def settle_reading(config: Config) -> Config:
-    """Replace "auto" in ``reads``, ``pooling`` and ``judged_by`` by what it stands for."""
+    """Replace "auto" in ``reads``, ``pooling``, ``head_bias`` and ``judged_by`` by what it stands for."""
     task = config.finetune
     reading = reading_of(config, "causal" if task.task == "instruction" and task.reads == "auto" else None)
     metric = {"regression": "spearman", "contrastive": "spearman", "instruction": "loss"}.get(task.task, "accuracy")
     judged_by = metric if task.judged_by == "auto" else task.judged_by
-    return config.replace(reads=reading.reads, pooling=reading.pooling, judged_by=judged_by)
+    without = task.task in ("classification", "regression") and (reading.reads, reading.pooling) == ("causal", "last")
+    bias = ("false" if without else "true") if task.head_bias == "auto" else task.head_bias
+    return config.replace(reads=reading.reads, pooling=reading.pooling, head_bias=bias, judged_by=judged_by)
 
 
 def settle_steps(config: Config, examples: int) -> Config:

@@ -56,6 +56,8 @@ class HeadTask(Task):
         require_libraries()
         self.config, self.kind, self.tokenizer = config, config.finetune.task, tokenizer
         self.answers = HEADS[self.kind].of(train)
+        if config.finetune.head_bias == "false":
+            self.answers = self.answers.uncentered()
         encoder = encoder_of(config, tokenizer)
         self.train, self.validation = encoder.encode(train), encoder.encode(validation)
         self.targets, self.validation_targets = (
@@ -144,7 +146,8 @@ def encoder_of(config: Config, tokenizer: Tokenizer) -> Encoder:
 def task_model(config: Config, trunk: Transformer, answers: Answers) -> TaskModel:
     """The trunk with a head drawn from the seed."""
     apart = config.finetune.pairs == "apart" and answers.texts == 2
-    model = TaskModel(trunk, answers.outputs, config.model.dropout, pairs=apart)
+    bias = config.finetune.head_bias == "true"
+    model = TaskModel(trunk, answers.outputs, config.model.dropout, pairs=apart, bias=bias)
     model.initialize_head(key(config.training.seed, Stream.TASK_HEAD) >> 1)
     return model
 

@@ -72,20 +72,23 @@ def item_batch(encoded: Sequence[EncodedExample], reads: str, end_of_text: int, 
 class TaskModel(nn.Module):
     """A trunk with a task head: ``outputs`` numbers per item, or with ``pairs`` per pair of items."""
 
-    def __init__(self, trunk: Transformer, outputs: int, dropout: float, *, pairs: bool = False) -> None:
+    def __init__(
+        self, trunk: Transformer, outputs: int, dropout: float, *, pairs: bool = False, bias: bool = True
+    ) -> None:
         super().__init__()
         self.trunk, self.pairs = trunk, pairs
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(trunk.config.hidden_size * (4 if pairs else 1), outputs)
+        self.head = nn.Linear(trunk.config.hidden_size * (4 if pairs else 1), outputs, bias=bias)
         if trunk.head is not None:
             trunk.head.requires_grad_(False)  # the vocabulary's head is not used here
 
     def initialize_head(self, seed: int) -> None:
-        """Draw small weights from ``seed``; the bias is zero."""
+        """Draw small weights from ``seed``; a bias is zero."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.head.weight.copy_(torch.randn(self.head.weight.shape, generator=generator) * 0.02)
-            self.head.bias.zero_()
+            if self.head.bias is not None:
+                self.head.bias.zero_()
 
     def forward(self, batch: ItemBatch) -> Tensor:
         """The head's numbers, float32 (items, outputs)."""

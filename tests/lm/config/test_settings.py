@@ -70,7 +70,7 @@ FREE = """steps log_every validate_every validation_rows checkpoint_every keep_c
 NEVER = """num_layers hidden_size num_heads num_key_value_heads head_size feed_forward_size activation qk_norm
     tie_embeddings logit_softcap dropout rope_theta norm_epsilon vocab_size context_length batch_tokens packing seed
     optimizer init_from task base weights method lora_rank lora_alpha lora_matrices batch_examples pairs
-    template_tokens"""
+    template_tokens head_bias"""
 ASK = """objective masked_fraction mask_rate mask_token_share random_token_share validation_mask_rate learning_rate
     muon_learning_rate weight_decay beta1 beta2 momentum gradient_clip spike_threshold warmup_fraction decay_fraction
     final_learning_rate_fraction text_column text_pair_column label_column choices_column words_column tags_column
@@ -96,6 +96,7 @@ def test_the_defaults_of_finetuning():
         "checkpoint_every": 200,
         "keep_checkpoints": 1,
         "template_tokens": "special",
+        "head_bias": "auto",
     }
     assert METHODS == {"full": 1e-3, "lora": 5e-3, "probe": 1e-2}
     shown = {s.name: s.default for s in finetuning_settings()}
