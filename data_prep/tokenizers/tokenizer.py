@@ -60,7 +60,8 @@ class Tokenizer:
         self.end_of_text_id = _find_or_add(backend, END_OF_TEXT_SPELLINGS)
         self.padding_id = _find_or_add(backend, PADDING_SPELLINGS)
         self.mask_id = _find_or_add(backend, MASK_SPELLINGS)
-        self._file_text = keep_spelled_names(backend)  # after all special tokens are known
+        # After all special tokens are known.
+        self._file_text = keep_spelled_names(backend, {self.end_of_text_id, self.padding_id, self.mask_id})
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
