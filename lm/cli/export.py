@@ -42,11 +42,12 @@ def export(run: Path, kind: str, out: Path, readout: str | None, which: str) -> 
 @click.command("import", cls=FriendlyCommand)
 @click.argument("source", metavar="FOLDER_OR_NAME")
 @click.option("--run", required=True, type=click.Path(path_type=Path), help="Run directory to write.")
-def import_run(source: str, run: Path) -> None:
-    """Import a Llama, Qwen3 or EuroBERT checkpoint as a run: a folder, or a name on the Hugging Face hub."""
+@click.option("--add-mask", is_flag=True, help="Add a mask token, for training with a masked objective.")
+def import_run(source: str, run: Path, add_mask: bool) -> None:
+    """Import a Llama, Mistral, Qwen3 or EuroBERT checkpoint as a run: a folder, or a name on the Hugging Face hub."""
     from lm.export.import_huggingface import import_checkpoint
 
-    import_checkpoint(source, run)
+    import_checkpoint(source, run, add_mask=add_mask, note=lambda text: click.echo(f"note: {text}", err=True))
     click.echo(str(run))
     click.echo(f"next: python sample.py {run} --prompt …, or evaluate.py {run} --data …", err=True)
 

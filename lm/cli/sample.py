@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
@@ -77,11 +78,14 @@ def sample(
 ) -> None:
     """Generate text with the model of RUN: continue prompts, fill masks, chat. Only the text goes to stdout."""
     from lm import api
+    from lm.config.sampling import recommended
     from lm.inference.batch_generation import Prompt, check_prompts, read_prompts
     from lm.inference.sampling import Sampling
     from lm.runs.directory import open_run
 
-    settings = Sampling(**sampling)
+    source_of = click.get_current_context().get_parameter_source
+    chosen = {name: value for name, value in sampling.items() if source_of(name) is not ParameterSource.DEFAULT}
+    settings = Sampling(**sampling | recommended(run) | chosen)
     problems = settings.problems()
     problems += _conflicts(prompts, fills, unmask, source, output, chat, as_json, settings)
     problems += [

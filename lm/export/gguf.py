@@ -116,11 +116,12 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, words: str, vocab_size: in
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]])
-    writer.add_bos_token_id(tokenizer.end_of_text_id)
+    writer.add_bos_token_id(tokenizer.start_id)
     writer.add_eos_token_id(tokenizer.end_of_text_id)
     writer.add_pad_token_id(tokenizer.padding_id)
-    writer.add_mask_token_id(tokenizer.mask_id)
-    writer.add_add_bos_token(True)
+    if tokenizer.special.mask is not None:
+        writer.add_mask_token_id(tokenizer.special.mask)
+    writer.add_add_bos_token(tokenizer.begin_id is not None)
 
 
 def tensors(model: Transformer, stock: StockClass) -> dict[str, Tensor]:

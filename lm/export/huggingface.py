@@ -72,11 +72,16 @@ def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str
 
 def unwritable_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Ids that a model never generates: padding, the mask, and embedding rows without a token."""
-    return [tokenizer.padding_id, tokenizer.mask_id, *range(tokenizer.vocab_size, vocab_size)]
+    return [*tokenizer.unwritable_ids, *range(tokenizer.vocab_size, vocab_size)]
 
 
 def tokenizer_with_start(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of a ``tokenizer.json`` that adds the end-of-text token before each text, as a special token."""
+    """The content of a ``tokenizer.json`` that adds the end-of-text token before each text, as a special token.
+
+    An imported tokenizer adds what it added in its checkpoint.
+    """
+    if tokenizer.is_imported:
+        return tokenizer.description
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     start = names[tokenizer.end_of_text_id]
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
@@ -104,13 +109,11 @@ def tokenizer_without_start(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
-    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    special = tokenizer.special
+    ids = {"bos": special.bos, "eos": special.end_of_text, "pad": special.padding, "mask": special.mask}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": names[tokenizer.end_of_text_id],
-        "eos_token": names[tokenizer.end_of_text_id],
-        "pad_token": names[tokenizer.padding_id],
-        "mask_token": names[tokenizer.mask_id],
+        **{f"{name}_token": tokenizer.decode([token]) for name, token in ids.items() if token is not None},
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
     }

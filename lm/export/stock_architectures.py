@@ -82,10 +82,14 @@ def weight_names(model: ModelConfig) -> dict[str, str]:
     return names
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+def token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
     """The ids of the special tokens, by their names in ``config.json`` and ``generation_config.json``."""
-    end = tokenizer.end_of_text_id
-    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.padding_id}
+    ends = list(tokenizer.end_ids)
+    return {
+        "bos_token_id": tokenizer.special.bos,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "pad_token_id": tokenizer.padding_id,
+    }
 
 
 def stock_config(config: Config, tokenizer: Tokenizer, stock: StockClass) -> dict[str, Any]:
@@ -116,53 +120,3 @@ def stock_config(config: Config, tokenizer: Tokenizer, stock: StockClass) -> dic
     if stock.readout == "masked_token":
         content["mask_token_id"] = tokenizer.mask_id
     return content
-
-
-def model_config(content: dict[str, Any]) -> tuple[ModelConfig, StockClass]:
-    """The model settings that the content of a ``config.json`` describes, and its stock class.
-
-    Raises:
-        UserError: the architecture is another, or has a feature that Kindling's model lacks.
-    """
-    kinds = {stock.model_type: stock for stock in STOCK_CLASSES}
-    kind: Any = content.get("model_type")
-    stock = kinds.get(kind)
-    if stock is None:
-        raise UserError(f"model_type {kind!r} cannot be imported: only {', '.join(kinds)} are supported")
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", content.get("rope_theta", 10_000.0))
-    unsupported = ("attention_bias", "mlp_bias", "use_sliding_window")
-    obstacles = [f"{name} {content[name]!r}" for name in unsupported if content.get(name)]
-    if content.get("hidden_act", "silu") != "silu":
-        obstacles.append(f"hidden_act {content['hidden_act']!r}")
-    if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        obstacles.append(f"scaled rotary positions ({scaling})")
-    if obstacles:
-        raise UserError(f"this {kind} cannot be imported: it has {', '.join(obstacles)}")
-    try:
-        heads = _size(content["num_attention_heads"])
-        config = ModelConfig(
-            num_layers=_size(content["num_hidden_layers"]),
-            hidden_size=_size(content["hidden_size"]),
-            num_heads=heads,
-            num_key_value_heads=_size(content.get("num_key_value_heads") or heads),
-            head_size=_size(content.get("head_dim") or int(content["hidden_size"]) // heads),
-            feed_forward_size=_size(content["intermediate_size"]),
-            activation="swiglu",
-            qk_norm=stock.qk_norm,
-            tie_embeddings=bool(content.get("tie_word_embeddings", False)),
-            rope_theta=float(theta),
-            norm_epsilon=float(content.get("rms_norm_eps", 1e-6)),
-            vocab_size=_size(content["vocab_size"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"config.json of this {kind} is damaged: {error}") from None
-    return config, stock
-
-
-def _size(value: Any) -> int:
-    """The value as a size. Raises ValueError if it is not one, or is larger than that of any model."""
-    size = int(value)
-    if not 1 <= size <= 1 << 24:
-        raise ValueError(f"a size of {size}")
-    return size

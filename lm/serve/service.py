@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from lm.config.sampling import recommended
 from lm.inference.chat_template import read_template
 from lm.inference.fill_mask import Filled, fill_masks
 from lm.inference.generator import Generator
@@ -16,7 +17,7 @@ from lm.inference.scoring import TokenProbability, token_probabilities
 from lm.model.transformer import Transformer, describe
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, plain_settings
-from lm.serve.schema import ApiError, Limits
+from lm.serve.schema import OPENAI, ApiError, Limits
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Service:
     """One loaded checkpoint of a run.
 
     ``template`` is the run's own chat template, or None for plain turns. With ``compiled``, decoding steps are compiled
-    before the first answer.
+    before the first answer. ``defaults`` are for requests that leave settings out: those of OpenAI, or of an imported
+    model's ``generation_config.json``.
     """
 
     run: Run
@@ -32,6 +34,7 @@ class Service:
     model: LanguageModel
     template: str | None
     limits: Limits
+    defaults: Sampling
     compiled: bool = False
 
     @classmethod
@@ -39,7 +42,8 @@ class Service:
         cls, run: Run, checkpoint: Checkpoint, model: Transformer, limits: Limits, *, compiled: bool = False
     ) -> Service:
         whole = LanguageModel(model, run.tokenizer, run.config)
-        return cls(run, checkpoint, whole, read_template(run.path), limits, compiled)
+        defaults = replace(OPENAI, **recommended(run.path))
+        return cls(run, checkpoint, whole, read_template(run.path), limits, defaults, compiled)
 
     @property
     def name(self) -> str:
