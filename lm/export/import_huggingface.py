@@ -39,7 +39,7 @@ def import_checkpoint(
 
     Args:
         add_mask: give a model that predicts the next token a mask token, for training with a masked objective.
-        note: told what is not as the files of the checkpoint say.
+        note: called with what is not as the files of the checkpoint say.
 
     Raises:
         UserError: the checkpoint is missing, damaged or of an unsupported architecture, or ``out`` is not empty.

@@ -55,7 +55,7 @@ def import_tokenizer(
     Args:
         config: the content of config.json, with the defaults of its class.
         masked: give it a mask token even if the checkpoint has none.
-        note: told what is not as the files say.
+        note: called with what is not as the files say.
 
     Raises:
         UserError: a file is missing or damaged, or the tokenizer begins texts in a way that Kindling does not know.

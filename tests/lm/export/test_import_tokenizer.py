@@ -153,7 +153,7 @@ def test_a_checkpoint_writes_the_same_text_and_stops_where_transformers_stops(tm
     stopped = 0
     for text, found in zip(PROMPTS, ours, strict=True):
         ids = their_tokenizer(text).input_ids
-        if habit == "add-bos-token":  # which transformers 5 ignores beside a tokenizer.json, and 4 does not
+        if habit == "add-bos-token":  # which transformers 5 ignores with a tokenizer.json, and 4 does not
             ids = [BEGIN, *ids]
         written = theirs.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0].tolist()[len(ids) :]
         ended = bool(written) and written[-1] in ends
@@ -212,7 +212,7 @@ TOOL = {"name": "tool", "template": "x"}
         ({"tokenizer_config.json": {"chat_template": TEMPLATE}}, TEMPLATE),
         ({"tokenizer_config.json": {"chat_template": [TOOL]}}, None),
         ({"tokenizer_config.json": {"chat_template": [TOOL, {"name": "default", "template": TEMPLATE}]}}, TEMPLATE),
-        ({"chat_template.json": {"chat_template": TEMPLATE}, "tokenizer_config.json": {"chat_template": "x"}}, TEMPLATE),
+        ({"chat_template.json": {"chat_template": TEMPLATE}, "tokenizer_config.json": TOOL}, TEMPLATE),
         ({"chat_template.jinja": TEMPLATE, "tokenizer_config.json": {"chat_template": "x"}}, TEMPLATE),
     ],
 )  # fmt: skip
