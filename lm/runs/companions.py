@@ -1,4 +1,4 @@
-"""Files of a checkpoint that its run directory keeps in addition to the weights, as ``transformers`` names and writes them.
+"""Files of a checkpoint that its run directory keeps as ``transformers`` names and writes them.
 
 ``tokenizer.json`` knows what begins and ends a text (``data_prep.tokenizers.special_tokens``). These files hold the
 rest of what an imported checkpoint brought, for sampling and for the next export.
