@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
@@ -265,3 +266,35 @@ def test_a_beginning_that_a_template_wrote_is_not_added_twice(tmp_path):
     write_checkpoint(tmp_path / "theirs", "template", "Llama")
     tokenizer = imported(tmp_path / "theirs", tmp_path / "run").tokenizer
     assert tokenizer.begun([BEGIN, 7]) == tokenizer.begun([7]) == [BEGIN, 7]
+
+
+@pytest.mark.parametrize(
+    ("tied", "name", "shape", "words"),
+    [
+        (
+            False,
+            "model.layers.0.self_attn.q_proj.bias",
+            (32,),
+            "weights that Kindling's model lacks: model.layers.0.self",
+        ),
+        (True, "lm_head.weight", None, "lm_head.weight of its own"),
+    ],
+)
+def test_weights_that_would_change_the_model_are_not_passed_over(tmp_path, tied, name, shape, words):
+    write_checkpoint(tmp_path / "theirs", "template", "Llama", tie_word_embeddings=tied)
+    path = tmp_path / "theirs" / "model.safetensors"
+    weights = load_file(path)
+    weights[name] = torch.ones(shape or weights["model.embed_tokens.weight"].shape)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=words):
+        import_checkpoint(str(tmp_path / "theirs"), tmp_path / "run")
+
+
+def test_weights_of_no_use_are_named_and_left_out(tmp_path):
+    write_checkpoint(tmp_path / "theirs", "template", "Llama")
+    path = tmp_path / "theirs" / "model.safetensors"
+    useless = {"v_head.weight": torch.ones(3), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(path) | useless, path, metadata={"format": "pt"})
+    notes: list[str] = []
+    import_checkpoint(str(tmp_path / "theirs"), tmp_path / "run", note=notes.append)
+    assert notes == ["its weights v_head.weight are left out"]
