@@ -84,11 +84,12 @@ def export(
 @click.command("import", cls=FriendlyCommand, short_help="Import a Llama, Qwen3 or EuroBERT checkpoint.")
 @click.argument("source", metavar="FOLDER_OR_NAME")
 @click.option("--run", required=True, type=click.Path(path_type=Path), help="Run directory to write.")
-def import_run(source: str, run: Path) -> None:
-    """Import a Llama, Qwen3 or EuroBERT checkpoint as a run: a folder, or a name on the Hugging Face hub."""
+@click.option("--add-mask", is_flag=True, help="Add a mask token, for training with a masked objective.")
+def import_run(source: str, run: Path, add_mask: bool) -> None:
+    """Import a Llama, Mistral, Qwen3 or EuroBERT checkpoint as a run: a folder, or a name on the Hugging Face hub."""
     from lm.export.import_huggingface import import_checkpoint
 
-    import_checkpoint(source, run)
+    import_checkpoint(source, run, add_mask=add_mask, note=lambda text: click.echo(f"note: {text}", err=True))
     click.echo(str(run))
     click.echo(f"next: {command('sample')} {run} --prompt …, or {command('evaluate')} {run} --data …", err=True)
 

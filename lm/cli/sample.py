@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.tables import counted
 from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, compile_option, device_option, json_option, run_argument, sampling_options
-from lm.config.sampling import Sampling, problem_of_fill
+from lm.config.sampling import Sampling, problem_of_fill, recommended
 
 if TYPE_CHECKING:
     from lm.inference.batch_generation import Prompt
@@ -85,7 +86,9 @@ def sample(
     **sampling: Any,
 ) -> None:
     """Generate text with the model of RUN: continue prompts, fill masks, chat. Only the text goes to stdout."""
-    settings = Sampling(**sampling)
+    source_of = click.get_current_context().get_parameter_source
+    chosen = {name: value for name, value in sampling.items() if source_of(name) is not ParameterSource.DEFAULT}
+    settings = Sampling(**sampling | recommended(run) | chosen)
     problems = settings.problems()
     problems += _conflicts(prompts, fills, unmask, source, output, chat, as_json, settings)
     problems += [problem for text in fills if (problem := problem_of_fill(text))]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from data_prep.errors import UserError
+from data_prep.files import read_json
 from lm.config.settings import setting
 
 MOST_LOGPROBS = 20
@@ -80,3 +85,29 @@ class Sampling:
     @property
     def has_penalties(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def recommended(run_directory: Path) -> dict[str, Any]:
+    """The fields of ``Sampling`` that the run's ``generation_config.json`` sets, as an imported checkpoint brought it.
+
+    ``do_sample`` false is temperature 0. Fields that it leaves out keep the defaults of ``Sampling``, and those that
+    ``Sampling`` lacks (beam search, say) are not applied.
+
+    Raises:
+        UserError: the file is damaged, or a value is out of range.
+    """
+    path = run_directory / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = read_json(path)
+        names = [field.name for field in dataclasses.fields(Sampling) if field.name not in ("stop", "seed", "logprobs")]
+        found = {name: content[name] for name in names if content.get(name) is not None}
+        if content.get("do_sample") is False:
+            found["temperature"] = 0.0
+        problems = dataclasses.replace(Sampling(), **found).problems()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
+    return found

@@ -37,6 +37,7 @@ from lm.finetuning.task import Task
 from lm.inference.embedding import reading_of
 from lm.runs.base_weights import keep_base, kept_base, starting_trunk
 from lm.runs.checkpoint_writer import trained_tensors
+from lm.runs.companions import copy_companions
 from lm.runs.directory import Run, open_run
 from lm.runs.metrics_log import Best
 from lm.training.distributed import Ranks
@@ -124,6 +125,7 @@ class Finetuning(TrainModule[Any]):
     def prepare(self, done: int) -> list[str]:
         keep_base(self.weights, self.path)
         self.task.save(self.path)
+        copy_companions(Path(self.config.finetune.base), self.path)
         model, task, training = self.model(), self.config.finetune, self.config.training
         trained = sum(tensor.numel() for tensor in trained_tensors(model).values())
         total = sum(parameter.numel() for parameter in model.parameters())

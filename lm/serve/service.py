@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from lm.config.sampling import recommended
 from lm.data.openings import Opening
 from lm.inference.chat_template import ChatFormat, chat_format
 from lm.inference.fill_mask import Filled, fill_masks
@@ -19,7 +20,7 @@ from lm.model.transformer import Transformer, describe
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, plain_settings
 from lm.runs.run_data import openings_of
-from lm.serve.schema import ApiError, Limits
+from lm.serve.schema import OPENAI, ApiError, Limits
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Service:
     """One loaded checkpoint of a run.
 
     ``chat`` is how conversations are written. With ``compiled``, decoding steps are compiled before the first answer.
+    ``defaults`` are for requests that leave settings out: those of OpenAI, or of an imported model's
+    ``generation_config.json``.
     """
 
     run: Run
@@ -34,6 +37,7 @@ class Service:
     model: LanguageModel
     chat: ChatFormat
     limits: Limits
+    defaults: Sampling
     compiled: bool = False
 
     @classmethod
@@ -41,7 +45,9 @@ class Service:
         cls, run: Run, checkpoint: Checkpoint, model: Transformer, limits: Limits, *, compiled: bool = False
     ) -> Service:
         whole = LanguageModel(model, run.tokenizer, run.config)
-        return cls(run, checkpoint, whole, chat_format(run.path, run.tokenizer, run.config), limits, compiled)
+        defaults = replace(OPENAI, **recommended(run.path))
+        chat = chat_format(run.path, run.tokenizer, run.config)
+        return cls(run, checkpoint, whole, chat, limits, defaults, compiled)
 
     @property
     def name(self) -> str:

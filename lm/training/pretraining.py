@@ -18,6 +18,7 @@ from lm.model.transformer import Transformer
 from lm.objectives.batches import TrainingBatches
 from lm.objectives.objective import Objective
 from lm.runs.base_weights import keep_base, kept_base, load_base
+from lm.runs.companions import copy_companions
 from lm.runs.directory import Run, open_run
 from lm.runs.metrics_log import OVERFITTING, Best, loss_of_readouts
 from lm.runs.run_data import open_data
@@ -90,6 +91,7 @@ class Pretraining(TrainModule[Any]):
         if self.start:
             lines.append(f"starting from the weights of {training.init_from}")
             self.ranks.on_main(partial(keep_base, self.start, self.path))
+            self.ranks.on_main(partial(copy_companions, Path(training.init_from), self.path))
         one_model = self.ranks.world == 1 or training.parallel == "ddp"
         self.plan = make_plan(
             self.config,
