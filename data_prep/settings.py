@@ -21,6 +21,7 @@ SMALLEST_MAX_DOCUMENT_BYTES = 16  # room for any character, and a line or two
 LARGEST_TRAIN_BYTES = 2**31 - 1  # the trainer of tokenizers counts pairs with 32 bits
 LARGEST_SHARD_TOKENS = 2**28  # keeps every offset that other readers hold in 32 bits in range
 DEFAULT_SHARD_TOKENS = 2**26
+READING_RULES = 2  # the newest
 
 UNICODE_FORMS = ("NFC", "NFKC", "NFD", "NFKD")
 KEEP, EXACT, NEAR = "keep", "exact", "near"  # what to do with duplicates
@@ -100,6 +101,9 @@ class ReadSettings:
         choices=("skip", "replace", "stop"),
     )
     part_bytes: int = setting(64 * 2**20, "Approximate bytes of input that one worker processes at a time.", minimum=1)
+    # Which version of the rules in docs/data.md applies: a build resumes by those it began with. Before there were
+    # numbers, rule 1, every file was text but .jsonl, .csv and .parquet, and --document-per had no "paragraph".
+    reading_rules: int = READING_RULES
 
     def check(self) -> Iterator[str]:
         """Yield one sentence per invalid setting."""

@@ -75,6 +75,8 @@ def _print_estimate(settings: BuildSettings, as_json: bool) -> None:
     )
     click.echo(f"{about} {found.seconds:,.0f} s with {found.workers} workers and the encoder {found.encoder}")
     click.echo(f"{about} {found.disk_bytes / 1e6:,.1f} MB on disk, in {settings.out}")
+    if found.unread_files:
+        click.echo(f"left out: {found.unread_files}")
     click.echo("nothing was written")
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from data_prep.cleaning.cleaner import Cleaner
 from data_prep.cleaning.duplicates import find_duplicates
 from data_prep.errors import UserError
-from data_prep.files import atomic_file, empty_directory, only_writer_of, write_atomically
+from data_prep.files import atomic_file, empty_directory, only_writer_of, read_json, write_atomically
 from data_prep.pipeline.journal import Journal, PartRecord, differences
 from data_prep.pipeline.parts import Job, build_part, keep_encoder, kept_documents, merged, part_path, survey_part
 from data_prep.pipeline.splitting import SplitRule, hash_of
@@ -34,7 +34,7 @@ from data_prep.settings import KEEP, BuildSettings, available_cores
 from data_prep.shards.manifest import make_manifest, save_manifest
 from data_prep.shards.tokens import JOURNAL, MANIFEST, SPLITS, TOKENIZER_FILE, WORK, Dataset, open_dataset
 from data_prep.sources.documents import CorpusPart, ReadReport, Source
-from data_prep.sources.listing import STDIN, copy_stdin, describe, parse_sources, parts_of
+from data_prep.sources.listing import STDIN, copy_stdin, describe, parse_sources, parts_of, unread_files
 from data_prep.tokenizers.encoders import choose_encoder
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
@@ -81,6 +81,8 @@ class BuildPlan:
             "validation_fraction": settings.validation_fraction,
             "shard_tokens": settings.shard_tokens,
         }
+        if settings.reading.reading_rules == 1:
+            del identity["reading_rules"]
         return cls(settings, sources, tuple(parts), tokenizer, json.loads(json.dumps(identity)))
 
     @property
@@ -124,7 +126,7 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
 
     A finished dataset with the same settings is left unchanged. Raises ``UserError`` as ``build`` does.
     """
-    plan = BuildPlan.of(settings)
+    plan = BuildPlan.of(_by_its_own_rules(settings))
     out = settings.out
     if out.exists() and not out.is_dir():
         raise UserError(f'"{out}" is a file: choose another --out')
@@ -151,6 +153,18 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
                 for directory in created:
                     directory.rmdir()
             raise
+
+
+def _by_its_own_rules(settings: BuildSettings) -> BuildSettings:
+    """Return the settings with the rules of reading by which the dataset or build in ``settings.out`` began."""
+    for name, entry in ((MANIFEST, "settings"), (JOURNAL, "identity")):
+        if (settings.out / name).is_file():
+            try:
+                rules = read_json(settings.out / name)[entry].get("reading_rules", 1)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                break  # is reported when the file is read for its content
+            return replace(settings, reading=replace(settings.reading, reading_rules=rules))
+    return settings
 
 
 def _finished(out: Path, identity: dict[str, Any], progress: Reporter) -> dict[str, Any]:
@@ -191,7 +205,7 @@ class _Build:
         (out / WORK).mkdir(exist_ok=True)
         if any(source.location == STDIN for source in self.plan.sources):
             with atomic_file(out / STDIN_COPY) as file:
-                copy_stdin(file)
+                copy_stdin(file, self.plan.settings.reading.reading_rules)
             self.plan = BuildPlan.of(self.plan.settings, out / STDIN_COPY)
         self._find_duplicates()
         self._settle_split()
@@ -286,6 +300,8 @@ class _Build:
         reading, cleaning, corpus_sha256 = merged([record.summary for record in records if record.summary])
         for message in reading.messages:
             self.progress.note(f"left out: {message}")
+        if unread := unread_files(self.plan.sources):
+            self.progress.note(f"left out: {unread}")
         _refuse_changed_sources(self.plan, self.journal)
         settings = dict(self.journal.identity)
         return make_manifest(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from data_prep.cleaning.cleaner import Cleaner
 from data_prep.errors import UserError
@@ -13,15 +12,13 @@ from data_prep.pipeline.build import BuildPlan
 from data_prep.pipeline.parts import Job, cleaned_documents
 from data_prep.settings import BuildSettings, TokenizerSettings, available_cores
 from data_prep.shards.tokens import index_size
-from data_prep.sources.listing import STDIN, CorpusPart, ReadReport
-from data_prep.sources.reading import PARQUET
-from data_prep.sources.storage import PACKED_SUFFIXES
+from data_prep.sources.formats import PARQUET, is_compressed, kind_of
+from data_prep.sources.listing import STDIN, CorpusPart, ReadReport, unread_files
 from data_prep.tokenizers.encoders import choose_encoder
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 from data_prep.tokenizers.training import train_tokenizer
 
 SAMPLED_PARTS, SAMPLED_BYTES = 8, 1 << 18  # number of parts, and bytes of text from each
-COMPRESSED = (*PACKED_SUFFIXES, PARQUET)
 GUESSED_EXPANSION = 3.0  # of compressed files, whose text cannot be measured without decompressing all of it
 
 
@@ -30,6 +27,7 @@ class Estimate:
     """What a build would read and write: sizes in bytes (one per character of text), time in seconds.
 
     ``text_bytes`` is the text after cleaning. ``guessed`` is true if some sources are compressed or of unknown size.
+    ``unread_files`` says which files of a folder would be left out because of their names.
     """
 
     files: int
@@ -43,6 +41,7 @@ class Estimate:
     workers: int
     encoder: str
     guessed: bool
+    unread_files: str
 
 
 @dataclass
@@ -95,11 +94,12 @@ def estimate_build(settings: BuildSettings) -> Estimate:
         workers=workers,
         encoder=chosen.encoder.name,
         guessed=any(_is_compressed(part) or not part.bytes for part in plan.parts),
+        unread_files=unread_files(plan.sources),
     )
 
 
 def _is_compressed(part: CorpusPart) -> bool:
-    return any(Path(file_range.path).suffix in COMPRESSED for file_range in part.ranges)
+    return any(is_compressed(each.path) or kind_of(each.path) == PARQUET for each in part.ranges)
 
 
 def _sample(plan: BuildPlan) -> _Sample:

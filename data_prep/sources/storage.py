@@ -17,8 +17,8 @@ from typing import IO, Any
 
 from data_prep.errors import UserError
 from data_prep.sources.documents import one_line
+from data_prep.sources.formats import packing_of
 
-PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 1 << 20
 FIRST_BLOCK_BYTES = 1 << 16
 ZSTD_INPUT_BYTES = 1 << 12  # expands to at most 128 MiB
@@ -215,7 +215,7 @@ class Stream:
 @contextmanager
 def open_stream(path: str) -> Iterator[Stream]:
     """Open a file, decompressed according to its suffix. Raises ``UnreadableError`` if it cannot be opened."""
-    with open_raw(path) as file, _decompressed(file, Path(path).suffix) as decompressed:
+    with open_raw(path) as file, _decompressed(file, packing_of(path)) as decompressed:
         yield Stream(decompressed, path)
 
 

@@ -18,6 +18,7 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+UTF8_MARK = codecs.BOM_UTF8
 LONE_RETURN = re.compile(rb"\r(?!\n)")
 BLANK_LINE = re.compile(rb"\n\r?\n")
 

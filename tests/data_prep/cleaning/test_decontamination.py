@@ -91,7 +91,7 @@ def test_every_kind_of_file_gives_its_texts_packed_or_not(tmp_path: Path, name: 
     [
         ("bad.txt", b"abc\xff", r"bad\.txt\" is not UTF-8 text \(invalid start byte\)"),
         ("bad.jsonl", b'{"a": "x"}\n{broken\n', r"bad\.jsonl\", line 2 is not JSON"),
-        ("bad.csv", b"a,b\n" + b"x" * 200_000, r"bad\.csv\", line 2 is not valid CSV"),
+        ("bad.csv", b'a,b\nx,"y"z\n', r"bad\.csv\", line 2 cannot be read \('?,'? expected"),
         ("few.txt", b"one two three four\n", r"few\.txt\" has no text of 5 words or more"),
         ("cut.txt.gz", gzip.compress(b"one two three four five" * 99, mtime=0)[:-9], r"cut\.txt\.gz\" is damaged"),
         ("no.txt.gz", b"plain", r"no\.txt\.gz\" is damaged"),

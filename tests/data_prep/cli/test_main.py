@@ -120,7 +120,7 @@ MISTAKES = {
     "misspelt option": (["TEXT", "--ot", "OUT"], "--out"),
     "unknown kind": (["TEXT", "--out", "OUT", "--tokenizer-kind", "words"], "'words' is not one of"),
     "missing file": (["nothing.txt", "--out", "OUT"], 'there is no file or folder "nothing.txt"'),
-    "binary file": ([sys.executable, "--out", "OUT"], "is not UTF-8 text (byte 0x"),
+    "binary file": ([sys.executable, "--out", "OUT"], "looks like a program (ELF)"),
     "too few documents": (["TEXT", "--out", "OUT"], "--max-document-bytes"),
     "large vocabulary": (["TEXT", "--out", "OUT", "--max-document-bytes", "999"], "--vocab-size 8192 is too large for"),
     "small vocabulary": (["TEXT", "--out", "OUT", "--max-document-bytes", "999", "--vocab-size", "9"], "at least 259"),

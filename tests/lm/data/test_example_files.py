@@ -54,6 +54,7 @@ def test_standard_input_is_json_lines_and_a_text_file_a_text_a_line(tmp_path, mo
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert [row for _, row in rows_of(tmp_path / "a.txt", lines_as="sentence")] == [
         {"sentence": "one"},
+        {"sentence": ""},
         {"sentence": "two"},
     ]
 
