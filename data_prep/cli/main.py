@@ -11,7 +11,7 @@ import click
 
 from data_prep.cli.errors import FriendlyGroup
 from data_prep.cli.options import options_of
-from data_prep.cli.tables import print_table
+from data_prep.cli.tables import counted, print_table
 from data_prep.errors import UserError
 from data_prep.settings import DEFAULT_SHARD_TOKENS, BuildSettings, CleaningSettings, ReadSettings, TokenizerSettings
 
@@ -68,21 +68,26 @@ def _print_estimate(settings: BuildSettings, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
         return
-    click.echo(f"{found.files:,} files, {found.file_bytes / 1e6:,.1f} MB, in {found.parts:,} parts")
+    size = f"{counted(found.files, 'file')}, {found.file_bytes / 1e6:,.1f} MB"
+    click.echo(f"{size}, in {counted(found.parts, 'part')}")
     about = "very roughly" if found.guessed else "about"
     click.echo(
-        f"{about} {found.text_bytes / 1e6:,.1f} MB of text in {found.documents:,} documents, {found.tokens:,} tokens"
+        f"{about} {found.text_bytes / 1e6:,.1f} MB of text in {counted(found.documents, 'document')}, "
+        f"{counted(found.tokens, 'token')}"
     )
-    click.echo(f"{about} {found.seconds:,.0f} s with {found.workers} workers and the encoder {found.encoder}")
+    workers = counted(found.workers, "worker")
+    click.echo(f"{about} {found.seconds:,.0f} s with {workers} and the encoder {found.encoder}")
     click.echo(f"{about} {found.disk_bytes / 1e6:,.1f} MB on disk, in {settings.out}")
+    for sentence in found.advice:
+        click.echo(f"note: {sentence}")
     if found.unread_files:
         click.echo(f"left out: {found.unread_files}")
     click.echo("nothing was written")
 
 
 def _print_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
-    counted = ("documents", "tokens", "text_bytes", "words")
-    splits = {name: {key: split[key] for key in counted} for name, split in manifest["splits"].items()}
+    totals = ("documents", "tokens", "text_bytes", "words")
+    splits = {name: {key: split[key] for key in totals} for name, split in manifest["splits"].items()}
     for split in splits.values():
         split["bytes_per_token"] = split["text_bytes"] / split["tokens"] if split["tokens"] else None
     if as_json:
@@ -105,7 +110,7 @@ def _print_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
     for step, report in manifest["cleaning"].items():
         changed, removed = report["changed_documents"], report["removed_documents"]
         example = f" ({report['examples'][0]['reason']})" if report["examples"] else ""
-        click.echo(f"{step}: changed {changed:,}, removed {removed:,} documents{example}")
+        click.echo(f"{step}: changed {changed:,}, removed {counted(removed, 'document')}{example}")
     left_out = [f"{reason} {count:,}" for reason, count in manifest["left_out"].items() if count]
     if left_out:
         click.echo(f"left out: {', '.join(left_out)}")
@@ -226,7 +231,7 @@ def convert(
             raise UserError("--to takes one dataset at a time")
         written = export_dataset(open_dataset(sources[0]), target, out, copy=copy, progress=ConsoleReporter())
         found = {"out": str(out), "layout": target, "files": written}
-        click.echo(json.dumps(found, indent=2) if as_json else f"in: {out} ({len(written)} files)")
+        click.echo(json.dumps(found, indent=2) if as_json else f"in: {out} ({counted(len(written), 'file')})")
         return
     assert origin is not None
     if tokenizer is None:

@@ -25,6 +25,7 @@ from data_prep.cleaning.cleaner import Cleaner
 from data_prep.cleaning.duplicates import find_duplicates
 from data_prep.errors import UserError
 from data_prep.files import atomic_file, empty_directory, only_writer_of, read_json, write_atomically
+from data_prep.pipeline.advice import advice, removals
 from data_prep.pipeline.journal import Journal, PartRecord, differences
 from data_prep.pipeline.parts import Job, build_part, keep_encoder, kept_documents, merged, part_path, survey_part
 from data_prep.pipeline.splitting import SplitRule, hash_of
@@ -235,17 +236,16 @@ class _Build:
             workers = settings.workers or available_cores()
             return run_calls(function, calls, engine=settings.engine, workers=workers, advance=advance)
 
-    def _texts(self) -> Iterator[str]:
-        """Yield the texts of all documents, in order."""
+    def _texts(self, reading: ReadReport, cleaner: Cleaner) -> Iterator[str]:
+        """Yield the texts of all documents, in order, and report."""
         job = Job(self.plan.settings, self.plan.sources)
-        cleaner = Cleaner(job.settings.cleaning)
         for number, part in enumerate(self.plan.parts):
-            for document in kept_documents(job, number, part, lambda size: None, ReadReport(), cleaner):
+            for document in kept_documents(job, number, part, lambda size: None, reading, cleaner):
                 yield document.text
 
     def _training_texts(self, advance: Advance = lambda size: None) -> Iterator[str]:
         assert self.journal.threshold is not None
-        for text in self._texts():
+        for text in self._texts(ReadReport(), Cleaner(self.plan.settings.cleaning)):
             content = text.encode("utf-8")
             if hash_of(content) >= self.journal.threshold:
                 yield text
@@ -256,16 +256,19 @@ class _Build:
         if self.journal.threshold is not None:
             return
         split, text_bytes, any_text = SplitRule(self.plan.settings.validation_fraction), 0, False
-        for text in self._texts():
+        reading, cleaner = ReadReport(), Cleaner(self.plan.settings.cleaning)
+        for text in self._texts(reading, cleaner):
             content = text.encode("utf-8")
             split.add(hash_of(content))
             text_bytes += len(content)
             any_text = True
             if split.settled:
                 break
+        removed = "; ".join(removals(reading, cleaner.report))
         if not any_text:
-            raise UserError("the sources contain no text: every document is empty, only whitespace, or was skipped")
-        self.journal.threshold = split.threshold(text_bytes)
+            why = removed or "every document is empty, only whitespace, or was skipped"
+            raise UserError(f"the sources contain no text: {why}")
+        self.journal.threshold = split.threshold(text_bytes, removed)
         self.journal.save()
 
     def _tokenizer(self) -> Tokenizer:
@@ -292,7 +295,8 @@ class _Build:
         self.journal.encoder = chosen.encoder.short_name
         self.journal.encoders = dict(chosen.tried)
         self.journal.save()
-        self.progress.note(f"encoder: {chosen.encoder.name} ({'; '.join(f'{k}: {v}' for k, v in chosen.tried)})")
+        others = "; ".join(f"{name}: {outcome}" for name, outcome in chosen.tried if name != chosen.encoder.name)
+        self.progress.note(f"encoder: {chosen.encoder.name}, exact" + (f" ({others})" if others else ""))
 
     def _build_parts(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Step 5. Return the manifest, which does not depend on the time, the machine, or the number of workers."""
@@ -300,6 +304,8 @@ class _Build:
         reading, cleaning, corpus_sha256 = merged([record.summary for record in records if record.summary])
         for message in reading.messages:
             self.progress.note(f"left out: {message}")
+        for sentence in advice(self.plan.settings.reading, reading, cleaning):
+            self.progress.note(f"note: {sentence}")
         if unread := unread_files(self.plan.sources):
             self.progress.note(f"left out: {unread}")
         _refuse_changed_sources(self.plan, self.journal)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from data_prep.cleaning.cleaner import Cleaner
+from data_prep.cleaning.cleaner import Cleaner, CleaningReport
 from data_prep.errors import UserError
+from data_prep.pipeline.advice import advice, removals
 from data_prep.pipeline.build import BuildPlan
 from data_prep.pipeline.parts import Job, cleaned_documents
 from data_prep.settings import BuildSettings, TokenizerSettings, available_cores
@@ -27,7 +28,8 @@ class Estimate:
     """What a build would read and write: sizes in bytes (one per character of text), time in seconds.
 
     ``text_bytes`` is the text after cleaning. ``guessed`` is true if some sources are compressed or of unknown size.
-    ``unread_files`` says which files of a folder would be left out because of their names.
+    ``unread_files`` says which files of a folder would be left out because of their names,
+    and ``advice`` has what a build would note about its text.
     """
 
     files: int
@@ -42,11 +44,14 @@ class Estimate:
     encoder: str
     guessed: bool
     unread_files: str
+    advice: list[str]
 
 
 @dataclass
 class _Sample:
     texts: list[str]
+    reading: ReadReport
+    cleaning: CleaningReport
     read_bytes: int = 0
     kept_bytes: int = 0
     seconds: float = 0.0
@@ -62,9 +67,9 @@ def estimate_build(settings: BuildSettings) -> Estimate:
     plan = BuildPlan.of(settings)
     sample = _sample(plan)
     if not sample.texts:
-        raise UserError(
-            "the sample of the sources contains no text: every document is empty, only whitespace, or was skipped"
-        )
+        removed = "; ".join(removals(sample.reading, sample.cleaning))
+        why = removed or "every document is empty, only whitespace, or was skipped"
+        raise UserError(f"the sample of the sources contains no text: {why}")
     workers = settings.workers or available_cores()
     began = time.perf_counter()
     tokenizer = plan.tokenizer or _rough_tokenizer(sample.texts, settings.training)
@@ -95,6 +100,7 @@ def estimate_build(settings: BuildSettings) -> Estimate:
         encoder=chosen.encoder.name,
         guessed=any(_is_compressed(part) or not part.bytes for part in plan.parts),
         unread_files=unread_files(plan.sources),
+        advice=list(advice(settings.reading, sample.reading, sample.cleaning, scale)),
     )
 
 
@@ -103,7 +109,8 @@ def _is_compressed(part: CorpusPart) -> bool:
 
 
 def _sample(plan: BuildPlan) -> _Sample:
-    sample, job, cleaner = _Sample([]), Job(plan.settings, plan.sources), Cleaner(plan.settings.cleaning)
+    job, cleaner = Job(plan.settings, plan.sources), Cleaner(plan.settings.cleaning)
+    sample = _Sample([], ReadReport(), cleaner.report)
     began = time.perf_counter()
 
     def advance(size: int) -> None:
@@ -111,7 +118,7 @@ def _sample(plan: BuildPlan) -> _Sample:
 
     for part in plan.parts[:: -(-len(plan.parts) // SAMPLED_PARTS)]:
         before = sample.read_bytes
-        for document in cleaned_documents(job, part, advance, ReadReport(), cleaner):
+        for document in cleaned_documents(job, part, advance, sample.reading, cleaner):
             sample.texts.append(document.text)
             sample.kept_bytes += len(document.text)
             if sample.read_bytes - before >= SAMPLED_BYTES:

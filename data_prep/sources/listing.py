@@ -206,7 +206,7 @@ def _can_be_split(path: str, kind: str, settings: ReadSettings) -> bool:
         return False
     if kind == JSON_LINES:
         return True
-    separator = parse_separator(settings.document_per)
+    separator = parse_separator(settings)
     return settings.document_per != "file" if separator is None else is_local(separator)
 
 

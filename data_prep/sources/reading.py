@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,8 +56,11 @@ from data_prep.sources.storage import (
     root_of_glob,
 )
 from data_prep.sources.text_files import (
+    BLANK_LINE,
+    BLANK_LINES,
     UTF8_MARK,
     boundary_at,
+    cut_at_blank_lines,
     cut_at_separators,
     cut_by_size,
     decode,
@@ -68,6 +72,8 @@ from data_prep.sources.text_files import (
 
 BUILTIN = "builtin"
 STDIN = "-"
+ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}  # in --document-per
+ESCAPE = re.compile(r"\\[nt\\]")
 MOST_MESSAGES_PER_REASON = 3  # in one range, so that one bad file leaves room for the others
 CONVERT = "convert it to UTF-8 text, or exclude it"
 WHOLE_COPY = "get an intact copy, or exclude it"
@@ -98,11 +104,16 @@ def display_name(source: Source, path: str) -> str:
     return one_line(f"{last_name(root)}/{relative}" if root else relative)
 
 
-def parse_separator(document_per: str) -> bytes | None:
-    """Return the separator between two documents of a text file, or None if documents are cut by size."""
-    if document_per in ("size", "file"):
+def parse_separator(settings: ReadSettings) -> bytes | None:
+    """Return the separator between two documents of a text file, or None if there is none."""
+    per = settings.document_per
+    if per in ("size", "file") or (per == "paragraph" and settings.reading_rules > 1):
         return None
-    return b"\n" if document_per == "line" else document_per.encode("utf-8")
+    if per == "line":
+        return b"\n"
+    if settings.reading_rules > 1:
+        per = ESCAPE.sub(lambda match: ESCAPES[match[0]], per)
+    return per.encode("utf-8")
 
 
 def why_not_read(kind: str, first_block: bytes, reading_rules: int) -> tuple[str, str] | None:
@@ -223,23 +234,29 @@ class _RangeReader:
     # Text
 
     def _of_text(self, stream: Stream, whole: bool) -> Iterator[Document]:
+        end = 0
         for offset, piece in self._pieces(stream, whole):
+            self.report.separators += offset > end
+            end = offset + len(piece)
             text, size = self._text_of(offset, piece.removeprefix(UTF8_MARK) if offset == 0 else piece, stream)
             if text is not None:
+                self.report.count_text(text, size)
                 yield from self._document(text, f"{self.name}:{offset}", size)
 
     def _pieces(self, stream: Stream, whole: bool) -> Iterator[tuple[int, bytes]]:
-        separator = parse_separator(self.settings.document_per)
+        separator = parse_separator(self.settings)
         start, stop, most = self.range.start, self.range.stop, self.settings.max_document_bytes
         if separator is not None:
             self._seek(stream, whole, max(0, start - separator_reach(separator)))
             yield from cut_at_separators(stream.blocks(), separator, most, start=start, stop=stop)
             return
-        begin = boundary_at(stream.file, start, most) if start > 0 else 0
-        end = boundary_at(stream.file, stop, most) if stop >= 0 else None
+        by_paragraph = self.settings.document_per == "paragraph"
+        blank = BLANK_LINES if by_paragraph else BLANK_LINE
+        begin = boundary_at(stream.file, start, most, blank) if start > 0 else 0
+        end = boundary_at(stream.file, stop, most, blank) if stop >= 0 else None
         self._seek(stream, whole, begin)
         blocks = stream.blocks() if end is None else limited(stream.blocks(), end - begin)
-        for offset, piece in cut_by_size(blocks, most):
+        for offset, piece in (cut_at_blank_lines if by_paragraph else cut_by_size)(blocks, most):
             yield begin + offset, piece
 
     def _text_of(self, offset: int, piece: bytes, stream: Stream) -> tuple[str | None, int]:

@@ -19,8 +19,13 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 UTF8_MARK = codecs.BOM_UTF8
+READ_BYTES = 1 << 20  # at once
 LONE_RETURN = re.compile(rb"\r(?!\n)")
 BLANK_LINE = re.compile(rb"\n\r?\n")
+# One or more lines of nothing but spaces and tabs, and the newline before them. Each newline is taken whole.
+BLANK_LINES = re.compile(rb"(?>\r\n|\n|\r)(?:[ \t]*(?>\r\n|\n|\r))+")
+
+LEADING_LINES = re.compile(rb"(?:[ \t]*(?>\r\n|\n|\r))*")
 
 
 def wide_encoding(first_block: bytes) -> str | None:
@@ -48,7 +53,7 @@ def normalize_newlines(text: bytes) -> bytes:
     return text.replace(b"\r", b"")  # several times as fast
 
 
-def boundary_at(file: IO[bytes], nominal: int, max_bytes: int) -> int:
+def boundary_at(file: IO[bytes], nominal: int, max_bytes: int, blank_line: re.Pattern[bytes] = BLANK_LINE) -> int:
     """Return where the text that nominally starts at an offset actually starts, judging only by the bytes from there.
 
     That is after the first blank line within ``max_bytes``, else after the first newline, else at the next character.
@@ -56,7 +61,7 @@ def boundary_at(file: IO[bytes], nominal: int, max_bytes: int) -> int:
     """
     file.seek(nominal)
     window = read_fully(file, max_bytes)
-    blank = BLANK_LINE.search(window)
+    blank = blank_line.search(window)
     if blank:
         return nominal + blank.end()
     newline = window.find(b"\n")
@@ -70,10 +75,11 @@ def boundary_at(file: IO[bytes], nominal: int, max_bytes: int) -> int:
 
 def read_fully(file: IO[bytes], size: int) -> bytes:
     """Read ``size`` bytes, fewer only at the end of the file; one read of a raw file may return less."""
-    found = b""
-    while len(found) < size and (block := file.read(size - len(found))):
-        found += block
-    return found
+    found: list[bytes] = []
+    while size > 0 and (block := file.read(min(size, READ_BYTES))):
+        found.append(block)
+        size -= len(block)
+    return b"".join(found)
 
 
 def limited(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
@@ -103,6 +109,34 @@ def cut_by_size(blocks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, 
         held, offset = held[start:], offset + start
     if held:
         yield offset, held
+
+
+def cut_at_blank_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Yield offset and bytes of each paragraph, without the blank lines around it.
+
+    A paragraph longer than ``max_bytes`` is cut as in ``cut_by_size``. Holds one paragraph and one block in memory.
+    """
+    held, offset, scanned = b"", 0, 0
+    begun = False
+    for block in blocks:
+        held = held + block if held else block
+        at = 0
+        if not begun:
+            at = scanned = LEADING_LINES.match(held).end()  # type: ignore[union-attr]
+            begun = at < len(held)
+        # A run of blank lines that touches the end may continue in the next block.
+        while (blank := BLANK_LINES.search(held, max(at, scanned))) and blank.end() < len(held):
+            yield from _pieces(held, offset, at, blank.start(), max_bytes)
+            at = blank.end()
+        scanned = at + len(held[at:].rstrip(b" \t\r\n"))  # no blank line begins before
+        while scanned - at > max_bytes:
+            cut = _cut_position(held, at, at + max_bytes)
+            yield offset + at, held[at:cut]
+            at = cut
+        held, offset, scanned = held[at:], offset + at, scanned - at
+    content = held.rstrip(b" \t\r\n")
+    if content:
+        yield from _pieces(held, offset, 0, len(content), max_bytes)
 
 
 def cut_at_separators(
