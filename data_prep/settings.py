@@ -19,6 +19,7 @@ from data_prep.files import sha256_of_file
 
 SMALLEST_MAX_DOCUMENT_BYTES = 16  # room for any character, and a line or two
 LARGEST_TRAIN_BYTES = 2**31 - 1  # the trainer of tokenizers counts pairs with 32 bits
+LARGEST_VOCABULARY = 2**24
 LARGEST_SHARD_TOKENS = 2**28  # keeps every offset that other readers hold in 32 bits in range
 DEFAULT_SHARD_TOKENS = 2**26
 READING_RULES = 2  # the newest
@@ -79,6 +80,8 @@ def problems(settings: Any) -> Iterator[str]:
             yield f"{option} {value} must be from {least:,} to {most:,}"
         elif least is not None and not least <= value:
             yield f"{option} {value} must be at least {least:,}"
+        elif most is not None and not value <= most:
+            yield f"{option} {value} must be at most {most:,}"
 
 
 def _is_a_word(separator: str) -> bool:
@@ -221,7 +224,7 @@ class TokenizerSettings:
     """
 
     tokenizer_kind: str = setting("bpe", "Kind of tokenizer to train.", choices=KINDS)
-    vocab_size: int = setting(8192, "Tokens in the vocabulary.")
+    vocab_size: int = setting(8192, "Tokens in the vocabulary.", maximum=LARGEST_VOCABULARY)
     train_bytes: int = setting(
         100_000_000,
         "Bytes of training text, from the beginning, to train the tokenizer on.",

@@ -16,6 +16,7 @@ from data_prep.errors import UserError
 from data_prep.settings import DEFAULT_SHARD_TOKENS, BuildSettings, CleaningSettings, ReadSettings, TokenizerSettings
 
 DIRECTORY = click.Path(path_type=Path)
+STDOUT = Path("-")
 SKIPPED_STATUS = 3
 EMPTY = "empty document"  # the only skipped input that does not matter
 EXPORTED = ("nanogpt", "llmc", "datatrove", "olmo")
@@ -49,6 +50,8 @@ def build(
     """
     import data_prep
 
+    if out == STDOUT:
+        raise UserError("--out names a folder, so it cannot be standard output (-)")
     if dry_run:
         _print_estimate(BuildSettings.from_options(sources, out, **settings), as_json)
         return
@@ -120,10 +123,14 @@ def _print_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
 
 @main.command()
 @click.argument("directory", type=DIRECTORY)
-@click.option("--documents", type=int, default=3, show_default=True, help="Documents to show per split.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed for choosing the documents.")
+@click.option(
+    "--documents", type=click.IntRange(min=0), default=3, show_default=True, help="Documents to show per split."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for choosing the documents."
+)
 @click.option("--ids", is_flag=True, help="Show texts as tokens with their ids.")
-@click.option("--page", type=DIRECTORY, help="Write a page with plots to this .html file instead.")
+@click.option("--page", type=DIRECTORY, help="Write a page with plots to this .html file instead; - for stdout.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | None, as_json: bool) -> None:
     """Show a dataset as a model will see it.
@@ -139,6 +146,9 @@ def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | 
         from data_prep.files import write_atomically
         from data_prep.shards.inspect_page import render_page
 
+        if page == STDOUT:
+            click.echo(render_page(found))
+            return
         write_atomically(page, render_page(found))
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -150,7 +160,9 @@ def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | 
 @click.argument("name", metavar="TOKENIZER")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @options_of(ReadSettings)
-@click.option("--most-bytes", type=int, default=10_000_000, show_default=True, help="Bytes of text to read.")
+@click.option(
+    "--most-bytes", type=click.IntRange(min=1), default=10_000_000, show_default=True, help="Bytes of text to read."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def tokenizer(name: str, sources: tuple[str, ...], most_bytes: int, as_json: bool, **options: Any) -> None:
     """Show how a tokenizer handles some text.

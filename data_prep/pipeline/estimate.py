@@ -25,7 +25,7 @@ GUESSED_EXPANSION = 3.0  # of compressed files, whose text cannot be measured wi
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build would read and write: sizes in bytes (one per character of text), time in seconds.
+    """What a build would read and write: sizes in bytes, time in seconds.
 
     ``text_bytes`` is the text after cleaning. ``guessed`` is true if some sources are compressed or of unknown size.
     ``unread_files`` says which files of a folder would be left out because of their names,
@@ -112,18 +112,14 @@ def _sample(plan: BuildPlan) -> _Sample:
     job, cleaner = Job(plan.settings, plan.sources), Cleaner(plan.settings.cleaning)
     sample = _Sample([], ReadReport(), cleaner.report)
     began = time.perf_counter()
-
-    def advance(size: int) -> None:
-        sample.read_bytes += size
-
     for part in plan.parts[:: -(-len(plan.parts) // SAMPLED_PARTS)]:
-        before = sample.read_bytes
-        for document in cleaned_documents(job, part, advance, sample.reading, cleaner):
+        before = sample.reading.text_bytes
+        for document in cleaned_documents(job, part, lambda size: None, sample.reading, cleaner):
             sample.texts.append(document.text)
-            sample.kept_bytes += len(document.text)
-            if sample.read_bytes - before >= SAMPLED_BYTES:
+            sample.kept_bytes += len(document.text.encode("utf-8"))
+            if sample.reading.text_bytes - before >= SAMPLED_BYTES:
                 break
-        sample.read_bytes = max(sample.read_bytes, before + 1)
+        sample.read_bytes += max(sample.reading.text_bytes - before, 1)
     sample.seconds = time.perf_counter() - began
     return sample
 
