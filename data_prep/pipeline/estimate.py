@@ -19,7 +19,7 @@ from data_prep.tokenizers.encoders import choose_encoder
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 from data_prep.tokenizers.training import train_tokenizer
 
-SAMPLED_PARTS, SAMPLED_BYTES = 8, 1 << 18  # number of parts, and bytes of text from each
+SAMPLED_PARTS, SAMPLED_BYTES = 8, 1 << 21  # number of parts, and bytes of text from all of them
 GUESSED_EXPANSION = 3.0  # of compressed files, whose text cannot be measured without decompressing all of it
 
 
@@ -112,12 +112,13 @@ def _sample(plan: BuildPlan) -> _Sample:
     job, cleaner = Job(plan.settings, plan.sources), Cleaner(plan.settings.cleaning)
     sample = _Sample([], ReadReport(), cleaner.report)
     began = time.perf_counter()
-    for part in plan.parts[:: -(-len(plan.parts) // SAMPLED_PARTS)]:
+    parts = plan.parts[:: -(-len(plan.parts) // SAMPLED_PARTS)]
+    for part in parts:
         before = sample.reading.text_bytes
         for document in cleaned_documents(job, part, lambda size: None, sample.reading, cleaner):
             sample.texts.append(document.text)
             sample.kept_bytes += len(document.text.encode("utf-8"))
-            if sample.reading.text_bytes - before >= SAMPLED_BYTES:
+            if sample.reading.text_bytes - before >= SAMPLED_BYTES // len(parts):
                 break
         sample.read_bytes += max(sample.reading.text_bytes - before, 1)
     sample.seconds = time.perf_counter() - began
