@@ -33,7 +33,7 @@ _MAGIC = (
     (b"\x1f\x8b", "gzip data", 'a name that ends in ".gz", as in "NAME.txt.gz"'),
     (b"\x28\xb5\x2f\xfd", "Zstandard data", 'a name that ends in ".zst", as in "NAME.txt.zst"'),
     (b"\xfd7zXZ\0", "xz data", 'a name that ends in ".xz", as in "NAME.txt.xz"'),
-    (b"PAR1", "Parquet", 'a name that ends in ".parquet"'),
+    (b"PAR1", "Parquet", 'a name that ends in ".parquet", and do not compress it'),
     (b"PK\x03\x04", "a zip archive (perhaps a .docx, .xlsx or .epub file)", ""),
     (b"%PDF-", "a PDF document", ""),
     (b"{\\rtf", "an RTF document", ""),

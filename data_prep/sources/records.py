@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
@@ -159,9 +160,9 @@ def records_of_parquet(file: IO[bytes], text_field: str, errors: str, start: int
             return
         batches = parquet.iter_batches(PARQUET_BATCH_ROWS, row_groups=groups, columns=[text_field])
         for batch in batches if groups else ():
-            for value in _text_column(batch).to_pylist():
+            for value in _text_column(batch, text_field).to_pylist():
                 row += 1
-                yield _record_of_cell(row, value, text_field, names, errors)
+                yield _no_text(row, text_field, names, NULLS) if value is None else _record_of_bytes(row, value, errors)
     except (pyarrow.ArrowException, OSError) as error:
         yield Record(row + 1, None, DAMAGED_FILE, f"not a complete parquet file ({first_line(error)})")
 
@@ -211,24 +212,21 @@ def _holds_instead_of_text(kind: Any) -> str:
     return ""
 
 
-def _text_column(batch: Any) -> Any:
-    """Return a batch's only column, with text as bytes, because Arrow does not check that it is UTF-8."""
+def _text_column(batch: Any, name: str) -> Any:
+    """Return a batch's column of this name as bytes, because Arrow does not check that text is UTF-8."""
     import pyarrow
     import pyarrow.compute
 
-    column = batch.column(0)
+    names = batch.schema.names
+    column = batch.column(names.index(name) if name in names else 0)
     while pyarrow.types.is_struct(column.type):  # the batch has only the child that was asked for
         column = pyarrow.compute.struct_field(column, [0])
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        return column.cast(pyarrow.large_binary())
-    return column
+    return column.cast(pyarrow.large_binary())
 
 
-def _record_of_cell(row: int, value: Any, text_field: str, names: tuple[str, ...], errors: str) -> Record:
-    if not isinstance(value, bytes):
-        return _no_text(row, text_field, names, _what_it_holds(value))
+def _record_of_bytes(row: int, value: bytes, errors: str) -> Record:
     text, bad = decode(value, errors)
     return Record(row, text) if bad < 0 else Record(row, text, NOT_UTF8, not_utf8(value[bad]))
 
@@ -279,6 +277,8 @@ def column_names(row: dict[str, Any], before: str = "") -> Iterator[str]:
 
 def _record_of_row(number: int, row: dict[str, Any], text_field: str, errors: str) -> Record:
     text = value_at(row, text_field)
+    if isinstance(text, bytes):
+        return _record_of_bytes(number, text, errors)
     if not isinstance(text, str):
         names = tuple(column_names(row))
         there = text is not None or text_field in names
@@ -307,7 +307,8 @@ def _what_it_holds(value: Any) -> str:
     """Return what a column holds instead of text, for a message."""
     if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
         return "timestamps or dates"
-    kinds = {dict: STRUCTS, list: "lists", bool: BOOLEANS, int: NUMBERS, float: NUMBERS, type(None): NULLS}
+    numbers = dict.fromkeys((int, float, Decimal), NUMBERS)
+    kinds = {dict: STRUCTS, list: "lists", bool: BOOLEANS, type(None): NULLS, **numbers}
     return kinds.get(type(value), f"values of type {type(value).__name__}")
 
 

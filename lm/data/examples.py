@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.sources.records import known_fields
+from data_prep.sources.records import column_names, known_fields, value_at
 from lm.config.settings import FinetuneConfig
 from lm.data.example_files import rows_of
 
@@ -105,12 +105,13 @@ def _outcomes(source: str | Path, task: str, columns: Columns, *, labeled: bool)
     for place, row in rows_of(source, lines_as="" if labeled else columns.text):
         if not needed:
             needed = columns.needed(task, row, labeled=labeled)
-            missing = [name for name in needed.values() if name not in row]
+            missing = [name for name in needed.values() if name not in row and value_at(row, name) is None]
             if missing:
                 raise UserError(
-                    f"{place}: there is no column {known_fields(missing)} in {known_fields(row)}: "
+                    f"{place}: there is no column {known_fields(missing)} in {known_fields(column_names(row))}: "
                     "name the columns, for example with --text-column"
                 )
+        row = row | {name: value_at(row, name) for name in needed.values() if name not in row}  # translation.en
         try:
             yield _example(task, place, row, needed, labeled=labeled)
         except UserError as problem:
