@@ -56,8 +56,6 @@ from data_prep.sources.storage import (
     root_of_glob,
 )
 from data_prep.sources.text_files import (
-    BLANK_LINE,
-    BLANK_LINES,
     UTF8_MARK,
     boundary_at,
     cut_at_blank_lines,
@@ -66,6 +64,7 @@ from data_prep.sources.text_files import (
     decode,
     limited,
     normalize_newlines,
+    paragraph_at,
     separator_reach,
     wide_encoding,
 )
@@ -251,9 +250,9 @@ class _RangeReader:
             yield from cut_at_separators(stream.blocks(), separator, most, start=start, stop=stop)
             return
         by_paragraph = self.settings.document_per == "paragraph"
-        blank = BLANK_LINES if by_paragraph else BLANK_LINE
-        begin = boundary_at(stream.file, start, most, blank) if start > 0 else 0
-        end = boundary_at(stream.file, stop, most, blank) if stop >= 0 else None
+        start_at = paragraph_at if by_paragraph else boundary_at
+        begin = start_at(stream.file, start, most) if start > 0 else 0
+        end = start_at(stream.file, stop, most) if stop >= 0 else None
         self._seek(stream, whole, begin)
         blocks = stream.blocks() if end is None else limited(stream.blocks(), end - begin)
         for offset, piece in (cut_at_blank_lines if by_paragraph else cut_by_size)(blocks, most):

@@ -25,6 +25,7 @@ BLANK_LINE = re.compile(rb"\n\r?\n")
 # One or more lines of nothing but spaces and tabs, and the newline before them. Each newline is taken whole.
 BLANK_LINES = re.compile(rb"(?>\r\n|\n|\r)(?:[ \t]*(?>\r\n|\n|\r))+")
 
+NEWLINE = re.compile(rb"[\r\n]")
 LEADING_LINES = re.compile(rb"(?:[ \t]*(?>\r\n|\n|\r))*")
 
 
@@ -53,7 +54,7 @@ def normalize_newlines(text: bytes) -> bytes:
     return text.replace(b"\r", b"")  # several times as fast
 
 
-def boundary_at(file: IO[bytes], nominal: int, max_bytes: int, blank_line: re.Pattern[bytes] = BLANK_LINE) -> int:
+def boundary_at(file: IO[bytes], nominal: int, max_bytes: int) -> int:
     """Return where the text that nominally starts at an offset actually starts, judging only by the bytes from there.
 
     That is after the first blank line within ``max_bytes``, else after the first newline, else at the next character.
@@ -61,7 +62,7 @@ def boundary_at(file: IO[bytes], nominal: int, max_bytes: int, blank_line: re.Pa
     """
     file.seek(nominal)
     window = read_fully(file, max_bytes)
-    blank = blank_line.search(window)
+    blank = BLANK_LINE.search(window)
     if blank:
         return nominal + blank.end()
     newline = window.find(b"\n")
@@ -71,6 +72,18 @@ def boundary_at(file: IO[bytes], nominal: int, max_bytes: int, blank_line: re.Pa
     while skipped < min(3, len(window)) and window[skipped] & 0xC0 == 0x80:  # inside a character
         skipped += 1
     return nominal + skipped
+
+
+def paragraph_at(file: IO[bytes], nominal: int, max_bytes: int) -> int:
+    """Return where the first paragraph after an offset starts, or the end of the file.
+
+    In a paragraph longer than ``max_bytes``, that is where ``boundary_at`` would cut it.
+    """
+    file.seek(nominal)
+    window = read_fully(file, max_bytes)
+    if blank := BLANK_LINES.search(window):
+        return nominal + blank.end()
+    return nominal + len(window) if len(window) < max_bytes else boundary_at(file, nominal, max_bytes)
 
 
 def read_fully(file: IO[bytes], size: int) -> bytes:
@@ -134,9 +147,10 @@ def cut_at_blank_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[tupl
             yield offset + at, held[at:cut]
             at = cut
         held, offset, scanned = held[at:], offset + at, scanned - at
-    content = held.rstrip(b" \t\r\n")
-    if content:
-        yield from _pieces(held, offset, 0, len(content), max_bytes)
+    end = len(held.rstrip(b" \t\r\n"))
+    newline = NEWLINE.search(held, end)
+    if end:
+        yield from _pieces(held, offset, 0, newline.start() if newline else len(held), max_bytes)
 
 
 def cut_at_separators(

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import bz2
+import datetime
+import decimal
 import gzip
 import json
 import lzma
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -386,3 +389,141 @@ def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
     assert list(read_part(part, parse_sources([str(tmp_path)]), ReadSettings(), report)) == []
     assert report.counts == {"unreadable file": 1}
     assert report.messages == [f'"{tmp_path.name}/a.txt" cannot be opened (No such file or directory)']
+
+
+paragraphs = st.lists(
+    st.sampled_from(["a", "bcd", "日本", "é", "\n", "\n\n", "\r\n", "\r\n\r\n", " \n", "\n \t\n", "\n\n\n", " x"]),
+    max_size=60,
+).map("".join)
+
+
+@given(text=paragraphs, part_bytes=st.integers(1, 60), packed=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_paragraphs_are_what_is_between_blank_lines_whatever_the_parts(
+    text: str, part_bytes: int, packed: bool
+) -> None:
+    text = f"x{text}x"
+    plain = [p.strip("\n") for p in re.split(r"\n(?:[ \t]*\n)+", equal_newlines(text))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ("a.txt.gz" if packed else "a.txt")
+        path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        found, report = read(path, part_bytes=part_bytes, document_per="paragraph")
+        assert [document.text for document in found] == [p for p in plain if p.strip()]
+        assert "separators" not in report.counts
+
+
+def test_long_paragraphs_are_cut_and_never_held(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n" + "word " * 50 + "\n\n\nshort\n \nlast\n\n")
+    found = texts(path, document_per="paragraph", max_document_bytes=100)
+    assert found[-2:] == ["short", "last"]
+    assert "".join(found[:-2]) == "word " * 50
+    assert all(len(text) <= 100 for text in found)
+
+
+@pytest.mark.parametrize(
+    ("per", "found"),
+    [
+        ("line", ["one  two", "three\\n", "---", "four", "five"]),
+        ("paragraph", ["one  two\nthree\\n", "---", "four\nfive"]),
+        ("\\n\\n", ["one  two\nthree\\n", "---", "four\nfive\n"]),
+        ("\n\n", ["one  two\nthree\\n", "---", "four\nfive\n"]),
+        ("\\n---\\n", ["one  two\nthree\\n\n", "\nfour\nfive\n"]),
+        ("---", ["one  two\nthree\\n\n\n", "\n\nfour\nfive\n"]),
+        ("\\\\n", ["one  two\nthree", "\n\n---\n\nfour\nfive\n"]),
+        ("\\t", ["one  two\nthree\\n\n\n---\n\nfour\nfive\n"]),
+        ("file", ["one  two\nthree\\n\n\n---\n\nfour\nfive\n"]),
+    ],
+)
+def test_document_per_means_what_it_says(tmp_path: Path, per: str, found: list[str]) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one  two\nthree\\n\n\n---\n\nfour\nfive\n")
+    documents, report = read(path, document_per=per)
+    assert [document.text for document in documents] == found
+    assert report.separators == (0 if per in ("file", "\\t") else report.separators)
+    if per == "paragraph":  # for builds that began before, these are letters
+        path.write_text("a paragraph of words")
+        assert texts(path, document_per=per, reading_rules=1) == ["a ", " of words"]
+
+
+def test_text_without_letters_is_none_in_records_as_in_files(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "a.jsonl", {"text": "a\0b"}, {"text": "good"})
+    found, report = read(path)
+    assert ([d.text for d in found], report.counts) == (["good"], {"NUL bytes": 1})
+    assert report.messages == ['"a.jsonl", byte 0: NUL at character 1']
+    assert texts(path, reading_rules=1) == ["a\0b", "good"]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".tsv", ".txt"])
+def test_a_byte_order_mark_is_no_text_and_wide_encodings_are_refused(tmp_path: Path, kind: str) -> None:
+    content = {
+        ".jsonl": '{"text": "one"}\n\ufeff{"text": "two"}\n',  # as joined by cat
+        ".json": '[{"text": "one"}, {"text": "two"}]',
+        ".csv": "text,n\none,1\ntwo,2\n",
+        ".tsv": "text\tn\none\t1\ntwo\t2\n",
+        ".txt": "one\n\ntwo",
+    }[kind]
+    path = tmp_path / f"a{kind}"
+    path.write_bytes(("\ufeff" + content).encode())
+    assert texts(path, document_per="paragraph") == ["one", "two"]
+    for encoding, name in (("utf-16", "UTF-16"), ("utf-32", "UTF-32")):
+        path.write_bytes(content.encode(encoding))
+        with pytest.raises(UserError, match=f"is {name}, not UTF-8: convert it, for example with `iconv -f {name}"):
+            read(path)
+
+
+COLUMNS: dict[str, Any] = {
+    "lists": [["a b", "c d"]],
+    "structs": [{"en": "a b"}],
+    "timestamps or dates": [datetime.datetime(2020, 1, 2)],
+    "timestamps or dates ": [datetime.date(2020, 1, 2)],
+    "nothing (null)": [None],
+    "numbers": [1.5],
+    "numbers ": [7],
+    "numbers  ": [decimal.Decimal("1.5")],
+    "true or false": [True],
+    "nothing (null) and lists": [None, []],
+}
+
+
+@pytest.mark.parametrize("holds", COLUMNS)
+@pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".json", "hf:"])
+def test_a_column_without_text_is_told_by_what_it_holds(tmp_path: Path, holds: str, kind: str) -> None:
+    column = COLUMNS[holds]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = folder / f"train{kind if kind != 'hf:' else '.parquet'}"
+    if kind in (".jsonl", ".json"):
+        if isinstance(column[0], datetime.date | decimal.Decimal):
+            return  # JSON has none
+        path.write_text("".join(json.dumps({"text": value, "id": "x"}) + "\n" for value in column))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": column, "id": ["x"] * len(column)}), path)
+    wanted = holds.strip()
+    if holds == "nothing (null) and lists" and kind in (".parquet", "hf:"):
+        wanted = "lists" if kind == ".parquet" else holds
+    fields = '"text.en", "id"' if holds == "structs" else '"id"'
+    with pytest.raises(UserError) as caught:
+        read(f"hf:{folder}" if kind == "hf:" else path)
+    end = f'has no text in "text": it holds {wanted}; its fields are {fields}; choose one with --text-field'
+    assert str(caught.value).endswith(end)
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".json", "hf:"])
+def test_dots_name_fields_inside_of_fields(tmp_path: Path, kind: str) -> None:
+    rows = [{"translation": {"en": f"text {n}", "more": {"fr": f"texte {n}"}}, "a.b": "dotted"} for n in range(3)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = folder / f"train{kind if kind != 'hf:' else '.parquet'}"
+    if kind in (".parquet", "hf:"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        write_records(path, *rows)
+    source = f"hf:{folder}" if kind == "hf:" else path
+    assert texts(source, text_field="translation.en") == ["text 0", "text 1", "text 2"]
+    assert texts(source, text_field="translation.more.fr") == ["texte 0", "texte 1", "texte 2"]
+    assert texts(source, text_field="a.b") == ["dotted"] * 3
+    with pytest.raises(UserError, match=r'fields are "translation.en", "translation.more.fr", "a.b"; choose one'):
+        read(source, text_field="translation.de")
