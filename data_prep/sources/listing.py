@@ -271,9 +271,9 @@ def _refuse_unreadable(path: str, size: int | None, reading_rules: int) -> None:
 
 
 def _refuse_content(name: str, kind: str, first_block: bytes, reading_rules: int) -> None:
-    refused = why_not_read(kind, first_block, reading_rules)
-    if refused:
-        raise UserError(f"{name} {refused[1]}")
+    if refused := why_not_read(kind, first_block, reading_rules):
+        advice = refused[1] if kind != STDIN else refused[1].replace("give it a name", "save it in a file with a name")
+        raise UserError(f"{name} {advice}")
 
 
 def describe(sources: Sequence[Source], parts: Sequence[CorpusPart]) -> list[dict[str, Any]]:
@@ -316,7 +316,7 @@ def copy_stdin(file: IO[bytes], reading_rules: int = READING_RULES) -> None:
     first = True
     while block := sys.stdin.buffer.read(BLOCK_BYTES):
         if first:
-            _refuse_content("standard input", TEXT, block[:FIRST_BLOCK_BYTES], reading_rules)
+            _refuse_content("standard input", STDIN, block[:FIRST_BLOCK_BYTES], reading_rules)
         first = False
         file.write(block)
     file.flush()
