@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from data_prep.cleaning.ngrams import Hashes, WordHashes, ngram_hashes, ngram_hashes_of_lengths, plain_words
 from data_prep.errors import UserError
+from data_prep.files import parse_json
 from data_prep.sources.formats import JSON, JSON_LINES, PARQUET, TABLES, kind_of, what_it_is
-from data_prep.sources.json_values import rows_of_json
 from data_prep.sources.records import first_line
 from data_prep.sources.storage import FIRST_BLOCK_BYTES, Stream, UnreadableError, open_raw, open_stream
 from data_prep.sources.tables import BadRow, fields_of_table
@@ -101,20 +101,19 @@ def evaluation_texts(path: Path) -> Iterator[str]:
             first = stream.peek()
             if other := what_it_is(kind, first, whole=len(first) < FIRST_BLOCK_BYTES):
                 raise UserError(f'the evaluation file "{path}" {other}')
-            if kind == JSON:
-                yield from _texts_of_rows(path, "record", rows_of_json(stream))
-            elif kind in TABLES:
-                yield from _texts_of_rows(path, "line", fields_of_table(stream, kind))
+            if kind in TABLES:
+                yield from _texts_of_table(path, fields_of_table(stream, kind))
             else:
                 content = _read_text(path, stream)
-                yield from _texts_of_records(path, content) if kind == JSON_LINES else _texts_of_prose(content)
+                read = {JSON: _texts_of_json, JSON_LINES: _texts_of_records}.get(kind, _texts_of_prose)
+                yield from read(path, content)
             if stream.damage:
                 raise UserError(f'"{path}" is damaged ({stream.damage}): get an intact copy, or exclude it')
     except UnreadableError as error:
         raise UserError(f'the evaluation file "{path}" {error}: choose one that can be read') from None
 
 
-def _texts_of_prose(content: str) -> list[str]:
+def _texts_of_prose(path: Path, content: str) -> Iterable[str]:
     return _BLANK_LINES.split(content) if _BLANK_LINES.search(content.strip()) else content.split("\n")
 
 
@@ -123,6 +122,13 @@ def _read_text(path: Path, stream: Stream) -> str:
         return normalize_newlines(b"".join(stream.blocks())).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f'"{path}" is not UTF-8 text ({error.reason}): convert it, or exclude it') from None
+
+
+def _texts_of_json(path: Path, content: str) -> Iterable[str]:
+    try:
+        return _strings_in(parse_json(content))
+    except ValueError:
+        return _texts_of_records(path, content)  # JSON lines have this name, too
 
 
 def _texts_of_records(path: Path, content: str) -> Iterator[str]:
@@ -136,11 +142,11 @@ def _texts_of_records(path: Path, content: str) -> Iterator[str]:
         yield from _strings_in(record)
 
 
-def _texts_of_rows(path: Path, unit: str, rows: Iterable[tuple[int, Any]]) -> Iterator[str]:
+def _texts_of_table(path: Path, rows: Iterable[tuple[int, list[str] | BadRow]]) -> Iterator[str]:
     for number, row in rows:
         if isinstance(row, BadRow):
-            raise UserError(f'"{path}", {unit} {number} cannot be read ({row.why}): fix or remove it')
-        yield from _strings_in(row)
+            raise UserError(f'"{path}", line {number} cannot be read ({row.why}): fix or remove it')
+        yield from row
 
 
 def _texts_of_parquet(path: Path, file: IO[bytes]) -> Iterator[str]:
