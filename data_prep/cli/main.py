@@ -40,8 +40,8 @@ def build(
 ) -> None:
     """Build a dataset from text.
 
-    A SOURCE is a file (.txt, .md, .jsonl, .csv or .parquet; all but .parquet may be compressed as .gz, .zst, .bz2 or
-    .xz), a folder of such files, a pattern ("texts/**/*.md"), - for standard input, "builtin" for the documentation
+    A SOURCE is a file (.txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or .parquet; all but .parquet may be compressed
+    as .gz, .zst, .bz2 or .xz; any other name is read as text), a folder of such files, a pattern ("texts/**/*.md"), - for standard input, "builtin" for the documentation
     in Python and installed packages, hf:NAME[:SPLIT] for a Hugging Face dataset or a local folder with one, or a URL
     supported by fsspec (s3://…). NAME=SOURCE names a source, SOURCE@2 gives it a weight in training.
 
