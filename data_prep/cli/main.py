@@ -41,9 +41,10 @@ def build(
     """Build a dataset from text.
 
     A SOURCE is a file (.txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or .parquet; all but .parquet may be compressed
-    as .gz, .zst, .bz2 or .xz; any other name is read as text), a folder of such files, a pattern ("texts/**/*.md"), - for standard input, "builtin" for the documentation
-    in Python and installed packages, hf:NAME[:SPLIT] for a Hugging Face dataset or a local folder with one, or a URL
-    supported by fsspec (s3://…). NAME=SOURCE names a source, SOURCE@2 gives it a weight in training.
+    as .gz, .zst, .bz2 or .xz; any other name is read as text), a folder of such files, a pattern ("texts/**/*.md"),
+    - for standard input, "builtin" for the documentation in Python and installed packages, hf:NAME[:SPLIT] for a
+    Hugging Face dataset or a local folder with one, or a URL supported by fsspec (s3://…). NAME=SOURCE names a source,
+    SOURCE@2 gives it a weight in training.
 
     To resume a build that was stopped, run the same command again. Exit status 3 means that the dataset is complete,
     but damaged or unreadable input was skipped.
@@ -171,11 +172,13 @@ def tokenizer(name: str, sources: tuple[str, ...], most_bytes: int, as_json: boo
     Hugging Face Hub. Each SOURCE is as for build. Prints bytes per token, unused tokens, the longest tokens, and how
     much text was lost.
     """
-    from data_prep.sources.listing import first_texts
+    from data_prep.sources.listing import first_texts, parse_sources, unread_files
     from data_prep.tokenizers.load import load_tokenizer
     from data_prep.tokenizers.report import tokenizer_report
 
     found = tokenizer_report(load_tokenizer(name), first_texts(sources, most_bytes, ReadSettings(**options)))
+    if unread := unread_files(parse_sources(sources)):
+        click.echo(f"left out: {unread}", err=True)
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return

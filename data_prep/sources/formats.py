@@ -8,9 +8,10 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from data_prep.sources.documents import one_line
 
 TEXT, JSON_LINES, JSON, CSV, TSV, PARQUET = ".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet"
 # What a name may end in, in any case, and the kind of the file.
@@ -177,14 +178,14 @@ def summary_of(paths: Iterable[str]) -> str:
     """Return how many files end in what, with some names: ``2 .png (a.png, b.png), 1 .pdf (c.pdf)``."""
     by_ending: dict[str, list[str]] = {}
     for path in paths:
-        name = Path(_name(path)).name
-        by_ending.setdefault(ending_of(path) or Path(name).suffix.lower() or "without an ending", []).append(name)
+        by_ending.setdefault(ending_of(path) or "without an ending", []).append(path)
     largest = sorted(by_ending.items(), key=lambda item: (-len(item[1]), item[0]))
-    shown = [f"{len(names):,} {ending} ({_some(names)})" for ending, names in largest[:_MOST_ENDINGS]]
-    others = Counter({ending: len(names) for ending, names in largest[_MOST_ENDINGS:]})
-    return ", ".join([*shown, *([f"{others.total():,} others"] if others else [])])
+    shown = [f"{len(names):,} {ending} ({some_names(names)})" for ending, names in largest[:_MOST_ENDINGS]]
+    others = sum(len(names) for _, names in largest[_MOST_ENDINGS:])
+    return ", ".join([*shown, *([f"{others:,} others"] if others else [])])
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = [name if name.isprintable() else ascii(name)[1:-1] for name in names[:_MOST_NAMES]]
-    return ", ".join([*shown, *(["…"] if len(names) > _MOST_NAMES else [])])
+def some_names(paths: Sequence[str]) -> str:
+    """Return the last parts of a few paths, each on one printable line."""
+    names = [one_line(Path(_name(path)).name) for path in paths[:_MOST_NAMES]]
+    return ", ".join([*names, *(["…"] if len(paths) > _MOST_NAMES else [])])

@@ -27,6 +27,7 @@ from data_prep.sources.formats import (
     TEXT,
     is_compressed,
     kind_by_rules,
+    some_names,
     summary_of,
     what_it_is,
 )
@@ -40,6 +41,7 @@ from data_prep.sources.storage import (
     is_glob,
     is_remote,
     last_name,
+    linked_folders,
     list_folder,
     list_glob,
     open_raw,
@@ -230,13 +232,17 @@ def _ranges_of_parquet(path: str, size: int, part_bytes: int) -> Iterator[tuple[
 
 
 def unread_files(sources: Sequence[Source]) -> str:
-    """Return which files of the folders among the sources are not read, because of their endings, or ""."""
+    """Return what the folders among the sources have that is not read: files with other endings and links, or ""."""
     folders = [source.location for source in sources if _is_listed(source.location)]
     unread = [path for folder in folders for path, _ in list_folder(folder) if not kind_by_rules(path, READING_RULES)]
-    if not unread:
-        return ""
-    files = "1 file whose name ends" if len(unread) == 1 else f"{len(unread):,} files whose names end"
-    return f"{files} in nothing that is read: {summary_of(unread)}"
+    linked = [path for folder in folders for path in linked_folders(folder)]
+    found = []
+    if unread:
+        files = "1 file whose name ends" if len(unread) == 1 else f"{len(unread):,} files whose names end"
+        found.append(f"{files} in nothing that is read: {summary_of(unread)}")
+    if linked:
+        found.append(f"{len(linked):,} linked folder{'s' if len(linked) > 1 else ''} ({some_names(linked)})")
+    return "; ".join(found)
 
 
 def _is_listed(location: str) -> bool:

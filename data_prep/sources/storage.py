@@ -108,6 +108,15 @@ def _walk(folder: str, depth: int | None = None) -> Iterator[str]:
                 yield str(path)
 
 
+def linked_folders(folder: str) -> list[str]:
+    """Return the links to folders below a local folder, which are not followed."""
+    found = []
+    for parent, folders, _ in [] if is_remote(folder) else os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [str(Path(parent) / name) for name in folders if (Path(parent) / name).is_symlink()]
+    return sorted(found)
+
+
 def _refuse_folder(error: OSError) -> None:
     raise UserError(f'cannot list the folder "{one_line(str(error.filename))}": {error.strerror}') from None
 

@@ -227,6 +227,11 @@ def test_a_folder_tells_what_it_does_not_read(tmp_path: Path) -> None:
         "1 .xyz (g.xyz.gz), 1 without an ending (Makefile)"
     )
     assert unread_files(parse_sources([f"{tmp_path}/mixed/a.txt"])) == ""
+    (tmp_path / "few" / "sub").mkdir(parents=True)
+    (tmp_path / "few" / "a.txt").write_text("x")
+    assert unread_files(parse_sources([f"{tmp_path}/few"])) == ""
+    (tmp_path / "few" / "sub" / "link").symlink_to(tmp_path / "mixed")
+    assert unread_files(parse_sources([f"{tmp_path}/few"])) == "1 linked folder (link)"
 
 
 def test_a_build_from_before_keeps_its_endings() -> None:
