@@ -25,6 +25,7 @@ BLANK_LINE = re.compile(rb"\n\r?\n")
 # One or more lines of nothing but spaces and tabs, and the newline before them. Each newline is taken whole.
 BLANK_LINES = re.compile(rb"(?>\r\n|\n|\r)(?:[ \t]*(?>\r\n|\n|\r))+")
 
+PRINTED = re.compile(rb"[ \t]*[^ \t]")
 NEWLINE = re.compile(rb"[\r\n]")
 LEADING_LINES = re.compile(rb"(?:[ \t]*(?>\r\n|\n|\r))*")
 
@@ -134,13 +135,15 @@ def cut_at_blank_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[tupl
     for block in blocks:
         held = held + block if held else block
         at = 0
-        if not begun:
-            at = scanned = LEADING_LINES.match(held).end()  # type: ignore[union-attr]
-            begun = at < len(held)
-        # A run of blank lines that touches the end may continue in the next block.
-        while (blank := BLANK_LINES.search(held, max(at, scanned))) and blank.end() < len(held):
+        while True:
+            if not begun:  # the blank lines before a paragraph
+                at = LEADING_LINES.match(held, at).end()  # type: ignore[union-attr]
+                begun = PRINTED.match(held, at) is not None
+            blank = BLANK_LINES.search(held, max(at, scanned)) if begun else None
+            if blank is None:
+                break
             yield from _pieces(held, offset, at, blank.start(), max_bytes)
-            at = blank.end()
+            at, begun = blank.end(), False
         scanned = at + len(held[at:].rstrip(b" \t\r\n"))  # no blank line begins before
         while scanned - at > max_bytes:
             cut = _cut_position(held, at, at + max_bytes)
