@@ -19,7 +19,7 @@ from lm.cli.options import best_checkpoint_option, device_option, run_argument
     "source",
     required=True,
     metavar="FILE|-|hf:NAME[:SPLIT]",
-    help="Texts, in the columns that RUN was fine-tuned with: .jsonl, .csv, .tsv, .parquet, or .txt with one text per "
+    help="Texts, in the columns that RUN was fine-tuned with: .jsonl, .json, .csv, .tsv, .parquet, or .txt, a text per "
     "line; - reads JSON lines from standard input.",
 )
 @click.option(

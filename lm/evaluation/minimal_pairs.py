@@ -45,7 +45,7 @@ class PairsAccuracy(Accuracy):
 
 
 def read_pairs(path: Path, columns: tuple[str, str] = COLUMNS) -> list[Pairs]:
-    """Read the pairs of a .jsonl, .csv, .tsv or .parquet file, or of all such files in a folder, one paradigm per file.
+    """Read the pairs of a file with columns, or of all such files in a folder, one paradigm per file.
 
     ``columns`` name the acceptable and the unacceptable sentence. As in BLiMP, ``UID`` names the paradigm (default:
     the name of the file) and ``linguistics_term`` its group. Raise UserError if there are no files, or a line is not a
@@ -54,7 +54,7 @@ def read_pairs(path: Path, columns: tuple[str, str] = COLUMNS) -> list[Pairs]:
     files = sorted(file for file in path.iterdir() if holds_rows(file)) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise UserError(
-            f"there are no pairs at {path}: name a .jsonl, .csv, .tsv or .parquet file, or a folder of them"
+            f"there are no pairs at {path}: name a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them"
         )
     return [_read_file(file, columns) for file in files]
 
