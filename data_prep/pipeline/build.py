@@ -31,7 +31,7 @@ from data_prep.pipeline.parts import Job, build_part, keep_encoder, kept_documen
 from data_prep.pipeline.splitting import SplitRule, hash_of
 from data_prep.pipeline.workers import Advance, run_calls
 from data_prep.progress import ConsoleReporter, Reporter
-from data_prep.settings import KEEP, BuildSettings, available_cores
+from data_prep.settings import KEEP, READING_RULES, BuildSettings, available_cores
 from data_prep.shards.manifest import make_manifest, save_manifest
 from data_prep.shards.tokens import JOURNAL, MANIFEST, SPLITS, TOKENIZER_FILE, WORK, Dataset, open_dataset
 from data_prep.sources.documents import CorpusPart, ReadReport, Source
@@ -161,7 +161,7 @@ def _by_its_own_rules(settings: BuildSettings) -> BuildSettings:
     for name, entry in ((MANIFEST, "settings"), (JOURNAL, "identity")):
         if (settings.out / name).is_file():
             try:
-                rules = read_json(settings.out / name)[entry].get("reading_rules", 1)
+                rules = min(read_json(settings.out / name)[entry].get("reading_rules", 1), READING_RULES)
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 break  # is reported when the file is read for its content
             return replace(settings, reading=replace(settings.reading, reading_rules=rules))
