@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import struct
 from array import array
 from bisect import bisect_right
@@ -476,12 +477,22 @@ def open_dataset(directory: str | Path) -> Dataset:
     if not path.is_file():
         raise UserError(
             f'"{directory}" is not a Kindling dataset (it has no {MANIFEST}); '
-            f"make one with: {command('prep build')} YOUR_TEXT --out FOLDER"
+            f"make one with: {command('prep build')} {_text_and_out(directory)}"
         )
     content = path.read_bytes()
     dataset = _parse_manifest(directory, content)
     dataset.check_files()
     return dataset
+
+
+def _text_and_out(directory: Path) -> str:
+    """Return arguments of a build for a folder that is no dataset: what is in it is perhaps the text for one."""
+    if not any(directory.iterdir()):
+        return f"YOUR_TEXT --out {shlex.quote(str(directory))}"
+    out = Path("data") / directory.resolve().name
+    if out.resolve() == directory.resolve():
+        out = out.with_name(f"{out.name}-tokens")
+    return f"{shlex.quote(str(directory))} --out {shlex.quote(str(out))}"
 
 
 def _parse_manifest(directory: Path, content: bytes) -> Dataset:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "source",
     required=True,
     metavar="FILE|-|hf:NAME[:SPLIT]",
-    help="Texts: .jsonl, .csv, .tsv, .parquet, or .txt with one text per line; - for JSON lines from standard input.",
+    help="Texts: .jsonl, .json, .csv, .tsv, .parquet, or .txt with one text per line; - reads JSON lines from stdin.",
 )
 @click.option(
     "--output", required=True, metavar="FILE|-", help="Output file, .npy or .jsonl; - for JSON lines on stdout."

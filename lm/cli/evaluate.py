@@ -21,7 +21,7 @@ from lm.cli.options import checkpoint_option, columns_of, columns_options, json_
 @click.option(
     "--pairs",
     type=click.Path(path_type=Path),
-    help="Evaluate on minimal pairs: a .jsonl, .csv, .tsv or .parquet file, or a folder of them (BLiMP).",
+    help="Evaluate on minimal pairs: a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them (BLiMP).",
 )
 @click.option(
     "--text",
@@ -39,7 +39,7 @@ from lm.cli.options import checkpoint_option, columns_of, columns_options, json_
 )
 @click.option(
     "--choices",
-    help="Evaluate on multiple-choice questions: .jsonl, .csv, .tsv, .parquet or hf:NAME[:SPLIT].",
+    help="Evaluate on multiple-choice questions: .jsonl, .json, .csv, .tsv, .parquet or hf:NAME[:SPLIT].",
 )
 @click.option(
     "--similarity",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "source",
     required=True,
     metavar="FILE|-|hf:NAME[:SPLIT]",
-    help="Texts, in the columns that RUN was fine-tuned with: .jsonl, .csv, .tsv, .parquet, or .txt with one text per "
+    help="Texts, in the columns that RUN was fine-tuned with: .jsonl, .json, .csv, .tsv, .parquet, or .txt, a text per "
     "line; - reads JSON lines from standard input.",
 )
 @click.option(

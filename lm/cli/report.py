@@ -18,8 +18,8 @@ from lm.cli.options import checkpoint_option, json_option, run_argument
     "--prompt",
     "prompts",
     multiple=True,
-    help="Text to show with its continuation; may be repeated. Default: the recipe's prompts, or openings of validation "
-    "documents.",
+    help="Text to show with its continuation; may be repeated. Default: the recipe's prompts, or openings of "
+    "validation documents.",
 )
 @click.option(
     "--fill",

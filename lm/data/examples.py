@@ -27,7 +27,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.files import parse_json
-from data_prep.sources.records import known_fields
+from data_prep.sources.records import column_names, known_fields, value_at
 from lm.config.settings import FinetuneConfig
 from lm.data.example_files import rows_of
 from lm.data.labels import choice_of, class_name, is_missing, number_of, refuse_doubles, text_of
@@ -125,13 +125,16 @@ def _outcomes(
     for place, row in rows_of(source, lines_as="" if labeled else columns.text):
         if not needed:
             needed = columns.needed(task, row, labeled=labeled)
-            if missing := {part: name for part, name in needed.items() if name not in row}:
-                options = dict.fromkeys(f"--{part.partition(' ')[0].replace('_', '-')}-column" for part in missing)
+            absent = {part: name for part, name in needed.items() if name not in row and value_at(row, name) is None}
+            if absent:
+                options = dict.fromkeys(f"--{part.partition(' ')[0].replace('_', '-')}-column" for part in absent)
                 options = dict.fromkeys(option.replace("choice-", "choices-") for option in options)
                 raise UserError(
-                    f"{place}: there is no column {known_fields(missing.values())} in {known_fields(row)}: "
-                    f"name {'it' if len(missing) == 1 else 'them'} with {' and '.join(options)}"
+                    f"{place}: there is no column {known_fields(absent.values())} "
+                    f"in {known_fields(column_names(row))}: "
+                    f"name {'it' if len(absent) == 1 else 'them'} with {' and '.join(options)}"
                 )
+        row = row | {name: value_at(row, name) for name in needed.values() if name not in row}  # translation.en
         try:
             yield _example(task, place, row, needed, kept, labeled=labeled)
         except UserError as problem:
