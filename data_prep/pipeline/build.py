@@ -295,9 +295,9 @@ class _Build:
         self.journal.encoder = chosen.encoder.short_name
         self.journal.encoders = dict(chosen.tried)
         self.journal.save()
-        self.progress.note(
-            f"encoder: {chosen.encoder.name} ({'; '.join(v if k == chosen.encoder.name else f'{k}: {v}' for k, v in chosen.tried)})"
-        )
+        name = chosen.encoder.name
+        why = "; ".join(found if tried == name else f"{tried}: {found}" for tried, found in chosen.tried)
+        self.progress.note(f"encoder: {name} ({why})")
 
     def _build_parts(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Step 5. Return the manifest, which does not depend on the time, the machine, or the number of workers."""

@@ -18,15 +18,15 @@ from lm.cli.options import checkpoint_option, json_option, run_argument
     "--prompt",
     "prompts",
     multiple=True,
-    help="Text to show with its continuation; may be repeated. Default: the recipe's prompts, or openings of validation "
-    "documents.",
+    help="Text to show with its continuation; may be repeated. Default: the recipe's prompts, or openings of "
+    "validation documents.",
 )
 @click.option(
     "--fill",
     "fills",
     multiple=True,
-    help="Text with [MASK] to show filled; may be repeated. Default: the recipe's fills, or openings of validation "
-    "documents.",
+    help="Text with [MASK] to show filled; may be repeated. Default: the recipe's fills, or openings of "
+    "validation documents.",
 )
 @checkpoint_option
 def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: str) -> None:

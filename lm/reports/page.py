@@ -62,8 +62,8 @@ def draw(panels: Sequence[Panel | Bars], height: float) -> str:
     Its texts are texts, its colors follow the page's, and a label says what it shows.
     """
     import matplotlib as mpl
-    from matplotlib.rcsetup import cycler
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
     style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
     style |= {"svg.hashsalt": "kindling", "svg.fonttype": "none", "axes.titlesize": 10}
