@@ -25,8 +25,8 @@ from lm.cli.options import checkpoint_option, json_option, run_argument
     "--fill",
     "fills",
     multiple=True,
-    help="Text with [MASK] to show filled; may be repeated. Default: the recipe's fills, or openings of validation "
-    "documents.",
+    help="Text with [MASK] to show filled; may be repeated. Default: the recipe's fills, or openings of "
+    "validation documents.",
 )
 @checkpoint_option
 def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: str) -> None:
