@@ -45,7 +45,7 @@ from lm.cli.options import checkpoint_option, columns_of, columns_options, json_
     "--similarity",
     help="Evaluate embeddings on pairs of texts with a similarity: its rank correlation with their cosine.",
 )
-@columns_options("text", "text_pair", "choices", "label")
+@columns_options("text", "text_pair", "choices", "label", also=False)  # --text-field is for --text
 @reading_options
 @click.option(
     "--columns",

@@ -220,10 +220,11 @@ def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def columns_options(*names: str, default: str = "") -> Decorator:
+def columns_options(*names: str, default: str = "", also: bool = True) -> Decorator:
     """``--text-column`` and the like for these columns of task files; ``columns_of`` reads them.
 
-    ``default`` says what a column is called if it is not named; "": as the setting has it.
+    ``default`` says what a column is called if it is not named; "": as the setting has it. ``also``: by their
+    names in ``prep build``, too.
     """
     settings = {setting.name: setting for setting in all_settings()}
     chosen = [settings[f"{name}_column"] for name in names]
@@ -231,7 +232,8 @@ def columns_options(*names: str, default: str = "") -> Decorator:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for setting in reversed(chosen):
             help = f"{setting.help[0].upper()}{setting.help[1:]}. [default: {default or setting.default}]"
-            function = click.option(setting.option, metavar="NAME", help=help)(function)
+            others = ALSO.get(setting.name, ()) if also else ()
+            function = click.option(setting.option, *others, setting.name, metavar="NAME", help=help)(function)
         return function
 
     return decorate

@@ -74,6 +74,15 @@ def test_the_short_help_has_an_example_and_a_screenful_of_settings(command):
     assert len(whole.splitlines()) > 2 * len(short.splitlines())
 
 
+def test_the_field_or_column_of_a_text_goes_by_both_names():
+    for command in ("prep build", "finetune", "tasks", "predict", "embed"):
+        told = kindling(*command.split(), "--help").stdout
+        assert re.search("--text-(column|field), --text-(column|field) ", told), command
+    told = kindling("evaluate", "--help").stdout
+    assert re.search("--text-field TEXT .*of records", told)
+    assert re.search("--text-column NAME", told)
+
+
 @pytest.mark.parametrize("group", [[], ["prep"]])
 def test_summaries_are_whole_and_every_command_knows_h(group):
     summaries = kindling(*group, "--help").stdout.partition("Commands:\n")[2].splitlines()
