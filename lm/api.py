@@ -25,6 +25,9 @@ from lm.export.gguf import export_gguf
 from lm.export.huggingface import choose_readout, export_huggingface
 from lm.export.import_huggingface import import_checkpoint
 from lm.export.model_card import NO_FACTS, CardFacts
+from lm.export.peft_adapter import export_adapter
+from lm.export.sentence_transformers import export_sentence_transformers
+from lm.export.task_model import export_task_model
 from lm.finetuning import finetune as finetuning
 from lm.finetuning.contrastive_task import similarity as correlations
 from lm.finetuning.predict import Predictor, open_predictor, predict
@@ -164,6 +167,23 @@ class Model(LanguageModel):
         """Write a GGUF file for llama.cpp; arguments and errors as of ``lm.export.gguf.export_gguf``."""
         export_gguf(self.run, Path(file), self.saved, choose_readout(self.run, readout), outtype, facts)
 
+    def save_sentence_transformer(
+        self,
+        folder: str | Path,
+        *,
+        reads: str | None = None,
+        pooling: str | None = None,
+        normalize: bool = False,
+        facts: CardFacts = NO_FACTS,
+    ) -> None:
+        """Write a folder for sentence-transformers, whose vectors are those of ``embed`` with the same arguments."""
+        reading = reading_of(self.config, reads, pooling, normalize=normalize)
+        export_sentence_transformers(self.run, Path(folder), self.saved, reading, facts)
+
+    def save_adapter(self, folder: str | Path, *, facts: CardFacts = NO_FACTS) -> None:
+        """Write a run's LoRA for PEFT, with its base; errors as of ``lm.export.peft_adapter.export_adapter``."""
+        export_adapter(self.run, Path(folder), self.saved, facts=facts)
+
     def _readout(self, wanted: str | None) -> str:
         if wanted is not None and wanted not in self.readouts:
             raise UserError(f"{self.run.path} was trained for {' and '.join(self.readouts)}, not for {wanted}")
@@ -186,6 +206,22 @@ class TaskModel(Predictor):
         texts = [(each,) if isinstance(each, str) else tuple(each) for each in inputs]
         examples = [Example(each, None, f"input {number}") for number, each in enumerate(texts)]
         return [answer for answer, _ in predict(self, examples)]
+
+    def save_pretrained(self, folder: str | Path, *, facts: CardFacts = NO_FACTS) -> None:
+        """Write a folder that ``transformers`` loads with its own classes and pipelines.
+
+        Args:
+            facts: license, languages and base model for the model card.
+
+        Raises:
+            UserError: no class computes what this model does, for the reason given.
+        """
+        state = self.model.trunk.state_dict()
+        export_task_model(self.run, Path(folder), self.saved, state, self.exportable_head, facts)
+
+    def save_adapter(self, folder: str | Path, *, facts: CardFacts = NO_FACTS) -> None:
+        """Write a run's LoRA and head for PEFT; errors as of ``lm.export.peft_adapter.export_adapter``."""
+        export_adapter(self.run, Path(folder), self.saved, self.exportable_head, facts)
 
 
 def load(run: str | Path | Run, *, checkpoint: str | int | None = None, device: str = "auto") -> Any:
@@ -222,7 +258,7 @@ def load_model(run: str | Path | Run, *, checkpoint: str = "newest", device: str
 def load_task_model(run: str | Path | Run, *, checkpoint: str = "best", device: str = "auto") -> TaskModel:
     """``load`` of a run that must have a task's head."""
     found = open_predictor(run.path if isinstance(run, Run) else run, choose_device(device), checkpoint)
-    return TaskModel(found.run, found.model, found.answers)
+    return TaskModel(found.run, found.model, found.answers, found.saved)
 
 
 def train(

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
-from lm.cli.options import best_checkpoint_option, checkpoint_option, run_argument, usual_command
+from lm.cli.options import best_checkpoint_option, run_argument, usual_command
 
 
 @click.command(cls=FriendlyCommand, short_help="Export a model for transformers or llama.cpp.")
 @run_argument
-@click.option("--to", "kind", required=True, type=click.Choice(["hf", "gguf"]), help="transformers or llama.cpp.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder (hf) or file (gguf) to write.")
+@click.option(
+    "--to",
+    "kind",
+    required=True,
+    type=click.Choice(["hf", "gguf", "sentence-transformers", "peft"]),
+    help="transformers, llama.cpp, sentence-transformers, or a LoRA adapter for PEFT.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; gguf: file.")
 @click.option(
     "--readout",
     type=click.Choice(["next_token", "masked_token", "masked_next_token"]),
@@ -27,55 +34,97 @@ from lm.cli.options import best_checkpoint_option, checkpoint_option, run_argume
     type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
     help="Type of the matrices in a GGUF file. [default: f32]",
 )
+@click.option(
+    "--reads",
+    type=click.Choice(["causal", "bidirectional"]),
+    help="sentence-transformers: attention, as in kindling embed. [default: as the run reads texts]",
+)
+@click.option(
+    "--pooling",
+    type=click.Choice(["mean", "last"]),
+    help="sentence-transformers: mean over a text's tokens, or its last one. [default: as in kindling embed]",
+)
+@click.option("--normalize", is_flag=True, help="sentence-transformers: scale each vector to length 1.")
 @click.option("--license", default="", metavar="ID", help="License in the model card, such as mit or apache-2.0.")
 @click.option("--language", multiple=True, metavar="CODE", help="Language in the model card, such as de; repeatable.")
 @click.option("--base-model", default="", metavar="NAME", help="Model on the hub that this one was made from.")
 @click.option("--push", default="", metavar="USER/NAME", help="Upload the export to the Hugging Face hub as well.")
 @click.option("--private", is_flag=True, help="With --push: a repository that only you can see.")
-@checkpoint_option
+@click.option(
+    "--checkpoint",
+    "which",
+    metavar="newest|best|STEP",
+    help="Checkpoint to export. [default: the newest; the best one of a run with a task's head]",
+)
 def export(
     run: Path,
     kind: str,
     out: Path,
     readout: str | None,
     outtype: str | None,
+    reads: str | None,
+    pooling: str | None,
+    normalize: bool,
     license: str,
     language: tuple[str, ...],
     base_model: str,
     push: str,
     private: bool,
-    which: str,
+    which: str | None,
 ) -> None:
-    """Export the model of RUN for transformers or llama.cpp, which load it without Kindling's code."""
+    """Export the model of RUN for transformers, llama.cpp, sentence-transformers or PEFT, which need no Kindling."""
+    if (reads or pooling or normalize) and kind != "sentence-transformers":
+        raise UserError("--reads, --pooling and --normalize are for --to sentence-transformers")
     if outtype and kind != "gguf":
         raise UserError("--outtype is for --to gguf; the weights of --to hf are float32")
     if private and not push:
         raise UserError("--private is for --push USER/NAME")
 
-    from lm.api import load_model
+    from lm import api
     from lm.export import gguf, hub, huggingface
     from lm.export.model_card import CardFacts, finetuned_settings, training_limits
+    from lm.finetuning.answers import ANSWERS
+    from lm.runs.base_weights import BASE
     from lm.runs.directory import open_run
 
     facts = CardFacts(license, language, base_model, push)
     opened = open_run(run)
-    chosen = huggingface.choose_readout(opened, readout)
+    has_head = opened.config.has_task_head
+    if readout and (has_head or kind in ("sentence-transformers", "peft")):
+        raise UserError("--readout is for language models, with --to hf or gguf")
+    model: Any
+    if has_head and kind in ("hf", "peft"):
+        model, chosen = api.load_task_model(opened, checkpoint=which or "best", device="cpu"), None
+    else:
+        chosen = huggingface.choose_readout(opened, readout) if kind in ("hf", "gguf") and not has_head else None
+        model = api.load_model(opened, checkpoint=which or "newest", device="cpu")
     if push:
         hub.check_push(push, private=private)
-    model = load_model(opened, checkpoint=which, device="cpu")
-    if kind == "hf":
+    exported = gguf.EXPORTED if kind == "gguf" else huggingface.EXPORTED | {ANSWERS}
+    if kind == "gguf":
+        model.save_gguf(out, readout=chosen, outtype=outtype or "f32", facts=facts)
+        loaded = f"llama-cli -m {out}"
+    elif kind == "peft":
+        model.save_adapter(out, facts=facts)
+        exported |= {BASE}
+        loaded = f'peft.PeftModel.from_pretrained(base, "{out}"), base as in {out / "README.md"}'
+    elif kind == "sentence-transformers":
+        model.save_sentence_transformer(out, reads=reads, pooling=pooling, normalize=normalize, facts=facts)
+        loaded = f'sentence_transformers.SentenceTransformer("{out}")'
+    elif has_head:
+        model.save_pretrained(out, facts=facts)
+        pipeline = "token-classification" if opened.config.finetune.task == "tokens" else "text-classification"
+        loaded = f'transformers.pipeline("{pipeline}", "{out}")'
+    else:
         model.save_pretrained(out, readout=chosen, facts=facts)
         auto = "AutoModelForCausalLM" if chosen == "next_token" else "AutoModelForMaskedLM"
-        loaded, exported = f'transformers.{auto}.from_pretrained("{out}")', huggingface.EXPORTED
-    else:
-        model.save_gguf(out, readout=chosen, outtype=outtype or "f32", facts=facts)
-        loaded, exported = f"llama-cli -m {out}", gguf.EXPORTED
+        loaded = f'transformers.{auto}.from_pretrained("{out}")'
     click.echo(str(out))
     click.echo(f"left out: {', '.join(huggingface.left_out(opened, model.saved, exported))}", err=True)
-    click.echo(f"readout {chosen}; load it with: {loaded}", err=True)
+    click.echo(f"{f'readout {chosen}; ' if chosen else ''}load it with: {loaded}", err=True)
     if chosen == "masked_next_token":
         click.echo("the logits at position i predict token i+1: for a mask at i, take the logits at i-1", err=True)
-    if (tuned := finetuned_settings(opened, model.saved)) and tuned["task"] != "instruction":
+    if chosen and (tuned := finetuned_settings(opened, model.saved)) and tuned["task"] != "instruction":
         click.echo(f"warning: {' '.join(training_limits(opened, model.saved))}", err=True)
     if push:
         click.echo(hub.push(out, push, private=private))

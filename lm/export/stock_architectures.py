@@ -7,7 +7,7 @@ programs that look for the prediction of a masked token at the position before i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.errors import UserError
@@ -64,6 +64,16 @@ def stock_class(model: ModelConfig, readout: str) -> StockClass:
     if obstacles:
         raise UserError(f"no model class of transformers supports {'; nor '.join(obstacles)}")
     return found[0]
+
+
+def reading_class(model: ModelConfig, reads: str) -> StockClass:
+    """The class whose hidden states are those of a model that reads "causal" or "bidirectional".
+
+    Raises:
+        UserError: there is none, for the reasons given.
+    """
+    without_cap = replace(model, logit_softcap=0.0)  # it changes the logits of words only
+    return stock_class(without_cap, "next_token" if reads == "causal" else "masked_token")
 
 
 def weight_names(model: ModelConfig) -> dict[str, str]:

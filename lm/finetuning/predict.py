@@ -21,6 +21,7 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.recipes import require_task_head
 from lm.config.settings import ANSWER_FILES, Config
 from lm.data.examples import Example, columns_of, stream_examples
+from lm.export.task_model import TaskHead
 from lm.finetuning.answers import Answer, Answers
 from lm.finetuning.head_task import HEADS, encoder_of, outputs_of, task_model
 from lm.finetuning.heads import TaskModel
@@ -40,10 +41,22 @@ class Predictor:
     run: Run
     model: TaskModel
     answers: Answers
+    saved: Checkpoint
 
     @property
     def config(self) -> Config:
         return self.run.config
+
+    @property
+    def exportable_head(self) -> TaskHead:
+        """The head as ``lm.export`` takes it: its outputs are classes' logits, or a regression's values."""
+        head, answers, task = self.model.head, self.answers, self.config.finetune
+        weight = head.weight.detach().cpu().double() * answers.deviation
+        bias = torch.zeros(len(weight)) if head.bias is None else head.bias.detach().cpu()
+        bias = bias.double() * answers.deviation + answers.mean
+        labels = answers.labels or ("value" if task.task == "regression" else "score",)
+        texts = 2 if task.task == "choice" else answers.texts or 1
+        return TaskHead(weight.float(), bias.float(), labels, texts, self.model.pairs)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -59,8 +72,9 @@ def open_predictor(
     """
     run = open_run(path)
     require_task_head(run.path, run.config)
-    model, answers = load_task_model(run, run.checkpoint(which, warn))
-    return Predictor(run, model.to(device).eval(), answers)
+    saved = run.checkpoint(which, warn)
+    model, answers = load_task_model(run, saved)
+    return Predictor(run, model.to(device).eval(), answers, saved)
 
 
 def load_task_model(run: Run, saved: Checkpoint) -> tuple[TaskModel, Answers]:
