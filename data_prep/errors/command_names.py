@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -29,3 +30,13 @@ def example_recipe() -> str:
     """The recipe that messages name: a file of the checkout, or the name that is known everywhere."""
     file = Path("configs", "tiny.toml")
     return str(file) if command("train").startswith("python") and file.is_file() else file.stem
+
+
+def text_and_out(directory: Path) -> str:
+    """Return arguments of a build for a folder that is no dataset: what is in it is perhaps the text for one."""
+    if not any(directory.iterdir()):
+        return f"YOUR_TEXT --out {shlex.quote(str(directory))}"
+    out = Path("data") / directory.resolve().name
+    if out.resolve() == directory.resolve():
+        out = out.with_name(f"{out.name}-tokens")
+    return f"{shlex.quote(str(directory))} --out {shlex.quote(str(out))}"

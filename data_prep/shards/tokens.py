@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import struct
 from array import array
 from bisect import bisect_right
@@ -33,7 +32,7 @@ from typing import IO, Any, Protocol, Self
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.errors.command_names import command
+from data_prep.errors.command_names import command, text_and_out
 from data_prep.files import atomic_file, parse_json, sha256_of_file
 from data_prep.settings import DEFAULT_SHARD_TOKENS
 from data_prep.tokenizers.load import load_tokenizer
@@ -477,22 +476,12 @@ def open_dataset(directory: str | Path) -> Dataset:
     if not path.is_file():
         raise UserError(
             f'"{directory}" is not a Kindling dataset (it has no {MANIFEST}); '
-            f"make one with: {command('prep build')} {_text_and_out(directory)}"
+            f"make one with: {command('prep build')} {text_and_out(directory)}"
         )
     content = path.read_bytes()
     dataset = _parse_manifest(directory, content)
     dataset.check_files()
     return dataset
-
-
-def _text_and_out(directory: Path) -> str:
-    """Return arguments of a build for a folder that is no dataset: what is in it is perhaps the text for one."""
-    if not any(directory.iterdir()):
-        return f"YOUR_TEXT --out {shlex.quote(str(directory))}"
-    out = Path("data") / directory.resolve().name
-    if out.resolve() == directory.resolve():
-        out = out.with_name(f"{out.name}-tokens")
-    return f"{shlex.quote(str(directory))} --out {shlex.quote(str(out))}"
 
 
 def _parse_manifest(directory: Path, content: bytes) -> Dataset:

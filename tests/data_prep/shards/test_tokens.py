@@ -226,7 +226,7 @@ DAMAGES = {
     "manifest of other things": (overwrite("manifest.json", b"[]"), r"manifest\.json.* is damaged"),
     "no manifest": (
         lambda d: (d / "manifest.json").unlink(),
-        r"has no manifest\.json\); make one with: kindling prep build YOUR_TEXT --out ",
+        r"has no manifest\.json\); make one with: kindling prep build \S+ --out data/",
     ),
 }
 
