@@ -108,7 +108,7 @@ def _meaning(measured: dict[str, Any]) -> str:
     for name, loss in measured.get("validation", {}).items():
         nats = loss["nats_per_token"]
         return (
-            "The loss is the mean of -log(probability of the right token), in nats: lower is better. "
+            "The loss is the mean negative logarithm of the right token's probability, in nats: lower is better. "
             f"{name} {nats:.3f} is as if the model gave each token {math.exp(-nats):.2%}, or chose among "
             f"{math.exp(nats):,.0f} equally likely tokens (its perplexity). Bits per byte compare models with "
             "different tokenizers, and with baselines that know only token frequencies (unigram), or compress (bz2)."
