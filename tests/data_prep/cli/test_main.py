@@ -148,7 +148,11 @@ MISTAKES = {
     "no such tokenizer": (["TEXT", "--out", "OUT", "--tokenizer", "no.json"], "there is no tokenizer file"),
     "text as a tokenizer": (["TEXT", "--out", "OUT", "--tokenizer", "TEXT"], "is not a readable tokenizer.json"),
     "impossible fraction": (["TEXT", "--out", "OUT", "--validation-fraction", "1"], "below 1"),
-    "number above 64 bits": (["TEXT", "--out", "OUT", "--vocab-size", "9" * 20], "must be at most 16,777,216"),
+    "number above 64 bits": (["TEXT", "--out", "OUT", "--vocab-size", "9" * 20], r"must be below 2^63"),
+    "number above the largest vocabulary": (
+        ["TEXT", "--out", "OUT", "--vocab-size", "9" * 10],
+        "must be at most 16,777,216",
+    ),
     "number above 32 bits": (["TEXT", "--out", "OUT", "--train-bytes", "9" * 11], "must be from 1 to 2,147,483,647"),
     "number above all": (
         ["TEXT", "--out", "OUT", "--near-threshold", "1e999"],
