@@ -21,14 +21,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## the whole pipeline: text, tokenizer, shards, training, evaluation, samples, report
-	$(BIN)/python -m data_prep build builtin --out data/demo --vocab-size 8192 --validation-fraction 0.02 --word-split gpt2
-	$(BIN)/python train.py configs/demo.toml --data data/demo --run runs/demo
-	$(BIN)/python evaluate.py runs/demo
-	$(BIN)/python sample.py runs/demo --max-new-tokens 80 --temperature 0.7 --top-p 0.95 \
-	  --prompt "Return the" --prompt "This function computes" --prompt "Parameters"
-	$(BIN)/python sample.py runs/demo --fill "Return the [MASK] of the array." \
-	  --fill "If the argument is [MASK], an exception is raised." --fill "The default value is [MASK]."
-	$(BIN)/kindling report runs/demo
+	@$(BIN)/kindling demo
 
 test: setup ## run all tests, with coverage
 	$(BIN)/python -m pytest --cov --cov-report=

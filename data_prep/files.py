@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -75,6 +75,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a small file (text as UTF-8) so that readers see either the old content or the new one."""
     with atomic_file(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def ending_of(output: str | Path, endings: Sequence[str]) -> str:
+    """The ending of a file to write, in lower case; the first of ``endings`` for ``-``, which is standard output.
+
+    Raises:
+        UserError: it is another one.
+    """
+    ending = endings[0] if str(output) == "-" else Path(output).suffix.lower()
+    if ending not in endings:
+        raise UserError(f"cannot write to {output}: name a file that ends in {' or '.join(endings)}, or - for stdout")
+    return ending
 
 
 def read_json(path: Path) -> Any:

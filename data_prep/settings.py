@@ -19,8 +19,11 @@ from data_prep.files import sha256_of_file
 
 SMALLEST_MAX_DOCUMENT_BYTES = 16  # room for any character, and a line or two
 LARGEST_TRAIN_BYTES = 2**31 - 1  # the trainer of tokenizers counts pairs with 32 bits
+LARGEST_VOCABULARY = 2**24
 LARGEST_SHARD_TOKENS = 2**28  # keeps every offset that other readers hold in 32 bits in range
 DEFAULT_SHARD_TOKENS = 2**26
+READING_RULES = 2  # the newest
+DOCUMENT_PER = ("size", "file", "paragraph", "line")
 
 UNICODE_FORMS = ("NFC", "NFKC", "NFD", "NFKD")
 KEEP, EXACT, NEAR = "keep", "exact", "near"  # what to do with duplicates
@@ -78,6 +81,12 @@ def problems(settings: Any) -> Iterator[str]:
             yield f"{option} {value} must be from {least:,} to {most:,}"
         elif least is not None and not least <= value:
             yield f"{option} {value} must be at least {least:,}"
+        elif most is not None and not value <= most:
+            yield f"{option} {value} must be at most {most:,}"
+
+
+def _is_a_word(separator: str) -> bool:
+    return separator.isalpha() and separator in (separator.lower(), separator.capitalize())
 
 
 @dataclass(frozen=True)
@@ -88,11 +97,13 @@ class ReadSettings:
         65536,
         "Split longer texts into documents of at most this many bytes, at blank lines where possible.",
         minimum=SMALLEST_MAX_DOCUMENT_BYTES,
+        maximum=2**31 - 1,
     )
     document_per: str = setting(
         "size",
-        'What counts as one document in a text file: "size" splits long files at blank lines, "file" does the same but '
-        'reads each file as one unit, "line" takes each line; any other text separates documents and is dropped.',
+        'What counts as one document in a text file: "size" splits long files at blank lines, "file" takes each file, '
+        '"paragraph" each paragraph (between blank lines), "line" each line; any other text, in which \\n is a newline '
+        "and \\t a tab, separates documents and is dropped. Documents above --max-document-bytes are always split.",
     )
     text_field: str = setting("text", "Column that holds the text, for sources with columns.")
     errors: str = setting(
@@ -101,12 +112,20 @@ class ReadSettings:
         choices=("skip", "replace", "stop"),
     )
     part_bytes: int = setting(64 * 2**20, "Approximate bytes of input that one worker processes at a time.", minimum=1)
+    # Which version of the rules in docs/data.md applies: a build resumes by those it began with. Before there were
+    # numbers, rule 1, every file was text but .jsonl, .csv and .parquet, and --document-per had no "paragraph".
+    reading_rules: int = READING_RULES
 
     def check(self) -> Iterator[str]:
         """Yield one sentence per invalid setting."""
         yield from problems(self)
         if not self.document_per:
-            yield "--document-per is empty: choose size, file, line, or the text between two documents"
+            yield f"--document-per is empty: choose {', '.join(DOCUMENT_PER)}, or the text between two documents"
+        elif self.reading_rules > 1 and self.document_per not in DOCUMENT_PER and _is_a_word(self.document_per):
+            yield (
+                f'--document-per "{self.document_per}" would cut wherever these letters occur: choose '
+                f"{', '.join(DOCUMENT_PER)}, or for a line that says so \\n{self.document_per}\\n"
+            )
         elif "\0" in self.document_per or "\r" in self.document_per:
             yield "--document-per cannot contain NUL or carriage return: write newlines as \\n, which matches all kinds"
         if not self.text_field:
@@ -207,7 +226,7 @@ class TokenizerSettings:
     """
 
     tokenizer_kind: str = setting("bpe", "Kind of tokenizer to train.", choices=KINDS)
-    vocab_size: int = setting(8192, "Tokens in the vocabulary.")
+    vocab_size: int = setting(8192, "Tokens in the vocabulary.", maximum=LARGEST_VOCABULARY)
     train_bytes: int = setting(
         100_000_000,
         "Bytes of training text, from the beginning, to train the tokenizer on.",
@@ -317,6 +336,12 @@ class BuildSettings:
     def check(self) -> None:
         """Raise ``UserError`` with one line per invalid setting."""
         found = [*self.reading.check(), *self.cleaning.check(), *problems(self)]
+        others = [language for language in self.cleaning.language if language != "en"]
+        if self.cleaning.quality and others and self.reading.reading_rules > 1:
+            found.append(
+                f"--quality keeps only English prose (it counts English words), but --language is {', '.join(others)}: "
+                "leave one of them out"
+            )
         if self.tokenizer is None:
             found += self.training.check()
         if not 0 <= self.validation_fraction < 1:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.settings import ReadSettings
 from lm.config.recipes import pretraining_config, suggestion
-from lm.config.sampling import Sampling
+from lm.config.sampling import Sampling, recommended
 from lm.config.settings import Config
 from lm.data.examples import Columns, Example, read_examples, read_similar
 from lm.evaluation import minimal_pairs, multiple_choice, perplexity, validation_loss
@@ -42,6 +42,7 @@ from lm.model.device import choose_device
 from lm.reports.run_report import write_report
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, open_run, saved_evaluation
+from lm.runs.run_data import located
 from lm.training import pretraining
 from lm.training.distributed import is_main_process
 from lm.training.reporter import Reporter
@@ -69,14 +70,15 @@ class Model(LanguageModel):
 
         Args:
             stream: return an iterator over the pieces of one continuation as they are generated.
-            sampling: fields of ``Sampling``, such as ``max_new_tokens``, ``temperature`` or ``seed``.
+            sampling: fields of ``Sampling``, such as ``max_new_tokens``, ``temperature`` or ``seed``; the defaults of
+                an imported model are those of its ``generation_config.json``.
 
         Raises:
             UserError: a setting is wrong, or the model was trained to fill masks only.
         """
         if "next_token" not in self.readouts:
             raise UserError(f"{self.run.path} was trained to fill masks only: it cannot continue a prompt")
-        settings = _sampling(sampling)
+        settings = _sampling(recommended(self.run.path) | sampling)
         if stream:
             if not isinstance(prompts, str):
                 raise UserError("stream=True takes one prompt, not a list")
@@ -223,7 +225,7 @@ class TaskModel(Predictor):
 
 
 def load(run: str | Path | Run, *, checkpoint: str | int | None = None, device: str = "auto") -> Any:
-    """Load the model of a run, or a folder of ``transformers`` (Llama, Qwen3, EuroBERT).
+    """Load the model of a run, or a folder of ``transformers`` (Llama, Mistral, Qwen3, EuroBERT).
 
     Args:
         checkpoint: "newest", "best", or a step; None: the newest, or the best one of a run with a task's head.
@@ -374,7 +376,7 @@ def evaluate(
         return validation_loss.evaluate(opened, str(data), saved)
 
     def model() -> Model:  # after the files of examples have been read, so that their mistakes show at once
-        return load_model(opened, checkpoint=str(checkpoint), device=device)
+        return load_model(located(opened), checkpoint=str(checkpoint), device=device)
 
     if text:
         reading = ReadSettings(text_field=text_field)

@@ -7,21 +7,22 @@ document is dropped, not only the part around the run.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from data_prep.cleaning.ngrams import Hashes, WordHashes, ngram_hashes, ngram_hashes_of_lengths, plain_words
 from data_prep.errors import UserError
-from data_prep.sources.reading import uncompressed_name
-from data_prep.sources.storage import UnreadableError, open_stream
+from data_prep.files import parse_json
+from data_prep.sources.formats import JSON, JSON_LINES, PARQUET, TABLES, kind_of, what_it_is
+from data_prep.sources.records import first_line
+from data_prep.sources.storage import FIRST_BLOCK_BYTES, Stream, UnreadableError, open_raw, open_stream
+from data_prep.sources.tables import BadRow, fields_of_table
 from data_prep.sources.text_files import normalize_newlines
 
 FEWEST_WORDS = 5  # shorter texts occur everywhere by chance
@@ -85,32 +86,49 @@ class EvaluationTexts:
 
 
 def evaluation_texts(path: Path) -> Iterator[str]:
-    """Return the texts of an evaluation file, which may be compressed.
+    """Yield the texts of an evaluation file, which may be compressed.
 
-    In .jsonl every string of a record counts, however deeply nested, and in .csv and .tsv every field. Any other file
-    is read as text: by paragraphs, or by lines if it has no blank line.
+    Every string of a record counts, however deeply nested, and every field of a table. Any other file is read as text:
+    by paragraphs, or by lines if it has no blank line. Raises ``UserError`` if it cannot be read to the end.
     """
-    content = _read_text(path)
-    name = uncompressed_name(path.name)
-    if name.endswith(".jsonl"):
-        return _texts_of_records(path, content)
-    if name.endswith((".csv", ".tsv")):
-        return _texts_of_table(path, content, "\t" if name.endswith(".tsv") else ",")
-    return iter(_BLANK_LINES.split(content) if _BLANK_LINES.search(content.strip()) else content.split("\n"))
-
-
-def _read_text(path: Path) -> str:
+    kind = kind_of(str(path))
     try:
+        if kind == PARQUET:
+            with open_raw(str(path)) as file:
+                yield from _texts_of_parquet(path, file)
+            return
         with open_stream(str(path)) as stream:
-            content = b"".join(stream.blocks())
+            first = stream.peek()
+            if other := what_it_is(kind, first, whole=len(first) < FIRST_BLOCK_BYTES):
+                raise UserError(f'the evaluation file "{path}" {other}')
+            if kind in TABLES:
+                yield from _texts_of_table(path, fields_of_table(stream, kind))
+            else:
+                content = _read_text(path, stream)
+                read = {JSON: _texts_of_json, JSON_LINES: _texts_of_records}.get(kind, _texts_of_prose)
+                yield from read(path, content)
+            if stream.damage:
+                raise UserError(f'"{path}" is damaged ({stream.damage}): get an intact copy, or exclude it')
     except UnreadableError as error:
         raise UserError(f'the evaluation file "{path}" {error}: choose one that can be read') from None
-    if stream.damage:
-        raise UserError(f'"{path}" is damaged ({stream.damage}): get an intact copy, or exclude it')
+
+
+def _texts_of_prose(path: Path, content: str) -> Iterable[str]:
+    return _BLANK_LINES.split(content) if _BLANK_LINES.search(content.strip()) else content.split("\n")
+
+
+def _read_text(path: Path, stream: Stream) -> str:
     try:
-        return normalize_newlines(content).decode("utf-8-sig")
+        return normalize_newlines(b"".join(stream.blocks())).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f'"{path}" is not UTF-8 text ({error.reason}): convert it, or exclude it') from None
+
+
+def _texts_of_json(path: Path, content: str) -> Iterable[str]:
+    try:
+        return _strings_in(parse_json(content))
+    except ValueError:
+        return _texts_of_records(path, content)  # JSON lines have this name, too
 
 
 def _texts_of_records(path: Path, content: str) -> Iterator[str]:
@@ -118,19 +136,28 @@ def _texts_of_records(path: Path, content: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
             raise UserError(f'"{path}", line {number} is not JSON ({error}): fix or remove the line') from None
         yield from _strings_in(record)
 
 
-def _texts_of_table(path: Path, content: str, delimiter: str) -> Iterator[str]:
-    rows = csv.reader(io.StringIO(content), delimiter=delimiter)
+def _texts_of_table(path: Path, rows: Iterable[tuple[int, list[str] | BadRow]]) -> Iterator[str]:
+    for number, row in rows:
+        if isinstance(row, BadRow):
+            raise UserError(f'"{path}", line {number} cannot be read ({row.why}): fix or remove it')
+        yield from row
+
+
+def _texts_of_parquet(path: Path, file: IO[bytes]) -> Iterator[str]:
+    import pyarrow  # slow to import
+    import pyarrow.parquet
+
     try:
-        for row in rows:
-            yield from row
-    except csv.Error as error:
-        raise UserError(f'"{path}", line {rows.line_num} is not valid CSV ({error}): fix or remove it') from None
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
+            yield from _strings_in(batch.to_pylist())
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f'"{path}" is not a complete parquet file ({first_line(error)}): get an intact copy') from None
 
 
 def _strings_in(value: Any) -> Iterator[str]:

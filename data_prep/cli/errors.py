@@ -1,36 +1,170 @@
-"""Commands that report errors in one sentence, without a traceback."""
+"""Commands that report errors in one sentence, without a traceback, whatever the user types or does with the output."""
 
 from __future__ import annotations
 
+import difflib
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
 
 from data_prep.errors import INTERRUPTED_STATUS, MACHINE_ERROR_STATUS, USER_ERROR_STATUS, UserError
+from data_prep.errors.other_names import other_name
+
+LARGEST_INTEGER = 2**63 - 1
 
 
 class FriendlyCommand(click.Command):
     """A command that turns errors into one line on stderr and an exit status.
 
     The status is 2 for errors the user can fix (``UserError``), 1 for errors of the machine (``OSError``), 130 for
-    Ctrl-C. A closed pipe (``… | head``) is not reported.
+    Ctrl-C. A closed pipe (``… | head``) is not reported. Every command refuses arguments that are not text, numbers
+    that nothing can hold, and unknown options, with the name that other programs' options have here.
     """
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        return ["-h", "--help"]
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        _open_missing_streams()
         try:
+            with errors_reported():
+                return super().main(*args, **extra)
+        except SystemExit as end:
+            _flush_output(quiet=bool(end.code))
+            raise
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for argument in args:
+            if not _is_text(argument):
+                shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
+                raise UserError(f'the argument "{shown}" is not UTF-8: convert it')
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            options = [name for each in self.params if isinstance(each, click.Option) for name in each.opts]
+            if hint := other_name(error.option_name, options):
+                raise UserError(f"unknown option {error.option_name}{hint}") from None
+            raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with errors_reported():
+            problems = [problem for each in self.params if (problem := _problem(each, ctx.params.get(each.name or "")))]
+            if problems:
+                raise UserError("\n".join(problems))
             return super().invoke(ctx)
-        except UserError as error:
-            _leave(ctx, "\n".join(f"error: {line}" for line in str(error).splitlines()), USER_ERROR_STATUS)
-        except KeyboardInterrupt as interrupt:
-            _leave(ctx, str(interrupt) or "stopped", INTERRUPTED_STATUS)
-        except BrokenPipeError:
-            raise  # click exits silently
-        except OSError as error:
-            _leave(ctx, f"error: {_sentence(error)}", MACHINE_ERROR_STATUS)
 
 
 class FriendlyGroup(FriendlyCommand, click.Group):
-    """A group of commands that report errors like a ``FriendlyCommand``."""
+    """A group of commands that report errors like a ``FriendlyCommand``, as its own commands do."""
+
+    command_class = FriendlyCommand
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of a first hour, not of the alphabet."""
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in self.commands and not name.startswith("-"):
+            known = [*self.commands, *_commands_of_groups(self)]
+            inner = [words for words in known if words.endswith(f" {name}")]
+            close = inner or difflib.get_close_matches(name, known, 1)
+            hint = f': did you mean "{close[0]}"?' if close else f": choose one of {', '.join(self.commands)}"
+            raise UserError(f'there is no command "{name}"{other_name(name, known) or hint}')
+        return super().resolve_command(ctx, args)
+
+
+def _commands_of_groups(group: click.Group) -> Iterator[str]:
+    """The commands of a group's groups, such as "prep build"."""
+    for name, each in group.commands.items():
+        yield from (f"{name} {inner}" for inner in (each.commands if isinstance(each, click.Group) else ()))
+
+
+@contextmanager
+def errors_reported() -> Iterator[None]:
+    """Turn the errors of a block into a message on stderr and an exit status, as ``FriendlyCommand`` says."""
+    try:
+        yield
+    except UserError as error:
+        _leave("\n".join(f"error: {line}" for line in str(error).splitlines()), USER_ERROR_STATUS)
+    except KeyboardInterrupt as interrupt:
+        _leave(str(interrupt) or "stopped", INTERRUPTED_STATUS)
+    except BrokenPipeError:
+        raise  # click exits silently
+    except MemoryError:
+        _leave("error: out of memory", MACHINE_ERROR_STATUS)
+    except OSError as error:
+        _leave(f"error: {_sentence(error)}", MACHINE_ERROR_STATUS)
+
+
+def _is_text(value: str) -> bool:
+    """Whether the shell or the environment gave UTF-8, and not the bytes of another encoding."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _problem(parameter: click.Parameter, value: Any) -> str:
+    """What is wrong with a value, whatever it is for; "": nothing."""
+    name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
+    if isinstance(value, str) and not _is_text(value):  # of an environment variable: arguments were checked before
+        return f"the value of {name} is not UTF-8"
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        return f"{name} is too large: it must be below 2^63"
+    return ""
+
+
+class _ClosedOutput(io.RawIOBase):
+    """Stands for a standard output that was closed before the start (``>&-``): writing fails."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> NoReturn:
+        raise OSError(errno.EBADF, "standard output is closed")
+
+
+def _open_missing_streams() -> None:
+    """Open what the shell closed, so that no other file takes its place and no message lands in it."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0, encoding="utf-8")
+    if sys.stdout is None:
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(_ClosedOutput()), encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8")
+
+
+def _flush_output(*, quiet: bool) -> None:
+    """Write what is left of the output; a full disk or a closed pipe is the end of the command, not of Python.
+
+    ``quiet``: the command has reported an error already.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = io.StringIO()  # or Python would try again at its end
+        if isinstance(error, BrokenPipeError):
+            sys.exit(MACHINE_ERROR_STATUS)
+        if not quiet:
+            _leave(f"error: {_sentence(error)}", MACHINE_ERROR_STATUS)
 
 
 def _sentence(error: OSError) -> str:
@@ -40,6 +174,7 @@ def _sentence(error: OSError) -> str:
     return file + error.strerror[:1].lower() + error.strerror[1:]
 
 
-def _leave(context: click.Context, message: str, status: int) -> NoReturn:
-    click.echo(message, err=True)
-    context.exit(status)
+def _leave(message: str, status: int) -> NoReturn:
+    with suppress(OSError):  # stderr may be full or closed too
+        click.echo(message, err=True)
+    sys.exit(status)

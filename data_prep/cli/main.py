@@ -11,18 +11,24 @@ import click
 
 from data_prep.cli.errors import FriendlyGroup
 from data_prep.cli.options import options_of
-from data_prep.cli.tables import print_table
+from data_prep.cli.tables import counted, print_table
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command, example_recipe
 from data_prep.settings import DEFAULT_SHARD_TOKENS, BuildSettings, CleaningSettings, ReadSettings, TokenizerSettings
 
 DIRECTORY = click.Path(path_type=Path)
+STDOUT = Path("-")
 SKIPPED_STATUS = 3
 EMPTY = "empty document"  # the only skipped input that does not matter
 EXPORTED = ("nanogpt", "llmc", "datatrove", "olmo")
 IMPORTED = (*EXPORTED, "megatron")
 
 
-@click.group(cls=FriendlyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=FriendlyGroup,
+    short_help="Turn text into a dataset: tokenizer and token shards.",
+    context_settings={"max_content_width": 100},
+)
 def main() -> None:
     """Turn raw text into token shards: train a tokenizer, encode, and inspect the result."""
 
@@ -39,16 +45,19 @@ def build(
 ) -> None:
     """Build a dataset from text.
 
-    A SOURCE is a file (.txt, .md, .jsonl, .csv or .parquet; all but .parquet may be compressed as .gz, .zst, .bz2 or
-    .xz), a folder of such files, a pattern ("texts/**/*.md"), - for standard input, "builtin" for the documentation
-    in Python and installed packages, hf:NAME[:SPLIT] for a Hugging Face dataset or a local folder with one, or a URL
-    supported by fsspec (s3://…). NAME=SOURCE names a source, SOURCE@2 gives it a weight in training.
+    A SOURCE is a file (.txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or .parquet; all but .parquet may be compressed
+    as .gz, .zst, .bz2 or .xz; any other name is read as text), a folder of such files, a pattern ("texts/**/*.md"),
+    - for standard input, "builtin" for the documentation in Python and installed packages, hf:NAME[:SPLIT] for a
+    Hugging Face dataset or a local folder with one, or a URL supported by fsspec (s3://…). NAME=SOURCE names a source,
+    SOURCE@2 gives it a weight in training.
 
     To resume a build that was stopped, run the same command again. Exit status 3 means that the dataset is complete,
     but damaged or unreadable input was skipped.
     """
     import data_prep
 
+    if out == STDOUT:
+        raise UserError("--out names a folder, so it cannot be standard output (-)")
     if dry_run:
         _print_estimate(BuildSettings.from_options(sources, out, **settings), as_json)
         return
@@ -68,19 +77,26 @@ def _print_estimate(settings: BuildSettings, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
         return
-    click.echo(f"{found.files:,} files, {found.file_bytes / 1e6:,.1f} MB, in {found.parts:,} parts")
+    size = f"{counted(found.files, 'file')}, {found.file_bytes / 1e6:,.1f} MB"
+    click.echo(f"{size}, in {counted(found.parts, 'part')}")
     about = "very roughly" if found.guessed else "about"
     click.echo(
-        f"{about} {found.text_bytes / 1e6:,.1f} MB of text in {found.documents:,} documents, {found.tokens:,} tokens"
+        f"{about} {found.text_bytes / 1e6:,.1f} MB of text in {counted(found.documents, 'document')}, "
+        f"{counted(found.tokens, 'token')}"
     )
-    click.echo(f"{about} {found.seconds:,.0f} s with {found.workers} workers and the encoder {found.encoder}")
+    workers = counted(found.workers, "worker")
+    click.echo(f"{about} {found.seconds:,.0f} s with {workers} and the encoder {found.encoder}")
     click.echo(f"{about} {found.disk_bytes / 1e6:,.1f} MB on disk, in {settings.out}")
+    for sentence in found.advice:
+        click.echo(f"note: {sentence}")
+    if found.unread_files:
+        click.echo(f"left out: {found.unread_files}")
     click.echo("nothing was written")
 
 
 def _print_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
-    counted = ("documents", "tokens", "text_bytes", "words", "lost_bytes", "unknown_tokens")
-    splits = {name: {key: split.get(key) for key in counted} for name, split in manifest["splits"].items()}
+    totals = ("documents", "tokens", "text_bytes", "words", "lost_bytes", "unknown_tokens")
+    splits = {name: {key: split.get(key) for key in totals} for name, split in manifest["splits"].items()}
     for split in splits.values():
         split["bytes_per_token"] = split["text_bytes"] / split["tokens"] if split["tokens"] else None
     if as_json:
@@ -111,20 +127,24 @@ def _print_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
     for step, report in manifest["cleaning"].items():
         changed, removed = report["changed_documents"], report["removed_documents"]
         example = f" ({report['examples'][0]['reason']})" if report["examples"] else ""
-        click.echo(f"{step}: changed {changed:,}, removed {removed:,} documents{example}")
+        click.echo(f"{step}: changed {changed:,}, removed {counted(removed, 'document')}{example}")
     left_out = [f"{reason} {count:,}" for reason, count in manifest["left_out"].items() if count]
     if left_out:
         click.echo(f"left out: {', '.join(left_out)}")
     click.echo(f"in: {out}")
-    click.echo(f"next: python train.py configs/tiny.toml --data {out} --run runs/{out.resolve().name}")
+    click.echo(f"next: {command('train')} {example_recipe()} --data {out} --run runs/{out.resolve().name}")
 
 
 @main.command()
 @click.argument("directory", type=DIRECTORY)
-@click.option("--documents", type=int, default=3, show_default=True, help="Documents to show per split.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed for choosing the documents.")
+@click.option(
+    "--documents", type=click.IntRange(min=0), default=3, show_default=True, help="Documents to show per split."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for choosing the documents."
+)
 @click.option("--ids", is_flag=True, help="Show texts as tokens with their ids.")
-@click.option("--page", type=DIRECTORY, help="Write a page with plots to this .html file instead.")
+@click.option("--page", type=DIRECTORY, help="Write a page with plots to this .html file instead; - for stdout.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | None, as_json: bool) -> None:
     """Show a dataset as a model will see it.
@@ -140,6 +160,9 @@ def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | 
         from data_prep.files import write_atomically
         from data_prep.shards.inspect_page import render_page
 
+        if page == STDOUT:
+            click.echo(render_page(found))
+            return
         write_atomically(page, render_page(found))
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -151,7 +174,9 @@ def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | 
 @click.argument("name", metavar="TOKENIZER")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @options_of(ReadSettings)
-@click.option("--most-bytes", type=int, default=10_000_000, show_default=True, help="Bytes of text to read.")
+@click.option(
+    "--most-bytes", type=click.IntRange(min=1), default=10_000_000, show_default=True, help="Bytes of text to read."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def tokenizer(name: str, sources: tuple[str, ...], most_bytes: int, as_json: bool, **options: Any) -> None:
     """Show how a tokenizer handles some text.
@@ -160,11 +185,13 @@ def tokenizer(name: str, sources: tuple[str, ...], most_bytes: int, as_json: boo
     Hugging Face Hub. Each SOURCE is as for build. Prints bytes per token, unused tokens, the longest tokens, and how
     much text was lost.
     """
-    from data_prep.sources.listing import first_texts
+    from data_prep.sources.listing import first_texts, parse_sources, unread_files
     from data_prep.tokenizers.load import load_tokenizer
     from data_prep.tokenizers.report import tokenizer_report
 
     found = tokenizer_report(load_tokenizer(name), first_texts(sources, most_bytes, ReadSettings(**options)))
+    if unread := unread_files(parse_sources(sources)):
+        click.echo(f"left out: {unread}", err=True)
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
@@ -191,7 +218,7 @@ def verify(directory: Path, as_json: bool) -> None:
         click.echo(f'"{directory}" is intact: {total:,} tokens, all checksums match')
 
 
-@main.command()
+@main.command(short_help="Export to or import from the token files of other programs.")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=DIRECTORY)
 @click.option("--to", "target", type=click.Choice(EXPORTED), help="Layout to export SOURCE, a dataset, to.")
 @click.option("--from", "origin", type=click.Choice(IMPORTED), help="Layout of SOURCE, files or folders to import.")
@@ -232,7 +259,7 @@ def convert(
             raise UserError("--to takes one dataset at a time")
         written = export_dataset(open_dataset(sources[0]), target, out, copy=copy, progress=ConsoleReporter())
         found = {"out": str(out), "layout": target, "files": written}
-        click.echo(json.dumps(found, indent=2) if as_json else f"in: {out} ({len(written)} files)")
+        click.echo(json.dumps(found, indent=2) if as_json else f"in: {out} ({counted(len(written), 'file')})")
         return
     assert origin is not None
     if tokenizer is None:

@@ -9,6 +9,8 @@ import click
 
 from data_prep.settings import option_of, settings_of
 
+ALSO = {"text_field": ("--text-column",)}  # what finetune calls it
+
 
 def options_of(*kinds: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add an option for each setting of these dataclasses; its value arrives under the setting's name."""
@@ -18,6 +20,7 @@ def options_of(*kinds: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
             choices, default = each.metadata["choices"], each.default
             command = click.option(
                 option_of(each),
+                *ALSO.get(each.name, ()),
                 each.name,
                 type=click.Choice(choices) if choices else None,
                 metavar=f"[{'|'.join(filter(None, choices))}]" if choices else None,

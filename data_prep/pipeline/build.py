@@ -24,17 +24,18 @@ from typing import Any
 from data_prep.cleaning.cleaner import Cleaner
 from data_prep.cleaning.duplicates import find_duplicates
 from data_prep.errors import UserError
-from data_prep.files import atomic_file, empty_directory, only_writer_of, write_atomically
+from data_prep.files import atomic_file, empty_directory, only_writer_of, read_json, write_atomically
+from data_prep.pipeline.advice import advice, removals
 from data_prep.pipeline.journal import Journal, PartRecord, differences
 from data_prep.pipeline.parts import Job, build_part, keep_encoder, kept_documents, merged, part_path, survey_part
 from data_prep.pipeline.splitting import SplitRule, hash_of
 from data_prep.pipeline.workers import Advance, run_calls
 from data_prep.progress import ConsoleReporter, Reporter
-from data_prep.settings import KEEP, BuildSettings, available_cores
+from data_prep.settings import KEEP, READING_RULES, BuildSettings, available_cores
 from data_prep.shards.manifest import make_manifest, save_manifest
 from data_prep.shards.tokens import JOURNAL, MANIFEST, SPLITS, TOKENIZER_FILE, WORK, Dataset, open_dataset
 from data_prep.sources.documents import CorpusPart, ReadReport, Source
-from data_prep.sources.listing import STDIN, copy_stdin, describe, parse_sources, parts_of
+from data_prep.sources.listing import STDIN, copy_stdin, describe, parse_sources, parts_of, unread_files
 from data_prep.tokenizers.encoders import choose_encoder
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
@@ -83,6 +84,8 @@ class BuildPlan:
         }
         if tokenizer is not None and tokenizer.cuts_names:  # earlier versions gave such names the ids of the tokens
             identity["cuts_names"] = True
+        if settings.reading.reading_rules == 1:
+            del identity["reading_rules"]
         return cls(settings, sources, tuple(parts), tokenizer, json.loads(json.dumps(identity)))
 
     @property
@@ -126,7 +129,7 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
 
     A finished dataset with the same settings is left unchanged. Raises ``UserError`` as ``build`` does.
     """
-    settings = _with_earlier_word_split(settings)
+    settings = _by_its_own_rules(_with_earlier_word_split(settings))
     plan = BuildPlan.of(settings)
     out = settings.out
     if out.exists() and not out.is_dir():
@@ -170,6 +173,18 @@ def _with_earlier_word_split(settings: BuildSettings) -> BuildSettings:
     return replace(settings, training=training)
 
 
+def _by_its_own_rules(settings: BuildSettings) -> BuildSettings:
+    """Return the settings with the rules of reading by which the dataset or build in ``settings.out`` began."""
+    for name, entry in ((MANIFEST, "settings"), (JOURNAL, "identity")):
+        if (settings.out / name).is_file():
+            try:
+                rules = min(read_json(settings.out / name)[entry].get("reading_rules", 1), READING_RULES)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                break  # is reported when the file is read for its content
+            return replace(settings, reading=replace(settings.reading, reading_rules=rules))
+    return settings
+
+
 def _finished(out: Path, identity: dict[str, Any], progress: Reporter) -> dict[str, Any]:
     manifest = open_dataset(out).manifest
     _refuse_other_settings(out, {"sources": manifest["sources"]} | manifest["settings"], identity)
@@ -208,7 +223,7 @@ class _Build:
         (out / WORK).mkdir(exist_ok=True)
         if any(source.location == STDIN for source in self.plan.sources):
             with atomic_file(out / STDIN_COPY) as file:
-                copy_stdin(file)
+                copy_stdin(file, self.plan.settings.reading.reading_rules)
             self.plan = BuildPlan.of(self.plan.settings, out / STDIN_COPY)
         self._find_duplicates()
         self._settle_split()
@@ -238,17 +253,16 @@ class _Build:
             workers = settings.workers or available_cores()
             return run_calls(function, calls, engine=settings.engine, workers=workers, advance=advance)
 
-    def _texts(self) -> Iterator[str]:
-        """Yield the texts of all documents, in order."""
+    def _texts(self, reading: ReadReport, cleaner: Cleaner) -> Iterator[str]:
+        """Yield the texts of all documents, in order, and report."""
         job = Job(self.plan.settings, self.plan.sources)
-        cleaner = Cleaner(job.settings.cleaning)
         for number, part in enumerate(self.plan.parts):
-            for document in kept_documents(job, number, part, lambda size: None, ReadReport(), cleaner):
+            for document in kept_documents(job, number, part, lambda size: None, reading, cleaner):
                 yield document.text
 
     def _training_texts(self, advance: Advance = lambda size: None) -> Iterator[str]:
         assert self.journal.threshold is not None
-        for text in self._texts():
+        for text in self._texts(ReadReport(), Cleaner(self.plan.settings.cleaning)):
             content = text.encode("utf-8")
             if hash_of(content) >= self.journal.threshold:
                 yield text
@@ -259,16 +273,19 @@ class _Build:
         if self.journal.threshold is not None:
             return
         split, text_bytes, any_text = SplitRule(self.plan.settings.validation_fraction), 0, False
-        for text in self._texts():
+        reading, cleaner = ReadReport(), Cleaner(self.plan.settings.cleaning)
+        for text in self._texts(reading, cleaner):
             content = text.encode("utf-8")
             split.add(hash_of(content))
             text_bytes += len(content)
             any_text = True
             if split.settled:
                 break
+        removed = "; ".join(removals(reading, cleaner.report))
         if not any_text:
-            raise UserError("the sources contain no text: every document is empty, only whitespace, or was skipped")
-        self.journal.threshold = split.threshold(text_bytes)
+            why = removed or "every document is empty, only whitespace, or was skipped"
+            raise UserError(f"the sources contain no text: {why}")
+        self.journal.threshold = split.threshold(text_bytes, removed)
         self.journal.save()
 
     def _tokenizer(self) -> Tokenizer:
@@ -295,7 +312,8 @@ class _Build:
         self.journal.encoder = chosen.encoder.short_name
         self.journal.encoders = dict(chosen.tried)
         self.journal.save()
-        self.progress.note(f"encoder: {chosen.encoder.name} ({'; '.join(f'{k}: {v}' for k, v in chosen.tried)})")
+        others = "; ".join(f"{name}: {outcome}" for name, outcome in chosen.tried if name != chosen.encoder.name)
+        self.progress.note(f"encoder: {chosen.encoder.name}, exact" + (f" ({others})" if others else ""))
 
     def _build_parts(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Step 5. Return the manifest, which does not depend on the time, the machine, or the number of workers."""
@@ -303,6 +321,10 @@ class _Build:
         reading, cleaning, corpus_sha256 = merged([record.summary for record in records if record.summary])
         for message in reading.messages:
             self.progress.note(f"left out: {message}")
+        for sentence in advice(self.plan.settings.reading, reading, cleaning):
+            self.progress.note(f"note: {sentence}")
+        if unread := unread_files(self.plan.sources):
+            self.progress.note(f"left out: {unread}")
         _refuse_changed_sources(self.plan, self.journal)
         settings = dict(self.journal.identity)
         return make_manifest(

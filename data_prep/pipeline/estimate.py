@@ -5,31 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from data_prep.cleaning.cleaner import Cleaner
+from data_prep.cleaning.cleaner import Cleaner, CleaningReport
 from data_prep.errors import UserError
+from data_prep.pipeline.advice import advice, removals
 from data_prep.pipeline.build import BuildPlan
 from data_prep.pipeline.parts import Job, cleaned_documents
 from data_prep.settings import BuildSettings, TokenizerSettings, available_cores
 from data_prep.shards.tokens import index_size
-from data_prep.sources.listing import STDIN, CorpusPart, ReadReport
-from data_prep.sources.reading import PARQUET
-from data_prep.sources.storage import PACKED_SUFFIXES
+from data_prep.sources.formats import PARQUET, is_compressed, kind_of
+from data_prep.sources.listing import STDIN, CorpusPart, ReadReport, unread_files
 from data_prep.tokenizers.encoders import choose_encoder
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 from data_prep.tokenizers.training import train_tokenizer
 
-SAMPLED_PARTS, SAMPLED_BYTES = 8, 1 << 18  # number of parts, and bytes of text from each
-COMPRESSED = (*PACKED_SUFFIXES, PARQUET)
+SAMPLED_PARTS, SAMPLED_BYTES = 8, 1 << 21  # number of parts, and bytes of text from all of them
 GUESSED_EXPANSION = 3.0  # of compressed files, whose text cannot be measured without decompressing all of it
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build would read and write: sizes in bytes (one per character of text), time in seconds.
+    """What a build would read and write: sizes in bytes, time in seconds.
 
     ``text_bytes`` is the text after cleaning. ``guessed`` is true if some sources are compressed or of unknown size.
+    ``unread_files`` says which files of a folder would be left out because of their names,
+    and ``advice`` has what a build would note about its text.
     """
 
     files: int
@@ -43,11 +43,15 @@ class Estimate:
     workers: int
     encoder: str
     guessed: bool
+    unread_files: str
+    advice: list[str]
 
 
 @dataclass
 class _Sample:
     texts: list[str]
+    reading: ReadReport
+    cleaning: CleaningReport
     read_bytes: int = 0
     kept_bytes: int = 0
     seconds: float = 0.0
@@ -63,9 +67,9 @@ def estimate_build(settings: BuildSettings) -> Estimate:
     plan = BuildPlan.of(settings)
     sample = _sample(plan)
     if not sample.texts:
-        raise UserError(
-            "the sample of the sources contains no text: every document is empty, only whitespace, or was skipped"
-        )
+        removed = "; ".join(removals(sample.reading, sample.cleaning))
+        why = removed or "every document is empty, only whitespace, or was skipped"
+        raise UserError(f"the sample of the sources contains no text: {why}")
     workers = settings.workers or available_cores()
     began = time.perf_counter()
     tokenizer = plan.tokenizer or _rough_tokenizer(sample.texts, settings.training)
@@ -95,28 +99,28 @@ def estimate_build(settings: BuildSettings) -> Estimate:
         workers=workers,
         encoder=chosen.encoder.name,
         guessed=any(_is_compressed(part) or not part.bytes for part in plan.parts),
+        unread_files=unread_files(plan.sources),
+        advice=list(advice(settings.reading, sample.reading, sample.cleaning, scale)),
     )
 
 
 def _is_compressed(part: CorpusPart) -> bool:
-    return any(Path(file_range.path).suffix in COMPRESSED for file_range in part.ranges)
+    return any(is_compressed(each.path) or kind_of(each.path) == PARQUET for each in part.ranges)
 
 
 def _sample(plan: BuildPlan) -> _Sample:
-    sample, job, cleaner = _Sample([]), Job(plan.settings, plan.sources), Cleaner(plan.settings.cleaning)
+    job, cleaner = Job(plan.settings, plan.sources), Cleaner(plan.settings.cleaning)
+    sample = _Sample([], ReadReport(), cleaner.report)
     began = time.perf_counter()
-
-    def advance(size: int) -> None:
-        sample.read_bytes += size
-
-    for part in plan.parts[:: -(-len(plan.parts) // SAMPLED_PARTS)]:
-        before = sample.read_bytes
-        for document in cleaned_documents(job, part, advance, ReadReport(), cleaner):
+    parts = plan.parts[:: -(-len(plan.parts) // SAMPLED_PARTS)]
+    for part in parts:
+        before = sample.reading.text_bytes
+        for document in cleaned_documents(job, part, lambda size: None, sample.reading, cleaner):
             sample.texts.append(document.text)
-            sample.kept_bytes += len(document.text)
-            if sample.read_bytes - before >= SAMPLED_BYTES:
+            sample.kept_bytes += len(document.text.encode("utf-8"))
+            if sample.reading.text_bytes - before >= SAMPLED_BYTES // len(parts):
                 break
-        sample.read_bytes = max(sample.read_bytes, before + 1)
+        sample.read_bytes += max(sample.reading.text_bytes - before, 1)
     sample.seconds = time.perf_counter() - began
     return sample
 

@@ -51,8 +51,10 @@ def cleaned_documents(
     job: Job, part: CorpusPart, advance: Advance, reading: ReadReport, cleaner: Cleaner
 ) -> Iterator[Document]:
     """Yield the documents of a part after cleaning, including duplicates."""
+    done = reading.text_bytes
     for document in read_part(part, job.sources, job.settings.reading, reading):
-        advance(len(document.text))
+        advance(reading.text_bytes - done)
+        done = reading.text_bytes
         text = cleaner.clean(document.text) if cleaner.active else document.text
         if text is document.text:
             yield document

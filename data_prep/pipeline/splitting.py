@@ -57,12 +57,17 @@ class SplitRule:
         self._smallest = min(self._smallest, document_hash)
         self._largest = max(self._largest, document_hash)
 
-    def threshold(self, text_bytes: int) -> int:
-        """Return the threshold. ``text_bytes``, the size of all text, is for advice if there is only one document."""
+    def threshold(self, text_bytes: int, removed: str = "") -> int:
+        """Return the threshold.
+
+        If there is only one document, ``text_bytes``, the size of all text, is for advice, and ``removed`` says what
+        cleaning did.
+        """
         if self._threshold == 0:
             return 0
         if self._smallest == self._largest:
             one = "there is only one document" if self._documents == 1 else "all documents are identical"
+            one += f" ({removed})" if removed else ""
             piece = text_bytes // 20
             cut = f"cut it with --max-document-bytes {piece}" if piece >= SMALLEST_MAX_DOCUMENT_BYTES else "add text"
             raise UserError(

@@ -32,6 +32,7 @@ from typing import IO, Any, Protocol, Self
 import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command, text_and_out
 from data_prep.files import atomic_file, parse_json, sha256_of_file
 from data_prep.settings import DEFAULT_SHARD_TOKENS
 from data_prep.tokenizers.load import load_tokenizer
@@ -475,7 +476,7 @@ def open_dataset(directory: str | Path) -> Dataset:
     if not path.is_file():
         raise UserError(
             f'"{directory}" is not a Kindling dataset (it has no {MANIFEST}); '
-            f"make one with: python -m data_prep build YOUR_TEXT --out {directory}"
+            f"make one with: {command('prep build')} {text_and_out(directory)}"
         )
     content = path.read_bytes()
     dataset = _parse_manifest(directory, content)

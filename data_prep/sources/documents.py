@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 MOST_MESSAGES = 20
+MOST_COUNTED = 1000  # documents of text files whose paragraphs are counted, in each part
 
 # Why something was skipped: the keys of ``ReadReport.counts``.
 EMPTY_DOCUMENT = "empty document"
@@ -16,6 +17,7 @@ BROKEN_RECORD = "broken record"
 NO_TEXT_IN_FIELD = "no text in the field"
 RECORD_TOO_LONG = "record too long"
 BINARY_FILE = "binary file"
+MISNAMED_FILE = "file of another kind than its name says"
 UTF16_FILE = "file with UTF-16"
 EMPTY_FILE = "empty file"
 DAMAGED_FILE = "damaged file"
@@ -66,16 +68,33 @@ class Document:
 
 @dataclass
 class ReadReport:
-    """What was read and what was skipped. ``messages`` describes the first skipped items, one sentence each."""
+    """What was read and what was skipped. ``messages`` describes the first skipped items, one sentence each.
+
+    The last five are about text files: documents and their bytes, separators between them, and paragraphs and lines of
+    the first ``MOST_COUNTED`` documents.
+    """
 
     documents: int = 0
     text_bytes: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    text_documents: int = 0
+    text_document_bytes: int = 0
+    separators: int = 0
+    paragraphs: int = 0
+    lines: int = 0
 
     def count(self, reason: str) -> None:
         """Count one skipped item."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
+
+    def count_text(self, text: str, size: int) -> None:
+        """Count a document of a text file, of so many bytes."""
+        self.text_documents += 1
+        self.text_document_bytes += size
+        if self.text_documents <= MOST_COUNTED:
+            self.paragraphs += sum(not paragraph.isspace() and paragraph != "" for paragraph in text.split("\n\n"))
+            self.lines += text.count("\n") + (not text.endswith("\n"))
 
     def note(self, message: str) -> None:
         """Keep a message, up to ``MOST_MESSAGES``."""
@@ -86,6 +105,11 @@ class ReadReport:
         """Add the report of another part. Merging in the order of the parts gives the same result every time."""
         self.documents += other.documents
         self.text_bytes += other.text_bytes
+        self.text_documents += other.text_documents
+        self.text_document_bytes += other.text_document_bytes
+        self.separators += other.separators
+        self.paragraphs += other.paragraphs
+        self.lines += other.lines
         self.counts = dict(Counter(self.counts) + Counter(other.counts))
         for message in other.messages:
             self.note(message)

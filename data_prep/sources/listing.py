@@ -17,30 +17,31 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.errors import UserError
-from data_prep.settings import ReadSettings
+from data_prep.settings import READING_RULES, ReadSettings
 from data_prep.sources.documents import CorpusPart, FileRange, ReadReport, Source, one_line
-from data_prep.sources.reading import (
-    BUILTIN,
-    CSV,
+from data_prep.sources.formats import (
+    ENDINGS,
     JSON_LINES,
+    PACKED_SUFFIXES,
     PARQUET,
-    STDIN,
+    TEXT,
     is_compressed,
-    kind_of,
-    parse_separator,
-    read_part,
-    uncompressed_name,
-    why_not_text,
+    kind_by_rules,
+    some_names,
+    summary_of,
+    what_it_is,
 )
+from data_prep.sources.reading import BUILTIN, STDIN, parse_separator, read_part, why_not_read
 from data_prep.sources.records import HUGGING_FACE, parse_hugging_face, row_groups
 from data_prep.sources.storage import (
     BLOCK_BYTES,
-    PACKED_SUFFIXES,
+    FIRST_BLOCK_BYTES,
     UnreadableError,
     is_folder,
     is_glob,
     is_remote,
     last_name,
+    linked_folders,
     list_folder,
     list_glob,
     open_raw,
@@ -50,8 +51,7 @@ from data_prep.sources.storage import (
 )
 from data_prep.sources.text_files import is_local
 
-TEXT_SUFFIXES = (".txt", ".md")
-RECORD_SUFFIXES = (JSON_LINES, CSV)
+PARQUET_MARK = b"PAR1"
 NAME = re.compile(r"(?P<name>[^=/\\:@*?]+)=(?P<location>.+)", re.DOTALL)
 
 
@@ -174,26 +174,28 @@ def _ranges_of_source(
         for path, size in files:
             yield from _ranges_of_file(path, size, settings)
     elif is_folder(location):
-        files = [(path, size) for path, size in list_folder(location) if _is_known(path)]
+        listed = list_folder(location)
+        files = [(path, size) for path, size in listed if kind_by_rules(path, settings.reading_rules)]
         if not files:
-            raise _no_text_in(location)
+            raise _no_text_in(location, [path for path, _ in listed])
         for path, size in files:
             yield from _ranges_of_file(path, size, settings)
     else:
         known_size = size_of(location)
-        _refuse_non_text(location, known_size)
+        _refuse_unreadable(location, known_size, settings.reading_rules)
         yield from _ranges_of_file(location, known_size, settings)
 
 
 def _ranges_of_file(path: str, size: int | None, settings: ReadSettings) -> Iterator[tuple[FileRange, int]]:
     """Yield the ranges of a file: equal in size and at most ``part_bytes`` if the file can be split."""
+    kind = kind_by_rules(path, settings.reading_rules) or TEXT
     if not size:
         yield FileRange(path), 0
-    elif kind_of(path) == PARQUET and size > settings.part_bytes:
+    elif kind == PARQUET and size > settings.part_bytes:
         yield from _ranges_of_parquet(path, size, settings.part_bytes)
-    elif not _can_be_split(path, settings):
-        # A compressed file is read to its end, any other file up to the size it had when it was listed.
-        yield FileRange(path, 0, -1 if is_compressed(path) or kind_of(path) in (CSV, PARQUET) else size), size
+    elif not _can_be_split(path, kind, settings):
+        # A compressed file is read to its end, a text file up to the size it had when it was listed.
+        yield FileRange(path, 0, -1 if is_compressed(path) or kind != TEXT else size), size
     else:
         count = -(-size // settings.part_bytes)
         bounds = [size * number // count for number in range(count + 1)]
@@ -201,12 +203,12 @@ def _ranges_of_file(path: str, size: int | None, settings: ReadSettings) -> Iter
             yield FileRange(path, start, stop), stop - start
 
 
-def _can_be_split(path: str, settings: ReadSettings) -> bool:
-    if is_compressed(path) or kind_of(path) in (CSV, PARQUET):
+def _can_be_split(path: str, kind: str, settings: ReadSettings) -> bool:
+    if is_compressed(path) or kind not in (TEXT, JSON_LINES):
         return False
-    if kind_of(path) == JSON_LINES:
+    if kind == JSON_LINES:
         return True
-    separator = parse_separator(settings.document_per)
+    separator = parse_separator(settings)
     return settings.document_per != "file" if separator is None else is_local(separator)
 
 
@@ -229,21 +231,35 @@ def _ranges_of_parquet(path: str, size: int, part_bytes: int) -> Iterator[tuple[
     yield FileRange(path, start, len(groups)), max(0, left)
 
 
-def _is_known(path: str) -> bool:
-    return uncompressed_name(path).endswith(TEXT_SUFFIXES + RECORD_SUFFIXES) or path.endswith(PARQUET)
+def unread_files(sources: Sequence[Source]) -> str:
+    """Return what the folders among the sources have that is not read: files with other endings and links, or ""."""
+    folders = [source.location for source in sources if _is_listed(source.location)]
+    unread = [path for folder in folders for path, _ in list_folder(folder) if not kind_by_rules(path, READING_RULES)]
+    linked = [path for folder in folders for path in linked_folders(folder)]
+    found = []
+    if unread:
+        files = "1 file whose name ends" if len(unread) == 1 else f"{len(unread):,} files whose names end"
+        found.append(f"{files} in nothing that is read: {summary_of(unread)}")
+    if linked:
+        found.append(f"{len(linked):,} linked folder{'s' if len(linked) > 1 else ''} ({some_names(linked)})")
+    return "; ".join(found)
 
 
-def _no_text_in(folder: str) -> UserError:
-    looked_for = ", ".join(TEXT_SUFFIXES + RECORD_SUFFIXES)
-    compressed = ", ".join(PACKED_SUFFIXES)
+def _is_listed(location: str) -> bool:
+    special = location in (BUILTIN, STDIN) or location.startswith(HUGGING_FACE) or is_glob(location)
+    return not special and is_folder(location)
+
+
+def _no_text_in(folder: str, others: Sequence[str]) -> UserError:
+    looked_for, compressed = ", ".join(ENDINGS), ", ".join(PACKED_SUFFIXES)
     return UserError(
-        f'no text in "{one_line(folder)}": looked for {looked_for} (also with {compressed}) and {PARQUET} in it '
-        "and its subfolders"
+        f'no text in "{one_line(folder)}": looked for {looked_for} (all but {PARQUET} also with {compressed}) in it '
+        "and its subfolders" + (f"; there is only {summary_of(others)}" if others else "")
     )
 
 
-def _refuse_non_text(path: str, size: int | None) -> None:
-    """Raise ``UserError`` early for an explicitly named file that is empty, unreadable or binary."""
+def _refuse_unreadable(path: str, size: int | None, reading_rules: int) -> None:
+    """Raise ``UserError`` early for an explicitly named file that is empty, unreadable or not of its kind."""
     if size == 0:
         raise UserError(f'"{one_line(path)}" is empty')
     try:
@@ -251,14 +267,19 @@ def _refuse_non_text(path: str, size: int | None) -> None:
             first = stream.peek()
     except UnreadableError as error:
         raise UserError(f'"{one_line(path)}" {error}: make it readable') from None
-    if kind_of(path) != PARQUET:
-        _refuse_binary(f'"{one_line(path)}"', first)
+    kind = kind_by_rules(path, reading_rules)
+    if kind != PARQUET:
+        _refuse_content(f'"{one_line(path)}"', kind, first, reading_rules)
+    elif not first.startswith(PARQUET_MARK) and (
+        other := what_it_is(kind, first, whole=len(first) < FIRST_BLOCK_BYTES)
+    ):
+        raise UserError(f'"{one_line(path)}" {other}')
 
 
-def _refuse_binary(name: str, first_block: bytes) -> None:
-    refused = why_not_text(first_block)
-    if refused:
-        raise UserError(f"{name} {refused[1]}")
+def _refuse_content(name: str, kind: str, first_block: bytes, reading_rules: int) -> None:
+    if refused := why_not_read(kind, first_block, reading_rules):
+        advice = refused[1] if kind != STDIN else refused[1].replace("give it a name", "save it in a file with a name")
+        raise UserError(f"{name} {advice}")
 
 
 def describe(sources: Sequence[Source], parts: Sequence[CorpusPart]) -> list[dict[str, Any]]:
@@ -296,12 +317,12 @@ def first_texts(names: Sequence[str], most_bytes: int, reading: ReadSettings) ->
                 return
 
 
-def copy_stdin(file: IO[bytes]) -> None:
+def copy_stdin(file: IO[bytes], reading_rules: int = READING_RULES) -> None:
     """Copy standard input into an open file. Raises ``UserError`` if it is empty or does not start like UTF-8 text."""
     first = True
     while block := sys.stdin.buffer.read(BLOCK_BYTES):
         if first:
-            _refuse_binary("standard input", block)
+            _refuse_content("standard input", STDIN, block[:FIRST_BLOCK_BYTES], reading_rules)
         first = False
         file.write(block)
     file.flush()

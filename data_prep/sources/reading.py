@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +13,11 @@ from data_prep.settings import ReadSettings
 from data_prep.sources.builtin_corpus import builtin_documents
 from data_prep.sources.documents import (
     BINARY_FILE,
+    BROKEN_RECORD,
     DAMAGED_FILE,
     EMPTY_DOCUMENT,
     EMPTY_FILE,
+    MISNAMED_FILE,
     NOT_UTF8,
     NUL_BYTES,
     REPLACED,
@@ -27,20 +30,22 @@ from data_prep.sources.documents import (
     Source,
     one_line,
 )
+from data_prep.sources.formats import JSON, JSON_LINES, PARQUET, TABLES, TEXT, kind_by_rules, what_it_is
 from data_prep.sources.records import (
+    HALF,
     HUGGING_FACE,
-    UTF8_MARK,
     Record,
     known_fields,
     not_utf8,
     parse_hugging_face,
-    records_of_csv,
     records_of_dataset,
+    records_of_json,
     records_of_json_lines,
     records_of_parquet,
+    records_of_table,
 )
 from data_prep.sources.storage import (
-    PACKED_SUFFIXES,
+    FIRST_BLOCK_BYTES,
     Stream,
     UnreadableError,
     is_glob,
@@ -51,19 +56,23 @@ from data_prep.sources.storage import (
     root_of_glob,
 )
 from data_prep.sources.text_files import (
+    UTF8_MARK,
     boundary_at,
+    cut_at_blank_lines,
     cut_at_separators,
     cut_by_size,
     decode,
     limited,
     normalize_newlines,
+    paragraph_at,
     separator_reach,
     wide_encoding,
 )
 
 BUILTIN = "builtin"
 STDIN = "-"
-JSON_LINES, CSV, PARQUET = ".jsonl", ".csv", ".parquet"
+ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}  # in --document-per
+ESCAPE = re.compile(r"\\[nt\\]")
 MOST_MESSAGES_PER_REASON = 3  # in one range, so that one bad file leaves room for the others
 CONVERT = "convert it to UTF-8 text, or exclude it"
 WHOLE_COPY = "get an intact copy, or exclude it"
@@ -94,33 +103,27 @@ def display_name(source: Source, path: str) -> str:
     return one_line(f"{last_name(root)}/{relative}" if root else relative)
 
 
-def kind_of(path: str) -> str:
-    """Return the suffix that determines how a file is read, ignoring a compression suffix."""
-    return Path(uncompressed_name(path)).suffix
-
-
-def uncompressed_name(path: str) -> str:
-    """Return a file's name without its compression suffix."""
-    return path[: -len(Path(path).suffix)] if is_compressed(path) else path
-
-
-def is_compressed(path: str) -> bool:
-    """Return whether a file has a compression suffix."""
-    return Path(path).suffix in PACKED_SUFFIXES
-
-
-def parse_separator(document_per: str) -> bytes | None:
-    """Return the separator between two documents of a text file, or None if documents are cut by size."""
-    if document_per in ("size", "file"):
+def parse_separator(settings: ReadSettings) -> bytes | None:
+    """Return the separator between two documents of a text file, or None if there is none."""
+    per = settings.document_per
+    if per in ("size", "file") or (per == "paragraph" and settings.reading_rules > 1):
         return None
-    return b"\n" if document_per == "line" else document_per.encode("utf-8")
+    if per == "line":
+        return b"\n"
+    if settings.reading_rules > 1:
+        per = ESCAPE.sub(lambda match: ESCAPES[match[0]], per)
+    return per.encode("utf-8")
 
 
-def why_not_text(first_block: bytes) -> tuple[str, str] | None:
-    """Return why a file with this beginning is not UTF-8 text: a reason and a predicate for messages, or None."""
+def why_not_read(kind: str, first_block: bytes, reading_rules: int) -> tuple[str, str] | None:
+    """Return why a file that begins like this is not of its kind: a reason and a predicate for messages, or None."""
     wide, nul = wide_encoding(first_block), first_block.find(b"\0")
     if wide:
         return UTF16_FILE, f"is {wide}, not UTF-8: convert it, for example with `iconv -f {wide} -t UTF-8 OLD > NEW`"
+    if reading_rules > 1:
+        other = what_it_is(kind, first_block, whole=len(first_block) < FIRST_BLOCK_BYTES)
+        if other:
+            return MISNAMED_FILE if nul < 0 else BINARY_FILE, other
     if nul >= 0:
         return BINARY_FILE, f"is not UTF-8 text (byte 0x00 at offset {nul}): {CONVERT}"
     return None
@@ -146,7 +149,8 @@ class _RangeReader:
                 yield from self._cut(text, name)
         elif self.source.location.startswith(HUGGING_FACE):
             dataset, split = parse_hugging_face(self.source.location)
-            yield from self._of_records(records_of_dataset(dataset, split, self.settings.text_field), "row")
+            field_name, errors = self.settings.text_field, self.settings.errors
+            yield from self._of_records(records_of_dataset(dataset, split, field_name, errors), "row")
         else:
             try:
                 yield from self._of_file()
@@ -177,22 +181,25 @@ class _RangeReader:
 
     def _of_file(self) -> Iterator[Document]:
         path, start, stop = self.range.path, self.range.start, self.range.stop
-        kind, field_name, errors = kind_of(path), self.settings.text_field, self.settings.errors
+        kind = kind_by_rules(path, self.settings.reading_rules) or TEXT
+        field_name, errors = self.settings.text_field, self.settings.errors
         if kind == PARQUET:
             with open_raw(path) as file:
                 yield from self._of_records(records_of_parquet(file, field_name, errors, start, stop), "row")
             return
         with open_stream(path) as stream:
             first = stream.peek()
-            if not self._is_text(first, stream):
+            if not self._is_readable(kind, first, stream):
                 return
             whole = start == 0 and stop == -1  # compressed files, and others that cannot be read from the middle
             if kind == JSON_LINES:
                 self._seek(stream, whole, max(0, start - 1))
                 yield from self._of_records(records_of_json_lines(stream, field_name, errors, start, stop), "byte")
-            elif kind == CSV:
+            elif kind == JSON:
+                yield from self._of_records(records_of_json(stream, field_name, errors), "record")
+            elif kind in TABLES:
                 self._seek(stream, whole, 0)
-                yield from self._of_records(records_of_csv(stream, field_name, errors), "line")
+                yield from self._of_records(records_of_table(stream, kind, field_name, errors), "line")
             else:
                 yield from self._of_text(stream, whole)
             if stream.damage:
@@ -206,9 +213,9 @@ class _RangeReader:
         if not whole:
             stream.seek(position)
 
-    def _is_text(self, first: bytes, stream: Stream) -> bool:
-        """Return whether a file may be text, judging by its first block. Only the first range reports a problem."""
-        refused = why_not_text(first)
+    def _is_readable(self, kind: str, first: bytes, stream: Stream) -> bool:
+        """Return whether a file may be of its kind, by its first block. Only the first range reports why not."""
+        refused = why_not_read(kind, first, self.settings.reading_rules)
         if first and not refused:
             return True
         if self.range.start > 0:
@@ -226,23 +233,29 @@ class _RangeReader:
     # Text
 
     def _of_text(self, stream: Stream, whole: bool) -> Iterator[Document]:
+        end = 0
         for offset, piece in self._pieces(stream, whole):
+            self.report.separators += offset > end
+            end = offset + len(piece)
             text, size = self._text_of(offset, piece.removeprefix(UTF8_MARK) if offset == 0 else piece, stream)
             if text is not None:
+                self.report.count_text(text, size)
                 yield from self._document(text, f"{self.name}:{offset}", size)
 
     def _pieces(self, stream: Stream, whole: bool) -> Iterator[tuple[int, bytes]]:
-        separator = parse_separator(self.settings.document_per)
+        separator = parse_separator(self.settings)
         start, stop, most = self.range.start, self.range.stop, self.settings.max_document_bytes
         if separator is not None:
             self._seek(stream, whole, max(0, start - separator_reach(separator)))
             yield from cut_at_separators(stream.blocks(), separator, most, start=start, stop=stop)
             return
-        begin = boundary_at(stream.file, start, most) if start > 0 else 0
-        end = boundary_at(stream.file, stop, most) if stop >= 0 else None
+        by_paragraph = self.settings.document_per == "paragraph"
+        start_at = paragraph_at if by_paragraph else boundary_at
+        begin = start_at(stream.file, start, most) if start > 0 else 0
+        end = start_at(stream.file, stop, most) if stop >= 0 else None
         self._seek(stream, whole, begin)
         blocks = stream.blocks() if end is None else limited(stream.blocks(), end - begin)
-        for offset, piece in cut_by_size(blocks, most):
+        for offset, piece in (cut_at_blank_lines if by_paragraph else cut_by_size)(blocks, most):
             yield begin + offset, piece
 
     def _text_of(self, offset: int, piece: bytes, stream: Stream) -> tuple[str | None, int]:
@@ -286,9 +299,11 @@ class _RangeReader:
 
     def _of_records(self, records: Iterable[Record], unit: str) -> Iterator[Document]:
         fields: dict[str, None] = {}
+        holds: dict[str, None] = {}
         any_text = False
-        for record in records:
+        for record in map(self._by_the_rules, records):
             fields.update(dict.fromkeys(record.fields))
+            holds.update(dict.fromkeys([record.holds] if record.holds else []))
             if record.text is not None:
                 any_text = True
                 yield from self._cut(record.text, f"{self.name}:{record.number}")
@@ -298,14 +313,25 @@ class _RangeReader:
                 message = f'"{self.name}", {unit} {record.number}: {record.why}'
                 self._skip(record.reason, message, f"contains no valid record: {unit} {record.number}: {record.why}")
         if fields and not any_text and self.range.start == 0:
-            self.problem = self._no_such_field(fields)
+            self.problem = self._no_such_field(fields, holds)
             self.report.note(f'"{self.name}" {self.problem}')
 
-    def _no_such_field(self, fields: Iterable[str]) -> str:
+    def _by_the_rules(self, record: Record) -> Record:
+        """Return a record as this build's rules have it: a text with NUL is none, as in text files."""
+        if self.settings.reading_rules > 1:
+            if record.text is not None and "\0" in record.text:
+                return Record(record.number, None, NUL_BYTES, f"NUL at character {record.text.index(chr(0))}")
+        elif record.why.startswith(HALF):
+            return Record(record.number, None, BROKEN_RECORD, record.why)
+        return record
+
+    def _no_such_field(self, fields: Iterable[str], holds: Iterable[str]) -> str:
         wanted = self.settings.text_field
-        return (
-            f'has no text in the field "{wanted}": its fields are {known_fields(fields)}; choose one with --text-field'
-        )
+        others = [name for name in fields if name != wanted]
+        known = f"its fields are {known_fields(others)}; choose one with --text-field"
+        if not any(holds):
+            return f'has no text in the field "{wanted}": {known}'
+        return f'has no text in "{wanted}": it holds {" and ".join(holds)}' + (f"; {known}" if others else "")
 
     def _cut(self, text: str, origin: str) -> Iterator[Document]:
         """Yield the documents that a text of any length is cut into."""

@@ -1,26 +1,30 @@
-"""Read texts from records: lines of .jsonl files, and rows of .csv files, .parquet files and Hugging Face datasets."""
+"""Read texts from records: of .jsonl, .json, .csv, .tsv and .parquet files and of Hugging Face datasets."""
 
 from __future__ import annotations
 
-import csv
-import io
+import datetime
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
 from data_prep.errors import UserError
 from data_prep.sources.documents import BROKEN_RECORD, DAMAGED_FILE, NO_TEXT_IN_FIELD, NOT_UTF8, RECORD_TOO_LONG
+from data_prep.sources.json_values import rows_of_json
 from data_prep.sources.storage import Stream
-from data_prep.sources.text_files import decode
+from data_prep.sources.tables import BadRow, rows_of_table
+from data_prep.sources.text_files import UTF8_MARK, decode
 
 HUGGING_FACE = "hf:"
 MAX_RECORD_BYTES = 64 * 2**20
-MAX_CSV_FIELD = 16 * 2**20  # characters; the csv module uses four bytes for each
 PARQUET_BATCH_ROWS = 128
 PARQUET_BUFFER_BYTES = 1 << 20
-UTF8_MARK = b"\xef\xbb\xbf"
+STRUCTS, NULLS, NUMBERS, BOOLEANS = "structs", "nothing (null)", "numbers", "true or false"
+HALF = "half of a surrogate pair"
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,8 @@ class Record:
     """The text of one record, or why there is none, or both if invalid bytes were replaced.
 
     ``number`` locates the record in its file: the offset of a .jsonl line, the line of a .csv file or, for other
-    formats, the row (from 1). ``fields`` lists the record's fields if the requested one has no text.
+    formats, the row (from 1). If the requested field has no text, ``fields`` lists the record's fields, and ``holds``
+    says what the field holds instead ("lists"), or is empty if the record has no such field.
     """
 
     number: int
@@ -36,6 +41,7 @@ class Record:
     reason: str = ""
     why: str = ""
     fields: tuple[str, ...] = ()
+    holds: str = ""
 
 
 def records_of_json_lines(stream: Stream, text_field: str, errors: str, start: int, stop: int) -> Iterator[Record]:
@@ -47,7 +53,7 @@ def records_of_json_lines(stream: Stream, text_field: str, errors: str, start: i
         if line is None:
             yield _too_long(offset)
         elif line and not line.isspace():
-            yield _record_of_line(offset, line.removeprefix(UTF8_MARK) if offset == 0 else line, text_field, errors)
+            yield _record_of_line(offset, line.removeprefix(UTF8_MARK), text_field, errors)
 
 
 def _record_of_line(offset: int, line: bytes, text_field: str, errors: str) -> Record:
@@ -60,7 +66,7 @@ def _record_of_line(offset: int, line: bytes, text_field: str, errors: str) -> R
         return Record(offset, None, BROKEN_RECORD, f"not JSON ({error})")
     if not isinstance(record, dict):
         return Record(offset, None, BROKEN_RECORD, "not a JSON object")
-    found = _record_of_value(offset, record.get(text_field), text_field, tuple(record))
+    found = _record_of_row(offset, record, text_field, errors)
     return found if bad < 0 else Record(offset, found.text, NOT_UTF8, not_utf8(line[bad], offset + bad))
 
 
@@ -95,72 +101,28 @@ def owned_lines(stream: Stream, start: int, stop: int) -> Iterator[tuple[int, by
         yield line_start, b"".join(held) if length <= MAX_RECORD_BYTES else None
 
 
-def records_of_csv(stream: Stream, text_field: str, errors: str) -> Iterator[Record]:
-    """Yield a record for each row below the header. Rows of the wrong length or with bad quotes are broken records."""
-    csv.field_size_limit(MAX_CSV_FIELD)
-    skipped: list[Record] = []
-    rows = csv.reader(_csv_lines(stream, skipped), strict=True)
-    header: list[str] | None = None
-    while True:
-        line = rows.line_num + len(skipped) + 1
-        try:
-            row = next(rows)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            reason = RECORD_TOO_LONG if "field larger" in str(error) else BROKEN_RECORD
-            yield Record(line, None, reason, str(error))
-            continue
-        if not row:
-            continue
-        if header is None:
-            header = row
-            if text_field not in header:
-                yield _no_text(line, text_field, tuple(header))
-                return
-        elif len(row) != len(header):
-            yield Record(line, None, BROKEN_RECORD, f"the row has {len(row)} columns, the header {len(header)}")
+def records_of_table(stream: Stream, kind: str, text_field: str, errors: str) -> Iterator[Record]:
+    """Yield a record for each row of a .csv or .tsv file below the header; ``tables`` has the rules."""
+    column = -1
+    for line, row in rows_of_table(stream, kind):
+        if isinstance(row, BadRow):
+            yield Record(line, None, *row)
+        elif column >= 0:
+            yield _record_of_text(line, row[column], errors)
+        elif text_field in row:
+            column = row.index(text_field)
         else:
-            yield _record_of_field(line, row[header.index(text_field)], text_field, errors)
-    yield from skipped
+            yield _no_text(line, text_field, tuple(row))
+            return
 
 
-def _csv_lines(stream: Stream, skipped: list[Record]) -> Iterator[str]:
-    for number, lines in _runs_of_lines(stream):
-        if lines is None:
-            skipped.append(_too_long(number))
-            continue
-        # Invalid bytes pass as lone surrogates: they may be in a field other than the text field.
-        text = (lines.removeprefix(UTF8_MARK) if number == 1 else lines).decode("utf-8", "surrogateescape")
-        yield from io.StringIO(text, newline="\n")
-
-
-def _runs_of_lines(stream: Stream) -> Iterator[tuple[int, bytes | None]]:
-    """Yield the lines of a whole file, many at a time, with the number (from 1) of the first one."""
-    held: list[bytes] = []
-    length, number = 0, 1
-    for block in stream.blocks():
-        first, newline, rest = block.partition(b"\n")
-        length += len(first)
-        held = [*held, first] if length <= MAX_RECORD_BYTES else []
-        if not newline:
-            continue
-        yield number, b"".join((*held, newline)) if length <= MAX_RECORD_BYTES else None
-        end = rest.rfind(b"\n") + 1
-        if end:
-            yield number + 1, rest[:end]
-        number += 1 + rest.count(b"\n")
-        held, length = [rest[end:]], len(rest) - end
-    if length and not stream.damage:
-        yield number, b"".join((*held, b"\n")) if length <= MAX_RECORD_BYTES else None
-
-
-def _record_of_field(line: int, field: str, text_field: str, errors: str) -> Record:
-    if field.isascii():
-        return Record(line, field)
-    data = field.encode("utf-8", "surrogateescape")
-    text, bad = decode(data, errors)
-    return Record(line, text) if bad < 0 else Record(line, text, NOT_UTF8, not_utf8(data[bad]))
+def records_of_json(stream: Stream, text_field: str, errors: str) -> Iterator[Record]:
+    """Yield a record for each one of a .json file."""
+    for number, row in rows_of_json(stream, text_field):
+        if isinstance(row, BadRow):
+            yield Record(number, None, *row)
+        else:
+            yield _record_of_row(number, row, text_field, errors)
 
 
 def row_groups(file: IO[bytes]) -> list[int]:
@@ -184,44 +146,95 @@ def records_of_parquet(file: IO[bytes], text_field: str, errors: str, start: int
     row = 0
     try:
         parquet = pyarrow.parquet.ParquetFile(file, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
-        names = tuple(parquet.schema_arrow.names)
-        if text_field not in names:
+        schema = parquet.schema_arrow
+        names = tuple(_names_in(schema))
+        column = _column_at(schema, text_field)
+        if column is None:
             yield _no_text(1, text_field, names)
             return
         row = sum(parquet.metadata.row_group(group).num_rows for group in range(start))
         groups = list(range(start, parquet.num_row_groups if stop < 0 else stop))
+        if holds := _holds_instead_of_text(column.type):
+            rows = sum(parquet.metadata.row_group(group).num_rows for group in groups)
+            yield from (_no_text(row + number, text_field, names, holds) for number in range(1, rows + 1))
+            return
         batches = parquet.iter_batches(PARQUET_BATCH_ROWS, row_groups=groups, columns=[text_field])
         for batch in batches if groups else ():
-            for value in _column_of(batch).to_pylist():
+            for value in _text_column(batch, text_field).to_pylist():
                 row += 1
-                yield _record_of_cell(row, value, text_field, names, errors)
+                yield _no_text(row, text_field, names, NULLS) if value is None else _record_of_bytes(row, value, errors)
     except (pyarrow.ArrowException, OSError) as error:
         yield Record(row + 1, None, DAMAGED_FILE, f"not a complete parquet file ({first_line(error)})")
 
 
-def _column_of(batch: Any) -> Any:
-    """Return the first column of a batch, with text as bytes, because Arrow does not check that it is UTF-8."""
+def _column_at(fields: Any, name: str) -> Any:
+    """Return the field of a schema or struct type with this name, in which dots lead into structs, or None."""
     import pyarrow
 
-    column = batch.column(0)
+    if (index := fields.get_field_index(name)) >= 0:
+        return fields.field(index)
+    for end in (place for place, character in enumerate(name) if character == "."):
+        index = fields.get_field_index(name[:end])
+        if index >= 0 and pyarrow.types.is_struct(fields.field(index).type):
+            return _column_at(fields.field(index).type, name[end + 1 :])
+    return None
+
+
+def _names_in(fields: Iterable[Any], before: str = "") -> Iterator[str]:
+    """Yield the names of all columns, those in structs with dots."""
+    import pyarrow
+
+    for each in fields:
+        if pyarrow.types.is_struct(each.type):
+            yield from _names_in(each.type, f"{before}{each.name}.")
+        else:
+            yield before + each.name
+
+
+def _holds_instead_of_text(kind: Any) -> str:
+    """Return what a column of this Arrow type holds, or "" if that is text."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    for test, holds in (
+        (types.is_struct, STRUCTS),
+        (types.is_map, "maps"),
+        (types.is_nested, "lists"),
+        (types.is_null, NULLS),
+        (types.is_boolean, BOOLEANS),
+        (types.is_temporal, "timestamps or dates"),
+        (types.is_decimal, NUMBERS),
+        (types.is_primitive, NUMBERS),
+    ):
+        if test(kind):
+            return holds
+    return ""
+
+
+def _text_column(batch: Any, name: str) -> Any:
+    """Return a batch's column of this name as bytes, because Arrow does not check that text is UTF-8."""
+    import pyarrow
+    import pyarrow.compute
+
+    names = batch.schema.names
+    column = batch.column(names.index(name) if name in names else 0)
+    while pyarrow.types.is_struct(column.type):  # the batch has only the child that was asked for
+        column = pyarrow.compute.struct_field(column, [0])
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        return column.cast(pyarrow.large_binary())
-    return column
+    return column.cast(pyarrow.large_binary())
 
 
-def _record_of_cell(row: int, value: Any, text_field: str, names: tuple[str, ...], errors: str) -> Record:
-    if not isinstance(value, bytes):
-        return _record_of_value(row, value, text_field, names)
+def _record_of_bytes(row: int, value: bytes, errors: str) -> Record:
     text, bad = decode(value, errors)
     return Record(row, text) if bad < 0 else Record(row, text, NOT_UTF8, not_utf8(value[bad]))
 
 
-def records_of_dataset(name: str, split: str, text_field: str) -> Iterator[Record]:
+def records_of_dataset(name: str, split: str, text_field: str, errors: str) -> Iterator[Record]:
     """Yield a record for each row of a Hugging Face dataset (a name or a local folder), streamed."""
     for number, row in enumerate(rows_of_dataset(name, split), start=1):
-        yield _record_of_value(number, row.get(text_field), text_field, tuple(row))
+        yield _record_of_row(number, row, text_field, errors)
 
 
 def rows_of_dataset(name: str, split: str) -> Iterator[dict[str, Any]]:
@@ -243,18 +256,65 @@ def parse_hugging_face(location: str) -> tuple[str, str]:
     return name, split
 
 
-def _record_of_value(number: int, text: Any, text_field: str, fields: tuple[str, ...]) -> Record:
+def value_at(row: dict[str, Any], name: str) -> Any:
+    """Return the value in a column, in whose name dots lead into objects, as in ``translation.en``, or None."""
+    if name in row:
+        return row[name]
+    for end in (place for place, character in enumerate(name) if character == "."):
+        if isinstance(inner := row.get(name[:end]), dict):
+            return value_at(inner, name[end + 1 :])
+    return None
+
+
+def column_names(row: dict[str, Any], before: str = "") -> Iterator[str]:
+    """Yield the names of a row's columns, those in objects with dots."""
+    for name, value in row.items():
+        if isinstance(value, dict) and value:
+            yield from column_names(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}"
+
+
+def _record_of_row(number: int, row: dict[str, Any], text_field: str, errors: str) -> Record:
+    text = value_at(row, text_field)
+    if isinstance(text, bytes):
+        return _record_of_bytes(number, text, errors)
     if not isinstance(text, str):
-        return _no_text(number, text_field, fields)
+        names = tuple(column_names(row))
+        there = text is not None or text_field in names
+        return _no_text(number, text_field, names, _what_it_holds(text) if there else "")
+    return _record_of_text(number, text, errors)
+
+
+def _record_of_text(number: int, text: str, errors: str) -> Record:
+    """Return the record of a text, in which lone surrogates stand for invalid bytes or come from JSON's escapes."""
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:
-        return Record(number, None, BROKEN_RECORD, "the text contains half of a surrogate pair")
+    except UnicodeEncodeError as error:
+        found = ord(text[error.start])
+        is_byte = 0xDC80 <= found <= 0xDCFF
+        replaced: str | None = None
+        if errors == "replace":
+            try:
+                replaced = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            except UnicodeEncodeError:
+                replaced = SURROGATE.sub("\ufffd", text)
+        return Record(number, replaced, NOT_UTF8, not_utf8(found & 0xFF) if is_byte else f"{HALF} (\\u{found:04x})")
     return Record(number, text)
 
 
-def _no_text(number: int, text_field: str, fields: tuple[str, ...]) -> Record:
-    return Record(number, None, NO_TEXT_IN_FIELD, f'no text in the field "{text_field}"', fields)
+def _what_it_holds(value: Any) -> str:
+    """Return what a column holds instead of text, for a message."""
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
+        return "timestamps or dates"
+    numbers = dict.fromkeys((int, float, Decimal), NUMBERS)
+    kinds = {dict: STRUCTS, list: "lists", bool: BOOLEANS, type(None): NULLS, **numbers}
+    return kinds.get(type(value), f"values of type {type(value).__name__}")
+
+
+def _no_text(number: int, text_field: str, fields: tuple[str, ...], holds: str = "") -> Record:
+    why = f'"{text_field}" holds {holds}' if holds else f'no text in the field "{text_field}"'
+    return Record(number, None, NO_TEXT_IN_FIELD, why, fields, holds)
 
 
 def _too_long(number: int) -> Record:

@@ -17,8 +17,8 @@ from typing import IO, Any
 
 from data_prep.errors import UserError
 from data_prep.sources.documents import one_line
+from data_prep.sources.formats import packing_of
 
-PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 1 << 20
 FIRST_BLOCK_BYTES = 1 << 16
 ZSTD_INPUT_BYTES = 1 << 12  # expands to at most 128 MiB
@@ -106,6 +106,15 @@ def _walk(folder: str, depth: int | None = None) -> Iterator[str]:
             path = Path(parent) / name
             if not name.startswith(".") and path.is_file():
                 yield str(path)
+
+
+def linked_folders(folder: str) -> list[str]:
+    """Return the links to folders below a local folder, which are not followed."""
+    found = []
+    for parent, folders, _ in [] if is_remote(folder) else os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [str(Path(parent) / name) for name in folders if (Path(parent) / name).is_symlink()]
+    return sorted(found)
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -215,7 +224,7 @@ class Stream:
 @contextmanager
 def open_stream(path: str) -> Iterator[Stream]:
     """Open a file, decompressed according to its suffix. Raises ``UnreadableError`` if it cannot be opened."""
-    with open_raw(path) as file, _decompressed(file, Path(path).suffix) as decompressed:
+    with open_raw(path) as file, _decompressed(file, packing_of(path)) as decompressed:
         yield Stream(decompressed, path)
 
 

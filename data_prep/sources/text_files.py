@@ -18,8 +18,16 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+UTF8_MARK = codecs.BOM_UTF8
+READ_BYTES = 1 << 20  # at once
 LONE_RETURN = re.compile(rb"\r(?!\n)")
 BLANK_LINE = re.compile(rb"\n\r?\n")
+# One or more lines of nothing but spaces and tabs, and the newline before them. Each newline is taken whole.
+BLANK_LINES = re.compile(rb"(?>\r\n|\n|\r)(?:[ \t]*(?>\r\n|\n|\r))+")
+
+PRINTED = re.compile(rb"[ \t]*[^ \t]")
+NEWLINE = re.compile(rb"[\r\n]")
+LEADING_LINES = re.compile(rb"(?:[ \t]*(?>\r\n|\n|\r))*")
 
 
 def wide_encoding(first_block: bytes) -> str | None:
@@ -67,12 +75,25 @@ def boundary_at(file: IO[bytes], nominal: int, max_bytes: int) -> int:
     return nominal + skipped
 
 
+def paragraph_at(file: IO[bytes], nominal: int, max_bytes: int) -> int:
+    """Return where the first paragraph after an offset starts, or the end of the file.
+
+    In a paragraph longer than ``max_bytes``, that is where ``boundary_at`` would cut it.
+    """
+    file.seek(nominal)
+    window = read_fully(file, max_bytes)
+    if blank := BLANK_LINES.search(window):
+        return nominal + blank.end()
+    return nominal + len(window) if len(window) < max_bytes else boundary_at(file, nominal, max_bytes)
+
+
 def read_fully(file: IO[bytes], size: int) -> bytes:
     """Read ``size`` bytes, fewer only at the end of the file; one read of a raw file may return less."""
-    found = b""
-    while len(found) < size and (block := file.read(size - len(found))):
-        found += block
-    return found
+    found: list[bytes] = []
+    while size > 0 and (block := file.read(min(size, READ_BYTES))):
+        found.append(block)
+        size -= len(block)
+    return b"".join(found)
 
 
 def limited(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
@@ -102,6 +123,37 @@ def cut_by_size(blocks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, 
         held, offset = held[start:], offset + start
     if held:
         yield offset, held
+
+
+def cut_at_blank_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Yield offset and bytes of each paragraph, without the blank lines around it.
+
+    A paragraph longer than ``max_bytes`` is cut as in ``cut_by_size``. Holds one paragraph and one block in memory.
+    """
+    held, offset, scanned = b"", 0, 0
+    begun = False
+    for block in blocks:
+        held = held + block if held else block
+        at = 0
+        while True:
+            if not begun:  # the blank lines before a paragraph
+                at = LEADING_LINES.match(held, at).end()  # type: ignore[union-attr]
+                begun = PRINTED.match(held, at) is not None
+            blank = BLANK_LINES.search(held, max(at, scanned)) if begun else None
+            if blank is None:
+                break
+            yield from _pieces(held, offset, at, blank.start(), max_bytes)
+            at, begun = blank.end(), False
+        scanned = at + len(held[at:].rstrip(b" \t\r\n"))  # no blank line begins before
+        while scanned - at > max_bytes:
+            cut = _cut_position(held, at, at + max_bytes)
+            yield offset + at, held[at:cut]
+            at = cut
+        held, offset, scanned = held[at:], offset + at, scanned - at
+    end = len(held.rstrip(b" \t\r\n"))
+    newline = NEWLINE.search(held, end)
+    if end:
+        yield from _pieces(held, offset, 0, newline.start() if newline else len(held), max_bytes)
 
 
 def cut_at_separators(

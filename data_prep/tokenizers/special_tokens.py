@@ -55,11 +55,10 @@ NAMES = {
 
 def recorded(backend: Backend) -> SpecialTokens | None:
     """The special tokens that an imported tokenizer records, or None for any other tokenizer."""
-    if backend.post_processor is None:
-        return None
-    *_, last = _parts(json.loads(backend.post_processor.__getstate__()))
+    processor = None if backend.post_processor is None else json.loads(backend.post_processor.__getstate__())
+    last = (_parts(processor) or [{}])[-1]
     table = last.get("special_tokens", {})
-    if last["type"] != "TemplateProcessing" or "stop_tokens" not in table:
+    if last.get("type") != "TemplateProcessing" or "stop_tokens" not in table:
         return None
     ids = {field: tuple(table.get(name, {}).get("ids", ())) for name, field in NAMES.items()}
     begin = last["single"][0].get("SpecialToken")

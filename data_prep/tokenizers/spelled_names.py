@@ -31,11 +31,12 @@ def texts_with(name: str) -> Iterator[str]:
         yield name.replace("\u2581", " ")
 
 
-def keep_spelled_names(backend: Backend) -> str | None:
+def keep_spelled_names(backend: Backend, needed: set[int | None]) -> str | None:
     """Cut the names of special tokens, if the model would take them for the tokens.
 
     Returns the text of the ``tokenizer.json`` without the cut, or None if nothing had to change. Raises ``UserError``
-    if a text becomes a special token all the same, as a name of one character does.
+    if a text becomes a special token all the same, as a name of one character does. The token for unknown text may be
+    special, unless it is one of those ``needed`` in training.
     """
     names = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     taken = [name for name, token_id in names.items() if _is_taken(backend, name, token_id)]
@@ -49,6 +50,8 @@ def keep_spelled_names(backend: Backend) -> str | None:
     found = {name: {i for text in texts_with(name) for i in _encode(backend, text)} for name in names}
     special = set(names.values())
     unknown = unknown_id(backend) if any(ids & special for ids in found.values()) else None
+    if unknown is not None and unknown in needed and any(unknown in ids for ids in found.values()):
+        raise UserError(f"it encodes unknown text as {backend.id_to_token(unknown)!r}, its special token")
     for name, ids in found.items():
         if (ids & special) - {unknown}:
             raise UserError(f"it encodes the text {name!r} as a special token, and cannot be kept from doing so")

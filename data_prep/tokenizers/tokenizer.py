@@ -70,7 +70,8 @@ class Tokenizer:
         self.end_of_text_id, self.padding_id = self.special.end_of_text, self.special.padding
         self.begin_id, self.end_ids = self.special.begin, self.special.ends
         self.unwritable_ids = self.special.unwritable
-        self._file_text = keep_spelled_names(backend)  # after all special tokens are known
+        needed = {self.end_of_text_id, self.padding_id, self.special.mask}
+        self._file_text = keep_spelled_names(backend, needed)  # after all special tokens are known
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod

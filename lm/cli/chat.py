@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from data_prep.errors import UserError
+
 if TYPE_CHECKING:
     from lm.inference.chat_template import ChatFormat
     from lm.inference.generator import Generator
@@ -34,19 +36,31 @@ def converse(generator: Generator, chat: ChatFormat, sampling: Sampling) -> None
 
 
 def _next_line() -> str | None:
-    """Return the next line of input, or None at its end; a terminal shows a prompt and allows editing."""
+    """Return the next line of input, or None at its end; a terminal shows a prompt and allows editing.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
     try:
         if sys.stdin.isatty():
             with suppress(ImportError):  # not on every platform
                 import readline  # noqa: F401  gives input() line editing and a history
-            return input("> ")
-        return sys.stdin.readline() or None
+            return _text(input("> "))
+        return _text(sys.stdin.readline()) or None
+    except UnicodeError:
+        raise UserError("the input is not UTF-8: convert it") from None
     except EOFError:
         click.echo()
         return None
     except KeyboardInterrupt:
         click.echo()
         return ""
+
+
+def _text(line: str) -> str:
+    """The line; UnicodeEncodeError if it holds bytes that are not text, as Python may read them."""
+    line.encode("utf-8")
+    return line
 
 
 def _shown(generator: Generator, chat: ChatFormat, messages: list[dict[str, str]], sampling: Sampling) -> Iterator[str]:

@@ -10,20 +10,23 @@ from typing import TYPE_CHECKING
 import click
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.tables import counted
+from data_prep.files import ending_of
 from lm.cli.options import checkpoint_option, columns_of, columns_options, device_option, reading_options, run_argument
+from lm.config.settings import VECTOR_FILES
 
 if TYPE_CHECKING:
     from lm.inference.embedding import Vectors
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Turn texts into vectors.")
 @run_argument
 @click.option(
     "--input",
     "source",
     required=True,
     metavar="FILE|-|hf:NAME[:SPLIT]",
-    help="Texts: .jsonl, .csv, .tsv, .parquet, or .txt with one text per line; - for JSON lines from standard input.",
+    help="Texts: .jsonl, .json, .csv, .tsv, .parquet, or .txt with one text per line; - reads JSON lines from stdin.",
 )
 @click.option(
     "--output", required=True, metavar="FILE|-", help="Output file, .npy or .jsonl; - for JSON lines on stdout."
@@ -50,6 +53,7 @@ def embed(
     Input is streamed, so files of any size work. Texts longer than the model's context are cut; their number is
     printed at the end.
     """
+    ending_of(output, VECTOR_FILES)
     from lm import api
     from lm.data.examples import stream_examples
     from lm.inference.embedding import reading_of, vectors_of, write_lines, write_vectors
@@ -61,7 +65,7 @@ def embed(
     texts = (each.texts for each in stream_examples(source, "classification", columns_of(columns)))
     counts = {"texts": 0, "cut": 0}
 
-    def counted() -> Iterator[Vectors]:
+    def embedded() -> Iterator[Vectors]:
         for vectors, cut in vectors_of(model, texts, reading):
             counts["texts"] += len(vectors)
             counts["cut"] += cut
@@ -69,14 +73,14 @@ def embed(
 
     width = model.model.config.hidden_size
     if output == "-":
-        for vectors in counted():
+        for vectors in embedded():
             write_lines(sys.stdout.buffer, vectors)
             sys.stdout.buffer.flush()
     else:
-        write_vectors(Path(output), counted(), width)
+        write_vectors(Path(output), embedded(), width)
     cut = f"; {counts['cut']:,} were cut to {model.context_length} tokens" if counts["cut"] else ""
     click.echo(
-        f"{counts['texts']:,} texts, {width} numbers each: read {reading.reads}, {reading.pooling} of layer "
+        f"{counted(counts['texts'], 'text')}, {width} numbers each: read {reading.reads}, {reading.pooling} of layer "
         f"{reading.layer if reading.layer >= 0 else len(model.model.blocks)}{cut}",
         err=True,
     )

@@ -10,18 +10,18 @@ from typing import Any
 import click
 
 from data_prep.cli.errors import FriendlyCommand
-from data_prep.cli.tables import print_table
+from data_prep.cli.tables import counted, print_table
 from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, columns_of, columns_options, json_option, reading_options, run_argument
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Measure a model next to baselines.")
 @run_argument
 @click.option("--data", default="", help="Folder of token shards to evaluate on. Default: the training data.")
 @click.option(
     "--pairs",
     type=click.Path(path_type=Path),
-    help="Evaluate on minimal pairs: a .jsonl, .csv, .tsv or .parquet file, or a folder of them (BLiMP).",
+    help="Evaluate on minimal pairs: a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them (BLiMP).",
 )
 @click.option(
     "--text",
@@ -39,13 +39,13 @@ from lm.cli.options import checkpoint_option, columns_of, columns_options, json_
 )
 @click.option(
     "--choices",
-    help="Evaluate on multiple-choice questions: .jsonl, .csv, .tsv, .parquet or hf:NAME[:SPLIT].",
+    help="Evaluate on multiple-choice questions: .jsonl, .json, .csv, .tsv, .parquet or hf:NAME[:SPLIT].",
 )
 @click.option(
     "--similarity",
     help="Evaluate embeddings on pairs of texts with a similarity: its rank correlation with their cosine.",
 )
-@columns_options("text", "text_pair", "choices", "label")
+@columns_options("text", "text_pair", "choices", "label", also=False)  # --text-field is for --text
 @reading_options
 @click.option(
     "--columns",
@@ -118,12 +118,16 @@ def evaluate(
         _print_choices(result)
     elif similarity is not None:
         click.echo("  ".join(f"{name} {value:.4f}" for name, value in result.items() if name != "pairs"))
-        click.echo(f"{result['pairs']:,} pairs: correlation of their similarity with the cosine of their embeddings")
+        click.echo(
+            f"{counted(result['pairs'], 'pair')}: correlation of their similarity with the cosine of their embeddings"
+        )
     else:
         _print_losses(result)
 
 
 def _print_losses(result: dict[str, Any]) -> None:
+    from lm.evaluation.validation_loss import verdict
+
     rows = []
     for losses, kind in ((result["validation"], ""), (result["floors"], " (baseline)")):
         for name, loss in losses.items():
@@ -132,8 +136,14 @@ def _print_losses(result: dict[str, Any]) -> None:
     print_table(
         ("", "nats per token", "bits per byte"),
         rows,
-        f"step {result['step']:,}; {result['validation_tokens']:,} tokens, {result['validation_bytes']:,} bytes of "
-        f"{result['data']}; {result['protocol']}",
+        "\n".join(
+            [
+                verdict(result),
+                f"step {result['step']:,}; {result['validation_tokens']:,} tokens, "
+                f"{result['validation_bytes']:,} bytes of {result['data']}",
+                *result["protocol"].split("; "),
+            ]
+        ),
     )
 
 

@@ -9,10 +9,11 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
-from lm.cli.options import best_checkpoint_option, run_argument
+from data_prep.errors.command_names import command
+from lm.cli.options import best_checkpoint_option, run_argument, usual_command
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Export a model for transformers or llama.cpp.")
 @run_argument
 @click.option(
     "--to",
@@ -84,6 +85,7 @@ def export(
     from lm.export.model_card import CardFacts, finetuned_settings, training_limits
     from lm.finetuning.answers import ANSWERS
     from lm.runs.base_weights import BASE
+    from lm.runs.companions import CHAT_TEMPLATE, GENERATION
     from lm.runs.directory import open_run
 
     facts = CardFacts(license, language, base_model, push)
@@ -100,12 +102,14 @@ def export(
     if push:
         hub.check_push(push, private=private)
     exported = gguf.EXPORTED if kind == "gguf" else huggingface.EXPORTED | {ANSWERS}
+    if has_head or kind == "sentence-transformers":
+        exported = exported - {CHAT_TEMPLATE, GENERATION}
     if kind == "gguf":
         model.save_gguf(out, readout=chosen, outtype=outtype or "f32", facts=facts)
         loaded = f"llama-cli -m {out}"
     elif kind == "peft":
         model.save_adapter(out, facts=facts)
-        exported |= {BASE}
+        exported = exported | {BASE}
         loaded = f'peft.PeftModel.from_pretrained(base, "{out}"), base as in {out / "README.md"}'
     elif kind == "sentence-transformers":
         model.save_sentence_transformer(out, reads=reads, pooling=pooling, normalize=normalize, facts=facts)
@@ -129,19 +133,20 @@ def export(
         click.echo(hub.push(out, push, private=private))
 
 
-@click.command("import", cls=FriendlyCommand)
+@click.command("import", cls=FriendlyCommand, short_help="Import a Llama, Qwen3 or EuroBERT checkpoint.")
 @click.argument("source", metavar="FOLDER_OR_NAME")
 @click.option("--run", required=True, type=click.Path(path_type=Path), help="Run directory to write.")
-def import_run(source: str, run: Path) -> None:
-    """Import a Llama, Qwen3 or EuroBERT checkpoint as a run: a folder, or a name on the Hugging Face hub."""
+@click.option("--add-mask", is_flag=True, help="Add a mask token, for training with a masked objective.")
+def import_run(source: str, run: Path, add_mask: bool) -> None:
+    """Import a Llama, Mistral, Qwen3 or EuroBERT checkpoint as a run: a folder, or a name on the Hugging Face hub."""
     from lm.export.import_huggingface import import_checkpoint
 
-    import_checkpoint(source, run)
+    import_checkpoint(source, run, add_mask=add_mask, note=lambda text: click.echo(f"note: {text}", err=True))
     click.echo(str(run))
-    click.echo(f"next: python sample.py {run} --prompt …, or evaluate.py {run} --data …", err=True)
+    click.echo(f"next: {command('sample')} {run} --prompt …, or {command('evaluate')} {run} --data …", err=True)
 
 
-@click.command("merge", cls=FriendlyCommand)
+@click.command("merge", cls=FriendlyCommand, short_help="Make plain weights of a fine-tuned run.")
 @run_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to write.")
 @click.option("--trunk-only", is_flag=True, help="Drop the task's head: a plain run, to export or to sample from.")
@@ -154,3 +159,4 @@ def merge_run(run: Path, out: Path, trunk_only: bool, which: str) -> None:
     opened = open_run(run)
     merge(opened, out, opened.checkpoint(which), trunk_only=trunk_only)
     click.echo(str(out))
+    click.echo(f"next: {usual_command(out, open_run(out).config)}", err=True)

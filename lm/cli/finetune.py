@@ -8,18 +8,43 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
-from lm.cli.options import given_settings, json_option, run_argument, seeds_of, settings_options
+from lm.cli.options import (
+    SettingsCommand,
+    given_settings,
+    json_option,
+    run_argument,
+    seeds_of,
+    settings_options,
+    usual_command,
+)
 from lm.config.settings import finetuning_settings
 
 if TYPE_CHECKING:
     from lm.config.settings import Config
     from lm.finetuning.finetune import Finetuned
 
+# The settings that --help shows.
+COMMON = (
+    "task",
+    "train",
+    "validation",
+    "text_column",
+    "label_column",
+    "method",
+    "epochs",
+    "batch_examples",
+    "learning_rate",
+    "patience",
+    "judged_by",
+    "seed",
+    "device",
+)
+
 
 @click.command(
-    cls=FriendlyCommand,
+    cls=SettingsCommand,
+    short_help="Fine-tune a model on a task.",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110},
 )
 @run_argument
@@ -44,7 +69,7 @@ if TYPE_CHECKING:
     help="Resume the run even if settings of its training have changed. An unchanged command always resumes.",
 )
 @json_option
-@settings_options(finetuning_settings())
+@settings_options(finetuning_settings(), COMMON)
 @click.pass_context
 def finetune(
     context: click.Context,
@@ -60,7 +85,8 @@ def finetune(
     among answers, follow instructions, or embed sentences.
 
     \b
-    python finetune.py runs/mine --task classification --train train.jsonl --validation validation.jsonl --run runs/task
+    kindling finetune runs/mine --task classification \\
+      --train train.jsonl --validation validation.jsonl --run runs/task
 
     The same command resumes a run that was stopped. The checkpoint with the best validation is kept, and predict uses
     it.
@@ -102,9 +128,11 @@ def _print_results(done: list[Finetuned], as_json: bool) -> None:
         ]
         click.echo(json.dumps({"runs": runs, "mean": mean, "sd": spread}))
     else:
+        steps = dict.fromkeys(f"{each.step:,}" for each in done)
+        click.echo(f"step  {', '.join(steps)}")
         for name in names:
             more = f" ± {spread[name]:.4f} over {len(done)} seeds" if spread else ""
             click.echo(f"{name}  {mean[name]:.4f}{more}")
-    task = done[0].config
-    use = "predict" if task.has_task_head else "embed" if task.finetune.task == "contrastive" else "sample"
-    click.echo(f"{done[0].path} is ready, best at step {done[0].step:,}; next: kindling {use} {done[0].path}", err=True)
+    which = "best" if names else "without --validation, the last:"
+    ready = f"{done[0].path} is ready, {which} {'at ' if names else ''}step {done[0].step:,}"
+    click.echo(f"{ready}; next: {usual_command(done[0].path, done[0].config)}", err=True)

@@ -12,7 +12,7 @@ from data_prep.errors import UserError
 from lm.cli.options import device_option, json_option, run_argument
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Evaluate with lm-evaluation-harness.")
 @run_argument
 @click.option("--tasks", required=True, metavar="NAME,NAME", help="Tasks of the harness or from --include-path.")
 @click.option(

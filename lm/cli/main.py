@@ -10,6 +10,7 @@ import click
 from data_prep.cli.errors import FriendlyGroup
 from data_prep.cli.main import main as prep
 from lm import __version__
+from lm.cli.demo import demo
 from lm.cli.embed import embed
 from lm.cli.evaluate import evaluate
 from lm.cli.export import export, import_run, merge_run
@@ -31,6 +32,7 @@ def main() -> None:
 
 main.add_command(prep, "prep")
 for command in (
+    demo,
     train,
     sample,
     serve,

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from lm.config.sampling import Sampling
-from lm.config.settings import FinetuneConfig, Setting, all_settings
+from lm.config.settings import Config, FinetuneConfig, Setting, all_settings
 
 if TYPE_CHECKING:
     from lm.data.examples import Columns
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-run_argument = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+
+def run_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The argument RUN, of which the command starts only if it is a run directory."""
+
+    @functools.wraps(function)
+    def checked(*args: Any, run: Path, **options: Any) -> Any:
+        from lm.config.recipes import run_config
+
+        run_config(run)
+        return function(*args, run=run, **options)
+
+    return click.argument("run", metavar="RUN", type=click.Path(path_type=Path))(checked)
+
+
 checkpoint_option, best_checkpoint_option = (
     click.option(
         "--checkpoint",
@@ -60,30 +76,90 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def settings_options(settings: Iterable[Setting]) -> Decorator:
-    """An option for each of these settings, explained by the dataclass that defines it."""
+class SettingOption(click.Option):
+    """An option that is a setting: of which section of a recipe, and whether the short help shows it."""
+
+    section: str
+    is_common: bool
+
+
+class SettingsCommand(FriendlyCommand):
+    """A command with settings: ``--help`` shows the common ones, ``--help-all`` all, by their sections in a recipe."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for each in self.get_params(ctx):
+            title = "Options"
+            if isinstance(each, SettingOption):
+                if not (each.is_common or ctx.meta.get(HELP_ALL)):
+                    continue
+                title = SECTIONS[each.section] if ctx.meta.get(HELP_ALL) else "Common settings"
+            record = each.get_help_record(ctx)
+            if record and isinstance(each, click.Option):
+                groups.setdefault(title, []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+ALSO = {"text_column": ("--text-field",)}  # what prep build calls it
+HELP_ALL = "lm.help_all"  # key of a context's meta
+SECTIONS = {
+    section.name: f"[{section.name}] {section.default_factory.__doc__.partition('.')[0]}"  # type: ignore[union-attr]
+    for section in dataclasses.fields(Config)
+}
+
+
+def _show_all(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        context.meta[HELP_ALL] = True
+        click.echo(context.get_help())
+        context.exit()
+
+
+def settings_options(settings: Iterable[Setting], common: Collection[str]) -> Decorator:
+    """An option for each of these settings, explained by the dataclass that defines it, and ``--help-all``.
+
+    The short help of a ``SettingsCommand`` shows those named in ``common``.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for setting in reversed(list(settings)):
-            function = _setting_option(setting)(function)
-        return function
+            function = _setting_option(setting, setting.name in common)(function)
+        return click.option(
+            "--help-all",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_show_all,
+            help="Show every setting, by its section in a recipe.",
+        )(function)
 
     return decorate
 
 
-def _setting_option(setting: Setting) -> Decorator:
+def _setting_option(setting: Setting, is_common: bool) -> Decorator:
     limits = f"; one of {', '.join(setting.choices)}" if setting.choices else ""
     default = json.dumps(setting.default) if setting.default not in ("", ()) else "none"
-    text = f"[{setting.section}] {setting.help}{limits}. [default: {default}]"
+    text = f"{setting.help[0].upper()}{setting.help[1:]}{limits}. [default: {default}]"
     repeated = " May be repeated." if setting.kind == "list of texts" else ""
-    return click.option(
-        setting.option,
-        setting.name,
-        metavar=setting.kind.upper(),
-        default=None,
-        multiple=bool(repeated),
-        help=text + repeated,
-    )
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        decorated = click.option(
+            setting.option,
+            *ALSO.get(setting.name, ()),
+            setting.name,
+            cls=SettingOption,
+            metavar=setting.kind.upper(),
+            default=None,
+            multiple=bool(repeated),
+            help=text + repeated,
+        )(function)
+        option = decorated.__click_params__[-1]  # type: ignore[attr-defined]
+        option.section, option.is_common = setting.section, is_common
+        return decorated
+
+    return decorate
 
 
 def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,15 +171,27 @@ def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def usual_command(path: Path, config: Config) -> str:
+    """The command that uses a finished run, whole."""
+    if config.has_task_head:
+        return f"{command('predict')} {path} --input FILE --output FILE"
+    if config.finetune.task == "contrastive":
+        return f"{command('embed')} {path} --input FILE --output FILE"
+    return f"{command('sample')} {path} {'--chat' if config.is_finetuning else '--prompt TEXT'}"
+
+
 def seeds_of(text: str) -> list[int]:
     """The value of ``--seeds``, as in 0,1,2.
 
     Raises:
         UserError: it is not a list of different whole numbers.
     """
-    numbers = [int(seed) if seed.strip().isdecimal() else -1 for seed in text.split(",")]
+    given = [seed.strip() for seed in text.split(",")]
+    numbers = [int(seed) if seed.isdecimal() and len(seed) < 19 else -1 for seed in given]
     if min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise UserError(f"--seeds {text} must be different whole numbers separated by commas, for example 0,1,2")
+        raise UserError(
+            f"--seeds {text} must be different whole numbers below 10^18, separated by commas, for example 0,1,2"
+        )
     return numbers
 
 
@@ -132,15 +220,20 @@ def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def columns_options(*names: str) -> Decorator:
-    """``--text-column`` and the like for these columns of task files; ``columns_of`` reads them."""
+def columns_options(*names: str, default: str = "", also: bool = True) -> Decorator:
+    """``--text-column`` and the like for these columns of task files; ``columns_of`` reads them.
+
+    ``default`` says what a column is called if it is not named; "": as the setting has it. ``also``: by their
+    names in ``prep build``, too.
+    """
     settings = {setting.name: setting for setting in all_settings()}
     chosen = [settings[f"{name}_column"] for name in names]
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for setting in reversed(chosen):
-            help = f"{setting.help[0].upper()}{setting.help[1:]}. [default: {setting.default}]"
-            function = click.option(setting.option, metavar="NAME", help=help)(function)
+            help = f"{setting.help[0].upper()}{setting.help[1:]}. [default: {default or setting.default}]"
+            others = ALSO.get(setting.name, ()) if also else ()
+            function = click.option(setting.option, *others, setting.name, metavar="NAME", help=help)(function)
         return function
 
     return decorate

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from data_prep.cli.errors import FriendlyCommand
-from lm.cli.options import best_checkpoint_option, device_option, run_argument
+from data_prep.cli.tables import counted
+from data_prep.files import ending_of
+from lm.cli.options import best_checkpoint_option, columns_options, device_option, given_settings, run_argument
+from lm.config.settings import ANSWER_FILES
+
+if TYPE_CHECKING:
+    from lm.data.examples import Example
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Predict with a fine-tuned model.")
 @run_argument
 @click.option(
     "--input",
     "source",
     required=True,
     metavar="FILE|-|hf:NAME[:SPLIT]",
-    help="Texts, in the columns that RUN was fine-tuned with: .jsonl, .csv, .tsv, .parquet, or .txt with one text per "
+    help="Texts, in the columns that RUN was fine-tuned with: .jsonl, .json, .csv, .tsv, .parquet, or .txt, a text per "
     "line; - reads JSON lines from standard input.",
 )
 @click.option(
@@ -29,27 +36,42 @@ from lm.cli.options import best_checkpoint_option, device_option, run_argument
     metavar="FILE|-",
     help="File for the answers, one per text and in order: .jsonl, .csv or .tsv; - writes JSON lines to stdout.",
 )
+@click.option("--with-text", is_flag=True, help="Repeat each text in its answer.")
+@columns_options("text", "text_pair", "choices", "words", default="as in fine-tuning")
 @best_checkpoint_option
 @device_option
-def predict(run: Path, source: str, output: str, which: str, device: str) -> None:
+def predict(
+    run: Path, source: str, output: str, with_text: bool, which: str, device: str, **columns: str | None
+) -> None:
     """Predict for each text of a file what RUN was fine-tuned on: its label with all probabilities, or a number.
 
-    Input is streamed, so files of any size work.
+    There is one answer for each text, in the same order; the probabilities are in the order of the labels, which are
+    sorted. Input is streamed, so files of any size work.
     """
+    from lm.config.recipes import require_task_head, run_config
+
+    require_task_head(run, run_config(run))
+    ending_of(output, ANSWER_FILES)
     from lm import api
+    from lm.finetuning.predict import parts_of, read_inputs, write_answers
     from lm.finetuning.predict import predict as answers_to
-    from lm.finetuning.predict import read_inputs, write_answers
 
     predictor = api.load_task_model(run, checkpoint=which, device=device)
-    cut = 0
+    cut, texts = 0, deque[dict[str, Any]]()  # of the examples that wait for their answers
 
-    def counted() -> Iterator[dict[str, Any]]:
+    def noted() -> Iterator[Example]:
+        for example in read_inputs(predictor, source, given_settings(columns)):
+            texts.append(parts_of(predictor.config.finetune.task, example))
+            yield example
+
+    def answered() -> Iterator[dict[str, Any]]:
         nonlocal cut
-        for answer, was_cut in answers_to(predictor, read_inputs(predictor, source)):
+        for answer, was_cut in answers_to(predictor, noted()):
             cut += was_cut
-            yield answer
+            text = texts.popleft()
+            yield text | answer if with_text else answer
 
-    written = write_answers(counted(), output)
+    written = write_answers(answered(), output)
     how = "were split into windows of" if predictor.config.finetune.long_texts == "window" else "were truncated to"
     more = f"; {cut:,} {how} {predictor.config.data.context_length} tokens" if cut else ""
-    click.echo(f"{written:,} answers{more}", err=True)
+    click.echo(f"{counted(written, 'answer')}{more}", err=True)

@@ -8,22 +8,25 @@ from pathlib import Path
 import click
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, json_option, run_argument
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Write a page about a run.")
 @run_argument
 @click.option(
     "--prompt",
     "prompts",
     multiple=True,
-    help="Text to show with its continuation; may be repeated. Default: the recipe's prompts.",
+    help="Text to show with its continuation; may be repeated. Default: the recipe's prompts, or openings of "
+    "validation documents.",
 )
 @click.option(
     "--fill",
     "fills",
     multiple=True,
-    help="Text with [MASK] to show filled; may be repeated. Default: the recipe's fills.",
+    help="Text with [MASK] to show filled; may be repeated. Default: the recipe's fills, or openings of "
+    "validation documents.",
 )
 @checkpoint_option
 def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: str) -> None:
@@ -38,7 +41,7 @@ def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: s
     click.echo(str(path))
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Compare the losses and settings of runs.")
 @click.argument("runs", metavar="RUN_A RUN_B [MORE]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--out",
@@ -53,6 +56,12 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
 
     Runs that are still training can be compared too.
     """
+    from lm.config.recipes import run_config
+
+    if len(runs) < 2:
+        raise UserError("name at least two runs to compare")
+    for path in runs:
+        run_config(path)
     from lm.reports.comparison import compare as compare_runs
     from lm.reports.comparison import differences, open_entries, rows, write_comparison
 

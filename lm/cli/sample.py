@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.tables import counted
 from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, compile_option, device_option, json_option, run_argument, sampling_options
+from lm.config.sampling import Sampling, problem_of_fill, recommended
 
 if TYPE_CHECKING:
     from lm.inference.batch_generation import Prompt
     from lm.inference.generator import Generator
     from lm.inference.language_model import LanguageModel
-    from lm.inference.sampling import Sampling
-    from lm.runs.directory import Run
+
+STDIN = STDOUT = Path("-")
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Generate text, fill masks, or chat.")
 @run_argument
 @click.option("--prompt", "prompts", multiple=True, help='Text to continue; may be repeated. "" begins a new text.')
 @click.option(
@@ -47,9 +50,16 @@ if TYPE_CHECKING:
 )
 @click.option("--top", default=5, show_default=True, metavar="N", help="Candidates to show for each filled mask.")
 @click.option(
-    "--input", "source", type=click.Path(path_type=Path), help='JSONL file to continue: {"prompt": "…"} per line.'
+    "--input",
+    "source",
+    type=click.Path(path_type=Path),
+    help='JSONL file to continue: {"prompt": "…"} per line; - for standard input.',
 )
-@click.option("--output", type=click.Path(path_type=Path), help="JSONL file for the continuations of --input.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="JSONL file for the continuations of --input. Default: -, standard output.",
+)
 @click.option("--chat", is_flag=True, help="Chat with the model; Ctrl-C stops an answer, Ctrl-D ends the chat.")
 @click.option("--rows", default=16, show_default=True, help="Maximum number of texts generated at the same time.")
 @sampling_options
@@ -76,14 +86,12 @@ def sample(
     **sampling: Any,
 ) -> None:
     """Generate text with the model of RUN: continue prompts, fill masks, chat. Only the text goes to stdout."""
-    from lm import api
-    from lm.inference.batch_generation import Prompt, check_prompts, read_prompts
-    from lm.inference.sampling import Sampling
-    from lm.runs.directory import open_run
-
-    settings = Sampling(**sampling)
+    source_of = click.get_current_context().get_parameter_source
+    chosen = {name: value for name, value in sampling.items() if source_of(name) is not ParameterSource.DEFAULT}
+    settings = Sampling(**sampling | recommended(run) | chosen)
     problems = settings.problems()
     problems += _conflicts(prompts, fills, unmask, source, output, chat, as_json, settings)
+    problems += [problem for text in fills if (problem := problem_of_fill(text))]
     problems += [
         f"--{name} must be at least {least}, not {value}"
         for name, value, least in (("unmask", unmask, 0), ("rounds", rounds, 0), ("top", top, 1), ("rows", rows, 1))
@@ -91,21 +99,29 @@ def sample(
     ]
     if problems:
         raise UserError("\n".join(problems))
-    opened = open_run(run)
     if unmask:
         fills, prompts = (*(f"{prompt}[MASK:{unmask}]" for prompt in prompts), *fills), ()
         rounds = rounds or unmask
-    _check_readouts(opened, prompts or source or chat, fills)
+    _check_readouts(run, prompts or source or chat, fills)
+    output = None if output == STDOUT else output
     if output is not None and output.exists():
         raise UserError(f"{output} already exists: choose another --output")
-    count = len(prompts) if source is None else check_prompts(source, settings)
-    model = api.load_model(opened, checkpoint=which, device=device)
+    from lm import api
+    from lm.inference.batch_generation import Prompt, check_prompts, read_prompts
+    from lm.inference.fill_mask import tokens_to_fill
+
+    given = [Prompt(prompt, settings) for prompt in prompts]
+    if source == STDIN:  # cannot be read twice
+        given = list(read_prompts(source, settings))
+    count = len(given) if source in (None, STDIN) else check_prompts(source, settings)
+    model = api.load_model(run, checkpoint=which, device=device)
+    for text in fills:  # before anything is written
+        tokens_to_fill(model, text)
     if source is not None:
         generator = _generator(model, min(rows, count), compiled)
-        _continue_file(model, generator, read_prompts(source, settings), output, count)
+        _continue_file(model, generator, given or read_prompts(source, settings), output, count)
     if prompts:
         generator = _generator(model, min(rows, count), compiled)
-        given = [Prompt(prompt, settings) for prompt in prompts]
         if as_json:
             _print_lines(model, generator, given)
         else:
@@ -116,7 +132,7 @@ def sample(
         from lm.cli.chat import converse
         from lm.inference.chat_template import chat_format
 
-        chat_of_run = chat_format(opened.path, model.tokenizer, model.config)
+        chat_of_run = chat_format(run, model.tokenizer, model.config)
         converse(_generator(model, 1, compiled, reuse=True), chat_of_run, settings)
 
 
@@ -146,16 +162,19 @@ def _conflicts(
     return [sentence for holds, sentence in rules if not holds]
 
 
-def _check_readouts(run: Run, to_continue: object, to_fill: object) -> None:
-    objective = run.config.objective.objective
-    if to_continue and "next_token" not in run.config.readouts:
+def _check_readouts(run: Path, to_continue: object, to_fill: object) -> None:
+    from lm.config.recipes import require_language_model, run_config
+
+    config = run_config(run)
+    require_language_model(run, config)
+    objective = config.objective.objective
+    if to_continue and "next_token" not in config.readouts:
         raise UserError(
-            f"{run.path} was trained with {objective} only: it can fill masks (--fill, --unmask), "
-            "but not continue a prompt"
+            f"{run} was trained with {objective} only: it can fill masks (--fill, --unmask), but not continue a prompt"
         )
-    if to_fill and run.config.readouts[-1] == "next_token":
+    if to_fill and config.readouts[-1] == "next_token":
         raise UserError(
-            f"{run.path} was trained with {objective} only: it can continue a prompt (--prompt), but not fill masks"
+            f"{run} was trained with {objective} only: it can continue a prompt (--prompt), but not fill masks"
         )
 
 
@@ -192,7 +211,10 @@ def _continue_file(
     if part is not None and output is not None:
         part.replace(output)
     seconds = time.perf_counter() - start
-    click.echo(f"{count:,} texts, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)", err=True)
+    click.echo(
+        f"{counted(count, 'text')}, {counted(tokens, 'token')} in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)",
+        err=True,
+    )
 
 
 def _print_lines(
@@ -219,6 +241,4 @@ def _fill(model: LanguageModel, text: str, sampling: Sampling | None, rounds: in
         return
     click.echo(filled.text)
     for candidates in () if sampling else filled.candidates:
-        click.echo(
-            "    " + "  ".join(f"{token.strip()} {probability:.0%}" for token, probability in candidates), err=True
-        )
+        click.echo("    " + "  ".join(f"{token!r} {probability:.0%}" for token, probability in candidates), err=True)

@@ -13,7 +13,7 @@ from lm.cli.options import checkpoint_option, compile_option, device_option, run
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-@click.command(cls=FriendlyCommand)
+@click.command(cls=FriendlyCommand, short_help="Serve a model: OpenAI's API and a web page.")
 @run_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all addresses.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
@@ -71,6 +71,9 @@ def serve(
 
     The page generates text, fills masks, shows token probabilities, and follows the run while it trains.
     """
+    from lm.config.recipes import require_language_model, run_config
+
+    require_language_model(run, run_config(run))
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
 from lm.cli.options import (
+    SettingsCommand,
     device_option,
     given_settings,
     json_option,
@@ -33,10 +33,26 @@ if TYPE_CHECKING:
 # Settings that the rows determine, or another option here.
 LEFT_OUT = ("method", "weights", "seed", "device", "threads", "reads", "pooling")
 ONE_TASK = ("task", "train", "validation", "test")
+# The settings that --help shows.
+COMMON = (
+    "task",
+    "train",
+    "validation",
+    "text_column",
+    "label_column",
+    "epochs",
+    "batch_examples",
+    "learning_rate",
+    "judged_by",
+)
 SETTINGS = [setting for setting in finetuning_settings() if setting.name not in LEFT_OUT]
 
 
-@click.command(cls=FriendlyCommand, context_settings={"max_content_width": 110})
+@click.command(
+    cls=SettingsCommand,
+    short_help="Measure what pretraining bought, task by task.",
+    context_settings={"max_content_width": 110},
+)
 @run_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the tables; it is created.")
 @click.option(
@@ -52,7 +68,7 @@ SETTINGS = [setting for setting in finetuning_settings() if setting.name not in 
 @reading_options
 @device_option
 @json_option
-@settings_options(SETTINGS)
+@settings_options(SETTINGS, COMMON)
 def tasks(
     run: Path,
     out: Path,

@@ -9,10 +9,27 @@ from typing import Any
 
 import click
 
-from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import USER_ERROR_STATUS, UserError
-from lm.cli.options import given_settings, json_option, settings_options
+from data_prep.errors.command_names import command
+from lm.cli.options import SettingsCommand, given_settings, json_option, settings_options
 from lm.config.settings import Config, pretraining_settings
+
+# The settings that --help shows.
+COMMON = (
+    "data",
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "context_length",
+    "batch_tokens",
+    "objective",
+    "learning_rate",
+    "steps",
+    "validate_every",
+    "seed",
+    "device",
+    "init_from",
+)
 
 
 def is_one_of_several() -> bool:
@@ -21,7 +38,8 @@ def is_one_of_several() -> bool:
 
 
 @click.command(
-    cls=FriendlyCommand,
+    cls=SettingsCommand,
+    short_help="Pretrain a model on a dataset.",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110},
 )
 @click.argument("recipe", metavar="[RECIPE]", required=False)
@@ -42,10 +60,11 @@ def is_one_of_several() -> bool:
     "plan_only",
     is_flag=True,
     help="Print what the run would need (parameters, memory by part, speed of a dry step, total time) and write "
-    "nothing. Without --data, give --vocab-size.",
+    "nothing. Without --data, give --vocab-size. The speed is also given as a share of the peak: of the rate at which "
+    "this machine multiplies matrices.",
 )
 @json_option
-@settings_options(pretraining_settings())
+@settings_options(pretraining_settings(), COMMON)
 @click.pass_context
 def train(
     context: click.Context,
@@ -56,7 +75,12 @@ def train(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Pretrain a model: RECIPE is a TOML file such as configs/tiny.toml, or the name of one that comes with Kindling.
+    """Pretrain a model: RECIPE is a TOML file, or the name of one that comes with Kindling, such as tiny.
+
+    \b
+    kindling train tiny --data data/mine --run runs/mine
+    kindling train tiny --data data/mine --plan            # will it fit, and how long will it take?
+    kindling train --resume --run runs/mine --steps 2000   # more steps
 
     Every setting of a recipe is also an option here; the defaults below apply to settings that are not in the recipe.
     The same command resumes a run that was stopped.
@@ -71,6 +95,10 @@ def train(
         config, run_path, before = pretraining_config(recipe, run_path, given, unknown_options=unknown)
         if extras:
             raise UserError(f"unexpected argument {extras[0]!r}")
+        if before is None and (config.data.data or not plan_only):  # a run finds its own data, also after a move
+            from lm.data.corpora import open_corpora
+
+            open_corpora(config.data.data)
     except UserError:
         if is_one_of_several():  # every process finds the same mistake, and one reports it
             from lm.training.distributed import leave_unless_first
@@ -78,7 +106,7 @@ def train(
             leave_unless_first(USER_ERROR_STATUS)
         raise
     if plan_only:
-        _print_plan(config, before, as_json)
+        _print_plan(config, before, run_path, as_json)
         return
     from lm import api
 
@@ -88,14 +116,19 @@ def train(
     if as_json:
         last = [line for line in run.metrics() if "validation" in line][-1:]
         click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
-    click.echo(f"{run_path} is ready, with {run_path / 'report.html'}; next: python evaluate.py {run_path}", err=True)
+    ready = f"{run_path} is ready, with {run_path / 'report.html'}"
+    click.echo(f"{ready}; next: {command('evaluate')} {run_path}", err=True)
 
 
-def _print_plan(config: Config, before: Config | None, as_json: bool) -> None:
+def _print_plan(config: Config, before: Config | None, run_path: Path, as_json: bool) -> None:
     from data_prep.cli.tables import print_table
+    from lm.runs.directory import Run
+    from lm.runs.run_data import located
     from lm.training.plan import plan_run
     from lm.training.trainer import explain_out_of_memory
 
+    if before is not None:
+        config = located(Run(run_path, config)).config
     with explain_out_of_memory():
         plan = plan_run(config, before)
     if as_json:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lm.config.settings import Config, FinetuneConfig, corpus_of
+from lm.config.corpus_entry import corpus_of
+from lm.config.sampling import problem_of_fill
+from lm.config.settings import Config, FinetuneConfig, ModelConfig
+
+LARGEST_HEAD = 256  # of the attention kernels
+MOST_PARAMETERS = 10**13
 
 
 def inconsistencies(config: Config) -> Iterator[str]:
@@ -19,8 +24,15 @@ def inconsistencies(config: Config) -> Iterator[str]:
         yield (
             f"the head size is {model.head_width}, but rotary positions need an even one: change num_heads or head_size"
         )
+    elif model.head_width > LARGEST_HEAD:
+        yield f"the head size is {model.head_width}, but at most {LARGEST_HEAD}: change num_heads or head_size"
     if model.num_heads % model.key_value_heads:
         yield f"num_heads {model.num_heads} is not divisible by num_key_value_heads {model.num_key_value_heads}"
+    if (parameters := _matrix_parameters(model)) > MOST_PARAMETERS:
+        yield (
+            f"this model would have {parameters:.3g} parameters: choose a smaller num_layers, hidden_size, num_heads, "
+            "feed_forward_size or vocab_size"
+        )
     if data.batch_tokens % data.context_length:
         nearest = max(1, round(data.batch_tokens / data.context_length)) * data.context_length
         yield (
@@ -38,13 +50,20 @@ def inconsistencies(config: Config) -> Iterator[str]:
         if corpus_of(text)[1] <= 0:
             yield f'data: the weight of "{text}" must be above 0'
     for text in config.report.fills:
-        if "[MASK]" not in text:
-            yield f'fills: there is no [MASK] in "{text}": write [MASK] where a word is missing'
+        if problem := problem_of_fill(text):
+            yield f"fills: {problem}"
     if config.objective.mask_token_share + config.objective.random_token_share > 1:
         yield "mask_token_share and random_token_share add up to more than 1"
     if optimizer.warmup_fraction + optimizer.decay_fraction > 1:
         yield "warmup_fraction and decay_fraction add up to more than 1"
     yield from _inconsistencies_of_task(config.finetune)
+
+
+def _matrix_parameters(model: ModelConfig) -> int:
+    """The weights in the matrices of a model, up to its vocabulary head."""
+    attention = 2 * (model.num_heads + model.key_value_heads) * model.head_width
+    feed_forward = (3 if model.activation == "swiglu" else 2) * model.feed_forward_width
+    return model.hidden_size * (model.num_layers * (attention + feed_forward) + model.vocab_size)
 
 
 def _inconsistencies_of_task(task: FinetuneConfig) -> Iterator[str]:

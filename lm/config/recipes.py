@@ -17,8 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command, example_recipe
+from data_prep.errors.other_names import other_name
 from lm.config.consistency import inconsistencies
-from lm.config.settings import Config, FinetuneConfig, ReportConfig, Setting, all_settings
+from lm.config.settings import (
+    Config,
+    FinetuneConfig,
+    ReportConfig,
+    Setting,
+    all_settings,
+    finetuning_settings,
+    pretraining_settings,
+)
 
 
 def find_recipe(name: str) -> Path:
@@ -34,8 +44,15 @@ def find_recipe(name: str) -> Path:
     known = {recipe.stem: recipe for shelf in shelves for recipe in sorted(shelf.glob("*.toml"))}
     if name in known:
         return known[name]
+    if path.stem in known and path.suffix == ".toml":
+        raise UserError(f'there is no file {name}: the recipe that comes with Kindling is called "{path.stem}"')
     hint = difflib.get_close_matches(path.stem, known, 1)
-    help = f'did you mean "{known[hint[0]].name}"?' if hint else f"available recipes: {', '.join(sorted(known))}"
+    near = path.with_name(f"{hint[0]}.toml") if hint else path
+    help = (
+        f'did you mean "{near if near.is_file() else hint[0]}"?'
+        if hint
+        else f"available recipes: {', '.join(sorted(known))}"
+    )
     raise UserError(f'no recipe "{name}": {help}')
 
 
@@ -58,19 +75,22 @@ def load_config(
         UserError: one line per problem.
     """
     known = {s.name: s for s in all_settings()}
+    here = finetuning_settings() if base is not None and base.finetune.base else pretraining_settings()
     values: dict[str, Any] = {}
     problems: list[str] = []
     given = [(name, value, "") for name, value in (overrides or {}).items()]
-    for name, value, where in [*_recipe_values(recipe, known, problems), *given]:
+    for name, value, where in [*_recipe_values(recipe, known, [s.name for s in here], problems), *given]:
         if name not in known:
-            problems.append(f'unknown setting "{name}"{suggestion(name, known)}')
+            problems.append(f'unknown setting "{name}"{suggestion(name, [s.name for s in here])}')
             continue
         try:
             values[name] = _convert(known[name], value)
         except ValueError as problem:
             problems.append(f"{f'{name} in {where}' if where else known[name].option} {problem}")
     for option in unknown_options:
-        problems.append(f"unknown option {option}{suggestion(option, [s.option for s in known.values()])}")
+        problems.append(
+            f"unknown option {option}{suggestion(option, [*(s.option for s in here), '--run', '--resume'])}"
+        )
     config = (base or Config()).replace(**values)
     problems += inconsistencies(config)
     if problems:
@@ -86,10 +106,26 @@ def run_config(path: str | Path) -> Config:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"there is no run directory {path}: train.py makes one")
+        raise UserError(f"there is no run directory {path}: {command('train')} makes one")
     if not (path / "config.toml").is_file():
         raise UserError(f"{path} is not a run directory: it has no config.toml")
     return load_config(path / "config.toml")
+
+
+def require_language_model(path: Path, config: Config) -> None:
+    """Raise UserError if the run at ``path`` has a task's head instead of a language model's."""
+    if config.has_task_head:
+        raise UserError(
+            f"{path} is fine-tuned for {config.finetune.task} and is no longer a language model: use "
+            f"kindling predict {path} --input FILE for its answers, or kindling merge {path} --trunk-only --out RUN to "
+            "make it a plain run"
+        )
+
+
+def require_task_head(path: Path, config: Config) -> None:
+    """Raise UserError if the run at ``path`` has no task's head, and so makes no predictions."""
+    if not config.has_task_head:
+        raise UserError(f"{path} was not fine-tuned on a task with a head: {command('finetune')} makes such a run")
 
 
 def pretraining_config(
@@ -109,9 +145,9 @@ def pretraining_config(
     Raises:
         UserError: a setting is wrong, or there is nothing to resume.
     """
-    if recipe is None and run is None:
+    if recipe is None and run is None and not unknown_options:
         raise UserError(
-            "name a recipe to train (for example configs/tiny.toml), or a run to resume: --run RUN --resume"
+            f"name a recipe to train (for example {example_recipe()}), or a run to resume: --run RUN --resume"
         )
     path = Path(run) if run is not None else Path("runs") / Path(str(recipe)).stem
     before = load_config(path / "config.toml") if (path / "config.toml").is_file() else None
@@ -122,24 +158,26 @@ def pretraining_config(
         like = dataclasses.replace(like, report=ReportConfig(), finetune=FinetuneConfig())
         base = like.replace(data=(), micro_batch_rows=0)
     if recipe is None and base is None and not unknown_options:
-        raise UserError(f"{path} is not a run directory yet: name a recipe to start it (for example configs/tiny.toml)")
+        raise UserError(
+            f"{path} is not a run directory yet: name a recipe to start it (for example {example_recipe()})"
+        )
     file = find_recipe(str(recipe)) if recipe is not None else None
     config = load_config(file, settings, unknown_options=unknown_options, base=base)
     if config.is_finetuning:
-        raise UserError(f"{path} is a fine-tuning run: finetune.py resumes it")
+        raise UserError(f"{path} is a fine-tuning run: {command('finetune')} resumes it")
     return config, path, before
 
 
 def _recipe_values(
-    recipe: Path | None, known: Mapping[str, Setting], problems: list[str]
+    recipe: Path | None, known: Mapping[str, Setting], here: Sequence[str], problems: list[str]
 ) -> Iterator[tuple[str, Any, str]]:
-    """Yield a recipe's settings as (name, value, file); add a line to ``problems`` for each unknown one."""
+    """Yield a recipe's settings as (name, value, file); add a line to ``problems`` for each unknown one.
+
+    ``here`` are the settings to suggest instead.
+    """
     if recipe is None:
         return
-    try:
-        content = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the recipe {recipe}: {error}") from None
+    content = read_toml(recipe, "the recipe")
     sections = [f.name for f in dataclasses.fields(Config)]
     for section, settings in content.items():
         if not isinstance(settings, dict):
@@ -150,7 +188,7 @@ def _recipe_values(
         else:
             for name, value in settings.items():
                 if name not in known:
-                    problems.append(f'unknown setting "{name}" in {recipe}{suggestion(name, known)}')
+                    problems.append(f'unknown setting "{name}" in {recipe}{suggestion(name, here)}')
                 elif known[name].section != section:
                     problems.append(
                         f'setting "{name}" in {recipe} belongs under [{known[name].section}], not [{section}]'
@@ -159,10 +197,22 @@ def _recipe_values(
                     yield name, value, str(recipe)
 
 
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The content of a TOML file, which may begin with a byte-order mark. UserError if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise UserError(f"cannot read {what} {path}: it is not UTF-8 ({byte})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the closest known one, or ""."""
-    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.6)
-    return f': did you mean "{close[0]}"?' if close else ""
+    """The end of a message about an unknown name: what it is called here, the closest known one, or ""."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.6)
+    return other_name(name, known) or (f': did you mean "{close[0]}"?' if close else "")
 
 
 def _convert(setting: Setting, value: Any) -> Any:
@@ -191,12 +241,13 @@ def _convert(setting: Setting, value: Any) -> Any:
         raise ValueError(f"must be {_article(setting.kind)}, not {value!r}")
     _check_choice(setting, value)
     if wanted in (int, float):
+        largest = setting.maximum if setting.maximum is not None else 2**53 if wanted is int else sys.float_info.max
         if setting.minimum is not None and not value >= setting.minimum:
             raise ValueError(f"must be at least {setting.minimum:g}, not {value!r}")
-        if setting.maximum is not None and not value <= setting.maximum:
-            raise ValueError(f"must be at most {setting.maximum:g}, not {value!r}")
-        if value in (float("inf"), float("-inf")):
+        if wanted is float and not math.isfinite(value):
             raise ValueError(f"must be finite, not {value!r}")
+        if not value <= largest:
+            raise ValueError(f"must be at most {largest:{',' if wanted is int else 'g'}}, not {value!r}")
     return value
 
 

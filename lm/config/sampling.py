@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from data_prep.errors import UserError
+from data_prep.files import read_json
 from lm.config.settings import setting
 
 MOST_LOGPROBS = 20
+MASK_WORD = "[MASK]"
+MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")
+
+
+def problem_of_fill(text: str) -> str:
+    """Why there is nothing to fill in a text; "": there is a mask."""
+    if MASKS.search(text):
+        return ""
+    shown = text if len(text) < 60 else f"{text[:56]} …"
+    if other := re.search(r"[\[<]mask(:[1-9]\d{0,6})?[\]>]", text, re.IGNORECASE):
+        return f'nothing to fill in "{shown}": write [MASK{other[1] or ""}] for {other[0]}'
+    return f'nothing to fill in "{shown}": write {MASK_WORD} where a word is missing'
+
+
 GREEDY_BELOW = 0.01  # temperatures that stand for 0, as clients send to servers that refuse 0
 
 
@@ -65,3 +85,29 @@ class Sampling:
     @property
     def has_penalties(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def recommended(run_directory: Path) -> dict[str, Any]:
+    """The fields of ``Sampling`` that the run's ``generation_config.json`` sets, as an imported checkpoint brought it.
+
+    ``do_sample`` false is temperature 0. Fields that it leaves out keep the defaults of ``Sampling``, and those that
+    ``Sampling`` lacks (beam search, say) are not applied.
+
+    Raises:
+        UserError: the file is damaged, or a value is out of range.
+    """
+    path = run_directory / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = read_json(path)
+        names = [field.name for field in dataclasses.fields(Sampling) if field.name not in ("stop", "seed", "logprobs")]
+        found = {name: content[name] for name in names if content.get(name) is not None}
+        if content.get("do_sample") is False:
+            found["temperature"] = 0.0
+        problems = dataclasses.replace(Sampling(), **found).problems()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
+    return found

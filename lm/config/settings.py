@@ -10,12 +10,9 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from data_prep.files import write_atomically
-
-if TYPE_CHECKING:
-    from fractions import Fraction
 
 # The tasks of fine-tuning; the first four have a head of their own (``lm.finetuning.heads``).
 HEAD_TASKS = ("classification", "regression", "tokens", "choice")
@@ -28,6 +25,8 @@ OBJECTIVES = {
     "hybrid": ("text", ("next_token", "masked_next_token")),
     "hybrid_unshifted": ("text", ("next_token", "masked_token")),
 }
+# The kinds of files that ``kindling predict`` and ``kindling embed`` write.
+ANSWER_FILES, VECTOR_FILES = (".jsonl", ".csv", ".tsv"), (".jsonl", ".npy")
 # The methods of fine-tuning, each with AdamW's default learning rate.
 METHODS = {"full": 1e-3, "lora": 5e-3, "probe": 1e-2}
 # The matrices of a block that LoRA can adapt, by their names in it.
@@ -41,7 +40,7 @@ class Setting:
 
     Attributes:
         default: its type is the setting's type.
-        minimum, maximum: limits of a number, inclusive.
+        minimum, maximum: limits of a number, inclusive; a whole number without a maximum is at most 2^53.
         on_resume: what happens if it differs when a run is resumed. "free": nothing, it changes neither the model nor
             the order of the data. "ask": it needs --resume. "never": the run is refused, since its weights or the
             meaning of a step depend on it.
@@ -136,7 +135,7 @@ class DataConfig:
 
     data: tuple[str, ...] = setting(
         (),
-        "folders of token shards, made by: python -m data_prep build; with several, FOLDER@WEIGHT sets a folder's "
+        "folders of token shards, made by kindling prep build; with several, FOLDER@WEIGHT sets a folder's "
         "share of the rows (weight 1 if omitted)",
         on_resume="free",
     )
@@ -147,8 +146,10 @@ class DataConfig:
         choices=("windows", "documents"),
         on_resume="never",
     )
-    context_length: int = setting(256, "tokens per row", minimum=2, on_resume="never")
-    batch_tokens: int = setting(8192, "tokens per step, a multiple of context_length", minimum=2, on_resume="never")
+    context_length: int = setting(256, "tokens per row", minimum=2, maximum=2**30, on_resume="never")
+    batch_tokens: int = setting(
+        8192, "tokens per step, a multiple of context_length", minimum=2, maximum=2**30, on_resume="never"
+    )
     micro_batch_rows: int = setting(
         0,
         "rows per forward pass; 0: as many as fit into memory (CPU: at most 4,096 tokens)",
@@ -225,7 +226,9 @@ class OptimizerConfig:
 class TrainingConfig:
     """How long, how often, and on which device."""
 
-    steps: int = setting(1000, "optimizer steps of the whole run", minimum=1, on_resume="free", pretraining_only=True)
+    steps: int = setting(
+        1000, "optimizer steps of the whole run", minimum=1, maximum=10**12, on_resume="free", pretraining_only=True
+    )
     init_from: str = setting(
         "",
         "run whose newest weights to start from, for example to continue with other data; empty: random weights",
@@ -263,7 +266,11 @@ class TrainingConfig:
         pretraining_only=True,
     )
     threads: int = setting(
-        0, "CPU threads; 0: PyTorch's default, or an equal share of the cores per process", minimum=0, on_resume="free"
+        0,
+        "CPU threads; 0: PyTorch's default, or an equal share of the cores per process",
+        minimum=0,
+        maximum=4096,
+        on_resume="free",
     )
     parallel: str = setting(
         "ddp",
@@ -362,13 +369,13 @@ class FinetuneConfig:
         choices=tuple(METHODS),
         on_resume="never",
     )
-    lora_rank: int = setting(8, "lora: rank of the additions", minimum=1, on_resume="never")
+    lora_rank: int = setting(8, "lora: rank of the additions", minimum=1, maximum=2**16, on_resume="never")
     lora_alpha: float = setting(16.0, "lora: additions are scaled by this / lora_rank", minimum=0, on_resume="never")
     lora_matrices: tuple[str, ...] = setting(
         LORA_MATRICES, "lora: matrices of each block to adapt", choices=LORA_MATRICES, on_resume="never"
     )
-    epochs: float = setting(3.0, "passes over the training examples", minimum=0.01, on_resume="free")
-    batch_examples: int = setting(32, "examples per optimizer step", minimum=1, on_resume="never")
+    epochs: float = setting(3.0, "passes over the training examples", minimum=0.01, maximum=1e6, on_resume="free")
+    batch_examples: int = setting(32, "examples per optimizer step", minimum=1, maximum=2**30, on_resume="never")
     micro_batch_tokens: int = setting(
         4096,
         "most tokens per forward pass (at least one example is taken); without dropout it does not change the result",
@@ -481,12 +488,11 @@ def finetuning_defaults() -> dict[str, Any]:
     return {s.name: s.finetuning for s in all_settings() if s.finetuning is not None}
 
 
-def corpus_of(text: str) -> tuple[str, Fraction]:
-    """Split an entry of the setting ``data``, ``PATH@WEIGHT`` or ``PATH`` (weight 1), into path and weight."""
-    from fractions import Fraction
+def usual_reading(config: Config) -> str:
+    """The attention for reading texts: "bidirectional" if the run was trained to fill masks, else "causal"."""
+    return "causal" if config.readouts == ("next_token",) else "bidirectional"
 
-    path, at, weight = text.rpartition("@")
-    try:
-        return (path, Fraction(weight)) if at else (text, Fraction(1))
-    except (ValueError, ZeroDivisionError):
-        return text, Fraction(1)  # the "@" is part of the path
+
+def usual_pooling(reads: str) -> str:
+    """The pooling for this attention: "last" if only the last token has seen the whole text, else "mean"."""
+    return "last" if reads == "causal" else "mean"

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from data_prep.shards.tokens import Dataset, Split, open_dataset
 from data_prep.tokenizers.loss import counted_bytes
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.settings import Config, corpus_of
+from lm.config.corpus_entry import corpus_of
+from lm.config.settings import Config
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,12 @@ def open_corpora(data: Sequence[str]) -> Corpora:
     Raise UserError if no dataset is named, or one is missing, incomplete or made with another tokenizer.
     """
     if not any(data):
-        raise UserError("no data: name a folder of token shards with --data (python -m data_prep build makes one)")
+        raise UserError(f"no data: name a folder of token shards with --data ({command('prep build')} makes one)")
     paths, weights = zip(*(corpus_of(text) for text in data), strict=True)
+    for path, text in zip(paths, data, strict=True):
+        if path != text and not Path(path).is_dir():
+            weight = text.removeprefix(path)
+            raise UserError(f'there is no folder "{text}", nor "{path}", with {weight} taken as its weight')
     return Corpora([open_dataset(Path(path)) for path in paths], weights)
 
 

@@ -13,23 +13,24 @@ contrastive             text, text_pair if there is one             the text or 
 any other               as classification
 ======================  ==========================================  ===================================================
 
-``lm.data.example_files`` reads the files.
+``lm.data.example_files`` reads the files, ``lm.data.labels`` the labels in them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.sources.records import known_fields
+from data_prep.files import parse_json
+from data_prep.sources.records import column_names, known_fields, value_at
 from lm.config.settings import FinetuneConfig
 from lm.data.example_files import rows_of
+from lm.data.labels import choice_of, class_name, is_missing, number_of, refuse_doubles, text_of
 
 MOST_PROBLEMS = 5  # that are reported at once
 
@@ -85,14 +86,18 @@ class Columns:
         return {"prompt": self.prompt} | ({"response": self.response} if labeled else {})
 
 
-def read_examples(source: str | Path, task: str, columns: Columns = Columns()) -> list[Example]:
+def read_examples(
+    source: str | Path, task: str, columns: Columns = Columns(), kept: Collection[str] = ()
+) -> list[Example]:
     """All examples of a file or of a Hugging Face dataset (``hf:NAME[:SPLIT]``) for a task.
+
+    Classes have one spelling, except for those in ``kept`` (``lm.data.labels``).
 
     Raises:
         UserError: the source cannot be read or is empty, a column is missing (the message names those that exist), or
             examples are invalid, each with file and line.
     """
-    outcomes = list(_outcomes(source, task, columns, labeled=True))
+    outcomes = list(_outcomes(source, task, columns, kept, labeled=True))
     problems = [str(found) for found in outcomes if isinstance(found, UserError)]
     if (more := len(problems) - MOST_PROBLEMS) > 0:
         problems[MOST_PROBLEMS:] = [f"and {more:,} more like these"]
@@ -106,48 +111,58 @@ def stream_examples(source: str | Path, task: str, columns: Columns = Columns())
 
     ``-`` is JSON lines from standard input, and each line of a .txt file is a text.
     """
-    for found in _outcomes(source, task, columns, labeled=False):
+    for found in _outcomes(source, task, columns, (), labeled=False):
         if isinstance(found, UserError):
             raise found
         yield found
 
 
-def _outcomes(source: str | Path, task: str, columns: Columns, *, labeled: bool) -> Iterator[Example | UserError]:
+def _outcomes(
+    source: str | Path, task: str, columns: Columns, kept: Collection[str], *, labeled: bool
+) -> Iterator[Example | UserError]:
     """Yield each row's example, or the error in it."""
     needed: dict[str, str] = {}
     for place, row in rows_of(source, lines_as="" if labeled else columns.text):
         if not needed:
             needed = columns.needed(task, row, labeled=labeled)
-            missing = [name for name in needed.values() if name not in row]
-            if missing:
+            absent = {part: name for part, name in needed.items() if name not in row and value_at(row, name) is None}
+            if absent:
+                options = dict.fromkeys(f"--{part.partition(' ')[0].replace('_', '-')}-column" for part in absent)
+                options = dict.fromkeys(option.replace("choice-", "choices-") for option in options)
                 raise UserError(
-                    f"{place}: there is no column {known_fields(missing)} in {known_fields(row)}: "
-                    "name the columns, for example with --text-column"
+                    f"{place}: there is no column {known_fields(absent.values())} "
+                    f"in {known_fields(column_names(row))}: "
+                    f"name {'it' if len(absent) == 1 else 'them'} with {' and '.join(options)}"
                 )
+        row = row | {name: value_at(row, name) for name in needed.values() if name not in row}  # translation.en
         try:
-            yield _example(task, place, row, needed, labeled=labeled)
+            yield _example(task, place, row, needed, kept, labeled=labeled)
         except UserError as problem:
             yield UserError(f"{place}: {problem}")
 
 
-def _example(task: str, place: str, row: dict[str, Any], needed: dict[str, str], *, labeled: bool) -> Example:
+def _example(
+    task: str, place: str, row: dict[str, Any], needed: dict[str, str], kept: Collection[str], *, labeled: bool
+) -> Example:
     """Return a row's example. UserError: what is wrong with it, to follow the place."""
 
     def text(part: str) -> str:
         return _text(needed[part], row.get(needed[part]), may_be_empty=not labeled)
 
     answer = row.get(needed["label"]) if "label" in needed else None
-    if "label" in needed and (answer is None or answer == ""):
+    if "label" in needed and is_missing(answer):
         raise UserError(f'"{needed["label"]}" is missing')
     if task == "tokens":
         words = _words(needed["words"], row.get(needed["words"]))
-        tags = _words(needed["tags"], row.get(needed["tags"])) if labeled else None
+        tags = _tags(needed["tags"], row.get(needed["tags"]), kept) if labeled else None
         if tags is not None and len(tags) != len(words):
             raise UserError(f"there are {len(words)} words, but {len(tags)} tags")
         return Example(words, tags, place)
     if task == "choice":
         choices = _choices(row, [name for part, name in needed.items() if part.startswith("choice ")])
-        return Example((text("text"), *choices), _choice(answer, choices) if labeled else None, place)
+        typed = isinstance(row.get(needed["choice 0"]), list)  # not in a .csv file, which holds texts alone
+        right = choice_of(needed["label"], answer, choices, typed=typed) if labeled else None
+        return Example((text("text"), *choices), right, place)
     if task == "instruction" and "messages" in needed:
         return _conversation(needed["messages"], row, place)
     if task == "instruction":
@@ -160,8 +175,9 @@ def _example(task: str, place: str, row: dict[str, Any], needed: dict[str, str],
     texts = tuple(text(part) for part in ("text", "text_pair") if part in needed)
     if not labeled or task == "contrastive":
         return Example(texts, None, place)
-    label = _number(needed["label"], answer) if task == "regression" else _name(needed["label"], answer)
-    return Example(texts, label, place)
+    if task == "regression":
+        return Example(texts, number_of(needed["label"], answer), place)
+    return Example(texts, class_name(needed["label"], answer, kept), place)
 
 
 # Who speaks, by the names of OpenAI's format and of ShareGPT's.
@@ -205,69 +221,39 @@ def _message(message: dict[str, Any]) -> tuple[str, str]:
 def _text(column: str, value: Any, *, may_be_empty: bool = False) -> str:
     if not isinstance(value, str) or not (may_be_empty or value.strip()):
         raise UserError(f'"{column}" is missing or has no text')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f'"{column}" contains half of a surrogate pair') from None
-    return value
+    return text_of(column, value)
 
 
 def _words(column: str, value: Any) -> tuple[str, ...]:
-    words = value.split() if isinstance(value, str) else value
-    if not isinstance(words, list) or not words:
+    return tuple(text_of(column, _word(column, word)) for word in _list(column, value))
+
+
+def _word(column: str, value: Any) -> str:
+    """A word: a text, or a number that a file holds instead of one."""
+    return value if isinstance(value, str) else class_name(column, value)
+
+
+def _tags(column: str, value: Any, kept: Collection[str]) -> tuple[str, ...]:
+    return tuple(class_name(column, tag, kept) for tag in _list(column, value))
+
+
+def _list(column: str, value: Any) -> list[Any]:
+    found = value.split() if isinstance(value, str) else value
+    if not isinstance(found, list) or not found:
         raise UserError(f'"{column}" is missing or is not a list')
-    return tuple(_name(column, word) for word in words)
+    return found
 
 
 def _choices(row: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
-    found = [row.get(name) for name in names]
+    found: Any = [row.get(name) for name in names]
     if len(names) == 1:
         try:  # .csv files hold a list as text
-            found = json.loads(found[0]) if isinstance(found[0], str) else found[0]  # type: ignore[assignment]
+            found = parse_json(found[0]) if isinstance(found[0], str) else found[0]
         except ValueError:
             found = []
     if not isinstance(found, list) or len(found) < 2:
         raise UserError(f'"{names[0]}" is missing or is not a list of at least two texts')
     return tuple(_text(names[min(n, len(names) - 1)], choice) for n, choice in enumerate(found))
-
-
-def _choice(answer: Any, choices: Sequence[str]) -> int:
-    """The number of the choice that an answer names, by its number from 0, its full text, or its letter from A."""
-    text = _name("label", answer)
-    number = -1
-    if text.isdecimal():
-        number = int(text)
-    elif text in choices:
-        number = choices.index(text)
-    elif len(text) == 1:
-        number = ord(text.upper()) - ord("A")
-    if not 0 <= number < len(choices):
-        wrong = f'the answer "{text}" is none of the {len(choices)} choices'
-        raise UserError(f"{wrong}: give its number from 0, its letter or its text")
-    return number
-
-
-def _name(column: str, value: Any) -> str:
-    """A label as text: 1, 1.0 and "1" are the same label in every kind of file."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, (str, int)):
-        return str(value)
-    if isinstance(value, float):
-        raise UserError(f'"{column}" is {value}, which is not a class: use --task regression for numbers')
-    raise UserError(f'"{column}" is neither text nor a whole number')
-
-
-def _number(column: str, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f'"{column}" is {json.dumps(value, default=str)}, not a number')
-    return number
 
 
 @dataclass(frozen=True)
@@ -278,11 +264,19 @@ class Labels:
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Labels:
-        """The classes (or tags) of examples, sorted as numbers, else by name. UserError if there is only one."""
-        found = {name for example in examples for name in _names_of(example)}
+        """The classes (or tags) of examples, sorted as numbers, else by name.
+
+        Raises:
+            UserError: there is only one, or two are probably the same.
+        """
+        found: dict[str, str] = {}  # with the place of each, the first one
+        for example in examples:
+            for name in _names_of(example):
+                found.setdefault(name, example.place)
         if len(found) < 2:
             raise _constant(examples, *found)
-        by_number = all(name.removeprefix("-").isdecimal() for name in found)
+        refuse_doubles(found)
+        by_number = all(name.removeprefix("-").isdecimal() and len(name) < 20 for name in found)
         return cls(tuple(sorted(found, key=lambda name: (int(name) if by_number else 0, name))))
 
     def indices(self, example: Example) -> list[int]:
@@ -313,18 +307,18 @@ def _constant(examples: Sequence[Example], label: Any) -> UserError:
     return UserError(f'{first} to {last}: every example has the label "{label}", so there is nothing to learn')
 
 
-def read_task(task: FinetuneConfig) -> tuple[list[Example], list[Example]]:
+def read_task(task: FinetuneConfig, kept: Collection[str] = ()) -> tuple[list[Example], list[Example]]:
     """The training and validation examples of a fine-tuning, as ``read_examples``; no validation file: no examples.
 
     Contrastive training is validated on pairs of texts with their similarity.
     """
     columns = columns_of(task)
-    train = read_examples(task.train, task.task, columns)
+    train = read_examples(task.train, task.task, columns, kept)
     if not task.validation:
         return train, []
     if task.task == "contrastive":  # a column of "" is that of the training texts
         return train, read_similar(task.validation, replace(columns, text_pair=columns.text_pair or None))
-    return train, read_examples(task.validation, task.task, columns)
+    return train, read_examples(task.validation, task.task, columns, kept)
 
 
 def columns_of(task: FinetuneConfig) -> Columns:

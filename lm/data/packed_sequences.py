@@ -1,9 +1,9 @@
 """Examples as sequences of tokens, packed into rows without padding, and one vector per sequence.
 
 A sequence begins with the end-of-text token, as every document did in training, or as an imported tokenizer says
-(``Tokenizer.begun``). A pair of texts that is read together has an end-of-text token between the texts and counts as one
-document, so that each text sees the other. Sequences in the same row never see each other, so the result for one does
-not depend on its neighbors.
+(``Tokenizer.begun``). A pair of texts that is read together has an end-of-text token between the texts and counts as
+one document, so that each text sees the other. Sequences in the same row never see each other, so the result for one
+does not depend on its neighbors.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.data.example_files import SUFFIXES, rows_of
+from lm.data.example_files import holds_rows, rows_of
 from lm.evaluation.baselines import Progress, unigram_costs, unigram_likelihoods
 from lm.evaluation.bootstrap import TIE_NATS, Accuracy, resampled_means, standard_error
 from lm.inference.language_model import LanguageModel
@@ -45,16 +45,16 @@ class PairsAccuracy(Accuracy):
 
 
 def read_pairs(path: Path, columns: tuple[str, str] = COLUMNS) -> list[Pairs]:
-    """Read the pairs of a .jsonl, .csv, .tsv or .parquet file, or of all such files in a folder, one paradigm per file.
+    """Read the pairs of a file with columns, or of all such files in a folder, one paradigm per file.
 
     ``columns`` name the acceptable and the unacceptable sentence. As in BLiMP, ``UID`` names the paradigm (default:
     the name of the file) and ``linguistics_term`` its group. Raise UserError if there are no files, or a line is not a
     pair; the message gives file and line.
     """
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    files = sorted(file for file in path.iterdir() if holds_rows(file)) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise UserError(
-            f"there are no pairs at {path}: name a .jsonl, .csv, .tsv or .parquet file, or a folder of them"
+            f"there are no pairs at {path}: name a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them"
         )
     return [_read_file(file, columns) for file in files]
 

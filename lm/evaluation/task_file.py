@@ -15,13 +15,13 @@ A file of tasks (TOML) uses the names of ``finetune.py``'s settings, and ``test`
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.sources.records import HUGGING_FACE
+from lm.config.recipes import read_toml
 from lm.config.settings import Config, all_settings
 from lm.data.examples import columns_of
 from lm.evaluation.task_table import TUNED, Task
@@ -41,10 +41,7 @@ def read_tasks(run: Run, path: Path, overrides: Settings) -> list[Task]:
 
     Raise UserError if the file cannot be read, or has problems (one line for each).
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the tasks {path}: {error}") from None
+    content = read_toml(path, "the tasks")
     by_row = content.get("rows", {})
     sections, rows = ", ".join(SECTIONS), ", ".join(TUNED)
     problems = [f'unknown section "[{n}]" in {path}: the sections are {sections}' for n in content if n not in SECTIONS]

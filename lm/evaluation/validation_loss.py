@@ -12,6 +12,7 @@ from lm.evaluation.baselines import dataset_baselines
 from lm.model.device import choose_device
 from lm.runs.checkpoint import MODEL, Checkpoint
 from lm.runs.directory import RESULT, Run, saved_evaluation
+from lm.runs.run_data import open_data
 from lm.training.validation import validate_readouts
 
 
@@ -23,7 +24,7 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
     measurement in words; the other keys say what was evaluated, and on what. Raise UserError if the data is missing,
     was made with another tokenizer, or has no validation text.
     """
-    dataset = open_corpora((data,) if data else run.config.data.data)
+    dataset = open_corpora((data,)) if data else open_data(run)
     validation = dataset.split("validation")
     if dataset.tokenizer.sha256 != run.tokenizer.sha256:
         raise UserError(
@@ -55,6 +56,25 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
     if not data:
         write_atomically(run.path / RESULT, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Whether the readouts of a result predict its text better than the baselines do, in plain sentences."""
+    floors = result["floors"]
+    not_beaten: dict[tuple[str, ...], list[str]] = {}
+    for name, loss in result["validation"].items():
+        floors_below = (floor for floor, its in floors.items() if its["bits_per_byte"] <= loss["bits_per_byte"])
+        shown = name if name == "next_token" else f"{name} (which sees both sides)"
+        not_beaten.setdefault(tuple(floors_below), []).append(shown)
+    sentences = []
+    for better, names in not_beaten.items() if floors else ():
+        who, several = " and ".join(names), names[1:]
+        if better:
+            verb = "do not beat" if several else "does not beat"
+            sentences.append(f"{who} {verb} {' and '.join(better)}: train longer, or on more text.")
+        else:
+            sentences.append(f"{who} {'beat' if several else 'beats'} {' and '.join(floors)}.")
+    return " ".join(sentences)
 
 
 def protocol(windows: str, folds: int, lost_bytes: int = 0) -> str:

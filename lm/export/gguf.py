@@ -114,7 +114,9 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
     splitter = description["pre_tokenizer"]
     steps = [] if splitter is None else splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
     plain = {"type": "ByteLevel", "add_prefix_space": False}
-    if tokenizer.kind == "bpe" and description["normalizer"] is None and steps and _has(steps[-1], plain):
+    # A name that is cut in memory only would be a special token there.
+    stated = description["normalizer"] is None and not tokenizer.cuts_names
+    if tokenizer.kind == "bpe" and stated and steps and _has(steps[-1], plain):
         by_gpt2 = steps[-1]["use_regex"]
         if by_gpt2 and len(steps) == 1:
             return "gpt-2"

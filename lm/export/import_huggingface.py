@@ -7,9 +7,9 @@ Nothing is unpickled, and no code of the folder runs.
 from __future__ import annotations
 
 import dataclasses
-import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -17,38 +17,57 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.files import new_folder, read_json
-from data_prep.tokenizers.tokenizer import Tokenizer
+from data_prep.files import new_folder
 from lm.config.recipes import load_config
 from lm.config.settings import Config, FinetuneConfig, ModelConfig
-from lm.export.huggingface import OUR_CONFIG, tokenizer_without_start
-from lm.export.stock_architectures import StockClass, model_config, weight_names
+from lm.export.checkpoint_config import read_config, with_defaults
+from lm.export.huggingface import OUR_CONFIG
+from lm.export.import_tokenizer import chat_template, import_tokenizer, read_object
+from lm.export.stock_architectures import weight_names
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint
+from lm.runs.companions import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG
 from lm.runs.directory import CHECKPOINTS, METRICS, plain_settings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-HUB_FILES = ("*.safetensors", INDEX, "config.json", "tokenizer.json", OUR_CONFIG)
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja", OUR_CONFIG)
 
 
-def import_checkpoint(source: str, out: Path) -> None:
-    """Write a checkpoint of a Llama, Qwen3 or EuroBERT to the run directory ``out``.
+def import_checkpoint(
+    source: str, out: Path, *, add_mask: bool = False, note: Callable[[str], None] = lambda text: None
+) -> None:
+    """Write a checkpoint of a Llama, Mistral, Qwen3 or EuroBERT to the run directory ``out``.
+
+    Args:
+        add_mask: give a model that predicts the next token a mask token, for training with a masked objective.
+        note: called with what is not as the files of the checkpoint say.
 
     Raises:
         UserError: the checkpoint is missing, damaged or of an unsupported architecture, or ``out`` is not empty.
     """
     folder = _find(source)
-    shape, stock = model_config(_json(folder / "config.json"))
-    weights = _weights(folder, shape)
-    description = json.dumps(tokenizer_without_start(_json(folder / "tokenizer.json")), ensure_ascii=False)
-    tokenizer = Tokenizer.from_json(description, name=str(folder / "tokenizer.json"))
+    content = with_defaults(read_object(folder / "config.json"))
+    shape, context_length, stock = read_config(content)
+    weights = _weights(folder, shape, note)
+    masked = add_mask or stock.readout != "next_token"
+    tokenizer = import_tokenizer(folder, content, masked=masked, note=note)
+    template = chat_template(folder)
     if tokenizer.vocab_size > shape.vocab_size:
         weights = _grown(weights, tokenizer.vocab_size)
     vocab_size = max(shape.vocab_size, tokenizer.vocab_size)
-    config = _settings(folder, Config().replace(**vars(shape) | {"vocab_size": vocab_size}), stock)
+    described = Config().replace(
+        **vars(shape) | {"vocab_size": vocab_size, "context_length": context_length, "batch_tokens": context_length},
+        objective=stock.readout,
+    )
+    config = _own_settings(folder, described) or described
     with new_folder(out) as run:
         config.save(run / "config.toml")
         tokenizer.save(run / "tokenizer.json")
+        for name in (GENERATION, TOKENIZER_CONFIG) if tokenizer.is_imported else ():
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, run / name)
+        if template is not None:
+            (run / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         (run / METRICS).touch()
         state = {
             "imported_from": source,
@@ -77,21 +96,11 @@ def _find(source: str) -> Path:
         raise UserError(f"there is no folder {source}, and {problem}") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read {path}: it is not a JSON object")
-    return content
-
-
-def _weights(folder: Path, shape: ModelConfig) -> dict[str, Tensor]:
+def _weights(folder: Path, shape: ModelConfig, note: Callable[[str], None]) -> dict[str, Tensor]:
     """The weights as float32 tensors, by Kindling's names, after a check of their shapes."""
     files = {WEIGHTS}
     if (folder / INDEX).is_file():
-        files = set(map(str, _json(folder / INDEX).get("weight_map", {}).values()))
+        files = set(map(str, read_object(folder / INDEX).get("weight_map", {}).values()))
     found: dict[str, Tensor] = {}
     for name in sorted(files):
         if Path(name).name != name or not (folder / name).is_file():
@@ -109,8 +118,25 @@ def _weights(folder: Path, shape: ModelConfig) -> dict[str, Tensor]:
         if tensor is None or tensor.shape != size:
             problem = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}, not {tuple(size)}"
             raise UserError(f"{mismatch}: {names[ours]} {problem}")
+        if not tensor.is_floating_point():
+            raise UserError(f"{names[ours]} of {folder} has the type {tensor.dtype}: quantized weights are not read")
         weights[ours] = tensor.float()
+    _refuse_others(folder, found, set(names.values()), note)
     return weights
+
+
+def _refuse_others(folder: Path, found: dict[str, Tensor], known: set[str], note: Callable[[str], None]) -> None:
+    """Say what the weights hold besides the model's. UserError if that would change what the model computes."""
+    others = sorted(name for name in found.keys() - known if not name.endswith("rotary_emb.inv_freq"))
+    head = found.get("lm_head.weight")
+    if "lm_head.weight" in others and head is not None:  # although config.json says that it is the embeddings
+        if not torch.equal(head, found["model.embed_tokens.weight"]):
+            raise UserError(f"{folder} has an lm_head.weight of its own, but its config.json has tie_word_embeddings")
+        others.remove("lm_head.weight")
+    if within := [name for name in others if name.startswith("model.")]:
+        raise UserError(f"{folder} has weights that Kindling's model lacks: {', '.join(within[:5])}")
+    if others:
+        note(f"its weights {', '.join(others[:5])} are left out")
 
 
 def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
@@ -127,11 +153,11 @@ def _grown(weights: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
     return weights | grown
 
 
-def _settings(folder: Path, from_shape: Config, stock: StockClass) -> Config:
-    """The settings of ``kindling.toml`` if the folder has it and it matches the weights, else of config.json."""
-    if (folder / OUR_CONFIG).is_file():
-        ours = load_config(folder / OUR_CONFIG)
-        if _shapes(ours.model) == _shapes(from_shape.model):
-            return dataclasses.replace(ours, finetune=FinetuneConfig())  # the weights are plain now
-    context = int(_json(folder / "config.json").get("max_position_embeddings", 512))
-    return from_shape.replace(context_length=context, batch_tokens=context, objective=stock.readout)
+def _own_settings(folder: Path, described: Config) -> Config | None:
+    """The settings of ``kindling.toml``, if the folder has it and it matches the weights."""
+    if not (folder / OUR_CONFIG).is_file():
+        return None
+    ours = load_config(folder / OUR_CONFIG)
+    if _shapes(ours.model) != _shapes(described.model):
+        return None
+    return dataclasses.replace(ours, finetune=FinetuneConfig())  # the weights are plain, even if it was fine-tuned

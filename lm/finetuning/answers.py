@@ -87,6 +87,11 @@ class Answers:
             raise UserError(f"{path / ANSWERS} cannot be read: {error}") from None
 
 
+def labels_of(path: Path) -> tuple[str, ...]:
+    """The labels of the run directory ``path``, as spelled when its fine-tuning began; none if it is new."""
+    return Answers.load(path).labels if (path / ANSWERS).is_file() else ()
+
+
 class TagAnswers(Answers):
     """One class for each word; metrics count words."""
 

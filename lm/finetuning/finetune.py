@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from data_prep.files import sha256_of_file
 from data_prep.tokenizers.load import load_tokenizer
 from lm import kernels
@@ -27,6 +28,7 @@ from lm.config.recipes import load_config
 from lm.config.settings import HEAD_TASKS, METHODS, Config, finetuning_defaults
 from lm.data.examples import Example, content_hash, read_task
 from lm.data.keyed_random import Stream, key, permuted
+from lm.finetuning.answers import labels_of
 from lm.finetuning.contrastive_task import ContrastiveTask
 from lm.finetuning.head_task import HeadTask
 from lm.finetuning.instruction_task import InstructionTask, settle_template
@@ -35,6 +37,7 @@ from lm.finetuning.task import Task
 from lm.inference.embedding import reading_of
 from lm.runs.base_weights import keep_base, kept_base, starting_trunk
 from lm.runs.checkpoint_writer import trained_tensors
+from lm.runs.companions import copy_companions
 from lm.runs.directory import Run, open_run
 from lm.runs.metrics_log import Best
 from lm.training.distributed import Ranks
@@ -101,14 +104,14 @@ class Finetuning(TrainModule[Any]):
         if not config.finetune.train:
             raise UserError("name a file with training examples: --train FILE")
         if ranks.world > 1:
-            raise UserError("fine-tuning runs in one process: start finetune.py without torchrun")
+            raise UserError(f"fine-tuning runs in one process: start {command('finetune')} without torchrun")
         weights, own = kept_base(path), path / "tokenizer.json"
         if weights and own.is_file():
             tokenizer = load_tokenizer(own)
         else:
             base = open_run(config.finetune.base)
             tokenizer, weights = base.tokenizer, weights or base.plain_weights()
-        train, validation = read_task(config.finetune)
+        train, validation = read_task(config.finetune, labels_of(path))
         if config.finetune.head_bias == "auto" and (path / "config.toml").exists():  # a run keeps the head it has
             config = config.replace(head_bias=open_run(path).config.finetune.head_bias)
         self.config = settle_template(settle_steps(settle_reading(config), len(train)), tokenizer)
@@ -122,6 +125,7 @@ class Finetuning(TrainModule[Any]):
     def prepare(self, done: int) -> list[str]:
         keep_base(self.weights, self.path)
         self.task.save(self.path)
+        copy_companions(Path(self.config.finetune.base), self.path)
         model, task, training = self.model(), self.config.finetune, self.config.training
         trained = sum(tensor.numel() for tensor in trained_tensors(model).values())
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -139,7 +143,8 @@ class Finetuning(TrainModule[Any]):
         examples = self.task.train if part == "training" else self.task.validation
         cut = sum(example.cut for example in examples)
         how = "split into windows" if self.config.finetune.long_texts == "window" else "truncated"
-        return f"{len(examples):,} {part} examples" + (f", {cut:,} longer than the context and {how}" if cut else "")
+        what = f"{len(examples):,} {part} example" + ("" if len(examples) == 1 else "s")
+        return what + (f", {cut:,} longer than the context and {how}" if cut else "")
 
     def model(self) -> nn.Module:
         return self.task.model(starting_trunk(self.config, self.path))

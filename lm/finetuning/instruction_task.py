@@ -96,14 +96,15 @@ def _turn(example: Example, chat: ChatFormat, context_length: int) -> Turn:
         )
         if said[-1:] and said[-1] in names:
             continue
-        labels.append(after[0] if after[:1] and after[0] in (end, *chat.ends) else end)
+        labels.append(after[0] if after[:1] and after[0] in (*chat.tokenizer.end_ids, *chat.ends) else end)
     if len(labels) > len(body):
         body.append(labels[-1])
     first = max(0, min(len(body) - context_length, last))
     kept = slice(first, first + context_length)
     cut = len(body) > context_length
     row = chat.tokenizer.begun(body[kept])
-    return Turn(row, [IGNORED] * (len(row) - len(labels[kept])) + labels[kept], counted_bytes(size, lost), cut)
+    labels = ([IGNORED] * (len(row) - len(body[kept])) + labels[kept])[-len(row) :]
+    return Turn(row, [IGNORED, *labels[1:]], counted_bytes(size, lost), cut)
 
 
 class InstructionTask(Task):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +11,11 @@ from data_prep.errors import UserError
 from data_prep.files import new_folder
 from lm.config.settings import FinetuneConfig
 from lm.finetuning.predict import load_task_model
-from lm.inference.chat_template import CHAT_TEMPLATE
 from lm.runs import checkpoint
 from lm.runs.base_weights import BASE
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.checkpoint_writer import snapshot, trained_tensors
+from lm.runs.companions import copy_companions
 from lm.runs.directory import CHECKPOINTS, METRICS, Run, plain_settings
 
 
@@ -46,8 +45,7 @@ def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -
         if keeps_head:
             checkpoint.save_tensors(snapshot(trunk.state_dict()), folder / BASE)
             answers.save(folder)
-        if (run.path / CHAT_TEMPLATE).is_file():
-            shutil.copyfile(run.path / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+        copy_companions(run.path, folder)
         state = {
             "merged_from": str(run.path),
             "merged_config": plain_settings(run.config),

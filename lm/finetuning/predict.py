@@ -6,18 +6,20 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data_prep.errors import UserError
-from data_prep.files import atomic_file
+from data_prep.files import atomic_file, ending_of
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.settings import Config
+from lm.config.recipes import require_task_head
+from lm.config.settings import ANSWER_FILES, Config
 from lm.data.examples import Example, columns_of, stream_examples
 from lm.export.task_model import TaskHead
 from lm.finetuning.answers import Answer, Answers
@@ -69,8 +71,7 @@ def open_predictor(
     Raise UserError if there is no such run, it was not fine-tuned on a task with a head, or its files do not match.
     """
     run = open_run(path)
-    if not run.config.has_task_head:
-        raise UserError(f"{run.path} was not fine-tuned on a task with a head: kindling finetune makes such a run")
+    require_task_head(run.path, run.config)
     saved = run.checkpoint(which, warn)
     model, answers = load_task_model(run, saved)
     return Predictor(run, model.to(device).eval(), answers, saved)
@@ -92,17 +93,28 @@ def load_task_model(run: Run, saved: Checkpoint) -> tuple[TaskModel, Answers]:
     return model, answers
 
 
-def read_inputs(predictor: Predictor, source: str | Path) -> Iterator[Example]:
-    """Stream the examples of a file (``examples.stream_examples``), from the columns that the run was trained with.
+def read_inputs(predictor: Predictor, source: str | Path, columns: Mapping[str, Any] = {}) -> Iterator[Example]:
+    """Stream the examples of a file (``examples.stream_examples``).
+
+    Columns are named as in the run's training, but for those in ``columns``: settings such as ``text_column``.
 
     Raise UserError as there, or if the run was trained on pairs and these are single texts, or vice versa.
     """
     task, texts = predictor.config.finetune, predictor.answers.texts
-    for example in stream_examples(source, task.task, columns_of(task)):
+    for example in stream_examples(source, task.task, columns_of(replace(task, **columns))):
         if texts and len(example.texts) != texts:
             learned, given = (("single texts", "pairs of texts")[n - 1] for n in (texts, len(example.texts)))
             raise UserError(f"{example.place}: {predictor.run.path} was fine-tuned on {learned}, but these are {given}")
         yield example
+
+
+def parts_of(task: str, example: Example) -> dict[str, Any]:
+    """The texts of an example by the usual names of their columns."""
+    if task == "tokens":
+        return {"words": list(example.texts)}
+    if task == "choice":
+        return {"text": example.texts[0], "choices": list(example.texts[1:])}
+    return dict(zip(("text", "text_pair"), example.texts, strict=False))
 
 
 def predict(predictor: Predictor, examples: Iterable[Example]) -> Iterator[tuple[Answer, bool]]:
@@ -123,13 +135,10 @@ def predict(predictor: Predictor, examples: Iterable[Example]) -> Iterator[tuple
 def write_answers(found: Iterable[Answer], output: str) -> int:
     """Stream answers to a .jsonl, .csv or .tsv file, or with ``-`` as JSON lines to stdout; return how many.
 
-    A file appears only when it is complete. In a table each probability has its own column; lists are JSON. Raise
-    UserError if the output is of another kind.
+    A file appears only when it is complete. Numbers have six significant digits. In a table each probability has its
+    own column; lists are JSON. Raise UserError if the output is of another kind.
     """
-    suffix = ".jsonl" if output == "-" else Path(output).suffix
-    if suffix not in (".jsonl", ".csv", ".tsv"):
-        raise UserError(f"cannot write answers to {output}: name a .jsonl, .csv or .tsv file, or - for stdout")
-    written = 0
+    suffix, written = ending_of(output, ANSWER_FILES), 0
     with nullcontext(sys.stdout.buffer) if output == "-" else atomic_file(Path(output)) as file:
         for written, each in enumerate(found, 1):
             file.write(_lines(each, suffix, header=written == 1).encode())
@@ -139,8 +148,18 @@ def write_answers(found: Iterable[Answer], output: str) -> int:
     return written
 
 
+def _rounded(value: Any) -> Any:
+    """The value with each float in it rounded to six significant digits, about what float32 holds."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def _lines(each: Answer, suffix: str, *, header: bool) -> str:
     """An answer as a line of JSON, or as a row of a table, the first one after the ``header``."""
+    each = {name: _rounded(value) for name, value in each.items()}
     if suffix == ".jsonl":
         return json.dumps(each, ensure_ascii=False) + "\n"
     cells = {n: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for n, value in each.items()}

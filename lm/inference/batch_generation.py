@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.data.example_files import json_lines
+from lm.data.example_files import STDIN, json_lines
 from lm.inference.generator import Event, Generator
 from lm.inference.sampling import Sampling
 
@@ -120,10 +122,11 @@ def check_prompts(path: Path, defaults: Sampling) -> int:
 
 
 def _outcomes(path: Path, defaults: Sampling) -> Iterator[tuple[Prompt | None, list[str]]]:
-    """Yield each line's prompt, or None and what is wrong with the line."""
+    """Yield each line's prompt, or None and what is wrong with the line; the path ``-`` is standard input."""
+    is_stdin = str(path) == STDIN
     try:
-        with path.open("rb") as file:
-            for place, content in json_lines(str(path), enumerate(file, 1)):
+        with nullcontext(sys.stdin.buffer) if is_stdin else path.open("rb") as file:
+            for place, content in json_lines("standard input" if is_stdin else str(path), enumerate(file, 1)):
                 prompt, problems = _parsed(content, defaults)
                 yield prompt, [f"{place}: {problem}" for problem in problems]
     except OSError as error:

@@ -69,13 +69,13 @@ class ChatFormat:
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """Special tokens that end an answer, besides the one that ends every text."""
+        """Special tokens that end an answer, besides those that end every text."""
         try:
             chat, spans = self.answers([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
         except UserError:  # the template wants other roles, or formats prompts differently when a response follows
             return ()
         end = self.end_of(chat, spans[-1]) if spans else None
-        return () if end in (None, self.tokenizer.end_of_text_id) else (end,)
+        return () if end is None or end in self.tokenizer.end_ids else (end,)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a conversation, for the model to continue, without the one that starts every text.
@@ -171,14 +171,11 @@ class ChatFormat:
 
     @cached_property
     def _variables(self) -> dict[str, str]:
-        tokenizer = self.tokenizer
-        spelled = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
-        own = tokenizer.special
-        ids = {"bos": own.bos, "eos": own.end_of_text, "pad": own.padding, "mask": own.mask}
-        return {
-            f"{name}_token": spelled[token_id] if self.special and token_id is not None else ""
-            for name, token_id in ids.items()
-        }
+        special = self.tokenizer.special
+        spelled = {token_id: name for name, token_id in self.tokenizer.special_tokens.items()}
+        ids = {"bos": special.bos, "eos": special.end_of_text, "pad": special.padding, "mask": special.mask}
+        known = {f"{name}_token": spelled[token_id] for name, token_id in ids.items() if token_id is not None}
+        return known if self.special else dict.fromkeys(known, "")
 
     @cached_property
     def _kind(self) -> type[MarkedText]:

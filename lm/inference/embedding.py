@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
-from data_prep.files import atomic_file
-from lm.config.settings import Config
+from data_prep.files import atomic_file, ending_of
+from lm.config.settings import VECTOR_FILES, Config, usual_pooling, usual_reading
 from lm.data.packed_sequences import packed, pooled, sequence_of
 from lm.inference.language_model import LanguageModel
 
@@ -47,16 +47,6 @@ def reading_of(
     reads = reads or (usual_reading(config) if tuned.reads == "auto" else tuned.reads)
     pooling = pooling or (usual_pooling(reads) if tuned.pooling == "auto" else tuned.pooling)
     return Reading(reads, pooling, layer, normalize)
-
-
-def usual_reading(config: Config) -> str:
-    """The attention for reading texts: "bidirectional" if the run was trained to fill masks, else "causal"."""
-    return "causal" if config.readouts == ("next_token",) else "bidirectional"
-
-
-def usual_pooling(reads: str) -> str:
-    """The pooling for this attention: "last" if only the last token has seen the whole text, else "mean"."""
-    return "last" if reads == "causal" else "mean"
 
 
 def vectors_of(
@@ -99,21 +89,19 @@ def _vectors(model: LanguageModel, texts: list[tuple[str, ...]], reading: Readin
 def write_vectors(path: Path, parts: Iterable[Vectors], width: int) -> int:
     """Write vectors as they come and return their number: .npy (float32), or .jsonl with {"embedding": […]} per line.
 
-    The file appears once it is complete. Raise UserError if its name has another suffix.
+    The file appears once it is complete. Raise UserError if its name has another ending.
     """
-    if path.suffix not in (".npy", ".jsonl"):
-        raise UserError(f"embeddings are written to .npy or .jsonl, not to {path}")
-    written = 0
+    is_array, written = ending_of(path, VECTOR_FILES) == ".npy", 0
     with atomic_file(path) as file:
-        if path.suffix == ".npy":
+        if is_array:
             _write_header(file, 0, width)
         for vectors in parts:
             written += len(vectors)
-            if path.suffix == ".npy":
+            if is_array:
                 file.write(np.ascontiguousarray(vectors).tobytes())
             else:
                 write_lines(file, vectors)
-        if path.suffix == ".npy":
+        if is_array:
             file.seek(0)
             _write_header(file, written, width)  # the same size as before: NumPy pads the header for a growing number
     return written

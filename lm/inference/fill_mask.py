@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +9,10 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.config.sampling import MASKS, problem_of_fill
 from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling, draw, filtered, writable
 from lm.kernels import masks
-
-MASK_WORD = "[MASK]"
-MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")
 
 
 @dataclass(frozen=True)
@@ -50,19 +47,11 @@ def fill_masks(
         sampling: temperature, filters and seed of the draws; its other settings are ignored.
 
     Raises:
-        UserError: the model cannot fill masks, there is no [MASK] in the text, or the text is too long.
+        UserError: as of ``tokens_to_fill``.
     """
     tokenizer = model.tokenizer
-    tokens = _encode_with_masks(tokenizer, text)
+    tokens = tokens_to_fill(model, text)
     open_masks = [i for i, token in enumerate(tokens) if token == tokenizer.mask_id]
-    if model.masked_readout is None:
-        raise UserError("this model was not trained to fill masks")
-    if not open_masks:
-        raise UserError(f"nothing to fill: write {MASK_WORD} where a word is missing")
-    if len(tokens) > model.context_length:
-        raise UserError(
-            f"the text to fill has {len(tokens)} tokens; this model reads at most {model.context_length} at once"
-        )
     generator = torch.Generator().manual_seed(sampling.seed)
     candidates: dict[int, list[tuple[str, float]]] = {}
     rounds = min(rounds, len(open_masks)) or len(open_masks)
@@ -80,6 +69,24 @@ def fill_masks(
         open_masks = [position for position in open_masks if position not in candidates]
     filled = sorted(candidates)
     return Filled(tokenizer.decode(tokens[1:]), _pieces(tokenizer, tokens, filled), [candidates[i] for i in filled])
+
+
+def tokens_to_fill(model: LanguageModel, text: str) -> list[int]:
+    """The tokens of a text with masks, which ``fill_masks`` can fill.
+
+    Raises:
+        UserError: the model cannot fill masks, there is no [MASK] in the text, or the text is too long.
+    """
+    if model.masked_readout is None:
+        raise UserError("this model was not trained to fill masks")
+    if problem := problem_of_fill(text):
+        raise UserError(problem)
+    tokens = _encode_with_masks(model.tokenizer, text)
+    if len(tokens) > model.context_length:
+        raise UserError(
+            f"the text to fill has {len(tokens)} tokens; this model reads at most {model.context_length} at once"
+        )
+    return tokens
 
 
 def _mask_logits(model: LanguageModel, tokens: list[int], positions: list[int]) -> Tensor:

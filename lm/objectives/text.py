@@ -90,7 +90,8 @@ class TextObjective:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Hide tokens as BERT does (Devlin et al. 2019, section 3.1): (inputs with tokens hidden, targets).
 
-        Ends of text and beginnings are never hidden, nor, when the neighbor to the left predicts, a first token that has none.
+        Ends of text and beginnings are never hidden, nor, when the neighbor to the left predicts, a first token that
+        has none.
         """
         config = self.config
         chance = uniform(key(self.seed, Stream.HIDDEN_TOKENS), numbers, inputs.shape[1])

@@ -5,18 +5,20 @@ Only files that are written during training are read, so unfinished runs can be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from data_prep.files import read_json, write_atomically
 from lm.config.settings import OBJECTIVES
 from lm.reports.page import Panel, Series, draw, render
 from lm.runs.checkpoint import STATE
 from lm.runs.directory import METRICS, Run, open_run
 from lm.runs.metrics_log import overfitting, rows_validated, summary
+from lm.training.plan import format_bytes
 
 UNITS = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
 
@@ -69,18 +71,27 @@ class Entry:
 def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
     """Open the runs to compare, named by their directories, or by their paths if names repeat.
 
-    Raise UserError if there are fewer than two, or one is not a run or has logged nothing yet.
+    Raise UserError if one is not a run, or has logged nothing yet.
     """
-    if len(paths) < 2:
-        raise UserError("name at least two runs to compare")
     names = [Path(path).resolve().name for path in paths]
     names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
     runs = [open_run(path) for path in paths]
     entries = [Entry(name, run, list(run.metrics())) for name, run in zip(names, runs, strict=True)]
     for entry in entries:
         if not summary(entry.lines):
-            raise UserError(f"{entry.run.path} has no metrics in {METRICS} yet: train it first")
+            raise UserError(_why_no_metrics(entry.run))
     return entries
+
+
+def _why_no_metrics(run: Run) -> str:
+    """Why a run has no line of training, and what to do instead."""
+    newest = run.latest(lambda _: None)
+    for key, done in (("imported_from", "imported"), ("merged_from", "merged")):
+        if newest and key in newest.state:
+            how = f"was {done} from {newest.state[key]} and has not been trained here, so it has no curves to compare"
+            measure = "" if run.config.has_task_head else f": {command('evaluate')} {run.path} --text FILE measures it"
+            return f"{run.path} {how}{measure}"
+    return f"{run.path} has no metrics in {METRICS} yet: train it first"
 
 
 def compare(entries: Sequence[Entry]) -> dict[str, Any]:
@@ -154,13 +165,18 @@ def rows(comparison: dict[str, Any]) -> list[list[str]]:
         ["epochs seen", *(f"{run['epoch']:.2f}" for run in runs)],
         ["tokens/s, median", *(f"{run['tokens_per_second']:,.0f}" for run in runs)],
     ]
-    known = {"share_of_peak": ("fraction of peak, median", "{:.1%}"), "memory_bytes": ("peak memory", "{:,} bytes")}
+    known = {
+        "share_of_peak": ("fraction of peak, median", "{:.1%}".format),
+        "memory_bytes": ("peak memory", format_bytes),
+    }
     for key, (name, form) in known.items():
         if any(key in run for run in runs):
             table.append([name, *_cells(runs, key, form)])
     if unit == "nats_per_token":
         losses = [run["training_loss"] for run in runs]
-        table += [[f"training, {name}", *_cells(losses, name, "{:.4f}")] for name in _names(runs, "training_loss")]
+        table += [
+            [f"training, {name}", *_cells(losses, name, "{:.4f}".format)] for name in _names(runs, "training_loss")
+        ]
     for readout in _names(runs, "validation"):
         for which in ("final", "best"):
             found = [run["validation"].get(readout, {}).get(which) for run in runs]
@@ -180,8 +196,8 @@ def differences(comparison: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _cells(values: Sequence[Mapping[str, float]], key: str, form: str) -> list[str]:
-    return [form.format(each[key]) if each.get(key) is not None else "" for each in values]
+def _cells(values: Sequence[Mapping[str, float]], key: str, form: Callable[[float], str]) -> list[str]:
+    return [form(each[key]) if each.get(key) is not None else "" for each in values]
 
 
 def write_comparison(entries: Sequence[Entry], comparison: dict[str, Any], out: Path) -> None:

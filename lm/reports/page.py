@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import jinja2
 
 Series = dict[str, list[tuple[float, float]]]
 
+# The page's style has a second value of each color for dark screens, by these names.
 COLORS = ("#b3471d", "#2b5d8c", "#5a7d2a", "#7a4b8c", "#b08a1e", "#3d8a86")
+INK, SOFT, LINE = "#1d2330", "#5b6477", "#dfe3ea"
+NAMES = {INK: "ink", SOFT: "soft", LINE: "line", **{color: f"series-{n}" for n, color in enumerate(COLORS)}}
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,16 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bars:
-    """One chart: a horizontal bar per name, from top to bottom, with its value and the half-width of its error bar."""
+    """One chart: a horizontal bar per name, from top to bottom, with its value and the half-width of its error bar.
+
+    Bars named in ``baselines`` have another color. ``limit`` is where the axis ends; None: behind the longest bar.
+    """
 
     title: str
     values: dict[str, tuple[float, float]]
     horizontal: str
+    baselines: Collection[str] = ()
+    limit: float | None = None
 
 
 def render(template: str, **values: Any) -> str:
@@ -48,12 +57,18 @@ def render(template: str, **values: Any) -> str:
 
 
 def draw(panels: Sequence[Panel | Bars], height: float) -> str:
-    """Draw panels in a row, ``height`` inches high and 9 inches wide in total, as one SVG element without a date."""
+    """Draw panels in a row, ``height`` inches high and 9 inches wide in total, as one SVG element without a date.
+
+    Its texts are texts, its colors follow the page's, and a label says what it shows.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
-    spines: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context({"svg.hashsalt": "kindling", "font.size": 10, **spines}):
+    style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
+    style |= {"svg.hashsalt": "kindling", "svg.fonttype": "none", "axes.titlesize": 10}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
+    with mpl.rc_context(style | {"axes.edgecolor": SOFT, "axes.prop_cycle": cycler(color=COLORS)}):
         figure = Figure(figsize=(9, height), layout="constrained")
         figure.patch.set_alpha(0)
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -61,7 +76,22 @@ def draw(panels: Sequence[Panel | Bars], height: float) -> str:
             axes.patch.set_alpha(0)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub("|".join(NAMES), lambda color: f"var(--{NAMES[color[0]]}, {color[0]})", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(_label(panels))}"', 1)
+
+
+def _label(panels: Sequence[Panel | Bars]) -> str:
+    """What panels show, in words."""
+    parts = []
+    for panel in panels:
+        if isinstance(panel, Bars):
+            values = ", ".join(f"{name} {value:.3f}" for name, (value, _) in panel.values.items())
+            parts.append(f"{panel.title or panel.horizontal}: {values}")
+            continue
+        names = [name for name in (*panel.lines, *panel.points, *panel.marks) if name]
+        parts.append(f"{panel.title} by {panel.horizontal}" + (f": {', '.join(names)}" if names else ""))
+    return "Chart of " + "; ".join(parts)
 
 
 def _draw_panel(axes: Any, panel: Panel) -> None:
@@ -72,11 +102,11 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         for (label, series), color in zip(kind.items(), itertools.cycle(COLORS), strict=False):
             axes.plot(*zip(*series, strict=True), color=color, label=_literal(label), **style)
     for label, position in panel.marks.items():
-        axes.axvline(position, color="#5b6477", linewidth=1, linestyle=":", label=_literal(label))
+        axes.axvline(position, color=SOFT, linewidth=1, linestyle=":", label=_literal(label))
     axes.set(title=_literal(panel.title), xlabel=panel.horizontal)
     if axes.get_xlim()[1] > 10:  # steps: "k" for thousands; but no "m" for fractions
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(color="#dfe3ea", linewidth=0.6)
+    axes.grid(color=LINE, linewidth=0.6)
     if len(panel.lines) + len(panel.points) + len(panel.marks) > 1:
         axes.legend(frameon=False)
 
@@ -84,11 +114,13 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
 def _draw_bars(axes: Any, bars: Bars) -> None:
     values, errors = zip(*bars.values.values(), strict=True)
     positions = range(len(bars.values))
-    axes.barh(positions, values, xerr=errors, height=0.6, color=COLORS[1], error_kw={"linewidth": 1.2, "capsize": 3})
-    axes.set(title=_literal(bars.title), xlabel=_literal(bars.horizontal), xlim=(min(0.0, *values), None))
+    colors = [COLORS[1] if name in bars.baselines else COLORS[0] for name in bars.values]
+    axes.barh(positions, values, xerr=errors if any(errors) else None, height=0.6, color=colors, ecolor=INK, capsize=3)
+    lowest = min(0.0, *(value - error for value, error in bars.values.values()))
+    axes.set(title=_literal(bars.title), xlabel=_literal(bars.horizontal), xlim=(lowest, bars.limit))
     axes.set_yticks(positions, [_literal(name) for name in bars.values])
     axes.invert_yaxis()
-    axes.grid(axis="x", color="#dfe3ea", linewidth=0.6)
+    axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from lm import __version__
 from lm.config.settings import all_settings, pretraining_settings
+from lm.evaluation.validation_loss import verdict
 from lm.inference.fill_mask import fill_masks
 from lm.inference.generator import stream
 from lm.inference.language_model import LanguageModel
@@ -21,9 +24,11 @@ from lm.inference.sampling import Sampling
 from lm.model.device import choose_device
 from lm.model.transformer import Transformer, describe
 from lm.reports.page import Panel, Series, draw, render
-from lm.runs.checkpoint import Checkpoint
+from lm.runs.checkpoint import STATE, Checkpoint
 from lm.runs.directory import Run
 from lm.runs.metrics_log import best_validation, overfitting, rows_validated, series, summary
+from lm.runs.run_data import openings_of
+from lm.training.plan import format_bytes, format_time
 
 SAMPLE = Sampling(temperature=0.7, top_p=0.95, max_new_tokens=100)
 
@@ -37,26 +42,30 @@ def write_report(
 ) -> Path:
     """Write ``report.html`` into the run directory and return its path.
 
-    ``prompts`` are continued and ``fills`` filled, if the run's objective allows; ``evaluation`` is the result of
-    ``validation_loss.evaluate``, or None; ``checkpoint`` has the model to use (None: the newest).
+    ``prompts`` are continued and ``fills`` filled, if the run's objective allows; without any, openings of validation
+    documents are taken, if the data is there. ``evaluation`` is the result of ``validation_loss.evaluate``, or None;
+    ``checkpoint`` has the model to use (None: the newest).
     """
     checkpoint = checkpoint or run.newest()
     trunk = run.load_model(choose_device("auto"), checkpoint)
     model = LanguageModel(trunk, run.tokenizer, run.config)
-    prompts = prompts if "next_token" in model.readouts else ()
+    found = [] if prompts or fills else openings_of(run)
+    prompts = (prompts or [each.prompt for each in found]) if "next_token" in model.readouts else ()
+    fills = (fills or [each.fill for each in found]) if model.masked_readout else ()
     lines = list(run.metrics())
     html = render(
         "report.html",
         name=run.path.name,
-        lead=f"{describe(trunk)}; trained with {run.config.objective.objective} "
-        f"to step {checkpoint.step:,} of {run.config.training.steps:,}.",
+        lead=_lead(run, checkpoint, trunk, lines),
         evaluation=_evaluation_rows(evaluation) if evaluation else None,
+        meaning=_meaning(evaluation or best_validation(lines) or {}),
         curves=_curves(lines),
         remarks=[sentence] if (sentence := overfitting(lines)) else [],
         summary=_summary(lines),
         events=_events(lines),
         continued=[(prompt, "".join(event.text for event in stream(model, prompt, SAMPLE))) for prompt in prompts],
-        filled=[_shown(model, text) for text in (fills if model.masked_readout else ())],
+        filled=[_shown(model, text) for text in fills],
+        openings=bool(found),
         sampling=f"Continued at temperature {SAMPLE.temperature:g}, top-p {SAMPLE.top_p:g}, seed {SAMPLE.seed}; "
         "each mask filled with its most likely token, the most confident first.",
         settings=_settings(run),
@@ -65,6 +74,20 @@ def write_report(
     path = run.path / "report.html"
     write_atomically(path, html)
     return path
+
+
+def _lead(run: Run, checkpoint: Checkpoint, trunk: Transformer, lines: Sequence[dict[str, Any]]) -> str:
+    """What the run is, when it was trained, and how long."""
+    saved = datetime.fromtimestamp((checkpoint.path / STATE).stat().st_mtime).astimezone()
+    steps = f"to step {checkpoint.step:,} of {run.config.training.steps:,}"
+    seconds, seen = 0.0, 0
+    for line in lines:
+        if "loss" in line:
+            seconds += (line["tokens"] - seen) / line["tokens_per_second"]
+            seen = line["tokens"]
+    took = f", which took {format_time(seconds)}" if seconds else ""
+    what = f"{describe(trunk)}; trained with {run.config.objective.objective} {steps}{took}."
+    return f"{what} The checkpoint was saved on {saved:%Y-%m-%d at %H:%M}."
 
 
 def environment(model: Transformer) -> dict[str, str]:
@@ -80,8 +103,22 @@ def environment(model: Transformer) -> dict[str, str]:
     }
 
 
+def _meaning(measured: dict[str, Any]) -> str:
+    """What the first loss of an evaluation or a validation means; "" if it has none."""
+    for name, loss in measured.get("validation", {}).items():
+        nats = loss["nats_per_token"]
+        return (
+            "The loss is the mean negative logarithm of the right token's probability, in nats: lower is better. "
+            f"{name} {nats:.3f} is as if the model gave each token {math.exp(-nats):.2%}, or chose among "
+            f"{math.exp(nats):,.0f} equally likely tokens (its perplexity). Bits per byte compare models with "
+            "different tokenizers, and with baselines that know only token frequencies (unigram), or compress (bz2)."
+        )
+    return ""
+
+
 def _evaluation_rows(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {
+        "verdict": verdict(evaluation),
         "rows": [
             {
                 "name": name + (" (baseline)" if is_baseline else ""),
@@ -103,17 +140,33 @@ def _shown(model: LanguageModel, text: str) -> dict[str, Any]:
         filled = fill_masks(model, text)
     except UserError as problem:  # one text that cannot be filled must not prevent the report
         return {"pieces": [(f"{text} ({problem})", False)], "candidates": []}
-    candidates = [[(token.strip(), f"{probability:.0%}") for token, probability in each] for each in filled.candidates]
+    candidates = [[(repr(token), f"{probability:.0%}") for token, probability in each] for each in filled.candidates]
     return {"pieces": filled.pieces, "candidates": candidates}
 
 
 def _settings(run: Run) -> dict[str, list[dict[str, Any]]]:
     values = run.config.flat()
     sections: dict[str, list[dict[str, Any]]] = {}
+    model = run.config.model
+    meant = {
+        "num_key_value_heads": model.key_value_heads,
+        "head_size": model.head_width,
+        "feed_forward_size": model.feed_forward_width,
+    }
     for setting in all_settings() if run.config.is_finetuning else pretraining_settings():
-        row = {"name": setting.name, "value": values[setting.name], "help": setting.help}
+        value = _spelled(values[setting.name])
+        if values[setting.name] == 0 and setting.name in meant:
+            value += f" → {meant[setting.name]}"
+        row = {"name": setting.name, "value": value, "help": setting.help}
         sections.setdefault(setting.section, []).append(row)
     return sections
+
+
+def _spelled(value: Any) -> str:
+    """The value of a setting as recipes spell it, with nothing for nothing."""
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _curves(lines: list[dict[str, Any]]) -> list[str]:
@@ -150,10 +203,11 @@ def _summary(lines: list[dict[str, Any]]) -> dict[str, str]:
         "epoch": ("epochs seen", "{:.2f}"),
         "tokens_per_second": ("tokens per second, median", "{:,.0f}"),
         "share_of_peak": ("fraction of the machine's peak, median", "{:.1%}"),
-        "memory_bytes": ("peak memory", "{:,} bytes"),
     }
     found = summary(lines)
     state = {label: form.format(found[name]) for name, (label, form) in words.items() if name in found}
+    if "memory_bytes" in found:
+        state["peak memory"] = format_bytes(found["memory_bytes"])
     if best := best_validation(lines):
         losses = ", ".join(f"{name} {loss['nats_per_token']:.3f}" for name, loss in best["validation"].items())
         state["best validation"] = f"step {best['step']:,}: {losses} nats per token"

@@ -15,6 +15,7 @@ from lm.finetuning.metrics import CALIBRATION_BINS, calibration, confusion_matri
 from lm.reports.page import Bars, Panel, draw, render
 
 HARDEST = 10
+BASELINES = ("majority", "tfidf", "untrained", "probe_untrained")  # know nothing of the pretraining
 # The first of these that exists is shown in detail.
 DETAILED = ("full", "lora", "probe", "knn", "untrained", "tfidf", "majority")
 
@@ -22,7 +23,11 @@ DETAILED = ("full", "lora", "probe", "knn", "untrained", "tfidf", "majority")
 def write_task_report(path: Path, name: str, lead: str, tasks: Sequence[Examples], cells: Sequence[Cell]) -> None:
     """Write a page about the cells of some tasks; ``lead`` is a sentence about the run, ``name``."""
     sections = [_section(examples, [c for c in cells if c.task == examples.task.name]) for examples in tasks]
-    write_atomically(path, render("tasks.html", name=name, lead=lead, sections=sections, rows=ROWS))
+    several = len({cell.seed for cell in cells}) > 1
+    write_atomically(
+        path,
+        render("tasks.html", name=name, lead=lead, sections=sections, rows=ROWS, baselines=BASELINES, several=several),
+    )
 
 
 def table(summaries: Sequence[Summary], judged_by: str) -> tuple[list[str], list[list[str]]]:
@@ -51,12 +56,18 @@ def _section(examples: Examples, cells: Sequence[Cell]) -> dict[str, Any]:
         "header": header,
         "rows": rows,
         "findings": findings(summaries, task.judged_by),
-        "chart": draw([Bars("", values, f"{task.judged_by}, ± one standard deviation over seeds")], height=3.0),
+        "chart": draw([_bars(values, task.judged_by, several=len(summaries[0].seeds) > 1)], height=3.0),
         "shown": f"{ROWS[shown.row]}, seed {shown.seed}",
         "confusion": _confusion(examples, outputs, truth),
         "calibration": draw([_calibration(examples, outputs, truth)], height=3.0),
         "hardest": _hardest(examples, outputs, truth),
     }
+
+
+def _bars(values: dict[str, tuple[float, float]], metric: str, *, several: bool) -> Bars:
+    """The rows of a task; an error bar is the standard deviation over ``several`` seeds."""
+    label = f"{metric}, ± one standard deviation over seeds" if several else metric
+    return Bars("", values, label, BASELINES, None if metric == "loss" else 1.0)
 
 
 def _confusion(examples: Examples, outputs: NDArray[np.float64], truth: NDArray[Any]) -> dict[str, Any] | None:

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from data_prep.files import read_json, sha256_of_file
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.recipes import run_config
+from lm.config.recipes import require_language_model, run_config
 from lm.config.settings import Config, all_settings
 from lm.model.lora import merge_lora
 from lm.model.transformer import Transformer
@@ -96,7 +97,9 @@ class Run:
         """The newest checkpoint that is not damaged; UserError if the run has none yet."""
         found = self.latest()
         if found is None:
-            raise UserError(f"{self.path} has no checkpoint yet: train it first, with train.py … --run {self.path}")
+            raise UserError(
+                f"{self.path} has no checkpoint yet: train it first, with {command('train')} … --run {self.path}"
+            )
         return found
 
     def checkpoint(self, which: str, warn: Callable[[str], None] = warn) -> Checkpoint:
@@ -112,7 +115,7 @@ class Run:
             warn(f"{self.path} was not validated yet: using its newest checkpoint, step {newest.step:,}")
         if which == "newest" or (which == "best" and not newest.best_step):
             return newest
-        if which != "best" and not which.isdecimal():
+        if which != "best" and not (which.isdecimal() and len(which) < 19):
             raise UserError(f'there is no checkpoint "{which}": choose newest, best, or the number of a step')
         step = newest.best_step if which == "best" else int(which)
         there = checkpoint.steps(self.path / CHECKPOINTS)
@@ -130,11 +133,7 @@ class Run:
             UserError: the checkpoint does not match the run directory's model or processor, or the run has a task's
                 head instead of a language model's.
         """
-        if self.config.has_task_head:
-            raise UserError(
-                f"{self.path} is fine-tuned for {self.config.finetune.task} and is no longer a language model: "
-                "use kindling predict for its answers, or kindling merge --trunk-only to make it a plain run"
-            )
+        require_language_model(self.path, self.config)
         saved = saved or self.newest()
         self.refuse_another(saved)
         try:

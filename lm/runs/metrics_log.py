@@ -179,16 +179,27 @@ OVERFITTING = 3  # validations in a row worse than the best, after which it is r
 
 @dataclass
 class Best:
-    """The best validation so far, and how many since then were worse."""
+    """The best validation so far, and how many since then were worse.
+
+    Attributes:
+        loss: its score; lower is better.
+        tie_loss: its loss, which decides between equal scores, such as accuracies.
+        breaks_ties: whether it does; runs that were begun by earlier versions keep the first of equal ones.
+    """
 
     step: int = 0
     loss: float | None = None
     worse: int = 0
+    tie_loss: float | None = None
+    breaks_ties: bool = False
 
-    def add(self, step: int, loss: float) -> bool:
-        """Record a validation score (lower is better); return True if it is the best so far."""
-        if math.isfinite(loss) and (self.loss is None or loss < self.loss):
-            self.step, self.loss, self.worse = step, loss, 0
+    def add(self, step: int, loss: float, tie_loss: float | None = None) -> bool:
+        """Record a validation; return True if it is the best so far."""
+        is_best = self.loss is None or loss < self.loss
+        if self.breaks_ties and loss == self.loss and tie_loss is not None and self.tie_loss is not None:
+            is_best = tie_loss < self.tie_loss
+        if math.isfinite(loss) and is_best:
+            self.step, self.loss, self.worse, self.tie_loss = step, loss, 0, tie_loss
             return True
         self.worse += 1
         return False

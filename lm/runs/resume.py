@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from data_prep.errors import UserError
+from data_prep.errors.command_names import command
 from lm.config.settings import Config, all_settings
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import PROCESSOR, TOKENIZER, Processor, Run, changes, open_run, plain_settings, sha256_key
@@ -70,6 +71,7 @@ def fingerprints(config: Config, source: TrainingSource, device: torch.device) -
         "data_fingerprint": source.fingerprint,
         sha256_key(source.processor.file_name): source.processor.sha256,
         "config": plain_settings(config),
+        "working_directory": str(Path.cwd()),
         "place": _environment(device),
     }
 
@@ -104,7 +106,11 @@ def _check(run: Run, newest: Checkpoint, config: Config, source: TrainingSource,
     if accept_changes:
         refused = {name: values for name, values in refused.items() if ON_RESUME[name] == "never"}
     if refused:
-        raise UserError(f"{path} was started with {_describe(refused)}: choose another --run{_resume_hint(refused)}")
+        hint = _resume_hint(refused)
+        if not hint and not config.is_finetuning:
+            again = f"{command('train')} --resume --run {path} --steps {config.training.steps}"
+            hint = f", or train it on with its own settings: {again}"
+        raise UserError(f"{path} was started with {_describe(refused)}: choose another --run{hint}")
 
 
 def _not_free(changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:

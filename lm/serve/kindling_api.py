@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.inference.fill_mask import MASK_WORD
+from lm.config.sampling import MASK_WORD
 from lm.inference.sampling import Sampling
 from lm.inference.scoring import TokenProbability, texts_of_tokens
 from lm.runs.directory import METRICS

@@ -35,7 +35,7 @@ class OpenAIAPI:
 
     async def completions(self, request: Request) -> Response:
         service, tokenizer = self.service, self.service.model.tokenizer
-        parsed = read_completion(await read_json(request, service.limits.body_bytes), service.limits)
+        parsed = read_completion(await read_json(request, service.limits.body_bytes), service.limits, service.defaults)
         options = parsed.options
         service.check(options.model, len(parsed.prompts) * options.choices)
         prompts = await asyncio.to_thread(self._tokens, parsed.prompts, "prompt")
@@ -51,7 +51,7 @@ class OpenAIAPI:
 
     async def chat_completions(self, request: Request) -> Response:
         service = self.service
-        parsed = read_chat(await read_json(request, service.limits.body_bytes), service.limits)
+        parsed = read_chat(await read_json(request, service.limits.body_bytes), service.limits, service.defaults)
         options = parsed.options
         service.check(options.model, options.choices)
         tokens = await asyncio.to_thread(encode_messages, parsed.messages, service.chat, service.model)

@@ -53,6 +53,9 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+OPENAI = Sampling(temperature=1.0)  # the defaults of OpenAI's API
+
+
 @dataclass(frozen=True)
 class Limits:
     """Limits of one request, and of all requests together.
@@ -214,20 +217,20 @@ class Chat:
     options: Options
 
 
-def read_completion(body: dict[str, Any], limits: Limits) -> Completion:
-    """Parse a request to ``/v1/completions``. Raises ApiError."""
+def read_completion(body: dict[str, Any], limits: Limits, defaults: Sampling = OPENAI) -> Completion:
+    """Parse a request to ``/v1/completions``, with these settings where it has none. Raises ApiError."""
     fields = Fields(body)
     prompts = _prompts(fields)
     echo = fields.flag("echo")
     max_tokens = fields.integer("max_tokens", 16, 0 if echo else 1, limits.new_tokens)
     logprobs = fields.integer("logprobs", None, 0, MOST_LOGPROBS)
-    options = _common_options(fields, logprobs, max(1, max_tokens))
+    options = _common_options(fields, logprobs, max(1, max_tokens), defaults)
     fields.done()
     return Completion(prompts, echo, max_tokens, options)
 
 
-def read_chat(body: dict[str, Any], limits: Limits) -> Chat:
-    """Parse a request to ``/v1/chat/completions``. Raises ApiError."""
+def read_chat(body: dict[str, Any], limits: Limits, defaults: Sampling = OPENAI) -> Chat:
+    """Parse a request to ``/v1/chat/completions``, with these settings where it has none. Raises ApiError."""
     fields = Fields(body)
     messages = _messages(fields)
     limits_given = [
@@ -240,20 +243,20 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Chat:
     wanted = fields.flag("logprobs")
     if top and not wanted:
         fields.problem("top_logprobs", 'needs "logprobs" to be true')
-    options = _common_options(fields, top if wanted else None, max_tokens or limits.new_tokens)
+    options = _common_options(fields, top if wanted else None, max_tokens or limits.new_tokens, defaults)
     fields.done()
     return Chat(messages, max_tokens, options)
 
 
-def _common_options(fields: Fields, logprobs: int | None, max_new_tokens: int) -> Options:
+def _common_options(fields: Fields, logprobs: int | None, max_new_tokens: int, defaults: Sampling) -> Options:
     seed = fields.integer("seed", secrets.randbelow(LARGEST_SEED), -LARGEST_SEED, LARGEST_SEED - 1)
     sampling = Sampling(
-        temperature=fields.number("temperature", 1.0, 0, 100),
-        top_k=fields.integer("top_k", 0, 0, 1 << 30),
-        top_p=fields.number("top_p", 1.0, 0, 1),
-        min_p=fields.number("min_p", 0.0, 0, 1),
-        typical_p=fields.number("typical_p", 1.0, 0, 1),
-        repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100),
+        temperature=fields.number("temperature", defaults.temperature, 0, 100),
+        top_k=fields.integer("top_k", defaults.top_k, 0, 1 << 30),
+        top_p=fields.number("top_p", defaults.top_p, 0, 1),
+        min_p=fields.number("min_p", defaults.min_p, 0, 1),
+        typical_p=fields.number("typical_p", defaults.typical_p, 0, 1),
+        repetition_penalty=fields.number("repetition_penalty", defaults.repetition_penalty, 0.01, 100),
         presence_penalty=fields.number("presence_penalty", 0.0, -2, 2),
         frequency_penalty=fields.number("frequency_penalty", 0.0, -2, 2),
         max_new_tokens=max_new_tokens,

@@ -24,7 +24,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=WAITING_CONNECTIONS)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # UnicodeError: no name of a computer can be spelled so
         raise UserError(f'"{host}" is not an address of this machine: use --host 127.0.0.1 or --host 0.0.0.0') from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+from lm.config.sampling import recommended
+from lm.data.openings import Opening
 from lm.inference.chat_template import ChatFormat, chat_format
 from lm.inference.fill_mask import Filled, fill_masks
 from lm.inference.generator import Generator
@@ -16,7 +19,8 @@ from lm.inference.scoring import TokenProbability, token_probabilities
 from lm.model.transformer import Transformer, describe
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, plain_settings
-from lm.serve.schema import ApiError, Limits
+from lm.runs.run_data import openings_of
+from lm.serve.schema import OPENAI, ApiError, Limits
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Service:
     """One loaded checkpoint of a run.
 
     ``chat`` is how conversations are written. With ``compiled``, decoding steps are compiled before the first answer.
+    ``defaults`` are for requests that leave settings out: those of OpenAI, or of an imported model's
+    ``generation_config.json``.
     """
 
     run: Run
@@ -31,6 +37,7 @@ class Service:
     model: LanguageModel
     chat: ChatFormat
     limits: Limits
+    defaults: Sampling
     compiled: bool = False
 
     @classmethod
@@ -38,7 +45,9 @@ class Service:
         cls, run: Run, checkpoint: Checkpoint, model: Transformer, limits: Limits, *, compiled: bool = False
     ) -> Service:
         whole = LanguageModel(model, run.tokenizer, run.config)
-        return cls(run, checkpoint, whole, chat_format(run.path, run.tokenizer, run.config), limits, compiled)
+        defaults = replace(OPENAI, **recommended(run.path))
+        chat = chat_format(run.path, run.tokenizer, run.config)
+        return cls(run, checkpoint, whole, chat, limits, defaults, compiled)
 
     @property
     def name(self) -> str:
@@ -83,6 +92,11 @@ class Service:
         """The probabilities of a text's tokens, in parts, for ``Engine.compute``."""
         return token_probabilities(self.model, tokens, readout, top)
 
+    @cached_property
+    def openings(self) -> list[Opening]:
+        """Texts of the run's own data to begin with; none if it is gone."""
+        return openings_of(self.run)
+
     def about(self) -> dict[str, Any]:
         """The body of ``/api/run``: the model, its limits and its settings."""
         return {
@@ -95,6 +109,7 @@ class Service:
             "context_length": self.model.context_length,
             "vocabulary": self.model.tokenizer.vocab_size,
             "chat_template": self.chat.template is not None,
+            "openings": [opening._asdict() for opening in self.openings],
             "limits": vars(self.limits),
             "settings": plain_settings(self.run.config),
         }

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_prep.errors import MACHINE_ERROR_STATUS, USER_ERROR_STATUS, UserError
+from data_prep.errors.command_names import command
 from data_prep.settings import available_cores
 from lm.config.settings import TrainingConfig
 from lm.model.device import choose_device
@@ -289,7 +290,8 @@ def _device_of_rank(name: str, here: int) -> torch.device:
     device = choose_device(name)
     if device.type == "mps":
         raise UserError(
-            "several processes train on CPUs or on CUDA GPUs: add --device cpu, or start train.py without torchrun"
+            "several processes train on CPUs or on CUDA GPUs: add --device cpu, "
+            f"or start {command('train')} without torchrun"
         )
     if device.type == "cuda":
         gpus = torch.cuda.device_count()

@@ -47,7 +47,10 @@ USABLE_SHARE = 0.8
 CPU_MICRO_BATCH_TOKENS = 4096
 # A dry step that would take longer than the first of these uses fewer rows; a quick one is repeated for the second,
 # since it takes several steps to reach a steady speed.
-DRY_SECONDS, ENOUGH_SECONDS, MOST_PASSES = 10.0, 3.0, 12
+DRY_SECONDS, ENOUGH_SECONDS, MOST_PASSES = 5.0, 2.0, 12
+# More passes over the same text than this teach ever less (Muennighoff et al. 2023, "Scaling Data-Constrained Language
+# Models"); a plan that takes longer than this names a shorter run.
+MOST_EPOCHS, LONG_SECONDS = 4, 3600
 # Shorter runs start without a dry step.
 FEWEST_STEPS = 20
 
@@ -117,6 +120,24 @@ class Plan:
         """Why the run does not fit, and what would fit; empty if it does."""
         return _obstacle(self.config, self.device, self.available_bytes)
 
+    @property
+    def remarks(self) -> list[str]:
+        """What a user may want to change: many passes over the same text, or a long time."""
+        steps, remarks = self.config.training.steps, []
+        if self.epochs and self.epochs > MOST_EPOCHS:
+            enough = max(1, int(steps * MOST_EPOCHS / self.epochs))
+            remarks.append(
+                f"{self.epochs:.0f} epochs: after about {MOST_EPOCHS}, each pass over the same text teaches less, and "
+                f"the model may overfit; --steps {enough} stops there, and more text or a smaller model goes further"
+            )
+        if self.seconds and self.seconds > LONG_SECONDS:
+            enough = max(1, int(steps * LONG_SECONDS / self.seconds))
+            remarks.append(
+                f"for a first look, --steps {enough} takes about {format_time(LONG_SECONDS)}; a smaller recipe or a "
+                "shorter context_length is faster"
+            )
+        return remarks
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON; values that were not measured are None."""
         return {
@@ -136,6 +157,7 @@ class Plan:
                 "available": self.available_bytes,
             },
             "obstacle": self.obstacle,
+            "remarks": self.remarks,
             "tokens_per_second": self.tokens_per_second,
             "share_of_peak": self.share_of_peak,
             "seconds": self.seconds,
@@ -145,7 +167,7 @@ class Plan:
         """Name and value of each line that ``--plan`` prints."""
         data, training = self.config.data, self.config.training
         passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
-        total = f"{self.tokens / 1e6:.1f}M tokens{passes}"
+        total = f"{format_tokens(self.tokens)}{passes}"
         processor = f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
             processor = torch.cuda.get_device_name(self.device)
@@ -169,7 +191,7 @@ class Plan:
                 ("speed", f"{self.tokens_per_second:,.0f} tokens/s, {self.share_of_peak:.0%} of peak{measured}"),
                 ("time", f"{format_time(self.seconds or 0)} for all steps, without validation and saving"),
             ]
-        return rows
+        return rows + [("remark", remark) for remark in self.remarks]
 
     def introduction(self, processes: str = "") -> list[str]:
         """What to print before the first step, one sentence each; ``processes`` as of ``Ranks.describe``."""
@@ -182,7 +204,9 @@ class Plan:
             f"{table['micro-batch']} per micro-batch: about {format_bytes(self.peak_bytes)} of memory ({parts}); "
             f"{format_bytes(self.available_bytes)} available",
         ]
-        return lines + ([f"about {table['speed']}: {table['time']}"] if self.dry_step else [])
+        if self.dry_step:
+            lines.append(f"about {table['speed']}: {table['time']}")
+        return lines + [f"remark: {remark}" for remark in self.remarks]
 
     @property
     def flops(self) -> float:
@@ -380,11 +404,21 @@ def describe_data(corpora: Corpora, rows: TrainingRows) -> str:
 
 
 def format_bytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    for limit, unit, name in ((1e6, 1e3, "kB"), (1e9, 1e6, "MB")):
+        if size < limit:
+            return f"{size / unit:.0f} {name}"
+    return f"{size / 1e9:.1f} GB"
 
 
 def format_flops(count: float) -> str:
-    return f"{count / 1e15:,.1f} PFLOP" if count >= 1e15 else f"{count / 1e12:.1f} TFLOP"
+    for limit, unit, name in ((1e12, 1e9, "GFLOP"), (1e15, 1e12, "TFLOP")):
+        if count < limit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e15:,.1f} PFLOP"
+
+
+def format_tokens(count: int) -> str:
+    return f"{count / 1e6:.1f}M tokens" if count >= 1e6 else f"{count:,} tokens"
 
 
 def format_time(seconds: float) -> str:

@@ -18,8 +18,10 @@ from lm.model.transformer import Transformer
 from lm.objectives.batches import TrainingBatches
 from lm.objectives.objective import Objective
 from lm.runs.base_weights import keep_base, kept_base, load_base
+from lm.runs.companions import copy_companions
 from lm.runs.directory import Run, open_run
 from lm.runs.metrics_log import OVERFITTING, Best, loss_of_readouts
+from lm.runs.run_data import open_data
 from lm.training.distributed import Ranks
 from lm.training.gradients import step_gradients
 from lm.training.plan import FEWEST_STEPS, describe_data, make_plan, settle_micro_batch
@@ -52,7 +54,12 @@ class Pretraining(TrainModule[Any]):
         """
         if config.training.compile and ranks.world > 1:
             raise UserError("several processes train without compiling: leave out --compile")
-        corpora = open_corpora(config.data.data)
+        try:
+            corpora = open_corpora(config.data.data)
+        except UserError:
+            if not any(config.data.data) or not (path / "config.toml").is_file():
+                raise
+            corpora = open_data(Run(path, config))
         if config.data.verify_data:
             ranks.on_main(corpora.verify)
         config = ranks.on_main(partial(with_vocabulary, config, corpora))
@@ -84,6 +91,7 @@ class Pretraining(TrainModule[Any]):
         if self.start:
             lines.append(f"starting from the weights of {training.init_from}")
             self.ranks.on_main(partial(keep_base, self.start, self.path))
+            self.ranks.on_main(partial(copy_companions, Path(training.init_from), self.path))
         one_model = self.ranks.world == 1 or training.parallel == "ddp"
         self.plan = make_plan(
             self.config,

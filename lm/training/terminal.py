@@ -55,7 +55,7 @@ class TerminalProgress:
             self.bar.update(self.task, completed=line["step"], state=" · ".join(_state(line)))
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or line["step"] == self.total:
             self.last_line = time.monotonic()
-            words = [*_state(line), f"learning rate {line['learning_rate']:.2e}", f"{self._left(line['step'])} left"]
+            words = [*_state(line), f"learning rate {line['learning_rate']:.3g}", f"{self._left(line['step'])} left"]
             self.note(f"step {line['step']:>6}/{self.total}  {'  '.join(words)}")
 
     def end(self) -> None:

@@ -120,7 +120,7 @@ class State:
     def of(cls, saved: checkpoint.Checkpoint | None) -> State:
         """The state of a checkpoint; None: that of step 0."""
         if saved is None:
-            return cls()
+            return cls(best=Best(breaks_ties=True))
         parts = saved.state["training"]
         return cls(saved.step, Interval(**parts["interval"]), Ladder(**parts["ladder"]), Best(**parts["best"]))
 
@@ -292,7 +292,7 @@ class Trainer(Generic[Batch]):
         self._write({"step": self.state.step, **line})
         if score is None:
             return False
-        improved = self.state.best.add(self.state.step, score)
+        improved = self.state.best.add(self.state.step, score, line.get("metrics", {}).get("loss"))
         if remark := self.module.remark(self.state.best):
             self.reporter.note(remark)
         return improved

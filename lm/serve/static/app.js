@@ -48,6 +48,12 @@ try {
   $("lead").textContent = run.description;
   $("tab-write").hidden = $("tab-chat").hidden = !run.readouts.includes("next_token");
   $("tab-fill").hidden = run.readouts.every((readout) => readout === "next_token");
+  const [first, second = first, third = first] = run.openings;
+  if (first) {
+    $("prompt").value = first.prompt;
+    $("gaps").value = second.fill;
+    $("text").value = third.text;
+  }
   startSettings(run);
   startWrite(showProbabilities);
   startChat(run);

@@ -7,6 +7,8 @@ import lzma
 import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +76,11 @@ def test_each_of_many_texts_is_found_and_named(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": "x", "b": [{"c": "y"}, 3, null]}\n\n"z"\n', ["x", "y", "z"]),
         ("a.csv", 'text,label\n"one, two\nthree",1\n', ["text", "label", "one, two\nthree", "1"]),
         ("a.tsv", "one, two\t1\r\n", ["one, two", "1"]),
+        ("a.NDJSON", '{"a": "x"}\n', ["x"]),
+        ("a.json", '[{"a": "x", "b": {"c": "y"}}, "z"]', ["x", "y", "z"]),
+        ("b.json", '{"a": "x"}\n{"a": "y"}\n', ["x", "y"]),
+        ("b.tsv", 'a\tb\n"A b" c\t1\n', ["a", "b", '"A b" c', "1"]),
+        ("A.TXT", "\none\ntwo\n", ["", "one", "two", ""]),
         ("a.txt", "\none\ntwo\n", ["", "one", "two", ""]),
         ("a.md", "one\ntwo\n \nthree\n", ["one\ntwo", "three\n"]),
     ],
@@ -91,7 +98,9 @@ def test_every_kind_of_file_gives_its_texts_packed_or_not(tmp_path: Path, name: 
     [
         ("bad.txt", b"abc\xff", r"bad\.txt\" is not UTF-8 text \(invalid start byte\)"),
         ("bad.jsonl", b'{"a": "x"}\n{broken\n', r"bad\.jsonl\", line 2 is not JSON"),
-        ("bad.csv", b"a,b\n" + b"x" * 200_000, r"bad\.csv\", line 2 is not valid CSV"),
+        ("bad.csv", b'a,b\nx,"y"z\n', r"bad\.csv\", line 2 cannot be read \('?,'? expected"),
+        ("data.txt", b'{"a": "x"}\n{"a": "y"}\n', r'data\.txt" looks like JSON lines: give it a name that ends in'),
+        ("bad.parquet", b"PAR1 no", r'bad\.parquet" is not a complete parquet file'),
         ("few.txt", b"one two three four\n", r"few\.txt\" has no text of 5 words or more"),
         ("cut.txt.gz", gzip.compress(b"one two three four five" * 99, mtime=0)[:-9], r"cut\.txt\.gz\" is damaged"),
         ("no.txt.gz", b"plain", r"no\.txt\.gz\" is damaged"),
@@ -101,6 +110,12 @@ def test_a_file_that_is_no_use_is_named(tmp_path: Path, name: str, content: byte
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         texts_of(tmp_path / name)
+
+
+def test_every_string_of_a_parquet_file_counts(tmp_path: Path) -> None:
+    rows = [{"a": "x", "b": {"c": ["y"]}, "d": 1}, {"a": None, "b": {"c": ["z", "w"]}, "d": 2}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert list(evaluation_texts(tmp_path / "a.parquet")) == ["x", "y", "z", "w"]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -57,7 +58,7 @@ def test_a_build_tells_what_it_made_and_what_to_do_next(prep: Prep, novel: Path,
     split = open_dataset(out).split("train")
     assert f"{split.tokens:,}" in result.stdout
     assert "vocabulary: 300 tokens (bpe)" in result.stdout
-    assert f"next: python train.py configs/tiny.toml --data {out} --run runs/out" in result.stdout
+    assert f"next: kindling train tiny --data {out} --run runs/out" in result.stdout
     again = prep("build", novel, "--out", out, *SMALL)
     assert again.exit_code == 0
     assert "already built" in again.stderr
@@ -140,13 +141,29 @@ MISTAKES = {
     "misspelt option": (["TEXT", "--ot", "OUT"], "--out"),
     "unknown kind": (["TEXT", "--out", "OUT", "--tokenizer-kind", "words"], "'words' is not one of"),
     "missing file": (["nothing.txt", "--out", "OUT"], 'there is no file or folder "nothing.txt"'),
-    "binary file": ([sys.executable, "--out", "OUT"], "is not UTF-8 text (byte 0x"),
+    "binary file": ([sys.executable, "--out", "OUT"], "looks like a program (ELF)"),
     "too few documents": (["TEXT", "--out", "OUT"], "--max-document-bytes"),
     "large vocabulary": (["TEXT", "--out", "OUT", "--max-document-bytes", "999"], "--vocab-size 8192 is too large for"),
     "small vocabulary": (["TEXT", "--out", "OUT", "--max-document-bytes", "999", "--vocab-size", "9"], "at least 259"),
     "no such tokenizer": (["TEXT", "--out", "OUT", "--tokenizer", "no.json"], "there is no tokenizer file"),
     "text as a tokenizer": (["TEXT", "--out", "OUT", "--tokenizer", "TEXT"], "is not a readable tokenizer.json"),
     "impossible fraction": (["TEXT", "--out", "OUT", "--validation-fraction", "1"], "below 1"),
+    "number above 64 bits": (["TEXT", "--out", "OUT", "--vocab-size", "9" * 20], r"must be below 2^63"),
+    "number above the largest vocabulary": (
+        ["TEXT", "--out", "OUT", "--vocab-size", "9" * 10],
+        "must be at most 16,777,216",
+    ),
+    "number above 32 bits": (["TEXT", "--out", "OUT", "--train-bytes", "9" * 11], "must be from 1 to 2,147,483,647"),
+    "number above all": (
+        ["TEXT", "--out", "OUT", "--near-threshold", "1e999"],
+        "must be above 0 and at most 1, not inf",
+    ),
+    "no whole number": (["TEXT", "--out", "OUT", "--part-bytes", "1e99"], "'1e99' is not a valid integer"),
+    "word as a separator": (
+        ["TEXT", "--out", "OUT", "--document-per", "paragraphs"],
+        "choose size, file, paragraph, line",
+    ),
+    "out is stdout": (["TEXT", "--out", "-"], "--out names a folder"),
     "out is a file": (["TEXT", "--out", "TEXT"], "is a file"),
     "out under a file": (["TEXT", "--out", "TEXT/out"], "not a directory"),
 }
@@ -310,9 +327,83 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_finished(
     assert tree(out) == expected
 
 
-def test_a_reader_that_goes_away_is_no_error(prep: Prep, novel: Path, tmp_path: Path) -> None:
-    prep("build", novel, "--out", tmp_path / "out", *SMALL)
-    command = " ".join(prep_command("inspect", tmp_path / "out", "--documents", 50)) + " | head -1"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert result.stderr == ""
-    assert len(result.stdout.splitlines()) == 1
+COMMANDS = {
+    "build": ("build", "TEXT", "--out", "NEW"),
+    "dry run": ("build", "TEXT", "--out", "NEW", "--dry-run"),
+    "inspect": ("inspect", "DATA"),
+    "inspect page": ("inspect", "DATA", "--page", "-"),
+    "tokenizer": ("tokenizer", "DATA", "TEXT"),
+    "verify": ("verify", "DATA"),
+    "convert": ("convert", "DATA", "--to", "nanogpt", "--out", "NEW"),
+    "help": ("build", "--help"),
+}
+
+
+@pytest.fixture(scope="module")
+def built(novel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "out"
+    subprocess.run(prep_command("build", novel, "--out", out, *SMALL), check=True, capture_output=True)
+    return out
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
+def test_a_reader_that_goes_away_is_no_error(
+    built: Path, novel: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    places = {"TEXT": novel, "DATA": built, "NEW": tmp_path / "new"}
+    arguments = [places.get(argument, argument) for argument in command]
+    more = SMALL if command[0] == "build" and "--help" not in command else ()
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        result = subprocess.run(prep_command(*arguments, *more), stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in result.stderr and "BrokenPipe" not in result.stderr
+    assert "error" not in result.stderr
+    assert result.returncode == 1  # as of other programs
+
+
+def test_a_page_can_go_to_standard_output(prep: Prep, built: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = prep("inspect", built, "--page", "-")
+    assert result.exit_code == 0 and result.stdout.startswith("<!doctype html>")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_text_is_not_proposed_as_the_place_of_its_dataset(
+    prep: Prep, novel: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, arguments in (
+        ("my texts", "'my texts' --out 'data/my texts'"),
+        ("data/mine", "data/mine --out data/mine-tokens"),
+    ):
+        Path(name).mkdir(parents=True)
+        (Path(name) / "a.txt").write_text("text")
+        assert prep("verify", name).stderr.endswith(f"make one with: kindling prep build {arguments}\n")
+    Path("empty").mkdir()
+    assert prep("verify", "empty").stderr.endswith("build YOUR_TEXT --out empty\n")
+
+
+def test_what_a_folder_has_besides_text_is_told_in_one_line(prep: Prep, novel: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.TXT").write_bytes(novel.read_bytes())
+    for name in ("b.png", "c.png", "notes"):
+        (folder / name).write_text("x")
+    told = (
+        "left out: 3 files whose names end in nothing that is read: 2 .png (b.png, c.png), 1 without an ending (notes)"
+    )
+    dry = prep("build", folder, "--out", tmp_path / "out", "--dry-run", *SMALL)
+    assert told in dry.stdout.splitlines() and "1 file, 0.0 MB, in 1 part" in dry.stdout
+    result = prep("build", folder, "--out", tmp_path / "out", *SMALL)
+    assert (result.exit_code, result.stderr.splitlines().count(told)) == (0, 1)
+    (encoder,) = [line for line in result.stderr.splitlines() if line.startswith("encoder: ")]
+    name = encoder.removeprefix("encoder: ").partition(", exact")[0]
+    assert encoder.count(name) == 1
+
+
+def test_records_on_standard_input_are_not_taken_for_prose(prep: Prep, tmp_path: Path) -> None:
+    result = prep("build", "-", "--out", tmp_path / "out", *SMALL, stdin='{"text": "a"}\n{"text": "b"}\n')
+    assert result.exit_code == 2
+    advice = 'save it in a file with a name that ends in ".jsonl"'
+    assert result.stderr == f"error: standard input looks like JSON lines: {advice}\n"

@@ -4,9 +4,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -503,3 +505,83 @@ def test_shards_of_an_earlier_version_leave_the_loss_unknown(undisturbed: Path, 
     train = open_dataset(out).split("train")
     assert (train.lost_bytes, train.counted_bytes) == (0, train.text_bytes)
     assert split_totals(train.records)["lost_bytes"] is None
+
+
+def test_a_build_from_before_goes_on_by_its_own_rules(
+    make_text: Callable[[int, int], str], tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    records = "".join(json.dumps({"text": f"a\0{make_text(n, 1)}"}) + "\n" for n in range(20))
+    for name, content in {
+        "a.txt": make_text(1, 30).replace(" a", " paragraph"),
+        "b.TXT": make_text(2, 30),
+        "c.json": records,
+        "d.txt": records,
+        "e.jsonl": records,
+    }.items():
+        (texts / name).write_text(content, encoding="utf-8")
+
+    def settings(out: str, rules: int) -> BuildSettings:
+        made = settings_for(texts, tmp_path / out, document_per="paragraph")
+        return replace(made, reading=replace(made.reading, reading_rules=rules))
+
+    manifest = build(settings("old", 1))
+    assert "reading_rules" not in manifest["settings"]
+    assert (manifest["sources"][0]["files"], manifest["left_out"]) == (3, {"empty document": 1})
+    expected = tree(tmp_path / "old")
+    for count in range(2, 12, 3):
+        assert not build_until(settings(str(count), 1), count, monkeypatch)
+        build(settings(str(count), 2))
+        assert tree(tmp_path / str(count)) == expected
+    assert build(settings("old", 2)) == manifest
+    assert tree(tmp_path / "old") == expected
+    new = build(settings("new", 2))
+    assert (new["settings"]["reading_rules"], new["sources"][0]["files"]) == (2, 5)
+    assert new["left_out"] == {"NUL bytes": 40, "file of another kind than its name says": 1}
+
+
+def notes_of(tmp_path: Path, **options: Any) -> list[str]:
+    notes: list[str] = []
+    settings = BuildSettings.from_options(
+        (str(tmp_path / "a.txt"),), tmp_path / "out", tokenizer_kind="bytes", **options
+    )
+    build(settings, notes)
+    return [note for note in notes if note.startswith("note: ")]
+
+
+def test_few_long_documents_and_separators_that_never_occur_are_told(
+    make_text: Callable[[int, int], str], tmp_path: Path
+) -> None:
+    text = make_text(1, 300)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (long,) = notes_of(tmp_path, max_document_bytes=10_000)
+    assert re.fullmatch(
+        r"note: text files gave \d documents of \d KB on average; --document-per paragraph would give 300", long
+    )
+    shutil.rmtree(tmp_path / "out")
+    assert notes_of(tmp_path, document_per="paragraph") == []
+    assert sum(s["documents"] for s in open_dataset(tmp_path / "out").manifest["splits"].values()) == 300
+    shutil.rmtree(tmp_path / "out")
+    assert notes_of(tmp_path, document_per="END", max_document_bytes=10_000) == [
+        'note: --document-per "END" never occurs in the text files, so they were split by size'
+    ]
+
+
+def test_a_step_that_removes_most_documents_is_told(make_text: Callable[[int, int], str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(["word " * 9] * 8 + ["x" * 400] * 2), encoding="utf-8")
+    (told,) = notes_of(tmp_path, document_per="paragraph", min_characters=100, validation_fraction=0)
+    assert told == 'note: the step "length" removed 8 of 10 documents (45 characters < 100, for example)'
+    for name, sentence in (
+        ("validation_fraction", 'only one document .the step "length" removed 9 of 10 documents'),
+        ("quality", 'contain no text: the step "quality", which is meant for English prose, removed 10 of 10'),
+    ):
+        (tmp_path / "a.txt").write_text("\n\n".join(["word " * 9] * 9 + ["x" * 400]), encoding="utf-8")
+        more: dict[str, Any] = {"quality": True} if name == "quality" else {"min_characters": 100}
+        settings = BuildSettings.from_options(
+            (str(tmp_path / "a.txt"),), tmp_path / name, tokenizer_kind="bytes", document_per="paragraph", **more
+        )
+        with pytest.raises(UserError, match=sentence):
+            build(settings)
+    with pytest.raises(UserError, match=r"--quality keeps only English prose .* --language is de: leave one"):
+        build(settings_for(tmp_path / "a.txt", tmp_path / "new", quality=True, language=("en", "de")))

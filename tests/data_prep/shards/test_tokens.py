@@ -224,7 +224,10 @@ DAMAGES = {
     "no splits": (edit_manifest(splits={}), r"manifest\.json.* is damaged"),
     "broken manifest": (overwrite("manifest.json", b'{"format": '), r"manifest\.json.* is damaged"),
     "manifest of other things": (overwrite("manifest.json", b"[]"), r"manifest\.json.* is damaged"),
-    "no manifest": (lambda d: (d / "manifest.json").unlink(), r"has no manifest\.json\); make one with: python -m"),
+    "no manifest": (
+        lambda d: (d / "manifest.json").unlink(),
+        r"has no manifest\.json\); make one with: kindling prep build \S+ --out data/",
+    ),
 }
 
 

@@ -91,7 +91,11 @@ def test_sources_that_cannot_be_are_refused(here: Path, texts: list[str], messag
             '"x.txt" is UTF-32, not UTF-8: convert it, for example with `iconv -f UTF-32',
         ),
         ("none*.txt", None, 'no file matches "none'),
-        ("pictures", None, r'no text in "pictures": looked for \.txt, \.md, \.jsonl, \.csv'),
+        (
+            "pictures",
+            None,
+            r'no text in "pictures": .*\.txt, \.md, \.jsonl, .*\.tsv.*; there is only 1 \.png \(a\.png\)$',
+        ),
         ("nowhere/*.txt", None, 'cannot list the folder "nowhere"'),
     ],
 )

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import bz2
+import datetime
+import decimal
 import gzip
 import json
 import lzma
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.settings import ReadSettings
-from data_prep.sources import reading, records
+from data_prep.sources import reading, records, tables
 from data_prep.sources.documents import MOST_MESSAGES, CorpusPart, Document, FileRange, ReadReport
 from data_prep.sources.listing import parse_sources, parts_of
 from data_prep.sources.reading import read_part
@@ -94,11 +97,11 @@ def test_the_documents_of_all_parts_join_to_the_text(text: str, part_bytes: int,
 def test_lines_separated_texts_and_records_are_the_same_whatever_the_parts(
     texts_of: list[str], part_bytes: int, kind: str
 ) -> None:
-    made = [f"a{text}a" for text in texts_of]
+    made = [f"a{text}a".replace("\0", "") for text in texts_of]
     if kind == ".jsonl":
         content = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in made)
     else:
-        made = [text.replace("\0", "").replace("-", "") for text in made]
+        made = [text.replace("-", "") for text in made]
         if kind == "line":
             made = [text.replace("\n", "").replace("\r", "") for text in made]
         content = ("\n" if kind == "line" else kind).join(made)
@@ -142,15 +145,15 @@ def test_what_was_whole_before_damage_is_used_and_the_damage_is_told(tmp_path: P
     folder = tmp_path / "x"
     folder.mkdir()
     records = [json.dumps({"text": f"record é {number**5}"}, ensure_ascii=False) for number in range(8_000)]
-    content = "\n".join(records).encode()
-    for name in ("a.jsonl", "b.txt"):
+    contents = {"a.jsonl": "\n".join(records).encode(), "b.txt": "\n".join(["a text", *records]).encode()}
+    for name, content in contents.items():
         packed = PACKERS[suffix](content)
         (folder / (name + suffix)).write_bytes(packed[: len(packed) * 2 // 3])
     found, report = read(folder)
     of_records = [d.text for d in found if "jsonl" in d.origin]
     of_text = "".join(d.text for d in found if "b.txt" in d.origin)
     assert of_records and of_records == [json.loads(r)["text"] for r in records[: len(of_records)]]
-    assert of_text and content.decode().startswith(of_text)
+    assert of_text and contents["b.txt"].decode().startswith(of_text)
     assert report.counts == {"damaged file": 2}
     for name, message in zip(("a.jsonl", "b.txt"), report.messages, strict=True):
         assert message.startswith(f'"x/{name}{suffix}" is damaged (')
@@ -212,10 +215,12 @@ def test_bad_lines_are_skipped_and_told_with_file_and_offset(tmp_path: Path) -> 
     path.write_bytes(b"\n".join([b'{"text": "first"}', *bad, b'{"text": "last"}']))
     found, report = read(path)
     assert [d.text for d in found] == ["first", "last"]
-    assert report.counts == {"broken record": 4, "no text in the field": 1, "not UTF-8": 1}
+    assert report.counts == {"broken record": 3, "no text in the field": 1, "not UTF-8": 2}
     assert report.messages[0].startswith('"a.jsonl", byte 18: not JSON (')
-    assert report.messages[2] == '"a.jsonl", byte 35: the text contains half of a surrogate pair'
-    assert texts(path, errors="replace") == ["first", "\ufffd", "last"]
+    assert report.messages[2] == '"a.jsonl", byte 35: half of a surrogate pair (\\ud800)'
+    assert texts(path, errors="replace") == ["first", "\ufffd", "\ufffd", "last"]
+    with pytest.raises(UserError, match=r'"a\.jsonl", byte 35: half of a surrogate pair .*--errors replace'):
+        read(path, errors="stop")
 
 
 def test_messages_are_few_however_many_lines_are_bad(tmp_path: Path) -> None:
@@ -229,7 +234,8 @@ def test_messages_are_few_however_many_lines_are_bad(tmp_path: Path) -> None:
 
 def test_a_line_that_is_too_long_is_skipped_without_being_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 20)
-    monkeypatch.setattr(records, "MAX_CSV_FIELD", 1 << 19)
+    monkeypatch.setattr(tables, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(tables, "MAX_FIELD_CHARACTERS", 1 << 19)
     long = "y" * (5 << 20)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "' + long + '"}\n{"text": "b"}\n' + long)
     (tmp_path / "b.csv").write_text(f'text,id\na,1\n"{long}",2\n"{long[: 1 << 19]}y",3\nb,4\n')
@@ -263,7 +269,7 @@ def test_rows_of_csv_and_parquet_are_documents_and_large_parquet_files_come_apar
     [
         ("x.bin", b"0123456789ab\xff", r'x\.bin" is not UTF-8 \(byte 0xff at offset 12\): convert it'),
         ("x.jsonl", b'{"body": "a", "id": 1}\n', 'the field "text": its fields are "body", "id"; .*--text-field'),
-        ("x.jsonl", b'{"text": null}\n', 'no text in the field "text": its fields are "text"'),
+        ("x.jsonl", b'{"text": null}\n', r'no text in "text": it holds nothing \(null\)$'),
         ("x.jsonl", b"what\nis this\n", r"contains no valid record: byte 0: not JSON"),
         ("x.csv", b"a,b\n1,2\n", 'no text in the field "text": its fields are "a", "b"'),
         ("x.parquet", b"PAR1 not at all", "not a complete parquet file"),
@@ -383,3 +389,141 @@ def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
     assert list(read_part(part, parse_sources([str(tmp_path)]), ReadSettings(), report)) == []
     assert report.counts == {"unreadable file": 1}
     assert report.messages == [f'"{tmp_path.name}/a.txt" cannot be opened (No such file or directory)']
+
+
+paragraphs = st.lists(
+    st.sampled_from(["a", "bcd", "日本", "é", "\n", "\n\n", "\r\n", "\r\n\r\n", " \n", "\n \t\n", "\n\n\n", " x"]),
+    max_size=60,
+).map("".join)
+
+
+@given(text=paragraphs, part_bytes=st.integers(1, 60), packed=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_paragraphs_are_what_is_between_blank_lines_whatever_the_parts(
+    text: str, part_bytes: int, packed: bool
+) -> None:
+    text = f"x{text}x"
+    plain = [p.strip("\n") for p in re.split(r"\n(?:[ \t]*\n)+", equal_newlines(text))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ("a.txt.gz" if packed else "a.txt")
+        path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        found, report = read(path, part_bytes=part_bytes, document_per="paragraph")
+        assert [document.text for document in found] == [p for p in plain if p.strip()]
+        assert "separators" not in report.counts
+
+
+def test_long_paragraphs_are_cut_and_never_held(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n" + "word " * 50 + "\n\n\nshort\n \nlast\n\n")
+    found = texts(path, document_per="paragraph", max_document_bytes=100)
+    assert found[-2:] == ["short", "last"]
+    assert "".join(found[:-2]) == "word " * 50
+    assert all(len(text) <= 100 for text in found)
+
+
+@pytest.mark.parametrize(
+    ("per", "found"),
+    [
+        ("line", ["one  two", "three\\n", "---", "four", "five"]),
+        ("paragraph", ["one  two\nthree\\n", "---", "four\nfive"]),
+        ("\\n\\n", ["one  two\nthree\\n", "---", "four\nfive\n"]),
+        ("\n\n", ["one  two\nthree\\n", "---", "four\nfive\n"]),
+        ("\\n---\\n", ["one  two\nthree\\n\n", "\nfour\nfive\n"]),
+        ("---", ["one  two\nthree\\n\n\n", "\n\nfour\nfive\n"]),
+        ("\\\\n", ["one  two\nthree", "\n\n---\n\nfour\nfive\n"]),
+        ("\\t", ["one  two\nthree\\n\n\n---\n\nfour\nfive\n"]),
+        ("file", ["one  two\nthree\\n\n\n---\n\nfour\nfive\n"]),
+    ],
+)
+def test_document_per_means_what_it_says(tmp_path: Path, per: str, found: list[str]) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one  two\nthree\\n\n\n---\n\nfour\nfive\n")
+    documents, report = read(path, document_per=per)
+    assert [document.text for document in documents] == found
+    assert report.separators == (0 if per in ("file", "\\t") else report.separators)
+    if per == "paragraph":  # for builds that began before, these are letters
+        path.write_text("a paragraph of words")
+        assert texts(path, document_per=per, reading_rules=1) == ["a ", " of words"]
+
+
+def test_text_without_letters_is_none_in_records_as_in_files(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "a.jsonl", {"text": "a\0b"}, {"text": "good"})
+    found, report = read(path)
+    assert ([d.text for d in found], report.counts) == (["good"], {"NUL bytes": 1})
+    assert report.messages == ['"a.jsonl", byte 0: NUL at character 1']
+    assert texts(path, reading_rules=1) == ["a\0b", "good"]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".tsv", ".txt"])
+def test_a_byte_order_mark_is_no_text_and_wide_encodings_are_refused(tmp_path: Path, kind: str) -> None:
+    content = {
+        ".jsonl": '{"text": "one"}\n\ufeff{"text": "two"}\n',  # as joined by cat
+        ".json": '[{"text": "one"}, {"text": "two"}]',
+        ".csv": "text,n\none,1\ntwo,2\n",
+        ".tsv": "text\tn\none\t1\ntwo\t2\n",
+        ".txt": "one\n\ntwo",
+    }[kind]
+    path = tmp_path / f"a{kind}"
+    path.write_bytes(("\ufeff" + content).encode())
+    assert texts(path, document_per="paragraph") == ["one", "two"]
+    for encoding, name in (("utf-16", "UTF-16"), ("utf-32", "UTF-32")):
+        path.write_bytes(content.encode(encoding))
+        with pytest.raises(UserError, match=f"is {name}, not UTF-8: convert it, for example with `iconv -f {name}"):
+            read(path)
+
+
+COLUMNS: dict[str, Any] = {
+    "lists": [["a b", "c d"]],
+    "structs": [{"en": "a b"}],
+    "timestamps or dates": [datetime.datetime(2020, 1, 2)],
+    "timestamps or dates ": [datetime.date(2020, 1, 2)],
+    "nothing (null)": [None],
+    "numbers": [1.5],
+    "numbers ": [7],
+    "numbers  ": [decimal.Decimal("1.5")],
+    "true or false": [True],
+    "nothing (null) and lists": [None, []],
+}
+
+
+@pytest.mark.parametrize("holds", COLUMNS)
+@pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".json", "hf:"])
+def test_a_column_without_text_is_told_by_what_it_holds(tmp_path: Path, holds: str, kind: str) -> None:
+    column = COLUMNS[holds]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = folder / f"train{kind if kind != 'hf:' else '.parquet'}"
+    if kind in (".jsonl", ".json"):
+        if isinstance(column[0], datetime.date | decimal.Decimal):
+            return  # JSON has none
+        path.write_text("".join(json.dumps({"text": value, "id": "x"}) + "\n" for value in column))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": column, "id": ["x"] * len(column)}), path)
+    wanted = holds.strip()
+    if holds == "nothing (null) and lists" and kind in (".parquet", "hf:"):
+        wanted = "lists" if kind == ".parquet" else holds
+    fields = '"text.en", "id"' if holds == "structs" else '"id"'
+    with pytest.raises(UserError) as caught:
+        read(f"hf:{folder}" if kind == "hf:" else path)
+    end = f'has no text in "text": it holds {wanted}; its fields are {fields}; choose one with --text-field'
+    assert str(caught.value).endswith(end)
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".json", "hf:"])
+def test_dots_name_fields_inside_of_fields(tmp_path: Path, kind: str) -> None:
+    rows = [{"translation": {"en": f"text {n}", "more": {"fr": f"texte {n}"}}, "a.b": "dotted"} for n in range(3)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = folder / f"train{kind if kind != 'hf:' else '.parquet'}"
+    if kind in (".parquet", "hf:"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        write_records(path, *rows)
+    source = f"hf:{folder}" if kind == "hf:" else path
+    assert texts(source, text_field="translation.en") == ["text 0", "text 1", "text 2"]
+    assert texts(source, text_field="translation.more.fr") == ["texte 0", "texte 1", "texte 2"]
+    assert texts(source, text_field="a.b") == ["dotted"] * 3
+    with pytest.raises(UserError, match=r'fields are "translation.en", "translation.more.fr", "a.b"; choose one'):
+        read(source, text_field="translation.de")

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.sources import records
-from data_prep.sources.records import Record, owned_lines, records_of_csv, records_of_parquet, row_groups
+from data_prep.sources.records import Record, owned_lines, records_of_parquet, records_of_table, row_groups
 from data_prep.sources.storage import Stream, open_raw, open_stream
 
 
 def csv_records(path: Path, text_field: str = "text") -> list[Record]:
     with open_stream(str(path)) as stream, path.open("rb") as file:
-        found = list(records_of_csv(stream, text_field, "skip"))
-        assert list(records_of_csv(SmallBlocks(file, "x"), text_field, "skip")) == found
+        found = list(records_of_table(stream, ".csv", text_field, "skip"))
+        assert list(records_of_table(SmallBlocks(file, "x"), ".csv", text_field, "skip")) == found
         return found
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from data_prep.sources.text_files import (
     boundary_at,
+    cut_at_blank_lines,
     cut_at_separators,
     cut_by_size,
     decode,
@@ -175,3 +176,20 @@ def test_byte_order_marks_of_wide_encodings_are_known() -> None:
         None,
         None,
     ]
+
+
+@given(
+    content=st.lists(st.sampled_from([b"a", b"bc", b"\n", b"\r\n", b"\n\n", b" ", b"\t", b" \n"]), max_size=40).map(
+        b"".join
+    ),
+    block=st.integers(1, 9),
+)
+@settings(max_examples=300)
+def test_paragraphs_are_the_same_however_the_bytes_came(content: bytes, block: int) -> None:
+    blocks = [content[start : start + block] for start in range(0, len(content), block)]
+    found = list(cut_at_blank_lines(blocks, 1000))
+    assert found == list(cut_at_blank_lines([content], 1000))
+    assert all(content[offset : offset + len(piece)] == piece for offset, piece in found)
+    plain = re.split(rb"\n(?:[ \t]*\n)+", content.replace(b"\r\n", b"\n"))
+    expected = [re.sub(rb"\A(?:[ \t]*\n)+|\n[ \t\n]*\Z", b"", each) for each in plain]
+    assert [piece.replace(b"\r\n", b"\n") for _, piece in found if piece.strip()] == [e for e in expected if e.strip()]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,17 @@ def test_nothing_is_cut_where_words_never_hold_a_name() -> None:
     tokenizer = Tokenizer.from_json(file_with("unigram", ["<|ab|>"], "gpt2"))
     assert not tokenizer.cuts_names
     assert tokenizer.description_in_use() == tokenizer.description
+
+
+@pytest.mark.parametrize("name", ["</s>", "<pad>", "[MASK]"])
+def test_unknown_text_is_no_token_that_training_needs(name: str) -> None:
+    """Otherwise each unknown character would end a document."""
+    entries = {entry: n for n, entry in enumerate([name, *LETTERS, "▁"])}
+    backend = Backend(models.BPE(vocab=entries, merges=[], unk_token=name))
+    with pytest.raises(UserError, match=f"encodes unknown text as '{re.escape(name)}', its special token"):
+        Tokenizer(backend)
+    # Byte-level models often name such a token, but nothing is unknown to them.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={e: n for n, e in enumerate([name, *letters])}, merges=[], unk_token=name))
+    backend.pre_tokenizer, backend.decoder = SPLITS["gpt2"], decoders.ByteLevel()
+    assert Tokenizer(backend).is_lossless

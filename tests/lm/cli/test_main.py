@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from lm import __version__
 from lm.cli.main import main
 from lm.config.recipes import load_config
 from lm.config.settings import pretraining_settings
+from lm.evaluation.validation_loss import verdict
 from lm.runs.directory import open_run
 
 SMALL = "--num-layers 1 --hidden-size 32 --num-heads 2 --context-length 32 --batch-tokens 128 --threads 1 --device cpu"
@@ -53,12 +55,46 @@ def test_help_lists_the_commands_and_every_setting():
     assert all(
         name in kindling("--help").stdout for name in ("train", "sample", "evaluate", "report", "compare", "prep")
     )
-    told = kindling("train", "--help").stdout
+    told = kindling("train", "--help-all").stdout
     words = " ".join(told.split())
     for setting in pretraining_settings():
         assert setting.option in told
-        assert " ".join(setting.help.split()[:4]) in words
+        assert " ".join(setting.help.split()[1:4]) in words
         assert f"[{setting.section}]" in told
+
+
+@pytest.mark.parametrize("command", ["train", "finetune", "tasks"])
+def test_the_short_help_has_an_example_and_a_screenful_of_settings(command):
+    short, whole = (kindling(command, option).stdout for option in ("-h", "--help-all"))
+    assert kindling(command, "--help").stdout == short
+    assert f"kindling {command} " in short.partition("Options:")[0].partition("\n")[2]
+    settings = short.partition("Common settings:")[2]
+    assert 9 <= settings.count("\n  --") <= 15
+    assert all(line in whole for line in re.findall(r"^  (--[a-z-]+) ", settings, re.MULTILINE))
+    assert len(whole.splitlines()) > 2 * len(short.splitlines())
+
+
+def test_the_field_or_column_of_a_text_goes_by_both_names():
+    for command in ("prep build", "finetune", "tasks", "predict", "embed"):
+        told = kindling(*command.split(), "--help").stdout
+        assert re.search("--text-(column|field), --text-(column|field) ", told), command
+    told = kindling("evaluate", "--help").stdout
+    assert re.search("--text-field TEXT .*of records", told)
+    assert re.search("--text-column NAME", told)
+
+
+@pytest.mark.parametrize("group", [[], ["prep"]])
+def test_summaries_are_whole_and_every_command_knows_h(group):
+    summaries = kindling(*group, "--help").stdout.partition("Commands:\n")[2].splitlines()
+    assert len(summaries) >= 5
+    for line in summaries:
+        name, summary = line.split(maxsplit=1)
+        assert summary.endswith("."), line
+        assert "..." not in summary
+        assert kindling(*group, name, "-h").stdout == kindling(*group, name, "--help").stdout != ""
+
+
+def test_the_version_is_told():
     assert __version__ in kindling("--version").stdout
 
 
@@ -86,7 +122,7 @@ def test_train_trains_reports_and_tells_what_is_next(begin, tmp_path):
     assert answer["run"] == str(run)
     assert answer["step"] == 3
     assert answer["validation"].keys() == {"next_token", "masked_next_token"}
-    assert f"next: python evaluate.py {run}" in result.stderr
+    assert f"next: kindling evaluate {run}" in result.stderr
     assert "hybrid on" in result.stderr
     assert "step      3/3  loss" in result.stderr
     config = load_config(run / "config.toml")
@@ -102,6 +138,28 @@ def test_the_same_command_goes_on_and_a_finished_run_stays(begin, tmp_path):
     assert "4 of 4 steps are done" in result.stderr
     assert result.stdout == ""
     assert open_run(tmp_path / "run").latest().step == 4
+
+
+def test_a_run_of_another_shape_is_refused_with_the_command_that_trains_it_on(begin, tmp_path):
+    assert begin("--steps", 2).exit_code == 0
+    run = tmp_path / "run"
+    told = begin("--steps", 3, "--batch-tokens", 256)
+    assert_refused(
+        told, "batch_tokens 128 (now 256)", f"its own settings: kindling train --resume --run {run} --steps 3"
+    )
+    again = kindling(*told.stderr.strip().partition("settings: kindling ")[2].split())
+    assert again.exit_code == 0, again.output
+    assert open_run(run).latest().step == 3
+
+
+def test_what_was_imported_or_merged_has_no_curves_to_compare(run, tmp_path):
+    """But a sentence about where it comes from, and what measures it."""
+    exported = kindling("export", run, "--to", "hf", "--readout", "next_token", "--out", tmp_path / "hf")
+    assert exported.exit_code == 0, exported.output
+    assert kindling("import", tmp_path / "hf", "--run", tmp_path / "again").exit_code == 0
+    result = kindling("compare", run, tmp_path / "again")
+    assert_refused(result, f"{tmp_path / 'again'} was imported from {tmp_path / 'hf'}", "kindling evaluate")
+    assert_refused(kindling("compare", run), "name at least two runs to compare")
 
 
 def test_resume_needs_no_recipe_and_accepts_other_training_settings(begin, tmp_path):
@@ -140,7 +198,7 @@ def test_a_run_is_named_after_its_recipe(dataset, tmp_path, monkeypatch):
 def test_training_needs_a_recipe_or_a_run(tmp_path):
     assert_refused(kindling("train"), "name a recipe to train")
     assert_refused(kindling("train", "--run", tmp_path / "none"), "is not a run directory yet")
-    assert_refused(kindling("train", "tinny"), 'no recipe "tinny": did you mean "tiny.toml"?')
+    assert_refused(kindling("train", "tinny"), 'no recipe "tinny": did you mean "tiny"?')
 
 
 def test_all_mistakes_of_a_command_line_are_told_at_once(begin, tmp_path):
@@ -223,11 +281,13 @@ def test_evaluate_shows_losses_next_to_baselines(run):
     result = kindling("evaluate", run)
     assert result.exit_code == 0
     for name, loss in answer["validation"].items():
-        (line,) = [line for line in result.stdout.splitlines() if line.split()[:1] == [name]]
+        (line,) = [line for line in result.stdout.splitlines() if line.split()[:1] == [name] and len(line.split()) == 3]
         assert line.split()[1:] == [f"{loss['nats_per_token']:.4f}", f"{loss['bits_per_byte']:.4f}"]
     assert "unigram (baseline)" in result.stdout
     assert "bz2 -9 (baseline)" in result.stdout
     assert "whole validation split" in result.stdout
+    assert verdict(answer) in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 120
 
 
 def test_evaluate_refuses_data_of_another_tokenizer(run, byte_dataset):

@@ -37,6 +37,27 @@ def test_several_prompts_are_written_as_each_is_alone(run):
     assert result.stdout == "\n\n".join(alone) + "\n"
 
 
+def test_prompts_from_standard_input_are_continued_to_standard_output(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "A"}\n{"prompt": "é", "seed": 2}\n', encoding="utf-8")
+    options = ["--max-new-tokens", "5"]
+    wanted = kindling("sample", run, "--input", "in.jsonl", *options).stdout
+    given = (tmp_path / "in.jsonl").read_bytes()
+    for output in ([], ["--output", "-"]):
+        result = CliRunner().invoke(main, ["sample", str(run), "--input", "-", *output, *options], input=given)
+        assert (result.exit_code, result.stdout) == (0, wanted)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    result = CliRunner().invoke(main, ["sample", str(run), "--input", "-"], input='{"prompt": 1}\n')
+    assert_refused(result, "standard input, line 1: ")
+
+
+def test_a_message_that_is_no_text_ends_the_chat(run):
+    for said in (b"caf\xe9\n", b"hello\ncaf\xe9\n"):
+        result = CliRunner().invoke(main, ["sample", str(run), "--chat", "--max-new-tokens", "2"], input=said)
+        assert result.exit_code == 2
+        assert result.stderr == "error: the input is not UTF-8: convert it\n"
+
+
 def test_a_file_of_prompts_becomes_a_file_of_continuations(run, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     prompts = [f"The {word}" for word in ("old miller", "captain", "owl", "é")]

@@ -95,7 +95,7 @@ def test_a_file_is_found_by_its_path_and_a_recipe_by_its_name(recipe):
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest_or_with_all():
-    with pytest.raises(UserError, match=r'no recipe "tinny".*did you mean "tiny\.toml"'):
+    with pytest.raises(UserError, match=r'no recipe "tinny".*did you mean "tiny"'):
         find_recipe("tinny")
     with pytest.raises(UserError, match=r"available recipes: .*tiny"):
         find_recipe("configs/quuux.toml")
@@ -226,6 +226,38 @@ def test_sections_of_the_file_are_the_fields_of_the_config():
 @pytest.mark.parametrize(("text", "wanted"), [("2024", ("2024",)), ("true", ("true",)), ('"a"', ("a",))])
 def test_a_single_text_is_a_list_of_one_whatever_it_looks_like(text, wanted):
     assert load_config(None, {"prompts": text}).report.prompts == wanted
+
+
+NUMBERS = [setting for setting in all_settings() if type(setting.default) in (int, float)]
+
+
+@pytest.mark.parametrize("setting", NUMBERS, ids=lambda setting: setting.name)
+def test_a_number_that_nothing_can_hold_is_told(setting, recipe):
+    huge = ["1e30", "9" * 25, "9" * 5000] if isinstance(setting.default, int) else ["1e400", "9" * 400]
+    for value in huge:
+        (line,) = [line for line in problems_of(overrides={setting.name: value}) if line.startswith(setting.option)]
+        assert "must be" in line
+    for value in ["9" * 25] if isinstance(setting.default, int) else ["inf", "-inf", "nan", "1e400"]:
+        told = problems_of(recipe(f"[{setting.section}]\n{setting.name} = {value}\n"))
+        assert any(line.startswith(f"{setting.name} in ") and "must be" in line for line in told), (value, told)
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_bytes(b"\xef\xbb\xbf[training]\nsteps = 7\n")
+    assert load_config(path).training.steps == 7
+    path.write_bytes(b'[report]\nprompts = ["caf\xe9"]\n')
+    with pytest.raises(UserError, match=r"r\.toml: it is not UTF-8 \(byte 0xe9 at offset 24\)"):
+        load_config(path)
+    path.write_bytes(b'[report]\nprompts = ["\\ud83d"]\n')
+    with pytest.raises(UserError, match=r"cannot read the recipe .*r\.toml"):
+        load_config(path)
+
+
+def test_a_head_that_attention_cannot_read_is_told():
+    assert problems_of(overrides={"hidden_size": 1024, "num_heads": 2}) == [
+        "the head size is 512, but at most 256: change num_heads or head_size"
+    ]
 
 
 def test_an_endless_number_is_told(tmp_path):

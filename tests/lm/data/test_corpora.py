@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from data_prep.errors import UserError
 from data_prep.shards.tokens import token_counts
 from lm.config.consistency import inconsistencies
-from lm.config.settings import Config, corpus_of
+from lm.config.corpus_entry import corpus_of
+from lm.config.settings import Config
 from lm.data.corpora import Corpora, JoinedSplit, open_corpora
 from lm.evaluation.validation_loss import evaluate
 

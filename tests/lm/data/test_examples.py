@@ -210,3 +210,15 @@ def test_a_label_that_was_not_trained_and_constant_labels_are_refused():
     with pytest.raises(UserError, match=r'every example has the label "2\.0"'):
         numbers_of(labels(2.0, 2.0))
     assert numbers_of(labels(2.0, 3.0)) == [2.0, 3.0]
+
+
+def test_columns_inside_of_columns_are_named_by_dots(tmp_path):
+    rows = [{"translation": {"en": f"text {n}", "de": "x"}, "meta": {"label": n % 2}} for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = Columns(text="translation.en", label="meta.label")
+    found = read_examples(tmp_path / "a.jsonl", "classification", columns)
+    assert [(each.texts, each.label) for each in found] == [((f"text {n}",), str(n % 2)) for n in range(3)]
+    with pytest.raises(
+        UserError, match=r'no column "text", "label" in "translation.en", "translation.de", "meta.label"'
+    ):
+        read_examples(tmp_path / "a.jsonl", "classification")

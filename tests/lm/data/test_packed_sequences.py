@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm.config.settings import usual_pooling, usual_reading
 from lm.data.packed_sequences import packed, pooled, sequence_of
 
 END = 0
@@ -52,3 +53,12 @@ def test_a_causal_reading_sees_no_later_token():
 
 def test_no_sequences_make_no_batch():
     assert list(packed([], "causal", END, 5, 4)) == []
+
+
+@pytest.mark.parametrize(
+    ("objective", "reads", "pooling"),
+    [("next_token", "causal", "last"), ("hybrid", "bidirectional", "mean"), ("masked_token", "bidirectional", "mean")],
+)
+def test_the_usual_reading_is_bidirectional_if_the_objective_is(small, objective, reads, pooling):
+    assert usual_reading(small.replace(objective=objective)) == reads
+    assert usual_pooling(reads) == pooling

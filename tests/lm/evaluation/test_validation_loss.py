@@ -14,7 +14,7 @@ from data_prep.shards import tokens
 from data_prep.shards.tokens import open_dataset, token_counts
 from lm.evaluation import baselines
 from lm.evaluation.baselines import compressed_bytes, dataset_baselines
-from lm.evaluation.validation_loss import evaluate
+from lm.evaluation.validation_loss import evaluate, verdict
 from lm.runs.directory import open_run
 from lm.training.validation import validate_readouts
 
@@ -159,3 +159,18 @@ def test_bytes_that_the_tokenizer_loses_are_not_counted(run, dataset, tmp_path):
     for key in ("validation", "floors", "validation_bytes"):
         assert lossy[key] == whole[key]
     assert lossy["protocol"] == whole["protocol"] + "; 100 more bytes, which the tokenizer loses, are not counted"
+
+
+@pytest.mark.parametrize(
+    ("bits", "sentence"),
+    [
+        (1.5, "next_token beats unigram and bz2 -9."),
+        (2.3, "next_token does not beat bz2 -9: train longer, or on more text."),
+        (2.26, "next_token does not beat bz2 -9: train longer, or on more text."),
+        (3.0, "next_token does not beat unigram and bz2 -9: train longer, or on more text."),
+    ],
+)
+def test_the_verdict_says_which_baselines_are_beaten(bits, sentence):
+    floors = {"unigram": {"bits_per_byte": 2.9}, "bz2 -9": {"bits_per_byte": 2.26}}
+    assert verdict({"validation": {"next_token": {"bits_per_byte": bits}}, "floors": floors}) == sentence
+    assert verdict({"validation": {"next_token": {"bits_per_byte": bits}}, "floors": {}}) == ""

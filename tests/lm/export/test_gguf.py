@@ -7,9 +7,12 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from data_prep.errors import UserError
 from data_prep.settings import TokenizerSettings
+from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.tokenizers.training import train_tokenizer
 from lm.export.gguf import OUTTYPES, export_gguf, pre_tokenizer_name, tensors
 from lm.export.stock_architectures import STOCK_CLASSES
@@ -144,6 +147,17 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(kind, size):
     tokenizer = train_tokenizer(iter([sentences(200, 0)]), TokenizerSettings(tokenizer_kind=kind, vocab_size=size))
     with pytest.raises(UserError, match=r"llama\.cpp has no equivalent of this tokenizer"):
         pre_tokenizer_name(tokenizer)
+
+
+def test_a_tokenizer_whose_merges_spell_a_special_token_is_refused():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {entry: n for n, entry in enumerate(["<<>>", *letters, "<<", ">>"])}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[("<", "<"), (">", ">"), ("<<", ">>")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert pre_tokenizer_name(Tokenizer(backend)) == "gpt-2"
+    backend.add_special_tokens(["<<>>"])
+    with pytest.raises(UserError, match=r"llama\.cpp has no equivalent of this tokenizer"):
+        pre_tokenizer_name(Tokenizer(backend))
 
 
 def test_existing_files_and_other_readouts_are_refused_and_nothing_is_left(make_run, tmp_path):

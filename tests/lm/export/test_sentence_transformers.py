@@ -115,7 +115,11 @@ def test_an_exported_fine_tuning_is_imported_as_a_plain_run(task_settings, task_
         task="contrastive", train=task_files["classification"][0], validation="", judged_by="auto"
     )
     run = finetune(settings, tmp_path / "run", recorder)
+    (run.path / "chat_template.jinja").write_text("{{ messages }}")
     ours = saved(run.path, tmp_path / "out")
+    arguments = ["export", str(run.path), "--to", "sentence-transformers", "--out", str(tmp_path / "again")]
+    left_out = CliRunner().invoke(main, arguments).stderr.splitlines()[0]
+    assert "chat_template.jinja" in left_out
     import_checkpoint(str(tmp_path / "out"), tmp_path / "back")
     back = api.load(tmp_path / "back")
     assert not back.config.is_finetuning

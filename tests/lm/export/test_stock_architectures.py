@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from data_prep.errors import UserError
-from lm.export.stock_architectures import STOCK_CLASSES, model_config, stock_class, stock_config, weight_names
+from lm.export.checkpoint_config import read_config, with_defaults
+from lm.export.stock_architectures import STOCK_CLASSES, stock_class, stock_config, weight_names
 from lm.model.transformer import Transformer
 
 
@@ -18,7 +19,8 @@ def test_every_weight_has_a_name_and_none_has_two(small):
 def test_a_config_is_read_back_as_the_shape_it_was_made_from(small, dataset):
     for stock in STOCK_CLASSES:
         config = small.replace(vocab_size=400, qk_norm=stock.qk_norm, head_size=20, rope_theta=123.0)
-        shape, found = model_config(stock_config(config, dataset.tokenizer, stock))
+        shape, context, found = read_config(with_defaults(stock_config(config, dataset.tokenizer, stock)))
+        assert context == config.data.context_length
         assert found is stock
         assert (shape.head_size, shape.rope_theta, shape.qk_norm) == (20, 123.0, stock.qk_norm)
         assert shape.feed_forward_size == config.model.feed_forward_width

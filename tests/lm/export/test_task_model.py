@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from data_prep.errors import UserError
 from lm import api
 from lm.cli.main import main
+from lm.export.import_huggingface import import_checkpoint
 from lm.export.stock_architectures import STOCK_CLASSES
 from lm.export.task_model import TaskHead, head_weights
 from lm.finetuning.answers import Answers
@@ -213,6 +214,8 @@ def test_the_command_names_the_pipeline_and_the_card_runs(make_task, tmp_path, m
     card = (tmp_path / "out" / "README.md").read_text()
     assert ModelCard(card).data.pipeline_tag == pipeline
     assert run_snippet(card, tmp_path / "out", monkeypatch).strip()
+    with pytest.raises(UserError):  # it is no language model
+        import_checkpoint(str(tmp_path / "out"), tmp_path / "back")
 
 
 @pytest.mark.parametrize(

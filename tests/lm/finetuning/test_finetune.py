@@ -222,8 +222,23 @@ def test_seeds_are_runs_of_their_own_with_mean_and_deviation(trained, task_files
     assert told["sd"]["loss"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
 
 
+@pytest.mark.parametrize("validates", [True, False])
+def test_the_final_numbers_say_which_step_they_are_of(validates, trained, task_files, tmp_path):
+    train, validation = task_files["classification"]
+    more = ["--validation", validation] if validates else []
+    arguments = ["--task", "classification", "--train", train, *more, "--epochs", "1", "--threads", "1"]
+    result = CliRunner().invoke(main, ["finetune", str(trained.path), *arguments, "--run", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["step", "6"]
+    assert [name for name, _ in lines[1:]][:2] == (["loss", "accuracy"] if validates else [])
+    which = "best at step 6" if validates else "without --validation, the last: step 6"
+    following = f"next: kindling predict {tmp_path / 'out'} --input FILE --output FILE"
+    assert f"{which}; {following}\n" in result.stderr
+
+
 def test_the_help_explains_every_setting_of_a_fine_tuning():
-    told = CliRunner().invoke(main, ["finetune", "--help"]).stdout
+    told = CliRunner().invoke(main, ["finetune", "--help-all"]).stdout
     for option in (
         "--task",
         "--method",

@@ -152,7 +152,7 @@ def test_a_run_that_cannot_write_is_refused(config, recorder, tmp_path):
 TALK = [
     ("system", "Be good."),
     ("user", "A fox?"),
-    ("assistant", "red"),
+    ("assistant", "red "),
     ("user", "An owl?"),
     ("assistant", "<|user|>"),
 ]
@@ -191,25 +191,25 @@ def learned(turn, tokenizer) -> list[str]:
     [
         (
             CHATML,
-            "<|system|>\nBe good.<|end_of_turn|>\n<|user|>\nA fox?<|end_of_turn|>\n<|assistant|>\nred<|end_of_turn|>\n"
+            "<|system|>\nBe good.<|end_of_turn|>\n<|user|>\nA fox?<|end_of_turn|>\n<|assistant|>\nred <|end_of_turn|>\n"
             "<|user|>\nAn owl?<|end_of_turn|>\n<|assistant|>\n<|user|><|end_of_turn|>",
-            ["red<|end_of_turn|>", "<|user|><|end_of_turn|>"],
+            ["red <|end_of_turn|>", "<|user|><|end_of_turn|>"],
         ),
         (
             MARKED,
-            "<|system|>Be good.<|end_of_turn|><|user|>A fox?<|end_of_turn|><|assistant|>red<|end_of_turn|>"
+            "<|system|>Be good.<|end_of_turn|><|user|>A fox?<|end_of_turn|><|assistant|>red <|end_of_turn|>"
             "<|user|>An owl?<|end_of_turn|><|assistant|><|user|><|end_of_turn|>",
-            ["red<|end_of_turn|>", "<|user|><|end_of_turn|>"],
+            ["red <|end_of_turn|>", "<|user|><|end_of_turn|>"],
         ),
         (
             PLAIN_TURNS,
-            "System: Be good.\nUser: A fox?\nAssistant: red\nUser: An owl?\nAssistant: <|user|><|endoftext|>",
-            [" red<|endoftext|>", " <|user|><|endoftext|>"],
+            "System: Be good.\nUser: A fox?\nAssistant: red \nUser: An owl?\nAssistant: <|user|><|endoftext|>",
+            [" red <|endoftext|>", " <|user|><|endoftext|>"],
         ),
         (
             "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}\n{% endfor %}",
-            "Be good.\nA fox?\nred<|endoftext|>\nAn owl?\n<|user|><|endoftext|>",
-            ["red<|endoftext|>", "<|user|><|endoftext|>"],
+            "Be good.\nA fox?\nred <|endoftext|>\nAn owl?\n<|user|><|endoftext|>",
+            ["red <|endoftext|>", "<|user|><|endoftext|>"],
         ),
     ],
 )

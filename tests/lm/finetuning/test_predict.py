@@ -31,6 +31,11 @@ def kindling(*arguments, **more):
     return CliRunner().invoke(main, [str(argument) for argument in arguments], **more)
 
 
+def _as_written(answer):
+    chances = {label: float(f"{chance:.6g}") for label, chance in answer["probabilities"].items()}
+    return {"label": answer["label"], "probabilities": chances}
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_saved_model_answers_in_another_process_bit_for_bit(method, task_settings, task_files, recorder, tmp_path):
     done = finetune(task_settings("classification", method=method, epochs=1), tmp_path / "run", recorder)
@@ -40,7 +45,7 @@ def test_a_saved_model_answers_in_another_process_bit_for_bit(method, task_setti
     program = "import sys; from lm.cli.main import main; import torch; torch.set_num_threads(1); main()"
     command = [sys.executable, "-c", program, "predict", str(done.path), "--input", validation, "--device", "cpu"]
     told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert [json.loads(line) for line in told.splitlines()] == ours
+    assert [json.loads(line) for line in told.splitlines()] == [_as_written(answer) for answer in ours]
 
 
 def test_a_merged_adapter_answers_as_the_adapter_does_bit_for_bit(task_settings, task_files, recorder, tmp_path):
@@ -125,8 +130,20 @@ def test_a_table_has_a_column_for_each_probability(classifier, task_files, tmp_p
     assert list(rows[0]) == ["label", "probability animal", "probability place"]
     assert len(rows) == 64
     refused = kindling("predict", classifier.path, *arguments, tmp_path / "out.xlsx")
-    assert "name a .jsonl, .csv or .tsv file" in refused.stderr
+    assert "name a file that ends in .jsonl or .csv or .tsv" in refused.stderr
     assert not (tmp_path / "out.xlsx").exists()
+
+
+def test_an_answer_repeats_its_text_if_asked_and_has_six_digits(classifier, tmp_path):
+    texts = ["the old fox", *(f"fox number {n}" for n in range(300))]
+    (tmp_path / "in.txt").write_text("".join(f"{text}\n" for text in texts))
+    result = kindling("predict", classifier.path, "--input", tmp_path / "in.txt", "--with-text")
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer.pop("text") for answer in answers] == texts
+    for answer in answers:
+        assert list(answer["probabilities"]) == sorted(answer["probabilities"])
+        assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=2e-6)
+        assert all(float(f"{chance:.6g}") == chance for chance in answer["probabilities"].values())
 
 
 def test_answers_come_while_texts_come(classifier):
@@ -186,3 +203,14 @@ def test_weights_of_another_model_are_refused(classifier, tmp_path):
     (path / "answers.json").unlink()
     with pytest.raises(UserError, match=r"answers\.json cannot be read"):
         open_predictor(path, CPU)
+
+
+def test_columns_of_another_name_are_named_with_their_option(classifier, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"sentence": "the old owl"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "the old owl"}\n')
+    refused = kindling("predict", classifier.path, "--input", tmp_path / "a.jsonl")
+    assert refused.exit_code == 2
+    assert "name it with --text-column" in refused.stderr
+    found = kindling("predict", classifier.path, "--input", tmp_path / "a.jsonl", "--text-column", "sentence")
+    assert found.exit_code == 0, found.output
+    assert found.stdout == kindling("predict", classifier.path, "--input", tmp_path / "b.jsonl").stdout

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.errors import UserError
+from data_prep.tokenizers.special_tokens import SpecialTokens, with_record
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.inference.chat_template import PLAIN_TURNS, ChatFormat, read_template, render
 
@@ -266,6 +267,32 @@ def test_a_special_token_is_the_templates_alone(template, messages, special):
     assert tokenizer.decode(tokens) == ChatFormat(template, tokenizer).render(said).text
 
 
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("('<' ~ c) == '<<|user|>'", "True"),
+        ("('a' + c + 'b') in ['a<|user|>b']", "True"),
+        ("([c, 'a'] | join) == '<|user|>a'", "True"),
+        ("([c, 'a'] | join('-')).endswith('|>-a')", "True"),
+        ("('%s!' | format(c)) == '<|user|>!'", "True"),
+        ("'{}'.format(c) == '<|user|>'", "True"),
+        ("'<|user|>x'.startswith(c)", "True"),
+        ("'a<|user|>b'.split(c) | length", "2"),
+        ("'a<|user|>b'.replace(c, '') == 'ab'", "True"),
+        ("(c | upper).lower() == c", "True"),
+        ("(c | first) == '<' and (c | last) == '>' and (c | reverse) == '>|resu|<'", "True"),
+        ("kept == c and kept.strip('<|>') == 'user'", "True"),
+        ("c | length", "8"),
+    ],
+)
+def test_a_template_sees_what_a_message_spells(expression, value):
+    template = "{% set c = messages[0].content %}{% set kept %}{{ c }}{% endset %}{{ " + expression + " }}<|user|>"
+    chat = ChatFormat(template, tokenizer_of("byte level"))
+    said = [{"role": "user", "content": "<|user|>"}]
+    assert chat.render(said).text == value + "<|user|>"
+    assert chat.encode(said) == [*chat.tokenizer.encode(value), chat.tokenizer.special_tokens["<|user|>"]]
+
+
 def test_what_cannot_be_followed_is_refused_only_where_it_matters():
     chat = ChatFormat("{{ messages[0].content | urlencode }}<|user|>", tokenizer_of("byte level"))
     assert chat.encode([{"role": "user", "content": "the user"}])[-1] == chat.tokenizer.special_tokens["<|user|>"]
@@ -277,6 +304,27 @@ def test_a_row_has_one_start_token_whether_or_not_the_template_writes_it():
     chats = [ChatFormat(start + TEMPLATES["pieces"], tokenizer_of("byte level")) for start in ("", "{{ bos_token }}")]
     assert chats[0].encode(ASKED) == chats[1].encode(ASKED)
     assert chats[0].tokenizer.end_of_text_id not in chats[0].encode(ASKED)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_an_imported_tokenizer_begins_and_ends_texts_as_its_checkpoint_does(begins):
+    plain = tokenizer_of("byte level")
+    ids = plain.special_tokens
+    start, end, turn = ids["<|im_start|>"], ids["<|im_end|>"], ids["<|end_of_turn|>"]
+    recorded = SpecialTokens(start if begins else None, start, end, (end, turn), ids["<|pad|>"], None, ())
+    description = with_record(plain.description, recorded, {token: name for name, token in ids.items()})
+    tokenizer = Tokenizer.from_json(json.dumps(description))
+    turns = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    for template in ("{{ bos_token }}" + turns, turns):
+        chat = ChatFormat(template, tokenizer)
+        row = tokenizer.begun(chat.encode(ASKED))
+        peer = PreTrainedTokenizerFast(
+            tokenizer_object=Backend.from_str(tokenizer.to_json()), bos_token="<|im_start|>", eos_token="<|im_end|>"
+        )
+        theirs = peer.apply_chat_template(ASKED, chat_template=template, return_dict=False)
+        assert row == ([start, *theirs] if begins and template == turns else theirs)
+        assert row.count(start) == (begins or template != turns)
+        assert chat.ends == ()  # its own ends are enough
 
 
 def test_without_special_tokens_a_template_writes_characters():

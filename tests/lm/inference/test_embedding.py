@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from data_prep.errors import UserError
 from lm.cli.main import main
-from lm.inference.embedding import Reading, all_vectors, usual_pooling, usual_reading, vectors_of, write_vectors
+from lm.inference.embedding import Reading, all_vectors, vectors_of, write_vectors
 from lm.inference.language_model import LanguageModel
 from tests.conftest import loaded
 from tests.lm.inference.test_generator import restless_model
@@ -92,7 +92,7 @@ def test_json_lines_hold_the_same_float32(tmp_path):
     lines = [json.loads(line)["embedding"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert (np.array(lines, dtype=np.float32) == vectors).all()
     assert max(map(len, (tmp_path / "a.jsonl").read_text().splitlines())) < 60
-    with pytest.raises(UserError, match=r"\.npy or \.jsonl"):
+    with pytest.raises(UserError, match=r"\.jsonl or \.npy"):
         write_vectors(tmp_path / "a.csv", iter([vectors]), 3)
 
 
@@ -107,12 +107,3 @@ def test_the_command_embeds_a_file_and_says_how(trained, tmp_path):
     told = CliRunner().invoke(main, [*arguments, "--output", "-", "--reads", "causal"])
     assert [len(json.loads(line)["embedding"]) for line in told.stdout.splitlines()] == [32] * 6
     assert "read causal, last of layer 2" in told.stderr
-
-
-@pytest.mark.parametrize(
-    ("objective", "reads", "pooling"),
-    [("next_token", "causal", "last"), ("hybrid", "bidirectional", "mean"), ("masked_token", "bidirectional", "mean")],
-)
-def test_the_usual_reading_is_bidirectional_if_the_objective_is(small, objective, reads, pooling):
-    assert usual_reading(small.replace(objective=objective)) == reads
-    assert usual_pooling(reads) == pooling

@@ -77,7 +77,7 @@ def test_what_only_one_run_has_leaves_the_others_cell_empty(copy):
     assert cells["training, next_token"] == ["3.0000", "3.5000"]
     assert cells["training, masked_next_token"] == ["5.0000", ""]
     assert cells["fraction of peak, median"] == ["50.0%", ""]
-    assert cells["peak memory"] == ["2,000 bytes", ""]
+    assert cells["peak memory"] == ["2 kB", ""]
     assert [bool(cell) for cell in cells["validation, masked_next_token, best"]] == [True, False]
     assert [bool(cell) for cell in cells["validation, next_token, best"]] == [False, True]
 
@@ -147,7 +147,7 @@ def test_the_page_holds_numbers_curves_and_settings_and_needs_no_network(copy, t
     for row in [*rows(comparison), *differences(comparison)]:
         assert all(" ".join(cell.split()) in words for cell in row)
     for title in ("training, next_token", "training, masked_next_token", "validation, next_token"):
-        assert f"<!-- {title}, nats/token -->" in html
+        assert f">{title}, nats/token</text>" in html
     write_comparison(entries, comparison, tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == html
 
@@ -180,8 +180,6 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(copy, tmp_path):
 
 def test_what_cannot_be_compared_is_said_in_a_sentence(copy, tmp_path):
     a, bare = copy("a"), copy("bare", [validation(10, 1.0)])
-    with pytest.raises(UserError, match="name at least two runs"):
-        open_entries([a])
     with pytest.raises(UserError, match="bare has no metrics in metrics"):
         open_entries([a, bare])
     with pytest.raises(UserError, match="there is no run directory"):

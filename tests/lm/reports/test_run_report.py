@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
+from dataclasses import replace
+from html import escape
 
 import pytest
 
@@ -11,6 +15,7 @@ from lm.evaluation.validation_loss import evaluate
 from lm.inference.fill_mask import fill_masks
 from lm.reports.run_report import write_report
 from lm.runs.directory import open_run
+from lm.runs.run_data import openings_of
 from tests.conftest import loaded
 
 HOSTILE = '<script>alert("x")</script> & <img src=http://example.com/x>'
@@ -52,7 +57,10 @@ def test_curves_losses_samples_settings_and_environment_are_there(html, run, rea
         assert row in words
     for setting in pretraining_settings():
         assert setting.name in words
-        assert str(run.config.flat()[setting.name]) in words
+        value = run.config.flat()[setting.name]
+        for part in value if isinstance(value, tuple) else [value]:
+            assert str(part).removesuffix(".0").lower() in words.lower()
+    assert f"feed_forward_size 0 → {run.config.model.feed_forward_width} width" in words
     assert "torch" in words
     assert "trained with hybrid to step 100 of 100" in words
     assert "The captain" in words
@@ -66,13 +74,41 @@ def test_losses_of_the_page_are_those_of_the_evaluation(html, run, read_page):
     assert f"{evaluation['validation_bytes']:,} bytes" in words
 
 
-def test_a_page_without_evaluation_or_samples_leaves_them_out(run, read_page):
+def test_a_page_without_evaluation_or_samples_leaves_them_out(run, tmp_path, read_page):
+    run = replace(run, config=run.config.replace(data=(str(tmp_path / "gone"),)))
     path = write_report(run, None)
     assert path == run.path / "report.html"
     words = read_page(path.read_text(encoding="utf-8")).words()
     assert "Loss on the validation split" not in words
     assert "Samples" not in words
     assert "Settings" in words
+
+
+def test_without_prompts_the_samples_begin_as_validation_texts_do(run, read_page):
+    found = openings_of(run)
+    assert found
+    page = write_report(run, None).read_text(encoding="utf-8")
+    assert "openings of validation documents" in read_page(page).words()
+    for opening in found:
+        assert f"<blockquote><b>{escape(opening.prompt)}</b>" in page
+        assert f"<blockquote>{escape(opening.fill.partition('[MASK]')[0])}".rstrip() in page
+    named = write_report(run, None, ["The captain"]).read_text(encoding="utf-8")
+    assert "openings of validation documents" not in read_page(named).words()
+    assert named.count("<blockquote>") == 1
+
+
+def test_the_page_says_what_the_run_is_how_long_it_took_and_what_the_loss_means(run, read_page):
+    """Of the evaluation, or without one of the best validation."""
+    evaluation = evaluate(run)
+    best = min(line["validation"]["next_token"]["nats_per_token"] for line in run.metrics() if line.get("validation"))
+    nats = evaluation["validation"]["next_token"]["nats_per_token"]
+    for measured, loss in ((evaluation, nats), (None, best)):
+        words = read_page(write_report(run, measured).read_text(encoding="utf-8")).words()
+        assert f"next_token {loss:.3f} is as if the model gave each token {math.exp(-loss):.2%}" in words
+        assert "to step 100 of 100, which took" in words
+    saved = run.newest().path / "state.json"
+    os.utime(saved, (86400 * 365.25 * 30,) * 2)
+    assert "The checkpoint was saved on 2000-01-0" in read_page(write_report(run, None).read_text()).words()
 
 
 def test_the_same_run_gives_the_same_page(run):
@@ -138,7 +174,7 @@ def test_loss_spikes_the_best_validation_and_the_cost_are_shown(run, tmp_path, r
     assert "epochs seen 2.00" in words
     assert "tokens per second, median 1,055" in words
     assert "fraction of the machine's peak, median 40.0%" in words
-    assert "peak memory 100,000,000 bytes" in words
+    assert "peak memory 100 MB" in words
     assert "skipped steps 1" in words
     assert "33 skipped loss 99.000, gradient norm <inf>" in words
     assert "21 rolled back to this step, with 0.5 of the scheduled learning rate the steps up to 37 went wrong" in words

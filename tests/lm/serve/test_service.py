@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lm.serve.schema import ApiError
@@ -45,3 +47,19 @@ def test_the_run_is_described(served, trained):
     assert about["parameters"]["total"] == sum(p.numel() for p in served.service.model.model.parameters())
     assert about["readouts"] == ["next_token", "masked_next_token"]
     assert about["settings"]["hidden_size"] == 32
+
+
+def test_the_page_begins_with_texts_of_the_run_if_its_data_is_there(served, trained, dataset, tmp_path, serving):
+    found = served.ask("/api/run").json["openings"]
+    split = dataset.split("validation")
+    held_out = dataset.tokenizer.decode(split.read(0, split.tokens).tolist())
+    assert 1 <= len(found) <= 3
+    for opening in found:
+        assert opening["prompt"] in opening["text"] in held_out
+        before, after = opening["fill"].split("[MASK]")
+        assert opening["text"].startswith(before)
+        assert opening["text"].endswith(after)
+        assert served.ask("/api/fill", {"text": opening["fill"]}).status == 200
+    gone = replace(trained, config=trained.config.replace(data=(str(tmp_path / "gone"),)))
+    with serving(gone) as other:
+        assert other.ask("/api/run").json["openings"] == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,16 @@ from lm.model.transformer import Transformer
 from lm.objectives.batches import TrainingBatches
 from lm.training import plan, pretraining
 from lm.training.memory_estimate import step_memory
-from lm.training.plan import DryStep, choose_rows, dry_step, format_bytes, format_time, plan_run, settle_micro_batch
+from lm.training.plan import (
+    MOST_EPOCHS,
+    DryStep,
+    choose_rows,
+    dry_step,
+    format_bytes,
+    format_time,
+    plan_run,
+    settle_micro_batch,
+)
 from lm.training.pretraining import train
 
 CPU = torch.device("cpu")
@@ -155,7 +165,7 @@ def test_a_run_tells_its_plan_and_its_lines_their_share_of_the_machine(small, re
     notes = "\n".join(recorder.notes)
     for words in (
         "8 of the batch's 8 rows per micro-batch",
-        "weights 0 MB",
+        "weights 158 kB",
         "tokens/s",
         "of peak",
         "GFLOP/s in matrix",
@@ -225,3 +235,17 @@ def test_a_preset_that_does_not_fit_says_what_would(monkeypatch):
 def test_sizes_and_times_are_told_in_their_units():
     assert [format_bytes(size) for size in (1.4e6, 0.99e9, 1.25e9)] == ["1 MB", "990 MB", "1.2 GB"]
     assert [format_time(s) for s in (3.4, 700, 9000, 400_000)] == ["3 s", "12 min", "2.5 h", "4.6 days"]
+
+
+def test_a_plan_remarks_on_many_passes_and_long_times_and_names_fewer_steps(small):
+    once = plan_run(small.replace(steps=1))
+    assert once.remarks == []
+    most = int(MOST_EPOCHS / once.epochs)
+    assert plan_run(small.replace(steps=most)).remarks == []
+    many = plan_run(small.replace(steps=10 * most))
+    (remark,) = many.remarks
+    assert f"--steps {int(10 * most * MOST_EPOCHS / many.epochs)} " in remark
+    assert many.as_dict()["remarks"] == [remark]
+    assert ("remark", remark) in many.table()
+    slow = replace(many, dry_step=DryStep(8, 3600.0, 1))
+    assert "--steps 1 takes about 60 min" in slow.remarks[1]

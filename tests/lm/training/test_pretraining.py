@@ -54,7 +54,7 @@ def test_a_run_of_another_shape_or_tokenizer_is_refused(trained, small, byte_dat
 
 def test_a_fine_tuning_is_not_trained_further_as_pretraining(classifier):
     result = CliRunner().invoke(main, ["train", "--run", str(classifier.path), "--resume"])
-    assert (result.exit_code, "is a fine-tuning run: finetune.py resumes it" in result.stderr) == (2, True)
+    assert (result.exit_code, "is a fine-tuning run: kindling finetune resumes it" in result.stderr) == (2, True)
 
 
 def test_a_compiled_run_learns_what_a_plain_one_learns(small, quietly, tmp_path):

@@ -113,6 +113,22 @@ def test_the_best_validation_is_kept_and_worse_ones_counted():
     assert not best.add(60, math.nan)
 
 
+@pytest.mark.parametrize(
+    ("state", "kept"),
+    [
+        ({"breaks_ties": True}, [(10, 0), (10, 1), (30, 0), (30, 1), (50, 0)]),
+        ({"step": 0, "loss": None, "worse": 0}, [(10, 0), (10, 1), (10, 2), (10, 3), (50, 0)]),  # of an earlier version
+    ],
+)
+def test_equal_scores_are_told_apart_by_their_loss_in_runs_that_began_with_it(state, kept):
+    best, found = Best(**state), []
+    for step, accuracy, loss in ((10, 0.8, 0.5), (20, 0.8, 0.5), (30, 0.8, 0.4), (40, 0.7, 0.1), (50, 0.9, 0.9)):
+        best.add(step, -accuracy, loss)
+        found.append((best.step, best.worse))
+        best = Best(**json.loads(json.dumps(asdict(best))))
+    assert found == kept
+
+
 @pytest.fixture
 def spoil(monkeypatch):
     """Multiply the losses of chosen steps, by NaN for example: ``spoil({step: factor})``."""
@@ -222,4 +238,5 @@ def test_overfitting_is_reported_once_and_the_best_is_in_the_state(small, record
     run = pretraining.train(small.replace(steps=12, validate_every=2), tmp_path / "run", recorder)
     told = [note for note in recorder.notes if "validation loss has been rising since step 4" in note]
     assert len(told) == 1
-    assert run.newest().state["training"]["best"] == {"step": 4, "loss": 2.0, "worse": 4}
+    best = Best(**run.newest().state["training"]["best"])
+    assert (best.step, best.loss, best.worse) == (4, 2.0, 4)

@@ -31,7 +31,7 @@ def test_without_a_terminal_there_are_plain_lines_on_stderr(capsys):
     reporter.end()
     lines = told(capsys).splitlines()
     assert lines[0] == "[bold]as it is[/bold]"
-    assert lines[1] == ("step     10/20  loss 3.214  epoch 0.12  12,346 tokens/s  learning rate 2.00e-03  0:00:00 left")
+    assert lines[1] == ("step     10/20  loss 3.214  epoch 0.12  12,346 tokens/s  learning rate 0.002  0:00:00 left")
     assert lines[2] == "step     10  validation: next_token 2.500 nats/token (1.250 bits/byte)"
     assert lines[3].startswith("step     20/20")
     assert not any("\x1b" in line for line in lines)

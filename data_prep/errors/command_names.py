@@ -1,0 +1,42 @@
+"""How messages name commands and recipes: as the user would type them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+SCRIPTS = ("train", "sample", "evaluate", "finetune")  # commands that are also a script in a checkout
+
+
+def command(name: str) -> str:
+    """A command such as ``train`` or ``prep build``, spelled in the way in which this process was started.
+
+    That is ``kindling train``; for the scripts of a checkout ``python train.py`` and ``python -m data_prep build``.
+    """
+    started = Path(sys.argv[0])
+    is_script = started.suffix == ".py" and started.stem in SCRIPTS
+    is_module = started.parts[-2:] == ("data_prep", "__main__.py")
+    if name in SCRIPTS and is_script:
+        return f"python {started.with_name(f'{name}.py')}"
+    if name in SCRIPTS and is_module and Path("train.py").is_file():
+        return f"python {name}.py"
+    if name.startswith("prep ") and (is_script or is_module):
+        return f"python -m data_prep {name.removeprefix('prep ')}"
+    return f"kindling {name}"
+
+
+def example_recipe() -> str:
+    """The recipe that messages name: a file of the checkout, or the name that is known everywhere."""
+    file = Path("configs", "tiny.toml")
+    return str(file) if command("train").startswith("python") and file.is_file() else file.stem
+
+
+def text_and_out(directory: Path) -> str:
+    """Return arguments of a build for a folder that is no dataset: what is in it is perhaps the text for one."""
+    if not any(directory.iterdir()):
+        return f"YOUR_TEXT --out {shlex.quote(str(directory))}"
+    out = Path("data") / directory.resolve().name
+    if out.resolve() == directory.resolve():
+        out = out.with_name(f"{out.name}-tokens")
+    return f"{shlex.quote(str(directory))} --out {shlex.quote(str(out))}"

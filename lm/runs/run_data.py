@@ -1,0 +1,88 @@
+"""The data that a run was trained on, found again from another working directory or after a move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from lm.config.corpus_entry import corpus_of
+from lm.data.corpora import Corpora, open_corpora
+from lm.data.openings import Opening, openings
+from lm.runs.directory import TOKENIZER, Run, sha256_key
+
+DIRECTORY = "working_directory"  # key of a checkpoint's state: where relative paths counted from
+
+
+def open_data(run: Run) -> Corpora:
+    """Open the data that a run's settings name, as ``located`` finds it.
+
+    Raises:
+        UserError: as of ``open_corpora``; if a folder is missing, the message says where it was looked for.
+    """
+    found = located(run)
+    try:
+        return open_corpora(found.config.data.data)
+    except UserError:
+        missing = [path for entry in found.config.data.data if not Path(path := corpus_of(entry)[0]).is_dir()]
+        if not missing:
+            raise
+        trained = _state(run).get(DIRECTORY)
+        places = [f"in {Path.cwd()}", *([f"in {trained}, where it was trained"] if trained else [])]
+        where = f"neither {', '.join(places)}, nor, with the same content, in a folder above the run"
+        raise UserError(
+            f'the data of {run.path} is missing: its config.toml names "{missing[0]}", which is '
+            f"{'not there' if Path(missing[0]).is_absolute() else where}: --data says where it is now"
+        ) from None
+
+
+def openings_of(run: Run) -> list[Opening]:
+    """The openings of some validation documents; none if the data is gone or has no validation text."""
+    try:
+        corpora = open_data(run)
+    except UserError:
+        return []
+    return openings(corpora.split("validation"), corpora.tokenizer)
+
+
+def located(run: Run) -> Run:
+    """The run with relative paths of its data as they can be opened here.
+
+    A path counts from the working directory, else from where the run was trained, else from a folder above the run,
+    which moved along with its data. Elsewhere than in the working directory it must hold exactly what was trained on.
+    """
+    entries = run.config.data.data
+    if all(Path(entry).is_absolute() for entry in entries):
+        return run
+    state = _state(run)
+    for place in _places(run, state) if state else ():
+        there = tuple(str(Path(place, entry)) for entry in entries)
+        if _holds_the_data(run, state, there):
+            return replace(run, config=run.config.replace(data=there))
+    return run
+
+
+def _places(run: Run, state: dict[str, Any]) -> Iterator[str]:
+    yield ""
+    if state.get(DIRECTORY):
+        yield state[DIRECTORY]
+    yield from map(str, run.path.resolve().parents)
+
+
+def _state(run: Run) -> dict[str, Any]:
+    """The state of the newest checkpoint, if there is one."""
+    newest = run.latest(lambda _: None)
+    return newest.state if newest else {}
+
+
+def _holds_the_data(run: Run, state: dict[str, Any], entries: Sequence[str]) -> bool:
+    """Whether these are the datasets of the run: by their content, or after fine-tuning by their tokenizer."""
+    try:
+        corpora = open_corpora(entries)
+    except UserError:
+        return False
+    if state.get("data_fingerprint") and not run.config.is_finetuning:
+        return bool(corpora.fingerprint == state["data_fingerprint"])
+    return bool(corpora.tokenizer.sha256 == state.get(sha256_key(TOKENIZER)))
