@@ -344,8 +344,8 @@ class FinetuneConfig:
     )
     head_bias: str = setting(
         "true",
-        "whether a constant is added to what the head computes; auto: unless classification or regression reads the "
-        "last token of causal attention, where the heads of transformers have none",
+        "whether a constant is added to what the head computes; auto: unless a classifier reads the last token of "
+        "causal attention, where those of transformers have none",
         choices=("auto", "true", "false"),
         on_resume="never",
         finetuning="auto",

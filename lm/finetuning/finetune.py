@@ -193,7 +193,7 @@ def settle_reading(config: Config) -> Config:
     reading = reading_of(config, "causal" if task.task == "instruction" and task.reads == "auto" else None)
     metric = {"regression": "spearman", "contrastive": "spearman", "instruction": "loss"}.get(task.task, "accuracy")
     judged_by = metric if task.judged_by == "auto" else task.judged_by
-    without = task.task in ("classification", "regression") and (reading.reads, reading.pooling) == ("causal", "last")
+    without = task.task == "classification" and (reading.reads, reading.pooling) == ("causal", "last")
     bias = ("false" if without else "true") if task.head_bias == "auto" else task.head_bias
     return config.replace(reads=reading.reads, pooling=reading.pooling, head_bias=bias, judged_by=judged_by)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from lm.finetuning.finetune import Finetuning, settle_reading
-from lm.finetuning.head_task import HeadTask
+from lm.finetuning.finetune import Finetuning, finetune, settle_reading
+from lm.finetuning.head_task import HEADS, HeadTask
 from lm.finetuning.layer_decay import lr_multipliers
 from lm.runs.base_weights import BASE, keep_base, starting_trunk
 from lm.training.distributed import Ranks
@@ -92,3 +93,14 @@ def test_a_base_that_is_damaged_or_missing_is_reported(task_settings, tmp_path):
     (tmp_path / BASE).write_bytes(b"x" * 20)
     with pytest.raises(UserError, match="cannot be read"):
         starting_trunk(task_settings("classification"), tmp_path)
+
+
+def test_without_a_bias_a_regression_is_scaled_and_not_centered(task_settings, tmp_path, recorder):
+    settings = task_settings("regression", epochs=0.1, reads="causal")
+    assert settle_reading(settings).finetune.head_bias == "true"
+    done = finetune(settings.replace(head_bias="false"), tmp_path / "run", recorder)
+    answers = HEADS["regression"].load(done.path)
+    assert answers.mean == 0
+    values = [json.loads(line)["label"] for line in Path(settings.finetune.train).read_text().splitlines()]
+    assert answers.deviation == pytest.approx(np.sqrt(np.mean(np.square(values))))
+    assert "head.bias" not in done.newest().model()
