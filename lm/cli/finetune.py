@@ -133,6 +133,5 @@ def _print_results(done: list[Finetuned], as_json: bool) -> None:
         for name in names:
             more = f" ± {spread[name]:.4f} over {len(done)} seeds" if spread else ""
             click.echo(f"{name}  {mean[name]:.4f}{more}")
-    which = "best" if names else "without --validation, the last:"
-    ready = f"{done[0].path} is ready, {which} {'at ' if names else ''}step {done[0].step:,}"
+    ready = f"{done[0].path} is ready; {'best' if names else 'last'} step: {done[0].step:,}"
     click.echo(f"{ready}; next: {usual_command(done[0].path, done[0].config)}", err=True)

@@ -121,22 +121,22 @@ class Plan:
         return _obstacle(self.config, self.device, self.available_bytes)
 
     @property
-    def remarks(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What a user may want to change: many passes over the same text, or a long time."""
-        steps, remarks = self.config.training.steps, []
+        steps, notes = self.config.training.steps, []
         if self.epochs and self.epochs > MOST_EPOCHS:
             enough = max(1, int(steps * MOST_EPOCHS / self.epochs))
-            remarks.append(
+            notes.append(
                 f"{self.epochs:.0f} epochs: after about {MOST_EPOCHS}, each pass over the same text teaches less, and "
                 f"the model may overfit; --steps {enough} stops there, and more text or a smaller model goes further"
             )
         if self.seconds and self.seconds > LONG_SECONDS:
             enough = max(1, int(steps * LONG_SECONDS / self.seconds))
-            remarks.append(
+            notes.append(
                 f"for a first look, --steps {enough} takes about {format_time(LONG_SECONDS)}; a smaller recipe or a "
                 "shorter context_length is faster"
             )
-        return remarks
+        return notes
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON; values that were not measured are None."""
@@ -157,7 +157,7 @@ class Plan:
                 "available": self.available_bytes,
             },
             "obstacle": self.obstacle,
-            "remarks": self.remarks,
+            "notes": self.notes,
             "tokens_per_second": self.tokens_per_second,
             "share_of_peak": self.share_of_peak,
             "seconds": self.seconds,
@@ -191,7 +191,7 @@ class Plan:
                 ("speed", f"{self.tokens_per_second:,.0f} tokens/s, {self.share_of_peak:.0%} of peak{measured}"),
                 ("time", f"{format_time(self.seconds or 0)} for all steps, without validation and saving"),
             ]
-        return rows + [("remark", remark) for remark in self.remarks]
+        return rows + [("note", note) for note in self.notes]
 
     def introduction(self, processes: str = "") -> list[str]:
         """What to print before the first step, one sentence each; ``processes`` as of ``Ranks.describe``."""
@@ -206,7 +206,7 @@ class Plan:
         ]
         if self.dry_step:
             lines.append(f"about {table['speed']}: {table['time']}")
-        return lines + [f"remark: {remark}" for remark in self.remarks]
+        return lines + [f"note: {note}" for note in self.notes]
 
     @property
     def flops(self) -> float:

@@ -232,7 +232,7 @@ def test_the_final_numbers_say_which_step_they_are_of(validates, trained, task_f
     lines = [line.split() for line in result.stdout.splitlines()]
     assert lines[0] == ["step", "6"]
     assert [name for name, _ in lines[1:]][:2] == (["loss", "accuracy"] if validates else [])
-    which = "best at step 6" if validates else "without --validation, the last: step 6"
+    which = "best step: 6" if validates else "last step: 6"
     following = f"next: kindling predict {tmp_path / 'out'} --input FILE --output FILE"
     assert f"{which}; {following}\n" in result.stderr
 

@@ -237,15 +237,15 @@ def test_sizes_and_times_are_told_in_their_units():
     assert [format_time(s) for s in (3.4, 700, 9000, 400_000)] == ["3 s", "12 min", "2.5 h", "4.6 days"]
 
 
-def test_a_plan_remarks_on_many_passes_and_long_times_and_names_fewer_steps(small):
+def test_a_plan_warns_of_many_passes_and_long_times_and_names_fewer_steps(small):
     once = plan_run(small.replace(steps=1))
-    assert once.remarks == []
+    assert once.notes == []
     most = int(MOST_EPOCHS / once.epochs)
-    assert plan_run(small.replace(steps=most)).remarks == []
+    assert plan_run(small.replace(steps=most)).notes == []
     many = plan_run(small.replace(steps=10 * most))
-    (remark,) = many.remarks
-    assert f"--steps {int(10 * most * MOST_EPOCHS / many.epochs)} " in remark
-    assert many.as_dict()["remarks"] == [remark]
-    assert ("remark", remark) in many.table()
+    (note,) = many.notes
+    assert f"--steps {int(10 * most * MOST_EPOCHS / many.epochs)} " in note
+    assert many.as_dict()["notes"] == [note]
+    assert ("note", note) in many.table()
     slow = replace(many, dry_step=DryStep(8, 3600.0, 1))
-    assert "--steps 1 takes about 60 min" in slow.remarks[1]
+    assert "--steps 1 takes about 60 min" in slow.notes[1]
