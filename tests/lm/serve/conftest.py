@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import http.client
 import json
 import threading
@@ -136,6 +137,8 @@ def serve_run(run: Run, policy: AccessPolicy = LOCAL, limits: Limits = FEW) -> I
         server.should_exit = True
         thread.join(30)
         listening.close()
+        if thread.is_alive():
+            faulthandler.dump_traceback(file=sys.__stderr__)
         assert not thread.is_alive()
 
 

@@ -92,7 +92,7 @@ def test_a_run_does_not_resume_with_other_settings_unless_asked(small, quietly, 
     assert all(word in str(refused.value) for word in words), str(refused.value)
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
     if any(setting.on_resume == "never" for setting in all_settings() if setting.name in changes):
-        assert "--resume" not in str(refused.value)
+        assert "add --resume" not in str(refused.value)
         with pytest.raises(UserError, match="choose another --run"):
             quietly(small.replace(steps=4, **changes), tmp_path / "run", accept_changes=True)
     else:
