@@ -12,6 +12,8 @@ from data_prep.errors import UserError
 from data_prep.files import read_json
 from lm.config.settings import setting
 
+# Files of a run directory, named as in transformers (``lm.runs.companions``).
+CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 MOST_LOGPROBS = 20
 MASK_WORD = "[MASK]"
 MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")
@@ -88,15 +90,14 @@ class Sampling:
 
 
 def recommended(run_directory: Path) -> dict[str, Any]:
-    """The fields of ``Sampling`` that the run's ``generation_config.json`` sets, as an imported checkpoint brought it.
+    """The fields of ``Sampling`` that the run's ``generation_config.json`` sets; an imported checkpoint brought it.
 
-    ``do_sample`` false is temperature 0. Fields that it leaves out keep the defaults of ``Sampling``, and those that
-    ``Sampling`` lacks (beam search, say) are not applied.
+    ``do_sample`` false is temperature 0. Settings that ``Sampling`` lacks, such as beam search, are not applied.
 
     Raises:
         UserError: the file is damaged, or a value is out of range.
     """
-    path = run_directory / "generation_config.json"
+    path = run_directory / GENERATION
     if not path.is_file():
         return {}
     try:
