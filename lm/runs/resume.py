@@ -13,6 +13,7 @@ from data_prep.errors.command_names import command
 from lm.config.settings import Config, all_settings
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import PROCESSOR, TOKENIZER, Processor, Run, changes, open_run, plain_settings, sha256_key
+from lm.runs.run_data import WORKING_DIRECTORY
 
 ON_RESUME = {setting.name: setting.on_resume for setting in all_settings()}
 
@@ -71,7 +72,7 @@ def fingerprints(config: Config, source: TrainingSource, device: torch.device) -
         "data_fingerprint": source.fingerprint,
         sha256_key(source.processor.file_name): source.processor.sha256,
         "config": plain_settings(config),
-        "working_directory": str(Path.cwd()),
+        WORKING_DIRECTORY: str(Path.cwd()),
         "place": _environment(device),
     }
 
