@@ -186,18 +186,24 @@ ROLES |= {"developer": "system", "human": "user", "gpt": "assistant"}
 
 def _conversation(column: str, row: dict[str, Any], place: str) -> Example:
     """A conversation as its texts, labeled with the roles; a column "system" comes first."""
-    value = _parsed(row.get(column))
+    spoken = [("system", _text("system", row["system"]))] if row.get("system") else []
+    spoken += messages_of(column, _parsed(row.get(column)))
+    if not any(role == "assistant" for role, _ in spoken):
+        raise UserError(f'"{column}" has no message of the assistant\'s, so there is nothing to learn')
+    return Example(tuple(text for _, text in spoken), tuple(role for role, _ in spoken), place)
+
+
+def messages_of(column: str, value: Any) -> list[tuple[str, str]]:
+    """The role and the text of each message in a list. UserError: what is wrong with it, to follow the place."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise UserError(f'"{column}" is missing or is not a list of messages')
-    spoken = [("system", _text("system", row["system"]))] if row.get("system") else []
+    spoken = []
     for number, message in enumerate(value, 1):
         try:
             spoken.append(_message(message))
         except UserError as problem:
             raise UserError(f'message {number} of "{column}": {problem}') from None
-    if not any(role == "assistant" for role, _ in spoken):
-        raise UserError(f'"{column}" has no message of the assistant\'s, so there is nothing to learn')
-    return Example(tuple(text for _, text in spoken), tuple(role for role, _ in spoken), place)
+    return spoken
 
 
 def _message(message: dict[str, Any]) -> tuple[str, str]:
