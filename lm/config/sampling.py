@@ -20,7 +20,7 @@ MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")
 
 
 def problem_of_fill(text: str) -> str:
-    """Why there is nothing to fill in a text; "": there is a mask."""
+    """Why there is nothing to fill in a text; "" if there is a mask."""
     if MASKS.search(text):
         return ""
     shown = text if len(text) < 60 else f"{text[:56]} …"

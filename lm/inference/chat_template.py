@@ -102,7 +102,7 @@ class ChatFormat:
             return RenderedChat(text, "\uffff" * len(text), generated)
         try:
             marked, _ = self._run(messages, self._kind, complete=complete)
-        except UserError:
+        except UserError:  # it takes plain text only
             marked = ""
         if self._kind.plain(marked) == text:
             return RenderedChat(text, self._kind.shielded(marked), generated)

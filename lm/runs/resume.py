@@ -110,7 +110,7 @@ def _check(run: Run, newest: Checkpoint, config: Config, source: TrainingSource,
         hint = _resume_hint(refused)
         if not hint and not config.is_finetuning:
             again = f"{command('train')} --resume --run {path} --steps {config.training.steps}"
-            hint = f", or train it on with its own settings: {again}"
+            hint = f", or continue it with its own settings: {again}"
         raise UserError(f"{path} was started with {_describe(refused)}: choose another --run{hint}")
 
 
