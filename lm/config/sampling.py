@@ -15,6 +15,7 @@ from lm.config.settings import setting
 # Files of a run directory, named as in transformers (``lm.runs.companions``).
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 MOST_LOGPROBS = 20
+GREEDY_BELOW = 0.01  # such temperatures stand for 0, which some servers refuse
 MASK_WORD = "[MASK]"
 MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")
 
@@ -27,9 +28,6 @@ def problem_of_fill(text: str) -> str:
     if other := re.search(r"[\[<]mask(:[1-9]\d{0,6})?[\]>]", text, re.IGNORECASE):
         return f'nothing to fill in "{shown}": write [MASK{other[1] or ""}] for {other[0]}'
     return f'nothing to fill in "{shown}": write {MASK_WORD} where a word is missing'
-
-
-GREEDY_BELOW = 0.01  # temperatures that stand for 0, as clients send to servers that refuse 0
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def test_all_of_the_assistants_turns_and_their_ends_are_learned(chat_tokenizer, 
     assert chat_tokenizer.decode(turn.row[1:]) == row
     assert learned(turn, chat_tokenizer) == answers
     assert turn.response_bytes == sum(len(re.sub(r"<.(end_of_turn|endoftext).>$", "", answer)) for answer in answers)
-    # where the template ends no turn, the text could end, while the conversation goes on
+    # where the template ends no turn, the text could end, while the conversation continues
     other = [a != b for a, b in zip(turn.row, turn.labels, strict=True) if b != IGNORED]
     assert sum(other) == (template == PLAIN_TURNS)
     special = set(chat_tokenizer.special_tokens.values())  # all but the one that the user spelled
@@ -283,7 +283,7 @@ def test_a_template_that_writes_turns_otherwise_later_is_refused_unless_it_marks
         turn_of(talk_of(*TALK, place="line 3"), ChatFormat("{{ raise_exception('no system') }}", chat_tokenizer), 200)
 
 
-def test_a_run_that_began_without_special_tokens_goes_on_without_them(config, recorder, tmp_path):
+def test_a_run_that_began_without_special_tokens_continues_without_them(config, recorder, tmp_path):
     template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     (tmp_path / "eos.jinja").write_text(template)
     asked = {"chat_template": str(tmp_path / "eos.jinja"), "epochs": 1}

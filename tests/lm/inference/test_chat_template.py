@@ -1,4 +1,4 @@
-"""Conversations as text and as tokens, beside those of transformers."""
+"""Conversations as text and as tokens, compared with those of transformers."""
 
 from __future__ import annotations
 
@@ -409,7 +409,7 @@ def test_a_template_that_fails_or_breaks_out_gets_one_sentence(template, words):
 
 
 @pytest.mark.parametrize("message", [{"role": "user"}, {"content": "x"}, {"role": "user", "content": 3}])
-def test_a_message_without_role_or_content_is_told(message):
+def test_a_message_without_role_or_content_is_refused(message):
     with pytest.raises(UserError, match="message 2 needs a role and a content"):
         render([ASKED[0], message], None)
     with pytest.raises(UserError, match="needs at least one message"):
