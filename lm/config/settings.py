@@ -326,10 +326,10 @@ class FinetuneConfig:
     template_tokens: str = setting(
         "characters",
         "instruction: what the chat template's names of special tokens become: the tokens, or their characters, as in "
-        "runs of earlier versions",
-        choices=("special", "characters"),
+        "runs of earlier versions; auto: the tokens, but a resumed run keeps what it has",
+        choices=("auto", "special", "characters"),
         on_resume="never",
-        finetuning="special",
+        finetuning="auto",
     )
     reads: str = setting(
         "auto",

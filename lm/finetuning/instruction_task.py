@@ -164,12 +164,12 @@ class InstructionTask(Task):
 
 
 def settle_template(config: Config, tokenizer: Tokenizer) -> Config:
-    """Set ``template_tokens`` to "characters" where it makes no difference, as in runs of earlier versions."""
+    """Replace "auto" in ``template_tokens``: "special" if it makes a difference, else "characters"."""
     task = config.finetune
-    asked = task.task == "instruction" and task.template_tokens == "special"
-    if asked and ChatFormat(template_of(config), tokenizer).writes_special_tokens:
+    if task.template_tokens != "auto":
         return config
-    return config.replace(template_tokens="characters")
+    special = task.task == "instruction" and ChatFormat(template_of(config), tokenizer).writes_special_tokens
+    return config.replace(template_tokens="special" if special else "characters")
 
 
 def template_of(config: Config) -> str:

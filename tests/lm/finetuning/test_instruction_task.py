@@ -291,5 +291,6 @@ def test_a_run_that_began_without_special_tokens_continues_without_them(config, 
     assert Finetuning(config(epochs=1), tmp_path / "new", Ranks()).config.finetune.template_tokens == "characters"
     old = finetune(config(**asked, template_tokens="characters"), tmp_path / "run", recorder)
     assert chat_format(old.path, old.tokenizer, old.config).render([{"role": "user", "content": "a"}]).text == "a"
+    assert finetune(config(**asked), tmp_path / "run", recorder).config.finetune.template_tokens == "characters"
     with pytest.raises(UserError, match="template_tokens"):
-        finetune(config(**asked), tmp_path / "run", recorder)
+        finetune(config(**asked, template_tokens="special"), tmp_path / "run", recorder)
