@@ -133,7 +133,7 @@ def export(
         click.echo(hub.push(out, push, private=private))
 
 
-@click.command("import", cls=FriendlyCommand, short_help="Import a Llama, Qwen3 or EuroBERT checkpoint.")
+@click.command("import", cls=FriendlyCommand, short_help="Import a Llama, Mistral, Qwen3 or EuroBERT checkpoint.")
 @click.argument("source", metavar="FOLDER_OR_NAME")
 @click.option("--run", required=True, type=click.Path(path_type=Path), help="Run directory to write.")
 @click.option("--add-mask", is_flag=True, help="Add a mask token, for training with a masked objective.")

@@ -24,7 +24,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def run_argument(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The argument RUN, of which the command starts only if it is a run directory."""
+    """The argument RUN; the command starts only if it is a run directory."""
 
     @functools.wraps(function)
     def checked(*args: Any, run: Path, **options: Any) -> Any:
@@ -79,8 +79,9 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 class SettingOption(click.Option):
     """An option that is a setting: of which section of a recipe, and whether the short help shows it."""
 
-    section: str
-    is_common: bool
+    def __init__(self, *names: Any, section: str, is_common: bool, **attributes: Any) -> None:
+        super().__init__(*names, **attributes)
+        self.section, self.is_common = section, is_common
 
 
 class SettingsCommand(FriendlyCommand):
@@ -143,23 +144,18 @@ def _setting_option(setting: Setting, is_common: bool) -> Decorator:
     default = json.dumps(setting.default) if setting.default not in ("", ()) else "none"
     text = f"{setting.help[0].upper()}{setting.help[1:]}{limits}. [default: {default}]"
     repeated = " May be repeated." if setting.kind == "list of texts" else ""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        decorated = click.option(
-            setting.option,
-            *ALSO.get(setting.name, ()),
-            setting.name,
-            cls=SettingOption,
-            metavar=setting.kind.upper(),
-            default=None,
-            multiple=bool(repeated),
-            help=text + repeated,
-        )(function)
-        option = decorated.__click_params__[-1]  # type: ignore[attr-defined]
-        option.section, option.is_common = setting.section, is_common
-        return decorated
-
-    return decorate
+    return click.option(
+        setting.option,
+        *ALSO.get(setting.name, ()),
+        setting.name,
+        cls=SettingOption,
+        section=setting.section,
+        is_common=is_common,
+        metavar=setting.kind.upper(),
+        default=None,
+        multiple=bool(repeated),
+        help=text + repeated,
+    )
 
 
 def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,8 +219,8 @@ def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def columns_options(*names: str, default: str = "", also: bool = True) -> Decorator:
     """``--text-column`` and the like for these columns of task files; ``columns_of`` reads them.
 
-    ``default`` says what a column is called if it is not named; "": as the setting has it. ``also``: by their
-    names in ``prep build``, too.
+    ``default`` says what a column is called if it is not named; "": as the setting has it. ``also`` adds the names of
+    ``prep build``.
     """
     settings = {setting.name: setting for setting in all_settings()}
     chosen = [settings[f"{name}_column"] for name in names]

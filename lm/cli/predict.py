@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
+from itertools import tee
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,9 +14,6 @@ from data_prep.cli.tables import counted
 from data_prep.files import ending_of
 from lm.cli.options import best_checkpoint_option, columns_options, device_option, given_settings, run_argument
 from lm.config.settings import ANSWER_FILES
-
-if TYPE_CHECKING:
-    from lm.data.examples import Example
 
 
 @click.command(cls=FriendlyCommand, short_help="Predict with a fine-tuned model.")
@@ -57,21 +54,16 @@ def predict(
     from lm.finetuning.predict import predict as answers_to
 
     predictor = api.load_task_model(run, checkpoint=which, device=device)
-    cut, texts = 0, deque[dict[str, Any]]()  # of the examples that wait for their answers
-
-    def noted() -> Iterator[Example]:
-        for example in read_inputs(predictor, source, given_settings(columns)):
-            texts.append(parts_of(predictor.config.finetune.task, example))
-            yield example
+    cut, task = 0, predictor.config.finetune
 
     def answered() -> Iterator[dict[str, Any]]:
         nonlocal cut
-        for answer, was_cut in answers_to(predictor, noted()):
+        examples, asked = tee(read_inputs(predictor, source, given_settings(columns)))
+        for example, (answer, was_cut) in zip(examples, answers_to(predictor, asked), strict=True):
             cut += was_cut
-            text = texts.popleft()
-            yield text | answer if with_text else answer
+            yield parts_of(task.task, example) | answer if with_text else answer
 
     written = write_answers(answered(), output)
-    how = "were split into windows of" if predictor.config.finetune.long_texts == "window" else "were truncated to"
+    how = "were split into windows of" if task.long_texts == "window" else "were truncated to"
     more = f"; {cut:,} {how} {predictor.config.data.context_length} tokens" if cut else ""
     click.echo(f"{counted(written, 'answer')}{more}", err=True)

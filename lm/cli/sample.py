@@ -53,7 +53,7 @@ STDIN = STDOUT = Path("-")
     "--input",
     "source",
     type=click.Path(path_type=Path),
-    help='JSONL file to continue: {"prompt": "…"} per line; - for standard input.',
+    help='JSONL file to continue: {"prompt": "…"} or {"messages": […]} per line; - for standard input.',
 )
 @click.option(
     "--output",
@@ -108,18 +108,22 @@ def sample(
         raise UserError(f"{output} already exists: choose another --output")
     from lm import api
     from lm.inference.batch_generation import Prompt, check_prompts, read_prompts
+    from lm.inference.chat_template import chat_format
     from lm.inference.fill_mask import tokens_to_fill
+    from lm.runs.directory import open_run
 
+    opened = open_run(run)
+    chat_of_run = chat_format(run, opened.tokenizer, opened.config)
     given = [Prompt(prompt, settings) for prompt in prompts]
     if source == STDIN:  # cannot be read twice
-        given = list(read_prompts(source, settings))
-    count = len(given) if source in (None, STDIN) else check_prompts(source, settings)
-    model = api.load_model(run, checkpoint=which, device=device)
+        given = list(read_prompts(source, settings, chat_of_run))
+    count = len(given) if source in (None, STDIN) else check_prompts(source, settings, chat_of_run)
+    model = api.load_model(opened, checkpoint=which, device=device)
     for text in fills:  # before anything is written
         tokens_to_fill(model, text)
     if source is not None:
         generator = _generator(model, min(rows, count), compiled)
-        _continue_file(model, generator, given or read_prompts(source, settings), output, count)
+        _continue_file(model, generator, given or read_prompts(source, settings, chat_of_run), output, count)
     if prompts:
         generator = _generator(model, min(rows, count), compiled)
         if as_json:
@@ -130,9 +134,7 @@ def sample(
         _fill(model, text, settings if rounds else None, rounds, top, as_json)
     if chat:
         from lm.cli.chat import converse
-        from lm.inference.chat_template import chat_format
 
-        chat_of_run = chat_format(run, model.tokenizer, model.config)
         converse(_generator(model, 1, compiled, reuse=True), chat_of_run, settings)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_prep.errors import UserError
+from lm.cli.finetune import COMMON
 from lm.cli.options import (
     SettingsCommand,
     device_option,
@@ -33,18 +34,6 @@ if TYPE_CHECKING:
 # Settings that the rows determine, or another option here.
 LEFT_OUT = ("method", "weights", "seed", "device", "threads", "reads", "pooling")
 ONE_TASK = ("task", "train", "validation", "test")
-# The settings that --help shows.
-COMMON = (
-    "task",
-    "train",
-    "validation",
-    "text_column",
-    "label_column",
-    "epochs",
-    "batch_examples",
-    "learning_rate",
-    "judged_by",
-)
 SETTINGS = [setting for setting in finetuning_settings() if setting.name not in LEFT_OUT]
 
 

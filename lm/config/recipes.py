@@ -46,13 +46,10 @@ def find_recipe(name: str) -> Path:
         return known[name]
     if path.stem in known and path.suffix == ".toml":
         raise UserError(f'there is no file {name}: the recipe that comes with Kindling is called "{path.stem}"')
-    hint = difflib.get_close_matches(path.stem, known, 1)
-    near = path.with_name(f"{hint[0]}.toml") if hint else path
-    help = (
-        f'did you mean "{near if near.is_file() else hint[0]}"?'
-        if hint
-        else f"available recipes: {', '.join(sorted(known))}"
-    )
+    help = f"available recipes: {', '.join(sorted(known))}"
+    if hint := difflib.get_close_matches(path.stem, known, 1):
+        near = path.with_name(f"{hint[0]}.toml")
+        help = f'did you mean "{near if near.is_file() else hint[0]}"?'
     raise UserError(f'no recipe "{name}": {help}')
 
 
@@ -75,22 +72,21 @@ def load_config(
         UserError: one line per problem.
     """
     known = {s.name: s for s in all_settings()}
-    here = finetuning_settings() if base is not None and base.finetune.base else pretraining_settings()
+    here = [s.name for s in (finetuning_settings() if base and base.finetune.base else pretraining_settings())]
     values: dict[str, Any] = {}
     problems: list[str] = []
     given = [(name, value, "") for name, value in (overrides or {}).items()]
-    for name, value, where in [*_recipe_values(recipe, known, [s.name for s in here], problems), *given]:
+    for name, value, where in [*_recipe_values(recipe, known, here, problems), *given]:
         if name not in known:
-            problems.append(f'unknown setting "{name}"{suggestion(name, [s.name for s in here])}')
+            problems.append(f'unknown setting "{name}"{suggestion(name, here)}')
             continue
         try:
             values[name] = _convert(known[name], value)
         except ValueError as problem:
             problems.append(f"{f'{name} in {where}' if where else known[name].option} {problem}")
     for option in unknown_options:
-        problems.append(
-            f"unknown option {option}{suggestion(option, [*(s.option for s in here), '--run', '--resume'])}"
-        )
+        options = [*(known[name].option for name in here), "--run", "--resume"]
+        problems.append(f"unknown option {option}{suggestion(option, options)}")
     config = (base or Config()).replace(**values)
     problems += inconsistencies(config)
     if problems:

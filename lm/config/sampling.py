@@ -12,22 +12,22 @@ from data_prep.errors import UserError
 from data_prep.files import read_json
 from lm.config.settings import setting
 
+# Files of a run directory, named as in transformers (``lm.runs.companions``).
+CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 MOST_LOGPROBS = 20
+GREEDY_BELOW = 0.01  # such temperatures stand for 0, which some servers refuse
 MASK_WORD = "[MASK]"
 MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")
 
 
 def problem_of_fill(text: str) -> str:
-    """Why there is nothing to fill in a text; "": there is a mask."""
+    """Why there is nothing to fill in a text; "" if there is a mask."""
     if MASKS.search(text):
         return ""
     shown = text if len(text) < 60 else f"{text[:56]} …"
     if other := re.search(r"[\[<]mask(:[1-9]\d{0,6})?[\]>]", text, re.IGNORECASE):
         return f'nothing to fill in "{shown}": write [MASK{other[1] or ""}] for {other[0]}'
     return f'nothing to fill in "{shown}": write {MASK_WORD} where a word is missing'
-
-
-GREEDY_BELOW = 0.01  # temperatures that stand for 0, as clients send to servers that refuse 0
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,14 @@ class Sampling:
 
 
 def recommended(run_directory: Path) -> dict[str, Any]:
-    """The fields of ``Sampling`` that the run's ``generation_config.json`` sets, as an imported checkpoint brought it.
+    """The fields of ``Sampling`` that the run's ``generation_config.json`` sets; an imported checkpoint brought it.
 
-    ``do_sample`` false is temperature 0. Fields that it leaves out keep the defaults of ``Sampling``, and those that
-    ``Sampling`` lacks (beam search, say) are not applied.
+    ``do_sample`` false is temperature 0. Settings that ``Sampling`` lacks, such as beam search, are not applied.
 
     Raises:
         UserError: the file is damaged, or a value is out of range.
     """
-    path = run_directory / "generation_config.json"
+    path = run_directory / GENERATION
     if not path.is_file():
         return {}
     try:

@@ -307,7 +307,7 @@ class FinetuneConfig:
         "pretrained", "initial weights; random: untrained", choices=("pretrained", "random"), on_resume="never"
     )
     train: str = setting(
-        "", "training examples: .jsonl, .csv, .tsv or .parquet, or hf:NAME[:SPLIT]", on_resume="free", of_task=True
+        "", "training examples: .jsonl, .json, .csv, .tsv, .parquet, or hf:NAME[:SPLIT]", on_resume="free", of_task=True
     )
     validation: str = setting("", "examples to choose the best step by; empty: none", on_resume="free", of_task=True)
     text_column: str = setting("text", "column with the text, or the question of a choice", of_task=True)
@@ -326,10 +326,10 @@ class FinetuneConfig:
     template_tokens: str = setting(
         "characters",
         "instruction: what the chat template's names of special tokens become: the tokens, or their characters, as in "
-        "runs of earlier versions",
-        choices=("special", "characters"),
+        "runs of earlier versions; auto: the tokens, but a resumed run keeps what it has",
+        choices=("auto", "special", "characters"),
         on_resume="never",
-        finetuning="special",
+        finetuning="auto",
     )
     reads: str = setting(
         "auto",

@@ -68,7 +68,7 @@ class Columns:
         answer = {"label": self.label} if labeled else {}
         return {
             "tokens": {"words": self.words} | ({"tags": self.tags} if labeled else {}),
-            "choice": {"text": self.text} | {f"choice {n}": name for n, name in enumerate(self.choices)} | answer,
+            "choice": {"text": self.text} | {f"choices {n}": name for n, name in enumerate(self.choices)} | answer,
             "contrastive": texts,
             "instruction": self._conversation(first, labeled=labeled),
         }.get(task, texts | answer)
@@ -128,7 +128,6 @@ def _outcomes(
             absent = {part: name for part, name in needed.items() if name not in row and value_at(row, name) is None}
             if absent:
                 options = dict.fromkeys(f"--{part.partition(' ')[0].replace('_', '-')}-column" for part in absent)
-                options = dict.fromkeys(option.replace("choice-", "choices-") for option in options)
                 raise UserError(
                     f"{place}: there is no column {known_fields(absent.values())} "
                     f"in {known_fields(column_names(row))}: "
@@ -159,8 +158,8 @@ def _example(
             raise UserError(f"there are {len(words)} words, but {len(tags)} tags")
         return Example(words, tags, place)
     if task == "choice":
-        choices = _choices(row, [name for part, name in needed.items() if part.startswith("choice ")])
-        typed = isinstance(row.get(needed["choice 0"]), list)  # not in a .csv file, which holds texts alone
+        choices = _choices(row, [name for part, name in needed.items() if part.startswith("choices ")])
+        typed = isinstance(row.get(needed["choices 0"]), list)  # not in a .csv file, which holds texts alone
         right = choice_of(needed["label"], answer, choices, typed=typed) if labeled else None
         return Example((text("text"), *choices), right, place)
     if task == "instruction" and "messages" in needed:
@@ -187,22 +186,24 @@ ROLES |= {"developer": "system", "human": "user", "gpt": "assistant"}
 
 def _conversation(column: str, row: dict[str, Any], place: str) -> Example:
     """A conversation as its texts, labeled with the roles; a column "system" comes first."""
-    value = row.get(column)
-    try:  # .csv files hold a list as text
-        value = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        value = None
+    spoken = [("system", _text("system", row["system"]))] if row.get("system") else []
+    spoken += messages_of(column, _parsed(row.get(column)))
+    if not any(role == "assistant" for role, _ in spoken):
+        raise UserError(f'"{column}" has no message of the assistant\'s, so there is nothing to learn')
+    return Example(tuple(text for _, text in spoken), tuple(role for role, _ in spoken), place)
+
+
+def messages_of(column: str, value: Any) -> list[tuple[str, str]]:
+    """The role and the text of each message in a list. UserError: what is wrong with it, to follow the place."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise UserError(f'"{column}" is missing or is not a list of messages')
-    spoken = [("system", _text("system", row["system"]))] if row.get("system") else []
+    spoken = []
     for number, message in enumerate(value, 1):
         try:
             spoken.append(_message(message))
         except UserError as problem:
             raise UserError(f'message {number} of "{column}": {problem}') from None
-    if not any(role == "assistant" for role, _ in spoken):
-        raise UserError(f'"{column}" has no message of the assistant\'s, so there is nothing to learn')
-    return Example(tuple(text for _, text in spoken), tuple(role for role, _ in spoken), place)
+    return spoken
 
 
 def _message(message: dict[str, Any]) -> tuple[str, str]:
@@ -244,13 +245,16 @@ def _list(column: str, value: Any) -> list[Any]:
     return found
 
 
+def _parsed(value: Any) -> Any:
+    """The value; a text, in which .csv files hold a list, as the JSON in it, or None if that is invalid."""
+    try:
+        return parse_json(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+
+
 def _choices(row: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
-    found: Any = [row.get(name) for name in names]
-    if len(names) == 1:
-        try:  # .csv files hold a list as text
-            found = parse_json(found[0]) if isinstance(found[0], str) else found[0]
-        except ValueError:
-            found = []
+    found: Any = _parsed(row.get(names[0])) if len(names) == 1 else [row.get(name) for name in names]
     if not isinstance(found, list) or len(found) < 2:
         raise UserError(f'"{names[0]}" is missing or is not a list of at least two texts')
     return tuple(_text(names[min(n, len(names) - 1)], choice) for n, choice in enumerate(found))

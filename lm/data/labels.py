@@ -15,6 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.sources.records import HALF
 
 WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0*)?")
 PADDED_NUMBER = re.compile(r"([+-]?)0*([0-9]+)")
@@ -30,7 +31,7 @@ def text_of(column: str, value: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f'"{column}" contains half of a surrogate pair') from None
+        raise UserError(f'"{column}" contains {HALF}') from None
     return value
 
 

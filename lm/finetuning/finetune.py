@@ -112,8 +112,11 @@ class Finetuning(TrainModule[Any]):
             base = open_run(config.finetune.base)
             tokenizer, weights = base.tokenizer, weights or base.plain_weights()
         train, validation = read_task(config.finetune, labels_of(path))
-        if config.finetune.head_bias == "auto" and (path / "config.toml").exists():  # a run keeps the head it has
-            config = config.replace(head_bias=open_run(path).config.finetune.head_bias)
+        if (path / "config.toml").exists() and (run := open_run(path)).latest(lambda _: None):
+            asked, kept = config.finetune, run.config.finetune  # a resumed run keeps what it has
+            config = config.replace(
+                **{n: getattr(kept, n) for n in ("head_bias", "template_tokens") if getattr(asked, n) == "auto"}
+            )
         self.config = settle_template(settle_steps(settle_reading(config), len(train)), tokenizer)
         self.path, self.ranks, self.weights = path, ranks, weights
         self.name, self.processor = config.finetune.train, tokenizer

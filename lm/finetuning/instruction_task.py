@@ -56,18 +56,14 @@ class Turn:
         return len(self.labels) - self.labels.count(IGNORED)
 
 
-def turn_of(example: Example, template: str, tokenizer: Tokenizer, context_length: int) -> Turn:
-    """Format an example by the template; if too long, it loses its beginning, then the end of the last response.
+def turn_of(example: Example, chat: ChatFormat, context_length: int) -> Turn:
+    """Encode an example; if too long, it loses its beginning, then the end of the last response.
 
     Raise UserError if the template fails, or formats messages differently when others follow.
     """
-    return _turn(example, ChatFormat(template, tokenizer), context_length)
-
-
-def _turn(example: Example, chat: ChatFormat, context_length: int) -> Turn:
     roles = example.label or ("user", "assistant")
     messages = [{"role": role, "content": text} for role, text in zip(roles, example.texts, strict=True)]
-    while messages[-1]["role"] != "assistant":  # nobody answered these
+    while messages[-1]["role"] != "assistant":  # without an answer
         messages.pop()
     try:
         rendered, spans = chat.answers(messages)
@@ -127,7 +123,7 @@ class InstructionTask(Task):
         self.hashed_texts = (self.template,)
         chat = ChatFormat(self.template, tokenizer, task.template_tokens == "special")
         self.train, self.validation = (
-            [_turn(each, chat, config.data.context_length) for each in examples] for examples in (train, validation)
+            [turn_of(each, chat, config.data.context_length) for each in examples] for examples in (train, validation)
         )
 
     def introduction(self) -> list[str]:
@@ -168,12 +164,12 @@ class InstructionTask(Task):
 
 
 def settle_template(config: Config, tokenizer: Tokenizer) -> Config:
-    """Set ``template_tokens`` to "characters" where it makes no difference, as in runs of earlier versions."""
+    """Replace "auto" in ``template_tokens``: "special" if it makes a difference, else "characters"."""
     task = config.finetune
-    asked = task.task == "instruction" and task.template_tokens == "special"
-    if asked and ChatFormat(template_of(config), tokenizer).writes_special_tokens:
+    if task.template_tokens != "auto":
         return config
-    return config.replace(template_tokens="characters")
+    special = task.task == "instruction" and ChatFormat(template_of(config), tokenizer).writes_special_tokens
+    return config.replace(template_tokens="special" if special else "characters")
 
 
 def template_of(config: Config) -> str:

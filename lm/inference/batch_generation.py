@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any, Literal
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.data.example_files import STDIN, json_lines
+from lm.data.examples import messages_of
+from lm.inference.chat_template import ChatFormat, Message
 from lm.inference.generator import Event, Generator
 from lm.inference.sampling import Sampling
 
@@ -25,10 +27,13 @@ MOST_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, and how."""
+    """A text to continue, and how; or the ``messages`` of a chat, their tokens, and those that end its answer."""
 
     text: str
     sampling: Sampling
+    messages: Sequence[Message] = ()
+    tokens: Sequence[int] = ()
+    ends: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,9 @@ class Continuation:
 
     def as_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return prompt, continuation and finish reason, and the log-probabilities of tokens if requested."""
-        content: dict[str, Any] = {"prompt": self.prompt.text, "continuation": self.text}
-        content["finish_reason"] = self.finish_reason
+        said = self.prompt.messages
+        content: dict[str, Any] = {"messages": said} if said else {"prompt": self.prompt.text}
+        content |= {"continuation": self.text, "finish_reason": self.finish_reason}
         if self.prompt.sampling.logprobs is not None:
 
             def named(token: int, logprob: float | None) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def events_in_order(generator: Generator, prompts: Iterable[Prompt]) -> Iterator
     held: dict[int, list[Event]] = {}
     while True:
         while len(started) < AHEAD * generator.max_rows and (prompt := next(source, None)) is not None:
-            handle = generator.add(prompt.text, prompt.sampling)
+            handle = generator.add(prompt.tokens or prompt.text, prompt.sampling, prompt.ends)
             started.append((handle, prompt))
             held[handle] = []
         if not started:
@@ -95,22 +101,22 @@ def continuations(generator: Generator, prompts: Iterable[Prompt]) -> Iterator[C
             events = []
 
 
-def read_prompts(path: Path, defaults: Sampling) -> Iterator[Prompt]:
-    """Yield the prompts of a JSONL file, ``{"prompt": "…"}`` per line, reading as it goes.
+def read_prompts(path: Path, defaults: Sampling, chat: ChatFormat) -> Iterator[Prompt]:
+    """Yield the prompts of a JSONL file, ``{"prompt": "…"}`` or ``{"messages": […]}`` per line, reading as it goes.
 
     A line may have settings of ``Sampling`` that differ from ``defaults``; empty lines are skipped. Raise UserError for
     an invalid line; ``check_prompts`` lists all of them.
     """
-    for prompt, problems in _outcomes(path, defaults):
+    for prompt, problems in _outcomes(path, defaults, chat):
         if prompt is None:
             raise UserError("\n".join(problems))
         yield prompt
 
 
-def check_prompts(path: Path, defaults: Sampling) -> int:
+def check_prompts(path: Path, defaults: Sampling, chat: ChatFormat) -> int:
     """Read the whole file once and return the number of its prompts; UserError lists invalid lines by number."""
     messages, count = [], 0
-    for prompt, problems in _outcomes(path, defaults):
+    for prompt, problems in _outcomes(path, defaults, chat):
         count += prompt is not None
         messages += problems
         if len(messages) >= MOST_PROBLEMS:
@@ -121,32 +127,41 @@ def check_prompts(path: Path, defaults: Sampling) -> int:
     return count
 
 
-def _outcomes(path: Path, defaults: Sampling) -> Iterator[tuple[Prompt | None, list[str]]]:
+def _outcomes(path: Path, defaults: Sampling, chat: ChatFormat) -> Iterator[tuple[Prompt | None, list[str]]]:
     """Yield each line's prompt, or None and what is wrong with the line; the path ``-`` is standard input."""
     is_stdin = str(path) == STDIN
     try:
         with nullcontext(sys.stdin.buffer) if is_stdin else path.open("rb") as file:
             for place, content in json_lines("standard input" if is_stdin else str(path), enumerate(file, 1)):
-                prompt, problems = _parsed(content, defaults)
+                prompt, problems = _parsed(content, defaults, chat)
                 yield prompt, [f"{place}: {problem}" for problem in problems]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _parsed(content: dict[str, Any] | str, defaults: Sampling) -> tuple[Prompt | None, list[str]]:
+def _parsed(content: dict[str, Any] | str, defaults: Sampling, chat: ChatFormat) -> tuple[Prompt | None, list[str]]:
     """Return the prompt of a line, or None and what is wrong with it."""
     if isinstance(content, str):
         return None, [content]
-    text = content.pop("prompt", None)
-    if not isinstance(text, str):
-        return None, ['no object with a text "prompt"']
+    text, said = content.pop("prompt", None), content.pop("messages", None)
+    if isinstance(text, str) == isinstance(said, list):
+        return None, ['no object with a text "prompt", or else a list of "messages"']
     problems = [problem for name, value in content.items() if (problem := _problem(defaults, name, value))]
     if not problems:
         if "stop" in content:
             content["stop"] = tuple(content["stop"])
         sampling = dataclasses.replace(defaults, **content)
         problems = sampling.problems()
-    return (None, problems) if problems else (Prompt(text, sampling), [])
+    if problems:
+        return None, problems
+    if said is None:
+        return Prompt(text, sampling), []
+    try:
+        messages = [{"role": role, "content": words} for role, words in messages_of("messages", said)]
+        tokens = chat.encode(messages)
+    except UserError as problem:
+        return None, [str(problem)]
+    return Prompt("", dataclasses.replace(sampling, stop=sampling.stop + chat.stops), messages, tokens, chat.ends), []
 
 
 def _problem(defaults: Sampling, name: str, value: Any) -> str:

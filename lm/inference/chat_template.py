@@ -15,11 +15,11 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
+from lm.config.sampling import CHAT_TEMPLATE
 from lm.config.settings import Config
 from lm.inference.marked_text import MarkedText, marked_kind
 from lm.inference.template_language import run_template
 
-CHAT_TEMPLATE = "chat_template.jinja"
 # For a model that was not trained on conversations: plain turns, as printed in books and on the web.
 PLAIN_TURNS = """\
 {% for message in messages %}
@@ -80,7 +80,8 @@ class ChatFormat:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a conversation, for the model to continue, without the one that starts every text.
 
-        If the last message is the assistant's, the tokens end in its words; otherwise the assistant speaks next.
+        Each message has a ``role`` ("system", "user" or "assistant") and ``content``. If the last one is the
+        assistant's, the tokens end in its words; otherwise the assistant speaks next.
 
         Raises:
             UserError: as ``render``.
@@ -89,18 +90,19 @@ class ChatFormat:
         return tokens
 
     def render(self, messages: Sequence[Message], *, complete: bool = False) -> RenderedChat:
-        """Return the text that ``encode`` encodes; ``complete``: the assistant's last message ends, and nobody speaks.
+        """Return the text that ``encode`` encodes; ``complete``: without the beginning of another answer.
 
         Raises:
-            UserError: as the function ``render``; or a message contains characters of special tokens, and the template
-                transforms it so that they can no longer be distinguished from the template's own.
+            UserError: the template is invalid or fails, a message has no role or content, the template leaves out the
+                message that is to be continued, or it transforms a message with characters of special tokens so that
+                they can no longer be distinguished from its own.
         """
         text, generated = self._run(messages, str, complete=complete)
         if not self.special:
             return RenderedChat(text, "\uffff" * len(text), generated)
         try:
             marked, _ = self._run(messages, self._kind, complete=complete)
-        except UserError:
+        except UserError:  # it takes plain text only
             marked = ""
         if self._kind.plain(marked) == text:
             return RenderedChat(text, self._kind.shielded(marked), generated)
@@ -188,21 +190,6 @@ class ChatFormat:
         self, messages: Sequence[Message], kind: type[str], *, complete: bool = False, prompt: bool | None = None
     ) -> tuple[str, tuple[Span, ...]]:
         return _run(messages, self.template, self._variables, kind, complete=complete, prompt=prompt)
-
-
-def render(messages: Sequence[Message], template: str | None) -> str:
-    """Return the text of a conversation, without any special tokens, for the model to continue.
-
-    Args:
-        messages: each with ``role`` ("system", "user" or "assistant") and ``content``. The assistant speaks next; if
-            the last message is the assistant's, the text ends in its words.
-        template: as in ``ChatFormat``.
-
-    Raises:
-        UserError: the template is invalid or fails, a message has no role or content, or the template leaves out the
-            message that is to be continued.
-    """
-    return _run(messages, template, {"bos_token": "", "eos_token": ""}, str)[0]
 
 
 def chat_format(run_directory: Path, tokenizer: Tokenizer, config: Config) -> ChatFormat:

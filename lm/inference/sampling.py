@@ -34,8 +34,8 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     top-k keeps the k most likely tokens. top-p (Holtzman et al. 2020) keeps the smallest set of most likely tokens
     whose probability reaches p. min-p (Nguyen et al. 2024) drops tokens whose probability is below the fraction p of
     the top token's. Typical sampling (Meister et al. 2023) keeps the smallest set, of the tokens whose information
-    -log p is closest to the entropy, whose probability reaches p. If
-    ``sampling.is_greedy``, only the most likely token is kept.
+    -log p is closest to the entropy, whose probability reaches p. If ``sampling.is_greedy``, only the most likely token
+    is kept.
     """
     if sampling.is_greedy:
         best = logits.argmax(-1, keepdim=True)

@@ -2,9 +2,9 @@
 
 A text begins after an end-of-text token, as every document did in training; that token is not scored. In an imported
 model the tokenizer's own beginning stands there; if it has none, an end-of-text token, and nothing where the first
-tokens are only context (as in lm-evaluation-harness). ``next_token``
-gives the log-probability of a text. The masked readouts give its pseudo-log-likelihood (Salazar et al. 2020): each
-token is masked in turn, alone, and the log-probabilities of the masked tokens are added up.
+tokens are only context (as in lm-evaluation-harness). ``next_token`` gives the log-probability of a text. The masked
+readouts give its pseudo-log-likelihood (Salazar et al. 2020): each token is masked in turn, alone, and the
+log-probabilities of the masked tokens are added up.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from data_prep.errors.command_names import command
 from lm.config.settings import Config, all_settings
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import PROCESSOR, TOKENIZER, Processor, Run, changes, open_run, plain_settings, sha256_key
+from lm.runs.run_data import WORKING_DIRECTORY
 
 ON_RESUME = {setting.name: setting.on_resume for setting in all_settings()}
 
@@ -71,7 +72,7 @@ def fingerprints(config: Config, source: TrainingSource, device: torch.device) -
         "data_fingerprint": source.fingerprint,
         sha256_key(source.processor.file_name): source.processor.sha256,
         "config": plain_settings(config),
-        "working_directory": str(Path.cwd()),
+        WORKING_DIRECTORY: str(Path.cwd()),
         "place": _environment(device),
     }
 
@@ -109,7 +110,7 @@ def _check(run: Run, newest: Checkpoint, config: Config, source: TrainingSource,
         hint = _resume_hint(refused)
         if not hint and not config.is_finetuning:
             again = f"{command('train')} --resume --run {path} --steps {config.training.steps}"
-            hint = f", or resume it with its own settings: {again}"
+            hint = f", or continue it with its own settings: {again}"
         raise UserError(f"{path} was started with {_describe(refused)}: choose another --run{hint}")
 
 

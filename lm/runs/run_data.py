@@ -13,7 +13,7 @@ from lm.data.corpora import Corpora, open_corpora
 from lm.data.openings import Opening, openings
 from lm.runs.directory import TOKENIZER, Run, sha256_key
 
-DIRECTORY = "working_directory"  # key of a checkpoint's state: where relative paths counted from
+WORKING_DIRECTORY = "working_directory"  # key of a checkpoint's state: where relative paths counted from
 
 
 def open_data(run: Run) -> Corpora:
@@ -29,9 +29,9 @@ def open_data(run: Run) -> Corpora:
         missing = [path for entry in found.config.data.data if not Path(path := corpus_of(entry)[0]).is_dir()]
         if not missing:
             raise
-        trained = _state(run).get(DIRECTORY)
-        places = [f"in {Path.cwd()}", *([f"in {trained}, where it was trained"] if trained else [])]
-        where = f"neither {', '.join(places)}, nor, with the same content, in a folder above the run"
+        trained, here = _state(run).get(WORKING_DIRECTORY), str(Path.cwd())
+        elsewhere = f", nor in {trained}, where it was trained" if trained not in (None, here) else ""
+        where = f"neither in {here}{elsewhere}, nor, with the same content, in a folder above the run"
         raise UserError(
             f'the data of {run.path} is missing: its config.toml names "{missing[0]}", which is '
             f"{'not there' if Path(missing[0]).is_absolute() else where}: --data says where it is now"
@@ -66,8 +66,8 @@ def located(run: Run) -> Run:
 
 def _places(run: Run, state: dict[str, Any]) -> Iterator[str]:
     yield ""
-    if state.get(DIRECTORY):
-        yield state[DIRECTORY]
+    if state.get(WORKING_DIRECTORY):
+        yield state[WORKING_DIRECTORY]
     yield from map(str, run.path.resolve().parents)
 
 

@@ -74,7 +74,7 @@ class KindlingAPI:
 
     async def run(self, _: Request) -> Response:
         """The model, and the settings of its run."""
-        return JSONResponse(self.service.about())
+        return JSONResponse(await asyncio.to_thread(self.service.about))  # the first one opens the run's data
 
     async def metrics(self, request: Request) -> Response:
         """The lines of metrics.jsonl from byte ``from`` of ``file`` on; both come from an earlier answer."""

@@ -233,11 +233,11 @@ def read_chat(body: dict[str, Any], limits: Limits, defaults: Sampling = OPENAI)
     """Parse a request to ``/v1/chat/completions``, with these settings where it has none. Raises ApiError."""
     fields = Fields(body)
     messages = _messages(fields)
-    limits_given = [
+    newer, older = (
         fields.integer(name, None, 1, limits.new_tokens) for name in ("max_completion_tokens", "max_tokens")
-    ]
-    max_tokens = limits_given[0] or limits_given[1]
-    if limits_given[1] not in (None, max_tokens):
+    )
+    max_tokens = newer or older
+    if older not in (None, max_tokens):
         fields.problem("max_tokens", 'and "max_completion_tokens" differ: give one of the two')
     top = fields.integer("top_logprobs", 0, 0, MOST_LOGPROBS)
     wanted = fields.flag("logprobs")
@@ -257,8 +257,8 @@ def _common_options(fields: Fields, logprobs: int | None, max_new_tokens: int, d
         min_p=fields.number("min_p", defaults.min_p, 0, 1),
         typical_p=fields.number("typical_p", defaults.typical_p, 0, 1),
         repetition_penalty=fields.number("repetition_penalty", defaults.repetition_penalty, 0.01, 100),
-        presence_penalty=fields.number("presence_penalty", 0.0, -2, 2),
-        frequency_penalty=fields.number("frequency_penalty", 0.0, -2, 2),
+        presence_penalty=fields.number("presence_penalty", defaults.presence_penalty, -2, 2),
+        frequency_penalty=fields.number("frequency_penalty", defaults.frequency_penalty, -2, 2),
         max_new_tokens=max_new_tokens,
         stop=_stops(fields),
         seed=seed % LARGEST_SEED,

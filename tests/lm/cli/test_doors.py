@@ -184,7 +184,7 @@ def test_a_name_of_no_command_is_answered_with_all():
     assert 'there is no command "buidl": did you mean "build"?' in kindling("prep", "buidl").stderr
 
 
-def test_another_unit_is_told(random_run):
+def test_another_unit_is_explained(random_run):
     told = kindling("train", "tiny", "--batch-size", 8, "--warmup-steps", 100).stderr
     assert "(it counts tokens: multiply the sequences by the context length)" in told
     assert "(it is a share of the steps, from 0 to 1)" in told

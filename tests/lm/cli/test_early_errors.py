@@ -58,7 +58,7 @@ def told(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("command", "sentence"), CASES)
-def test_a_mistake_is_told_without_pytorch(command, sentence, told):
+def test_a_mistake_is_reported_without_pytorch(command, sentence, told):
     status, error, loaded = told[command]
     assert status == 2, error
     assert sentence in error

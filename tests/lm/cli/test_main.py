@@ -94,7 +94,7 @@ def test_summaries_are_whole_and_every_command_knows_h(group):
         assert kindling(*group, name, "-h").stdout == kindling(*group, name, "--help").stdout != ""
 
 
-def test_the_version_is_told():
+def test_the_version_is_printed():
     assert __version__ in kindling("--version").stdout
 
 

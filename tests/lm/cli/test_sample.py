@@ -163,6 +163,14 @@ def test_a_chat_continues_the_whole_conversation(run, monkeypatch):
     assert len(result.stdout.splitlines()) >= 2
 
 
+def test_a_conversation_of_a_file_is_answered_as_in_a_chat(run, tmp_path):
+    source, options = tmp_path / "in.jsonl", ("--max-new-tokens", "12", "--temperature", "0")
+    source.write_text(json.dumps({"messages": [{"role": "user", "content": "The captain"}]}))
+    line = json.loads(kindling("sample", run, "--input", source, *options).stdout)
+    assert line["continuation"].strip()
+    assert line["continuation"].strip() == talk(run, "The captain\n", *options).stdout.strip()
+
+
 def test_a_chat_takes_the_templates_of_the_run(run, monkeypatch):
     prompts = []
     add = Generator.add

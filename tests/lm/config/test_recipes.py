@@ -232,7 +232,7 @@ NUMBERS = [setting for setting in all_settings() if type(setting.default) in (in
 
 
 @pytest.mark.parametrize("setting", NUMBERS, ids=lambda setting: setting.name)
-def test_a_number_that_nothing_can_hold_is_told(setting, recipe):
+def test_a_number_that_nothing_can_hold_is_refused(setting, recipe):
     huge = ["1e30", "9" * 25, "9" * 5000] if isinstance(setting.default, int) else ["1e400", "9" * 400]
     for value in huge:
         (line,) = [line for line in problems_of(overrides={setting.name: value}) if line.startswith(setting.option)]
@@ -254,7 +254,7 @@ def test_a_recipe_may_begin_with_a_byte_order_mark_and_must_be_utf8(tmp_path):
         load_config(path)
 
 
-def test_a_head_that_attention_cannot_read_is_told():
+def test_a_head_that_attention_cannot_read_is_refused():
     assert problems_of(overrides={"hidden_size": 1024, "num_heads": 2}) == [
         "the head size is 512, but at most 256: change num_heads or head_size"
     ]

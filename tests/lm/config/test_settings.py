@@ -95,7 +95,7 @@ def test_the_defaults_of_finetuning():
         "dropout": 0.1,
         "checkpoint_every": 200,
         "keep_checkpoints": 1,
-        "template_tokens": "special",
+        "template_tokens": "auto",
         "head_bias": "auto",
     }
     assert METHODS == {"full": 1e-3, "lora": 5e-3, "probe": 1e-2}

@@ -128,6 +128,7 @@ def test_named_columns_are_taken_before_a_conversation(write):
         ("Hello", '"messages" is missing or is not a list of messages'),
         (None, '"messages" is missing or is not a list of messages'),
         (["Hello"], '"messages" is missing or is not a list of messages'),
+        ("[" * 100_000, '"messages" is missing or is not a list of messages'),
         ([], "has no message of the assistant's, so there is nothing to learn"),
         ([{"role": "user", "content": "a"}], "has no message of the assistant's, so there is nothing to learn"),
         ([{"role": "tool", "content": "a"}], 'message 1 of "messages": the role is "tool", not one of system, user,'),

@@ -1,4 +1,4 @@
-"""Conversations as text and as tokens, beside those of transformers."""
+"""Conversations as text and as tokens, compared with those of transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from data_prep.errors import UserError
 from data_prep.tokenizers.special_tokens import SpecialTokens, with_record
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.inference.chat_template import PLAIN_TURNS, ChatFormat, read_template, render
+from lm.inference.chat_template import PLAIN_TURNS, ChatFormat, read_template
 
 ASKED = [
     {"role": "system", "content": "Be brief."},
@@ -365,6 +365,11 @@ def test_special_tokens_that_take_the_space_around_them_or_are_matched_after_nor
         ]
 
 
+def render(messages, template: str | None) -> str:
+    """The text of a conversation without special tokens."""
+    return ChatFormat(template, tokenizer_of("byte level"), special=False).render(messages).text
+
+
 def test_plain_turns_end_where_the_answer_begins():
     assert render(ASKED, None) == "System: Be brief.\nUser: Why {{ 7 * 7 }}?\nAssistant:"
     answered = [*ASKED, {"role": "assistant", "content": "So."}]
@@ -404,7 +409,7 @@ def test_a_template_that_fails_or_breaks_out_gets_one_sentence(template, words):
 
 
 @pytest.mark.parametrize("message", [{"role": "user"}, {"content": "x"}, {"role": "user", "content": 3}])
-def test_a_message_without_role_or_content_is_told(message):
+def test_a_message_without_role_or_content_is_refused(message):
     with pytest.raises(UserError, match="message 2 needs a role and a content"):
         render([ASKED[0], message], None)
     with pytest.raises(UserError, match="needs at least one message"):

@@ -53,7 +53,7 @@ def test_other_data_of_that_name_is_not_taken_for_it(project, other_dataset, tmp
     assert located(open_run("../project/runs/r")).config.data.data == (str(project / "data/d"),)
 
 
-def test_training_goes_on_from_elsewhere_and_keeps_the_name(project, quietly, tmp_path, monkeypatch):
+def test_training_resumes_from_elsewhere_and_keeps_the_name(project, quietly, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     config = open_run("../project/runs/r").config.replace(steps=2)
     run = quietly(config, Path("../project/runs/r"))
@@ -61,7 +61,7 @@ def test_training_goes_on_from_elsewhere_and_keeps_the_name(project, quietly, tm
     assert open_run("../project/runs/r").config.data.data == ("data/d",)
 
 
-def test_missing_data_is_told_with_the_places_and_the_option(project, quietly, tmp_path, monkeypatch):
+def test_missing_data_is_reported_with_the_places_and_the_option(project, quietly, tmp_path, monkeypatch):
     shutil.rmtree(project / "data")
     monkeypatch.chdir(tmp_path / "elsewhere")
     run = open_run("../project/runs/r")
@@ -69,10 +69,14 @@ def test_missing_data_is_told_with_the_places_and_the_option(project, quietly, t
         open_data(run)
     for words in (
         'its config.toml names "data/d"',
-        f"in {tmp_path / 'elsewhere'}, in {project}, where it was trained",
+        f"which is neither in {tmp_path / 'elsewhere'}, nor in {project}, where it was trained, nor, with the same",
         "--data says where it is now",
     ):
         assert words in str(error.value)
+    monkeypatch.chdir(project)
+    with pytest.raises(UserError, match=f"neither in {project}, nor, with the same content, in a folder above the run"):
+        open_data(open_run("runs/r"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="--data says where it is now"):
         quietly(run.config.replace(steps=2), run.path)
     (run.path / "config.toml").write_text((run.path / "config.toml").read_text().replace("data/d", "/gone"))

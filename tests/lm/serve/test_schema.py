@@ -29,6 +29,9 @@ def test_defaults_are_openais():
     assert sampling == Sampling(temperature=1.0, max_new_tokens=16, seed=sampling.seed)
     assert read_completion({"prompt": "a"}, LIMITS).options.sampling.seed != sampling.seed
     assert read_chat(HELLO, LIMITS).max_tokens is None
+    defaults = Sampling(temperature=0.5, top_k=3, repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.25)
+    found = read_chat(HELLO, LIMITS, defaults).options.sampling
+    assert (found.filters, found.presence_penalty, found.frequency_penalty) == (defaults.filters, 0.5, 0.25)
 
 
 def test_every_field_is_read():
