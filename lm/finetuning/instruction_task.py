@@ -56,11 +56,15 @@ class Turn:
         return len(self.labels) - self.labels.count(IGNORED)
 
 
-def turn_of(example: Example, chat: ChatFormat, context_length: int) -> Turn:
-    """Encode an example; if too long, it loses its beginning, then the end of the last response.
+def turn_of(example: Example, template: str, tokenizer: Tokenizer, context_length: int) -> Turn:
+    """Format an example by the template; if too long, it loses its beginning, then the end of the last response.
 
     Raise UserError if the template fails, or formats messages differently when others follow.
     """
+    return _turn(example, ChatFormat(template, tokenizer), context_length)
+
+
+def _turn(example: Example, chat: ChatFormat, context_length: int) -> Turn:
     roles = example.label or ("user", "assistant")
     messages = [{"role": role, "content": text} for role, text in zip(roles, example.texts, strict=True)]
     while messages[-1]["role"] != "assistant":  # without an answer
@@ -123,7 +127,7 @@ class InstructionTask(Task):
         self.hashed_texts = (self.template,)
         chat = ChatFormat(self.template, tokenizer, task.template_tokens == "special")
         self.train, self.validation = (
-            [turn_of(each, chat, config.data.context_length) for each in examples] for examples in (train, validation)
+            [_turn(each, chat, config.data.context_length) for each in examples] for examples in (train, validation)
         )
 
     def introduction(self) -> list[str]:

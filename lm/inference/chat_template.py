@@ -192,6 +192,20 @@ class ChatFormat:
         return _run(messages, self.template, self._variables, kind, complete=complete, prompt=prompt)
 
 
+def render(messages: Sequence[Message], template: str | None) -> str:
+    """Return the text of a conversation, without any special tokens, for the model to continue.
+
+    Args:
+        messages: as of ``ChatFormat.encode``.
+        template: as in ``ChatFormat``.
+
+    Raises:
+        UserError: the template is invalid or fails, a message has no role or content, or the template leaves out the
+            message that is to be continued.
+    """
+    return _run(messages, template, {"bos_token": "", "eos_token": ""}, str)[0]
+
+
 def chat_format(run_directory: Path, tokenizer: Tokenizer, config: Config) -> ChatFormat:
     """Return the format of a run's conversations."""
     special = config.finetune.task != "instruction" or config.finetune.template_tokens == "special"

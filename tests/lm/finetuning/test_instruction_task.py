@@ -109,16 +109,16 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(config, trained, tmp
 
 def test_a_turn_keeps_its_response_and_the_end_of_a_long_prompt(trained):
     tokenizer, end = trained.tokenizer, trained.tokenizer.end_of_text_id
-    short = turn_of(Example(("A fox?", "red"), None, ""), ChatFormat(PLAIN_TURNS, tokenizer), 64)
+    short = turn_of(Example(("A fox?", "red"), None, ""), PLAIN_TURNS, tokenizer, 64)
     assert tokenizer.decode(short.row[1:-1]) == "User: A fox?\nAssistant: red"
     learned = [token for token in short.labels if token != IGNORED]
     assert tokenizer.decode(learned[:-1]) == " red"
     assert short.row[-len(learned) :] == learned
     assert (short.row[0], short.row[-1], short.cut) == (end, end, False)
-    long = turn_of(Example(("A fox and an owl " * 9, "red"), None, ""), ChatFormat(PLAIN_TURNS, tokenizer), 16)
+    long = turn_of(Example(("A fox and an owl " * 9, "red"), None, ""), PLAIN_TURNS, tokenizer, 16)
     assert (len(long.row), long.cut, long.tokens) == (17, True, 16)
     assert tokenizer.decode(long.row[1:-1]).endswith("\nAssistant: red")
-    only = turn_of(Example(("A fox?", "red " * 40), None, ""), ChatFormat(PLAIN_TURNS, tokenizer), 8)
+    only = turn_of(Example(("A fox?", "red " * 40), None, ""), PLAIN_TURNS, tokenizer, 8)
     assert (len(only.row), only.predicted, only.cut) == (9, 8, True)
     batch = pack_turns([short, long], 0.5, end, 64)
     assert float(batch.loss_weights.sum()) == 0.5 * (short.predicted + long.predicted)
@@ -214,7 +214,7 @@ def learned(turn, tokenizer) -> list[str]:
     ],
 )
 def test_all_of_the_assistants_turns_and_their_ends_are_learned(chat_tokenizer, template, row, answers):
-    turn = turn_of(talk_of(*TALK, ("user", "Nobody answers.")), ChatFormat(template, chat_tokenizer), 200)
+    turn = turn_of(talk_of(*TALK, ("user", "Nobody answers.")), template, chat_tokenizer, 200)
     assert chat_tokenizer.decode(turn.row[1:]) == row
     assert learned(turn, chat_tokenizer) == answers
     assert turn.response_bytes == sum(len(re.sub(r"<.(end_of_turn|endoftext).>$", "", answer)) for answer in answers)
@@ -231,7 +231,7 @@ def test_the_marks_of_generation_are_those_of_transformers(chat_tokenizer):
         "{% endif %}<|end_of_turn|>", "<|end_of_turn|>{% endif %}"
     )
     turns = [("user", "The old fox?"), ("assistant", "it is red "), ("user", "And?"), ("assistant", "grey")]
-    turn = turn_of(talk_of(*turns), ChatFormat(template, chat_tokenizer), 200)
+    turn = turn_of(talk_of(*turns), template, chat_tokenizer, 200)
     theirs = peer.apply_chat_template(
         [{"role": role, "content": text} for role, text in turns],
         chat_template=template,
@@ -246,7 +246,7 @@ def test_the_marks_of_generation_are_those_of_transformers(chat_tokenizer):
 def test_training_reads_a_prompt_as_sampling_does(chat_tokenizer):
     for template in (CHATML, MARKED, PLAIN_TURNS):
         chat = ChatFormat(template, chat_tokenizer)
-        turn = turn_of(talk_of(*TALK), ChatFormat(template, chat_tokenizer), 200)
+        turn = turn_of(talk_of(*TALK), template, chat_tokenizer, 200)
         for count in (2, 4):
             prompt = chat.encode([{"role": role, "content": text} for role, text in TALK[:count]])
             assert turn.row[1 : 1 + len(prompt)] == prompt
@@ -254,9 +254,9 @@ def test_training_reads_a_prompt_as_sampling_does(chat_tokenizer):
 
 
 def test_a_long_conversation_loses_its_beginning(chat_tokenizer):
-    whole = turn_of(talk_of(*TALK), ChatFormat(CHATML, chat_tokenizer), 200)
+    whole = turn_of(talk_of(*TALK), CHATML, chat_tokenizer, 200)
     for room in range(1, len(whole.row) + 2):
-        turn = turn_of(talk_of(*TALK), ChatFormat(CHATML, chat_tokenizer), room)
+        turn = turn_of(talk_of(*TALK), CHATML, chat_tokenizer, room)
         assert turn.cut == (room < len(whole.row) - 1)
         assert len(turn.row) == 1 + min(room, len(whole.row) - 1)
         assert turn.predicted > 0
@@ -273,14 +273,14 @@ def test_a_template_that_writes_turns_otherwise_later_is_refused_unless_it_marks
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     with pytest.raises(UserError, match="line 3: the chat template formats the prompt differently when a response"):
-        turn_of(talk_of(*TALK, place="line 3"), ChatFormat(forgets, chat_tokenizer), 200)
+        turn_of(talk_of(*TALK, place="line 3"), forgets, chat_tokenizer, 200)
     marks = forgets.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
-    turn = turn_of(talk_of(*TALK[3:]), ChatFormat(marks, chat_tokenizer), 200)
+    turn = turn_of(talk_of(*TALK[3:]), marks, chat_tokenizer, 200)
     assert learned(turn, chat_tokenizer)[-1] == "<|user|><|end_of_turn|>"
     with pytest.raises(UserError, match="line 3: the chat template leaves out what the assistant says"):
-        turn_of(talk_of(*TALK, place="line 3"), ChatFormat("{{ messages[0].content }}", chat_tokenizer), 200)
+        turn_of(talk_of(*TALK, place="line 3"), "{{ messages[0].content }}", chat_tokenizer, 200)
     with pytest.raises(UserError, match="line 3: the chat template fails: no system"):
-        turn_of(talk_of(*TALK, place="line 3"), ChatFormat("{{ raise_exception('no system') }}", chat_tokenizer), 200)
+        turn_of(talk_of(*TALK, place="line 3"), "{{ raise_exception('no system') }}", chat_tokenizer, 200)
 
 
 def test_a_run_that_began_without_special_tokens_continues_without_them(config, recorder, tmp_path):

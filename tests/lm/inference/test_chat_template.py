@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from data_prep.errors import UserError
 from data_prep.tokenizers.special_tokens import SpecialTokens, with_record
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.inference.chat_template import PLAIN_TURNS, ChatFormat, read_template
+from lm.inference.chat_template import PLAIN_TURNS, ChatFormat, read_template, render
 
 ASKED = [
     {"role": "system", "content": "Be brief."},
@@ -363,11 +363,6 @@ def test_special_tokens_that_take_the_space_around_them_or_are_matched_after_nor
         assert [tokenizer.token_text(t) for t in tokens if t in tokenizer.special_tokens.values()] == [
             *("<|user|>", "<m>", "<m>", "<|user|>")
         ]
-
-
-def render(messages, template: str | None) -> str:
-    """The text of a conversation without special tokens."""
-    return ChatFormat(template, tokenizer_of("byte level"), special=False).render(messages).text
 
 
 def test_plain_turns_end_where_the_answer_begins():

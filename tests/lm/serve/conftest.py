@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import http.client
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from lm.inference import chat_template
-from lm.inference.chat_template import PLAIN_STOPS
+from lm.inference.chat_template import PLAIN_STOPS, render
 from lm.inference.generator import stream
 from lm.inference.sampling import Sampling
 from lm.inference.scoring import log_likelihoods
@@ -125,8 +125,7 @@ def test_log_probabilities_of_what_is_written_are_the_models(client):
 
 def test_a_chat_is_the_continuation_of_its_rendering(client, served):
     answer = client.chat.completions.create(model="trained", messages=HELLO, **GREEDY)
-    prompt = served.service.chat.render(HELLO).text
-    text = alone(served.service, prompt, temperature=0.0, max_new_tokens=12, stop=PLAIN_STOPS)
+    text = alone(served.service, render(HELLO, None), temperature=0.0, max_new_tokens=12, stop=PLAIN_STOPS)
     assert answer.choices[0].message.content == text
     assert answer.choices[0].message.role == "assistant"
     assert answer.object == "chat.completion"
