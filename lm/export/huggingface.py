@@ -12,6 +12,7 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.files import new_folder, read_json
+from data_prep.tokenizers.special_tokens import with_start
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.export.model_card import NO_FACTS, OUR_CONFIG, CardFacts, language_model_card
@@ -128,19 +129,9 @@ def tokenizer_with_start(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     if tokenizer.is_imported:
         return tokenizer.description
-    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
-    start = names[tokenizer.end_of_text_id]
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
-    special = {"SpecialToken": {"id": start, "type_id": 0}}
-    template = {
-        "type": "TemplateProcessing",
-        "single": [special, first],
-        "pair": [special, first, special, second],
-        "special_tokens": {start: {"id": start, "ids": [tokenizer.end_of_text_id], "tokens": [start]}},
-    }
-    before = tokenizer.description["post_processor"]
-    processor = template if before is None else {"type": "Sequence", "processors": [before, template]}
-    return tokenizer.description | {"post_processor": processor}
+    start = tokenizer.token_text(tokenizer.end_of_text_id)
+    table = {start: {"id": start, "ids": [tokenizer.end_of_text_id], "tokens": [start]}}
+    return with_start(tokenizer.description, start, table)
 
 
 def tokenizer_without_start(description: dict[str, Any]) -> dict[str, Any]:
@@ -174,11 +165,11 @@ def template_with_start(run: Run) -> str:
 def _writes_start(chat: ChatFormat) -> bool:
     if chat.tokenizer.begin_id is None:
         return True  # nothing begins a text
-    names = {token_id: name for name, token_id in chat.tokenizer.special_tokens.items()}
+    start = chat.tokenizer.token_text(chat.tokenizer.begin_id)
     system, user = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
     for messages in ([user], [system, user]):  # a template may insist on either
         with suppress(UserError):
-            return chat.render(messages).text.startswith(names[chat.tokenizer.begin_id])
+            return chat.render(messages).text.startswith(start)
     return "bos_token" in (chat.template or "")
 
 
@@ -200,12 +191,9 @@ def generation_config(run: Run) -> dict[str, Any]:
 
 def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
     """The content of ``tokenizer_config.json``."""
-    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
-    special = tokenizer.special
-    ids = {"bos": special.bos, "eos": special.end_of_text, "pad": special.padding, "mask": special.mask}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{name}_token": names[token_id] for name, token_id in ids.items() if token_id is not None},
+        **tokenizer.named_tokens,
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],

@@ -25,7 +25,7 @@ from data_prep.errors import UserError
 from data_prep.files import read_json
 from data_prep.tokenizers.sentencepiece import convert_model
 from data_prep.tokenizers.special_tokens import SpecialTokens, with_record
-from data_prep.tokenizers.tokenizer import END_OF_TEXT_SPELLINGS, MASK_SPELLINGS, Tokenizer
+from data_prep.tokenizers.tokenizer import END_OF_TEXT_SPELLINGS, MASK_SPELLINGS, Tokenizer, find_or_add
 from lm.export.huggingface import tokenizer_without_start
 
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
@@ -112,13 +112,13 @@ def _resolved(
     ends = ends or (() if eos is None else (eos,))
     end_of_text = eos if eos in ends else next((token for token in ends if token in special), eos)
     if end_of_text is None:
-        end_of_text = _found_or_added(backend, END_OF_TEXT_SPELLINGS)
+        end_of_text = find_or_add(backend, END_OF_TEXT_SPELLINGS)
         note(f"its files name no token that ends a text: it is {backend.id_to_token(end_of_text)}")
     if padding is None:
         padding = id_of("pad_token_id")
     if masked and mask is None:
         mask = id_of("mask_token_id")
-        mask = _found_or_added(backend, MASK_SPELLINGS) if mask is None else mask
+        mask = find_or_add(backend, MASK_SPELLINGS) if mask is None else mask
         _make_special(backend, [mask])
     bos = id_of("bos_token_id") if bos is None else bos
     suppressed = _ids(generation.get("suppress_tokens"), size)
@@ -167,15 +167,6 @@ def _make_special(backend: Backend, ids: Iterable[int]) -> None:
     for token_id in ids:
         if token_id not in known or not known[token_id].special:
             backend.add_special_tokens([AddedToken(backend.id_to_token(token_id), special=True, normalized=False)])
-
-
-def _found_or_added(backend: Backend, spellings: tuple[str, ...]) -> int:
-    """The id of the first of these tokens in the vocabulary; the first one is added if none is there."""
-    name = next((name for name in spellings if backend.token_to_id(name) is not None), spellings[0])
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
-    token_id = backend.token_to_id(name)
-    assert token_id is not None
-    return token_id
 
 
 def chat_template(folder: Path) -> str | None:

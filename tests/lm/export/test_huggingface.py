@@ -7,6 +7,8 @@ import os
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from data_prep.errors import UserError
 from data_prep.settings import TokenizerSettings
@@ -299,3 +301,13 @@ def test_the_start_token_is_added_and_removed(dataset):
     there = tokenizer_with_start(dataset.tokenizer)
     assert there != dataset.tokenizer.description
     assert tokenizer_without_start(there) == dataset.tokenizer.description
+
+
+def test_what_another_tokenizer_adds_is_replaced_by_the_end_of_text(dataset):
+    """A downloaded tokenizer.json may add tokens of its own, which training leaves out."""
+    backend = Backend.from_str(dataset.tokenizer.to_json())
+    mask = dataset.tokenizer.mask_id
+    backend.post_processor = processors.TemplateProcessing("<|mask|> $A", special_tokens=[("<|mask|>", mask)])
+    tokenizer = Tokenizer(backend)
+    exported = Backend.from_str(json.dumps(tokenizer_with_start(tokenizer)))
+    assert exported.encode("sky").ids == tokenizer.begun(tokenizer.encode("sky"))
