@@ -27,6 +27,7 @@ from data_prep.tokenizers.sentencepiece import convert_model
 from data_prep.tokenizers.special_tokens import SpecialTokens, with_record
 from data_prep.tokenizers.tokenizer import END_OF_TEXT_SPELLINGS, MASK_SPELLINGS, Tokenizer, find_or_add
 from lm.export.huggingface import tokenizer_without_start
+from lm.runs.companions import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG
 
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 
@@ -65,11 +66,11 @@ def import_tokenizer(
     description = json.loads(convert_model(model)) if only_model else read_object(path)
     plain = Tokenizer.from_json(_text(tokenizer_without_start(description)), name=str(path))
     backend = Backend.from_str(_text(description))
-    settings = read_if_there(folder / "tokenizer_config.json")
+    settings = read_if_there(folder / TOKENIZER_CONFIG)
     if only_model:
         settings = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"} | settings
     names = read_if_there(folder / "special_tokens_map.json") | {k: v for k, v in settings.items() if v is not None}
-    special = _resolved(backend, names, config, read_if_there(folder / "generation_config.json"), masked, note)
+    special = _resolved(backend, names, config, read_if_there(folder / GENERATION), masked, note)
     if special == plain.special and plain.vocab_size == _size(backend):
         return plain
     tokens = {token_id: name for name, token_id in backend.get_vocab(with_added_tokens=True).items()}
@@ -174,10 +175,10 @@ def chat_template(folder: Path) -> str | None:
 
     Of several named ones it is the one named default.
     """
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
     found = read_if_there(folder / "chat_template.json").get("chat_template")
-    found = read_if_there(folder / "tokenizer_config.json").get("chat_template") if found is None else found
+    found = read_if_there(folder / TOKENIZER_CONFIG).get("chat_template") if found is None else found
     if isinstance(found, list):
         found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
     if isinstance(found, dict):

@@ -17,7 +17,7 @@ import jinja2
 from data_prep.errors import UserError
 from lm import __version__
 from lm.config.settings import HEAD_TASKS
-from lm.export.stock_architectures import StockClass
+from lm.export.stock_architectures import StockClass, auto_class
 from lm.inference.chat_template import PLAIN_TURNS, read_template
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, open_run, saved_evaluation
@@ -155,7 +155,6 @@ def model_card(
 
 def language_model_card(run: Run, checkpoint: Checkpoint, stock: StockClass, readout: str, facts: CardFacts) -> str:
     """The card of an exported language model, with a snippet that runs where the folder is."""
-    auto = "AutoModelForCausalLM" if readout == "next_token" else "AutoModelForMaskedLM"
     where = f'"{facts.name}"' if facts.name else '"."  # this folder'
     tuned = finetuned_settings(run, checkpoint)
     template, imported = read_template(run.path), "imported_from" in checkpoint.state
@@ -163,7 +162,7 @@ def language_model_card(run: Run, checkpoint: Checkpoint, stock: StockClass, rea
     report = run.config.report
     body = ANSWER if answers else CONTINUE if readout == "next_token" else FILL
     values = {
-        "<auto>": auto,
+        "<auto>": auto_class(readout),
         "<where>": where,
         "<prompt>": json.dumps(report.prompts[0] if report.prompts else "", ensure_ascii=False),
         "<text>": json.dumps(report.fills[0] if report.fills else "[MASK]", ensure_ascii=False),
