@@ -122,10 +122,6 @@ def _ranks(matrices: dict[str, Tensor], usual: int) -> dict[str, Any]:
 def _card(run: Run, checkpoint: Checkpoint, kind: str, facts: CardFacts) -> str:
     auto, tag = TASK_TYPES[kind]
     own = f"{facts.name}/{BASE}" if facts.name else BASE
-    values = {"<auto>": auto, "<where>": json.dumps(facts.name or "."), "<base>": json.dumps(facts.base_model or own)}
-    snippet = SNIPPET
-    for name, value in values.items():
-        snippet = snippet.replace(name, value)
     learned = run.config.finetune.task
     return model_card(
         run,
@@ -134,7 +130,8 @@ def _card(run: Run, checkpoint: Checkpoint, kind: str, facts: CardFacts) -> str:
         pipeline_tag=tag,
         library="peft",
         tags=["lora"],
-        snippet=snippet,
+        snippet=SNIPPET,
+        values={"auto": auto, "base": json.dumps(facts.base_model or own)},
         facts=facts,
         limits=[f"It has learned the task {learned} from the examples above."] if learned in HEAD_TASKS else [],
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def export_sentence_transformers(
             {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{name}"}
             for number, (name, path) in enumerate(zip(modules, folders, strict=True))
         ]
-        (folder / "modules.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "modules.json", listed)
         length = {"max_seq_length": run.config.data.context_length, "do_lower_case": False}
         write_json(folder / "sentence_bert_config.json", length)
         prompts: dict[str, Any] = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
@@ -83,7 +82,7 @@ def _card(run: Run, checkpoint: Checkpoint, reading: Reading, facts: CardFacts) 
         pipeline_tag="sentence-similarity",
         library="sentence-transformers",
         tags=["sentence-transformers", "feature-extraction"],
-        snippet=SNIPPET.replace("<where>", json.dumps(facts.name or ".")),
+        snippet=SNIPPET,
         facts=facts,
         notes=[f"A text is read {reading.reads}ly, and its vector is {pooled}{length}. It needs no prompt."],
         limits=["Its vectors are as good as its training."] if learned else [untrained],

@@ -180,13 +180,6 @@ def head_weights(head: TaskHead, norm: Tensor, stock: StockClass, *, tags: bool)
 
 def _card(run: Run, checkpoint: Checkpoint, content: dict[str, Any], head: TaskHead, facts: CardFacts) -> str:
     task, context = run.config.finetune, run.config.data.context_length
-    values = {
-        "<where>": json.dumps(facts.name or "."),
-        "<input>": json.dumps({"text": "A text", "text_pair": "another"} if head.texts == 2 else "A text"),
-    }
-    snippet = {"tokens": TAG, "choice": CHOOSE}.get(task.task, CLASSIFY)
-    for name, value in values.items():
-        snippet = snippet.replace(name, value)
     cut = f"`truncation=True` cuts a longer text to {context:,} tokens"
     if task.task == "tokens":
         cut = f"Words after the first {context:,} tokens get no label"
@@ -202,7 +195,8 @@ def _card(run: Run, checkpoint: Checkpoint, content: dict[str, Any], head: TaskH
         checkpoint,
         model=f"{'An' if content['architectures'][0][0] in 'AEIOU' else 'A'} {content['architectures'][0]}",
         pipeline_tag=pipeline_of(task.task),
-        snippet=snippet,
+        snippet={"tokens": TAG, "choice": CHOOSE}.get(task.task, CLASSIFY),
+        values={"input": json.dumps({"text": "A text", "text_pair": "another"} if head.texts == 2 else "A text")},
         facts=facts,
         notes=[
             *([notes[task.task]] if task.task in notes else []),
