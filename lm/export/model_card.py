@@ -107,7 +107,6 @@ def model_card(
     tags: Sequence[str] = (),
     notes: Sequence[str] = (),
     limits: Sequence[str] = (),
-    settings: str = OUR_CONFIG,
 ) -> str:
     """The text of a model card, with the training of this checkpoint and its losses if ``evaluate`` measured them.
 
@@ -118,7 +117,6 @@ def model_card(
             by the folder or the name on the hub.
         notes: what one must know to use it, a paragraph each.
         limits: what it cannot do; empty: ``training_limits``.
-        settings: the file of the folder with the run's settings; empty: there is none.
     """
     from huggingface_hub import ModelCardData
 
@@ -148,7 +146,7 @@ def model_card(
         snippet=snippet.strip("\n"),
         notes=notes,
         training=training_of(run, checkpoint),
-        settings=settings,
+        settings=OUR_CONFIG,
         losses=evaluation.get("validation", {}),
         floors=evaluation.get("floors", {}),
         protocol=evaluation.get("protocol"),
