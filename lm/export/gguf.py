@@ -154,8 +154,9 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, words: str, vocab_size: in
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]])
     own = tokenizer.special
-    if own.bos is not None:
-        writer.add_bos_token_id(own.bos)
+    bos = own.bos if own.begin is None else own.begin  # llama.cpp begins a text with its bos token, or with none
+    if bos is not None:
+        writer.add_bos_token_id(bos)
     writer.add_eos_token_id(own.end_of_text)
     writer.add_pad_token_id(own.padding)
     if own.mask is not None:

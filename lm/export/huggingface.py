@@ -182,14 +182,14 @@ def template_with_start(run: Run) -> str:
             "programs read them as special tokens: its answers there will be worse; fine-tune again for the export"
         )
     template = PLAIN_TURNS if chat.template is None else chat.template
-    start = "{{ bos_token }}{# begins each text, as in training #}\n"  # the line break after a comment is dropped
-    return template if _writes_start(chat) else start + template
+    begin, bos = run.tokenizer.begin_id, run.tokenizer.special.bos
+    if begin is None or _writes_start(chat, run.tokenizer.token_text(begin)):
+        return template
+    start = "bos_token" if begin == bos else json.dumps(run.tokenizer.token_text(begin))
+    return f"{{{{ {start} }}}}{{# begins each text, as in training #}}\n{template}"  # Jinja drops this line break
 
 
-def _writes_start(chat: ChatFormat) -> bool:
-    if chat.tokenizer.begin_id is None:
-        return True  # nothing begins a text
-    start = chat.tokenizer.token_text(chat.tokenizer.begin_id)
+def _writes_start(chat: ChatFormat, start: str) -> bool:
     system, user = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
     for messages in ([user], [system, user]):  # a template may insist on either
         with suppress(UserError):

@@ -28,8 +28,9 @@ from data_prep.tokenizers.special_tokens import SpecialTokens, with_record
 from data_prep.tokenizers.tokenizer import END_OF_TEXT_SPELLINGS, MASK_SPELLINGS, Tokenizer, find_or_add
 from lm.export.huggingface import tokenizer_without_start
 from lm.runs.companions import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG
+from lm.runs.directory import TOKENIZER
 
-TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+SENTENCEPIECE = "tokenizer.model"
 
 
 def read_object(path: Path) -> dict[str, Any]:
