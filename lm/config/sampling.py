@@ -12,6 +12,7 @@ from data_prep.errors import UserError
 from data_prep.files import read_json
 from lm.config.settings import setting
 
+GENERATION = "generation_config.json"  # in the run directory of an imported checkpoint that had one
 MOST_LOGPROBS = 20
 MASK_WORD = "[MASK]"
 MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")
@@ -96,7 +97,7 @@ def recommended(run_directory: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged, or a value is out of range.
     """
-    path = run_directory / "generation_config.json"
+    path = run_directory / GENERATION
     if not path.is_file():
         return {}
     try:

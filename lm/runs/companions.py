@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import read_json
+from lm.config.sampling import GENERATION
 
-CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG = (
-    "chat_template.jinja",
-    "generation_config.json",
-    "tokenizer_config.json",
-)
+CHAT_TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
 
 def copy_companions(source: Path, target: Path) -> None:
