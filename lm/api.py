@@ -159,13 +159,13 @@ class Model(LanguageModel):
             readout: None: the first that ``transformers`` reads as it was trained.
             facts: license, languages and base model for the model card.
         """
-        export_huggingface(self.run, Path(folder), self.saved, choose_readout(self.run, readout), facts)
+        export_huggingface(self.run, Path(folder), self.saved, choose_readout(self.run, readout), facts, self.model)
 
     def save_gguf(
         self, file: str | Path, *, readout: str | None = None, outtype: str = "f32", facts: CardFacts = NO_FACTS
     ) -> None:
         """Write a GGUF file for llama.cpp; arguments and errors as of ``lm.export.gguf.export_gguf``."""
-        export_gguf(self.run, Path(file), self.saved, choose_readout(self.run, readout), outtype, facts)
+        export_gguf(self.run, Path(file), self.saved, choose_readout(self.run, readout), outtype, facts, self.model)
 
     def save_sentence_transformer(
         self,
@@ -178,7 +178,7 @@ class Model(LanguageModel):
     ) -> None:
         """Write a folder for sentence-transformers, whose vectors are those of ``embed`` with the same arguments."""
         reading = reading_of(self.config, reads, pooling, normalize=normalize)
-        export_sentence_transformers(self.run, Path(folder), self.saved, reading, facts)
+        export_sentence_transformers(self.run, Path(folder), self.saved, self.model, reading, facts)
 
     def save_adapter(self, folder: str | Path, *, facts: CardFacts = NO_FACTS) -> None:
         """Write a run's LoRA for PEFT, with its base; errors as of ``lm.export.peft_adapter.export_adapter``."""

@@ -84,16 +84,24 @@ def with_record(description: dict[str, Any], special: SpecialTokens, names: dict
         value = getattr(special, field)
         if value not in (None, ()):
             table[name] = entry(name, value if isinstance(value, tuple) else (value,))
-    start = []
+    start = None
     if special.begin is not None:
-        name = names[special.begin]
-        table[name] = entry(name, (special.begin,))
-        start = [{"SpecialToken": {"id": name, "type_id": 0}}]
+        start = names[special.begin]
+        table[start] = entry(start, (special.begin,))
+    return with_start(description, start, table)
+
+
+def with_start(description: dict[str, Any], start: str | None, table: dict[str, Any]) -> dict[str, Any]:
+    """The content of a ``tokenizer.json`` that adds only the special token ``start``, or nothing, before each text.
+
+    ``table`` has the entries of the special tokens of its template.
+    """
+    begin = [] if start is None else [{"SpecialToken": {"id": start, "type_id": 0}}]
     first, second = ({"Sequence": {"id": each, "type_id": 0}} for each in ("A", "B"))
     template = {
         "type": "TemplateProcessing",
-        "single": [*start, first],
-        "pair": [*start, first, *start, second],
+        "single": [*begin, first],
+        "pair": [*begin, first, *begin, second],
         "special_tokens": table,
     }
     kept = [part for part in _parts(description["post_processor"]) if part["type"] not in ADDING]

@@ -267,6 +267,13 @@ class Tokenizer:
         return {name: token_id for token_id, name in sorted(self._special_names.items())}
 
     @cached_property
+    def named_tokens(self) -> dict[str, str]:
+        """``bos_token``, ``eos_token``, ``pad_token`` and ``mask_token`` of ``transformers``, those that exist."""
+        special = self.special
+        ids = {"bos": special.bos, "eos": special.end_of_text, "pad": special.padding, "mask": special.mask}
+        return {f"{name}_token": self._special_names[i] for name, i in ids.items() if i is not None}
+
+    @cached_property
     def _special_names(self) -> dict[int, str]:
         return {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
 
@@ -327,13 +334,13 @@ def _bytes_of_byte_characters(token: str) -> bytes:
 
 def _found_or_added(backend: Backend) -> SpecialTokens:
     """The three special tokens that training needs, added where they are missing."""
-    end = _find_or_add(backend, END_OF_TEXT_SPELLINGS)
-    padding = _find_or_add(backend, PADDING_SPELLINGS)
-    mask = _find_or_add(backend, MASK_SPELLINGS)
+    end = find_or_add(backend, END_OF_TEXT_SPELLINGS)
+    padding = find_or_add(backend, PADDING_SPELLINGS)
+    mask = find_or_add(backend, MASK_SPELLINGS)
     return SpecialTokens(end, end, end, (end,), padding, mask, unwritable=(padding, mask))
 
 
-def _find_or_add(backend: Backend, spellings: Sequence[str]) -> int:
+def find_or_add(backend: Backend, spellings: Sequence[str]) -> int:
     """Return the id of the first spelling in the vocabulary, marked as special; if none is there, add the first."""
     name = next((spelling for spelling in spellings if backend.token_to_id(spelling) is not None), spellings[0])
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])

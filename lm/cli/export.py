@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -81,49 +80,42 @@ def export(
         raise UserError("--private is for --push USER/NAME")
 
     from lm import api
-    from lm.export import gguf, hub, huggingface
+    from lm.config.recipes import require_language_model
+    from lm.export import choose_readout, hub
+    from lm.export.huggingface import left_out
     from lm.export.model_card import CardFacts, finetuned_settings, training_limits
-    from lm.finetuning.answers import ANSWERS
-    from lm.runs.base_weights import BASE
-    from lm.runs.companions import CHAT_TEMPLATE, GENERATION
+    from lm.export.stock_architectures import auto_class
+    from lm.export.task_model import pipeline_of
     from lm.runs.directory import open_run
 
     facts = CardFacts(license, language, base_model, push)
     opened = open_run(run)
-    has_head = opened.config.has_task_head
-    if readout and (has_head or kind in ("sentence-transformers", "peft")):
+    by_readout = kind in ("hf", "gguf") and not opened.config.has_task_head
+    if readout and not by_readout:
         raise UserError("--readout is for language models, with --to hf or gguf")
-    model: Any
-    if has_head and kind in ("hf", "peft"):
-        model, chosen = api.load_task_model(opened, checkpoint=which or "best", device="cpu"), None
-    else:
-        chosen = huggingface.choose_readout(opened, readout) if kind in ("hf", "gguf") and not has_head else None
-        model = api.load_model(opened, checkpoint=which or "newest", device="cpu")
+    if kind in ("gguf", "sentence-transformers"):
+        require_language_model(opened.path, opened.config)
+    chosen = choose_readout(opened, readout) if by_readout else None
     if push:
         hub.check_push(push, private=private)
-    exported = gguf.EXPORTED if kind == "gguf" else huggingface.EXPORTED | {ANSWERS}
-    if has_head or kind == "sentence-transformers":
-        exported = exported - {CHAT_TEMPLATE, GENERATION}
+    model = api.load(opened, checkpoint=which, device="cpu")
     if kind == "gguf":
         model.save_gguf(out, readout=chosen, outtype=outtype or "f32", facts=facts)
         loaded = f"llama-cli -m {out}"
     elif kind == "peft":
         model.save_adapter(out, facts=facts)
-        exported = exported | {BASE}
         loaded = f'peft.PeftModel.from_pretrained(base, "{out}"), base as in {out / "README.md"}'
     elif kind == "sentence-transformers":
         model.save_sentence_transformer(out, reads=reads, pooling=pooling, normalize=normalize, facts=facts)
         loaded = f'sentence_transformers.SentenceTransformer("{out}")'
-    elif has_head:
+    elif chosen is None:
         model.save_pretrained(out, facts=facts)
-        pipeline = "token-classification" if opened.config.finetune.task == "tokens" else "text-classification"
-        loaded = f'transformers.pipeline("{pipeline}", "{out}")'
+        loaded = f'transformers.pipeline("{pipeline_of(opened.config.finetune.task)}", "{out}")'
     else:
         model.save_pretrained(out, readout=chosen, facts=facts)
-        auto = "AutoModelForCausalLM" if chosen == "next_token" else "AutoModelForMaskedLM"
-        loaded = f'transformers.{auto}.from_pretrained("{out}")'
+        loaded = f'transformers.{auto_class(chosen)}.from_pretrained("{out}")'
     click.echo(str(out))
-    click.echo(f"left out: {', '.join(huggingface.left_out(opened, model.saved, exported))}", err=True)
+    click.echo(f"left out: {', '.join(left_out(opened, model.saved, out))}", err=True)
     click.echo(f"{f'readout {chosen}; ' if chosen else ''}load it with: {loaded}", err=True)
     if chosen == "masked_next_token":
         click.echo("the logits at position i predict token i+1: for a mask at i, take the logits at i-1", err=True)

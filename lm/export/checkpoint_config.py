@@ -111,9 +111,9 @@ def _obstacles(content: dict[str, Any], rope: dict[str, Any]) -> list[str]:
         found.append(f"rotary positions that differ between layers ({', '.join(nested)})")
     elif (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
         found.append(f"scaled rotary positions ({scaling})")
-    for name, at in (("partial_rotary_factor", rope), ("partial_rotary_factor", content)):
-        if at.get(name) not in (None, 1, 1.0):
-            found.append(f"{name} {at[name]!r}")
+    for at in (rope, content):
+        if (share := at.get("partial_rotary_factor")) not in (None, 1):
+            found.append(f"partial_rotary_factor {share!r}")
     if content.get("quantization_config"):
         found.append("quantized weights (quantization_config)")
     return found

@@ -16,30 +16,35 @@ from data_prep.errors import UserError
 from data_prep.files import sync_directory
 from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.tokenizers.training import LLAMA3_WORDS, QWEN2_WORDS, QWEN35_WORDS
-from lm.export.huggingface import template_with_start
+from lm.export.huggingface import template_with_start, text_ends
 from lm.export.model_card import NO_FACTS, CardFacts
 from lm.export.stock_architectures import PARTS, StockClass, stock_class
-from lm.inference.chat_template import CHAT_TEMPLATE, chat_format
 from lm.kernels.rotary import interleave_halves
 from lm.model.transformer import Transformer
 from lm.runs.checkpoint import Checkpoint
-from lm.runs.directory import CHECKPOINTS, TOKENIZER, Run, warn
+from lm.runs.directory import Run, warn
 
 PRE_TOKENIZERS = {LLAMA3_WORDS: "llama-bpe", QWEN2_WORDS: "qwen2", QWEN35_WORDS: "qwen35"}  # by their patterns
 NORMAL_TOKEN, CONTROL_TOKEN, UNUSED_TOKEN = 1, 3, 5  # llama.cpp's token types
 # Names of llama.cpp's converter, and the numbers of its file types and tensor types.
 OUTTYPES = {"f32": (0, 0), "f16": (1, 1), "bf16": (32, 30), "q8_0": (7, 8)}
-EXPORTED = {TOKENIZER, CHAT_TEMPLATE, CHECKPOINTS}  # what the file holds of a run directory
 
 
 def export_gguf(
-    run: Run, out: Path, checkpoint: Checkpoint, readout: str, outtype: str = "f32", facts: CardFacts = NO_FACTS
+    run: Run,
+    out: Path,
+    checkpoint: Checkpoint,
+    readout: str,
+    outtype: str = "f32",
+    facts: CardFacts = NO_FACTS,
+    model: Transformer | None = None,
 ) -> None:
     """Write a checkpoint to the file ``out``, which must not exist yet.
 
     Args:
         outtype: the type of the matrices, one of ``OUTTYPES``; vectors stay float32.
         facts: license, languages and base model for the metadata.
+        model: of this checkpoint; None: load it.
 
     Raises:
         UserError: llama.cpp does not support the model, readout or tokenizer, the package gguf is missing, or ``out``
@@ -55,7 +60,7 @@ def export_gguf(
         raise UserError(f"{out} already exists: choose another --out")
     stock, config, tokenizer = stock_class(run.config.model, readout), run.config.model, run.tokenizer
     words = pre_tokenizer_name(tokenizer)
-    model = run.load_model(torch.device("cpu"), checkpoint)
+    model = model or run.load_model(torch.device("cpu"), checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     try:
@@ -82,8 +87,9 @@ def export_gguf(
             writer.add_languages(list(facts.languages))
         _add_tokenizer(writer, tokenizer, words, config.vocab_size)
         writer.add_chat_template(template_with_start(run))
-        ends = [*tokenizer.end_ids, *chat_format(run.path, tokenizer, run.config).ends]
-        for turn_end in [each for each in ends if each != tokenizer.end_of_text_id][:1]:  # the format has room for one
+        for turn_end in [each for each in text_ends(run) if each != tokenizer.end_of_text_id][
+            :1
+        ]:  # the format has room for one
             writer.add_eot_token_id(turn_end)
         for name, tensor in tensors(model, stock).items():
             stored = gguf.GGMLQuantizationType(tensor_type if tensor.ndim > 1 else 0)
@@ -148,8 +154,9 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, words: str, vocab_size: in
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]])
     own = tokenizer.special
-    if own.bos is not None:
-        writer.add_bos_token_id(own.bos)
+    bos = own.bos if own.begin is None else own.begin  # llama.cpp begins a text with its bos token, or with none
+    if bos is not None:
+        writer.add_bos_token_id(bos)
     writer.add_eos_token_id(own.end_of_text)
     writer.add_pad_token_id(own.padding)
     if own.mask is not None:
@@ -161,7 +168,7 @@ def tensors(model: Transformer, stock: StockClass) -> dict[str, Tensor]:
     """The model's weights as float32 tensors, by their names in llama.cpp."""
     config, found = model.config, {}
     for name, tensor in model.state_dict().items():
-        value = tensor.detach().float().contiguous()
+        value = tensor.detach().cpu().float().contiguous()
         if name.startswith("blocks."):
             _, layer, part = name.removesuffix(".weight").split(".", 2)
             if stock.model_type == "llama" and part in ("attention.query", "attention.key"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -11,8 +13,8 @@ def check_push(name: str, *, private: bool) -> None:
     """Ask the hub whether ``push`` can succeed, before a long export begins.
 
     Raises:
-        UserError: the name is invalid or belongs to somebody else, nobody is logged in, the hub cannot be reached, or
-            the repository is public and should be private.
+        UserError: the name is invalid or not the user's, no user is logged in, the hub cannot be reached, or the
+            repository is public and should be private.
     """
     import huggingface_hub
     from huggingface_hub import HfApi, constants, errors
@@ -29,19 +31,16 @@ def check_push(name: str, *, private: bool) -> None:
     if huggingface_hub.get_token() is None:
         raise UserError('you are not logged in to the Hugging Face hub: run "hf auth login", or set HF_TOKEN')
     api = HfApi()
-    try:
+    with _explaining():
         me = api.whoami()
-        mine = [me["name"], *(each["name"] for each in me.get("orgs", []))]
-        if user.lower() not in [each.lower() for each in mine]:
-            raise UserError(f"you are logged in as {me['name']} and cannot push to {name}: yours are {', '.join(mine)}")
-        if private and not api.model_info(name).private:
-            raise UserError(f"{name} exists and is public: make it private on the hub first, or leave out --private")
-    except errors.RepositoryNotFoundError:
-        return  # push creates it
-    except UserError:
-        raise
-    except Exception as error:  # of huggingface_hub or the HTTP library that it uses
-        raise UserError(_explained(error)) from None
+    mine = [me["name"], *(each["name"] for each in me.get("orgs", []))]
+    if user.lower() not in [each.lower() for each in mine]:
+        raise UserError(f"you are logged in as {me['name']} and cannot push to {name}: yours are {', '.join(mine)}")
+    public = False
+    with _explaining(), suppress(errors.RepositoryNotFoundError):  # then push creates it
+        public = private and not api.model_info(name).private
+    if public:
+        raise UserError(f"{name} exists and is public: make it private on the hub first, or leave out --private")
 
 
 def push(path: Path, name: str, *, private: bool) -> str:
@@ -55,17 +54,23 @@ def push(path: Path, name: str, *, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    try:
+    api, message = HfApi(), "Upload a model exported by Kindling"
+    with _explaining(f"; the model is in {path}"):
         address = api.create_repo(name, private=private or None, exist_ok=True)  # None: the account's default
-        message = "Upload a model exported by Kindling"
         if path.is_dir():
             api.upload_folder(repo_id=name, folder_path=path, commit_message=message)
         else:
             api.upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name, commit_message=message)
-    except Exception as error:  # as above
-        raise UserError(f"{_explained(error)}; the model is in {path}") from None
     return str(address)
+
+
+@contextmanager
+def _explaining(addition: str = "") -> Iterator[None]:
+    """Turn any error of huggingface_hub, or of the HTTP library that it uses, into a UserError."""
+    try:
+        yield
+    except Exception as error:  # their base classes differ between versions
+        raise UserError(_explained(error) + addition) from None
 
 
 def _explained(error: Exception) -> str:

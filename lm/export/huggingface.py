@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.files import new_folder, read_json
+from data_prep.files import new_folder
+from data_prep.tokenizers.special_tokens import with_start
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.export.model_card import NO_FACTS, OUR_CONFIG, CardFacts, language_model_card
-from lm.export.stock_architectures import stock_class, stock_config, token_ids, weight_names
-from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, ChatFormat, chat_format, read_template
+from lm.export.stock_architectures import stock_class, stock_config, stock_weights, token_ids
+from lm.inference.chat_template import PLAIN_TURNS, ChatFormat, chat_format, read_template
+from lm.model.transformer import Transformer
+from lm.runs.base_weights import BASE
 from lm.runs.checkpoint import Checkpoint, save_tensors
-from lm.runs.directory import CHECKPOINTS, RESULT, TOKENIZER, Run, warn
-
-GENERATION = "generation_config.json"  # in the run directory of an imported checkpoint that had one
-EXPORTED = {
-    "config.toml",
-    TOKENIZER,
-    CHAT_TEMPLATE,
-    CHECKPOINTS,
-    RESULT,
-    GENERATION,
-}  # what the folder holds of a run directory
+from lm.runs.companions import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG, companion
+from lm.runs.directory import ANSWERS, CHECKPOINTS, RESULT, TOKENIZER, Run, warn
 
 
 def choose_readout(run: Run, wanted: str | None) -> str:
@@ -59,48 +55,77 @@ def choose_readout(run: Run, wanted: str | None) -> str:
     raise UserError(f"{run.path} cannot be exported: {'; '.join(problems)}")
 
 
-def export_huggingface(run: Run, out: Path, checkpoint: Checkpoint, readout: str, facts: CardFacts = NO_FACTS) -> None:
+def export_huggingface(
+    run: Run,
+    out: Path,
+    checkpoint: Checkpoint,
+    readout: str,
+    facts: CardFacts = NO_FACTS,
+    model: Transformer | None = None,
+) -> None:
     """Write a checkpoint to the folder ``out``, for ``AutoModelForCausalLM`` or ``AutoModelForMaskedLM``.
 
     Weights are float32. The tokenizer adds the end-of-text token before each text, as in training.
+
+    Args:
+        model: of this checkpoint; None: load it.
 
     Raises:
         UserError: no stock class computes this readout, or ``out`` is not empty.
     """
     stock, config = stock_class(run.config.model, readout), run.config
-    names = weight_names(config.model)
-    state = run.load_model(torch.device("cpu"), checkpoint).state_dict()
-    weights = {names[name]: tensor.detach().float().contiguous() for name, tensor in state.items()}
+    model = model or run.load_model(torch.device("cpu"), checkpoint)
+    content, weights = stock_config(config, run.tokenizer, stock), stock_weights(config.model, model.state_dict())
     with new_folder(out) as folder:
-        save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        write_json(folder / "config.json", stock_config(config, run.tokenizer, stock))
-        write_json(folder / GENERATION, generation_config(run))
-        write_tokenizer(run, folder, generates=readout == "next_token")
-        public_settings(config).save(folder / OUR_CONFIG)
-        card = language_model_card(run, checkpoint, stock, readout, facts)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_language_model(run, folder, content, weights, generates=readout == "next_token")
+        write_card(run, folder, language_model_card(run, checkpoint, stock, readout, facts))
 
 
-def write_tokenizer(run: Run, folder: Path, *, generates: bool) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and the chat template for ``AutoTokenizer``.
+def write_language_model(
+    run: Run, folder: Path, content: dict[str, Any], weights: Mapping[str, Tensor], *, generates: bool
+) -> None:
+    """Write the weights, ``config.json``, ``generation_config.json``, the tokenizer and the chat template.
 
     Args:
+        content: of ``config.json``.
         generates: whether the model continues texts: a batch is then padded on the left, and a run without a chat
             template gets plain turns.
     """
-    write_json(folder / "tokenizer.json", tokenizer_with_start(run.tokenizer))
-    settings = tokenizer_config(run.tokenizer, run.config.data.context_length)
-    write_json(folder / "tokenizer_config.json", settings | {"padding_side": "left" if generates else "right"})
+    write_model(run, folder, content, weights, {"padding_side": "left" if generates else "right"})
+    write_json(folder / GENERATION, generation_config(run))
     if generates or read_template(run.path) is not None:
         (folder / CHAT_TEMPLATE).write_text(template_with_start(run), encoding="utf-8")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_model(
+    run: Run, folder: Path, content: dict[str, Any], weights: Mapping[str, Tensor], tokenizer: dict[str, Any]
+) -> None:
+    """Write the weights, ``config.json`` and the tokenizer with these settings of its own."""
+    save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", content)
+    write_json(folder / "tokenizer.json", tokenizer_with_start(run.tokenizer))
+    settings = tokenizer_config(run.tokenizer, run.config.data.context_length)
+    write_json(folder / TOKENIZER_CONFIG, settings | tokenizer)
+
+
+def write_card(run: Run, folder: Path, card: str) -> None:
+    """Write the model card and the run's settings."""
+    public_settings(run.config).save(folder / OUR_CONFIG)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def left_out(run: Run, checkpoint: Checkpoint, exported: set[str]) -> list[str]:
-    """What is in a run directory and not in an export of this checkpoint that holds the files ``exported``."""
+def left_out(run: Run, checkpoint: Checkpoint, out: Path) -> list[str]:
+    """What is in a run directory and not in ``out``, its exported folder or GGUF file of this checkpoint."""
+    exported = {CHECKPOINTS, TOKENIZER}
+    if out.is_file():
+        exported |= {CHAT_TEMPLATE}
+    else:  # its settings and measures are in other files, and that of an adapter has a folder for its base
+        exported |= {"config.toml", RESULT, ANSWERS, *([BASE] if (out / "base").is_dir() else [])}
+        exported |= {name for name in (CHAT_TEMPLATE, GENERATION) if any(out.rglob(name))}
     files = sorted(path.name for path in run.path.iterdir() if path.name not in exported)
     return [f"{CHECKPOINTS} (all but the weights of step {checkpoint.step:,})", *files]
 
@@ -128,19 +153,9 @@ def tokenizer_with_start(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     if tokenizer.is_imported:
         return tokenizer.description
-    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
-    start = names[tokenizer.end_of_text_id]
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B"))
-    special = {"SpecialToken": {"id": start, "type_id": 0}}
-    template = {
-        "type": "TemplateProcessing",
-        "single": [special, first],
-        "pair": [special, first, special, second],
-        "special_tokens": {start: {"id": start, "ids": [tokenizer.end_of_text_id], "tokens": [start]}},
-    }
-    before = tokenizer.description["post_processor"]
-    processor = template if before is None else {"type": "Sequence", "processors": [before, template]}
-    return tokenizer.description | {"post_processor": processor}
+    start = tokenizer.token_text(tokenizer.end_of_text_id)
+    table = {start: {"id": start, "ids": [tokenizer.end_of_text_id], "tokens": [start]}}
+    return with_start(tokenizer.description, start, table)
 
 
 def tokenizer_without_start(description: dict[str, Any]) -> dict[str, Any]:
@@ -167,18 +182,18 @@ def template_with_start(run: Run) -> str:
             "programs read them as special tokens: its answers there will be worse; fine-tune again for the export"
         )
     template = PLAIN_TURNS if chat.template is None else chat.template
-    start = "{{ bos_token }}{# begins each text, as in training #}\n"  # the line break after a comment is dropped
-    return template if _writes_start(chat) else start + template
+    begin, bos = run.tokenizer.begin_id, run.tokenizer.special.bos
+    if begin is None or _writes_start(chat, run.tokenizer.token_text(begin)):
+        return template
+    start = "bos_token" if begin == bos else json.dumps(run.tokenizer.token_text(begin))
+    return f"{{{{ {start} }}}}{{# begins each text, as in training #}}\n{template}"  # Jinja drops this line break
 
 
-def _writes_start(chat: ChatFormat) -> bool:
-    if chat.tokenizer.begin_id is None:
-        return True  # nothing begins a text
-    names = {token_id: name for name, token_id in chat.tokenizer.special_tokens.items()}
+def _writes_start(chat: ChatFormat, start: str) -> bool:
     system, user = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
     for messages in ([user], [system, user]):  # a template may insist on either
         with suppress(UserError):
-            return chat.render(messages).text.startswith(names[chat.tokenizer.begin_id])
+            return chat.render(messages).text.startswith(start)
     return "bos_token" in (chat.template or "")
 
 
@@ -187,25 +202,25 @@ def generation_config(run: Run) -> dict[str, Any]:
 
     An imported run keeps the other settings that its checkpoint had.
     """
-    kept = read_json(run.path / GENERATION) if (run.path / GENERATION).is_file() else {}
-    ids = token_ids(run.tokenizer)
-    ends = list(dict.fromkeys([*run.tokenizer.end_ids, *chat_format(run.path, run.tokenizer, run.config).ends]))
-    return (
-        kept
-        | ids
-        | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
-        | {"suppress_tokens": unwritable_ids(run.tokenizer, run.config.model.vocab_size)}
-    )
+    ends = text_ends(run)
+    return {
+        **companion(run.path, GENERATION),
+        **token_ids(run.tokenizer),
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "suppress_tokens": unwritable_ids(run.tokenizer, run.config.model.vocab_size),
+    }
+
+
+def text_ends(run: Run) -> list[int]:
+    """The tokens that end a text, and after them that which ends a turn of the chat template."""
+    return list(dict.fromkeys([*run.tokenizer.end_ids, *chat_format(run.path, run.tokenizer, run.config).ends]))
 
 
 def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
     """The content of ``tokenizer_config.json``."""
-    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
-    special = tokenizer.special
-    ids = {"bos": special.bos, "eos": special.end_of_text, "pad": special.padding, "mask": special.mask}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{name}_token": names[token_id] for name, token_id in ids.items() if token_id is not None},
+        **tokenizer.named_tokens,
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],

@@ -21,8 +21,8 @@ from data_prep.files import new_folder
 from lm.config.recipes import load_config
 from lm.config.settings import Config, FinetuneConfig, ModelConfig
 from lm.export.checkpoint_config import read_config, with_defaults
-from lm.export.huggingface import OUR_CONFIG
 from lm.export.import_tokenizer import chat_template, import_tokenizer, read_object
+from lm.export.model_card import OUR_CONFIG
 from lm.export.stock_architectures import weight_names
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint
@@ -30,7 +30,7 @@ from lm.runs.companions import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG
 from lm.runs.directory import CHECKPOINTS, METRICS, plain_settings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja", OUR_CONFIG)
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", CHAT_TEMPLATE, OUR_CONFIG)
 
 
 def import_checkpoint(

@@ -25,10 +25,12 @@ from data_prep.errors import UserError
 from data_prep.files import read_json
 from data_prep.tokenizers.sentencepiece import convert_model
 from data_prep.tokenizers.special_tokens import SpecialTokens, with_record
-from data_prep.tokenizers.tokenizer import END_OF_TEXT_SPELLINGS, MASK_SPELLINGS, Tokenizer
+from data_prep.tokenizers.tokenizer import END_OF_TEXT_SPELLINGS, MASK_SPELLINGS, Tokenizer, find_or_add
 from lm.export.huggingface import tokenizer_without_start
+from lm.runs.companions import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG
+from lm.runs.directory import TOKENIZER
 
-TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+SENTENCEPIECE = "tokenizer.model"
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -65,11 +67,11 @@ def import_tokenizer(
     description = json.loads(convert_model(model)) if only_model else read_object(path)
     plain = Tokenizer.from_json(_text(tokenizer_without_start(description)), name=str(path))
     backend = Backend.from_str(_text(description))
-    settings = read_if_there(folder / "tokenizer_config.json")
+    settings = read_if_there(folder / TOKENIZER_CONFIG)
     if only_model:
         settings = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"} | settings
     names = read_if_there(folder / "special_tokens_map.json") | {k: v for k, v in settings.items() if v is not None}
-    special = _resolved(backend, names, config, read_if_there(folder / "generation_config.json"), masked, note)
+    special = _resolved(backend, names, config, read_if_there(folder / GENERATION), masked, note)
     if special == plain.special and plain.vocab_size == _size(backend):
         return plain
     tokens = {token_id: name for name, token_id in backend.get_vocab(with_added_tokens=True).items()}
@@ -112,13 +114,13 @@ def _resolved(
     ends = ends or (() if eos is None else (eos,))
     end_of_text = eos if eos in ends else next((token for token in ends if token in special), eos)
     if end_of_text is None:
-        end_of_text = _found_or_added(backend, END_OF_TEXT_SPELLINGS)
+        end_of_text = find_or_add(backend, END_OF_TEXT_SPELLINGS)
         note(f"its files name no token that ends a text: it is {backend.id_to_token(end_of_text)}")
     if padding is None:
         padding = id_of("pad_token_id")
     if masked and mask is None:
         mask = id_of("mask_token_id")
-        mask = _found_or_added(backend, MASK_SPELLINGS) if mask is None else mask
+        mask = find_or_add(backend, MASK_SPELLINGS) if mask is None else mask
         _make_special(backend, [mask])
     bos = id_of("bos_token_id") if bos is None else bos
     suppressed = _ids(generation.get("suppress_tokens"), size)
@@ -169,24 +171,15 @@ def _make_special(backend: Backend, ids: Iterable[int]) -> None:
             backend.add_special_tokens([AddedToken(backend.id_to_token(token_id), special=True, normalized=False)])
 
 
-def _found_or_added(backend: Backend, spellings: tuple[str, ...]) -> int:
-    """The id of the first of these tokens in the vocabulary; the first one is added if none is there."""
-    name = next((name for name in spellings if backend.token_to_id(name) is not None), spellings[0])
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
-    token_id = backend.token_to_id(name)
-    assert token_id is not None
-    return token_id
-
-
 def chat_template(folder: Path) -> str | None:
     """The chat template of a checkpoint: of ``chat_template.jinja``, else ``chat_template.json``, else the tokenizer's.
 
     Of several named ones it is the one named default.
     """
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
     found = read_if_there(folder / "chat_template.json").get("chat_template")
-    found = read_if_there(folder / "tokenizer_config.json").get("chat_template") if found is None else found
+    found = read_if_there(folder / TOKENIZER_CONFIG).get("chat_template") if found is None else found
     if isinstance(found, list):
         found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
     if isinstance(found, dict):

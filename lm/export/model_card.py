@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import jinja2
 from data_prep.errors import UserError
 from lm import __version__
 from lm.config.settings import HEAD_TASKS
-from lm.export.stock_architectures import StockClass
+from lm.export.stock_architectures import StockClass, auto_class
 from lm.inference.chat_template import PLAIN_TURNS, read_template
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, open_run, saved_evaluation
@@ -101,26 +101,28 @@ def model_card(
     model: str,
     pipeline_tag: str,
     snippet: str,
+    values: Mapping[str, str] = {},
     facts: CardFacts = NO_FACTS,
     library: str = "transformers",
     tags: Sequence[str] = (),
     notes: Sequence[str] = (),
     limits: Sequence[str] = (),
-    settings: str = OUR_CONFIG,
 ) -> str:
     """The text of a model card, with the training of this checkpoint and its losses if ``evaluate`` measured them.
 
     Args:
         model: what the model is, as the beginning of a sentence: "A LlamaForCausalLM".
         pipeline_tag, library, tags: metadata for the hub.
-        snippet: Python code that loads and runs the model.
+        snippet: Python code that loads and runs the model; <NAME> in it is replaced by ``values[NAME]``, and <where>
+            by the folder or the name on the hub.
         notes: what one must know to use it, a paragraph each.
         limits: what it cannot do; empty: ``training_limits``.
-        settings: the file of the folder with the run's settings; empty: there is none.
     """
     from huggingface_hub import ModelCardData
 
     evaluation = saved_evaluation(run, checkpoint) or {}
+    for name, value in {"where": json.dumps(facts.name or "."), **values}.items():
+        snippet = snippet.replace(f"<{name}>", value)
     metadata = ModelCardData(
         license=facts.license or None,
         language=list(facts.languages) or None,
@@ -144,7 +146,7 @@ def model_card(
         snippet=snippet.strip("\n"),
         notes=notes,
         training=training_of(run, checkpoint),
-        settings=settings,
+        settings=OUR_CONFIG,
         losses=evaluation.get("validation", {}),
         floors=evaluation.get("floors", {}),
         protocol=evaluation.get("protocol"),
@@ -155,23 +157,17 @@ def model_card(
 
 def language_model_card(run: Run, checkpoint: Checkpoint, stock: StockClass, readout: str, facts: CardFacts) -> str:
     """The card of an exported language model, with a snippet that runs where the folder is."""
-    auto = "AutoModelForCausalLM" if readout == "next_token" else "AutoModelForMaskedLM"
-    where = f'"{facts.name}"' if facts.name else '"."  # this folder'
     tuned = finetuned_settings(run, checkpoint)
     template, imported = read_template(run.path), "imported_from" in checkpoint.state
     answers = readout == "next_token" and (tuned["task"] == "instruction" if tuned else imported and bool(template))
     report = run.config.report
     body = ANSWER if answers else CONTINUE if readout == "next_token" else FILL
     values = {
-        "<auto>": auto,
-        "<where>": where,
-        "<prompt>": json.dumps(report.prompts[0] if report.prompts else "", ensure_ascii=False),
-        "<text>": json.dumps(report.fills[0] if report.fills else "[MASK]", ensure_ascii=False),
-        "<place>": "mask - 1" if readout == "masked_next_token" else "mask",
+        "auto": auto_class(readout),
+        "prompt": json.dumps(report.prompts[0] if report.prompts else "", ensure_ascii=False),
+        "text": json.dumps(report.fills[0] if report.fills else "[MASK]", ensure_ascii=False),
+        "place": "mask - 1" if readout == "masked_next_token" else "mask",
     }
-    snippet = LOAD + body
-    for name, value in values.items():
-        snippet = snippet.replace(name, value)
     start = "The tokenizer adds the end-of-text token before each text, as in training: keep `add_special_tokens=True`."
     turns = "The chat template marks the turns with names only: stop generating at a new line that begins with `User:`."
     plain = readout == "next_token" and template in (None, PLAIN_TURNS)
@@ -181,7 +177,8 @@ def language_model_card(run: Run, checkpoint: Checkpoint, stock: StockClass, rea
         model=f"A {stock.name}",
         pipeline_tag={"next_token": "text-generation", "masked_token": "fill-mask"}.get(readout, "feature-extraction"),
         tags=["mntp"] if readout == "masked_next_token" else [],
-        snippet=snippet,
+        snippet=LOAD + body,
+        values=values if facts.name else values | {"where": '"."  # this folder'},
         facts=facts,
         notes=[
             *([] if run.tokenizer.is_imported else [start]),

@@ -12,9 +12,9 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.files import new_folder
 from lm.config.settings import HEAD_TASKS
-from lm.export.huggingface import GENERATION, generation_config, public_settings, write_json, write_tokenizer
-from lm.export.model_card import NO_FACTS, OUR_CONFIG, CardFacts, model_card
-from lm.export.stock_architectures import PARTS, reading_class, stock_class, stock_config, weight_names
+from lm.export.huggingface import write_card, write_json, write_language_model
+from lm.export.model_card import NO_FACTS, CardFacts, model_card
+from lm.export.stock_architectures import PARTS, reading_class, stock_class, stock_config, stock_weights, weight_names
 from lm.export.stock_trunk import refuse_other_tokens, trunk_config, trunk_weights, write_trunk
 from lm.export.task_model import TaskHead, stock_task_model
 from lm.runs.base_weights import starting_trunk
@@ -65,19 +65,18 @@ def export_adapter(
         kind = "TOKEN_CLS" if task.task == "tokens" else "SEQ_CLS"
     elif task.task == "instruction":
         content, kind = stock_config(config, run.tokenizer, stock_class(config.model, "next_token")), "CAUSAL_LM"
-        if start.head is not None:
-            base["lm_head.weight"] = start.head.weight.detach().float()
+        base = stock_weights(config.model, start.state_dict())
     else:
         refuse_other_tokens(run, 1)
         stock = reading_class(config.model, task.reads)
-        content, kind = trunk_config(run, stock, stock.name.partition("For")[0] + "Model"), "FEATURE_EXTRACTION"
+        content, kind = trunk_config(run, stock, stock.sibling("Model")), "FEATURE_EXTRACTION"
     matrices = _matrices(run, checkpoint.model(), prefix="" if kind == "FEATURE_EXTRACTION" else "model.")
     with new_folder(out) as folder:
         (folder / BASE).mkdir()
-        write_trunk(run, folder / BASE, content, base)
         if kind == "CAUSAL_LM":
-            write_json(folder / BASE / GENERATION, generation_config(run))
-            write_tokenizer(run, folder / BASE, generates=True)
+            write_language_model(run, folder / BASE, content, base, generates=True)
+        else:
+            write_trunk(run, folder / BASE, content, base)
         tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in {**matrices, **trained}.items()}
         save_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         settings = {
@@ -94,8 +93,7 @@ def export_adapter(
             **_ranks(matrices, task.lora_rank),
         }
         write_json(folder / "adapter_config.json", settings)
-        public_settings(config).save(folder / OUR_CONFIG)
-        (folder / "README.md").write_text(_card(run, checkpoint, kind, facts), encoding="utf-8")
+        write_card(run, folder, _card(run, checkpoint, kind, facts))
 
 
 def _matrices(run: Run, saved: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -124,10 +122,6 @@ def _ranks(matrices: dict[str, Tensor], usual: int) -> dict[str, Any]:
 def _card(run: Run, checkpoint: Checkpoint, kind: str, facts: CardFacts) -> str:
     auto, tag = TASK_TYPES[kind]
     own = f"{facts.name}/{BASE}" if facts.name else BASE
-    values = {"<auto>": auto, "<where>": json.dumps(facts.name or "."), "<base>": json.dumps(facts.base_model or own)}
-    snippet = SNIPPET
-    for name, value in values.items():
-        snippet = snippet.replace(name, value)
     learned = run.config.finetune.task
     return model_card(
         run,
@@ -136,7 +130,8 @@ def _card(run: Run, checkpoint: Checkpoint, kind: str, facts: CardFacts) -> str:
         pipeline_tag=tag,
         library="peft",
         tags=["lora"],
-        snippet=snippet,
+        snippet=SNIPPET,
+        values={"auto": auto, "base": json.dumps(facts.base_model or own)},
         facts=facts,
         limits=[f"It has learned the task {learned} from the examples above."] if learned in HEAD_TASKS else [],
     )

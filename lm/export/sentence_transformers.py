@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_prep.errors import UserError
 from data_prep.files import new_folder
-from lm.export.huggingface import public_settings, write_json
-from lm.export.model_card import NO_FACTS, OUR_CONFIG, CardFacts, finetuned_settings, model_card
+from lm.export.huggingface import write_card, write_json
+from lm.export.model_card import NO_FACTS, CardFacts, finetuned_settings, model_card
 from lm.export.stock_architectures import reading_class
 from lm.export.stock_trunk import refuse_other_tokens, trunk_config, trunk_weights, write_trunk
 from lm.inference.embedding import Reading
+from lm.model.transformer import Transformer
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run
 
@@ -30,9 +28,9 @@ print(model.similarity(vectors, vectors))
 
 
 def export_sentence_transformers(
-    run: Run, out: Path, checkpoint: Checkpoint, reading: Reading, facts: CardFacts = NO_FACTS
+    run: Run, out: Path, checkpoint: Checkpoint, model: Transformer, reading: Reading, facts: CardFacts = NO_FACTS
 ) -> None:
-    """Write a checkpoint to the folder ``out``: float32 weights, pooling, and with ``reading.normalize`` unit length.
+    """Write the model of a checkpoint to the folder ``out``: float32 weights, pooling, and ``reading.normalize``.
 
     Raises:
         UserError: no stock class reads texts this way, ``reading.layer`` is not the last one, the run has a task's
@@ -45,8 +43,8 @@ def export_sentence_transformers(
     except UserError as problem:
         raise UserError(f"{run.path} cannot be exported to be read {reading.reads}: {problem}") from None
     refuse_other_tokens(run, 1)
-    weights = trunk_weights(run.config, run.load_model(torch.device("cpu"), checkpoint).state_dict())
-    content = trunk_config(run, stock, stock.name.partition("For")[0] + "Model")
+    weights = trunk_weights(run.config, model.state_dict())
+    content = trunk_config(run, stock, stock.sibling("Model"))
     modules = ["Transformer", "Pooling", *(["Normalize"] if reading.normalize else [])]
     folders = ["", *(f"{number}_{name}" for number, name in enumerate(modules[1:], 1))]
     pooling = {f"pooling_mode_{name}": False for name in OTHER_POOLINGS}
@@ -63,13 +61,12 @@ def export_sentence_transformers(
             {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{name}"}
             for number, (name, path) in enumerate(zip(modules, folders, strict=True))
         ]
-        (folder / "modules.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "modules.json", listed)
         length = {"max_seq_length": run.config.data.context_length, "do_lower_case": False}
         write_json(folder / "sentence_bert_config.json", length)
         prompts: dict[str, Any] = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
         write_json(folder / "config_sentence_transformers.json", prompts)
-        public_settings(run.config).save(folder / OUR_CONFIG)
-        (folder / "README.md").write_text(_card(run, checkpoint, reading, facts), encoding="utf-8")
+        write_card(run, folder, _card(run, checkpoint, reading, facts))
 
 
 def _card(run: Run, checkpoint: Checkpoint, reading: Reading, facts: CardFacts) -> str:
@@ -85,7 +82,7 @@ def _card(run: Run, checkpoint: Checkpoint, reading: Reading, facts: CardFacts) 
         pipeline_tag="sentence-similarity",
         library="sentence-transformers",
         tags=["sentence-transformers", "feature-extraction"],
-        snippet=SNIPPET.replace("<where>", json.dumps(facts.name or ".")),
+        snippet=SNIPPET,
         facts=facts,
         notes=[f"A text is read {reading.reads}ly, and its vector is {pooled}{length}. It needs no prompt."],
         limits=["Its vectors are as good as its training."] if learned else [untrained],

@@ -7,8 +7,11 @@ programs that look for the prediction of a masked token at the position before i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
@@ -23,6 +26,10 @@ class StockClass:
     model_type: str
     readout: str
     qk_norm: bool
+
+    def sibling(self, suffix: str) -> str:
+        """The class of the same family with another head: "Model", "ForTokenClassification", …"""
+        return self.name.partition("For")[0] + suffix
 
 
 STOCK_CLASSES = (
@@ -76,6 +83,11 @@ def reading_class(model: ModelConfig, reads: str) -> StockClass:
     return stock_class(without_cap, "next_token" if reads == "causal" else "masked_token")
 
 
+def auto_class(readout: str) -> str:
+    """The class of transformers that loads an exported readout."""
+    return "AutoModelForCausalLM" if readout == "next_token" else "AutoModelForMaskedLM"
+
+
 def weight_names(model: ModelConfig) -> dict[str, str]:
     """The stock classes' name of each weight, by Kindling's name."""
     names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
@@ -86,6 +98,12 @@ def weight_names(model: ModelConfig) -> dict[str, str]:
             if model.qk_norm or ours not in ("attention.query_norm", "attention.key_norm"):
                 names[f"blocks.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
     return names
+
+
+def stock_weights(model: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The float32 weights by the stock classes' names; ``state`` is that of a ``Transformer``."""
+    names = weight_names(model)
+    return {names[name]: tensor.detach().cpu().float().contiguous() for name, tensor in state.items()}
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:

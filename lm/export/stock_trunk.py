@@ -13,16 +13,16 @@ from torch import Tensor
 from data_prep.errors import UserError
 from lm.config.settings import Config
 from lm.data.packed_sequences import sequence_of
-from lm.export.huggingface import tokenizer_config, tokenizer_with_start, write_json
-from lm.export.stock_architectures import StockClass, stock_config, weight_names
-from lm.runs.checkpoint import save_tensors
+from lm.export.huggingface import tokenizer_with_start, write_model
+from lm.export.stock_architectures import StockClass, stock_config, stock_weights
 from lm.runs.directory import Run
 
 
 def trunk_weights(config: Config, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The float32 weights of a trunk by the stock classes' names; ``state`` is that of a ``Transformer``."""
-    names = weight_names(config.model)
-    return {names[name]: state[name].detach().float().contiguous() for name in names if name != "head.weight"}
+    weights = stock_weights(config.model, state)
+    weights.pop("lm_head.weight", None)
+    return weights
 
 
 def trunk_config(run: Run, stock: StockClass, architecture: str) -> dict[str, Any]:
@@ -33,17 +33,13 @@ def trunk_config(run: Run, stock: StockClass, architecture: str) -> dict[str, An
     return content
 
 
-def write_trunk(run: Run, folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+def write_trunk(run: Run, folder: Path, content: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Write the weights, ``config.json`` and the tokenizer to ``folder``.
 
     A text that spells a special token is read as text, as Kindling reads it.
     """
-    save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", config)
-    write_json(folder / "tokenizer.json", tokenizer_with_start(run.tokenizer))
-    settings = tokenizer_config(run.tokenizer, run.config.data.context_length)
-    settings |= {"padding_side": "right", "truncation_side": "right", "split_special_tokens": True}
-    write_json(folder / "tokenizer_config.json", settings)
+    settings = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": True}
+    write_model(run, folder, content, weights, settings)
 
 
 def refuse_other_tokens(run: Run, texts: int) -> None:

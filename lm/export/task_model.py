@@ -19,8 +19,8 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.files import new_folder
-from lm.export.huggingface import public_settings
-from lm.export.model_card import NO_FACTS, OUR_CONFIG, CardFacts, model_card
+from lm.export.huggingface import write_card
+from lm.export.model_card import NO_FACTS, CardFacts, model_card
 from lm.export.stock_architectures import StockClass, reading_class
 from lm.export.stock_trunk import refuse_other_tokens, trunk_config, trunk_weights, write_trunk
 from lm.runs.checkpoint import Checkpoint
@@ -88,8 +88,12 @@ def export_task_model(
     content, found = stock_task_model(run, head, trunk["norm.weight"])
     with new_folder(out) as folder:
         write_trunk(run, folder, content, trunk_weights(run.config, trunk) | found)
-        public_settings(run.config).save(folder / OUR_CONFIG)
-        (folder / "README.md").write_text(_card(run, checkpoint, content, head, facts), encoding="utf-8")
+        write_card(run, folder, _card(run, checkpoint, content, head, facts))
+
+
+def pipeline_of(task: str) -> str:
+    """The pipeline of transformers for a task with a head."""
+    return "token-classification" if task == "tokens" else "text-classification"
 
 
 def stock_task_model(run: Run, head: TaskHead, norm: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -110,8 +114,8 @@ def stock_task_model(run: Run, head: TaskHead, norm: Tensor) -> tuple[dict[str, 
         raise UserError(f"{run.path} cannot be exported: no model class of transformers {'; nor '.join(obstacles)}")
     refuse_other_tokens(run, head.texts)
     tags = task.task == "tokens"
-    architecture = stock.name.partition("For")[0] + ("ForTokenClassification" if tags else "ForSequenceClassification")
-    content = trunk_config(run, stock, architecture) | {
+    architecture = "ForTokenClassification" if tags else "ForSequenceClassification"
+    content = trunk_config(run, stock, stock.sibling(architecture)) | {
         "id2label": {str(number): label for number, label in enumerate(head.labels)},
         "label2id": {label: number for number, label in enumerate(head.labels)},
     }
@@ -176,13 +180,6 @@ def head_weights(head: TaskHead, norm: Tensor, stock: StockClass, *, tags: bool)
 
 def _card(run: Run, checkpoint: Checkpoint, content: dict[str, Any], head: TaskHead, facts: CardFacts) -> str:
     task, context = run.config.finetune, run.config.data.context_length
-    values = {
-        "<where>": json.dumps(facts.name or "."),
-        "<input>": json.dumps({"text": "A text", "text_pair": "another"} if head.texts == 2 else "A text"),
-    }
-    snippet = {"tokens": TAG, "choice": CHOOSE}.get(task.task, CLASSIFY)
-    for name, value in values.items():
-        snippet = snippet.replace(name, value)
     cut = f"`truncation=True` cuts a longer text to {context:,} tokens"
     if task.task == "tokens":
         cut = f"Words after the first {context:,} tokens get no label"
@@ -197,8 +194,9 @@ def _card(run: Run, checkpoint: Checkpoint, content: dict[str, Any], head: TaskH
         run,
         checkpoint,
         model=f"{'An' if content['architectures'][0][0] in 'AEIOU' else 'A'} {content['architectures'][0]}",
-        pipeline_tag="token-classification" if task.task == "tokens" else "text-classification",
-        snippet=snippet,
+        pipeline_tag=pipeline_of(task.task),
+        snippet={"tokens": TAG, "choice": CHOOSE}.get(task.task, CLASSIFY),
+        values={"input": json.dumps({"text": "A text", "text_pair": "another"} if head.texts == 2 else "A text")},
         facts=facts,
         notes=[
             *([notes[task.task]] if task.task in notes else []),

@@ -18,8 +18,8 @@ from data_prep.errors import UserError
 from data_prep.files import read_json, write_atomically
 from lm.data.examples import Example, Labels, numbers_of
 from lm.finetuning.metrics import classification_metrics, regression_metrics
+from lm.runs.directory import ANSWERS
 
-ANSWERS = "answers.json"
 Answer = dict[str, Any]
 
 

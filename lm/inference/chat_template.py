@@ -173,10 +173,7 @@ class ChatFormat:
 
     @cached_property
     def _variables(self) -> dict[str, str]:
-        special = self.tokenizer.special
-        spelled = {token_id: name for name, token_id in self.tokenizer.special_tokens.items()}
-        ids = {"bos": special.bos, "eos": special.end_of_text, "pad": special.padding, "mask": special.mask}
-        known = {f"{name}_token": spelled[token_id] for name, token_id in ids.items() if token_id is not None}
+        known = self.tokenizer.named_tokens
         return known if self.special else dict.fromkeys(known, "")
 
     @cached_property

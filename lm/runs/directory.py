@@ -31,6 +31,7 @@ from lm.runs.checkpoint_writer import load_trained
 
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 TOKENIZER, PROCESSOR = "tokenizer.json", "processor.json"
+ANSWERS = "answers.json"  # of a task's head
 
 
 class Processor(Protocol):

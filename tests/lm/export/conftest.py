@@ -24,14 +24,19 @@ SHAPES = [
 ]
 
 
-def run_of(config, tokenizer, path) -> Run:
-    """A run directory with random weights, far from their initialization."""
-    config = config.replace(vocab_size=tokenizer.vocab_size, context_length=256, batch_tokens=256)
-    model = Transformer(config.model).initialize(1)
+def disturbed(model):
+    """The model with weights far from their initialization."""
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
+    return model
+
+
+def run_of(config, tokenizer, path) -> Run:
+    """A run directory with random weights, far from their initialization."""
+    config = config.replace(vocab_size=tokenizer.vocab_size, context_length=256, batch_tokens=256)
+    model = disturbed(Transformer(config.model).initialize(1))
     path.mkdir()
     tokenizer.save(path / "tokenizer.json")
     config.save(path / "config.toml")

@@ -7,6 +7,8 @@ import os
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from data_prep.errors import UserError
 from data_prep.settings import TokenizerSettings
@@ -169,6 +171,8 @@ def test_what_ends_a_turn_ends_the_text(small, chat_tokenizer, tmp_path):
 HABITS = {  # of begin, bos, end_of_text, ends, padding, mask and unwritable, as names
     "llama": ("<|system|>", "<|system|>", "<|user|>", ["<|user|>", "<|assistant|>"], "<|user|>", None, []),
     "qwen": (None, None, "<|endoftext|>", ["<|endoftext|>", "<|end_of_turn|>"], "<|pad|>", None, ["<|pad|>"]),
+    "begun by another": ("<|system|>", "<|pad|>", "<|user|>", ["<|user|>"], "<|user|>", None, []),
+    "begun, without a bos": ("<|system|>", None, "<|user|>", ["<|user|>"], "<|user|>", None, []),
     "named but not added": (None, "<|system|>", "<|user|>", ["<|user|>"], "<|pad|>", "<|mask|>", ["<|mask|>"]),
 }
 
@@ -202,7 +206,7 @@ def test_an_imported_tokenizer_leaves_with_its_own_habits(small, chat_tokenizer,
     fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
     assert fields["tokenizer.ggml.add_bos_token"] == (begin is not None)
     assert fields["tokenizer.ggml.eos_token_id"] == ids[end]
-    assert fields.get("tokenizer.ggml.bos_token_id") == ids.get(bos)
+    assert fields.get("tokenizer.ggml.bos_token_id") == ids.get(begin or bos)
     assert fields.get("tokenizer.ggml.eot_token_id") == (ids[ends[1]] if len(ends) > 1 else None)
 
 
@@ -272,7 +276,7 @@ def test_the_card_has_losses_and_limits(trained, tmp_path):
         assert words in card, words
 
 
-def test_the_readout_is_the_first_that_can_be_export(make_run):
+def test_the_readout_is_the_first_that_can_be_exported(make_run):
     run = make_run(objective="hybrid")
     assert choose_readout(run, None) == "next_token"
     with pytest.raises(UserError, match="was trained for next_token and masked_next_token, not for masked_token"):
@@ -299,3 +303,13 @@ def test_the_start_token_is_added_and_removed(dataset):
     there = tokenizer_with_start(dataset.tokenizer)
     assert there != dataset.tokenizer.description
     assert tokenizer_without_start(there) == dataset.tokenizer.description
+
+
+def test_what_another_tokenizer_adds_is_replaced_by_the_end_of_text(dataset):
+    """A downloaded tokenizer.json may add tokens of its own, which training leaves out."""
+    backend = Backend.from_str(dataset.tokenizer.to_json())
+    mask = dataset.tokenizer.mask_id
+    backend.post_processor = processors.TemplateProcessing("<|mask|> $A", special_tokens=[("<|mask|>", mask)])
+    tokenizer = Tokenizer(backend)
+    exported = Backend.from_str(json.dumps(tokenizer_with_start(tokenizer)))
+    assert exported.encode("sky").ids == tokenizer.begun(tokenizer.encode("sky"))

@@ -9,6 +9,7 @@ import torch
 
 from data_prep.errors import UserError
 from lm import api
+from lm.export.huggingface import left_out
 from lm.finetuning.finetune import finetune
 from lm.training.reporter import NullReporter
 from tests.lm.export.conftest import our_logits
@@ -97,11 +98,15 @@ def test_the_labels_of_words(adapted, tmp_path):
 
 def test_the_states_of_sentence_vectors(adapted, tmp_path):
     run = adapted("contrastive")
+    (run.path / "chat_template.jinja").write_text("{{ messages }}")
     model, tokenizer, _ = with_adapter(run, tmp_path / "out", "AutoModel")
     with torch.no_grad():
         states = model(**tokenizer(TEXTS[1], return_tensors="pt")).last_hidden_state[0]
     ours = api.load(run.path).embed(TEXTS[1])
     torch.testing.assert_close(states.mean(0), torch.from_numpy(ours), rtol=0, atol=1e-5)
+    missing = left_out(run, run.newest(), tmp_path / "out")
+    assert "chat_template.jinja" in missing  # for vectors, it has no use
+    assert not {"config.toml", "tokenizer.json", "base.safetensors"}.intersection(missing)
 
 
 def test_a_run_without_lora_has_no_adapter(classifier, trained, tmp_path):

@@ -54,7 +54,7 @@ def test_the_vectors_are_those_of_embed(make_run, tmp_path, settings, reads, poo
 
 
 def test_the_layout_names_the_pooling(make_run, tmp_path):
-    """For whoever has not installed sentence-transformers: what it reads."""
+    """What sentence-transformers reads, checked without the package."""
     run = make_run(objective="masked_token")
     result = CliRunner().invoke(
         main,

@@ -23,7 +23,7 @@ from lm.runs import checkpoint
 from lm.runs.base_weights import BASE
 from lm.runs.checkpoint_writer import snapshot, trained_tensors
 from lm.runs.directory import open_run, plain_settings
-from tests.lm.export.conftest import SHAPES
+from tests.lm.export.conftest import SHAPES, disturbed
 from tests.lm.export.test_model_card import run_snippet
 
 transformers = pytest.importorskip("transformers")
@@ -50,11 +50,7 @@ def make_task(small, dataset, tmp_path):
         usual = {"vocab_size": tokenizer.vocab_size, "context_length": 48, "batch_tokens": 48, "head_bias": "auto"}
         config = settle_reading(small.replace(**usual | SHAPES[2] | changes))
         trunk = Transformer(config.model).initialize(1)
-        draw = torch.Generator().manual_seed(2)
-        model = task_model(config, trunk, answers)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
+        model = disturbed(task_model(config, trunk, answers))
         path.mkdir()
         tokenizer.save(path / "tokenizer.json")
         config.save(path / "config.toml")
