@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.errors import UserError
-from data_prep.settings import READING_RULES, ReadSettings
+from data_prep.settings import ReadSettings
 from data_prep.sources.documents import CorpusPart, FileRange, ReadReport, Source, one_line
 from data_prep.sources.formats import (
     ENDINGS,
@@ -231,10 +231,10 @@ def _ranges_of_parquet(path: str, size: int, part_bytes: int) -> Iterator[tuple[
     yield FileRange(path, start, len(groups)), max(0, left)
 
 
-def unread_files(sources: Sequence[Source]) -> str:
+def unread_files(sources: Sequence[Source], reading_rules: int) -> str:
     """Return what the folders among the sources have that is not read: files with other endings and links, or ""."""
     folders = [source.location for source in sources if _is_listed(source.location)]
-    unread = [path for folder in folders for path, _ in list_folder(folder) if not kind_by_rules(path, READING_RULES)]
+    unread = [path for folder in folders for path, _ in list_folder(folder) if not kind_by_rules(path, reading_rules)]
     linked = [path for folder in folders for path in linked_folders(folder)]
     found = []
     if unread:
@@ -317,7 +317,7 @@ def first_texts(names: Sequence[str], most_bytes: int, reading: ReadSettings) ->
                 return
 
 
-def copy_stdin(file: IO[bytes], reading_rules: int = READING_RULES) -> None:
+def copy_stdin(file: IO[bytes], reading_rules: int) -> None:
     """Copy standard input into an open file. Raises ``UserError`` if it is empty or does not start like UTF-8 text."""
     first = True
     while block := sys.stdin.buffer.read(BLOCK_BYTES):

@@ -526,7 +526,9 @@ def test_a_build_from_before_goes_on_by_its_own_rules(
         made = settings_for(texts, tmp_path / out, document_per="paragraph")
         return replace(made, reading=replace(made.reading, reading_rules=rules))
 
-    manifest = build(settings("old", 1))
+    notes: list[str] = []
+    manifest = build(settings("old", 1), notes)
+    assert "left out: 2 files whose names end in nothing that is read: 1 .json (c.json), 1 .txt (b.TXT)" in notes
     assert "reading_rules" not in manifest["settings"]
     assert (manifest["sources"][0]["files"], manifest["left_out"]) == (3, {"empty document": 1})
     expected = tree(tmp_path / "old")

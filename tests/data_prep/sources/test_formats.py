@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.settings import ReadSettings
+from data_prep.settings import READING_RULES, ReadSettings
 from data_prep.sources.documents import ReadReport
 from data_prep.sources.formats import ENDINGS, json_kind, kind_by_rules, kind_of, table_kind, what_it_is
 from data_prep.sources.listing import parse_sources, parts_of, unread_files
@@ -222,16 +222,16 @@ def test_a_folder_tells_what_it_does_not_read(tmp_path: Path) -> None:
     for name in ("a.txt", "b.PNG", "c.png", "d.png", "e.png", "sub/f.pdf", "Makefile", "g.xyz.gz", ".hidden.png"):
         (tmp_path / "mixed" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mixed" / name).write_text("x")
-    assert unread_files(parse_sources([f"{tmp_path}/mixed", f"glob={tmp_path}/mixed/*.txt"])) == (
+    assert unread_files(parse_sources([f"{tmp_path}/mixed", f"glob={tmp_path}/mixed/*.txt"]), READING_RULES) == (
         "7 files whose names end in nothing that is read: 4 .png (b.PNG, c.png, d.png, …), 1 .pdf (f.pdf), "
         "1 .xyz (g.xyz.gz), 1 without an ending (Makefile)"
     )
-    assert unread_files(parse_sources([f"{tmp_path}/mixed/a.txt"])) == ""
+    assert unread_files(parse_sources([f"{tmp_path}/mixed/a.txt"]), READING_RULES) == ""
     (tmp_path / "few" / "sub").mkdir(parents=True)
     (tmp_path / "few" / "a.txt").write_text("x")
-    assert unread_files(parse_sources([f"{tmp_path}/few"])) == ""
+    assert unread_files(parse_sources([f"{tmp_path}/few"]), READING_RULES) == ""
     (tmp_path / "few" / "sub" / "link").symlink_to(tmp_path / "mixed")
-    assert unread_files(parse_sources([f"{tmp_path}/few"])) == "1 linked folder (link)"
+    assert unread_files(parse_sources([f"{tmp_path}/few"]), READING_RULES) == "1 linked folder (link)"
 
 
 def test_a_build_from_before_keeps_its_endings() -> None:
