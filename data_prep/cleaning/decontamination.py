@@ -21,7 +21,7 @@ from data_prep.errors import UserError
 from data_prep.files import parse_json
 from data_prep.sources.formats import JSON, JSON_LINES, PARQUET, TABLES, kind_of, what_it_is
 from data_prep.sources.records import first_line
-from data_prep.sources.storage import FIRST_BLOCK_BYTES, UnreadableError, open_raw, open_stream
+from data_prep.sources.storage import UnreadableError, open_raw, open_stream
 from data_prep.sources.tables import BadRow, fields_of_table
 from data_prep.sources.text_files import normalize_newlines
 
@@ -98,8 +98,7 @@ def evaluation_texts(path: Path) -> Iterator[str]:
                 yield from _texts_of_parquet(path, file)
             return
         with open_stream(str(path)) as stream:
-            first = stream.peek()
-            if other := what_it_is(kind, first, whole=len(first) < FIRST_BLOCK_BYTES):
+            if other := what_it_is(kind, stream.peek()):
                 raise UserError(f'the evaluation file "{path}" {other}')
             rows = list(fields_of_table(stream, kind)) if kind in TABLES else []
             content = b"".join(stream.blocks())

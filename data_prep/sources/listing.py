@@ -21,6 +21,7 @@ from data_prep.settings import ReadSettings
 from data_prep.sources.documents import CorpusPart, FileRange, ReadReport, Source, one_line
 from data_prep.sources.formats import (
     ENDINGS,
+    FIRST_BLOCK_BYTES,
     JSON_LINES,
     PACKED_SUFFIXES,
     PARQUET,
@@ -35,7 +36,6 @@ from data_prep.sources.reading import BUILTIN, STDIN, parse_separator, read_part
 from data_prep.sources.records import HUGGING_FACE, parse_hugging_face, row_groups
 from data_prep.sources.storage import (
     BLOCK_BYTES,
-    FIRST_BLOCK_BYTES,
     UnreadableError,
     is_folder,
     is_glob,
@@ -270,9 +270,7 @@ def _refuse_unreadable(path: str, size: int | None, reading_rules: int) -> None:
     kind = kind_by_rules(path, reading_rules)
     if kind != PARQUET:
         _refuse_content(f'"{one_line(path)}"', kind, first, reading_rules)
-    elif not first.startswith(PARQUET_MARK) and (
-        other := what_it_is(kind, first, whole=len(first) < FIRST_BLOCK_BYTES)
-    ):
+    elif not first.startswith(PARQUET_MARK) and (other := what_it_is(kind, first)):
         raise UserError(f'"{one_line(path)}" {other}')
 
 

@@ -24,7 +24,8 @@ from data_prep.pipeline.build import build_dataset
 from data_prep.pipeline.splitting import hash_of
 from data_prep.progress import SilentReporter
 from data_prep.settings import BuildSettings, TokenizerSettings
-from data_prep.shards.tokens import open_dataset, split_totals
+from data_prep.shards.manifest import split_totals
+from data_prep.shards.tokens import open_dataset
 from data_prep.tokenizers.training import train_tokenizer
 
 Tree = Callable[[Path], dict[str, bytes]]
