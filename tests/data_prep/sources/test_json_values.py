@@ -1,4 +1,4 @@
-"""The reader of .json files beside ``json.loads``."""
+"""The reader of .json files compared with ``json.loads``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,11 @@ from data_prep.sources import json_values
 from data_prep.sources.json_values import rows_of_json
 from data_prep.sources.storage import Stream
 from data_prep.sources.tables import BadRow
-
-
-class Blocks(Stream):
-    """A stream in blocks of a few bytes."""
-
-    most = 3
-
-    def blocks(self, size: int = 3) -> Iterator[bytes]:
-        return super().blocks(self.most)
+from tests.data_prep.sources.conftest import SmallBlocks
 
 
 def rows(content: str | bytes, block: int = 3, text_field: str = "") -> list[dict[str, Any] | BadRow]:
-    stream = Blocks(io.BytesIO(content.encode("utf-8") if isinstance(content, str) else content), "x")
-    stream.most = block
+    stream = SmallBlocks(io.BytesIO(content.encode("utf-8") if isinstance(content, str) else content), block)
     numbers, found = zip(*rows_of_json(stream, text_field), strict=True) if content else ((), ())
     assert list(numbers) == list(range(1, len(numbers) + 1))
     return list(found)

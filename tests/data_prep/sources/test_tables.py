@@ -1,10 +1,9 @@
-"""The reader of .csv and .tsv files beside the csv module and pandas."""
+"""The reader of .csv and .tsv files compared with the csv module and pandas."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
 
 import pandas
 import pytest
@@ -12,22 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.sources import tables
-from data_prep.sources.storage import Stream
 from data_prep.sources.tables import BadRow, rows_of_table
-
-
-class Blocks(Stream):
-    """A stream in blocks of a few bytes, so that everything crosses them."""
-
-    most = 3
-
-    def blocks(self, size: int = 3) -> Iterator[bytes]:
-        return super().blocks(self.most)
+from tests.data_prep.sources.conftest import SmallBlocks
 
 
 def rows(content: bytes | str, kind: str, block: int = 3) -> list[tuple[int, list[str] | BadRow]]:
-    stream = Blocks(io.BytesIO(content.encode() if isinstance(content, str) else content), "x")
-    stream.most = block
+    stream = SmallBlocks(io.BytesIO(content.encode() if isinstance(content, str) else content), block)
     return list(rows_of_table(stream, kind))
 
 
