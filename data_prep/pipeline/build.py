@@ -250,7 +250,7 @@ class _Build:
             return run_calls(function, calls, engine=settings.engine, workers=workers, advance=advance)
 
     def _texts(self, reading: ReadReport, cleaner: Cleaner) -> Iterator[str]:
-        """Yield the texts of all documents, in order, and report."""
+        """Yield the texts of all documents, in order, and fill the reports."""
         job = Job(self.plan.settings, self.plan.sources)
         for number, part in enumerate(self.plan.parts):
             for document in kept_documents(job, number, part, lambda size: None, reading, cleaner):

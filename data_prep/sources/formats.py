@@ -1,6 +1,6 @@
 """The kinds of files: which one a name stands for, and what a file of another kind looks like.
 
-Names decide how a file is read, contents only whether that can be right.
+The name decides how a file is read, the content only whether that can be right.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def ending_of(path: str) -> str:
 def kind_of(path: str) -> str:
     """Return the kind of file that a name stands for, or "" if the ending is unknown.
 
-    Parquet must be read from its end, so a compressed Parquet file is none.
+    Parquet must be read from its end, so the kind of a compressed Parquet file is unknown.
     """
     kind = ENDINGS.get(ending_of(path), "")
     return "" if kind == PARQUET and is_compressed(path) else kind

@@ -314,7 +314,7 @@ class _RangeReader:
             self.report.note(f'"{self.name}" {self.problem}')
 
     def _by_the_rules(self, record: Record) -> Record:
-        """Return a record as this build's rules have it: a text with NUL is none, as in text files."""
+        """Apply this build's rules to a record: a text that contains NUL is not text, as in text files."""
         if self.settings.reading_rules > 1:
             if record.text is not None and "\0" in record.text:
                 return Record(record.number, None, NUL_BYTES, f"NUL at character {record.text.index(chr(0))}")

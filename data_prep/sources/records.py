@@ -117,7 +117,7 @@ def records_of_table(stream: Stream, kind: str, text_field: str, errors: str) ->
 
 
 def records_of_json(stream: Stream, text_field: str, errors: str) -> Iterator[Record]:
-    """Yield a record for each one of a .json file."""
+    """Yield a record for each record of a .json file; ``json_values`` has the rules."""
     for number, row in rows_of_json(stream, text_field):
         if isinstance(row, BadRow):
             yield Record(number, None, *row)

@@ -1,4 +1,4 @@
-"""Keep a text that spells a special token text, in any tokenizer.
+"""Keep text that spells a special token from becoming that token, in any tokenizer.
 
 The library finds special tokens before it splits a text, which can be turned off. But many models also have the name of
 a special token as an ordinary entry of their vocabulary: T5's Unigram model cuts ``</s>`` out of a text by itself. Such
@@ -94,7 +94,7 @@ def _first_characters(names: list[str]) -> str:
 
 
 def unknown_id(backend: Backend) -> int | None:
-    """Return the id of text outside the vocabulary, which may be that of a special token."""
+    """Return the id that stands for text outside the vocabulary, which may be a special token, or None."""
     model = json.loads(backend.to_str())["model"]
     if model["type"] == "Unigram":
         unknown: int | None = model["unk_id"]

@@ -129,7 +129,7 @@ class Tokenizer:
 
     @property
     def mask_id(self) -> int:
-        """What hides a token. UserError if the tokenizer has no such token."""
+        """What hides a token. Raises ``UserError`` if the tokenizer has no such token."""
         if self.special.mask is None:
             raise UserError(
                 "this tokenizer has no mask token: train with --objective next_token, or import the checkpoint again "
@@ -138,7 +138,7 @@ class Tokenizer:
         return self.special.mask
 
     def begun(self, ids: Iterable[int]) -> list[int]:
-        """The ids of a text after what begins it; an empty text that nothing begins is an end of text.
+        """Return the ids of a text after what begins it, or an end of text if there would be no ids.
 
         An imported tokenizer's own beginning is not added twice: a chat template may have written it.
         """
@@ -162,7 +162,7 @@ class Tokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_shielded(self, text: str, shielded: str, cuts: Sequence[int] = ()) -> list[list[int]]:
-        """Return the ids of a text before, between and after the cuts; no token extends over one.
+        """Return the ids of a text before, between and after the cuts; no token spans a cut.
 
         Args:
             text: as for ``encode``, but with special tokens where it spells them outside of what is shielded.
@@ -213,7 +213,7 @@ class Tokenizer:
 
     @cached_property
     def _splitter(self) -> tuple[Backend, str, threading.Lock]:
-        """A copy with one more token, which nobody can guess, and a lock to hold while using the copy."""
+        """A copy with one more token, an unguessable one, and a lock to hold while using the copy."""
         boundary = f"\ufdd0{secrets.token_hex(16)}\ufdd0"
         splitter = Backend.from_str(self._backend.to_str())
         splitter.add_tokens([AddedToken(boundary, special=False, normalized=False)])
