@@ -129,7 +129,7 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
 
     A finished dataset with the same settings is left unchanged. Raises ``UserError`` as ``build`` does.
     """
-    settings = _as_it_began(settings)
+    settings = as_it_began(settings)
     plan = BuildPlan.of(settings)
     out = settings.out
     if out.exists() and not out.is_dir():
@@ -159,7 +159,7 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
             raise
 
 
-def _as_it_began(settings: BuildSettings) -> BuildSettings:
+def as_it_began(settings: BuildSettings) -> BuildSettings:
     """Return the settings with what the dataset or build in ``settings.out`` began with, where defaults have changed.
 
     These are the rules of reading and, unless it is named, the word split.

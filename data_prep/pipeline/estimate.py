@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from data_prep.cleaning.cleaner import Cleaner, CleaningReport
 from data_prep.errors import UserError
 from data_prep.pipeline.advice import advice, why_empty
-from data_prep.pipeline.build import BuildPlan
+from data_prep.pipeline.build import BuildPlan, as_it_began
 from data_prep.pipeline.parts import Job, cleaned_documents
 from data_prep.settings import BuildSettings, TokenizerSettings, available_cores
 from data_prep.shards.tokens import index_size
@@ -64,6 +64,7 @@ def estimate_build(settings: BuildSettings) -> Estimate:
     """
     if STDIN in settings.sources:
         raise UserError("--dry-run does not work with standard input, which can be read only once")
+    settings = as_it_began(settings)
     plan = BuildPlan.of(settings)
     sample = _sample(plan)
     if not sample.texts:
