@@ -58,7 +58,7 @@ def test_records_are_read_by_every_ending_in_any_case_packed_or_not(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["a.TXT", "b.Md", "c.txt.GZ", "notes", "README", "book.tex", "a.py", "x.tar"])
-def test_plain_text_is_text_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+def test_plain_text_is_text_under_any_name(tmp_path: Path, name: str) -> None:
     pack = PACKERS[".gz"] if name.endswith("GZ") else bytes
     (tmp_path / name).write_bytes(pack(b"Some text, and more.\n"))
     assert texts(tmp_path / name) == ["Some text, and more.\n"]

@@ -43,7 +43,7 @@ records = st.lists(st.dictionaries(st.text(max_size=6), values, max_size=4), min
     mark=st.sampled_from(["", "\ufeff"]),
 )
 @settings(max_examples=100, deadline=None)
-def test_arrays_and_sequences_give_what_json_gives_whatever_the_blocks(
+def test_arrays_and_sequences_give_what_json_gives_in_any_blocks(
     made: list[dict[str, Any]], block: int, indent: int | None, ascii_only: bool, between: str, mark: str
 ) -> None:
     written = json.dumps(made, indent=indent, ensure_ascii=ascii_only)

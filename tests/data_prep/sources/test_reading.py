@@ -278,9 +278,7 @@ paragraphs = st.lists(
 
 @given(text=paragraphs, part_bytes=st.integers(1, 60), packed=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_paragraphs_are_what_is_between_blank_lines_whatever_the_parts(
-    text: str, part_bytes: int, packed: bool
-) -> None:
+def test_paragraphs_are_what_is_between_blank_lines_in_any_parts(text: str, part_bytes: int, packed: bool) -> None:
     text = f"x{text}x"
     plain = [p.strip("\n") for p in re.split(r"\n(?:[ \t]*\n)+", equal_newlines(text))]
     with tempfile.TemporaryDirectory() as folder:

@@ -89,7 +89,7 @@ def test_a_quoted_field_in_tsv_begins_and_ends_with_a_quote(line: str, row: list
 
 @pytest.mark.parametrize("kind", [".csv", ".tsv"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
-def test_rows_carry_their_lines_whatever_the_newline(kind: str, newline: str) -> None:
+def test_rows_carry_their_lines_with_any_newline(kind: str, newline: str) -> None:
     between = tables.TABLES[kind]
     content = newline.join(
         [f"\ufeffid{between}text", f"1{between}one", "", f"2{between}two{between}more", f"3{between}x"]
