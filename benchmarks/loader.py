@@ -23,6 +23,7 @@ import torch
 
 import data_prep
 from benchmarks.side_by_side import in_turn
+from data_prep.shards.manifest import split_totals
 from data_prep.shards.tokens import (
     MANIFEST,
     Dataset,
@@ -31,7 +32,6 @@ from data_prep.shards.tokens import (
     Split,
     index_bytes,
     open_dataset,
-    split_totals,
 )
 from lm.config.settings import OBJECTIVES, Config
 from lm.data.corpora import Corpora
@@ -58,7 +58,7 @@ def dataset_in(folder: Path, write: Callable[[Path], Sequence[ShardRecord]]) -> 
         shard.unlink()
     path = folder / "data" / MANIFEST
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    manifest["splits"]["train"] = split_totals(list(write(folder / "data")))
+    manifest["splits"]["train"] = split_totals(write(folder / "data"))
     path.write_text(json.dumps(manifest), encoding="utf-8")
     return open_dataset(folder / "data")
 

@@ -78,10 +78,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def ending_of(output: str | Path, endings: Sequence[str]) -> str:
-    """The ending of a file to write, in lower case; the first of ``endings`` for ``-``, which is standard output.
+    """Return the ending of an output file in lower case; for ``-``, standard output, the first of ``endings``.
 
-    Raises:
-        UserError: it is another one.
+    Raises ``UserError`` for any other ending.
     """
     ending = endings[0] if str(output) == "-" else Path(output).suffix.lower()
     if ending not in endings:

@@ -112,8 +112,8 @@ class ReadSettings:
         choices=("skip", "replace", "stop"),
     )
     part_bytes: int = setting(64 * 2**20, "Approximate bytes of input that one worker processes at a time.", minimum=1)
-    # Which version of the rules in docs/data.md applies: a build resumes by those it began with. Before there were
-    # numbers, rule 1, every file was text but .jsonl, .csv and .parquet, and --document-per had no "paragraph".
+    # The version of the rules in docs/data.md; a build resumes by those it began with. By version 1, every file
+    # was text but .jsonl, .csv and .parquet, and --document-per had no "paragraph".
     reading_rules: int = READING_RULES
 
     def check(self) -> Iterator[str]:
@@ -124,7 +124,7 @@ class ReadSettings:
         elif self.reading_rules > 1 and self.document_per not in DOCUMENT_PER and _is_a_word(self.document_per):
             yield (
                 f'--document-per "{self.document_per}" would cut wherever these letters occur: choose '
-                f"{', '.join(DOCUMENT_PER)}, or for a line that says so \\n{self.document_per}\\n"
+                f"{', '.join(DOCUMENT_PER)}, or \\n{self.document_per}\\n for a line with this word"
             )
         elif "\0" in self.document_per or "\r" in self.document_per:
             yield "--document-per cannot contain NUL or carriage return: write newlines as \\n, which matches all kinds"

@@ -21,7 +21,7 @@ from data_prep.errors import UserError
 from data_prep.files import parse_json
 from data_prep.sources.formats import JSON, JSON_LINES, PARQUET, TABLES, kind_of, what_it_is
 from data_prep.sources.records import first_line
-from data_prep.sources.storage import FIRST_BLOCK_BYTES, Stream, UnreadableError, open_raw, open_stream
+from data_prep.sources.storage import UnreadableError, open_raw, open_stream
 from data_prep.sources.tables import BadRow, fields_of_table
 from data_prep.sources.text_files import normalize_newlines
 
@@ -98,28 +98,31 @@ def evaluation_texts(path: Path) -> Iterator[str]:
                 yield from _texts_of_parquet(path, file)
             return
         with open_stream(str(path)) as stream:
-            first = stream.peek()
-            if other := what_it_is(kind, first, whole=len(first) < FIRST_BLOCK_BYTES):
+            if other := what_it_is(kind, stream.peek()):
                 raise UserError(f'the evaluation file "{path}" {other}')
-            if kind in TABLES:
-                yield from _texts_of_table(path, fields_of_table(stream, kind))
-            else:
-                content = _read_text(path, stream)
-                read = {JSON: _texts_of_json, JSON_LINES: _texts_of_records}.get(kind, _texts_of_prose)
-                yield from read(path, content)
-            if stream.damage:
+            rows = list(fields_of_table(stream, kind)) if kind in TABLES else []
+            content = b"".join(stream.blocks())
+            if stream.damage:  # which may look like a broken record
                 raise UserError(f'"{path}" is damaged ({stream.damage}): get an intact copy, or exclude it')
     except UnreadableError as error:
         raise UserError(f'the evaluation file "{path}" {error}: choose one that can be read') from None
+    if kind in TABLES:
+        yield from _texts_of_table(path, rows)
+    elif kind == JSON:
+        yield from _texts_of_json(path, _decoded(path, content))
+    elif kind == JSON_LINES:
+        yield from _texts_of_records(path, _decoded(path, content))
+    else:
+        yield from _texts_of_prose(_decoded(path, content))
 
 
-def _texts_of_prose(path: Path, content: str) -> Iterable[str]:
+def _texts_of_prose(content: str) -> Iterable[str]:
     return _BLANK_LINES.split(content) if _BLANK_LINES.search(content.strip()) else content.split("\n")
 
 
-def _read_text(path: Path, stream: Stream) -> str:
+def _decoded(path: Path, content: bytes) -> str:
     try:
-        return normalize_newlines(b"".join(stream.blocks())).decode("utf-8-sig")
+        return normalize_newlines(content).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f'"{path}" is not UTF-8 text ({error.reason}): convert it, or exclude it') from None
 

@@ -1,4 +1,4 @@
-"""Commands that report errors in one sentence, without a traceback, whatever the user types or does with the output."""
+"""Commands that report errors in one sentence, without a traceback: wrong input, a full disk, a closed output."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class FriendlyCommand(click.Command):
     """A command that turns errors into one line on stderr and an exit status.
 
     The status is 2 for errors the user can fix (``UserError``), 1 for errors of the machine (``OSError``), 130 for
-    Ctrl-C. A closed pipe (``… | head``) is not reported. Every command refuses arguments that are not text, numbers
-    that nothing can hold, and unknown options, with the name that other programs' options have here.
+    Ctrl-C. A closed pipe (``… | head``) is not reported. Every command refuses arguments that are not UTF-8,
+    integers beyond 64 bits and unknown options; for an option of other programs, the message names ours.
     """
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
@@ -61,12 +61,12 @@ class FriendlyCommand(click.Command):
 
 
 class FriendlyGroup(FriendlyCommand, click.Group):
-    """A group of commands that report errors like a ``FriendlyCommand``, as its own commands do."""
+    """A group that reports errors like a ``FriendlyCommand``, as do its commands."""
 
     command_class = FriendlyCommand
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of a first hour, not of the alphabet."""
+        """In the order in which they were added, not alphabetically."""
         return list(self.commands)
 
     def resolve_command(
@@ -85,7 +85,8 @@ class FriendlyGroup(FriendlyCommand, click.Group):
 def _commands_of_groups(group: click.Group) -> Iterator[str]:
     """The commands of a group's groups, such as "prep build"."""
     for name, each in group.commands.items():
-        yield from (f"{name} {inner}" for inner in (each.commands if isinstance(each, click.Group) else ()))
+        if isinstance(each, click.Group):
+            yield from (f"{name} {inner}" for inner in each.commands)
 
 
 @contextmanager
@@ -106,7 +107,7 @@ def errors_reported() -> Iterator[None]:
 
 
 def _is_text(value: str) -> bool:
-    """Whether the shell or the environment gave UTF-8, and not the bytes of another encoding."""
+    """Whether a value from the shell or the environment is UTF-8, and not bytes of another encoding."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -115,7 +116,7 @@ def _is_text(value: str) -> bool:
 
 
 def _problem(parameter: click.Parameter, value: Any) -> str:
-    """What is wrong with a value, whatever it is for; "": nothing."""
+    """What is wrong with a value that no parameter can have, or ""."""
     name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
     if isinstance(value, str) and not _is_text(value):  # of an environment variable: arguments were checked before
         return f"the value of {name} is not UTF-8"
@@ -153,7 +154,7 @@ def _open_missing_streams() -> None:
 
 
 def _flush_output(*, quiet: bool) -> None:
-    """Write what is left of the output; a full disk or a closed pipe is the end of the command, not of Python.
+    """Write the rest of the output, so that a full disk or a closed pipe is reported here and not by Python at exit.
 
     ``quiet``: the command has reported an error already.
     """

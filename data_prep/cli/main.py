@@ -189,8 +189,9 @@ def tokenizer(name: str, sources: tuple[str, ...], most_bytes: int, as_json: boo
     from data_prep.tokenizers.load import load_tokenizer
     from data_prep.tokenizers.report import tokenizer_report
 
-    found = tokenizer_report(load_tokenizer(name), first_texts(sources, most_bytes, ReadSettings(**options)))
-    if unread := unread_files(parse_sources(sources)):
+    reading = ReadSettings(**options)
+    found = tokenizer_report(load_tokenizer(name), first_texts(sources, most_bytes, reading))
+    if unread := unread_files(parse_sources(sources), reading.reading_rules):
         click.echo(f"left out: {unread}", err=True)
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))

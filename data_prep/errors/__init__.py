@@ -1,4 +1,4 @@
-"""The exception for errors that users can fix, the exit statuses of the commands, and what their messages name."""
+"""The exception for errors that users can fix, the exit statuses of the commands, and names for their messages."""
 
 USER_ERROR_STATUS = 2
 MACHINE_ERROR_STATUS = 1

@@ -10,9 +10,9 @@ SCRIPTS = ("train", "sample", "evaluate", "finetune")  # commands that are also 
 
 
 def command(name: str) -> str:
-    """A command such as ``train`` or ``prep build``, spelled in the way in which this process was started.
+    """Return a command such as ``train`` or ``prep build``, spelled the way this process was started.
 
-    That is ``kindling train``; for the scripts of a checkout ``python train.py`` and ``python -m data_prep build``.
+    That is ``kindling train`` or, in a checkout, ``python train.py`` and ``python -m data_prep build``.
     """
     started = Path(sys.argv[0])
     is_script = started.suffix == ".py" and started.stem in SCRIPTS
@@ -27,13 +27,13 @@ def command(name: str) -> str:
 
 
 def example_recipe() -> str:
-    """The recipe that messages name: a file of the checkout, or the name that is known everywhere."""
+    """Return the recipe that messages name: a file of the checkout, or a name that works anywhere."""
     file = Path("configs", "tiny.toml")
     return str(file) if command("train").startswith("python") and file.is_file() else file.stem
 
 
 def text_and_out(directory: Path) -> str:
-    """Return arguments of a build for a folder that is no dataset: what is in it is perhaps the text for one."""
+    """Return arguments of a build for a folder that is not a dataset, but may contain the text for one."""
     if not any(directory.iterdir()):
         return f"YOUR_TEXT --out {shlex.quote(str(directory))}"
     out = Path("data") / directory.resolve().name

@@ -1,4 +1,4 @@
-"""What settings are called in other programs, for messages about unknown ones."""
+"""What other programs call our settings and commands, for messages about unknown ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 SHARE = "it is a share of the steps, from 0 to 1"
 
-# Names here, the names elsewhere, and what to know if the unit differs. The first row that fits counts.
+# Our name, the names elsewhere, and a remark if the meaning differs. The first matching row counts.
 OTHER_NAMES = (
     ("learning_rate", "lr max_lr peak_lr base_lr step_size max_learning_rate", ""),
     ("final_learning_rate_fraction", "min_lr lr_min end_lr", "it is a share of the peak, from 0 to 1"),
@@ -121,9 +121,9 @@ OTHER_NAMES = (
 
 
 def other_name(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown option or setting that is known elsewhere: what it is called here, or "".
+    """Return the end of a message about an unknown name: what it is called here, or "" if no other program uses it.
 
-    ``known`` are the options (``--learning-rate``) or settings (``learning_rate``) that there are.
+    ``known`` are our options (``--learning-rate``), settings (``learning_rate``) or commands.
     """
     plain, here = _plain(name), {_plain(each): each for each in known}
     for ours, others, remark in OTHER_NAMES:

@@ -1,4 +1,4 @@
-"""What a build should tell about its text, beyond counts: that settings did not do what they seem to be for."""
+"""What a build notes about its text beyond counts: settings that did not have the effect they are for."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MANY_MORE = 10  # times as many documents as there are
 
 
 def advice(settings: ReadSettings, reading: ReadReport, cleaning: CleaningReport, scale: float = 1.0) -> Iterator[str]:
-    """Yield one sentence per thing that a person would want to know before training.
+    """Yield one sentence for each thing that the user should know before training.
 
-    ``scale`` multiplies all counts, if the reports are about a sample.
+    ``scale`` multiplies all counts, for reports about a sample.
     """
     yield from _separators(settings, reading, scale)
     yield from removals(reading, cleaning, scale)
@@ -28,6 +28,11 @@ def removals(reading: ReadReport, cleaning: CleaningReport, scale: float = 1.0) 
             meant_for = ", which is meant for English prose," if name == "quality" else ""
             removed, there = _count(step.removed_documents, scale), _count(reading.documents, scale)
             yield f'the step "{name}"{meant_for} removed {removed} of {there} documents{why}'
+
+
+def why_empty(reading: ReadReport, cleaning: CleaningReport) -> str:
+    """Return why no document was kept, for a message."""
+    return "; ".join(removals(reading, cleaning)) or "every document is empty, only whitespace, or was skipped"
 
 
 def _separators(settings: ReadSettings, reading: ReadReport, scale: float) -> Iterator[str]:

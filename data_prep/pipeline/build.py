@@ -24,8 +24,8 @@ from typing import Any
 from data_prep.cleaning.cleaner import Cleaner
 from data_prep.cleaning.duplicates import find_duplicates
 from data_prep.errors import UserError
-from data_prep.files import atomic_file, empty_directory, only_writer_of, read_json, write_atomically
-from data_prep.pipeline.advice import advice, removals
+from data_prep.files import atomic_file, empty_directory, only_writer_of, write_atomically
+from data_prep.pipeline.advice import advice, removals, why_empty
 from data_prep.pipeline.journal import Journal, PartRecord, differences
 from data_prep.pipeline.parts import Job, build_part, keep_encoder, kept_documents, merged, part_path, survey_part
 from data_prep.pipeline.splitting import SplitRule, hash_of
@@ -129,7 +129,7 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
 
     A finished dataset with the same settings is left unchanged. Raises ``UserError`` as ``build`` does.
     """
-    settings = _by_its_own_rules(_with_earlier_word_split(settings))
+    settings = as_it_began(settings)
     plan = BuildPlan.of(settings)
     out = settings.out
     if out.exists() and not out.is_dir():
@@ -159,30 +159,26 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
             raise
 
 
-def _with_earlier_word_split(settings: BuildSettings) -> BuildSettings:
-    """Keep the word split of a build that is already in ``out``, unless another is named: the default has changed."""
+def as_it_began(settings: BuildSettings) -> BuildSettings:
+    """Return the settings with what the dataset or build in ``settings.out`` began with, where defaults have changed.
+
+    These are the rules of reading and, unless it is named, the word split.
+    """
     out = settings.out
-    if settings.training.word_split != "auto":
-        return settings
     if (out / MANIFEST).is_file():
         identity = open_dataset(out).manifest["settings"]
+    elif journal := Journal.load(out):
+        identity = journal.identity
     else:
-        journal = Journal.load(out)
-        identity = journal.identity if journal else {}
-    training = replace(settings.training, word_split=identity.get("word_split", "auto"))
-    return replace(settings, training=training)
-
-
-def _by_its_own_rules(settings: BuildSettings) -> BuildSettings:
-    """Return the settings with the rules of reading by which the dataset or build in ``settings.out`` began."""
-    for name, entry in ((MANIFEST, "settings"), (JOURNAL, "identity")):
-        if (settings.out / name).is_file():
-            try:
-                rules = min(read_json(settings.out / name)[entry].get("reading_rules", 1), READING_RULES)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                break  # is reported when the file is read for its content
-            return replace(settings, reading=replace(settings.reading, reading_rules=rules))
-    return settings
+        return settings
+    rules = min(identity.get("reading_rules", 1), READING_RULES)
+    split = settings.training.word_split
+    split = identity.get("word_split", split) if split == "auto" else split
+    return replace(
+        settings,
+        reading=replace(settings.reading, reading_rules=rules),
+        training=replace(settings.training, word_split=split),
+    )
 
 
 def _finished(out: Path, identity: dict[str, Any], progress: Reporter) -> dict[str, Any]:
@@ -254,7 +250,7 @@ class _Build:
             return run_calls(function, calls, engine=settings.engine, workers=workers, advance=advance)
 
     def _texts(self, reading: ReadReport, cleaner: Cleaner) -> Iterator[str]:
-        """Yield the texts of all documents, in order, and report."""
+        """Yield the texts of all documents, in order, and fill the reports."""
         job = Job(self.plan.settings, self.plan.sources)
         for number, part in enumerate(self.plan.parts):
             for document in kept_documents(job, number, part, lambda size: None, reading, cleaner):
@@ -281,11 +277,9 @@ class _Build:
             any_text = True
             if split.settled:
                 break
-        removed = "; ".join(removals(reading, cleaner.report))
         if not any_text:
-            why = removed or "every document is empty, only whitespace, or was skipped"
-            raise UserError(f"the sources contain no text: {why}")
-        self.journal.threshold = split.threshold(text_bytes, removed)
+            raise UserError(f"the sources contain no text: {why_empty(reading, cleaner.report)}")
+        self.journal.threshold = split.threshold(text_bytes, "; ".join(removals(reading, cleaner.report)))
         self.journal.save()
 
     def _tokenizer(self) -> Tokenizer:
@@ -323,7 +317,7 @@ class _Build:
             self.progress.note(f"left out: {message}")
         for sentence in advice(self.plan.settings.reading, reading, cleaning):
             self.progress.note(f"note: {sentence}")
-        if unread := unread_files(self.plan.sources):
+        if unread := unread_files(self.plan.sources, self.plan.settings.reading.reading_rules):
             self.progress.note(f"left out: {unread}")
         _refuse_changed_sources(self.plan, self.journal)
         settings = dict(self.journal.identity)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from data_prep.cleaning.cleaner import Cleaner, CleaningReport
 from data_prep.errors import UserError
-from data_prep.pipeline.advice import advice, removals
-from data_prep.pipeline.build import BuildPlan
+from data_prep.pipeline.advice import advice, why_empty
+from data_prep.pipeline.build import BuildPlan, as_it_began
 from data_prep.pipeline.parts import Job, cleaned_documents
 from data_prep.settings import BuildSettings, TokenizerSettings, available_cores
 from data_prep.shards.tokens import index_size
@@ -64,12 +64,11 @@ def estimate_build(settings: BuildSettings) -> Estimate:
     """
     if STDIN in settings.sources:
         raise UserError("--dry-run does not work with standard input, which can be read only once")
+    settings = as_it_began(settings)
     plan = BuildPlan.of(settings)
     sample = _sample(plan)
     if not sample.texts:
-        removed = "; ".join(removals(sample.reading, sample.cleaning))
-        why = removed or "every document is empty, only whitespace, or was skipped"
-        raise UserError(f"the sample of the sources contains no text: {why}")
+        raise UserError(f"the sample of the sources contains no text: {why_empty(sample.reading, sample.cleaning)}")
     workers = settings.workers or available_cores()
     began = time.perf_counter()
     tokenizer = plan.tokenizer or _rough_tokenizer(sample.texts, settings.training)
@@ -99,7 +98,7 @@ def estimate_build(settings: BuildSettings) -> Estimate:
         workers=workers,
         encoder=chosen.encoder.name,
         guessed=any(_is_compressed(part) or not part.bytes for part in plan.parts),
-        unread_files=unread_files(plan.sources),
+        unread_files=unread_files(plan.sources, settings.reading.reading_rules),
         advice=list(advice(settings.reading, sample.reading, sample.cleaning, scale)),
     )
 

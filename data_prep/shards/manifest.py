@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from data_prep.shards.tokens import (
     SPLITS,
     TOKENIZER_FILE,
     ShardRecord,
-    split_totals,
 )
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 
@@ -52,7 +52,7 @@ def make_manifest(
         "left_out": left_out,
         "cleaning": cleaning,
         "corpus_sha256": corpus_sha256,
-        "splits": {split: split_totals(list(shards[split])) for split in SPLITS},
+        "splits": {split: split_totals(shards[split]) for split in SPLITS},
         "versions": {
             "kindling": version_of("kindling-lm") or "unknown",
             "tokenizers": version_of("tokenizers") or "unknown",
@@ -61,6 +61,16 @@ def make_manifest(
             "encoders": encoders,
         },
     }
+
+
+def split_totals(records: Sequence[ShardRecord]) -> dict[str, Any]:
+    """Return the manifest entry for a split: its totals, then its shards."""
+    counted = ("tokens", "documents", "text_bytes", "words")
+    totals: dict[str, Any] = {name: sum(getattr(record, name) for record in records) for name in counted}
+    for name in ("lost_bytes", "unknown_tokens"):
+        found = [getattr(record, name) for record in records]
+        totals[name] = None if None in found else sum(found)
+    return totals | {"shards": [asdict(record) for record in records]}
 
 
 def save_manifest(directory: Path, manifest: dict[str, Any]) -> None:

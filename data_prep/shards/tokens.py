@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -235,16 +235,6 @@ def index_bytes(lengths: np.ndarray, dtype: np.dtype[Any]) -> bytes:
 def index_size(documents: int) -> int:
     """Return the size of an ``.idx`` file in bytes."""
     return IDX_HEADER.size + 12 * documents + 8 * (documents + 1)
-
-
-def split_totals(records: list[ShardRecord]) -> dict[str, Any]:
-    """Return the manifest entry for a split: its totals, then its shards."""
-    counted = ("tokens", "documents", "text_bytes", "words")
-    totals: dict[str, Any] = {name: sum(getattr(record, name) for record in records) for name in counted}
-    for name in ("lost_bytes", "unknown_tokens"):
-        found = [getattr(record, name) for record in records]
-        totals[name] = None if None in found else sum(found)
-    return totals | {"shards": [asdict(record) for record in records]}
 
 
 @dataclass(frozen=True)

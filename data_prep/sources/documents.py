@@ -89,7 +89,7 @@ class ReadReport:
         self.counts[reason] = self.counts.get(reason, 0) + 1
 
     def count_text(self, text: str, size: int) -> None:
-        """Count a document of a text file, of so many bytes."""
+        """Count a document of ``size`` bytes from a text file."""
         self.text_documents += 1
         self.text_document_bytes += size
         if self.text_documents <= MOST_COUNTED:

@@ -1,6 +1,6 @@
 """The kinds of files: which one a name stands for, and what a file of another kind looks like.
 
-Names decide how a file is read, contents only whether that can be right.
+The name decides how a file is read, the content only whether that can be right.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ ENDINGS = {
 PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 ROWS = tuple(ending for ending, kind in ENDINGS.items() if kind != TEXT)  # of files with columns
 TABLES = {CSV: ",", TSV: "\t"}
+FIRST_BLOCK_BYTES = 1 << 16  # of a file, by which its kind is checked
 
 # How other kinds of files begin, what they are, and what to do about them.
 _MAGIC = (
@@ -76,7 +77,7 @@ def ending_of(path: str) -> str:
 def kind_of(path: str) -> str:
     """Return the kind of file that a name stands for, or "" if the ending is unknown.
 
-    Parquet must be read from its end, so a compressed Parquet file is none.
+    Parquet must be read from its end, so the kind of a compressed Parquet file is unknown.
     """
     kind = ENDINGS.get(ending_of(path), "")
     return "" if kind == PARQUET and is_compressed(path) else kind
@@ -100,21 +101,20 @@ def _name(location: str) -> str:
     return re.split("[?#]", location, maxsplit=1)[0] if location.startswith(("http://", "https://")) else location
 
 
-def what_it_is(kind: str, first_block: bytes, *, whole: bool) -> str:
+def what_it_is(kind: str, first_block: bytes) -> str:
     """Return a predicate for a file that is not of this kind, like "looks like JSON lines: …", or "".
 
     Args:
         kind: the kind that it would be read as; "" stands for text.
-        first_block: how the file begins, decompressed.
-        whole: whether that is the whole file.
+        first_block: the first ``FIRST_BLOCK_BYTES`` of the file, decompressed.
     """
-    found, names = _other_kind(kind or TEXT, first_block, whole)
+    found, names = _other_kind(kind or TEXT, first_block, whole=len(first_block) < FIRST_BLOCK_BYTES)
     if not found:
         return ""
     return f"looks like {found}: " + (f"give it {names}" if names else "convert it to UTF-8 text, or exclude it")
 
 
-def _other_kind(kind: str, block: bytes, whole: bool) -> tuple[str, str]:
+def _other_kind(kind: str, block: bytes, *, whole: bool) -> tuple[str, str]:
     for mark, found, names in _MAGIC:
         if block.startswith(mark):
             return found, names

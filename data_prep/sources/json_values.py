@@ -1,6 +1,6 @@
 """Read the records of .json files: an array of objects, objects one after another, or one object that holds them.
 
-An array is read as a stream. Only one record is in memory at a time, and of one object the whole.
+An array is streamed, with one record in memory at a time. A single object is read whole.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ JsonRow = tuple[int, dict[str, Any] | BadRow]
 def rows_of_json(stream: Stream, text_field: str = "") -> Iterator[JsonRow]:
     """Yield the number (from 1) and the object of each record, or why there is none.
 
-    A file with a single object holds columns, if its values are lists of one length or, as pandas writes them, objects
-    with the same numbers as keys; the records of a list, if it has one list of objects; or else one record, and so
-    does one in which ``text_field`` is text. Bytes that are not UTF-8 arrive as lone surrogates (``surrogateescape``).
+    A single object holds columns if its values are lists of one length or, as pandas writes them, objects with the same
+    numbers as keys. It holds records if one of its values is a list of objects. Otherwise, or if its ``text_field`` is
+    text, it is one record. Bytes that are not UTF-8 arrive as lone surrogates (``surrogateescape``).
     """
     values = _Values(stream)
     if values.next_character() == "[":
@@ -85,7 +85,7 @@ class _Values:
         self._text = self._text.removeprefix("\ufeff")
 
     def _more(self) -> None:
-        """Read on: at least as much again as is held, so that a long value is not tried too often."""
+        """Read at least as much as is held already, so that a long value is not decoded too often."""
         pieces, wanted = [self._text[self._at :]], max(1, len(self._text) - self._at)
         while wanted > 0 and not self._ended:
             block = next(self._blocks, b"")
@@ -122,7 +122,7 @@ class _Values:
                 self._more()
 
     def of_array(self) -> Iterator[Any]:
-        """Yield the elements of the array that begins here; after the first bad one, nothing can be found."""
+        """Yield the elements of the array that begins here, up to the first bad one."""
         self._at += 1
         if self.next_character() == "]":
             return
@@ -147,7 +147,7 @@ class _Values:
             self._at += 1
 
     def one_after_another(self) -> Iterator[Any]:
-        """Yield values until the end; after a bad one, go on in the next line."""
+        """Yield values until the end; after a bad one, resume in the next line."""
         while self.next_character():
             value = self._value()
             if isinstance(value, BadRow):

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.errors import UserError
-from data_prep.settings import READING_RULES, ReadSettings
+from data_prep.settings import ReadSettings
 from data_prep.sources.documents import CorpusPart, FileRange, ReadReport, Source, one_line
 from data_prep.sources.formats import (
     ENDINGS,
+    FIRST_BLOCK_BYTES,
     JSON_LINES,
     PACKED_SUFFIXES,
     PARQUET,
@@ -35,7 +36,6 @@ from data_prep.sources.reading import BUILTIN, STDIN, parse_separator, read_part
 from data_prep.sources.records import HUGGING_FACE, parse_hugging_face, row_groups
 from data_prep.sources.storage import (
     BLOCK_BYTES,
-    FIRST_BLOCK_BYTES,
     UnreadableError,
     is_folder,
     is_glob,
@@ -231,10 +231,10 @@ def _ranges_of_parquet(path: str, size: int, part_bytes: int) -> Iterator[tuple[
     yield FileRange(path, start, len(groups)), max(0, left)
 
 
-def unread_files(sources: Sequence[Source]) -> str:
+def unread_files(sources: Sequence[Source], reading_rules: int) -> str:
     """Return what the folders among the sources have that is not read: files with other endings and links, or ""."""
     folders = [source.location for source in sources if _is_listed(source.location)]
-    unread = [path for folder in folders for path, _ in list_folder(folder) if not kind_by_rules(path, READING_RULES)]
+    unread = [path for folder in folders for path, _ in list_folder(folder) if not kind_by_rules(path, reading_rules)]
     linked = [path for folder in folders for path in linked_folders(folder)]
     found = []
     if unread:
@@ -270,9 +270,7 @@ def _refuse_unreadable(path: str, size: int | None, reading_rules: int) -> None:
     kind = kind_by_rules(path, reading_rules)
     if kind != PARQUET:
         _refuse_content(f'"{one_line(path)}"', kind, first, reading_rules)
-    elif not first.startswith(PARQUET_MARK) and (
-        other := what_it_is(kind, first, whole=len(first) < FIRST_BLOCK_BYTES)
-    ):
+    elif not first.startswith(PARQUET_MARK) and (other := what_it_is(kind, first)):
         raise UserError(f'"{one_line(path)}" {other}')
 
 
@@ -317,7 +315,7 @@ def first_texts(names: Sequence[str], most_bytes: int, reading: ReadSettings) ->
                 return
 
 
-def copy_stdin(file: IO[bytes], reading_rules: int = READING_RULES) -> None:
+def copy_stdin(file: IO[bytes], reading_rules: int) -> None:
     """Copy standard input into an open file. Raises ``UserError`` if it is empty or does not start like UTF-8 text."""
     first = True
     while block := sys.stdin.buffer.read(BLOCK_BYTES):

@@ -45,7 +45,6 @@ from data_prep.sources.records import (
     records_of_table,
 )
 from data_prep.sources.storage import (
-    FIRST_BLOCK_BYTES,
     Stream,
     UnreadableError,
     is_glob,
@@ -120,10 +119,8 @@ def why_not_read(kind: str, first_block: bytes, reading_rules: int) -> tuple[str
     wide, nul = wide_encoding(first_block), first_block.find(b"\0")
     if wide:
         return UTF16_FILE, f"is {wide}, not UTF-8: convert it, for example with `iconv -f {wide} -t UTF-8 OLD > NEW`"
-    if reading_rules > 1:
-        other = what_it_is(kind, first_block, whole=len(first_block) < FIRST_BLOCK_BYTES)
-        if other:
-            return MISNAMED_FILE if nul < 0 else BINARY_FILE, other
+    if reading_rules > 1 and (other := what_it_is(kind, first_block)):
+        return MISNAMED_FILE if nul < 0 else BINARY_FILE, other
     if nul >= 0:
         return BINARY_FILE, f"is not UTF-8 text (byte 0x00 at offset {nul}): {CONVERT}"
     return None
@@ -317,7 +314,7 @@ class _RangeReader:
             self.report.note(f'"{self.name}" {self.problem}')
 
     def _by_the_rules(self, record: Record) -> Record:
-        """Return a record as this build's rules have it: a text with NUL is none, as in text files."""
+        """Apply this build's rules to a record: a text that contains NUL is not text, as in text files."""
         if self.settings.reading_rules > 1:
             if record.text is not None and "\0" in record.text:
                 return Record(record.number, None, NUL_BYTES, f"NUL at character {record.text.index(chr(0))}")

@@ -22,7 +22,8 @@ HUGGING_FACE = "hf:"
 MAX_RECORD_BYTES = 64 * 2**20
 PARQUET_BATCH_ROWS = 128
 PARQUET_BUFFER_BYTES = 1 << 20
-STRUCTS, NULLS, NUMBERS, BOOLEANS = "structs", "nothing (null)", "numbers", "true or false"
+STRUCTS, LISTS, NULLS, NUMBERS = "structs", "lists", "nothing (null)", "numbers"
+BOOLEANS, TIMES = "true or false", "timestamps or dates"
 HALF = "half of a surrogate pair"
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -117,7 +118,7 @@ def records_of_table(stream: Stream, kind: str, text_field: str, errors: str) ->
 
 
 def records_of_json(stream: Stream, text_field: str, errors: str) -> Iterator[Record]:
-    """Yield a record for each one of a .json file."""
+    """Yield a record for each record of a .json file; ``json_values`` has the rules."""
     for number, row in rows_of_json(stream, text_field):
         if isinstance(row, BadRow):
             yield Record(number, None, *row)
@@ -173,10 +174,10 @@ def _column_at(fields: Any, name: str) -> Any:
 
     if (index := fields.get_field_index(name)) >= 0:
         return fields.field(index)
-    for end in (place for place, character in enumerate(name) if character == "."):
-        index = fields.get_field_index(name[:end])
+    for outer, inner in _split_at_dots(name):
+        index = fields.get_field_index(outer)
         if index >= 0 and pyarrow.types.is_struct(fields.field(index).type):
-            return _column_at(fields.field(index).type, name[end + 1 :])
+            return _column_at(fields.field(index).type, inner)
     return None
 
 
@@ -200,10 +201,10 @@ def _holds_instead_of_text(kind: Any) -> str:
     for test, holds in (
         (types.is_struct, STRUCTS),
         (types.is_map, "maps"),
-        (types.is_nested, "lists"),
+        (types.is_nested, LISTS),
         (types.is_null, NULLS),
         (types.is_boolean, BOOLEANS),
-        (types.is_temporal, "timestamps or dates"),
+        (types.is_temporal, TIMES),
         (types.is_decimal, NUMBERS),
         (types.is_primitive, NUMBERS),
     ):
@@ -260,10 +261,17 @@ def value_at(row: dict[str, Any], name: str) -> Any:
     """Return the value in a column, in whose name dots lead into objects, as in ``translation.en``, or None."""
     if name in row:
         return row[name]
-    for end in (place for place, character in enumerate(name) if character == "."):
-        if isinstance(inner := row.get(name[:end]), dict):
-            return value_at(inner, name[end + 1 :])
+    for outer, inner in _split_at_dots(name):
+        if isinstance(found := row.get(outer), dict):
+            return value_at(found, inner)
     return None
+
+
+def _split_at_dots(name: str) -> Iterator[tuple[str, str]]:
+    """Yield what is before and after each dot in the name of a column."""
+    for place, character in enumerate(name):
+        if character == ".":
+            yield name[:place], name[place + 1 :]
 
 
 def column_names(row: dict[str, Any], before: str = "") -> Iterator[str]:
@@ -305,11 +313,16 @@ def _record_of_text(number: int, text: str, errors: str) -> Record:
 
 def _what_it_holds(value: Any) -> str:
     """Return what a column holds instead of text, for a message."""
-    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
-        return "timestamps or dates"
-    numbers = dict.fromkeys((int, float, Decimal), NUMBERS)
-    kinds = {dict: STRUCTS, list: "lists", bool: BOOLEANS, type(None): NULLS, **numbers}
-    return kinds.get(type(value), f"values of type {type(value).__name__}")
+    if value is None:
+        return NULLS
+    kinds = (
+        (dict, STRUCTS),
+        (list, LISTS),
+        (bool, BOOLEANS),
+        ((int, float, Decimal), NUMBERS),
+        ((datetime.date, datetime.time, datetime.timedelta), TIMES),
+    )
+    return next((holds for kind, holds in kinds if isinstance(value, kind)), f"values of type {type(value).__name__}")
 
 
 def _no_text(number: int, text_field: str, fields: tuple[str, ...], holds: str = "") -> Record:

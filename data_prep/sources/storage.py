@@ -17,10 +17,9 @@ from typing import IO, Any
 
 from data_prep.errors import UserError
 from data_prep.sources.documents import one_line
-from data_prep.sources.formats import packing_of
+from data_prep.sources.formats import FIRST_BLOCK_BYTES, packing_of
 
 BLOCK_BYTES = 1 << 20
-FIRST_BLOCK_BYTES = 1 << 16
 ZSTD_INPUT_BYTES = 1 << 12  # expands to at most 128 MiB
 URL = "://"
 MAGIC = ("*", "?", "[")

@@ -17,7 +17,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from data_prep.sources.documents import BROKEN_RECORD, RECORD_TOO_LONG
-from data_prep.sources.formats import CSV, TABLES
+from data_prep.sources.formats import CSV, TABLES, TSV
 from data_prep.sources.storage import Stream
 from data_prep.sources.text_files import UTF8_MARK
 
@@ -62,7 +62,7 @@ def rows_of_table(stream: Stream, kind: str) -> Iterator[Row]:
 
 
 def fields_of_table(stream: Stream, kind: str) -> Iterator[Row]:
-    """Yield the rows of a table as ``rows_of_table``, of any length, and the first one like the others."""
+    """Yield rows like ``rows_of_table``, but of any length, and with no header."""
     lines = lines_of_text(stream)
     return _rows_of_csv(lines) if kind == CSV else _rows_of_tsv(lines)
 
@@ -206,7 +206,7 @@ def _closed_row(text: str, columns: int) -> list[str]:
     """Return the fields of a text that is one row by RFC 4180, of so many columns unless 0, or an empty list."""
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     try:
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=TABLES[".tsv"], strict=True))
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=TABLES[TSV], strict=True))
     except csv.Error:
         return []
     return rows[0] if len(rows) == 1 and columns in (0, len(rows[0])) else []

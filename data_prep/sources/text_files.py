@@ -24,7 +24,6 @@ LONE_RETURN = re.compile(rb"\r(?!\n)")
 BLANK_LINE = re.compile(rb"\n\r?\n")
 # One or more lines of nothing but spaces and tabs, and the newline before them. Each newline is taken whole.
 BLANK_LINES = re.compile(rb"(?>\r\n|\n|\r)(?:[ \t]*(?>\r\n|\n|\r))+")
-
 PRINTED = re.compile(rb"[ \t]*[^ \t]")
 NEWLINE = re.compile(rb"[\r\n]")
 LEADING_LINES = re.compile(rb"(?:[ \t]*(?>\r\n|\n|\r))*")

@@ -31,8 +31,8 @@ SPACE = rf"\r\n{OTHER_SPACE}"
 # GPT-2's pattern with all kinds of words merged into one: no match of the full pattern crosses a match of this one.
 RUNS = re.compile(rf" ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+")
 
-# Where a text can be cut so that no word of llama.cpp's patterns is: nothing but a sign has a line break after it in a
-# word, and nothing has another space after it.
+# Where a text can be cut without cutting a word of llama.cpp's patterns: inside a word, a line break follows only
+# punctuation or space, and any other space follows only space.
 ENDS_OF_RUNS = re.compile(rf"(?<=[^{SPACE}])(?=[{OTHER_SPACE}])|(?<=[0-9A-Za-z])(?=[\r\n])")
 
 LARGEST_CACHE_CHARACTERS = 1 << 23  # about 100 MB including the dictionary
@@ -264,7 +264,7 @@ ENCODERS = {kind.short_name: kind for kind in (GigatokenEncoder, SplintrEncoder,
 
 
 def runs_of(tokenizer: Tokenizer) -> Callable[[str], list[str]] | None:
-    """Return what cuts a text into runs whose tokens are together those of the text; None if that is not known."""
+    """Return what cuts a text into runs whose concatenated tokens are those of the text; None if nothing known does."""
     description = tokenizer.description
     if description["normalizer"] is not None or not all(token["special"] for token in description["added_tokens"]):
         return None

@@ -27,8 +27,8 @@ def counted_bytes(text_bytes: int, lost_bytes: int) -> int:
 def loss_of(tokenizer: Tokenizer, text: str, ids: Iterable[int]) -> Loss:
     """Return what a text loses when it becomes ``ids``.
 
-    A character is lost if decoding gives it back less often than it was there, so the order does not matter and the
-    result is the least that is lost. Unknown tokens stand for nothing.
+    A character is lost if decoding restores it fewer times than it occurred. Order is ignored, so the result is a lower
+    bound. Unknown tokens stand for nothing.
     """
     if tokenizer.is_lossless:
         return NO_LOSS

@@ -1,4 +1,4 @@
-"""Keep a text that spells a special token text, in any tokenizer.
+"""Keep text that spells a special token from becoming that token, in any tokenizer.
 
 The library finds special tokens before it splits a text, which can be turned off. But many models also have the name of
 a special token as an ordinary entry of their vocabulary: T5's Unigram model cuts ``</s>`` out of a text by itself. Such
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 from tokenizers import Regex, pre_tokenizers
@@ -47,7 +47,12 @@ def keep_spelled_names(backend: Backend, needed: set[int | None]) -> str | None:
         before = [*steps] if several else [steps] if steps else []
         cut = pre_tokenizers.Split(Regex(_first_characters(taken)), behavior="isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence([*before, cut])
-    found = {name: {i for text in texts_with(name) for i in _encode(backend, text)} for name in names}
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    found = {name: {i for text in texts_with(name) for i in ids_or_none(encode, text)} for name in names}
     special = set(names.values())
     unknown = unknown_id(backend) if any(ids & special for ids in found.values()) else None
     if unknown is not None and unknown in needed and any(unknown in ids for ids in found.values()):
@@ -60,8 +65,12 @@ def keep_spelled_names(backend: Backend, needed: set[int | None]) -> str | None:
 
 def _is_taken(backend: Backend, name: str, token_id: int) -> bool:
     """Return whether the model sees a name in one piece and makes one token of it."""
+
+    def encode_word(word: str) -> list[int]:
+        return [token.id for token in backend.model.tokenize(word)]
+
     in_words = (name, f"{name}a", f"a{name}a", f"{name}{name}")
-    if len(name) < 2 or not any(token_id in _ids_of_word(backend, word) for word in in_words):
+    if len(name) < 2 or not any(token_id in ids_or_none(encode_word, word) for word in in_words):
         return False
     splitter = backend.pre_tokenizer
     return splitter is None or any(
@@ -69,18 +78,11 @@ def _is_taken(backend: Backend, name: str, token_id: int) -> bool:
     )
 
 
-def _ids_of_word(backend: Backend, word: str) -> list[int]:
+def ids_or_none(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """Return what ``encode`` gives, or nothing for a text with unknown characters if the model has no unknown token."""
     try:
-        return [token.id for token in backend.model.tokenize(word)]
-    except Exception:  # a model without an unknown token raises the base class
-        return []
-
-
-def _encode(backend: Backend, text: str) -> list[int]:
-    try:
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-        return ids
-    except Exception:
+        return encode(text)
+    except Exception:  # the library has no class of its own for it
         return []
 
 
@@ -92,7 +94,7 @@ def _first_characters(names: list[str]) -> str:
 
 
 def unknown_id(backend: Backend) -> int | None:
-    """Return the id of text outside the vocabulary, which may be that of a special token."""
+    """Return the id that stands for text outside the vocabulary, which may be a special token, or None."""
     model = json.loads(backend.to_str())["model"]
     if model["type"] == "Unigram":
         unknown: int | None = model["unk_id"]

@@ -25,7 +25,7 @@ from data_prep.files import parse_json, write_atomically
 from data_prep.settings import END_OF_TEXT, MASK, PADDING
 from data_prep.tokenizers.encoder_probes import PROBES
 from data_prep.tokenizers.special_tokens import SpecialTokens, recorded
-from data_prep.tokenizers.spelled_names import keep_spelled_names, unknown_id
+from data_prep.tokenizers.spelled_names import ids_or_none, keep_spelled_names, unknown_id
 
 # How existing tokenizers spell the three special tokens; the first one present is used.
 END_OF_TEXT_SPELLINGS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
@@ -53,6 +53,7 @@ class Tokenizer:
         padding_id: what fills up a batch; an imported checkpoint may use its end of text.
         unwritable_ids: tokens that are never generated.
         special: all of these, as one value.
+        is_imported: whether they are those of an imported checkpoint, recorded in its ``tokenizer.json``.
         vocab_size: the largest id plus one.
         kind: ``bpe``, ``wordpiece``, ``unigram``, ``bytes`` or ``characters``, or the lowercase name of any other
             model type.
@@ -66,7 +67,9 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.special = recorded(backend) or _found_or_added(backend)
+        imported = recorded(backend)
+        self.is_imported = imported is not None
+        self.special = imported or _found_or_added(backend)
         self.end_of_text_id, self.padding_id = self.special.end_of_text, self.special.padding
         self.begin_id, self.end_ids = self.special.begin, self.special.ends
         self.unwritable_ids = self.special.unwritable
@@ -126,7 +129,7 @@ class Tokenizer:
 
     @property
     def mask_id(self) -> int:
-        """What hides a token. UserError if the tokenizer has no such token."""
+        """What hides a token. Raises ``UserError`` if the tokenizer has no such token."""
         if self.special.mask is None:
             raise UserError(
                 "this tokenizer has no mask token: train with --objective next_token, or import the checkpoint again "
@@ -134,13 +137,8 @@ class Tokenizer:
             )
         return self.special.mask
 
-    @property
-    def is_imported(self) -> bool:
-        """Whether the special tokens are those of an imported checkpoint, recorded in its ``tokenizer.json``."""
-        return recorded(self._backend) is not None
-
     def begun(self, ids: Iterable[int]) -> list[int]:
-        """The ids of a text after what begins it; an empty text that nothing begins is an end of text.
+        """Return the ids of a text after what begins it, or an end of text if there would be no ids.
 
         An imported tokenizer's own beginning is not added twice: a chat template may have written it.
         """
@@ -164,7 +162,7 @@ class Tokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_shielded(self, text: str, shielded: str, cuts: Sequence[int] = ()) -> list[list[int]]:
-        """Return the ids of a text before, between and after the cuts; no token extends over one.
+        """Return the ids of a text before, between and after the cuts; no token spans a cut.
 
         Args:
             text: as for ``encode``, but with special tokens where it spells them outside of what is shielded.
@@ -195,10 +193,10 @@ class Tokenizer:
             splitter.encode_special_tokens = True
             # A token that is in no text stands for each special token and each cut, so that what is between two of
             # them is encoded as the middle of a text.
-            after = {
-                at: stop for start, stop, _ in written for at in range(start + 1, stop)
-            }  # with the space around it
-            marks = sorted([*written, *((after.get(cut, cut), after.get(cut, cut), -1) for cut in cuts)])
+            # A cut inside a special token, or the space that belongs to it, moves to its end.
+            after = {at: stop for start, stop, _ in written for at in range(start + 1, stop)}
+            moved = [after.get(cut, cut) for cut in cuts]
+            marks = sorted([*written, *((cut, cut, -1) for cut in moved)])
             between = itertools.pairwise([0, *(at for mark in marks for at in mark[:2]), len(text)])
             joined = boundary.join(text[start:stop] for start, stop in itertools.islice(between, 0, None, 2))
             ids = splitter.encode(joined, add_special_tokens=False).ids
@@ -215,7 +213,7 @@ class Tokenizer:
 
     @cached_property
     def _splitter(self) -> tuple[Backend, str, threading.Lock]:
-        """A copy with one more token, which nobody can guess, and a lock to hold while using the copy."""
+        """A copy with one more token, an unguessable one, and a lock to hold while using the copy."""
         boundary = f"\ufdd0{secrets.token_hex(16)}\ufdd0"
         splitter = Backend.from_str(self._backend.to_str())
         splitter.add_tokens([AddedToken(boundary, special=False, normalized=False)])
@@ -251,10 +249,7 @@ class Tokenizer:
     @cached_property
     def is_lossless(self) -> bool:
         """Whether decoding restores all ``PROBES``, as with every tokenizer trained here."""
-        try:
-            return all(self.decode_bytes(self.encode(text)) == text.encode("utf-8") for text in PROBES)
-        except Exception:  # a model without an unknown token raises the base class
-            return False
+        return all(self.decode_bytes(ids_or_none(self.encode, text)) == text.encode("utf-8") for text in PROBES)
 
     @cached_property
     def unknown_id(self) -> int | None:

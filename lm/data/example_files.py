@@ -28,7 +28,7 @@ from data_prep.sources.records import (
     parse_hugging_face,
     rows_of_dataset,
 )
-from data_prep.sources.storage import FIRST_BLOCK_BYTES, Stream, UnreadableError, open_raw, open_stream
+from data_prep.sources.storage import Stream, UnreadableError, open_raw, open_stream
 from data_prep.sources.tables import BadRow, lines_of_text, rows_of_table
 from data_prep.sources.text_files import UTF8_MARK, wide_encoding
 
@@ -88,7 +88,7 @@ def _refuse_other_content(name: str, kind: str, stream: Stream) -> None:
     first = stream.peek()
     if wide := wide_encoding(first):
         raise UserError(f"{name} is {wide}, not UTF-8: {CONVERT}")
-    if other := what_it_is(kind, first, whole=len(first) < FIRST_BLOCK_BYTES):
+    if other := what_it_is(kind, first):
         raise UserError(f"{name} {other}")
 
 

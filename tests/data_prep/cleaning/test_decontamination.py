@@ -19,6 +19,7 @@ from data_prep.errors import UserError
 
 LONG = "Many years later as he faced the firing squad the colonel remembered that distant afternoon when ice was new"
 SHORT = "Who should Derek hug today?"
+RECORDS = "".join(json.dumps({"a": f"é {n**5}"}, ensure_ascii=False) + "\n" for n in range(999))
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -104,6 +105,8 @@ def test_every_kind_of_file_gives_its_texts_packed_or_not(tmp_path: Path, name: 
         ("few.txt", b"one two three four\n", r"few\.txt\" has no text of 5 words or more"),
         ("cut.txt.gz", gzip.compress(b"one two three four five" * 99, mtime=0)[:-9], r"cut\.txt\.gz\" is damaged"),
         ("no.txt.gz", b"plain", r"no\.txt\.gz\" is damaged"),
+        ("cut.jsonl.gz", gzip.compress(RECORDS.encode())[:-999], r"cut\.jsonl\.gz\" is damaged"),
+        ("cut.csv.gz", gzip.compress(('"' + RECORDS.replace('"', "")).encode())[:-999], r"cut\.csv\.gz\" is damaged"),
     ],
 )
 def test_a_file_that_is_no_use_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

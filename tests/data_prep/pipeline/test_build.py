@@ -4,11 +4,8 @@ import fcntl
 import hashlib
 import json
 import os
-import re
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +16,13 @@ from tokenizers import Tokenizer as Backend
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.pipeline import build as pipeline
-from data_prep.pipeline import parts
-from data_prep.pipeline.build import build_dataset
 from data_prep.pipeline.splitting import hash_of
-from data_prep.progress import SilentReporter
 from data_prep.settings import BuildSettings, TokenizerSettings
-from data_prep.shards.tokens import open_dataset, split_totals
+from data_prep.shards.tokens import open_dataset
 from data_prep.tokenizers.training import train_tokenizer
+from tests.data_prep.pipeline.conftest import build, decoded, settings_for
 
 Tree = Callable[[Path], dict[str, bytes]]
-
-
-@pytest.fixture(scope="session")
-def corpus(make_text: Callable[[int, int], str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 120 KB: texts of several lengths, two of them equal, and records."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for n in range(12):
-        (folder / f"{n:02}.txt").write_text(make_text(n, 4 + 4 * n), encoding="utf-8")
-    (folder / "copy.md").write_text(make_text(3, 16), encoding="utf-8")
-    records = [json.dumps({"text": make_text(100 + n, 2)}) for n in range(40)]
-    (folder / "records.jsonl").write_text("\n".join([*records, "broken"]), encoding="utf-8")
-    return folder
-
-
-def settings_for(corpus: Path, out: Path, **changes: Any) -> BuildSettings:
-    small = {"vocab_size": 400, "shard_tokens": 4000, "max_document_bytes": 3000, "validation_fraction": 0.2}
-    return BuildSettings.from_options((str(corpus),), out, **(small | {"part_bytes": 40_000, "workers": 1} | changes))
-
-
-def build(settings: BuildSettings, notes: list[str] | None = None) -> dict[str, Any]:
-    """Build quietly; ``notes`` collects what is reported."""
-    reporter = SilentReporter()
-    if notes is not None:
-        reporter.note = notes.append  # type: ignore[method-assign]
-    return build_dataset(settings, progress=reporter)
-
-
-@pytest.fixture(scope="session")
-def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    build(settings_for(corpus, out))
-    return out
-
-
-def decoded(out: Path, split: str) -> list[str]:
-    dataset = open_dataset(out)
-    texts, start = [], 0
-    for length in dataset.split(split).document_lengths():
-        texts.append(dataset.tokenizer.decode_bytes(dataset.split(split).read(start, start + length)).decode())
-        start += int(length)
-    return texts
 
 
 def test_every_document_is_there_once_in_order_and_on_its_side(undisturbed: Path, corpus: Path) -> None:
@@ -131,142 +85,6 @@ def test_ray_changes_no_byte(undisturbed: Path, corpus: Path, tmp_path: Path, tr
     assert tree(tmp_path / "out") == tree(undisturbed)
 
 
-class KilledError(BaseException):
-    """Stands for a kill: nothing in the program expects it."""
-
-
-def build_until(settings: BuildSettings, count: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Build, and die just before file number ``count`` gets its name; whether the build ended before that."""
-    rename = Path.replace
-    left = count
-
-    def rename_or_die(path: Path, target: Path) -> Path:
-        nonlocal left
-        if left == 0:
-            raise KilledError
-        left -= 1
-        return rename(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", rename_or_die)
-        try:
-            build(settings)
-        except KilledError:
-            return False
-    return True
-
-
-def test_stopped_before_any_file_it_goes_on_to_the_same_bytes(
-    undisturbed: Path, corpus: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # many small builds; their safety is tested with kills
-    expected = tree(undisturbed)
-    for count in range(1000):
-        settings = settings_for(corpus, tmp_path / str(count))
-        if build_until(settings, count, monkeypatch):
-            break
-        build(settings)
-        assert tree(settings.out) == expected, f"stopped before file {count}"
-    shards = (len(expected) - 2) // 2
-    parts = 1 + int(open_dataset(undisturbed).split("train").records[-1].name.split("-")[1][:5])
-    # A shard is two files; a part's last two shards, one of each split, are written down with its summary.
-    assert count == 3 * shards - parts + 5, "every file of a shard and each state of a journal was a point to stop at"
-
-
-def test_stopped_again_and_again_it_still_ends(
-    undisturbed: Path, corpus: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = settings_for(corpus, tmp_path / "out")
-    for _ in range(100):
-        if build_until(settings, 6, monkeypatch):
-            break
-    assert tree(settings.out) == tree(undisturbed)
-
-
-def test_finished_work_is_not_done_again(
-    undisturbed: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = settings_for(corpus, tmp_path / "out")
-    assert not build_until(settings, 12, monkeypatch)
-    before = {path.name: path.stat().st_mtime_ns for path in settings.out.glob("*.*")}
-    shards = json.loads((settings.out / "work/part-00000.json").read_text())["shards"]
-    done = shards["train"] + shards["validation"]
-    assert done
-    monkeypatch.setattr(pipeline, "train_tokenizer", None)
-    monkeypatch.setattr(pipeline, "choose_encoder", None)
-    words_counted: list[bytes] = []
-    monkeypatch.setattr(parts, "count_words", lambda content: words_counted.append(content) or 0)
-    build(settings)
-    for name in ["tokenizer.json", *(f"{record['name']}.bin" for record in done)]:
-        assert (settings.out / name).stat().st_mtime_ns == before[name], f"{name} was written again"
-    total = sum(open_dataset(settings.out).split(split).documents for split in ("train", "validation"))
-    assert len(words_counted) == total - sum(record["documents"] for record in done)
-
-
-def test_a_finished_build_is_left_as_it_is(undisturbed: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    notes: list[str] = []
-    monkeypatch.setattr(pipeline, "run_calls", None)  # nothing is read again
-    (undisturbed / "build.json").write_text("{}")  # as if killed just before the last step
-    (undisturbed / "work").mkdir()
-    manifest = build(settings_for(corpus, undisturbed), notes)
-    assert manifest == json.loads((undisturbed / "manifest.json").read_text())
-    assert "already built" in notes[0]
-    assert not (undisturbed / "build.json").exists()
-    assert not (undisturbed / "work").exists()
-
-
-def test_other_settings_or_sources_are_refused_by_name(undisturbed: Path, corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"vocab size was 400, now 500.*choose another --out"):
-        build(settings_for(corpus, undisturbed, vocab_size=500))
-    with pytest.raises(UserError, match=r"text field was .*; validation fraction was 0\.2, now 0\.3"):
-        build(settings_for(corpus, undisturbed, validation_fraction=0.3, text_field="body"))
-    (tmp_path / "other.txt").write_text("x")
-    with pytest.raises(UserError, match=r"sources was .*corpus.*, now .*other\.txt"):
-        build(settings_for(tmp_path / "other.txt", undisturbed))
-    open_dataset(undisturbed).verify()
-
-
-def test_an_interrupted_build_refuses_other_settings_and_stays(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tree: Tree, undisturbed: Path
-) -> None:
-    settings = settings_for(corpus, tmp_path / "out")
-    build_until(settings, 6, monkeypatch)
-    before = tree(settings.out)
-    with pytest.raises(UserError, match="max document bytes was 3000, now 2000"):
-        build(settings_for(corpus, settings.out, max_document_bytes=2000))
-    assert tree(settings.out) == before
-    build(settings)
-    assert tree(settings.out) == tree(undisturbed)
-
-
-def test_a_damaged_journal_is_refused(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "build.json").write_text('{"identity": {}}')
-    with pytest.raises(UserError, match=r'build\.json" is damaged: remove'):
-        build(settings_for(corpus, tmp_path))
-
-
-def test_sources_that_change_meanwhile_are_noticed(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("".join(f"one two {n}\n\n" for n in range(100)))
-
-    def train_and_change(*arguments: Any) -> Any:
-        tokenizer = train_tokenizer(*arguments)
-        path.write_text("".join(f"one TWO {n}\n\n" for n in range(100)))
-        os.utime(path, ns=(1, 1))
-        return tokenizer
-
-    settings = settings_for(path, tmp_path / "new" / "out", vocab_size=259, max_document_bytes=70)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "train_tokenizer", train_and_change)
-        with pytest.raises(UserError, match="the sources changed since the build in"):
-            build(settings)
-    os.utime(path, ns=(2, 2))
-    with pytest.raises(UserError, match="the sources changed since the build in"):
-        build(settings)
-
-
 def test_a_failed_new_build_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too large for this text"):
         build(settings_for(corpus, tmp_path / "a" / "b" / "out", vocab_size=60_000))
@@ -321,25 +139,6 @@ def test_a_given_tokenizer_is_taken(corpus: Path, tmp_path: Path) -> None:
     assert manifest["settings"]["tokenizer_sha256"] == tokenizer.sha256
     with pytest.raises(UserError, match="tokenizer sha256 was"):
         build(settings_for(corpus, tmp_path / "out"))
-
-
-def test_an_earlier_build_keeps_its_word_split(
-    corpus: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The default was once gpt2: what was begun with it resumes with it, and what is finished stays finished."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    build(settings_for(corpus, whole, word_split="gpt2"))
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "choose_encoder", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            build(settings_for(corpus, stopped, word_split="gpt2"))
-    for out in (stopped, whole):
-        assert build(settings_for(corpus, out))["settings"]["word_split"] == "gpt2"
-    assert tree(stopped) == tree(whole)
-    for named in ("qwen35", "llama3"):
-        with pytest.raises(UserError, match=f'word split was "gpt2", now "{named}"'):
-            build(settings_for(corpus, whole, word_split=named))
-    assert build(settings_for(corpus, tmp_path / "new"))["settings"]["word_split"] == "qwen35"
 
 
 def test_bytes_need_no_vocabulary_size(corpus: Path, tmp_path: Path) -> None:
@@ -490,98 +289,3 @@ def test_what_the_tokenizer_loses_is_counted(tmp_path: Path, workers: int) -> No
     assert train["unknown_tokens"] == 4 * 3
     split = open_dataset(tmp_path / "out").split("train")
     assert (split.lost_bytes, split.counted_bytes) == (lost, split.text_bytes - lost)
-
-
-def test_shards_of_an_earlier_version_leave_the_loss_unknown(undisturbed: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(undisturbed, out)
-    path = out / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    assert {split["lost_bytes"] for split in manifest["splits"].values()} == {0}
-    for split in manifest["splits"].values():
-        for record in (split, *split["shards"]):
-            del record["lost_bytes"], record["unknown_tokens"]
-    path.write_text(json.dumps(manifest), encoding="utf-8")
-    train = open_dataset(out).split("train")
-    assert (train.lost_bytes, train.counted_bytes) == (0, train.text_bytes)
-    assert split_totals(train.records)["lost_bytes"] is None
-
-
-def test_a_build_from_before_goes_on_by_its_own_rules(
-    make_text: Callable[[int, int], str], tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    records = "".join(json.dumps({"text": f"a\0{make_text(n, 1)}"}) + "\n" for n in range(20))
-    for name, content in {
-        "a.txt": make_text(1, 30).replace(" a", " paragraph"),
-        "b.TXT": make_text(2, 30),
-        "c.json": records,
-        "d.txt": records,
-        "e.jsonl": records,
-    }.items():
-        (texts / name).write_text(content, encoding="utf-8")
-
-    def settings(out: str, rules: int) -> BuildSettings:
-        made = settings_for(texts, tmp_path / out, document_per="paragraph")
-        return replace(made, reading=replace(made.reading, reading_rules=rules))
-
-    manifest = build(settings("old", 1))
-    assert "reading_rules" not in manifest["settings"]
-    assert (manifest["sources"][0]["files"], manifest["left_out"]) == (3, {"empty document": 1})
-    expected = tree(tmp_path / "old")
-    for count in range(2, 12, 3):
-        assert not build_until(settings(str(count), 1), count, monkeypatch)
-        build(settings(str(count), 2))
-        assert tree(tmp_path / str(count)) == expected
-    assert build(settings("old", 2)) == manifest
-    assert tree(tmp_path / "old") == expected
-    new = build(settings("new", 2))
-    assert (new["settings"]["reading_rules"], new["sources"][0]["files"]) == (2, 5)
-    assert new["left_out"] == {"NUL bytes": 40, "file of another kind than its name says": 1}
-
-
-def notes_of(tmp_path: Path, **options: Any) -> list[str]:
-    notes: list[str] = []
-    settings = BuildSettings.from_options(
-        (str(tmp_path / "a.txt"),), tmp_path / "out", tokenizer_kind="bytes", **options
-    )
-    build(settings, notes)
-    return [note for note in notes if note.startswith("note: ")]
-
-
-def test_few_long_documents_and_separators_that_never_occur_are_told(
-    make_text: Callable[[int, int], str], tmp_path: Path
-) -> None:
-    text = make_text(1, 300)
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    (long,) = notes_of(tmp_path, max_document_bytes=10_000)
-    assert re.fullmatch(
-        r"note: text files gave \d documents of \d KB on average; --document-per paragraph would give 300", long
-    )
-    shutil.rmtree(tmp_path / "out")
-    assert notes_of(tmp_path, document_per="paragraph") == []
-    assert sum(s["documents"] for s in open_dataset(tmp_path / "out").manifest["splits"].values()) == 300
-    shutil.rmtree(tmp_path / "out")
-    assert notes_of(tmp_path, document_per="END", max_document_bytes=10_000) == [
-        'note: --document-per "END" never occurs in the text files, so they were split by size'
-    ]
-
-
-def test_a_step_that_removes_most_documents_is_told(make_text: Callable[[int, int], str], tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("\n\n".join(["word " * 9] * 8 + ["x" * 400] * 2), encoding="utf-8")
-    (told,) = notes_of(tmp_path, document_per="paragraph", min_characters=100, validation_fraction=0)
-    assert told == 'note: the step "length" removed 8 of 10 documents (45 characters < 100, for example)'
-    for name, sentence in (
-        ("validation_fraction", 'only one document .the step "length" removed 9 of 10 documents'),
-        ("quality", 'contain no text: the step "quality", which is meant for English prose, removed 10 of 10'),
-    ):
-        (tmp_path / "a.txt").write_text("\n\n".join(["word " * 9] * 9 + ["x" * 400]), encoding="utf-8")
-        more: dict[str, Any] = {"quality": True} if name == "quality" else {"min_characters": 100}
-        settings = BuildSettings.from_options(
-            (str(tmp_path / "a.txt"),), tmp_path / name, tokenizer_kind="bytes", document_per="paragraph", **more
-        )
-        with pytest.raises(UserError, match=sentence):
-            build(settings)
-    with pytest.raises(UserError, match=r"--quality keeps only English prose .* --language is de: leave one"):
-        build(settings_for(tmp_path / "a.txt", tmp_path / "new", quality=True, language=("en", "de")))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def test_the_estimate_is_near_what_the_build_then_makes(texts: Path, tmp_path: P
     assert found.disk_bytes == pytest.approx(disk, rel=0.1)
     assert (found.files, found.guessed) == (8, False)
     assert found.seconds > 0
+
+
+def test_the_estimate_follows_the_rules_of_the_build_that_would_resume(texts: Path, tmp_path: Path) -> None:
+    changes = {"vocab_size": 600, "max_document_bytes": 4000, "document_per": "paragraph"}
+    settings = BuildSettings.from_options((str(texts),), tmp_path / "out", **changes)
+    earlier = replace(settings, reading=replace(settings.reading, reading_rules=1))
+    splits = build_dataset(earlier, progress=SilentReporter())["splits"].values()
+    assert estimate_build(settings).documents == pytest.approx(sum(split["documents"] for split in splits), rel=0.1)
 
 
 def test_packed_files_are_guesses_and_a_large_vocabulary_is_no_obstacle(texts: Path, tmp_path: Path) -> None:

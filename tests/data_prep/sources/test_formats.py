@@ -1,4 +1,4 @@
-"""Whatever a file is called, it is read as what it is, or refused with what it looks like."""
+"""A file is read as what it is under any name, or refused with what it looks like."""
 
 from __future__ import annotations
 
@@ -16,24 +16,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.settings import ReadSettings
-from data_prep.sources.documents import ReadReport
+from data_prep.settings import READING_RULES
 from data_prep.sources.formats import ENDINGS, json_kind, kind_by_rules, kind_of, table_kind, what_it_is
-from data_prep.sources.listing import parse_sources, parts_of, unread_files
-from data_prep.sources.reading import read_part
+from data_prep.sources.listing import parse_sources, unread_files
+from tests.data_prep.sources.conftest import PACKERS, read, texts
 
-PACKERS: dict[str, Any] = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": zstandard.ZstdCompressor().compress,
-}
 RECORDS = [{"id": number, "text": f"the old miller, number {number}"} for number in range(3)]
 TEXTS = [record["text"] for record in RECORDS]
 
@@ -57,26 +48,20 @@ CONTENTS = {
 }
 
 
-def read(*names: object, **options: Any) -> tuple[list[str], ReadReport]:
-    sources, reading, report = parse_sources([str(name) for name in names]), ReadSettings(**options), ReadReport()
-    parts = parts_of(sources, reading)
-    return [d.text for part in parts for d in read_part(part, sources, reading, report)], report
-
-
-@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("packing", ["", *PACKERS])
 @pytest.mark.parametrize("ending", CONTENTS)
 def test_records_are_read_by_every_ending_in_any_case_packed_or_not(tmp_path: Path, ending: str, packing: str) -> None:
     for name in (f"a{ending}{packing}", f"B{ending}{packing}".upper(), f"c{ending}{packing}".title()):
-        (tmp_path / name).write_bytes(PACKERS[packing](CONTENTS[ending].encode()))
-        assert read(tmp_path / name)[0] == TEXTS, name
-    assert read(tmp_path)[0] == 3 * TEXTS
+        (tmp_path / name).write_bytes(PACKERS.get(packing, bytes)(CONTENTS[ending].encode()))
+        assert texts(tmp_path / name) == TEXTS, name
+    assert texts(tmp_path) == 3 * TEXTS
 
 
 @pytest.mark.parametrize("name", ["a.TXT", "b.Md", "c.txt.GZ", "notes", "README", "book.tex", "a.py", "x.tar"])
-def test_plain_text_is_text_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+def test_plain_text_is_text_under_any_name(tmp_path: Path, name: str) -> None:
     pack = PACKERS[".gz"] if name.endswith("GZ") else bytes
     (tmp_path / name).write_bytes(pack(b"Some text, and more.\n"))
-    assert read(tmp_path / name)[0] == ["Some text, and more.\n"]
+    assert texts(tmp_path / name) == ["Some text, and more.\n"]
 
 
 def test_the_end_of_an_address_does_not_hide_the_ending() -> None:
@@ -146,7 +131,7 @@ def test_binary_files_are_refused_and_named(tmp_path: Path, what: str, name: str
     assert f'{name}" ' in str(caught.value)
     (tmp_path / "good.txt").write_text("good")
     documents, report = read(f"{tmp_path}/*")
-    assert documents == ["good"] and sum(report.counts.values()) == 1 and what in report.messages[0]
+    assert [d.text for d in documents] == ["good"] and sum(report.counts.values()) == 1 and what in report.messages[0]
 
 
 @pytest.mark.parametrize(
@@ -187,8 +172,9 @@ def test_one_kind_of_data_under_the_name_of_another_is_refused(
     ],
 )
 def test_prose_is_not_taken_for_data(prose: str) -> None:
-    for whole in (True, False):
-        assert what_it_is("", prose.encode(), whole=whole) == "" or (prose in ("[",) and not whole)
+    assert what_it_is("", prose.encode()) == ""
+    assert table_kind(prose, whole=False) == ""
+    assert json_kind(prose, whole=False) == "" or prose == "["
 
 
 words = st.text(st.sampled_from("abcdeé ,.;'-"), min_size=1).map(lambda text: f"a{text}z")
@@ -222,16 +208,16 @@ def test_a_folder_tells_what_it_does_not_read(tmp_path: Path) -> None:
     for name in ("a.txt", "b.PNG", "c.png", "d.png", "e.png", "sub/f.pdf", "Makefile", "g.xyz.gz", ".hidden.png"):
         (tmp_path / "mixed" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mixed" / name).write_text("x")
-    assert unread_files(parse_sources([f"{tmp_path}/mixed", f"glob={tmp_path}/mixed/*.txt"])) == (
+    assert unread_files(parse_sources([f"{tmp_path}/mixed", f"glob={tmp_path}/mixed/*.txt"]), READING_RULES) == (
         "7 files whose names end in nothing that is read: 4 .png (b.PNG, c.png, d.png, …), 1 .pdf (f.pdf), "
         "1 .xyz (g.xyz.gz), 1 without an ending (Makefile)"
     )
-    assert unread_files(parse_sources([f"{tmp_path}/mixed/a.txt"])) == ""
+    assert unread_files(parse_sources([f"{tmp_path}/mixed/a.txt"]), READING_RULES) == ""
     (tmp_path / "few" / "sub").mkdir(parents=True)
     (tmp_path / "few" / "a.txt").write_text("x")
-    assert unread_files(parse_sources([f"{tmp_path}/few"])) == ""
+    assert unread_files(parse_sources([f"{tmp_path}/few"]), READING_RULES) == ""
     (tmp_path / "few" / "sub" / "link").symlink_to(tmp_path / "mixed")
-    assert unread_files(parse_sources([f"{tmp_path}/few"])) == "1 linked folder (link)"
+    assert unread_files(parse_sources([f"{tmp_path}/few"]), READING_RULES) == "1 linked folder (link)"
 
 
 def test_a_build_from_before_keeps_its_endings() -> None:

@@ -1,4 +1,4 @@
-"""The reader of .json files beside ``json.loads``."""
+"""The reader of .json files compared with ``json.loads``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,11 @@ from data_prep.sources import json_values
 from data_prep.sources.json_values import rows_of_json
 from data_prep.sources.storage import Stream
 from data_prep.sources.tables import BadRow
-
-
-class Blocks(Stream):
-    """A stream in blocks of a few bytes."""
-
-    most = 3
-
-    def blocks(self, size: int = 3) -> Iterator[bytes]:
-        return super().blocks(self.most)
+from tests.data_prep.sources.conftest import SmallBlocks
 
 
 def rows(content: str | bytes, block: int = 3, text_field: str = "") -> list[dict[str, Any] | BadRow]:
-    stream = Blocks(io.BytesIO(content.encode("utf-8") if isinstance(content, str) else content), "x")
-    stream.most = block
+    stream = SmallBlocks(io.BytesIO(content.encode("utf-8") if isinstance(content, str) else content), block)
     numbers, found = zip(*rows_of_json(stream, text_field), strict=True) if content else ((), ())
     assert list(numbers) == list(range(1, len(numbers) + 1))
     return list(found)
@@ -52,7 +43,7 @@ records = st.lists(st.dictionaries(st.text(max_size=6), values, max_size=4), min
     mark=st.sampled_from(["", "\ufeff"]),
 )
 @settings(max_examples=100, deadline=None)
-def test_arrays_and_sequences_give_what_json_gives_whatever_the_blocks(
+def test_arrays_and_sequences_give_what_json_gives_in_any_blocks(
     made: list[dict[str, Any]], block: int, indent: int | None, ascii_only: bool, between: str, mark: str
 ) -> None:
     written = json.dumps(made, indent=indent, ensure_ascii=ascii_only)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.settings import ReadSettings
+from data_prep.settings import READING_RULES, ReadSettings
 from data_prep.sources.documents import CorpusPart, FileRange, ReadReport, Source
 from data_prep.sources.listing import _grouped as grouped
 from data_prep.sources.listing import copy_stdin, describe, parse_sources, parts_of
@@ -162,7 +162,7 @@ def read_stdin(monkeypatch: pytest.MonkeyPatch, folder: Path, content: bytes) ->
     copy, sources, settings = folder / "stdin.txt", parse_sources(["-"]), ReadSettings(max_document_bytes=16)
     assert parts_of(sources, settings) == []
     with copy.open("wb") as file:
-        copy_stdin(file)
+        copy_stdin(file, READING_RULES)
     found = [
         list(read_part(part, sources, settings, ReadReport())) for part in parts_of(sources, settings, stdin_copy=copy)
     ]

@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -15,26 +14,20 @@ from hypothesis import strategies as st
 
 from data_prep.sources import records
 from data_prep.sources.records import Record, owned_lines, records_of_parquet, records_of_table, row_groups
-from data_prep.sources.storage import Stream, open_raw, open_stream
+from data_prep.sources.storage import open_raw, open_stream
+from tests.data_prep.sources.conftest import SmallBlocks
 
 
 def csv_records(path: Path, text_field: str = "text") -> list[Record]:
     with open_stream(str(path)) as stream, path.open("rb") as file:
         found = list(records_of_table(stream, ".csv", text_field, "skip"))
-        assert list(records_of_table(SmallBlocks(file, "x"), ".csv", text_field, "skip")) == found
+        assert list(records_of_table(SmallBlocks(file), ".csv", text_field, "skip")) == found
         return found
 
 
 def parquet_records(path: Path, start: int = 0, stop: int = -1, text_field: str = "text") -> list[Record]:
     with open_raw(str(path)) as file:
         return list(records_of_parquet(file, text_field, "skip", start, stop))
-
-
-class SmallBlocks(Stream):
-    """A stream in blocks of five bytes, so that lines cross them."""
-
-    def blocks(self, size: int = 5) -> Iterator[bytes]:
-        return super().blocks(5)
 
 
 @given(
@@ -54,7 +47,7 @@ def test_every_line_is_owned_by_one_span_and_long_ones_are_never_held(
         for start, stop in itertools.pairwise([0, *sorted(b for b in borders if b < len(content)), len(content)]):
             file = io.BytesIO(content)
             file.seek(max(0, start - 1))
-            found += list(owned_lines(SmallBlocks(file, "x"), start, stop))
+            found += list(owned_lines(SmallBlocks(file), start, stop))
     assert found == expected
 
 

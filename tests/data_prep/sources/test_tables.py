@@ -1,10 +1,9 @@
-"""The reader of .csv and .tsv files beside the csv module and pandas."""
+"""The reader of .csv and .tsv files compared with the csv module and pandas."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
 
 import pandas
 import pytest
@@ -12,22 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.sources import tables
-from data_prep.sources.storage import Stream
 from data_prep.sources.tables import BadRow, rows_of_table
-
-
-class Blocks(Stream):
-    """A stream in blocks of a few bytes, so that everything crosses them."""
-
-    most = 3
-
-    def blocks(self, size: int = 3) -> Iterator[bytes]:
-        return super().blocks(self.most)
+from tests.data_prep.sources.conftest import SmallBlocks
 
 
 def rows(content: bytes | str, kind: str, block: int = 3) -> list[tuple[int, list[str] | BadRow]]:
-    stream = Blocks(io.BytesIO(content.encode() if isinstance(content, str) else content), "x")
-    stream.most = block
+    stream = SmallBlocks(io.BytesIO(content.encode() if isinstance(content, str) else content), block)
     return list(rows_of_table(stream, kind))
 
 
@@ -100,7 +89,7 @@ def test_a_quoted_field_in_tsv_begins_and_ends_with_a_quote(line: str, row: list
 
 @pytest.mark.parametrize("kind", [".csv", ".tsv"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
-def test_rows_carry_their_lines_whatever_the_newline(kind: str, newline: str) -> None:
+def test_rows_carry_their_lines_with_any_newline(kind: str, newline: str) -> None:
     between = tables.TABLES[kind]
     content = newline.join(
         [f"\ufeffid{between}text", f"1{between}one", "", f"2{between}two{between}more", f"3{between}x"]
