@@ -39,7 +39,7 @@ def atomic_file(path: Path, *, sync_name: bool = True) -> Iterator[IO[bytes]]:
         temporary.replace(path)
         if sync_name:
             sync_directory(path.parent)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: clean up, and raise it again
         temporary.unlink(missing_ok=True)
         raise
 
@@ -125,6 +125,6 @@ def new_folder(out: Path) -> Iterator[Path]:
             sync_directory(partial)
             partial.replace(name)
             sync_directory(name.parent)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: clean up, and raise it again
             shutil.rmtree(partial, ignore_errors=True)
             raise

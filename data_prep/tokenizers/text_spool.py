@@ -29,7 +29,7 @@ class TextSpool:
         try:
             self._file.writelines(text.encode("utf-8") + SEPARATOR for text in texts)
             self._file.flush()
-        except BaseException:
+        except BaseException:  # Ctrl-C too: close the file, and raise it again
             self._file.close()
             raise
 
