@@ -120,6 +120,8 @@ class _Values:
                     most = f"{MAX_VALUE_CHARACTERS // 2**20} MiB"
                     return BadRow(RECORD_TOO_LONG, f"longer than {most}: write an array of records, or JSON lines")
                 self._more()
+            except ValueError:
+                return BadRow(BROKEN_RECORD, "a number has too many digits")
 
     def of_array(self) -> Iterator[Any]:
         """Yield the elements of the array that begins here, up to the first bad one."""
