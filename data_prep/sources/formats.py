@@ -141,7 +141,7 @@ def json_kind(text: str, *, whole: bool) -> str:
         value, end = _DECODER.raw_decode(text)
     except json.JSONDecodeError as error:
         return lines if not whole and is_cut_off(text, error) else ""
-    except RecursionError:
+    except (ValueError, RecursionError):  # a number of thousands of digits, or thousands of brackets
         return ""
     holds_more = isinstance(value, dict) or any(isinstance(each, (dict, list, str)) for each in value)
     rest = text[end:].lstrip()

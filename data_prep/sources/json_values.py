@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from data_prep.sources.tables import BadRow
 
 MAX_VALUE_CHARACTERS = 64 * 2**20
 _DECODER = json.JSONDecoder()
-_SPACE = " \t\r\n"
+_NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 JsonRow = tuple[int, dict[str, Any] | BadRow]
 
@@ -96,14 +97,13 @@ class _Values:
 
     def next_character(self) -> str:
         """Return the next character that is not whitespace, or "" at the end."""
-        while True:
-            while self._at < len(self._text):
-                if self._text[self._at] not in _SPACE:
-                    return self._text[self._at]
-                self._at += 1
+        while (found := _NO_SPACE.search(self._text, self._at)) is None:
+            self._at = len(self._text)
             if self._ended:
                 return ""
             self._more()
+        self._at = found.start()
+        return found[0]
 
     def _value(self) -> Any:
         """Decode the value at the current place, or return a ``BadRow``."""
@@ -120,6 +120,8 @@ class _Values:
                     most = f"{MAX_VALUE_CHARACTERS // 2**20} MiB"
                     return BadRow(RECORD_TOO_LONG, f"longer than {most}: write an array of records, or JSON lines")
                 self._more()
+            except ValueError:
+                return BadRow(BROKEN_RECORD, "a number has too many digits")
 
     def of_array(self) -> Iterator[Any]:
         """Yield the elements of the array that begins here, up to the first bad one."""

@@ -91,15 +91,10 @@ def _runs_of_lines(stream: Stream) -> Iterator[tuple[int, bytes | None]]:
     """Yield whole lines, many at a time, with the number of the first one."""
     held: list[bytes] = []  # of the unfinished line
     length, number, waiting = 0, 1, b""
-    for block in chain(stream.blocks(), [None]):
-        if block is None:
-            data, waiting = waiting, b""
-            if not data:
-                break
-        else:
-            data = waiting + block
-            waiting = data[-1:] if data.endswith(b"\r") else b""  # it may be half of \r\n
-            data = data[: len(data) - len(waiting)]
+    for block in chain(stream.blocks(), [b""]):
+        data = waiting + block
+        waiting = b"\r" if block and data.endswith(b"\r") else b""  # it may be half of \r\n
+        data = data[: len(data) - len(waiting)]
         end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         if end:
             newline = _NEWLINE.search(data)

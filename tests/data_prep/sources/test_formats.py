@@ -167,6 +167,8 @@ def test_one_kind_of_data_under_the_name_of_another_is_refused(
         '"Hello," she said.\n"Goodbye," he said.\n',
         "\tindented\n\tindented, too\n",
         "one line",
+        '{"a": ' + "9" * 5000 + "}",
+        "[" * 9999,
         "[",
         "{}",
     ],

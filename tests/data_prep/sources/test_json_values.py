@@ -87,6 +87,8 @@ def test_one_object_holds_columns_or_a_list_of_records_or_is_one() -> None:
         ('{"a": 1}\n[1]\n', [{"a": 1}], "not a JSON object"),
         ('["a", {"a": 1}]', [{"a": 1}], "not a JSON object"),
         ('{"a": 1}\n' + "[" * 100_000, [{"a": 1}], "nested too deeply"),
+        ('{"a": 1}\n{"a": ' + "9" * 5000 + '}\n{"a": 3}', [{"a": 1}, {"a": 3}], "too many digits"),
+        ('[{"a": 1}, {"a": ' + "9" * 5000 + "}]", [{"a": 1}], "too many digits"),
     ],
 )
 def test_what_is_broken_is_told_and_the_rest_kept(content: str, kept: list[Any], why: str) -> None:
