@@ -77,7 +77,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def ending_of(output: str | Path, endings: Sequence[str]) -> str:
+def output_ending(output: str | Path, endings: Sequence[str]) -> str:
     """Return the ending of an output file in lower case; for ``-``, standard output, the first of ``endings``.
 
     Raises ``UserError`` for any other ending.
@@ -86,6 +86,15 @@ def ending_of(output: str | Path, endings: Sequence[str]) -> str:
     if ending not in endings:
         raise UserError(f"cannot write to {output}: name a file that ends in {' or '.join(endings)}, or - for stdout")
     return ending
+
+
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold a string: it has no half of a surrogate pair, and no byte that became one."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json(path: Path) -> Any:

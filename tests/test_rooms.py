@@ -39,7 +39,8 @@ FLOORS = {
         "__main__",
     ),
 }
-# Lower floors, but none of their business.
+# Lower floors, but none of their business. Export takes from inference only what it writes down: the chat template, and
+# how a text becomes a vector.
 NEVER = {("serve", "objectives"), ("export", "objectives"), ("training", "inference")}
 # What any room of lm may take of data_prep, and what some rooms may take besides.
 FACES = {"errors", "files", "settings", "tokenizers", "shards"}

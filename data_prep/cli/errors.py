@@ -15,6 +15,7 @@ import click
 
 from data_prep.errors import INTERRUPTED_STATUS, MACHINE_ERROR_STATUS, USER_ERROR_STATUS, UserError
 from data_prep.errors.other_names import other_name
+from data_prep.files import is_text
 
 LARGEST_INTEGER = 2**63 - 1
 
@@ -41,7 +42,7 @@ class FriendlyCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for argument in args:
-            if not _is_text(argument):
+            if not is_text(argument):
                 shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
                 raise UserError(f'the argument "{shown}" is not UTF-8: convert it')
         try:
@@ -106,19 +107,10 @@ def errors_reported() -> Iterator[None]:
         _leave(f"error: {_sentence(error)}", MACHINE_ERROR_STATUS)
 
 
-def _is_text(value: str) -> bool:
-    """Whether a value from the shell or the environment is UTF-8, and not bytes of another encoding."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _problem(parameter: click.Parameter, value: Any) -> str:
     """What is wrong with a value that no parameter can have, or ""."""
     name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
-    if isinstance(value, str) and not _is_text(value):  # of an environment variable: arguments were checked before
+    if isinstance(value, str) and not is_text(value):  # of an environment variable: arguments were checked before
         return f"the value of {name} is not UTF-8"
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         return f"{name} is too large: it must be below 2^63"

@@ -11,7 +11,7 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.tables import counted
-from data_prep.files import ending_of
+from data_prep.files import output_ending
 from lm.cli.options import checkpoint_option, columns_of, columns_options, device_option, reading_options, run_argument
 from lm.config.settings import VECTOR_FILES
 
@@ -53,7 +53,7 @@ def embed(
     Input is streamed, so files of any size work. Texts longer than the model's context are cut; their number is
     printed at the end.
     """
-    ending_of(output, VECTOR_FILES)
+    output_ending(output, VECTOR_FILES)
     from lm import api
     from lm.data.examples import stream_examples
     from lm.inference.embedding import reading_of, vectors_of, write_lines, write_vectors

@@ -11,7 +11,7 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.tables import counted
-from data_prep.files import ending_of
+from data_prep.files import output_ending
 from lm.cli.options import best_checkpoint_option, columns_options, device_option, given_settings, run_argument
 from lm.config.settings import ANSWER_FILES
 
@@ -48,7 +48,7 @@ def predict(
     from lm.config.recipes import require_task_head, run_config
 
     require_task_head(run, run_config(run))
-    ending_of(output, ANSWER_FILES)
+    output_ending(output, ANSWER_FILES)
     from lm import api
     from lm.finetuning.predict import parts_of, read_inputs, write_answers
     from lm.finetuning.predict import predict as answers_to

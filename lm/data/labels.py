@@ -15,6 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.files import is_text
 from data_prep.sources.records import HALF
 
 WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0*)?")
@@ -28,10 +29,8 @@ def is_missing(value: Any) -> bool:
 
 def text_of(column: str, value: str) -> str:
     """The text itself. UserError if it contains half of a surrogate pair, which no tokenizer or file can hold."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f'"{column}" contains {HALF}') from None
+    if not is_text(value):
+        raise UserError(f'"{column}" contains {HALF}')
     return value
 
 

@@ -82,7 +82,8 @@ def export_adapter(
         settings = {
             "peft_type": "LORA",
             "task_type": kind,
-            "base_model_name_or_path": facts.base_model or str(out / BASE),
+            "base_model_name_or_path": facts.base_model
+            or (BASE if facts.name else str(out / BASE)),  # no local path in an upload
             "r": task.lora_rank,
             "lora_alpha": task.lora_alpha,
             "lora_dropout": 0.0,

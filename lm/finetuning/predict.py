@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from data_prep.errors import UserError
-from data_prep.files import atomic_file, ending_of
+from data_prep.files import atomic_file, output_ending
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.recipes import require_task_head
 from lm.config.settings import ANSWER_FILES, Config
@@ -138,7 +138,7 @@ def write_answers(found: Iterable[Answer], output: str) -> int:
     A file appears only when it is complete. Numbers have six significant digits. In a table each probability has its
     own column; lists are JSON. Raise UserError if the output is of another kind.
     """
-    suffix, written = ending_of(output, ANSWER_FILES), 0
+    suffix, written = output_ending(output, ANSWER_FILES), 0
     with nullcontext(sys.stdout.buffer) if output == "-" else atomic_file(Path(output)) as file:
         for written, each in enumerate(found, 1):
             file.write(_lines(each, suffix, header=written == 1).encode())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.files import is_text
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.sampling import CHAT_TEMPLATE
 from lm.config.settings import Config
@@ -262,9 +263,5 @@ def _check(messages: Sequence[Message]) -> None:
     for number, message in enumerate(messages):
         if not all(isinstance(message.get(name), str) for name in ("role", "content")):
             raise UserError(f"message {number + 1} needs a role and a content, both strings")
-        try:
-            "".join(message.values()).encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(
-                f"message {number + 1} contains half of a surrogate pair, which is not a character"
-            ) from None
+        if not is_text("".join(message.values())):
+            raise UserError(f"message {number + 1} contains half of a surrogate pair, which is not a character")

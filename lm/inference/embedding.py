@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
-from data_prep.files import atomic_file, ending_of
+from data_prep.files import atomic_file, output_ending
 from lm.config.settings import VECTOR_FILES, Config, usual_pooling, usual_reading
 from lm.data.packed_sequences import packed, pooled, sequence_of
 from lm.inference.language_model import LanguageModel
@@ -91,7 +91,7 @@ def write_vectors(path: Path, parts: Iterable[Vectors], width: int) -> int:
 
     The file appears once it is complete. Raise UserError if its name has another ending.
     """
-    is_array, written = ending_of(path, VECTOR_FILES) == ".npy", 0
+    is_array, written = output_ending(path, VECTOR_FILES) == ".npy", 0
     with atomic_file(path) as file:
         if is_array:
             _write_header(file, 0, width)

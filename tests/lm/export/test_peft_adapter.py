@@ -10,6 +10,7 @@ import torch
 from data_prep.errors import UserError
 from lm import api
 from lm.export.huggingface import left_out
+from lm.export.model_card import CardFacts
 from lm.finetuning.finetune import finetune
 from lm.training.reporter import NullReporter
 from tests.lm.export.conftest import our_logits
@@ -113,3 +114,15 @@ def test_a_run_without_lora_has_no_adapter(classifier, trained, tmp_path):
     for run in (classifier, trained):
         with pytest.raises(UserError, match="has no LoRA adapter: fine-tune with --method lora"):
             api.load(run.path).save_adapter(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("facts", "base"), [({"name": "me/it"}, "base"), ({"name": "me/it", "base_model": "me/b"}, "me/b")]
+)
+def test_an_upload_names_no_local_path(adapted, tmp_path, facts, base):
+    api.load(adapted("instruction").path).save_adapter(tmp_path / "out", facts=CardFacts(**facts))
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == base
+    assert not any(
+        str(tmp_path) in path.read_text() for path in (tmp_path / "out").rglob("*") if path.suffix in (".json", ".md")
+    )
