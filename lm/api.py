@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.settings import ReadSettings
-from lm.config.recipes import pretraining_config, suggestion
+from lm.config.recipes import finetuning_config, pretraining_config, suggestion
 from lm.config.sampling import Sampling, recommended
 from lm.config.settings import Config
 from lm.data.examples import Columns, Example, read_examples, read_similar
@@ -326,7 +326,7 @@ def finetune(
         config = base
     else:
         opened = base if isinstance(base, Run) else open_run(base)
-        config = finetuning.finetune_config(opened, _plain(settings), Path(recipe) if recipe else None)
+        config = finetuning_config(opened.path, opened.config, _plain(settings), Path(recipe) if recipe else None)
     return finetuning.finetune(config, Path(run), reporter or TerminalProgress(), accept_changes=resume)
 
 

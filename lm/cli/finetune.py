@@ -91,14 +91,15 @@ def finetune(
     The same command resumes a run that was stopped. The checkpoint with the best validation is kept, and predict uses
     it.
     """
-    from lm import api
-    from lm.finetuning.finetune import finetune_config
-    from lm.runs.directory import open_run
+    from lm.config.recipes import finetuning_config, require_examples, run_config
 
     unknown = tuple(argument.split("=")[0] for argument in context.args if argument.startswith("-"))
-    config = finetune_config(open_run(run), given_settings(settings), recipe, unknown_options=unknown)
+    config = finetuning_config(run, run_config(run), given_settings(settings), recipe, unknown_options=unknown)
     if context.args and not unknown:
         raise UserError(f"unexpected argument {context.args[0]!r}")
+    require_examples(config)
+    from lm import api
+
     done = [api.finetune(each, run=path, resume=resume) for each, path in _runs(config, out, seeds)]
     _print_results(done, as_json)
 

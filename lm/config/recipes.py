@@ -13,6 +13,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from data_prep.errors.command_names import command, example_recipe
 from data_prep.errors.other_names import other_name
 from lm.config.consistency import inconsistencies
 from lm.config.settings import (
+    METHODS,
     Config,
     FinetuneConfig,
     ReportConfig,
     Setting,
     all_settings,
+    finetuning_defaults,
     finetuning_settings,
     pretraining_settings,
 )
@@ -122,6 +125,32 @@ def require_task_head(path: Path, config: Config) -> None:
     """Raise UserError if the run at ``path`` has no task's head, and so makes no predictions."""
     if not config.has_task_head:
         raise UserError(f"{path} was not fine-tuned on a task with a head: {command('finetune')} makes such a run")
+
+
+def require_examples(config: Config) -> None:
+    """Raise UserError if the settings name no task to learn, or no examples of it."""
+    if not config.is_finetuning:
+        raise UserError("choose a task, for example --task classification")
+    if not config.finetune.train:
+        raise UserError("name a file with training examples: --train FILE")
+
+
+def finetuning_config(
+    base: Path,
+    of_base: Config,
+    settings: Mapping[str, Any],
+    recipe: Path | None = None,
+    *,
+    unknown_options: Sequence[str] = (),
+) -> Config:
+    """The settings of a fine-tuning of the run ``base``: its model and data, the defaults, and the given settings.
+
+    Arguments and errors as of ``load_config``; the task must be among the settings.
+    """
+    start = Config(model=of_base.model, data=of_base.data, objective=of_base.objective, finetune=of_base.finetune)
+    start = start.replace(**finetuning_defaults(), base=str(base))
+    load = partial(load_config, recipe, settings, unknown_options=unknown_options)
+    return load(base=start.replace(learning_rate=METHODS[load(base=start).finetune.method]))
 
 
 def pretraining_config(

@@ -21,11 +21,10 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.sources.records import HUGGING_FACE
-from lm.config.recipes import read_toml
+from lm.config.recipes import finetuning_config, read_toml
 from lm.config.settings import Config, all_settings
 from lm.data.examples import columns_of
 from lm.evaluation.task_table import TUNED, Task
-from lm.finetuning.finetune import finetune_config
 from lm.runs.directory import Run
 
 # These settings describe a task; all others say how its rows are fine-tuned.
@@ -83,7 +82,7 @@ def make_task(
         unknown = [f"--{key.replace('_', '-')}" for key in values if key not in known]
         valid = {key: value for key, value in values.items() if key in known}
         try:
-            configs[row] = finetune_config(run, valid | TUNED[row], unknown_options=unknown)
+            configs[row] = finetuning_config(run.path, run.config, valid | TUNED[row], unknown_options=unknown)
         except UserError as problem:
             problems.update(dict.fromkeys(str(problem).splitlines()))
     if not problems:

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from data_prep.files import write_atomically
+from lm.config.recipes import finetuning_config
 from lm.data.examples import Example
 from lm.evaluation.probes import Predictions
 from lm.evaluation.task_table import TUNED, Examples
-from lm.finetuning.finetune import finetune, finetune_config
+from lm.finetuning.finetune import finetune
 from lm.finetuning.predict import Predictor, open_predictor, predict
 from lm.runs.directory import Run
 from lm.training.reporter import NullReporter
@@ -43,7 +44,11 @@ class Tuner:
             "seed": seed,
             "device": self.device.type,
         }
-        done = finetune(finetune_config(self.run, {**settings, **TUNED[row], **own}), folder / "run", NullReporter())
+        done = finetune(
+            finetuning_config(self.run.path, self.run.config, {**settings, **TUNED[row], **own}),
+            folder / "run",
+            NullReporter(),
+        )
         start = time.perf_counter()
         outputs, cut = predictions_of(open_predictor(done.path, self.device), examples)
         seconds = learning_seconds(done) + time.perf_counter() - start

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,8 @@ from data_prep.errors.command_names import command
 from data_prep.files import sha256_of_file
 from data_prep.tokenizers.load import load_tokenizer
 from lm import kernels
-from lm.config.recipes import load_config
-from lm.config.settings import HEAD_TASKS, METHODS, Config, finetuning_defaults
+from lm.config.recipes import require_examples
+from lm.config.settings import HEAD_TASKS, Config
 from lm.data.examples import Example, content_hash, read_task
 from lm.data.keyed_random import Stream, key, permuted
 from lm.finetuning.answers import labels_of
@@ -53,20 +52,6 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def finetune_config(
-    run: Run, settings: Mapping[str, Any], recipe: Path | None = None, *, unknown_options: Sequence[str] = ()
-) -> Config:
-    """The settings of a fine-tuning of ``run``: its model and data, fine-tuning's defaults, and the given settings.
-
-    Arguments and errors as of ``lm.config.recipes.load_config``; the task must be among the settings.
-    """
-    of_run = run.config
-    start = Config(model=of_run.model, data=of_run.data, objective=of_run.objective, finetune=of_run.finetune)
-    start = start.replace(**finetuning_defaults(), base=str(run.path))
-    load = partial(load_config, recipe, settings, unknown_options=unknown_options)
-    return load(base=start.replace(learning_rate=METHODS[load(base=start).finetune.method]))
-
-
 @dataclass(frozen=True)
 class Finetuned(Run):
     """A finished fine-tuning.
@@ -82,7 +67,7 @@ class Finetuned(Run):
 def finetune(config: Config, path: Path, reporter: Reporter, *, accept_changes: bool = False) -> Finetuned:
     """Fine-tune in the run directory ``path``, or resume the fine-tuning that is there.
 
-    Arguments and errors as of ``lm.training.pretraining.train``; ``finetune_config`` makes the settings.
+    Arguments and errors as of ``lm.training.pretraining.train``; ``finetuning_config`` makes the settings.
     """
     done = fit(partial(Finetuning, config, path), config.training, path, reporter, accept_changes=accept_changes)
     run = Run(path, done)
@@ -99,10 +84,7 @@ class Finetuning(TrainModule[Any]):
 
     def __init__(self, config: Config, path: Path, ranks: Ranks) -> None:
         """Read the examples and find the base's weights. UserError if an example, a setting or the base is invalid."""
-        if not config.is_finetuning:
-            raise UserError("choose a task, for example --task classification")
-        if not config.finetune.train:
-            raise UserError("name a file with training examples: --train FILE")
+        require_examples(config)
         if ranks.world > 1:
             raise UserError(f"fine-tuning runs in one process: start {command('finetune')} without torchrun")
         weights, own = kept_base(path), path / "tokenizer.json"

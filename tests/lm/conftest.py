@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from data_prep.shards.tokens import Dataset
+from lm.config.recipes import finetuning_config
 from lm.config.settings import Config
-from lm.finetuning.finetune import Finetuned, finetune, finetune_config
+from lm.finetuning.finetune import Finetuned, finetune
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint
 from lm.runs.directory import CHECKPOINTS, Run, plain_settings
@@ -98,7 +99,7 @@ def task_settings(trained, task_files) -> Callable[..., Config]:
         train, validation = task_files[kind]
         task = {"task": "classification" if kind == "pair" else kind, "train": train, "validation": validation}
         usual = {"epochs": 4, "batch_examples": 16, "learning_rate": 0.01, "dropout": 0.0, "threads": 1}
-        return finetune_config(trained, task | usual | changes)
+        return finetuning_config(trained.path, trained.config, task | usual | changes)
 
     return made
 

@@ -11,11 +11,12 @@ from click.testing import CliRunner
 
 from data_prep.errors import UserError
 from lm.cli.main import main
+from lm.config.recipes import finetuning_config
 from lm.data.examples import Example
 from lm.data.keyed_random import Stream, key
 from lm.data.packed_sequences import packed, pooled
 from lm.finetuning.contrastive_task import similarity
-from lm.finetuning.finetune import Finetuning, finetune, finetune_config
+from lm.finetuning.finetune import Finetuning, finetune
 from lm.inference.embedding import Reading, all_vectors, reading_of
 from lm.objectives.contrastive import info_nce
 from lm.runs.directory import Run
@@ -43,7 +44,7 @@ def config_of(trained: Run, tmp_path):
     def config_of(**changes):
         train = write(tmp_path / "train.jsonl", [{"text": sentence} for sentence in SENTENCES])
         settings = {"task": "contrastive", "train": train, "batch_examples": 8, "dropout": 0.2, "device": "cpu"}
-        return finetune_config(trained, settings | changes)
+        return finetuning_config(trained.path, trained.config, settings | changes)
 
     return config_of
 

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.errors import UserError
+from lm.config.recipes import finetuning_config
 from lm.data.batch import IGNORED
 from lm.data.examples import Example
-from lm.finetuning.finetune import Finetuning, finetune, finetune_config
+from lm.finetuning.finetune import Finetuning, finetune
 from lm.finetuning.instruction_task import pack_turns, turn_of
 from lm.inference.chat_template import CHAT_TEMPLATE, PLAIN_TURNS, ChatFormat, chat_format, read_template
 from lm.runs.base_weights import keep_base, starting_trunk
@@ -40,7 +41,11 @@ def conversations(tmp_path_factory) -> str:
 def config(trained, conversations):
     def made(**changes):
         usual = {"task": "instruction", "train": conversations, "validation": conversations, "epochs": 8, "threads": 1}
-        return finetune_config(trained, usual | {"batch_examples": 16, "learning_rate": 0.01, "dropout": 0.0} | changes)
+        return finetuning_config(
+            trained.path,
+            trained.config,
+            usual | {"batch_examples": 16, "learning_rate": 0.01, "dropout": 0.0} | changes,
+        )
 
     return made
 
