@@ -125,7 +125,7 @@ def serve_run(run: Run, policy: AccessPolicy = LOCAL, limits: Limits = FEW) -> I
     service = WatchedService.open(run, checkpoint, run.load_model(torch.device("cpu"), checkpoint), limits)
     listening = listen("127.0.0.1", 0)
     server = make_server(make_app(service, policy))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
         until = time.monotonic() + 20

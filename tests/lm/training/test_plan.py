@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_a_dry_step_leaves_weights_and_gradients_as_they_are(dataset, known):
 
 def test_the_time_of_part_of_a_batch_is_scaled_to_all_of_it(dataset, known, monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr(plan.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     batches = TrainingBatches(Corpora([dataset]), known)
     objective, batch = batches.objective, batches.batch(0)
     # Each pass over 2 of the 8 rows takes one second of this clock, and each update one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -39,7 +40,7 @@ def test_without_a_terminal_there_are_plain_lines_on_stderr(capsys):
 
 def test_lines_between_the_first_and_the_last_are_ten_seconds_apart(capsys, monkeypatch):
     clock = [1000.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     reporter = TerminalProgress()
     reporter.begin(0, 100)
     for step in range(1, 101):
@@ -51,7 +52,7 @@ def test_lines_between_the_first_and_the_last_are_ten_seconds_apart(capsys, monk
 
 def test_the_time_left_counts_only_steps_of_this_session(capsys, monkeypatch):
     clock = [1000.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     reporter = TerminalProgress()
     reporter.begin(50, 100)
     clock[0] += 600  # ten steps in ten minutes, forty to go
