@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import unicodedata
@@ -43,8 +44,40 @@ TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use; a container can allow fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use; a container can allow fewer than the machine has.
+
+    Part of a core counts as a whole one.
+    """
+    cores: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group, generation in control_groups("cpu"):
+        try:
+            if generation == 2:
+                quota, period = (group / "cpu.max").read_text().split()
+            else:
+                quota, period = ((group / f"cpu.cfs_{part}_us").read_text().strip() for part in ("quota", "period"))
+        except (OSError, ValueError):
+            continue  # the root has no limit, and a container may hide the groups above its own
+        if quota not in ("max", "-1"):
+            cores = min(cores, int(quota) / int(period))
+    return max(1, math.ceil(cores))
+
+
+def control_groups(
+    controller: str, membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> Iterator[tuple[Path, int]]:
+    """Yield the control groups (Linux) that may limit "cpu" or "memory" of this process, and their version, 1 or 2."""
+    lines = membership.read_text().splitlines() if membership.is_file() else []
+    for hierarchy, controllers, path in (line.split(":", 2) for line in lines):
+        if hierarchy == "0":
+            root, generation = mount, 2
+        elif controller in controllers.split(","):
+            root, generation = mount / controller, 1
+        else:
+            continue
+        inside = root / path.strip("/")
+        for group in (inside, *inside.parents):
+            if group.is_relative_to(root):
+                yield group, generation
 
 
 def setting(

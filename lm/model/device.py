@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,9 @@ from pathlib import Path
 import torch
 
 from data_prep.errors import UserError
+from data_prep.settings import control_groups
 from lm.kernels.matmul import matmul
+from lm.model.threads import settle_threads
 
 
 def machine_rate(device: torch.device) -> float:
@@ -65,33 +68,27 @@ def available_memory(device: torch.device) -> int:
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     available = _numbers(Path("/proc/meminfo")).get("MemAvailable")
     system = available * 1024 if available else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([system, *_group_headrooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+    return min([system, *_group_headrooms(control_groups("memory"))])
 
 
-def _group_headrooms(membership: Path, mount: Path) -> list[int]:
-    """The bytes that each memory limit of this process's control groups (Linux, versions 1 and 2) leaves.
+def _group_headrooms(groups: Iterable[tuple[Path, int]]) -> list[int]:
+    """The bytes that each memory limit of these control groups (Linux, with their versions, 1 or 2) leaves.
 
     Cached files can be dropped, so the inactive part of the cache does not count as used.
     """
     headrooms = []
-    lines = membership.read_text().splitlines() if membership.is_file() else []
-    for hierarchy, controllers, path in (line.split(":", 2) for line in lines):
-        if hierarchy == "0":
-            root, limit, usage, cache = mount, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            root, limit, usage = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
+    for group, version in groups:
+        if version == 2:
+            limit, usage, cache = "memory.max", "memory.current", "inactive_file"
         else:
-            continue
-        inside = root / path.strip("/")
-        for group in (each for each in (inside, *inside.parents) if each.is_relative_to(root)):
-            try:
-                most = (group / limit).read_text().strip()
-                used = int((group / usage).read_text()) - _numbers(group / "memory.stat").get(cache, 0)
-            except (OSError, ValueError):
-                continue  # the root has no limit, and a container may hide the groups above its own
-            if most != "max":
-                headrooms.append(max(0, int(most) - used))
+            limit, usage, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        try:
+            most = (group / limit).read_text().strip()
+            used = int((group / usage).read_text()) - _numbers(group / "memory.stat").get(cache, 0)
+        except (OSError, ValueError):
+            continue  # the root has no limit, and a container may hide the groups above its own
+        if most != "max":
+            headrooms.append(max(0, int(most) - used))
     return headrooms
 
 
@@ -140,12 +137,17 @@ def keep_freed_memory() -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a setting; "auto" is a GPU if there is one. Raises UserError if it is not available."""
+    """The device of a setting; "auto" is a GPU if there is one. Settles the threads of the CPU too.
+
+    Raises:
+        UserError: the device is not available.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, present in available.items() if present)
     if not available[name]:
         raise UserError(f"the device {name} was requested, but PyTorch {torch.__version__} finds none")
+    settle_threads()
     return torch.device(name)
 
 

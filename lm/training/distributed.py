@@ -241,9 +241,10 @@ def joined(settings: TrainingConfig) -> Iterator[Ranks]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
+        device = choose_device(settings.device)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        yield Ranks(choose_device(settings.device))
+        yield Ranks(device)
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     torch.set_num_threads(settings.threads or max(1, available_cores() // here))

@@ -22,6 +22,7 @@ from data_prep.settings import (
     ReadSettings,
     TokenizerSettings,
     available_cores,
+    control_groups,
     load_language_identifier,
     settings_of,
 )
@@ -63,6 +64,41 @@ def test_unknown_options_and_wrong_types_are_refused(options: dict[str, Any], me
 
 def test_there_is_at_least_one_core() -> None:
     assert available_cores() >= 1
+
+
+@pytest.mark.parametrize(
+    ("files", "generation", "cores"),
+    [
+        ({"cpu.max": "50000 100000\n"}, 2, 1),
+        ({"cpu.max": "150000 100000\n"}, 2, 2),
+        ({"cpu.max": "max 100000\n"}, 2, 64),
+        ({}, 2, 64),
+        ({"cpu.cfs_quota_us": "250000\n", "cpu.cfs_period_us": "100000\n"}, 1, 3),
+        ({"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}, 1, 64),
+    ],
+)
+def test_the_quota_of_a_container_limits_the_cores(
+    files: dict[str, str], generation: int, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(
+        settings_module, "control_groups", lambda controller: [(tmp_path / "none", 2), (tmp_path, generation)]
+    )
+    monkeypatch.setattr(settings_module.os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    assert available_cores() == cores
+
+
+def test_control_groups_of_both_versions_are_found_up_to_their_root(tmp_path: Path) -> None:
+    (tmp_path / "membership").write_text("9:name=systemd:/\n4:cpu,cpuacct:/job/step\n1:cpuset:/\n0::/\n")
+    groups = control_groups("cpu", tmp_path / "membership", tmp_path)
+    assert list(groups) == [
+        (tmp_path / "cpu" / "job" / "step", 1),
+        (tmp_path / "cpu" / "job", 1),
+        (tmp_path / "cpu", 1),
+        (tmp_path, 2),
+    ]
+    assert list(control_groups("cpu", tmp_path / "none", tmp_path)) == []
 
 
 def test_the_default_reading_settings_are_good_and_each_bad_one_has_its_sentence() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.settings import control_groups
 from lm.model import device
 from lm.model.device import available_memory, is_out_of_memory, machine_rate, peak_memory, resident_memory
 
@@ -61,7 +62,7 @@ def test_the_limits_of_all_control_groups_above_count(tmp_path):
     (tmp_path / "membership").write_text("0::/outer/inner\n")
     group(tmp_path / "outer", memory__max="1000\n", memory__current="700\n", memory__stat="inactive_file 100\n")
     group(tmp_path / "outer" / "inner", memory__max="max\n", memory__current="650\n")
-    assert device._group_headrooms(tmp_path / "membership", tmp_path) == [400]
+    assert device._group_headrooms(control_groups("memory", tmp_path / "membership", tmp_path)) == [400]
 
 
 def test_the_first_version_of_control_groups_is_read_too(tmp_path):
@@ -72,8 +73,8 @@ def test_the_first_version_of_control_groups_is_read_too(tmp_path):
         memory__usage_in_bytes="450\n",
         memory__stat="inactive_file 1\ntotal_inactive_file 30\n",
     )
-    assert device._group_headrooms(tmp_path / "membership", tmp_path) == [80]
-    assert device._group_headrooms(tmp_path / "none", tmp_path) == []
+    assert device._group_headrooms(control_groups("memory", tmp_path / "membership", tmp_path)) == [80]
+    assert device._group_headrooms(control_groups("memory", tmp_path / "none", tmp_path)) == []
 
 
 @pytest.mark.parametrize(

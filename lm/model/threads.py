@@ -1,0 +1,96 @@
+"""The threads of PyTorch on a CPU: how many there are, and how they wait for each other.
+
+Between two operations, the threads of GNU OpenMP, which PyTorch's packages for Linux come with, spin for about a
+millisecond. On a quiet machine nothing is faster. When other programs want the cores as well, a spinning thread keeps
+the core that the thread it waits for needs, and training loses half of its speed or more. How long threads spin is read
+from the environment when the library is loaded, but the library spins 3,000 times less while it has more threads than
+the machine has cores (its manual, GOMP_SPINCOUNT). So while other programs compete, a second set of threads is held
+that never works. The number of threads that compute stays the same, and with it every bit of their results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from data_prep.settings import available_cores
+
+SECONDS_BETWEEN_LOOKS = 0.5
+# The seconds per second in which threads of this process, all together, were ready to run but had no core.
+BUSY, QUIET = 0.2, 0.1
+LOOKS_BEFORE_QUIET = 4
+OWN_CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+@functools.cache
+def settle_threads() -> None:
+    """Use no more threads than this process may use cores, and let them sleep while the machine is busy.
+
+    Only the first call has an effect. What the environment says (OMP_NUM_THREADS, OMP_WAIT_POLICY, GOMP_SPINCOUNT) is
+    left as it is.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > available_cores():
+        torch.set_num_threads(available_cores())
+    libraries = loaded_libgomp()
+    if libraries and not any(name in os.environ for name in OWN_CHOICES):
+        threading.Thread(target=_watch, args=(libraries,), name="busy cores", daemon=True).start()
+
+
+def loaded_libgomp(maps: Path = Path("/proc/self/maps")) -> list[ctypes.CDLL]:
+    """Every copy of GNU OpenMP that this process has loaded; none on other systems than Linux."""
+    with suppress(OSError):
+        words = [line.split(maxsplit=5) for line in maps.read_text().splitlines()]
+        paths = {word[5] for word in words if len(word) == 6 and Path(word[5]).name.startswith("libgomp")}
+        return [ctypes.CDLL(path) for path in sorted(paths)]
+    return []
+
+
+def _watch(libraries: list[ctypes.CDLL]) -> None:
+    idle, quiet = None, 0
+    before, at = seconds_without_core(), time.monotonic()
+    while True:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        now, clock = seconds_without_core(), time.monotonic()
+        share, before, at = (now - before) / (clock - at), now, clock
+        quiet = quiet + 1 if share < QUIET else 0
+        if idle is None and share > BUSY:
+            idle = IdleThreads(libraries)
+        elif idle is not None and quiet >= LOOKS_BEFORE_QUIET:
+            idle.release()
+            idle = None
+
+
+def seconds_without_core(tasks: Path = Path("/proc/self/task")) -> float:
+    """How long the present threads of this process have been ready to run but had no core, all together (Linux)."""
+    total = 0
+    for task in tasks.iterdir() if tasks.is_dir() else ():
+        with suppress(OSError, ValueError, IndexError):  # the thread has ended, or the kernel does not count
+            total += int((task / "schedstat").read_text().split()[1])
+    return total / 1e9
+
+
+class IdleThreads:
+    """One more OpenMP thread than the machine has cores, which sleep until they are released."""
+
+    def __init__(self, libraries: list[ctypes.CDLL]) -> None:
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._hold, args=(libraries,), name="idle threads", daemon=True)
+        self._thread.start()
+
+    def _hold(self, libraries: list[ctypes.CDLL]) -> None:
+        # The threads belong to the thread that started them and end with it.
+        for library in libraries:
+            nothing = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p)
+            library.GOMP_parallel(nothing, None, library.omp_get_num_procs() + 1, 0)
+        self._released.wait()
+
+    def release(self) -> None:
+        self._released.set()
+        self._thread.join()

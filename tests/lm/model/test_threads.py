@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import chain, repeat
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lm.model import threads
+from lm.model.threads import IdleThreads, loaded_libgomp, seconds_without_core
+
+needs_libgomp = pytest.mark.skipif(not loaded_libgomp(), reason="needs a PyTorch with GNU OpenMP")
+
+
+def in_new_process(code: str, **variables: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_time_without_a_core_is_the_sum_over_the_threads(tmp_path):
+    for name, line in {"1": "100 2500000000 7\n", "2": "0 500000000 1\n", "3": "", "4": "off\n"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "schedstat").write_text(line)
+    (tmp_path / "5").mkdir()
+    assert seconds_without_core(tmp_path) == 3.0
+    assert seconds_without_core(tmp_path / "none") == 0.0
+
+
+def test_copies_of_libgomp_are_found_by_name(tmp_path):
+    (tmp_path / "maps").write_text("7f0-7f1 r-xp 0 08:01 12 /usr/lib/libc.so.6\n7f2-7f3 rw-p 00000000 00:00 0\n")
+    assert loaded_libgomp(tmp_path / "maps") == []
+    assert loaded_libgomp(tmp_path / "none") == []
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, shares: Iterator[float], looks: int) -> list[str]:
+    """What ``_watch`` does while the share of time without a core is as given, one after another."""
+    done: list[str] = []
+
+    class EndError(Exception):
+        pass
+
+    class Recorded:
+        def __init__(self, libraries: list[object]) -> None:
+            done.append("hold")
+
+        def release(self) -> None:
+            done.append("release")
+
+    clock, waited = [0.0], [0.0]
+
+    def sleep(seconds: float) -> None:
+        if len(done) >= looks:
+            raise EndError
+        clock[0] += seconds
+        waited[0] += seconds * next(shares)
+        done.append("")
+
+    monkeypatch.setattr(threads, "IdleThreads", Recorded)
+    monkeypatch.setattr(threads, "seconds_without_core", lambda: waited[0])
+    monkeypatch.setattr(threads, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    with pytest.raises(EndError):
+        threads._watch([])
+    return done
+
+
+def test_idle_threads_are_held_from_the_first_busy_look_until_a_quiet_while(monkeypatch):
+    shares = chain([0.0, 0.05, 0.6, 0.6, 0.02, 0.5, 0.02, 0.02, 0.02, 0.02], repeat(0.0))
+    done = watched(monkeypatch, shares, 14)
+    assert done == ["", "", "", "hold", "", "", "", "", "", "", "", "release", "", ""]
+
+
+def test_a_share_between_the_two_limits_changes_nothing(monkeypatch):
+    assert set(watched(monkeypatch, repeat(0.15), 10)) == {""}
+    done = watched(monkeypatch, chain([0.6], repeat(0.15)), 12)
+    assert [each for each in done if each] == ["hold"]
+
+
+@needs_libgomp
+def test_threads_stop_spinning_while_idle_threads_are_held():
+    # The CPU seconds of waiting: spinning costs about a millisecond after each operation, sleeping nothing.
+    code = """
+import time, torch
+from lm.model.threads import IdleThreads, loaded_libgomp
+torch.set_num_threads(2)
+numbers = torch.ones(1 << 17)
+def waiting():
+    numbers.add_(1)
+    began = time.process_time()
+    for _ in range(40):
+        numbers.add_(1)
+        time.sleep(0.01)
+    return time.process_time() - began
+spinning = waiting()
+idle = IdleThreads(loaded_libgomp())
+time.sleep(0.2)
+sleeping = waiting()
+idle.release()
+assert spinning > 3 * sleeping, (spinning, sleeping)
+assert waiting() > 3 * sleeping
+"""
+    in_new_process(code, PYTHONPATH=str(Path(__file__).parents[3]))
+
+
+@needs_libgomp
+def test_idle_threads_end_when_they_are_released():
+    before = threads_of_this_process()
+    IdleThreads(loaded_libgomp()).release()
+    until = time.monotonic() + 20
+    while threads_of_this_process() > before:  # the system ends them a moment later
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def threads_of_this_process() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("variables", "watches"),
+    [({}, True), ({"OMP_WAIT_POLICY": "PASSIVE"}, False), ({"GOMP_SPINCOUNT": "10"}, False)],
+)
+@needs_libgomp
+def test_a_choice_in_the_environment_is_left_alone(variables, watches):
+    code = """
+import threading, torch
+from lm.model.device import choose_device
+choose_device("cpu")
+choose_device("cpu")
+print([thread.name for thread in threading.enumerate()].count("busy cores"))
+"""
+    assert in_new_process(code, PYTHONPATH=str(Path(__file__).parents[3]), **variables).strip() == str(int(watches))
+
+
+def test_there_are_no_more_threads_than_cores_unless_the_environment_says_so():
+    code = """
+import torch
+from lm.model import threads
+threads.available_cores = lambda: 1
+torch.set_num_threads(3)
+threads.settle_threads()
+print(torch.get_num_threads())
+torch.set_num_threads(2)
+threads.settle_threads()
+print(torch.get_num_threads())
+"""
+    path = str(Path(__file__).parents[3])
+    assert in_new_process(code, PYTHONPATH=path).split() == ["1", "2"]
+    assert in_new_process(code, PYTHONPATH=path, OMP_NUM_THREADS="3").split() == ["3", "2"]
