@@ -45,6 +45,7 @@ from lm.runs.directory import open_run
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 TEXT_MEGABYTES = 8
+TURNS = {"0.8M": 8, "10M": 4}  # turns of cpu_training in one of these, for a few seconds of steady work
 PEER = """
 import sys
 import datasets, numpy, transformers
@@ -116,11 +117,13 @@ def inside(group: Path | None, make: Maker) -> Callable[[], object]:
 
 def kindling_train(shape: str) -> Callable[[], object]:
     choose_device("cpu")
-    return cpu_training.kindling_steps(shape, torch.get_num_threads())
+    steps = cpu_training.kindling_steps(shape, torch.get_num_threads())
+    return cpu_training.several(steps, TURNS[shape])
 
 
 def nanogpt_train(checkout: Path, shape: str) -> Callable[[], object]:
-    return cpu_training.nanogpt_steps(checkout, shape, torch.get_num_threads(), compiled=False)
+    steps = cpu_training.nanogpt_steps(checkout, shape, torch.get_num_threads(), compiled=False)
+    return cpu_training.several(steps, TURNS[shape])
 
 
 def transformers_train(shape: str) -> Callable[[], object]:
@@ -141,7 +144,7 @@ def transformers_train(shape: str) -> Callable[[], object]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return cpu_training.several(step, steps)
+    return cpu_training.several(step, steps * TURNS[shape])
 
 
 def prompt() -> list[int]:
@@ -213,7 +216,7 @@ def works(checkout: Path, work: Path) -> dict[str, tuple[dict[str, Maker], dict[
             "nanoGPT": partial(nanogpt_train, checkout, shape),
             "transformers": partial(transformers_train, shape),
         }
-        found[f"train {shape}"] = makers, dict.fromkeys(makers, steps * rows * context)
+        found[f"train {shape}"] = makers, dict.fromkeys(makers, TURNS[shape] * steps * rows * context)
     makers = {
         "kindling": partial(kindling_decode, work),
         "nanoGPT": partial(nanogpt_decode, checkout),

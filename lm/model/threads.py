@@ -23,7 +23,8 @@ import torch
 from data_prep.settings import available_cores
 
 SECONDS_BETWEEN_LOOKS = 0.5
-# The seconds per second in which threads of this process, all together, were ready to run but had no core.
+# Seconds per second in which the threads of this process, all together, had a core, or were ready to run and had none.
+WORKING = 0.5
 BUSY, QUIET = 0.2, 0.1
 LOOKS_BEFORE_QUIET = 4
 OWN_CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -54,26 +55,30 @@ def loaded_libgomp(maps: Path = Path("/proc/self/maps")) -> list[ctypes.CDLL]:
 
 def _watch(libraries: list[ctypes.CDLL]) -> None:
     idle, quiet = None, 0
-    before, at = seconds_without_core(), time.monotonic()
+    before, at = core_seconds(), time.monotonic()
     while True:
         time.sleep(SECONDS_BETWEEN_LOOKS)
-        now, clock = seconds_without_core(), time.monotonic()
-        share, before, at = (now - before) / (clock - at), now, clock
-        quiet = quiet + 1 if share < QUIET else 0
-        if idle is None and share > BUSY:
+        now, clock = core_seconds(), time.monotonic()
+        working, waiting = ((new - old) / (clock - at) for new, old in zip(now, before, strict=True))
+        before, at = now, clock
+        if working + waiting < WORKING:
+            continue  # a process without work learns nothing about the machine
+        quiet = quiet + 1 if waiting < QUIET else 0
+        if idle is None and waiting > BUSY:
             idle = IdleThreads(libraries)
         elif idle is not None and quiet >= LOOKS_BEFORE_QUIET:
             idle.release()
             idle = None
 
 
-def seconds_without_core(tasks: Path = Path("/proc/self/task")) -> float:
-    """How long the present threads of this process have been ready to run but had no core, all together (Linux)."""
-    total = 0
+def core_seconds(tasks: Path = Path("/proc/self/task")) -> tuple[float, float]:
+    """How long the present threads of this process have had a core, and were ready to run but had none (Linux)."""
+    working = waiting = 0
     for task in tasks.iterdir() if tasks.is_dir() else ():
-        with suppress(OSError, ValueError, IndexError):  # the thread has ended, or the kernel does not count
-            total += int((task / "schedstat").read_text().split()[1])
-    return total / 1e9
+        with suppress(OSError, ValueError):  # the thread has ended, or the kernel does not count
+            had, had_not, _ = map(int, (task / "schedstat").read_text().split())
+            working, waiting = working + had, waiting + had_not
+    return working / 1e9, waiting / 1e9
 
 
 class IdleThreads:

@@ -3,15 +3,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from lm.model import threads
-from lm.model.threads import IdleThreads, loaded_libgomp, seconds_without_core
+from lm.model.threads import IdleThreads, core_seconds, loaded_libgomp
 
 needs_libgomp = pytest.mark.skipif(not loaded_libgomp(), reason="needs a PyTorch with GNU OpenMP")
 
@@ -22,13 +20,13 @@ def in_new_process(code: str, **variables: str) -> str:
     return done.stdout
 
 
-def test_the_time_without_a_core_is_the_sum_over_the_threads(tmp_path):
-    for name, line in {"1": "100 2500000000 7\n", "2": "0 500000000 1\n", "3": "", "4": "off\n"}.items():
+def test_the_time_with_and_without_a_core_is_the_sum_over_the_threads(tmp_path):
+    for name, line in {"1": "100000000 2500000000 7\n", "2": "0 500000000 1\n", "3": "", "4": "off\n"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "schedstat").write_text(line)
     (tmp_path / "5").mkdir()
-    assert seconds_without_core(tmp_path) == 3.0
-    assert seconds_without_core(tmp_path / "none") == 0.0
+    assert core_seconds(tmp_path) == (0.1, 3.0)
+    assert core_seconds(tmp_path / "none") == (0, 0)
 
 
 def test_copies_of_libgomp_are_found_by_name(tmp_path):
@@ -37,8 +35,8 @@ def test_copies_of_libgomp_are_found_by_name(tmp_path):
     assert loaded_libgomp(tmp_path / "none") == []
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, shares: Iterator[float], looks: int) -> list[str]:
-    """What ``_watch`` does while the share of time without a core is as given, one after another."""
+def watched(monkeypatch: pytest.MonkeyPatch, shares: list[tuple[float, float]]) -> list[str]:
+    """What ``_watch`` does at each look while the shares of time with and without a core are as given."""
     done: list[str] = []
 
     class EndError(Exception):
@@ -46,38 +44,41 @@ def watched(monkeypatch: pytest.MonkeyPatch, shares: Iterator[float], looks: int
 
     class Recorded:
         def __init__(self, libraries: list[object]) -> None:
-            done.append("hold")
+            done[-1] = "hold"
 
         def release(self) -> None:
-            done.append("release")
+            done[-1] = "release"
 
-    clock, waited = [0.0], [0.0]
+    clock, totals, coming = [0.0], [0.0, 0.0], iter(shares)
 
     def sleep(seconds: float) -> None:
-        if len(done) >= looks:
+        share = next(coming, None)
+        if share is None:
             raise EndError
         clock[0] += seconds
-        waited[0] += seconds * next(shares)
+        totals[:] = [total + seconds * part for total, part in zip(totals, share, strict=True)]
         done.append("")
 
     monkeypatch.setattr(threads, "IdleThreads", Recorded)
-    monkeypatch.setattr(threads, "seconds_without_core", lambda: waited[0])
+    monkeypatch.setattr(threads, "core_seconds", lambda: tuple(totals))
     monkeypatch.setattr(threads, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
     with pytest.raises(EndError):
         threads._watch([])
     return done
 
 
+BUSY, BETWEEN, QUIET, RESTING = (1.2, 0.6), (1.8, 0.15), (2.0, 0.02), (0.1, 0.0)
+
+
 def test_idle_threads_are_held_from_the_first_busy_look_until_a_quiet_while(monkeypatch):
-    shares = chain([0.0, 0.05, 0.6, 0.6, 0.02, 0.5, 0.02, 0.02, 0.02, 0.02], repeat(0.0))
-    done = watched(monkeypatch, shares, 14)
-    assert done == ["", "", "", "hold", "", "", "", "", "", "", "", "release", "", ""]
+    shares = [QUIET, BETWEEN, BUSY, BUSY, QUIET, BUSY, QUIET, QUIET, QUIET, QUIET, QUIET]
+    assert watched(monkeypatch, shares) == ["", "", "hold", "", "", "", "", "", "", "release", ""]
 
 
-def test_a_share_between_the_two_limits_changes_nothing(monkeypatch):
-    assert set(watched(monkeypatch, repeat(0.15), 10)) == {""}
-    done = watched(monkeypatch, chain([0.6], repeat(0.15)), 12)
-    assert [each for each in done if each] == ["hold"]
+def test_between_the_two_limits_and_without_work_nothing_changes(monkeypatch):
+    assert set(watched(monkeypatch, [BETWEEN] * 10)) == {""}
+    assert watched(monkeypatch, [BUSY, *[BETWEEN] * 10, *[RESTING] * 10]) == ["hold", *[""] * 20]
+    assert watched(monkeypatch, [(0.1, 0.3), BUSY, QUIET, RESTING, *[QUIET] * 3])[1:] == ["hold", *[""] * 4, "release"]
 
 
 @needs_libgomp
