@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from lm.runs.directory import open_run
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 TEXT_MEGABYTES = 8
-TURNS = {"0.8M": 8, "10M": 4}  # turns of cpu_training in one of these, for a few seconds of steady work
+TURNS = {"0.8M": 8, "10M": 2}  # turns of cpu_training in one of these, for a few seconds of steady work
 PEER = """
 import sys
 import datasets, numpy, transformers
@@ -240,6 +240,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a folder of .txt files")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="work whose name contains this")
+    names = [condition.name for condition in CONDITIONS]
+    parser.add_argument("--conditions", nargs="+", choices=names, default=names)
     parser.add_argument("--instructions", nargs="+", choices=("avx512", "avx2"), default=["avx512", "avx2"])
     arguments = parser.parse_args()
     adopt_orphans()
@@ -253,11 +255,11 @@ def main() -> None:
             for title, (makers, tokens) in works(arguments.nanogpt, work).items():
                 if arguments.only in title:
                     print(f"{title}, {instructions}: tokens per second, per CPU second")
-                    compare(partial(timed_makers, makers, arguments.rounds), tokens)
+                    compare(partial(timed_makers, makers, arguments.rounds), tokens, arguments.conditions)
         if arguments.only in "prepare":
             size = dict.fromkeys(commands(work), TEXT_MEGABYTES * 10**6)
             print("prepare: bytes per second, per CPU second")
-            compare(lambda group: timed_commands(work, group, arguments.rounds), size)
+            compare(lambda group: timed_commands(work, group, arguments.rounds), size, arguments.conditions)
 
 
 def timed_makers(makers: dict[str, Maker], rounds: int, group: Path | None) -> dict[str, Timing]:
@@ -265,9 +267,11 @@ def timed_makers(makers: dict[str, Maker], rounds: int, group: Path | None) -> d
     return apart_in_turn(candidates, rounds=rounds, warm_up=1)
 
 
-def compare(measure: Callable[[Path | None], dict[str, Timing]], tokens: Mapping[str, int]) -> None:
+def compare(
+    measure: Callable[[Path | None], dict[str, Timing]], tokens: Mapping[str, int], conditions: Sequence[str]
+) -> None:
     quiet = 0.0
-    for condition in CONDITIONS:
+    for condition in (each for each in CONDITIONS if each.name in conditions):
         try:
             with in_condition(condition) as group:
                 timings = measure(group)

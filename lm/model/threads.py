@@ -5,7 +5,8 @@ millisecond. On a quiet machine nothing is faster. When other programs want the 
 the core that the thread it waits for needs, and training loses half of its speed or more. How long threads spin is read
 from the environment when the library is loaded, but the library spins 3,000 times less while it has more threads than
 the machine has cores (its manual, GOMP_SPINCOUNT). So while other programs compete, a second set of threads is held
-that never works. The number of threads that compute stays the same, and with it every bit of their results.
+that never works. The number of threads that compute stays the same, and with it every bit of their results. Where bits
+do not depend on it, as in decoding, one thread is faster still than several that sleep (``others_want_cores``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import functools
 import os
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -26,8 +28,17 @@ SECONDS_BETWEEN_LOOKS = 0.5
 # Seconds per second in which the threads of this process, all together, had a core, or were ready to run and had none.
 WORKING = 0.5
 BUSY, QUIET = 0.2, 0.1
+SPARE = 0.3  # cores that may be missing on a machine that is quiet again
 LOOKS_BEFORE_QUIET = 4
 OWN_CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+_busy = threading.Event()
+
+
+def others_want_cores() -> bool:
+    """Whether other programs compete for the cores of this process, as seen by the threads of ``settle_threads``."""
+    return _busy.is_set()
 
 
 @functools.cache
@@ -40,8 +51,9 @@ def settle_threads() -> None:
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > available_cores():
         torch.set_num_threads(available_cores())
     libraries = loaded_libgomp()
-    if libraries and not any(name in os.environ for name in OWN_CHOICES):
-        threading.Thread(target=_watch, args=(libraries,), name="busy cores", daemon=True).start()
+    if libraries and torch.get_num_threads() > 1 and not any(name in os.environ for name in OWN_CHOICES):
+        arguments = libraries, torch.get_num_threads()
+        threading.Thread(target=_watch, args=arguments, name="busy cores", daemon=True).start()
 
 
 def loaded_libgomp(maps: Path = Path("/proc/self/maps")) -> list[ctypes.CDLL]:
@@ -53,20 +65,22 @@ def loaded_libgomp(maps: Path = Path("/proc/self/maps")) -> list[ctypes.CDLL]:
     return []
 
 
-def _watch(libraries: list[ctypes.CDLL]) -> None:
+def _watch(libraries: list[ctypes.CDLL], threads: int) -> None:
     idle, quiet = None, 0
-    before, at = core_seconds(), time.monotonic()
+    before, at = (*core_seconds(), unused_seconds()), time.monotonic()
     while True:
         time.sleep(SECONDS_BETWEEN_LOOKS)
-        now, clock = core_seconds(), time.monotonic()
-        working, waiting = ((new - old) / (clock - at) for new, old in zip(now, before, strict=True))
+        now, clock = (*core_seconds(), unused_seconds()), time.monotonic()
+        working, waiting, unused = ((new - old) / (clock - at) for new, old in zip(now, before, strict=True))
         before, at = now, clock
         if working + waiting < WORKING:
             continue  # a process without work learns nothing about the machine
-        quiet = quiet + 1 if waiting < QUIET else 0
+        quiet = quiet + 1 if waiting < QUIET and working + unused > threads - SPARE else 0
         if idle is None and waiting > BUSY:
             idle = IdleThreads(libraries)
+            _busy.set()
         elif idle is not None and quiet >= LOOKS_BEFORE_QUIET:
+            _busy.clear()
             idle.release()
             idle = None
 
@@ -79,6 +93,15 @@ def core_seconds(tasks: Path = Path("/proc/self/task")) -> tuple[float, float]:
             had, had_not, _ = map(int, (task / "schedstat").read_text().split())
             working, waiting = working + had, waiting + had_not
     return working / 1e9, waiting / 1e9
+
+
+def unused_seconds(stat: Path = Path("/proc/stat")) -> float:
+    """How long the cores that this process may use have had nothing to do, all together (Linux)."""
+    ticks, cores = 0, {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    for name, *numbers in map(str.split, stat.read_text().splitlines()):
+        if name in cores:
+            ticks += int(numbers[3]) + int(numbers[4])  # idle, and waiting for a disk
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class IdleThreads:
@@ -99,3 +122,14 @@ class IdleThreads:
     def release(self) -> None:
         self._released.set()
         self._thread.join()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread inside the block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

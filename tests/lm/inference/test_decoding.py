@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from lm.inference import decoding
 from lm.inference.decoding import PackedDecoder, PackedMatrix, decoder, least_rows_with_equal_bits
 from lm.inference.kv_cache import KVCache, ReadingPrompt
 from tests.lm.inference.test_kv_cache import read_anew
@@ -104,3 +105,25 @@ def test_the_reference_is_taken_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(PackedDecoder, "step", None)
     for a, b in zip(usual, decoded(model, texts, [2, 5], 8, 2), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_decoding_on_one_thread_while_the_machine_is_busy_gives_the_same_bits(changes, monkeypatch):
+    model, texts = model_of(dtype=torch.float32, **changes), drawn_texts([9, 30], 5)
+    used = []
+    step_of_packed = PackedDecoder.step
+    monkeypatch.setattr(
+        PackedDecoder, "step", lambda *both: used.append(torch.get_num_threads()) or step_of_packed(*both)
+    )
+    before = torch.get_num_threads()
+    made = {}
+    try:
+        torch.set_num_threads(2)
+        for busy in (False, True):
+            monkeypatch.setattr(decoding, "others_want_cores", lambda busy=busy: busy)
+            made[busy] = decoded(model, texts, [9, 30], 100, 2)
+    finally:
+        torch.set_num_threads(before)
+    assert used == [2] * 5 + [1] * 5
+    assert all(torch.equal(a, b) for a, b in zip(made[False], made[True], strict=True))

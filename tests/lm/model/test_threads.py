@@ -7,9 +7,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lm.model import threads
-from lm.model.threads import IdleThreads, core_seconds, loaded_libgomp
+from lm.model.threads import (
+    IdleThreads,
+    core_seconds,
+    loaded_libgomp,
+    one_thread,
+    others_want_cores,
+    unused_seconds,
+)
 
 needs_libgomp = pytest.mark.skipif(not loaded_libgomp(), reason="needs a PyTorch with GNU OpenMP")
 
@@ -35,8 +43,8 @@ def test_copies_of_libgomp_are_found_by_name(tmp_path):
     assert loaded_libgomp(tmp_path / "none") == []
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, shares: list[tuple[float, float]]) -> list[str]:
-    """What ``_watch`` does at each look while the shares of time with and without a core are as given."""
+def watched(monkeypatch: pytest.MonkeyPatch, shares: list[tuple[float, float, float]]) -> list[str]:
+    """What ``_watch`` does at each look; the shares of time: with a core, without one, and of cores without work."""
     done: list[str] = []
 
     class EndError(Exception):
@@ -44,12 +52,14 @@ def watched(monkeypatch: pytest.MonkeyPatch, shares: list[tuple[float, float]]) 
 
     class Recorded:
         def __init__(self, libraries: list[object]) -> None:
+            assert not others_want_cores()
             done[-1] = "hold"
 
         def release(self) -> None:
+            assert not others_want_cores()
             done[-1] = "release"
 
-    clock, totals, coming = [0.0], [0.0, 0.0], iter(shares)
+    clock, totals, coming = [0.0], [0.0, 0.0, 0.0], iter(shares)
 
     def sleep(seconds: float) -> None:
         share = next(coming, None)
@@ -57,17 +67,21 @@ def watched(monkeypatch: pytest.MonkeyPatch, shares: list[tuple[float, float]]) 
             raise EndError
         clock[0] += seconds
         totals[:] = [total + seconds * part for total, part in zip(totals, share, strict=True)]
+        assert others_want_cores() == ([each for each in done if each][-1:] == ["hold"])
         done.append("")
 
     monkeypatch.setattr(threads, "IdleThreads", Recorded)
-    monkeypatch.setattr(threads, "core_seconds", lambda: tuple(totals))
+    monkeypatch.setattr(threads, "core_seconds", lambda: (totals[0], totals[1]))
+    monkeypatch.setattr(threads, "unused_seconds", lambda: totals[2])
     monkeypatch.setattr(threads, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
     with pytest.raises(EndError):
-        threads._watch([])
+        threads._watch([], 2)
+    threads._busy.clear()
     return done
 
 
-BUSY, BETWEEN, QUIET, RESTING = (1.2, 0.6), (1.8, 0.15), (2.0, 0.02), (0.1, 0.0)
+BUSY, BETWEEN, QUIET = (1.2, 0.6, 0.0), (1.8, 0.15, 0.0), (1.9, 0.02, 0.0)
+RESTING, ONE_THREAD = (0.1, 0.0, 1.9), (1.0, 0.01, 0.0)
 
 
 def test_idle_threads_are_held_from_the_first_busy_look_until_a_quiet_while(monkeypatch):
@@ -78,7 +92,32 @@ def test_idle_threads_are_held_from_the_first_busy_look_until_a_quiet_while(monk
 def test_between_the_two_limits_and_without_work_nothing_changes(monkeypatch):
     assert set(watched(monkeypatch, [BETWEEN] * 10)) == {""}
     assert watched(monkeypatch, [BUSY, *[BETWEEN] * 10, *[RESTING] * 10]) == ["hold", *[""] * 20]
-    assert watched(monkeypatch, [(0.1, 0.3), BUSY, QUIET, RESTING, *[QUIET] * 3])[1:] == ["hold", *[""] * 4, "release"]
+    assert watched(monkeypatch, [(0.1, 0.3, 0.5), BUSY, QUIET, RESTING, *[QUIET] * 3])[1:] == [
+        "hold",
+        *[""] * 4,
+        "release",
+    ]
+
+
+def test_one_thread_that_is_not_disturbed_does_not_mean_that_the_machine_is_quiet(monkeypatch):
+    assert watched(monkeypatch, [BUSY, *[ONE_THREAD] * 10]) == ["hold", *[""] * 10]
+    alone = (1.0, 0.01, 0.9)
+    assert watched(monkeypatch, [BUSY, *[alone] * 4]) == ["hold", "", "", "", "release"]
+
+
+def test_time_without_work_is_that_of_the_cores_of_this_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda process: {1, 10})
+    lines = "cpu 9 9 9 900 9\ncpu0 1 1 1 50 1\ncpu1 1 1 1 100 20 3\ncpu10 1 1 1 30 50 3\nintr 5\n"
+    (tmp_path / "stat").write_text(lines)
+    assert unused_seconds(tmp_path / "stat") == 200 / threads.os.sysconf("SC_CLK_TCK")
+
+
+def test_one_thread_computes_in_the_block():
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before
 
 
 @needs_libgomp
