@@ -9,9 +9,6 @@ llama.cpp (``pip install llama-cpp-python``, built on the machine; skipped if it
 batch, with a float32 cache. All use ``--threads`` threads. Also printed: tokens per CPU second of all threads, the
 share of tokens equal to Kindling's (after a first difference, from rounding, all differ), and the bytes of the weights
 times steps per second, as a share of the rate of copying memory (bytes read and written).
-
-The threads of all three libraries spin while they wait, which on a busy machine can take a hundred times as long as the
-work: use one thread there, or OMP_WAIT_POLICY=passive.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,7 +58,11 @@ def open_or_create(
         newest = run.latest(note)
         if newest is not None:
             _check(run, newest, config, source, accept_changes=accept_changes)
-            before, now = newest.state["place"], _environment(device)
+            before = newest.state["place"]
+            threads = before.get("threads", 0)
+            if device.type == "cpu" and not config.training.threads and 0 < threads <= (os.cpu_count() or 1):
+                torch.set_num_threads(threads)  # as before, even if a container allows fewer cores now: the same bits
+            now = _environment(device)
             changed = {name: (before[name], now[name]) for name in now if before.get(name, now[name]) != now[name]}
             if changed:
                 note(f"trained so far with {_describe(changed)}: results will match to rounding, not bit for bit")

@@ -13,6 +13,7 @@ import torch
 from data_prep.errors import UserError
 from lm.config.recipes import load_config
 from lm.config.settings import Config
+from lm.runs import resume
 from lm.runs.directory import open_run
 from lm.training.pretraining import train
 from lm.training.train_module import TrainModule
@@ -89,6 +90,30 @@ def test_another_pytorch_or_number_of_threads_is_noted_and_the_run_resumes(path,
         f"trained so far with PyTorch {version!r} (now '9.9.9'), threads 1 (now 7): results will match to rounding, "
         "not bit for bit"
     ]
+
+
+def test_a_run_goes_on_with_as_many_threads_as_before_unless_the_settings_say_otherwise(
+    path, trained, recorder, monkeypatch
+):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)  # as if a container allowed more cores now
+        train(trained.config.replace(steps=101), path, recorder)
+        assert (torch.get_num_threads(), notes_of(recorder, "trained so far")) == (1, [])
+        train(trained.config.replace(steps=102, threads=2), path, recorder)
+        assert torch.get_num_threads() == 2
+        assert len(notes_of(recorder, "trained so far with threads 1 (now 2)")) == 1
+        torch.set_num_threads(1)
+        monkeypatch.setattr(resume.os, "cpu_count", lambda: 1)
+        train(trained.config.replace(steps=103), path, recorder)
+        assert torch.get_num_threads() == 1
+        assert len(notes_of(recorder, "trained so far with threads 2 (now 1)")) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def notes_of(recorder, beginning: str) -> list[str]:
+    return [note for note in recorder.notes if note.startswith(beginning)]
 
 
 def test_where_nothing_has_changed_nothing_is_noted(path, trained, recorder):
