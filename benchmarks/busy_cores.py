@@ -1,9 +1,9 @@
-"""Training, decoding and preparing data while other programs want the cores, beside nanoGPT and transformers.
+"""Training, decoding and preparing data while other programs want the cores, compared with nanoGPT and transformers.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m benchmarks.busy_cores nanoGPT TEXT_FOLDER [--rounds 5] [--only "train 0.8M"] [--instructions avx512 avx2]
 
-Each kind of work runs on a quiet machine, beside one and two processes that compute without a pause, and in a control
+Each kind of work runs on a quiet machine, next to one and two processes that compute without a pause, and in a control
 group that may use half a core and one and a half (needs Linux and root; without them these rows are left out). Every
 candidate has a process of its own and its default number of threads; they work in turn, A B A B, medians of the rounds.
 
