@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.files import new_folder
+from data_prep.files import names_in, new_folder
 from data_prep.tokenizers.special_tokens import with_start
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
@@ -126,7 +126,7 @@ def left_out(run: Run, checkpoint: Checkpoint, out: Path) -> list[str]:
     else:  # its settings and measures are in other files, and that of an adapter has a folder for its base
         exported |= {"config.toml", RESULT, ANSWERS, *([BASE] if (out / "base").is_dir() else [])}
         exported |= {name for name in (CHAT_TEMPLATE, GENERATION) if any(out.rglob(name))}
-    files = sorted(path.name for path in run.path.iterdir() if path.name not in exported)
+    files = sorted(names_in(run.path) - exported)
     return [f"{CHECKPOINTS} (all but the weights of step {checkpoint.step:,})", *files]
 
 

@@ -14,7 +14,7 @@ import safetensors
 from safetensors.torch import load_file
 
 from data_prep.errors import UserError
-from data_prep.files import sync_directory
+from data_prep.files import rename, sync_directory
 from lm.config.settings import Config
 from lm.data.keyed_random import Stream, key
 from lm.model.lora import add_lora
@@ -39,7 +39,7 @@ def keep_base(weights: Path, path: Path) -> None:
         os.link(weights, temporary)
     except OSError:  # another disk, or one without links
         shutil.copyfile(weights, temporary)
-    temporary.rename(final)
+    rename(temporary, final)
     sync_directory(path)
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.files import read_json, sha256_of_file, sync_directory
+from data_prep.files import read_json, rename, sha256_of_file, sync_directory, sync_file
 
 FORMAT = 2
 MODEL, OPTIMIZER, OBJECTIVE = "model.safetensors", "optimizer.safetensors", "objective.safetensors"
@@ -100,15 +100,15 @@ def save(
         temporary.mkdir()
         for name, tensors in files.items():
             save_tensors(tensors, temporary / name)
-            _sync_file(temporary / name)
+            sync_file(temporary / name)
         content = {**marks, "sha256": {name: sha256_of_file(temporary / name) for name in files}, **state}
         sealed = {**content, "state_sha256": _seal(content)}
-        (temporary / STATE).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
-        _sync_file(temporary / STATE)
+        (temporary / STATE).write_text(json.dumps(sealed, indent=1), encoding="utf-8", newline="\n")
+        sync_file(temporary / STATE)
         sync_directory(temporary)
         if final.exists():
             _remove(final)  # a damaged one from before the run was resumed
-        temporary.rename(final)
+        rename(temporary, final)
         sync_directory(folder)
     except (OSError, safetensors.SafetensorError) as error:
         hidden = re.search(r"os error (\d+)", str(error))  # in the message of a SafetensorError
@@ -246,7 +246,3 @@ def _sha256(path: Path, stamp: tuple[int, int, int]) -> str:
     """The hash of a file; ``stamp`` has its inode, size and modification time, which change when the file does."""
     return sha256_of_file(path)
 
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
