@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from filelock import FileLock, Timeout
-
 from data_prep.errors import UserError
 
 LOCK = ".lock"  # in a directory that has one writer at a time
@@ -90,6 +88,8 @@ def only_writer_of(lock: Path, refusal: str) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock, and ``refusal`` is the message; or the file system has no locks.
     """
+    from filelock import FileLock, Timeout  # here, because --help should be quick
+
     held = FileLock(lock, blocking=False, thread_local=False, fallback_to_soft=False)
     try:
         held.acquire()

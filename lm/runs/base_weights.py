@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 
 import safetensors
-from safetensors.torch import load_file
 
 from data_prep.errors import UserError
 from data_prep.files import rename, sync_directory
@@ -46,7 +45,7 @@ def keep_base(weights: Path, path: Path) -> None:
 def load_base(model: Transformer, path: Path) -> None:
     """Load the weights that the run in ``path`` started from; UserError if they are unreadable or do not fit."""
     try:
-        model.load_state_dict(load_file(path / BASE))
+        model.load_state_dict(checkpoint.load_tensors(path / BASE))
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path / BASE} cannot be read: {error}") from None
     except RuntimeError as error:
