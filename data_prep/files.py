@@ -1,27 +1,61 @@
-"""Files that are either complete or absent: written under a temporary name, flushed to disk, renamed."""
+"""Files that are either complete or absent: written under a temporary name, flushed to disk, renamed.
+
+What differs between operating systems on disk is here: locks, flushing, and renaming what another program has open.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from data_prep.errors import UserError
 
+LOCK = ".lock"  # in a directory that has one writer at a time
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system says that has none
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+WINDOWS = os.name == "nt"
+SHARING_SECONDS = 2.0
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk."""
+    with path.open("r+b") as file:  # Windows flushes only files that are open for writing
+        os.fsync(file.fileno())
+
 
 def sync_directory(directory: Path) -> None:
-    """Make new and renamed files in ``directory`` survive a power failure."""
+    """Make new and renamed files in ``directory`` survive a power failure; on Windows, the system sees to that."""
+    if WINDOWS:  # which cannot open a directory
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Rename a file, also over another one, or a folder.
+
+    Windows refuses while a program has either open, as a virus scanner has a new file: try for ``SHARING_SECONDS``.
+    """
+    until = time.monotonic() + SHARING_SECONDS
+    while True:
+        try:
+            path.replace(target)
+            return
+        except PermissionError:
+            if not WINDOWS or time.monotonic() > until:
+                raise
+        time.sleep(0.02)
 
 
 @contextmanager
@@ -36,7 +70,7 @@ def atomic_file(path: Path, *, sync_name: bool = True) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        rename(temporary, path)
         if sync_name:
             sync_directory(path.parent)
     except BaseException:  # Ctrl-C too: clean up, and raise it again
@@ -45,26 +79,46 @@ def atomic_file(path: Path, *, sync_name: bool = True) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def only_writer_of(directory: Path, refusal: str) -> Iterator[None]:
-    """Hold a lock on a directory; the system releases it when this process ends, even if it is killed.
+def only_writer_of(lock: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file ``lock``; the system releases it when this process ends, even if it is killed.
+
+    The file is gone afterwards, except after a kill, and then does not matter. A folder in which nothing can be written
+    has no writer and needs no lock.
 
     Raises:
-        UserError: another process holds the lock; ``refusal`` is the message.
+        UserError: another process holds the lock, and ``refusal`` is the message; or the file system has no locks.
     """
-    descriptor = os.open(directory, os.O_RDONLY)
+    from filelock import FileLock, Timeout  # here, because --help should be quick
+
+    held = FileLock(lock, blocking=False, thread_local=False, fallback_to_soft=False)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(refusal) from None
+        held.acquire()
+    except Timeout:
+        raise UserError(refusal) from None
+    except OSError as error:
+        if error.errno in WITHOUT_LOCKS:
+            raise UserError(
+                f'the file system of "{lock.parent}" has no locks: choose a folder on a local disk'
+            ) from None
+        if error.errno not in FORBIDDEN or (lock.exists() and os.access(lock.parent, os.W_OK)):
+            raise
+    try:
         yield
     finally:
-        os.close(descriptor)
+        if held.is_locked:
+            with suppress(OSError):  # before the release, or it might be another's; Windows removes it by itself
+                lock.unlink()
+            held.release()
+
+
+def names_in(directory: Path) -> set[str]:
+    """The names of everything in a directory but its lock."""
+    return {path.name for path in directory.iterdir()} - {LOCK}
 
 
 def empty_directory(directory: Path) -> None:
-    """Remove everything in a directory, but not the directory."""
-    for path in directory.iterdir():
+    """Remove everything in a directory, but neither the directory nor its lock."""
+    for path in (directory / name for name in names_in(directory)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -119,20 +173,23 @@ def sha256_of_file(path: Path) -> str:
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Open a folder to write to; if the block ends without an error, it becomes ``out``."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or names_in(out)):
         raise UserError(f'"{out}" already exists and is not an empty folder: choose another --out')
     name = out.resolve()
     name.parent.mkdir(parents=True, exist_ok=True)
-    partial = name.parent / f".{name.name}.partial"
-    partial.mkdir(exist_ok=True)
-    with only_writer_of(partial, f'another process is writing to "{out}": wait for it, or choose another --out'):
-        empty_directory(partial)  # left by a process that was killed
+    partial, lock = (name.parent / f".{name.name}.{ending}" for ending in ("partial", "lock"))
+    with only_writer_of(lock, f'another process is writing to "{out}": wait for it, or choose another --out'):
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
         try:
+            partial.mkdir()
             yield partial
             for directory in [path for path in partial.rglob("*") if path.is_dir()]:
                 sync_directory(directory)
             sync_directory(partial)
-            partial.replace(name)
+            if name.exists():  # and empty; Windows renames no folder to another
+                (name / LOCK).unlink(missing_ok=True)
+                name.rmdir()
+            rename(partial, name)
             sync_directory(name.parent)
         except BaseException:  # Ctrl-C too: clean up, and raise it again
             shutil.rmtree(partial, ignore_errors=True)

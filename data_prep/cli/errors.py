@@ -15,7 +15,7 @@ import click
 
 from data_prep.errors import INTERRUPTED_STATUS, MACHINE_ERROR_STATUS, USER_ERROR_STATUS, UserError
 from data_prep.errors.other_names import other_name
-from data_prep.files import is_text
+from data_prep.files import WINDOWS, is_text
 
 LARGEST_INTEGER = 2**63 - 1
 
@@ -33,6 +33,7 @@ class FriendlyCommand(click.Command):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         _open_missing_streams()
+        _set_encodings()
         try:
             with errors_reported():
                 return super().main(*args, **extra)
@@ -143,6 +144,15 @@ def _open_missing_streams() -> None:
         sys.stdout = io.TextIOWrapper(io.BufferedWriter(_ClosedOutput()), encoding="utf-8")
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", encoding="utf-8")
+
+
+def _set_encodings() -> None:
+    """Print "?" for what the encoding of the output lacks; on Windows, read and write UTF-8 in pipes and files too."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if WINDOWS and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _flush_output(*, quiet: bool) -> None:

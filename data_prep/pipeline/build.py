@@ -16,6 +16,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 from data_prep.cleaning.cleaner import Cleaner
 from data_prep.cleaning.duplicates import find_duplicates
 from data_prep.errors import UserError
-from data_prep.files import atomic_file, empty_directory, only_writer_of, write_atomically
+from data_prep.files import LOCK, atomic_file, empty_directory, names_in, only_writer_of, write_atomically
 from data_prep.pipeline.advice import advice, removals, why_empty
 from data_prep.pipeline.journal import Journal, PartRecord, differences
 from data_prep.pipeline.parts import Job, build_part, keep_encoder, kept_documents, merged, part_path, survey_part
@@ -136,27 +137,35 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
         raise UserError(f'"{out}" is a file: choose another --out')
     created = [path for path in (out, *out.parents) if not path.exists()]  # deepest first
     out.mkdir(parents=True, exist_ok=True)
-    with only_writer_of(out, f'another build is writing to "{out}": wait for it, or choose another --out'):
-        if (out / MANIFEST).is_file():
-            return _finished(out, plan.identity, progress)
-        journal = Journal.load(out)
-        if journal is not None:
-            _refuse_other_settings(out, journal.identity, plan.identity)
-            _refuse_changed_sources(plan, journal)
-            progress.note(f'resuming the build in "{out}"')
-            return _Build(plan, journal, progress).run()
-        # A build killed during its first write leaves the journal's temporary file.
-        others = [path.name for path in out.iterdir() if path.name != f"{JOURNAL}.tmp"]
-        if others:
-            raise UserError(f'"{out}" is not empty (it contains "{min(others)}") and not a build: choose another --out')
-        try:
-            return _Build(plan, Journal(out / JOURNAL, plan.identity, plan.stamp()), progress).run()
-        except UserError:
-            if not any(out.glob(f"{WORK}/part-*.json")):
-                empty_directory(out)
-                for directory in created:
-                    directory.rmdir()
-            raise
+    busy = f'another build is writing to "{out}": wait for it, or choose another --out'
+    try:
+        with only_writer_of(out / LOCK, busy):
+            return _begun_or_resumed(out, plan, progress)
+    except UserError:
+        with suppress(OSError):  # unless a part is done, or another build began
+            for directory in created:
+                directory.rmdir()
+        raise
+
+
+def _begun_or_resumed(out: Path, plan: BuildPlan, progress: Reporter) -> dict[str, Any]:
+    if (out / MANIFEST).is_file():
+        return _finished(out, plan.identity, progress)
+    journal = Journal.load(out)
+    if journal is not None:
+        _refuse_other_settings(out, journal.identity, plan.identity)
+        _refuse_changed_sources(plan, journal)
+        progress.note(f'resuming the build in "{out}"')
+        return _Build(plan, journal, progress).run()
+    others = names_in(out) - {f"{JOURNAL}.tmp"}  # which a build killed during its first write leaves
+    if others:
+        raise UserError(f'"{out}" is not empty (it contains "{min(others)}") and not a build: choose another --out')
+    try:
+        return _Build(plan, Journal(out / JOURNAL, plan.identity, plan.stamp()), progress).run()
+    except UserError:
+        if not any(out.glob(f"{WORK}/part-*.json")):
+            empty_directory(out)
+        raise
 
 
 def as_it_began(settings: BuildSettings) -> BuildSettings:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from typing import Any
 
 from data_prep.errors import UserError
@@ -22,6 +22,10 @@ from data_prep.errors import UserError
 Advance = Callable[[int], None]
 POLL_SECONDS = 0.1
 RAY_RETRIES = 3  # for a call whose machine or process died
+# Fork from a server, not from this process: an encoder may have threads here, and a fork would copy their locks.
+# Windows has no fork, and waits for at most 61 processes.
+START_METHOD = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+MOST_WORKERS = 61 if os.name == "nt" else 1 << 20
 
 
 def run_calls(
@@ -44,15 +48,15 @@ def run_calls(
         return _run_on_ray(function, calls, workers, advance)
     if workers == 1 or len(calls) < 2:
         return [function(*call, advance) for call in calls]
-    return _run_in_processes(function, calls, min(workers, len(calls)), advance)
+    return _run_in_processes(function, calls, min(workers, len(calls), MOST_WORKERS), advance)
 
 
 def _run_in_processes(
     function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: int, advance: Advance
 ) -> list[Any]:
-    # Fork from a server, not from this process: an encoder may have threads here, and a fork would copy their locks.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    context = get_context(START_METHOD)
+    if START_METHOD == "forkserver":
+        context.set_forkserver_preload([function.__module__])
     done = context.Value("q", 0)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (done,))
     reported = 0
@@ -79,18 +83,21 @@ def _run_in_processes(
 def _interrupts_held() -> Iterator[None]:
     """Delay Ctrl-C briefly. Processes started meanwhile never receive it: only the parent decides to stop.
 
-    They inherit the signal mask. In this process a mask is not enough, because any thread may receive the signal.
+    They inherit the signal mask; Windows has none, so there a process that is just starting ends with a traceback. In
+    this process a mask is not enough, because any thread may receive the signal.
     """
     if threading.current_thread() is not threading.main_thread():  # Ctrl-C never interrupts another thread
         yield
         return
     held: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    has_mask = hasattr(signal, "pthread_sigmask")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if has_mask else set()
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if has_mask:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
     if held and callable(handler):
         handler(signal.SIGINT, None)

@@ -67,7 +67,7 @@ def export_dataset(
         if layout == "nanogpt" and dataset.vocab_size > NANOGPT_VOCAB_SIZE:
             # nanoGPT has no other way to know a vocabulary above its default.
             write_atomically(folder / "meta.pkl", layouts.nanogpt_meta(dataset.vocab_size))
-    return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
 
 
 def _export_nanogpt(dataset: Dataset, split: Split, folder: Path, copy: bool) -> None:
@@ -218,7 +218,7 @@ def _find_files(sources: Sequence[Path], layout: str) -> dict[str, list[Path]]:
             paths = sorted(path for path in source.rglob(f"*{suffix}") if path.is_file())
             if not paths:
                 raise UserError(f'"{source}" contains no {layout} files (*{suffix})')
-            names = [str(path.relative_to(source)) for path in paths]
+            names = [path.relative_to(source).as_posix() for path in paths]
         elif source.is_file():
             paths, names = [source], [source.name]
         else:

@@ -54,6 +54,7 @@ ENDS_INSIDE = "ends_inside_documents"
 VERIFYING_THREADS = 4
 COUNTED_TOKENS = 1 << 22  # counted at a time
 MOST_OPEN_SHARDS = 4096  # Linux allows 65,530 maps per process
+READING = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows changes line ends without it
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
@@ -403,7 +404,7 @@ class Dataset:
 
     def _check_header(self, record: ShardRecord) -> None:
         path = f"{self.directory}/{record.name}.idx"
-        descriptor = os.open(path, os.O_RDONLY)  # a Path and a file object take three times as long
+        descriptor = os.open(path, READING)  # a Path and a file object take three times as long
         header = os.read(descriptor, IDX_HEADER.size)
         os.close(descriptor)
         if header != IDX_HEADER.pack(IDX_MAGIC, IDX_VERSION, self._code, record.documents, record.documents + 1):

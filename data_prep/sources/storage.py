@@ -44,9 +44,10 @@ def is_glob(location: str) -> bool:
 def root_of_glob(pattern: str) -> str:
     """Return the folder above the first pattern in a path: ``data`` for ``data/*/a.txt``, or "" if there is none."""
     magic = ("*",) if is_remote(pattern) else MAGIC
-    fixed = pattern[: min(pattern.find(character) for character in magic if character in pattern)]
+    fixed = pattern[: min(pattern.find(character) for character in magic if character in pattern)].replace(os.sep, "/")
     folder = fixed[: fixed.rfind("/") + 1]
-    return folder if folder in ("", "/") or folder.endswith(URL) else folder.rstrip("/")
+    whole = folder in ("", "/") or folder.endswith((URL, ":/"))  # ":/": a drive of Windows
+    return folder if whole else folder.rstrip("/")
 
 
 def last_name(location: str) -> str:

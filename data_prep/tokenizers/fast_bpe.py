@@ -19,6 +19,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
+from data_prep.files import read_json
 from data_prep.tokenizers.text_spool import SEPARATOR, TextSpool, first_bytes
 from data_prep.tokenizers.tokenizer import BYTE_CHARACTERS, BYTE_OF_CHARACTER
 
@@ -66,11 +67,12 @@ def _agree_on_a_sample(spool: TextSpool) -> bool:
 
 
 def _train(path: Path, vocab_size: int) -> list[Merge] | None:
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
-        command = [sys.executable, "-c", PROGRAM, str(path), str(vocab_size), SEPARATOR.hex(), result.name]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "merges.json")
+        command = [sys.executable, "-c", PROGRAM, str(path), str(vocab_size), SEPARATOR.hex(), str(result)]
         if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode != 0:
             return None
-        return [(_characters(left), _characters(right)) for left, right in json.load(result)]
+        return [(_characters(left), _characters(right)) for left, right in read_json(result)]
 
 
 def _characters(content: str) -> str:

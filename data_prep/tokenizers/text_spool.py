@@ -24,20 +24,20 @@ class TextSpool:
     """A file at ``path`` of texts with ``SEPARATOR`` after each, deleted when the ``with`` block ends."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self._file = tempfile.NamedTemporaryFile(suffix=".texts")  # noqa: SIM115, closed by __exit__
-        self.path = Path(self._file.name)
+        self._folder = tempfile.TemporaryDirectory()
+        self.path = Path(self._folder.name, "texts")
         try:
-            self._file.writelines(text.encode("utf-8") + SEPARATOR for text in texts)
-            self._file.flush()
-        except BaseException:  # Ctrl-C too: close the file, and raise it again
-            self._file.close()
+            with self.path.open("wb") as file:
+                file.writelines(text.encode("utf-8") + SEPARATOR for text in texts)
+        except BaseException:  # Ctrl-C too: remove the file, and raise it again
+            self._folder.cleanup()
             raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._folder.cleanup()
 
     def texts(self) -> Iterator[str]:
         """Yield the texts in order."""

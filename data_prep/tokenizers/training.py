@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -245,11 +246,12 @@ def _sentencepiece_pieces(words: Counter[str], size: int) -> list[tuple[str, flo
     import sentencepiece
 
     model = io.BytesIO()
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".tsv") as table:
-        table.writelines(f"{word}\t{count}\n" for word, count in sorted(words.items()))
-        table.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder, "words.tsv")
+        with table.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{word}\t{count}\n" for word, count in sorted(words.items()))
         sentencepiece.SentencePieceTrainer.train(
-            input=table.name,
+            input=str(table),
             input_format="tsv",
             model_writer=model,
             model_type="unigram",

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from click.core import ParameterSource
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.tables import counted
 from data_prep.errors import UserError
+from data_prep.files import rename
 from lm.cli.options import checkpoint_option, compile_option, device_option, json_option, run_argument, sampling_options
 from lm.config.sampling import Sampling, problem_of_fill, recommended
 
@@ -208,10 +210,10 @@ def _continue_file(
     """Write one line per prompt, in order; ``output`` appears once it is complete."""
     start = time.perf_counter()
     part = None if output is None else output.with_name(output.name + ".part")
-    with click.open_file("-" if part is None else str(part), "w", encoding="utf-8") as file:
+    with nullcontext() if part is None else part.open("w", encoding="utf-8", newline="\n") as file:
         tokens = _print_lines(model, generator, prompts, file)
     if part is not None and output is not None:
-        part.replace(output)
+        rename(part, output)
     seconds = time.perf_counter() - start
     click.echo(
         f"{counted(count, 'text')}, {counted(tokens, 'token')} in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 import tomllib
@@ -90,6 +91,8 @@ def load_config(
     for option in unknown_options:
         options = [*(known[name].option for name in here), "--run", "--resume"]
         problems.append(f"unknown option {option}{suggestion(option, options)}")
+    if "data" in values:  # a run may move to another system
+        values["data"] = tuple(entry.replace(os.sep, "/") for entry in values["data"])
     config = (base or Config()).replace(**values)
     problems += inconsistencies(config)
     if problems:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.files import sync_directory
+from data_prep.files import rename, sync_directory
 from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.tokenizers.training import LLAMA3_WORDS, QWEN2_WORDS, QWEN35_WORDS
 from lm.export.huggingface import template_with_start, text_ends
@@ -104,7 +104,7 @@ def export_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        temporary.rename(out)
+        rename(temporary, out)
         sync_directory(out.parent)
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.files import new_folder
+from data_prep.files import names_in, new_folder
 from data_prep.tokenizers.special_tokens import with_start
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
@@ -94,7 +94,7 @@ def write_language_model(
     write_model(run, folder, content, weights, {"padding_side": "left" if generates else "right"})
     write_json(folder / GENERATION, generation_config(run))
     if generates or read_template(run.path) is not None:
-        (folder / CHAT_TEMPLATE).write_text(template_with_start(run), encoding="utf-8")
+        (folder / CHAT_TEMPLATE).write_text(template_with_start(run), encoding="utf-8", newline="\n")
 
 
 def write_model(
@@ -111,11 +111,12 @@ def write_model(
 def write_card(run: Run, folder: Path, card: str) -> None:
     """Write the model card and the run's settings."""
     public_settings(run.config).save(folder / OUR_CONFIG)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def left_out(run: Run, checkpoint: Checkpoint, out: Path) -> list[str]:
@@ -126,7 +127,7 @@ def left_out(run: Run, checkpoint: Checkpoint, out: Path) -> list[str]:
     else:  # its settings and measures are in other files, and that of an adapter has a folder for its base
         exported |= {"config.toml", RESULT, ANSWERS, *([BASE] if (out / "base").is_dir() else [])}
         exported |= {name for name in (CHAT_TEMPLATE, GENERATION) if any(out.rglob(name))}
-    files = sorted(path.name for path in run.path.iterdir() if path.name not in exported)
+    files = sorted(names_in(run.path) - exported)
     return [f"{CHECKPOINTS} (all but the weights of step {checkpoint.step:,})", *files]
 
 

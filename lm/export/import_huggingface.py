@@ -67,7 +67,7 @@ def import_checkpoint(
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, run / name)
         if template is not None:
-            (run / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+            (run / CHAT_TEMPLATE).write_text(template, encoding="utf-8", newline="\n")
         (run / METRICS).touch()
         state = {
             "imported_from": source,

@@ -103,7 +103,7 @@ def token_scores(model: LanguageModel, queries: Iterable[Query], readout: str) -
     for owners, targets, logits in _target_logits(model, queries, readout):
         logprobs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         greedy = logits.argmax(-1) == targets
-        yield TokenScores(owners, logprobs.double().cpu().numpy(), greedy.cpu().numpy())
+        yield TokenScores(owners, logprobs.cpu().double().numpy(), greedy.cpu().numpy())
 
 
 @torch.no_grad()

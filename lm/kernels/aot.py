@@ -239,7 +239,7 @@ def main(update: bool, architectures: tuple[str, ...], only: str) -> None:
     click.echo(table(result))
     wrong = problems(result)
     if update and not wrong:
-        SNAPSHOT.write_text(to_json(result), encoding="utf-8")
+        SNAPSHOT.write_text(to_json(result), encoding="utf-8", newline="\n")
     elif not (update or only or architectures):
         wrong += changes(result, json.loads(SNAPSHOT.read_text(encoding="utf-8")))
     for sentence in wrong:

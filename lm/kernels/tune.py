@@ -139,7 +139,7 @@ def main(kernels: tuple[str, ...], widths: tuple[str, ...], sizes: tuple[str, ..
             entries[kernel][bits][str(width)] = list(astuple(kept))
             old = f"{before} {times.get(before, float('nan')):.3f} ms"
             click.echo(f"{kernel} {bits} bits, heads of {width}: {old} → {kept} {times[kept]:.3f} ms")
-            tile_sizes.TABLE.write_text(tile_sizes.to_json(table), encoding="utf-8")
+            tile_sizes.TABLE.write_text(tile_sizes.to_json(table), encoding="utf-8", newline="\n")
     click.echo("next: make kernels-aot UPDATE=--update, and review what changed")
 
 

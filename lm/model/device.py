@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -12,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
+import psutil
 import torch
 
 from data_prep.errors import UserError
@@ -59,16 +58,14 @@ def available_memory(device: torch.device) -> int:
     """Bytes that this process can still allocate on ``device``.
 
     On a CPU the memory that the system reports as available, or what the limit of a control group leaves, whichever is
-    less; where the system does not report it (macOS), all of its memory.
+    less.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    available = _numbers(Path("/proc/meminfo")).get("MemAvailable")
-    system = available * 1024 if available else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([system, *_group_headrooms(control_groups("memory"))])
+    return min([psutil.virtual_memory().available, *_group_headrooms(control_groups("memory"))])
 
 
 def _group_headrooms(groups: Iterable[tuple[Path, int]]) -> list[int]:
@@ -93,20 +90,23 @@ def _group_headrooms(groups: Iterable[tuple[Path, int]]) -> list[int]:
 
 
 def resident_memory() -> int:
-    """Bytes of main memory that this process holds now, or has held at most where the system does not report it."""
-    return _numbers(Path("/proc/self/status")).get("VmRSS", 0) * 1024 or peak_memory(torch.device("cpu"))
+    """Bytes of main memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held on ``device`` so far: resident memory on a CPU, tensors on a GPU."""
+    """The most bytes that this process has held on ``device`` so far: resident memory on a CPU, tensors on a GPU.
+
+    What it holds now where the system does not report the most: on macOS, and on Apple GPUs.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    # Unlike this, Linux's ru_maxrss starts at that of the parent process.
     if peak := _numbers(Path("/proc/self/status")).get("VmHWM"):
         return peak * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    held = psutil.Process().memory_info()
+    return int(getattr(held, "peak_wset", held.rss))  # peak_wset: Windows
 
 
 def is_out_of_memory(error: BaseException) -> bool:

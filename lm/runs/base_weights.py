@@ -11,10 +11,9 @@ import shutil
 from pathlib import Path
 
 import safetensors
-from safetensors.torch import load_file
 
 from data_prep.errors import UserError
-from data_prep.files import sync_directory
+from data_prep.files import rename, sync_directory
 from lm.config.settings import Config
 from lm.data.keyed_random import Stream, key
 from lm.model.lora import add_lora
@@ -39,14 +38,14 @@ def keep_base(weights: Path, path: Path) -> None:
         os.link(weights, temporary)
     except OSError:  # another disk, or one without links
         shutil.copyfile(weights, temporary)
-    temporary.rename(final)
+    rename(temporary, final)
     sync_directory(path)
 
 
 def load_base(model: Transformer, path: Path) -> None:
     """Load the weights that the run in ``path`` started from; UserError if they are unreadable or do not fit."""
     try:
-        model.load_state_dict(load_file(path / BASE))
+        model.load_state_dict(checkpoint.load_tensors(path / BASE))
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path / BASE} cannot be read: {error}") from None
     except RuntimeError as error:

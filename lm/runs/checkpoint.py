@@ -17,17 +17,18 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.files import read_json, sha256_of_file, sync_directory
+from data_prep.files import WINDOWS, read_json, rename, sha256_of_file, sync_directory, sync_file
 
 FORMAT = 2
 MODEL, OPTIMIZER, OBJECTIVE = "model.safetensors", "optimizer.safetensors", "objective.safetensors"
@@ -48,14 +49,14 @@ class Checkpoint:
         return int(self.state["best_step"])
 
     def model(self) -> dict[str, Tensor]:
-        return load_file(self.path / MODEL)
+        return load_tensors(self.path / MODEL)
 
     def optimizer(self) -> dict[str, Tensor]:
-        return load_file(self.path / OPTIMIZER)
+        return load_tensors(self.path / OPTIMIZER)
 
     def objective(self) -> dict[str, Tensor]:
         """The objective's state; empty if it has none."""
-        return load_file(self.path / OBJECTIVE) if OBJECTIVE in self.state["sha256"] else {}
+        return load_tensors(self.path / OBJECTIVE) if OBJECTIVE in self.state["sha256"] else {}
 
 
 @dataclass(frozen=True)
@@ -100,15 +101,15 @@ def save(
         temporary.mkdir()
         for name, tensors in files.items():
             save_tensors(tensors, temporary / name)
-            _sync_file(temporary / name)
+            sync_file(temporary / name)
         content = {**marks, "sha256": {name: sha256_of_file(temporary / name) for name in files}, **state}
         sealed = {**content, "state_sha256": _seal(content)}
-        (temporary / STATE).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
-        _sync_file(temporary / STATE)
+        (temporary / STATE).write_text(json.dumps(sealed, indent=1), encoding="utf-8", newline="\n")
+        sync_file(temporary / STATE)
         sync_directory(temporary)
         if final.exists():
             _remove(final)  # a damaged one from before the run was resumed
-        temporary.rename(final)
+        rename(temporary, final)
         sync_directory(folder)
     except (OSError, safetensors.SafetensorError) as error:
         hidden = re.search(r"os error (\d+)", str(error))  # in the message of a SafetensorError
@@ -122,6 +123,14 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file to the CPU. Raises OSError or SafetensorError.
+
+    The tensors are maps of the file where that is allowed: Windows could not remove the file while they are used.
+    """
+    return load(path.read_bytes()) if WINDOWS else load_file(path)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -144,7 +153,8 @@ def tidy(folder: Path, step: int, keep: Retention) -> None:
     kept |= {_step(path) for path in scheduled if keep.every and _step(path) % keep.every == 0}
     for path in paths:
         if _step(path) not in kept:
-            _remove(path)
+            with suppress(PermissionError) if WINDOWS else nullcontext():  # a reader has it open: until the next time
+                _remove(path)
 
 
 def steps(folder: Path) -> list[int]:
@@ -232,7 +242,7 @@ def _remove(path: Path) -> None:
     """Remove a checkpoint; if interrupted, it is either complete or gone."""
     doomed = path.with_suffix(".old")
     shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
+    rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -245,8 +255,3 @@ def _seal(state: Mapping[str, Any]) -> str:
 def _sha256(path: Path, stamp: tuple[int, int, int]) -> str:
     """The hash of a file; ``stamp`` has its inode, size and modification time, which change when the file does."""
     return sha256_of_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

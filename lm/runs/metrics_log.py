@@ -92,7 +92,7 @@ class MetricsLog:
         if self.path.exists():
             kept = [json.dumps(line) + "\n" for line in read(self.path) if line["step"] <= step]
             write_atomically(self.path, "".join(kept))
-        return self.path.open("a", encoding="utf-8")
+        return self.path.open("a", encoding="utf-8", newline="\n")
 
     def __enter__(self) -> Self:
         return self

@@ -11,6 +11,7 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
+from data_prep.files import names_in
 from lm.config.settings import Config, all_settings
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import PROCESSOR, TOKENIZER, Processor, Run, changes, open_run, plain_settings, sha256_key
@@ -34,7 +35,7 @@ def refuse_other_directories(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: choose another --run")
     own = {f"{name}{ending}" for name in ("config.toml", TOKENIZER, PROCESSOR) for ending in ("", ".tmp")}
-    if path.exists() and not (path / "config.toml").exists() and {p.name for p in path.iterdir()} - own:
+    if path.exists() and not (path / "config.toml").exists() and names_in(path) - own:
         raise UserError(f"{path} is not empty and is not a run directory: choose another --run")
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from data_prep.errors import UserError
-from data_prep.files import only_writer_of
+from data_prep.files import LOCK, only_writer_of
 from lm import kernels
 from lm.config.settings import Config, TrainingConfig
 from lm.data.prefetch import prefetch
@@ -81,7 +81,7 @@ def fit(
             refuse_other_directories(path)
             path.mkdir(parents=True, exist_ok=True)
             busy = f"another process is training {path}: wait for it, or choose another --run"
-            held.enter_context(only_writer_of(path, busy))
+            held.enter_context(only_writer_of(path / LOCK, busy))
             return open_or_create(
                 module.config, path, module, ranks.device, reporter.note, accept_changes=accept_changes
             )

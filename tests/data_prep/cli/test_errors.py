@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import click
 import pytest
 from click.testing import CliRunner, Result
@@ -48,3 +52,20 @@ def test_misspelt_commands_and_options_get_a_suggestion() -> None:
         result = CliRunner().invoke(group, arguments)
         assert result.exit_code == 2
         assert meant in result.stderr
+
+
+SPEAKING = """
+import click
+from data_prep.cli import errors
+errors.WINDOWS = {windows}
+errors.FriendlyCommand("speak", callback=lambda: click.echo(f"naïve → 文 {{input()}}")).main()
+"""
+
+
+@pytest.mark.parametrize(("windows", "written"), [(False, "naïve ? ? cafÃ©"), (True, "naïve → 文 café")])
+def test_what_an_output_cannot_encode_ends_no_command(windows: bool, written: str) -> None:
+    command = [sys.executable, "-c", SPEAKING.format(windows=windows)]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, input="café".encode(), capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode("utf-8" if windows else "cp1252").splitlines() == [written]

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomically
+from data_prep.files import LOCK, only_writer_of, write_atomically
 from data_prep.pipeline import build as pipeline
 from data_prep.pipeline.splitting import hash_of
 from data_prep.settings import BuildSettings, TokenizerSettings
@@ -105,12 +103,10 @@ def test_a_folder_with_other_things_is_not_touched(corpus: Path, tmp_path: Path)
 
 
 def test_two_builds_in_one_folder_are_refused(corpus: Path, tmp_path: Path) -> None:
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another build is writing"):
+    with only_writer_of(tmp_path / LOCK, "mine"), pytest.raises(UserError, match="another build is writing"):
         build(settings_for(corpus, tmp_path))
-    os.close(descriptor)
-    write_atomically(tmp_path / "build.json.tmp", "")  # what a kill at the first write leaves
+    for left in (LOCK, "build.json.tmp"):  # by a kill at the first write
+        write_atomically(tmp_path / left, "")
     build(settings_for(corpus, tmp_path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from data_prep.errors import UserError
 from data_prep.pipeline import build as pipeline
-from data_prep.pipeline import parts
+from data_prep.pipeline import parts, workers
 from data_prep.settings import BuildSettings
 from data_prep.shards.manifest import split_totals
 from data_prep.shards.tokens import open_dataset
@@ -228,3 +230,27 @@ def test_a_build_from_before_resumes_by_its_own_rules(
     new = build(settings("new", 2))
     assert (new["settings"]["reading_rules"], new["sources"][0]["files"]) == (2, 5)
     assert new["left_out"] == {"NUL bytes": 40, "file of another kind than its name says": 1}
+
+
+def test_spawned_workers_change_no_byte(
+    undisturbed: Path, corpus: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "START_METHOD", "spawn")
+    build(settings_for(corpus, tmp_path / "out", workers=2))
+    assert tree(tmp_path / "out") == tree(undisturbed)
+
+
+def test_a_finished_dataset_in_a_folder_that_cannot_be_written_is_left_as_it_is(
+    undisturbed: Path, corpus: Path, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    notes: list[str] = []
+    build(settings_for(corpus, out), notes)
+    assert "is already built with these settings" in notes[-1]
+    assert tree(out) == tree(undisturbed)

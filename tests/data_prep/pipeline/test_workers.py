@@ -5,6 +5,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,31 @@ def test_ctrl_c_that_comes_while_processes_start_is_not_lost() -> None:
         time.sleep(0.01)
         held = True
     assert held
+
+
+def test_where_there_is_no_fork_processes_are_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_context(method: str) -> BaseContext:
+        assert method == "spawn"
+        return multiprocessing.get_context(method)
+
+    monkeypatch.setattr(workers, "START_METHOD", "spawn")
+    monkeypatch.setattr(workers, "get_context", get_context)
+    monkeypatch.delattr(BaseContext, "set_forkserver_preload")
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    monkeypatch.setattr(resource_tracker, "_HAVE_SIGMASK", False)
+    told: list[int] = []
+    results = run_calls(square, [(number, 0.0) for number in range(4)], workers=2, advance=told.append)
+    assert [result for result, _ in results] == [0, 1, 4, 9]
+    assert os.getpid() not in {process for _, process in results}
+    assert sum(told) == 6
+    with pytest.raises(UserError, match="the second is wrong"):
+        run_calls(fail, [(number,) for number in range(4)], workers=2)
+
+
+def test_no_more_processes_are_started_than_windows_can_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(workers, "_run_in_processes", lambda function, calls, count, advance: asked.append(count))
+    for most in (workers.MOST_WORKERS, 61):
+        monkeypatch.setattr(workers, "MOST_WORKERS", most)
+        run_calls(fail, [(number,) for number in range(90)], workers=80)
+    assert asked == [80, 61]

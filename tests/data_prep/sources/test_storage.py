@@ -118,3 +118,10 @@ def test_a_failing_disk_ends_the_reading_with_the_file_s_name() -> None:
 def test_a_file_that_cannot_be_opened_is_unreadable(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match="cannot be opened"), open_stream(str(tmp_path / "none")):
         pass
+
+
+def test_the_folder_above_a_pattern_is_found_in_paths_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert root_of_glob(r"data\texts\*.txt") == ""
+    monkeypatch.setattr(os, "sep", "\\")
+    patterns = [r"data\texts\*.txt", r"C:\texts\*\a.txt", r"C:\*.txt", "data/*.txt", "*.txt"]
+    assert [root_of_glob(pattern) for pattern in patterns] == ["data/texts", "C:/texts", "C:/", "data", ""]

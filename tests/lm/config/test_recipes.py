@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -265,3 +266,12 @@ def test_an_endless_number_is_told(tmp_path):
         (tmp_path / "r.toml").write_text(text)
         with pytest.raises(UserError):
             load_config(tmp_path / "r.toml")
+
+
+def test_folders_of_data_are_kept_as_other_systems_write_them(recipe, monkeypatch):
+    there = r"data\mine@2"
+    assert load_config(None, {"data": there}).data.data == (there,)
+    monkeypatch.setattr(os, "sep", "\\")
+    assert load_config(None, {"data": there}).data.data == ("data/mine@2",)
+    path = recipe(f"[data]\ndata = ['{there}']\n")
+    assert load_config(path).data.data == ("data/mine@2",)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,3 +103,18 @@ def test_freed_memory_is_not_requested_again():
     )
     faults = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert int(faults) < 8 * (1 << 24) / 4096  # as many as one of the five rounds would cause
+
+
+def test_without_proc_the_memory_is_what_psutil_reports(monkeypatch):
+    class Process:
+        def memory_info(self):
+            return SimpleNamespace(rss=3000, **more)
+
+    more: dict[str, int] = {}
+    monkeypatch.setattr(device, "_numbers", lambda path: {})
+    monkeypatch.setattr(device, "_group_headrooms", lambda *paths: [])
+    monkeypatch.setattr(device.psutil, "Process", Process)
+    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
+    assert (available_memory(CPU), resident_memory(), peak_memory(CPU)) == (5000, 3000, 3000)
+    more["peak_wset"] = 4000  # on Windows
+    assert (resident_memory(), peak_memory(CPU)) == (3000, 4000)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -323,3 +324,36 @@ def test_leftovers_of_other_steps_are_cleaned_too(tmp_path):
     (tmp_path / "step_00000001.tmp").mkdir()
     _saved(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def test_on_windows_no_tensor_is_a_map_of_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WINDOWS", True)
+    saved = checkpoint.read(save(tmp_path, 1))
+    weights = saved.model()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert torch.equal(weights["a.weight"], MODEL["a.weight"])
+    assert set(saved.optimizer()) == set(OPTIMIZER)
+    monkeypatch.setattr(checkpoint, "WINDOWS", False)
+    weights = saved.model()
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()  # which the test above would have seen
+
+
+def test_on_windows_a_checkpoint_that_is_being_read_stays_until_the_next_save(tmp_path, monkeypatch):
+    def rename_unless_read(path, target):
+        if path.name == "step_00000001" and being_read:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        renamed(path, target)
+
+    being_read, renamed = True, checkpoint.rename
+    monkeypatch.setattr(checkpoint, "rename", rename_unless_read)
+    for step in (1, 2):
+        save(tmp_path, step)
+    with pytest.raises(PermissionError):
+        checkpoint.tidy(tmp_path, 2, Retention(1))
+    monkeypatch.setattr(checkpoint, "WINDOWS", True)
+    checkpoint.tidy(tmp_path, 2, Retention(1))
+    assert checkpoint.steps(tmp_path) == [2, 1]
+    being_read = False
+    save(tmp_path, 3)
+    checkpoint.tidy(tmp_path, 3, Retention(1))
+    assert checkpoint.steps(tmp_path) == [3]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from data_prep.files import only_writer_of
+from data_prep.files import LOCK, only_writer_of
 from lm.config.recipes import load_config
 from lm.config.settings import all_settings
 from lm.runs import checkpoint
@@ -168,7 +168,7 @@ def test_a_run_in_a_thread_trains_without_handling_signals(small, quietly, tmp_p
 def test_two_processes_do_not_train_one_run(small, quietly, tmp_path):
     quietly(small.replace(steps=2), tmp_path / "run")
     with (
-        only_writer_of(tmp_path / "run", "mine"),
+        only_writer_of(tmp_path / "run" / LOCK, "mine"),
         pytest.raises(UserError, match=r"another process is training .*run: wait for it"),
     ):
         quietly(small.replace(steps=4), tmp_path / "run")
@@ -228,7 +228,7 @@ def test_a_signal_after_the_save_of_a_step_stops_only_after_another_save(small, 
     assert f"stopped at step {saved.step}, which is saved" in reporter.notes[-1]
 
 
-@pytest.mark.parametrize("left", ["tokenizer.json", "tokenizer.json.tmp", "config.toml.tmp"])
+@pytest.mark.parametrize("left", [LOCK, "tokenizer.json", "tokenizer.json.tmp", "config.toml.tmp"])
 def test_a_run_killed_while_its_directory_is_created_starts_over(small, quietly, dataset, tmp_path, left):
     (tmp_path / "run").mkdir()
     dataset.tokenizer.save(tmp_path / "run" / left)
@@ -238,6 +238,6 @@ def test_a_run_killed_while_its_directory_is_created_starts_over(small, quietly,
 def test_a_run_that_is_being_trained_keeps_its_config(small, quietly, tmp_path):
     quietly(small.replace(steps=2), tmp_path / "run")
     before = (tmp_path / "run" / "config.toml").read_bytes()
-    with only_writer_of(tmp_path / "run", "mine"), pytest.raises(UserError):
+    with only_writer_of(tmp_path / "run" / LOCK, "mine"), pytest.raises(UserError):
         quietly(small.replace(steps=4), tmp_path / "run")
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
