@@ -57,7 +57,8 @@ def kindling_steps(name: str, threads: int, optimizer: str) -> Callable[[], obje
     layers, heads, width, context, rows, steps = shape
     config = Config().replace(
         num_layers=layers, num_heads=heads, hidden_size=width, vocab_size=VOCABULARY, context_length=context,
-        batch_tokens=rows * context, objective="next_token", optimizer=optimizer, learning_rate=1e-3, precision="float32",
+        batch_tokens=rows * context, objective="next_token", optimizer=optimizer, learning_rate=1e-3,
+        precision="float32",
     )  # fmt: skip
     return several(kindling_step(config, torch.device("cpu")), steps)
 
