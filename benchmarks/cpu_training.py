@@ -1,12 +1,16 @@
-"""Compare a whole training step on the CPU with nanoGPT's, at the same shape and with AdamW.
+"""Compare a whole training step on the CPU with nanoGPT's, at the same shape: with AdamW, and ours with Muon as well.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m benchmarks.cpu_training nanoGPT [--rounds 7] [--threads 1] [--compiled]
 
 Both run forward, backward, clipping to norm 1 and a step of AdamW on random tokens: nanoGPT with its ``model.py`` and
-the step of its ``train.py``, Kindling with the functions that ``train.py`` calls. ``--compiled`` adds nanoGPT under
-torch.compile. Tokens are per CPU second of all threads together. Each candidate has its own process, which Kindling
-configures as ``train.py`` does (``lm.model.device.keep_freed_memory``).
+the step of its ``train.py``, Kindling with the functions that ``train.py`` calls. The line "kindling, Muon" is the step
+of the recipes, whose blocks' matrices are Muon's. ``--compiled`` adds nanoGPT under torch.compile. Tokens are per CPU
+second of all threads together. Each candidate has its own process, which Kindling configures as ``train.py`` does
+(``lm.model.device.keep_freed_memory``).
+
+To hold a CPU with AVX-512 to AVX2, set ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2.
+The heading names the instructions that PyTorch uses.
 
 The rate of a step is its model's FLOPs (``Transformer.flops_per_token``) per CPU second, times the number of threads;
 the machine's rate is the best of its matrix products with the same number of threads, by wall-clock time.
@@ -45,7 +49,7 @@ def several(step: Callable[[], object], steps: int) -> Callable[[], object]:
     return lambda: [step() for _ in range(steps)]
 
 
-def kindling_steps(name: str, threads: int) -> Callable[[], object]:
+def kindling_steps(name: str, threads: int, optimizer: str) -> Callable[[], object]:
     """Run the steps of one turn."""
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -53,7 +57,8 @@ def kindling_steps(name: str, threads: int) -> Callable[[], object]:
     layers, heads, width, context, rows, steps = shape
     config = Config().replace(
         num_layers=layers, num_heads=heads, hidden_size=width, vocab_size=VOCABULARY, context_length=context,
-        batch_tokens=rows * context, objective="next_token", optimizer="adamw", learning_rate=1e-3, precision="float32",
+        batch_tokens=rows * context, objective="next_token", optimizer=optimizer, learning_rate=1e-3,
+        precision="float32",
     )  # fmt: skip
     return several(kindling_step(config, torch.device("cpu")), steps)
 
@@ -118,7 +123,8 @@ def compare(name: str, nanogpt: Path, rounds: int, *, compiled: bool) -> None:
     threads = torch.get_num_threads()
     makers = {
         "nanoGPT": partial(nanogpt_steps, nanogpt, name, threads, compiled=False),
-        "kindling": partial(kindling_steps, name, threads),
+        "kindling": partial(kindling_steps, name, threads, "adamw"),
+        "kindling, Muon": partial(kindling_steps, name, threads, "muon"),
     }
     if compiled:
         makers["nanoGPT, compiled"] = partial(nanogpt_steps, nanogpt, name, threads, compiled=True)
@@ -127,13 +133,13 @@ def compare(name: str, nanogpt: Path, rounds: int, *, compiled: bool) -> None:
     tokens = steps * rows * context
     machine = max(machine, machine_rate(torch.device("cpu")))
     print(
-        f"{name}: {layers} layers x {width}, {rows} x {context} tokens, {threads} threads; "
-        f"the machine's products: {machine / 1e9:.0f} GFLOP/s"
+        f"{name}: {layers} layers x {width}, {rows} x {context} tokens, {threads} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}; the machine's products: {machine / 1e9:.0f} GFLOP/s"
     )
     model = Transformer(ModelConfig(layers, width, heads, vocab_size=VOCABULARY))
     nanogpt_flops = 6 * (12 * layers * width**2 + VOCABULARY * width) + 12 * layers * width * context
     for candidate, timing in timings.items():
-        flops = model.flops_per_token(context) if candidate == "kindling" else nanogpt_flops
+        flops = model.flops_per_token(context) if candidate.startswith("kindling") else nanogpt_flops
         rate = tokens * flops * threads / timing.cpu
         print(
             f"  {candidate:17}  {tokens / timing.cpu:8,.0f} tokens/CPU s  {rate / 1e9:5.1f} GFLOP/s, "

@@ -34,33 +34,44 @@ def qkv_projection(
     return _QKVProjection.apply(x, query, key, value, torch.complex(cos, sin))
 
 
-class _QKVProjection(torch.autograd.Function):
-    """One product for all three; its columns are those of the queries, the keys and the values."""
+def qkv_forward(
+    x: Tensor, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """The result, by one product, and its weight, whose rows are those of the queries, the keys and the values."""
+    width = 2 * rotation.shape[-1]
+    weight = torch.cat((interleave_halves(query, width), interleave_halves(key, width), value))
+    heads = [part.shape[0] // width for part in (query, key, value)]
+    projected = matmul(x, weight.T).unflatten(-1, (-1, width))
+    _pairs(projected[:, :, : -heads[2]]).mul_(rotation)
+    q, k, v = projected.split(heads, dim=2)
+    return (q, k, v), weight
 
+
+def qkv_backward(
+    grads: tuple[Tensor, ...], x: Tensor, weight: Tensor, rotation: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and of the weights of queries, keys and values."""
+    width, heads = 2 * rotation.shape[-1], [grad.shape[2] for grad in grads]
+    grad = torch.cat(grads, dim=2)
+    _pairs(grad[:, :, : -heads[2]]).mul_(rotation.conj_physical())
+    grad = grad.flatten(2)
+    grad_query, grad_key, grad_value = weight_gradient(grad, x).split([number * width for number in heads])
+    return matmul(grad, weight), separate_halves(grad_query, width), separate_halves(grad_key, width), grad_value
+
+
+class _QKVProjection(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        width = 2 * rotation.shape[-1]
-        weight = torch.cat((interleave_halves(query, width), interleave_halves(key, width), value))
+        heads, weight = qkv_forward(x, query, key, value, rotation)
         ctx.save_for_backward(x, weight, rotation)
-        ctx.heads = [part.shape[0] // width for part in (query, key, value)]
-        heads = matmul(x, weight.T).unflatten(-1, (-1, width))
-        _pairs(heads[:, :, : -ctx.heads[2]]).mul_(rotation)
-        q, k, v = heads.split(ctx.heads, dim=2)
-        return q, k, v
+        return heads
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rotation = ctx.saved_tensors
-        grad = torch.cat(grads, dim=2)
-        _pairs(grad[:, :, : -ctx.heads[2]]).mul_(rotation.conj_physical())
-        grad = grad.flatten(2)
-        width = 2 * rotation.shape[-1]
-        parts = weight_gradient(grad, x).split([heads * width for heads in ctx.heads])
-        grad_query, grad_key = (separate_halves(part, width) for part in parts[:2])
-        return matmul(grad, weight), grad_query, grad_key, parts[2], None
+        return *qkv_backward(grads, *ctx.saved_tensors), None
 
 
 def _pairs(heads: Tensor) -> Tensor:

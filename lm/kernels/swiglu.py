@@ -1,4 +1,4 @@
-"""The gated feed-forward. On a CPU it is one operation, which keeps two of its four intermediate results."""
+"""The gated feed-forward, on a CPU as one operation that keeps few of its intermediate results, or all small ones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch.autograd.function import once_differentiable
 from lm.kernels import dispatch, reference
 from lm.kernels.matmul import matmul, weight_gradient
 
+# Up to so many numbers in each intermediate result, computing two of them again takes longer than keeping them.
+KEPT = 1 << 19
+
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """``(silu(x @ gate.T) * (x @ up.T)) @ down.T`` (Shazeer 2020): x (…, D), gate, up (F, D), down (D, F)."""
@@ -20,20 +23,37 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return _SwiGLU.apply(x, gate, up, down)
 
 
+def swiglu_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The result, and the intermediate ones (…, F) to keep for the backward pass: two, or if they are small, four."""
+    gate_out, up_out = matmul(x, gate.T), matmul(x, up.T)
+    activated = F.silu(gate_out)
+    if gate_out.numel() <= KEPT:
+        inner = activated * up_out
+        return matmul(inner, down.T), (gate_out, up_out, activated, inner)
+    return matmul(activated.mul_(up_out), down.T), (gate_out, up_out)
+
+
+def swiglu_backward(
+    grad: Tensor, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, gate_out: Tensor, up_out: Tensor, *kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gate, up and down."""
+    grad_inner = matmul(grad, down)
+    activated = kept[0] if kept else F.silu(gate_out)
+    grad_down = weight_gradient(grad, kept[1] if kept else activated * up_out)
+    grad_up_out = activated * grad_inner if kept else activated.mul_(grad_inner)
+    grad_gate_out = torch.ops.aten.silu_backward(grad_inner.mul_(up_out), gate_out)
+    grad_x = matmul(grad_gate_out, gate, addend=matmul(grad_up_out, up))
+    return grad_x, weight_gradient(grad_gate_out, x), weight_gradient(grad_up_out, x), grad_down
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        gate_out, up_out = matmul(x, gate.T), matmul(x, up.T)
-        ctx.save_for_backward(x, gate, up, down, gate_out, up_out)
-        return matmul(F.silu(gate_out).mul_(up_out), down.T)
+        out, results = swiglu_forward(x, gate, up, down)
+        ctx.save_for_backward(x, gate, up, down, *results)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, gate, up, down, gate_out, up_out = ctx.saved_tensors
-        grad_inner, activated = matmul(grad, down), F.silu(gate_out)
-        grad_down = weight_gradient(grad, activated * up_out)
-        grad_up_out = activated.mul_(grad_inner)
-        grad_gate_out = torch.ops.aten.silu_backward(grad_inner.mul_(up_out), gate_out)
-        grad_x = matmul(grad_gate_out, gate, addend=matmul(grad_up_out, up))
-        return grad_x, weight_gradient(grad_gate_out, x), weight_gradient(grad_up_out, x), grad_down
+        return swiglu_backward(grad, *ctx.saved_tensors)

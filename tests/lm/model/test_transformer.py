@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lm.config.settings import ModelConfig
 from lm.kernels import dispatch, masks, rotary
-from lm.model.transformer import Transformer, describe, rotary_table
+from lm.model.transformer import Block, Transformer, describe, rotary_table
 
 BASE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 23}
 VARIANTS = {
@@ -208,6 +208,32 @@ def test_a_document_is_not_touched_by_the_others_in_its_row(both_ways):
     assert not torch.equal(before[:, 1:4], after[:, 1:4])
     alone = model(inputs[:, 4:8], torch.arange(4)[None], *(masks.bidirectional if both_ways else masks.causal)(1, 4))
     torch.testing.assert_close(before[:, 4:8], alone)
+
+
+def hidden_and_gradients(model: Transformer) -> list[torch.Tensor]:
+    inputs, positions, lo, hi = packed_inputs(4, 24)
+    hidden = model(inputs, positions, lo, hi)
+    direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+    return [hidden, *torch.autograd.grad(hidden, list(model.parameters()), direction)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}], ids=["plain", "grouped"])
+def test_blocks_of_two_operations_have_the_bits_of_separate_ones(monkeypatch, changes):
+    model = model_of(dtype=torch.float32, **changes)
+    calls = []
+    in_two_operations = Block.in_two_operations
+    monkeypatch.setattr(Block, "in_two_operations", lambda *given: (calls.append(0), in_two_operations(*given))[1])
+    together = hidden_and_gradients(model)
+    assert len(calls) == 2
+    monkeypatch.setattr(Block, "is_plain", False)
+    assert all(map(torch.equal, together, hidden_and_gradients(model)))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"activation": "relu2"}, {"dropout": 0.5}], ids=str)
+def test_blocks_are_computed_in_parts_where_two_operations_would_not_do(monkeypatch, changes):
+    monkeypatch.setattr(Block, "in_two_operations", None)
+    hidden_and_gradients(model_of(dtype=torch.float32, **changes).train())
 
 
 def test_dropout_acts_in_training_only():
