@@ -157,7 +157,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # Zero until it is initialized or loaded: drawing it on the meta device would import torch._dynamo, which takes 2 s.
+        # Not drawn here, which on the meta device would import torch._dynamo (2 s), but initialized or loaded later.
         self.embedding = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
         self.blocks = Trunk(config)
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)

@@ -167,12 +167,13 @@ class AdamW:
             named = [(name, parameter) for name, parameter in group if parameter.grad is not None]
             if not named:
                 continue
+            gradients = [parameter.grad for _, parameter in named if parameter.grad is not None]
             moments = [self._moments_of(name, parameter) for name, parameter in named]
             steps = [each["step"] for each in moments]
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
                 [parameter for _, parameter in named],
-                [parameter.grad for _, parameter in named],
+                gradients,
                 [each["exp_avg"] for each in moments],
                 [each["exp_avg_sq"] for each in moments],
                 [],
