@@ -117,7 +117,7 @@ def inside(group: Path | None, make: Maker) -> Callable[[], object]:
 
 def kindling_train(shape: str) -> Callable[[], object]:
     choose_device("cpu")
-    steps = cpu_training.kindling_steps(shape, torch.get_num_threads())
+    steps = cpu_training.kindling_steps(shape, torch.get_num_threads(), "adamw")
     return cpu_training.several(steps, TURNS[shape])
 
 

@@ -170,11 +170,26 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def require_new_folder(out: Path, option: str = "--out") -> None:
+    """Raise UserError if there is something at ``out``, the value of ``option``, other than an empty folder."""
+    if out.exists() and (not out.is_dir() or names_in(out)):
+        raise UserError(f'"{out}" already exists and is not an empty folder: choose another {option}')
+
+
+def require_new_file(output: Path) -> None:
+    """Raise UserError if a file cannot be written: its folder is missing or read-only, or ``output`` is a folder."""
+    if output.is_dir():
+        raise UserError(f"cannot write to {output}: it is a folder")
+    if not output.parent.is_dir():
+        raise UserError(f"cannot write to {output}: there is no folder {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"cannot write to {output}: you may not write to the folder {output.parent}")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Open a folder to write to; if the block ends without an error, it becomes ``out``."""
-    if out.exists() and (not out.is_dir() or names_in(out)):
-        raise UserError(f'"{out}" already exists and is not an empty folder: choose another --out')
+    require_new_folder(out)
     name = out.resolve()
     name.parent.mkdir(parents=True, exist_ok=True)
     partial, lock = (name.parent / f".{name.name}.{ending}" for ending in ("partial", "lock"))

@@ -371,6 +371,8 @@ def evaluate(
     if len(named := [name for name, value in given.items() if value]) > 1:
         raise UserError(f"{' and '.join(named)} cannot be combined: choose one of them")
     opened = run if isinstance(run, Run) else open_run(run)
+    reading = reading_of(opened.config, reads, pooling, layer)
+    paradigms = minimal_pairs.read_pairs(Path(pairs), sentences) if pairs else []
     saved = opened.checkpoint(str(checkpoint))
     if not (text or pairs or choices or similarity):
         return validation_loss.evaluate(opened, str(data), saved)
@@ -379,11 +381,10 @@ def evaluate(
         return load_model(located(opened), checkpoint=str(checkpoint), device=device)
 
     if text:
-        reading = ReadSettings(text_field=text_field)
-        found = perplexity.evaluate_text(model(), str(text), reading, stride=stride, progress=progress)
+        rules = ReadSettings(text_field=text_field)
+        found = perplexity.evaluate_text(model(), str(text), rules, stride=stride, progress=progress)
         return {"step": saved.step, **found}
     if pairs:
-        paradigms = minimal_pairs.read_pairs(Path(pairs), sentences)
         by_readout = minimal_pairs.evaluate_model(model(), paradigms, ties=ties, progress=progress)
         return {"ties": ties, "accuracy": _as_dicts(by_readout)}
     if choices:
@@ -391,7 +392,7 @@ def evaluate(
         accuracy, cut = multiple_choice.evaluate_choices(model(), examples, progress=progress)
         return {"questions": len(examples), "cut": cut, "accuracy": _as_dicts(accuracy)}
     rated = read_similar(str(similarity), columns or Columns())
-    return {"pairs": len(rated), **correlations(model(), rated, reading_of(opened.config, reads, pooling, layer))}
+    return {"pairs": len(rated), **correlations(model(), rated, reading)}
 
 
 def _as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[str, Any]]:

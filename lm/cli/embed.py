@@ -11,7 +11,7 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.tables import counted
-from data_prep.files import output_ending
+from data_prep.files import output_ending, require_new_file
 from lm.cli.options import checkpoint_option, columns_of, columns_options, device_option, reading_options, run_argument
 from lm.config.settings import VECTOR_FILES
 
@@ -53,9 +53,15 @@ def embed(
     Input is streamed, so files of any size work. Texts longer than the model's context are cut; their number is
     printed at the end.
     """
+    from lm.config.recipes import require_language_model, run_config
+    from lm.data.examples import check_first_example, stream_examples
+
+    require_language_model(run, run_config(run))
     output_ending(output, VECTOR_FILES)
+    if output != "-":
+        require_new_file(Path(output))
+    check_first_example(source, "classification", columns_of(columns), labeled=False)
     from lm import api
-    from lm.data.examples import stream_examples
     from lm.inference.embedding import reading_of, vectors_of, write_lines, write_vectors
     from lm.runs.directory import open_run
 

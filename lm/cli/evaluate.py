@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.tables import counted, print_table
 from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, columns_of, columns_options, json_option, reading_options, run_argument
+
+if TYPE_CHECKING:
+    from lm.data.examples import Columns
 
 
 @click.command(cls=FriendlyCommand, short_help="Measure a model next to baselines.")
@@ -90,6 +93,7 @@ def evaluate(
     options = {"--data": data, "--text": source, "--pairs": pairs, "--choices": choices, "--similarity": similarity}
     if len(given := [name for name, value in options.items() if value]) > 1:
         raise UserError(f"{' and '.join(given)} cannot be combined: choose one of them")
+    _check_inputs(run, data, pairs, source, text_field, stride, choices, similarity, columns_of(task_columns))
     from lm import api
 
     result = api.evaluate(
@@ -123,6 +127,40 @@ def evaluate(
         )
     else:
         _print_losses(result)
+
+
+def _check_inputs(
+    run: Path,
+    data: str,
+    pairs: Path | None,
+    source: str | None,
+    text_field: str,
+    stride: int,
+    choices: str | None,
+    similarity: str | None,
+    columns: Columns,
+) -> None:
+    """Raise UserError for what is wrong with the run or with the beginning of a file, before PyTorch loads."""
+    from data_prep.settings import ReadSettings
+    from data_prep.sources.listing import STDIN, first_texts
+    from lm.config.recipes import require_language_model, require_stride, run_config
+    from lm.data.corpora import open_corpora
+    from lm.data.examples import check_first_example
+
+    config = run_config(run)
+    require_language_model(run, config)
+    if data:
+        open_corpora((data,))
+    if pairs and not pairs.exists():
+        raise UserError(f"there are no pairs at {pairs}")
+    if source:
+        require_stride(stride, config)
+        if source != STDIN and not any(first_texts((source,), 1, ReadSettings(text_field=text_field))):
+            raise UserError(f"there is no text in {source}")
+    if choices:
+        check_first_example(choices, "choice", columns)
+    if similarity:
+        check_first_example(similarity, "regression", columns)
 
 
 def _print_losses(result: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ import click
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
+from data_prep.files import require_new_folder
 from lm.cli.options import best_checkpoint_option, run_argument, usual_command
+from lm.config.recipes import require_language_model, run_config
 
 
 @click.command(cls=FriendlyCommand, short_help="Export a model for transformers or llama.cpp.")
@@ -78,13 +80,21 @@ def export(
         raise UserError("--outtype is for --to gguf; the weights of --to hf are float32")
     if private and not push:
         raise UserError("--private is for --push USER/NAME")
-
+    config = run_config(run)
+    if kind == "peft" and (not config.is_finetuning or config.finetune.method != "lora"):
+        raise UserError(f"{run} has no LoRA adapter: fine-tune with --method lora, or export with --to hf")
+    if kind in ("gguf", "sentence-transformers"):
+        require_language_model(run, config)
+    if kind != "gguf":
+        require_new_folder(out)
+    elif out.exists():
+        raise UserError(f"{out} already exists: choose another --out")
     from lm import api
-    from lm.config.recipes import require_language_model
     from lm.export import choose_readout, hub
+    from lm.export.gguf import require_gguf
     from lm.export.huggingface import left_out
     from lm.export.model_card import CardFacts, finetuned_settings, training_limits
-    from lm.export.stock_architectures import auto_class
+    from lm.export.stock_architectures import auto_class, stock_class
     from lm.export.task_model import pipeline_of
     from lm.runs.directory import open_run
 
@@ -93,9 +103,11 @@ def export(
     by_readout = kind in ("hf", "gguf") and not opened.config.has_task_head
     if readout and not by_readout:
         raise UserError("--readout is for language models, with --to hf or gguf")
-    if kind in ("gguf", "sentence-transformers"):
-        require_language_model(opened.path, opened.config)
     chosen = choose_readout(opened, readout) if by_readout else None
+    if chosen:
+        stock_class(config.model, chosen)  # refuses what no stock class computes
+    if chosen and kind == "gguf":
+        require_gguf(opened, chosen)
     if push:
         hub.check_push(push, private=private)
     model = api.load(opened, checkpoint=which, device="cpu")
@@ -131,6 +143,9 @@ def export(
 @click.option("--add-mask", is_flag=True, help="Add a mask token, for training with a masked objective.")
 def import_run(source: str, run: Path, add_mask: bool) -> None:
     """Import a Llama, Mistral, Qwen3 or EuroBERT checkpoint as a run: a folder, or a name on the Hugging Face hub."""
+    require_new_folder(run, "--run")
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UserError(f"{source} has no config.json: name the folder of a checkpoint")
     from lm.export.import_huggingface import import_checkpoint
 
     import_checkpoint(source, run, add_mask=add_mask, note=lambda text: click.echo(f"note: {text}", err=True))
@@ -145,6 +160,10 @@ def import_run(source: str, run: Path, add_mask: bool) -> None:
 @best_checkpoint_option
 def merge_run(run: Path, out: Path, trunk_only: bool, which: str) -> None:
     """Merge the LoRA weights of a fine-tuned RUN into its matrices; the outputs stay the same, bit for bit."""
+    config = run_config(run)
+    if not config.is_finetuning:
+        raise UserError(f"{run} is not fine-tuned: its weights are plain already")
+    require_new_folder(out)
     from lm.finetuning.merge import merge
     from lm.runs.directory import open_run
 

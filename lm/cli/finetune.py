@@ -98,10 +98,22 @@ def finetune(
     if context.args and not unknown:
         raise UserError(f"unexpected argument {context.args[0]!r}")
     require_examples(config)
+    runs = _runs(config, out, seeds)
+    _check_files(config)
     from lm import api
 
-    done = [api.finetune(each, run=path, resume=resume) for each, path in _runs(config, out, seeds)]
+    done = [api.finetune(each, run=path, resume=resume) for each, path in runs]
     _print_results(done, as_json)
+
+
+def _check_files(config: Config) -> None:
+    """Raise UserError for what the beginning of the files of examples shows, before PyTorch loads."""
+    from lm.data.examples import check_first_example, columns_of
+
+    task, columns = config.finetune, columns_of(config.finetune)
+    check_first_example(task.train, task.task, columns)
+    if task.validation:
+        check_first_example(task.validation, "regression" if task.task == "contrastive" else task.task, columns)
 
 
 def _runs(config: Config, out: Path, seeds: str) -> list[tuple[Config, Path]]:

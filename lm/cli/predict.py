@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import tee
 from pathlib import Path
@@ -11,7 +12,7 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.tables import counted
-from data_prep.files import output_ending
+from data_prep.files import output_ending, require_new_file
 from lm.cli.options import best_checkpoint_option, columns_options, device_option, given_settings, run_argument
 from lm.config.settings import ANSWER_FILES
 
@@ -46,9 +47,15 @@ def predict(
     sorted. Input is streamed, so files of any size work.
     """
     from lm.config.recipes import require_task_head, run_config
+    from lm.data.examples import check_first_example, columns_of
 
-    require_task_head(run, run_config(run))
+    config = run_config(run)
+    require_task_head(run, config)
     output_ending(output, ANSWER_FILES)
+    if output != "-":
+        require_new_file(Path(output))
+    named = dataclasses.replace(config.finetune, **given_settings(columns))
+    check_first_example(source, named.task, columns_of(named), labeled=False)
     from lm import api
     from lm.finetuning.predict import parts_of, read_inputs, write_answers
     from lm.finetuning.predict import predict as answers_to

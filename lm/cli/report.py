@@ -9,7 +9,9 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
+from data_prep.files import require_new_file
 from lm.cli.options import checkpoint_option, json_option, run_argument
+from lm.config.sampling import problem_of_fill
 
 
 @click.command(cls=FriendlyCommand, short_help="Write a page about a run.")
@@ -31,6 +33,8 @@ from lm.cli.options import checkpoint_option, json_option, run_argument
 @checkpoint_option
 def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: str) -> None:
     """Write RUN/report.html with losses, curves, samples, settings and environment, as one self-contained file."""
+    if problems := [problem for text in fills if (problem := problem_of_fill(text))]:
+        raise UserError("\n".join(problems))
     from lm.reports.run_report import write_report
     from lm.runs.directory import open_run, saved_evaluation
 
@@ -62,6 +66,7 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
         raise UserError("name at least two runs to compare")
     for path in runs:
         run_config(path)
+    require_new_file(out)
     from lm.reports.comparison import compare as compare_runs
     from lm.reports.comparison import differences, open_entries, rows, write_comparison
 

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.tables import counted
 from data_prep.errors import UserError
-from data_prep.files import rename
+from data_prep.files import rename, require_new_file
 from lm.cli.options import checkpoint_option, compile_option, device_option, json_option, run_argument, sampling_options
 from lm.config.sampling import Sampling, problem_of_fill, recommended
 
@@ -108,6 +108,10 @@ def sample(
     output = None if output == STDOUT else output
     if output is not None and output.exists():
         raise UserError(f"{output} already exists: choose another --output")
+    if output is not None:
+        require_new_file(output)
+    if source not in (None, STDIN) and not source.is_file():
+        raise UserError(f"cannot read {source}: {'it is not a file' if source.exists() else 'there is no such file'}")
     from lm import api
     from lm.inference.batch_generation import Prompt, check_prompts, read_prompts
     from lm.inference.chat_template import chat_format
@@ -120,9 +124,9 @@ def sample(
     if source == STDIN:  # cannot be read twice
         given = list(read_prompts(source, settings, chat_of_run))
     count = len(given) if source in (None, STDIN) else check_prompts(source, settings, chat_of_run)
+    for text in fills:
+        tokens_to_fill(opened.tokenizer, opened.config, text)
     model = api.load_model(opened, checkpoint=which, device=device)
-    for text in fills:  # before anything is written
-        tokens_to_fill(model, text)
     if source is not None:
         generator = _generator(model, min(rows, count), compiled)
         _continue_file(model, generator, given or read_prompts(source, settings, chat_of_run), output, count)

@@ -90,9 +90,9 @@ def serve(
     if api_key == "":
         raise UserError("the API key is empty: set one, or remove --api-key and KINDLING_API_KEY")
     opened = open_run(run)
-    checkpoint = opened.checkpoint(which)
     limits = Limits(concurrent=max_concurrent, waiting=max_waiting, new_tokens=max_tokens)
     with listen(host, port) as listening:
+        checkpoint = opened.checkpoint(which)
         model = opened.load_model(choose_device(device), checkpoint)
         service = Service.open(opened, checkpoint, model, limits, compiled=compiled)
         local = host in LOCAL

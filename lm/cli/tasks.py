@@ -22,6 +22,7 @@ from lm.cli.options import (
     seeds_of,
     settings_options,
 )
+from lm.config.recipes import read_toml
 from lm.config.settings import finetuning_settings
 
 if TYPE_CHECKING:
@@ -81,13 +82,18 @@ def tasks(
     The same command resumes where it was stopped, and computes again only what has changed. OUT/report.html shows the
     tables with charts, confusion matrices and the worst errors. The settings below apply to the fine-tuned rows.
     """
+    numbers = seeds_of(seeds)
+    if out.is_file():
+        raise UserError(f"{out} is a file: choose another --out")
+    if file is not None:
+        read_toml(file, "the tasks")
     from lm.evaluation.task_table import read_task
     from lm.inference.embedding import reading_of
     from lm.model.device import choose_device
     from lm.runs.directory import open_run
 
     opened, where = open_run(run), choose_device(device)
-    chosen, numbers = _rows(rows), seeds_of(seeds)
+    chosen = _rows(rows)
     given = given_settings(settings)
     given |= {name: value for name, value in (("reads", reads), ("pooling", pooling)) if value}
     examples = [read_task(task) for task in _named_tasks(opened, file, test, given)]

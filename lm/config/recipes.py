@@ -138,6 +138,13 @@ def require_examples(config: Config) -> None:
         raise UserError("name a file with training examples: --train FILE")
 
 
+def require_stride(stride: int, config: Config) -> None:
+    """Raise UserError if a window of the context cannot score ``stride`` tokens (0: all of them)."""
+    context = config.data.context_length
+    if not 0 <= stride <= context:
+        raise UserError(f"--stride must be between 1 and the context length, {context}, or 0 for all of it")
+
+
 def finetuning_config(
     base: Path,
     of_base: Config,

@@ -27,9 +27,9 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.files import parse_json
-from data_prep.sources.records import column_names, known_fields, value_at
+from data_prep.sources.records import HUGGING_FACE, column_names, known_fields, value_at
 from lm.config.settings import FinetuneConfig
-from lm.data.example_files import rows_of
+from lm.data.example_files import STDIN, rows_of
 from lm.data.labels import choice_of, class_name, is_missing, number_of, refuse_doubles, text_of
 
 MOST_PROBLEMS = 5  # that are reported at once
@@ -115,6 +115,20 @@ def stream_examples(source: str | Path, task: str, columns: Columns = Columns())
         if isinstance(found, UserError):
             raise found
         yield found
+
+
+def check_first_example(source: str | Path, task: str, columns: Columns = Columns(), *, labeled: bool = True) -> None:
+    """Raise as ``read_examples`` if a file cannot be read, is empty, or its first row is not an example.
+
+    Standard input, which can be read only once, and Hugging Face datasets are not looked at.
+    """
+    if str(source) == STDIN or str(source).startswith(HUGGING_FACE):
+        return
+    first = next(_outcomes(source, task, columns, (), labeled=labeled), None)
+    if isinstance(first, UserError):
+        raise first
+    if first is None and labeled:
+        raise UserError(f"{source} has no examples")
 
 
 def _outcomes(

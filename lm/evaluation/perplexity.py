@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.sources.listing import STDIN, ReadReport, ReadSettings, parse_sources, parts_of, read_part
 from data_prep.tokenizers.loss import counted_bytes, loss_of
+from lm.config.recipes import require_stride
 from lm.data.keyed_random import validation_fold
 from lm.evaluation.baselines import Progress, baseline_losses, compressed_bytes, unigram_costs
 from lm.evaluation.validation_loss import protocol
@@ -148,8 +149,7 @@ def evaluate_text(
     UserError if the source has no text, or the stride is longer than the context.
     """
     context = model.context_length
-    if not 0 <= stride <= context:
-        raise UserError(f"--stride must be between 1 and the context length, {context}, or 0 for all of it")
+    require_stride(stride, model.config)
     stride = stride or context
     size = _measure(model, documents_of(source, reading))
     if not size.documents:

@@ -6,6 +6,7 @@ the rotary positions of Su et al. 2021), so the rows of the query and key matric
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,9 @@ def export_gguf(
         UserError: llama.cpp does not support the model, readout or tokenizer, the package gguf is missing, or ``out``
             exists.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError('GGUF needs the package "gguf": pip install "kindling-lm[gguf]"') from None
-    if readout != "next_token":
-        raise UserError(f"llama.cpp generates text from left to right and cannot use the readout {readout}")
+    require_gguf(run, readout)
+    import gguf
+
     if out.exists():
         raise UserError(f"{out} already exists: choose another --out")
     stock, config, tokenizer = stock_class(run.config.model, readout), run.config.model, run.tokenizer
@@ -108,6 +106,16 @@ def export_gguf(
         sync_directory(out.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_gguf(run: Run, readout: str) -> None:
+    """Raise UserError, without reading weights, if there cannot be a GGUF file of this readout."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError('GGUF needs the package "gguf": pip install "kindling-lm[gguf]"')
+    if readout != "next_token":
+        raise UserError(f"llama.cpp generates text from left to right and cannot use the readout {readout}")
+    stock_class(run.config.model, readout)
+    pre_tokenizer_name(run.tokenizer)
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str:

@@ -87,13 +87,15 @@ class Finetuning(TrainModule[Any]):
         require_examples(config)
         if ranks.world > 1:
             raise UserError(f"fine-tuning runs in one process: start {command('finetune')} without torchrun")
+        train, validation = read_task(
+            config.finetune, labels_of(path)
+        )  # their mistakes show before the weights are read
         weights, own = kept_base(path), path / "tokenizer.json"
         if weights and own.is_file():
             tokenizer = load_tokenizer(own)
         else:
             base = open_run(config.finetune.base)
             tokenizer, weights = base.tokenizer, weights or base.plain_weights()
-        train, validation = read_task(config.finetune, labels_of(path))
         if (path / "config.toml").exists() and (run := open_run(path)).latest(lambda _: None):
             asked, kept = config.finetune, run.config.finetune  # a resumed run keeps what it has
             config = config.replace(

@@ -42,10 +42,15 @@ class Reading:
 def reading_of(
     config: Config, reads: str | None = None, pooling: str | None = None, layer: int = -1, *, normalize: bool = False
 ) -> Reading:
-    """Return the reading with what was given; the default is that of fine-tuning, else the objective's usual one."""
+    """Return the reading with what was given; the default is that of fine-tuning, else the objective's usual one.
+
+    Raise UserError if the model has no such layer.
+    """
     tuned = config.finetune
     reads = reads or (usual_reading(config) if tuned.reads == "auto" else tuned.reads)
     pooling = pooling or (usual_pooling(reads) if tuned.pooling == "auto" else tuned.pooling)
+    if not -1 <= layer <= config.model.num_layers:
+        raise UserError(f"there is no layer {layer}: the model has 0 (the embeddings) to {config.model.num_layers}")
     return Reading(reads, pooling, layer, normalize)
 
 
@@ -55,11 +60,7 @@ def vectors_of(
     """Embed any number of texts, or pairs of texts, in order, part by part.
 
     Yield vectors, float32 (texts of the part, hidden), and how many of these texts were cut to the context length.
-    Raise UserError if the model has no such layer.
     """
-    blocks = len(model.model.blocks)
-    if not -1 <= reading.layer <= blocks:
-        raise UserError(f"there is no layer {reading.layer}: the model has 0 (the embeddings) to {blocks}")
     rest = iter(texts)
     while some := list(islice(rest, TEXTS_AT_ONCE)):
         yield _vectors(model, some, reading)

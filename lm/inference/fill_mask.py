@@ -10,6 +10,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.sampling import MASKS, problem_of_fill
+from lm.config.settings import Config
 from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling, draw, filtered, writable
 from lm.kernels import masks
@@ -50,7 +51,7 @@ def fill_masks(
         UserError: as of ``tokens_to_fill``.
     """
     tokenizer = model.tokenizer
-    tokens = tokens_to_fill(model, text)
+    tokens = tokens_to_fill(model.tokenizer, model.config, text)
     open_masks = [i for i, token in enumerate(tokens) if token == tokenizer.mask_id]
     generator = torch.Generator().manual_seed(sampling.seed)
     candidates: dict[int, list[tuple[str, float]]] = {}
@@ -71,21 +72,19 @@ def fill_masks(
     return Filled(tokenizer.decode(tokens[1:]), _pieces(tokenizer, tokens, filled), [candidates[i] for i in filled])
 
 
-def tokens_to_fill(model: LanguageModel, text: str) -> list[int]:
-    """The tokens of a text with masks, which ``fill_masks`` can fill.
+def tokens_to_fill(tokenizer: Tokenizer, config: Config, text: str) -> list[int]:
+    """The tokens of a text with masks, which ``fill_masks`` can fill with a model of these settings.
 
     Raises:
         UserError: the model cannot fill masks, there is no [MASK] in the text, or the text is too long.
     """
-    if model.masked_readout is None:
+    if config.readouts[-1] == "next_token":
         raise UserError("this model was not trained to fill masks")
     if problem := problem_of_fill(text):
         raise UserError(problem)
-    tokens = _encode_with_masks(model.tokenizer, text)
-    if len(tokens) > model.context_length:
-        raise UserError(
-            f"the text to fill has {len(tokens)} tokens; this model reads at most {model.context_length} at once"
-        )
+    tokens, most = _encode_with_masks(tokenizer, text), config.data.context_length
+    if len(tokens) > most:
+        raise UserError(f"the text to fill has {len(tokens)} tokens; this model reads at most {most} at once")
     return tokens
 
 

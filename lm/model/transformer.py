@@ -173,7 +173,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn here, which on the meta device would import torch._dynamo (2 s), but initialized or loaded later.
+        self.embedding = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
         self.blocks = Trunk(config)
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)

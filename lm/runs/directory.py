@@ -111,21 +111,25 @@ class Run:
         Raises:
             UserError: it is missing or damaged.
         """
+        named, there = which in ("newest", "best"), checkpoint.steps(self.path / CHECKPOINTS)
+        if not named and not (which.isdecimal() and len(which) < 19):
+            raise UserError(f'there is no checkpoint "{which}": choose newest, best, or the number of a step')
+        if there and not named:  # before all bytes of the newest one are read
+            self._require_step(int(which), there)
         newest = self.newest()
         if which == "best" and not newest.best_step:
             warn(f"{self.path} was not validated yet: using its newest checkpoint, step {newest.step:,}")
         if which == "newest" or (which == "best" and not newest.best_step):
             return newest
-        if which != "best" and not (which.isdecimal() and len(which) < 19):
-            raise UserError(f'there is no checkpoint "{which}": choose newest, best, or the number of a step')
         step = newest.best_step if which == "best" else int(which)
-        there = checkpoint.steps(self.path / CHECKPOINTS)
-        if step not in there:
-            best = ", the best one" if which == "best" else ""
-            raise UserError(
-                f"{self.path} has no checkpoint of step {step}{best}: available are {', '.join(map(str, there))}"
-            )
+        self._require_step(step, there, ", the best one" if which == "best" else "")
         return checkpoint.of_step(self.path / CHECKPOINTS, step)
+
+    def _require_step(self, step: int, there: list[int], which: str = "") -> None:
+        if step not in there:
+            raise UserError(
+                f"{self.path} has no checkpoint of step {step}{which}: available are {', '.join(map(str, there))}"
+            )
 
     def load_model(self, device: torch.device, saved: Checkpoint | None = None) -> Transformer:
         """The model of a checkpoint (None: the newest one), on ``device`` and in evaluation mode.

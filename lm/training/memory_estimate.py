@@ -1,6 +1,7 @@
 """The memory of a training step, counted before it runs.
 
-    settings -> a step of a model with one layer, and with two, on tensors that have shapes and no memory
+    settings -> a step of a model with one layer, and with two, on tensors that have shapes and no memory, or, where
+                it takes less time, on real ones
              -> bytes that are alive at once, operation by operation -> a line through both, up to all layers
 
 So the count follows the model, its kernels and the optimizer by itself. It is exact for what PyTorch's allocator is
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,13 +23,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lm.config.scaling import block_weights
 from lm.config.settings import Config, DataConfig, OptimizerConfig
 from lm.data.batch import Batch
 from lm.kernels.cross_entropy import CHUNK_LOGITS, CHUNK_TOKENS
-from lm.model.device import autocast
+from lm.model.device import autocast, available_memory
 from lm.model.transformer import Transformer
 from lm.objectives.text import losses
 from lm.training.optimizer import Optimizer
+
+# Computing a small step takes less time than importing torch._dynamo, which tensors without memory need (1.5 s).
+SMALL_FLOPS, SMALL_TOKENS, AMPLE_BYTES = 5e10, 4096, 2e9
 
 
 @dataclass(frozen=True)
@@ -58,23 +64,40 @@ def step_memory(config: Config, rows: int, device: torch.device) -> StepMemory:
 @lru_cache(maxsize=64)
 def _counted(config: Config, rows: int, device: str, low_precision: bool) -> StepMemory:
     layers = config.model.num_layers
-    one, two = (_simulated(config.replace(num_layers=number), rows, device, low_precision) for number in (1, 2))
+    real = device == "cpu" and not low_precision and _is_small(config.replace(num_layers=3), rows)
+    one, two = (
+        _simulated(config.replace(num_layers=number), rows, device, low_precision, real=real) for number in (1, 2)
+    )
     weights, gradients, optimizer, passes, update = (
         first + (second - first) * (layers - 1) for first, second in zip(one, two, strict=True)
     )
     return StepMemory(weights, gradients, optimizer, max(passes, update) - weights - gradients - optimizer)
 
 
-def _simulated(config: Config, rows: int, device: str, low_precision: bool) -> tuple[int, int, int, int, int]:
-    """Bytes of weights, gradients and optimizer, and the peaks of the passes and of the update, without memory."""
+def _is_small(config: Config, rows: int) -> bool:
+    """Whether a step of ``rows`` rows takes little time, and next to none of the memory that is available."""
+    model, tokens = config.model, rows * config.data.context_length
+    attended = model.num_layers * model.num_heads * model.head_width * config.data.context_length
+    flops = 6 * tokens * (model.vocab_size * model.hidden_size + block_weights(model) + 2 * attended)
+    return flops < SMALL_FLOPS and tokens <= SMALL_TOKENS and available_memory(torch.device("cpu")) > AMPLE_BYTES
+
+
+def _simulated(
+    config: Config, rows: int, device: str, low_precision: bool, *, real: bool = False
+) -> tuple[int, int, int, int, int]:
+    """Bytes of weights, gradients and optimizer, and the peaks of the passes and of the update.
+
+    ``real``: compute the step, instead of only following the shapes of its tensors.
+    """
     context = config.data.context_length
-    with FakeTensorMode(), LiveBytes(device) as live:
+    with nullcontext() if real else FakeTensorMode(), LiveBytes(device) as live:
         model = Transformer(config.model)
         weights = live.now
         optimizer = Optimizer(model, config.optimizer)
         early = live.now
         inputs = torch.zeros(rows, context, dtype=torch.int64)
         positions = torch.zeros(rows, context, dtype=torch.int32)
+        hi = torch.full_like(positions, context)
         weights_of_loss = torch.zeros(rows, context)
         parts = _parts(config, rows)
         if rows < config.data.batch_rows:  # an earlier micro-batch has left its gradients
@@ -82,10 +105,10 @@ def _simulated(config: Config, rows: int, device: str, low_precision: bool) -> t
                 parameter.grad = torch.zeros_like(parameter)
         live.peak = live.now
         with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
-            found = losses(model, Batch(inputs, inputs, weights_of_loss, positions, positions, positions, parts))
+            found = losses(model, Batch(inputs, inputs, weights_of_loss, positions, positions, hi, parts))
         torch.stack(list(found.values())).sum().backward()
         passes = live.peak
-        del found, inputs, positions, weights_of_loss
+        del found, inputs, positions, hi, weights_of_loss
         gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
         live.peak = live.now
         optimizer.clip()
@@ -112,6 +135,11 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._kind = "cpu" if device == "cpu" else "gpu"
         self._seen: dict[int, weakref.ref[Any]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: nothing here is compiled, and PyTorch would import torch._dynamo to skip it."""
+        return False
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

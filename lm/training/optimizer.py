@@ -149,6 +149,55 @@ class Muon:
         }
 
 
+class AdamW:
+    """AdamW by the fused kernel that ``torch.optim.AdamW`` calls, whose class imports torch._dynamo: 2 s of each start.
+
+    ``groups`` has the named parameters for each weight decay and learning-rate multiplier.
+    """
+
+    def __init__(
+        self, groups: Mapping[tuple[float, float], list[tuple[str, nn.Parameter]]], beta1: float, beta2: float
+    ) -> None:
+        self.groups, self.beta1, self.beta2 = groups, beta1, beta2
+        self.moments: dict[str, dict[str, Tensor]] = {}  # of each parameter that has had a gradient
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        for (weight_decay, lr_multiplier), group in self.groups.items():
+            named = [(name, parameter) for name, parameter in group if parameter.grad is not None]
+            if not named:
+                continue
+            gradients = [parameter.grad for _, parameter in named if parameter.grad is not None]
+            moments = [self._moments_of(name, parameter) for name, parameter in named]
+            steps = [each["step"] for each in moments]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                [parameter for _, parameter in named],
+                gradients,
+                [each["exp_avg"] for each in moments],
+                [each["exp_avg_sq"] for each in moments],
+                [],
+                steps,
+                lr=learning_rate * lr_multiplier,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                weight_decay=weight_decay,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def _moments_of(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
+        if name not in self.moments:
+            first, second = (torch.zeros_like(parameter, requires_grad=False) for _ in range(2))
+            step = torch.zeros((), device=parameter.device)  # float32, as the kernel wants it
+            self.moments[name] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        return self.moments[name]
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{name}.{part}": value for name, parts in self.moments.items() for part, value in parts.items()}
+
+
 class Optimizer:
     """Muon and AdamW together, for parameters that require a gradient; only the matrices of blocks have weight decay.
 
@@ -167,14 +216,12 @@ class Optimizer:
         matrices = {n: p for n, p in self.parameters.items() if p.ndim == 2 and "blocks" in n.split(".")}
         by_muon = matrices if config.optimizer == "muon" else {}
         self.muon = Muon(by_muon, config.momentum, config.weight_decay, self.ranks, lr_multipliers)
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self.parameters.items():
             if name not in by_muon:
                 decay = config.weight_decay if name in matrices else 0.0
-                groups.setdefault((decay, lr_multipliers.get(name, 1.0)), []).append(parameter)
-        groups = groups or {(0.0, 1.0): []}  # AdamW needs at least one
-        parts = [{"params": part, "weight_decay": decay, "share": share} for (decay, share), part in groups.items()]
-        self.adamw = torch.optim.AdamW(parts, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
+                groups.setdefault((decay, lr_multipliers.get(name, 1.0)), []).append((name, parameter))
+        self.adamw = AdamW(groups, config.beta1, config.beta2)
 
     def clip(self) -> Tensor:
         """Clip the norm of the whole gradient to ``gradient_clip``; return the norm before clipping."""
@@ -183,18 +230,12 @@ class Optimizer:
 
     def step(self, factor: float) -> None:
         """Update the weights with ``factor`` times the peak learning rates."""
-        for group in self.adamw.param_groups:
-            group["lr"] = factor * self.config.learning_rate * group["share"]
-        self.adamw.step()
+        self.adamw.step(factor * self.config.learning_rate)
         self.muon.step(factor * self.config.muon_learning_rate)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor to save, by name, as views of the live state."""
-        return self.muon.state() | {
-            f"{name}.{part}": value
-            for name, parameter in self.parameters.items()
-            for part, value in self.adamw.state.get(parameter, {}).items()
-        }
+        return self.muon.state() | self.adamw.state()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         for name, buffer in self.muon.state().items():
@@ -202,4 +243,4 @@ class Optimizer:
         for name, parameter in self.parameters.items():
             if f"{name}.exp_avg" in tensors:
                 moments = {n: self.ranks.cut(tensors[f"{name}.{n}"], parameter) for n in ("exp_avg", "exp_avg_sq")}
-                self.adamw.state[parameter] = {"step": tensors[f"{name}.step"].to(parameter.device), **moments}
+                self.adamw.moments[name] = {"step": tensors[f"{name}.step"].to(parameter.device), **moments}

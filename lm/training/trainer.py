@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic
@@ -73,12 +74,12 @@ def fit(
     Arguments and errors as of ``pretraining.train``; ``open_module`` opens the module for a rank and writes nothing.
     """
     with joined(settings) as ranks, ExitStack() as held, explain_out_of_memory():
+        trackers.require(settings.trackers)
+        ranks.on_main(partial(refuse_other_directories, path))
         module = open_module(ranks)
         kernels.describe(ranks.device)  # refuses an unavailable KINDLING_KERNELS before anything is written
-        trackers.require(settings.trackers)
 
         def begin() -> checkpoint.Checkpoint | None:
-            refuse_other_directories(path)
             path.mkdir(parents=True, exist_ok=True)
             busy = f"another process is training {path}: wait for it, or choose another --run"
             held.enter_context(only_writer_of(path / LOCK, busy))

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from data_prep.errors import UserError
 from lm.cli.main import main
-from lm.inference.embedding import Reading, all_vectors, vectors_of, write_vectors
+from lm.inference.embedding import Reading, all_vectors, reading_of, vectors_of, write_vectors
 from lm.inference.language_model import LanguageModel
 from tests.conftest import loaded
 from tests.lm.inference.test_generator import restless_model
@@ -53,7 +53,7 @@ def test_vectors_are_the_hidden_states_that_the_model_has_of_the_text(model):
     assert np.abs(found[0] - embedding.mean(0).numpy()).max() < 1e-6
     assert np.abs(found[1] - found[2]).max() > 1e-3
     with pytest.raises(UserError, match=r"no layer 3: the model has 0 \(the embeddings\) to 2"):
-        next(vectors_of(model, TEXTS, Reading("causal", "mean", 3)))
+        reading_of(model.config, layer=3)
 
 
 def test_normalized_vectors_have_length_one(model):

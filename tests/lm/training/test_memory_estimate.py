@@ -73,6 +73,17 @@ def test_the_peak_is_that_of_real_steps(changes, rows):
 
 
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
+def test_a_step_is_counted_alike_with_memory_and_without(changes, monkeypatch):
+    config, counts = BASE.replace(**changes), []
+    for limit in (1e12, 0):
+        monkeypatch.setattr(memory_estimate, "SMALL_FLOPS", limit)
+        memory_estimate._counted.cache_clear()
+        counts.append(step_memory(config, 4, CPU))
+    memory_estimate._counted.cache_clear()
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
 def test_weights_gradients_and_state_are_as_many_numbers_as_they_have(changes):
     config = BASE.replace(**changes)
     model = Transformer(config.model)
