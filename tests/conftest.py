@@ -6,11 +6,15 @@ import json
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+
+# One thread for each process, in these and in the programs that tests start: several processes test at once.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 import torch
@@ -97,6 +101,51 @@ class StopAt(Recorder):
     def step(self, step: int) -> None:
         if step == self.at:
             self.stop()
+
+
+def cores() -> float:
+    """How many cores this process may use: those it is bound to, and at most the CPU time its container gets."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no cgroup of version 2, or "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(bound, int(quota) / int(period))
+    return bound
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Number of processes of ``pytest -n auto``: one for each core, as far as there are 2 GB of memory for each."""
+    most = max(1, round(cores()))
+    with suppress(OSError, ValueError, AttributeError):  # not on Windows
+        most = min(most, max(1, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**31))
+    return most
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Keep bytes out of the names of tests: what gzip packs holds the second, and all workers must find the same."""
+    return argname if isinstance(val, bytes) else None
+
+
+def process_state() -> dict[str, Any]:
+    """What tests of one process share, but for the variable that pytest itself changes."""
+    return {
+        "folder": Path.cwd(),
+        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "path": list(sys.path),
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def leaves_the_process_as_it_was() -> Iterator[None]:
+    """Every test undoes what it changes in the process, so that none depends on those before it."""
+    before = process_state()
+    yield
+    assert process_state() == before
 
 
 VOID = {"meta", "br", "img", "hr", "input", "link"}
