@@ -5,6 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 READY_DEV := .venv/.ready-dev
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e
+PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: help setup setup-dev demo test bench kernels-aot check format clean
 
@@ -32,9 +33,9 @@ $(READY_DEV): $(READY)
 demo: setup ## the whole pipeline: text, tokenizer, shards, training, evaluation, samples, report
 	@$(BIN)/kindling demo
 
-test: setup-dev ## run all tests, with coverage
-	$(BIN)/python -m pytest --cov --cov-report=
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton --cov --cov-append --cov-report=term --cov-fail-under=85
+test: setup-dev ## run all tests on all cores, with coverage
+	$(PYTEST) --cov --cov-report=
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton --cov --cov-append --cov-report=term --cov-fail-under=85
 
 bench: setup-dev ## compare with other programs, on the CPU (python -m benchmarks.gpu on a GPU)
 	$(BIN)/python -m benchmarks.cpu_attention
