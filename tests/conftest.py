@@ -8,7 +8,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from hypothesis import settings
 
 import data_prep
 from data_prep.progress import SilentReporter
+from data_prep.settings import available_cores
 from data_prep.shards.tokens import Dataset
 from lm.config.settings import Config
 from lm.data.batch import Batch
 from lm.inference.language_model import LanguageModel
+from lm.model.device import available_memory
 from lm.runs.directory import Run
 from lm.training.pretraining import train
 
@@ -103,21 +105,9 @@ class StopAt(Recorder):
             self.stop()
 
 
-def cores() -> float:
-    """How many cores this process may use: those it is bound to, and at most the CPU time its container gets."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no cgroup of version 2, or "max"
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(bound, int(quota) / int(period))
-    return bound
-
-
 def pytest_xdist_auto_num_workers() -> int:
     """Number of processes of ``pytest -n auto``: one for each core, as far as there are 2 GB of memory for each."""
-    most = max(1, round(cores()))
-    with suppress(OSError, ValueError, AttributeError):  # not on Windows
-        most = min(most, max(1, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**31))
-    return most
+    return max(1, min(available_cores(), available_memory(torch.device("cpu")) // 2_000_000_000))
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
