@@ -32,6 +32,7 @@ from lm.runs.directory import Run
 from lm.training.pretraining import train
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts in the background without it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 settings.register_profile("kindling", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("kindling")
