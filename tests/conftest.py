@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -117,11 +116,9 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 
 def process_state() -> dict[str, Any]:
-    """What tests of one process share, but for the variable that pytest itself changes."""
+    """What all tests of one process share."""
     return {
         "folder": Path.cwd(),
-        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
-        "path": list(sys.path),
         "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "threads": torch.get_num_threads(),
         "dtype": torch.get_default_dtype(),
@@ -133,10 +130,15 @@ def process_state() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def leaves_the_process_as_it_was() -> Iterator[None]:
-    """Every test undoes what it changes in the process, so that none depends on those before it."""
-    before = process_state()
+    """Every test undoes what it changes in the process, so that none depends on those before it.
+
+    Only what a library adds to the environment when it is first imported stays.
+    """
+    before, environment = process_state(), dict(os.environ)
     yield
     assert process_state() == before
+    changed = {name for name, value in environment.items() if os.environ.get(name) != value}
+    assert changed <= {"PYTEST_CURRENT_TEST"}
 
 
 VOID = {"meta", "br", "img", "hr", "input", "link"}
