@@ -3,13 +3,18 @@ PYTHON ?= python3
 PIP_OPTIONS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+READY_DEV := .venv/.ready-dev
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e
+PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: help setup demo test bench kernels-aot check format clean
+.PHONY: help setup setup-dev demo test bench kernels-aot check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(READY) ## create .venv and install everything there
+setup: $(READY) ## create .venv and install what the pipeline and the server need
+
+setup-dev: $(READY_DEV) ## also install every extra and what the tests and checks need
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
@@ -17,30 +22,35 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed: rm -r .venv; make setup PYTHON=python3.11" >&2; exit 1; }
 	@echo "installing into .venv (only once; takes a few minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
+	@$(INSTALL) '.[fast,serve]'
+	@touch $@
+
+$(READY_DEV): $(READY)
+	@echo "installing the packages of tests and checks into .venv (only once; takes a few minutes)"
+	@$(INSTALL) '.[dev]'
 	@touch $@
 
 demo: setup ## the whole pipeline: text, tokenizer, shards, training, evaluation, samples, report
 	@$(BIN)/kindling demo
 
-test: setup ## run all tests, with coverage
-	$(BIN)/python -m pytest --cov --cov-report=
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton --cov --cov-append --cov-report=term --cov-fail-under=85
+test: setup-dev ## run all tests on all cores, with coverage
+	$(PYTEST) --cov --cov-report=
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton --cov --cov-append --cov-report=term --cov-fail-under=85
 
-bench: setup ## compare with other programs, on the CPU (python -m benchmarks.gpu on a GPU)
+bench: setup-dev ## compare with other programs, on the CPU (python -m benchmarks.gpu on a GPU)
 	$(BIN)/python -m benchmarks.cpu_attention
 	$(BIN)/python -m benchmarks.cpu_cross_entropy
 	$(BIN)/python -m benchmarks.generate
 
-kernels-aot: setup ## compile every kernel for several GPU architectures, without a GPU; UPDATE=--update accepts changes
+kernels-aot: setup-dev ## compile every kernel for several GPU architectures, without a GPU; UPDATE=--update accepts changes
 	$(BIN)/python -m lm.kernels.aot $(UPDATE)
 
-check: setup ## check style and types
+check: setup-dev ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: setup ## format the code
+format: setup-dev ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

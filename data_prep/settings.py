@@ -29,6 +29,7 @@ DOCUMENT_PER = ("size", "file", "paragraph", "line")
 UNICODE_FORMS = ("NFC", "NFKC", "NFD", "NFKD")
 KEEP, EXACT, NEAR = "keep", "exact", "near"  # what to do with duplicates
 INSTALL = 'pip install "kindling-lm[cleaning]"'
+NO_RAY = '--engine ray needs the package "ray": pip install "kindling-lm[ray]"'
 
 KINDS = ("bpe", "wordpiece", "unigram", "bytes", "characters")
 WORD_SPLITS = ("gpt2", "llama3", "qwen2", "qwen35")
@@ -377,6 +378,8 @@ class BuildSettings:
             )
         if self.tokenizer is None:
             found += self.training.check()
+        if self.engine == "ray" and not version_of("ray"):
+            found.append(NO_RAY)
         if not 0 <= self.validation_fraction < 1:
             found.append(f"--validation-fraction {self.validation_fraction} must be at least 0 and below 1")
         if found:

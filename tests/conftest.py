@@ -12,20 +12,26 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+# One thread for each process, in these and in the programs that tests start: several processes test at once.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
 import pytest
 import torch
 from hypothesis import settings
 
 import data_prep
 from data_prep.progress import SilentReporter
+from data_prep.settings import available_cores
 from data_prep.shards.tokens import Dataset
 from lm.config.settings import Config
 from lm.data.batch import Batch
 from lm.inference.language_model import LanguageModel
+from lm.model.device import available_memory
 from lm.runs.directory import Run
 from lm.training.pretraining import train
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts in the background without it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 settings.register_profile("kindling", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("kindling")
@@ -97,6 +103,42 @@ class StopAt(Recorder):
     def step(self, step: int) -> None:
         if step == self.at:
             self.stop()
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Number of processes of ``pytest -n auto``: one for each core, as far as there are 2 GB of memory for each."""
+    return max(1, min(available_cores(), available_memory(torch.device("cpu")) // 2_000_000_000))
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Keep bytes out of the names of tests: what gzip packs holds the second, and all workers must find the same."""
+    return argname if isinstance(val, bytes) else None
+
+
+def process_state() -> dict[str, Any]:
+    """What all tests of one process share."""
+    return {
+        "folder": Path.cwd(),
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def leaves_the_process_as_it_was() -> Iterator[None]:
+    """Every test undoes what it changes in the process, so that none depends on those before it.
+
+    Only what a library adds to the environment when it is first imported stays.
+    """
+    before, environment = process_state(), dict(os.environ)
+    yield
+    assert process_state() == before
+    changed = {name for name, value in environment.items() if os.environ.get(name) != value}
+    assert changed <= {"PYTEST_CURRENT_TEST"}
 
 
 VOID = {"meta", "br", "img", "hr", "input", "link"}

@@ -18,6 +18,7 @@ from multiprocessing import get_all_start_methods, get_context, parent_process
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.settings import NO_RAY
 
 Advance = Callable[[int], None]
 POLL_SECONDS = 0.1
@@ -138,7 +139,7 @@ def _run_on_ray(
     try:
         import ray
     except ImportError:
-        raise UserError('--engine ray needs the package "ray": pip install "kindling-lm[ray]"') from None
+        raise UserError(NO_RAY) from None
 
     started = not ray.is_initialized()
     if started:

@@ -251,8 +251,8 @@ def stop_when(path: Path, number: signal.Signals, command: list[str], delay: flo
         process.kill()  # the workers must notice by themselves
     else:
         os.killpg(process.pid, number)  # what a terminal does
-    _, said = process.communicate(timeout=30)
-    for _ in range(1000):
+    _, said = process.communicate(timeout=120)
+    for _ in range(10_000):
         try:
             os.killpg(process.pid, 0)
         except ProcessLookupError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from data_prep.pipeline.build import build_dataset
 from data_prep.progress import SilentReporter
 from data_prep.settings import BuildSettings
 from data_prep.shards.tokens import open_dataset
+
+
+@pytest.fixture
+def ray() -> Iterator[None]:
+    """Skip a test if Ray is not installed, and undo that Ray handles SIGTERM."""
+    pytest.importorskip("ray")
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

@@ -77,8 +77,8 @@ def test_the_number_of_workers_changes_no_byte(
     assert tree(tmp_path / "out") == tree(undisturbed)
 
 
+@pytest.mark.usefixtures("ray")
 def test_ray_changes_no_byte(undisturbed: Path, corpus: Path, tmp_path: Path, tree: Tree) -> None:
-    pytest.importorskip("ray")
     build(settings_for(corpus, tmp_path / "out", engine="ray", workers=2))
     assert tree(tmp_path / "out") == tree(undisturbed)
 

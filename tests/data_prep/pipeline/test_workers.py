@@ -58,8 +58,8 @@ def test_a_killed_worker_is_told_in_a_sentence(tmp_path: Path) -> None:
     assert not [child for child in multiprocessing.active_children() if "ForkServer" in type(child).__name__]
 
 
+@pytest.mark.usefixtures("ray")
 def test_ray_works_on_with_a_worker_killed(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     told: list[int] = []
     calls = [(str(tmp_path / "died"), number) for number in range(4)]
     assert run_calls(die_once, calls, engine="ray", workers=2, advance=told.append) == [0, 1, 2, 3]

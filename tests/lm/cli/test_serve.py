@@ -99,7 +99,7 @@ def test_a_signal_lets_running_requests_finish_and_exits_cleanly(trained, number
         try:
             line = process.stderr.readline()
             port = int(re.search(r"http://127\.0\.0\.1:(\d+)", line)[1])
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
             body = {"prompt": "the", "max_tokens": 300, "stream": True, "stream_options": {"include_usage": True}}
             connection.request("POST", "/v1/completions", json.dumps(body))
             answer = connection.getresponse()
@@ -107,7 +107,7 @@ def test_a_signal_lets_running_requests_finish_and_exits_cleanly(trained, number
             process.send_signal(number)
             assert answer.read().endswith(b"data: [DONE]\n\n")
             connection.close()
-            assert process.wait(20) == 0
+            assert process.wait(120) == 0
             assert process.stderr.read() == ""
         finally:
             process.kill()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -57,7 +59,8 @@ def test_an_amd_gpu_uses_pytorch(hopper, monkeypatch):
 
 
 def test_without_triton_pytorch_is_used(hopper, monkeypatch):
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(dispatch, "importlib", nothing)
     assert dispatch.choose(OnGpu(torch.float16)) == "torch"
     assert "not installed" in dispatch.describe(GPU)
 

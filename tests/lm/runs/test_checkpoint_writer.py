@@ -39,7 +39,7 @@ def test_a_snapshot_is_contiguous_and_does_not_follow_what_it_was_taken_from():
 def test_a_save_returns_before_it_is_written_and_holds_the_weights_of_its_moment(tmp_path):
     go_on = threading.Event()
     model = weights(1.0)
-    with make(tmp_path, first=lambda: go_on.wait(30)) as writer:
+    with make(tmp_path, first=lambda: go_on.wait(120)) as writer:
         save(writer, 1, model)
         model["a"].fill_(99)  # training goes on
         assert checkpoint.steps(tmp_path) == []

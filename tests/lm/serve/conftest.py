@@ -94,7 +94,7 @@ class Served:
     ) -> Answer:
         """GET, or POST if there is a body: bytes as they are, anything else as JSON."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request(method or ("GET" if data is None else "POST"), path, data, headers or {})
             answer = connection.getresponse()
@@ -113,7 +113,7 @@ class Served:
 
     def settle(self) -> None:
         """Wait until all requests are finished."""
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while self.ask("/health").json["requests"] or self.writer.busy:
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -128,7 +128,7 @@ def serve_run(run: Run, policy: AccessPolicy = LOCAL, limits: Limits = FEW) -> I
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while not (server.started and "writer" in service.__dict__):
             assert thread.is_alive()
             assert time.monotonic() < until
@@ -136,7 +136,7 @@ def serve_run(run: Run, policy: AccessPolicy = LOCAL, limits: Limits = FEW) -> I
         yield Served(service, listening.getsockname()[1], partial(setattr, server, "should_exit", True))
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         listening.close()
         if thread.is_alive():
             faulthandler.dump_traceback(file=sys.__stderr__)

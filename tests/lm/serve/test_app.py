@@ -23,7 +23,7 @@ def test_noise_is_answered_with_4xx_and_the_server_lives(served):
         assert 400 <= answer.status < 500, answer
         assert answer.error["message"]
     for noise in (b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+        with socket.create_connection(("127.0.0.1", served.port), timeout=120) as connection:
             connection.sendall(noise)
             assert connection.recv(100).startswith(b"HTTP/1.1 40")
     assert served.ask("/health").status == 200

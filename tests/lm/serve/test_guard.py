@@ -102,7 +102,7 @@ def test_a_body_that_is_too_large_is_refused_with_an_answer(served):
 
 
 def test_a_slow_client_delays_no_other(served):
-    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as slow:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=120) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
         assert served.ask("/health").json["requests"] == 0
         assert served.ask("/v1/completions", GREEDY).status == 200

@@ -43,7 +43,7 @@ def test_requests_that_do_not_finish_in_time_get_an_error(trained, serving, monk
         while not served.writer.busy:
             time.sleep(0.001)
         served.stop()
-        ended = answer.result(30)
+        ended = answer.result(120)
     assert ended.status == (200 if streamed else 503)
     error = json.loads(ended.body.decode().split("\n\n")[-2].removeprefix("data: ") if streamed else ended.body)[
         "error"

@@ -96,7 +96,7 @@ class TrainingProcess:
         return bool(select.select([self.server.stdout], [], [], 0)[0])
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while not condition() and not self.has_ended():
             assert time.monotonic() < until, self.stderr_text()
             time.sleep(0.05)
@@ -112,7 +112,7 @@ class TrainingProcess:
 
     def close(self) -> None:
         self.server.stdin.close()
-        self.server.wait(60)
+        self.server.wait(120)
 
 
 @pytest.fixture(scope="module")

@@ -234,7 +234,8 @@ def test_what_is_not_installed_is_told_before_anything_is_written(small, quietly
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wandb").mkdir()  # what earlier runs of wandb leave is no module
     monkeypatch.setattr(sys, "path", ["", *sys.path])
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", find_nothing_but_folders(tmp_path))
+    find_spec = find_nothing_but_folders(tmp_path)
+    monkeypatch.setattr(trackers, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=find_spec)))
     with pytest.raises(UserError) as refused:
         quietly(small.replace(trackers=("wandb", "trackio")), tmp_path / "run")
     assert str(refused.value).splitlines() == [
