@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, _unix
 
 from data_prep import files
 from data_prep.errors import UserError
@@ -102,7 +103,7 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
     def flock(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(_unix, "fcntl", SimpleNamespace(**vars(fcntl) | {"flock": flock}))
     wanted = pytest.raises(UserError, match=r"the file system of .* has no locks: choose a folder on a local disk")
     with wanted, only_writer_of(tmp_path / LOCK, "another writes"):
         pass
@@ -118,7 +119,7 @@ def test_a_folder_that_cannot_be_written_needs_no_lock(
     (tmp_path / LOCK).touch()  # of another user, in a folder that several write
     with pytest.raises(OSError, match=os.strerror(number)), only_writer_of(tmp_path / LOCK, "another writes"):
         pass
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(files, "os", SimpleNamespace(**vars(os) | {"access": lambda path, mode: False}))
     with only_writer_of(tmp_path / LOCK, "another writes"):
         pass
     assert (tmp_path / LOCK).exists()
@@ -148,10 +149,9 @@ def test_on_windows_no_directory_is_opened(tmp_path: Path, monkeypatch: pytest.M
     def open_like_windows(path: Any, *rest: Any, **more: Any) -> int:
         if Path(path).is_dir():
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return opened(path, *rest, **more)
+        return os.open(path, *rest, **more)
 
-    opened = os.open
-    monkeypatch.setattr(os, "open", open_like_windows)
+    monkeypatch.setattr(files, "os", SimpleNamespace(**vars(os) | {"open": open_like_windows}))
     with pytest.raises(PermissionError):
         write_atomically(tmp_path / "a", "a")
     monkeypatch.setattr(files, "WINDOWS", True)

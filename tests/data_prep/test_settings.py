@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,7 +87,8 @@ def test_the_quota_of_a_container_limits_the_cores(
     monkeypatch.setattr(
         settings_module, "control_groups", lambda controller: [(tmp_path / "none", 2), (tmp_path, generation)]
     )
-    monkeypatch.setattr(settings_module.os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    affinity = {"sched_getaffinity": lambda process: set(range(64))}
+    monkeypatch.setattr(settings_module, "os", SimpleNamespace(**vars(os) | affinity))
     assert available_cores() == cores
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,7 +91,8 @@ def test_where_there_is_no_fork_processes_are_spawned(monkeypatch: pytest.Monkey
     monkeypatch.setattr(workers, "START_METHOD", "spawn")
     monkeypatch.setattr(workers, "get_context", get_context)
     monkeypatch.delattr(BaseContext, "set_forkserver_preload")
-    monkeypatch.delattr(signal, "pthread_sigmask")
+    without_masks = {name: value for name, value in vars(signal).items() if name != "pthread_sigmask"}
+    monkeypatch.setattr(workers, "signal", SimpleNamespace(**without_masks))
     monkeypatch.setattr(resource_tracker, "_HAVE_SIGMASK", False)
     told: list[int] = []
     results = run_calls(square, [(number, 0.0) for number in range(4)], workers=2, advance=told.append)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import zstandard
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from data_prep.sources import storage
 from data_prep.sources.storage import Stream, UnreadableError, list_folder, list_glob, open_stream, root_of_glob
 
 
@@ -118,6 +121,6 @@ def test_a_file_that_cannot_be_opened_is_unreadable(tmp_path: Path) -> None:
 
 def test_the_folder_above_a_pattern_is_found_in_paths_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert root_of_glob(r"data\texts\*.txt") == ""
-    monkeypatch.setattr(os, "sep", "\\")
+    monkeypatch.setattr(storage, "os", SimpleNamespace(**vars(os) | {"sep": "\\"}))
     patterns = [r"data\texts\*.txt", r"C:\texts\*\a.txt", r"C:\*.txt", "data/*.txt", "*.txt"]
     assert [root_of_glob(pattern) for pattern in patterns] == ["data/texts", "C:/texts", "C:/", "data", ""]

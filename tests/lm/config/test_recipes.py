@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from lm.config import recipes
 from lm.config.recipes import find_recipe, load_config
 from lm.config.settings import Config, all_settings
 
@@ -271,7 +273,7 @@ def test_an_endless_number_is_told(tmp_path):
 def test_folders_of_data_are_kept_as_other_systems_write_them(recipe, monkeypatch):
     there = r"data\mine@2"
     assert load_config(None, {"data": there}).data.data == (there,)
-    monkeypatch.setattr(os, "sep", "\\")
+    monkeypatch.setattr(recipes, "os", SimpleNamespace(**vars(os) | {"sep": "\\"}))
     assert load_config(None, {"data": there}).data.data == ("data/mine@2",)
     path = recipe(f"[data]\ndata = ['{there}']\n")
     assert load_config(path).data.data == ("data/mine@2",)

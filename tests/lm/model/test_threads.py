@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -106,10 +107,10 @@ def test_one_thread_that_is_not_disturbed_does_not_mean_that_the_machine_is_quie
 
 
 def test_time_without_work_is_that_of_the_cores_of_this_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda process: {1, 10})
+    monkeypatch.setattr(threads, "os", SimpleNamespace(**vars(os) | {"sched_getaffinity": lambda process: {1, 10}}))
     lines = "cpu 9 9 9 900 9\ncpu0 1 1 1 50 1\ncpu1 1 1 1 100 20 3\ncpu10 1 1 1 30 50 3\nintr 5\n"
     (tmp_path / "stat").write_text(lines)
-    assert unused_seconds(tmp_path / "stat") == 200 / threads.os.sysconf("SC_CLK_TCK")
+    assert unused_seconds(tmp_path / "stat") == 200 / os.sysconf("SC_CLK_TCK")
 
 
 def test_one_thread_computes_in_the_block():

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_a_run_goes_on_with_as_many_threads_as_before_unless_the_settings_say_ot
         assert torch.get_num_threads() == 2
         assert len(notes_of(recorder, "trained so far with threads 1 (now 2)")) == 1
         torch.set_num_threads(1)
-        monkeypatch.setattr(resume.os, "cpu_count", lambda: 1)
+        monkeypatch.setattr(resume, "os", SimpleNamespace(cpu_count=lambda: 1))
         train(trained.config.replace(steps=103), path, recorder)
         assert torch.get_num_threads() == 1
         assert len(notes_of(recorder, "trained so far with threads 2 (now 1)")) == 1
