@@ -33,6 +33,9 @@ NAMES = {
 GUARDED = {
     ("lm/cli/chat.py", "readline"),
     ("data_prep/settings.py", "os.sched_getaffinity"),
+    # Where the library of threads was found, which is that of Linux.
+    ("lm/model/threads.py", "os.sched_getaffinity"),
+    ("lm/model/threads.py", "os.sysconf"),
     ("data_prep/pipeline/workers.py", "signal.pthread_sigmask"),
     ("data_prep/pipeline/workers.py", "signal.SIG_BLOCK"),
     ("data_prep/pipeline/workers.py", "signal.SIG_SETMASK"),

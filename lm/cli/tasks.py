@@ -22,7 +22,6 @@ from lm.cli.options import (
     seeds_of,
     settings_options,
 )
-from lm.config.recipes import read_toml
 from lm.config.settings import finetuning_settings
 
 if TYPE_CHECKING:
@@ -85,7 +84,13 @@ def tasks(
     numbers = seeds_of(seeds)
     if out.is_file():
         raise UserError(f"{out} is a file: choose another --out")
+    from lm.config.recipes import read_toml
+
+    given = given_settings(settings)
     if file is not None:
+        of_task = given | {"test": test}
+        if one_task := [f"--{name}" for name in of_task if name in ONE_TASK and of_task[name]]:
+            raise UserError(f"--tasks names the tasks: leave out {', '.join(one_task)}")
         read_toml(file, "the tasks")
     from lm.evaluation.task_table import read_task
     from lm.inference.embedding import reading_of
@@ -94,7 +99,6 @@ def tasks(
 
     opened, where = open_run(run), choose_device(device)
     chosen = _rows(rows)
-    given = given_settings(settings)
     given |= {name: value for name, value in (("reads", reads), ("pooling", pooling)) if value}
     examples = [read_task(task) for task in _named_tasks(opened, file, test, given)]
     reading = reading_of(opened.config, reads, pooling, layer)
@@ -109,9 +113,6 @@ def _named_tasks(run: Run, file: Path | None, test: str, given: dict[str, Any]) 
     if file is None:
         name = Path(given.get("train", "")).parent.name or "task"
         return [make_task(run, name, {}, {}, {"test": test}, given)]
-    of_task = given | {"test": test}
-    if one_task := [f"--{name}" for name in of_task if name in ONE_TASK and of_task[name]]:
-        raise UserError(f"--tasks names the tasks: leave out {', '.join(one_task)}")
     return read_tasks(run, file, given)
 
 
