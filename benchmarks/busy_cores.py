@@ -45,7 +45,7 @@ from lm.runs.directory import open_run
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 TEXT_MEGABYTES = 8
-TURNS = {"0.8M": 5, "10M": 2}  # turns of cpu_training in one of these, for a few seconds of steady work
+TURNS = {"0.8M": 10, "10M": 4}  # turns of cpu_training in one of these, for a few seconds of steady work
 PEER = """
 import sys
 import datasets, numpy, transformers

@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 WORKING = 0.5
 BUSY, QUIET = 0.2, 0.1
 SPARE = 0.3  # cores that may be missing on a machine that is quiet again
-LOOKS_BEFORE_QUIET = 4
+LOOKS_BEFORE_QUIET = 2
 OWN_CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 

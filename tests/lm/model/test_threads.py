@@ -86,24 +86,21 @@ RESTING, ONE_THREAD = (0.1, 0.0, 1.9), (1.0, 0.01, 0.0)
 
 
 def test_idle_threads_are_held_from_the_first_busy_look_until_a_quiet_while(monkeypatch):
-    shares = [QUIET, BETWEEN, BUSY, BUSY, QUIET, BUSY, QUIET, QUIET, QUIET, QUIET, QUIET]
-    assert watched(monkeypatch, shares) == ["", "", "hold", "", "", "", "", "", "", "release", ""]
+    shares = [QUIET, BETWEEN, BUSY, BUSY, QUIET, BUSY, QUIET, QUIET, QUIET]
+    assert watched(monkeypatch, shares) == ["", "", "hold", "", "", "", "", "release", ""]
 
 
 def test_between_the_two_limits_and_without_work_nothing_changes(monkeypatch):
     assert set(watched(monkeypatch, [BETWEEN] * 10)) == {""}
     assert watched(monkeypatch, [BUSY, *[BETWEEN] * 10, *[RESTING] * 10]) == ["hold", *[""] * 20]
-    assert watched(monkeypatch, [(0.1, 0.3, 0.5), BUSY, QUIET, RESTING, *[QUIET] * 3])[1:] == [
-        "hold",
-        *[""] * 4,
-        "release",
-    ]
+    shares = [(0.1, 0.3, 0.5), BUSY, QUIET, RESTING, QUIET]
+    assert watched(monkeypatch, shares) == ["", "hold", "", "", "release"]
 
 
 def test_one_thread_that_is_not_disturbed_does_not_mean_that_the_machine_is_quiet(monkeypatch):
     assert watched(monkeypatch, [BUSY, *[ONE_THREAD] * 10]) == ["hold", *[""] * 10]
     alone = (1.0, 0.01, 0.9)
-    assert watched(monkeypatch, [BUSY, *[alone] * 4]) == ["hold", "", "", "", "release"]
+    assert watched(monkeypatch, [BUSY, *[alone] * 2]) == ["hold", "", "release"]
 
 
 def test_time_without_work_is_that_of_the_cores_of_this_process(tmp_path, monkeypatch):
