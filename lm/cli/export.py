@@ -11,7 +11,6 @@ from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.files import require_new_folder
 from lm.cli.options import best_checkpoint_option, run_argument, usual_command
-from lm.config.recipes import require_language_model, run_config
 
 
 @click.command(cls=FriendlyCommand, short_help="Export a model for transformers or llama.cpp.")
@@ -80,6 +79,8 @@ def export(
         raise UserError("--outtype is for --to gguf; the weights of --to hf are float32")
     if private and not push:
         raise UserError("--private is for --push USER/NAME")
+    from lm.config.recipes import require_language_model, run_config
+
     config = run_config(run)
     if kind == "peft" and (not config.is_finetuning or config.finetune.method != "lora"):
         raise UserError(f"{run} has no LoRA adapter: fine-tune with --method lora, or export with --to hf")
@@ -160,6 +161,8 @@ def import_run(source: str, run: Path, add_mask: bool) -> None:
 @best_checkpoint_option
 def merge_run(run: Path, out: Path, trunk_only: bool, which: str) -> None:
     """Merge the LoRA weights of a fine-tuned RUN into its matrices; the outputs stay the same, bit for bit."""
+    from lm.config.recipes import run_config
+
     config = run_config(run)
     if not config.is_finetuning:
         raise UserError(f"{run} is not fine-tuned: its weights are plain already")

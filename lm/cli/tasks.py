@@ -22,7 +22,6 @@ from lm.cli.options import (
     seeds_of,
     settings_options,
 )
-from lm.config.recipes import read_toml
 from lm.config.settings import finetuning_settings
 
 if TYPE_CHECKING:
@@ -86,6 +85,8 @@ def tasks(
     if out.is_file():
         raise UserError(f"{out} is a file: choose another --out")
     if file is not None:
+        from lm.config.recipes import read_toml
+
         read_toml(file, "the tasks")
     from lm.evaluation.task_table import read_task
     from lm.inference.embedding import reading_of
