@@ -48,6 +48,15 @@ def test_evaluating_imports_nothing_heavy(trained, modules_of):
     assert not modules_of("evaluate", trained.path).intersection(HEAVY)
 
 
+def test_fine_tuning_and_predicting_import_nothing_heavy(trained, tmp_path, modules_of):
+    file, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps({"text": word, "label": word}) + "\n" for word in ("river", "owl")))
+    task = ("--task", "classification", "--train", file, "--epochs", 1)
+    loaded = modules_of("finetune", trained.path, *task, "--run", run)
+    assert loaded.intersection(HEAVY) <= {"pandas", "pyarrow"}  # which scikit-learn imports if they are installed
+    assert not modules_of("predict", run, "--input", file).intersection(HEAVY)
+
+
 def test_building_a_dataset_imports_no_pytorch(text_folder, tmp_path, modules_of):
     loaded = modules_of("prep", "build", text_folder, "--out", tmp_path / "data", "--vocab-size", 400)
     assert not loaded.intersection(("torch", *HEAVY))
