@@ -159,16 +159,17 @@ def environment(**more: str) -> dict[str, str]:
 def several(request, dataset, tmp_path_factory):
     """(world, tensors, what each rank found, (exit status, stderr) of each rank) of this file run as ranks."""
     world, out = request.param, tmp_path_factory.mktemp("ranks") / "out"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
     command = [sys.executable, __file__, str(dataset.directory), str(out)]
-    processes = [
-        subprocess.Popen(command, env=environment(RANK=str(rank), **meeting), stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
-    ends = [(process.communicate(timeout=300)[1], process.returncode) for process in processes]
+    # Bound but not listening: nobody else is given this port, and rank 0 can listen on it.
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1]), "WORLD_SIZE": str(world)}
+        processes = [
+            subprocess.Popen(command, env=environment(RANK=str(rank), **meeting), stderr=subprocess.PIPE, text=True)
+            for rank in range(world)
+        ]
+        ends = [(process.communicate(timeout=300)[1], process.returncode) for process in processes]
     assert out.exists(), ends
     return world, load_file(out), [json.loads(Path(f"{out}.{r}").read_text()) for r in range(world)], ends
 
@@ -309,7 +310,7 @@ def end_at(step: int, launcher: subprocess.Popen, run: Path, rank: int, number: 
         assert time.monotonic() < until
         time.sleep(0.01)
     signal_rank(launcher, rank, number)
-    return launcher.communicate(timeout=30)[1]
+    return launcher.communicate(timeout=120)[1]
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
