@@ -45,7 +45,9 @@ from lm.runs.directory import open_run
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 TEXT_MEGABYTES = 8
-TURNS = {"0.8M": 10, "10M": 4}  # turns of cpu_training in one of these, for a few seconds of steady work
+# A few seconds of steady work: turns of cpu_training in one of these, and texts.
+TURNS = {"0.8M": 10, "10M": 4}
+TEXTS = 6
 PEER = """
 import sys
 import datasets, numpy, transformers
@@ -155,12 +157,12 @@ def prompt() -> list[int]:
 def kindling_decode(work: Path) -> Callable[[], object]:
     choose_device("cpu")
     write = generate.ours(open_run(work / "run"), 1)
-    return lambda: write([prompt()])
+    return cpu_training.several(lambda: write([prompt()]), TEXTS)
 
 
 def transformers_decode(work: Path) -> Callable[[], object]:
     write = generate.of_transformers(work / "hf")
-    return lambda: write([prompt()])
+    return cpu_training.several(lambda: write([prompt()]), TEXTS)
 
 
 def nanogpt_decode(checkout: Path) -> Callable[[], object]:
@@ -222,7 +224,8 @@ def works(checkout: Path, work: Path) -> dict[str, tuple[dict[str, Maker], dict[
         "nanoGPT": partial(nanogpt_decode, checkout),
         "transformers": partial(transformers_decode, work),
     }
-    found["decode"] = makers, {name: generate.WRITTEN // (4 if name == "nanoGPT" else 1) for name in makers}
+    tokens = TEXTS * generate.WRITTEN
+    found["decode"] = makers, {"kindling": tokens, "nanoGPT": tokens // TEXTS // 4, "transformers": tokens}
     return found
 
 
@@ -250,16 +253,16 @@ def main() -> None:
         run = generate.random_run(work / "run")
         export_huggingface(run, work / "hf", run.newest(), "next_token")
         prepare_data(work, arguments.folder)
+        if arguments.only in "prepare":
+            size = dict.fromkeys(commands(work), TEXT_MEGABYTES * 10**6)
+            print("prepare: bytes per second, per CPU second")
+            compare(lambda group: timed_commands(work, group, arguments.rounds), size, arguments.conditions)
         for instructions in arguments.instructions:
             os.environ.update(AVX2 if instructions == "avx2" else {})
             for title, (makers, tokens) in works(arguments.nanogpt, work).items():
                 if arguments.only in title:
                     print(f"{title}, {instructions}: tokens per second, per CPU second")
                     compare(partial(timed_makers, makers, arguments.rounds), tokens, arguments.conditions)
-        if arguments.only in "prepare":
-            size = dict.fromkeys(commands(work), TEXT_MEGABYTES * 10**6)
-            print("prepare: bytes per second, per CPU second")
-            compare(lambda group: timed_commands(work, group, arguments.rounds), size, arguments.conditions)
 
 
 def timed_makers(makers: dict[str, Maker], rounds: int, group: Path | None) -> dict[str, Timing]:

@@ -113,10 +113,11 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def wait_for_orphans() -> None:
+def wait_for_orphans(group: int = 1) -> None:
+    """Wait for all children in a process group; 1: in any."""
     while True:
         try:
-            os.wait()
+            os.waitpid(-group, 0)
         except ChildProcessError:
             return
 
@@ -141,7 +142,7 @@ def measured(command: list[str]) -> Cost:
     stderr = process.stderr.read().decode()
     if process.returncode:
         raise SystemExit(f"{' '.join(command[:4])} failed:\n{stderr[-2000:]}")
-    wait_for_orphans()
+    wait_for_orphans(process.pid)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Cost(seconds, cpu, peak / 1e6)
