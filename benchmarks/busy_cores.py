@@ -8,8 +8,9 @@ group that may use half a core and one and a half (needs Linux and root; without
 candidate has a process of its own and its default number of threads; they work in turn, A B A B, medians of the rounds.
 
 - train: steps of AdamW on random tokens as in ``benchmarks.cpu_training``, and GPT-2 of transformers of the same shape;
-- decode: one prompt of 128 tokens, then greedy decoding, with the model of ``benchmarks.generate`` (nanoGPT: random
-  weights of the same shape, and a quarter of the tokens, for it computes the whole text again for each);
+- decode: texts one after another, each a prompt of 128 tokens and 256 more by greedy decoding, with the model of
+  ``benchmarks.generate`` (nanoGPT: random weights of the same shape, and 64 more for one prompt, because it computes
+  the whole text again for each token);
 - prepare: ``kindling prep build`` of a text into shards as one command, and the same with ``datasets`` and a tokenizer
   of transformers in two processes.
 

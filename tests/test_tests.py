@@ -13,7 +13,7 @@ FILES = sorted(Path(__file__).parent.rglob("*.py"))
 # A test patches what a module calls "time" or "os". What belongs to the standard library itself belongs to all threads
 # of the process: a server that a fixture runs in a thread once slept for hours on the clock of another test.
 STANDARD = sys.stdlib_module_names - {"sys"}
-HARMLESS = {"os.fsync"}  # nobody waits for the disk, and nobody reads what it says
+HARMLESS = {"os.fsync"}  # no other thread depends on it
 CLOCKS = {"time.perf_counter", "time.process_time", "time.thread_time", "time.time", "resource.getrusage"}
 WRITES_TIMES = {"make.py"}  # not a test
 

@@ -87,9 +87,8 @@ class Finetuning(TrainModule[Any]):
         require_examples(config)
         if ranks.world > 1:
             raise UserError(f"fine-tuning runs in one process: start {command('finetune')} without torchrun")
-        train, validation = read_task(
-            config.finetune, labels_of(path)
-        )  # their mistakes show before the weights are read
+        # Before the weights are read, so that mistakes in the examples show at once.
+        train, validation = read_task(config.finetune, labels_of(path))
         weights, own = kept_base(path), path / "tokenizer.json"
         if weights and own.is_file():
             tokenizer = load_tokenizer(own)

@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lm.config.scaling import block_weights
 from lm.config.settings import Config, DataConfig, OptimizerConfig
 from lm.data.batch import Batch
 from lm.kernels.cross_entropy import CHUNK_LOGITS, CHUNK_TOKENS
@@ -76,9 +75,10 @@ def _counted(config: Config, rows: int, device: str, low_precision: bool) -> Ste
 
 def _is_small(config: Config, rows: int) -> bool:
     """Whether a step of ``rows`` rows takes little time, and next to none of the memory that is available."""
-    model, tokens = config.model, rows * config.data.context_length
-    attended = model.num_layers * model.num_heads * model.head_width * config.data.context_length
-    flops = 6 * tokens * (model.vocab_size * model.hidden_size + block_weights(model) + 2 * attended)
+    context = config.data.context_length
+    tokens = rows * context
+    with torch.device("meta"):
+        flops = tokens * Transformer(config.model).flops_per_token(context)
     return flops < SMALL_FLOPS and tokens <= SMALL_TOKENS and available_memory(torch.device("cpu")) > AMPLE_BYTES
 
 

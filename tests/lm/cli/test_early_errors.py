@@ -108,7 +108,7 @@ def test_a_mistake_is_reported_without_pytorch(command, sentence, told):
 
 @pytest.fixture(scope="module")
 def without_weights(trained, tmp_path_factory):
-    """A run whose weights cannot be read: whoever needs them finds no checkpoint that is intact."""
+    """A run whose weights cannot be read: a command that needs them finds no intact checkpoint."""
     run = shutil.copytree(trained.path, tmp_path_factory.mktemp("weights") / "run")
     for weights in run.rglob("*.safetensors"):
         weights.write_bytes(b"")

@@ -160,7 +160,7 @@ def several(request, dataset, tmp_path_factory):
     """(world, tensors, what each rank found, (exit status, stderr) of each rank) of this file run as ranks."""
     world, out = request.param, tmp_path_factory.mktemp("ranks") / "out"
     command = [sys.executable, __file__, str(dataset.directory), str(out)]
-    # Bound but not listening: nobody else is given this port, and rank 0 can listen on it.
+    # Bound but not listening: no other process is given this port, and rank 0 can listen on it.
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
