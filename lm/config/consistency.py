@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lm.config.corpus_entry import corpus_of
 from lm.config.sampling import problem_of_fill
-from lm.config.settings import Config, FinetuneConfig, ModelConfig
+from lm.config.settings import IMAGE_OBJECTIVES, Config, FinetuneConfig, ModelConfig
 
 LARGEST_HEAD = 256  # of the attention kernels
 MOST_PARAMETERS = 10**13
@@ -33,7 +33,16 @@ def inconsistencies(config: Config) -> Iterator[str]:
             f"this model would have {parameters:.3g} parameters: choose a smaller num_layers, hidden_size, num_heads, "
             "feed_forward_size or vocab_size"
         )
-    if data.batch_tokens % data.context_length:
+    if config.reads_images:
+        yield from _inconsistencies_of_images(config)
+    elif data.batch_images:
+        yield "batch_images is for images: set patch_size, or leave batch_images out"
+    elif config.objective.objective in IMAGE_OBJECTIVES and not config.is_finetuning:
+        yield (
+            f"objective {config.objective.objective} learns from images: set patch_size and batch_images, or start "
+            f"from the recipe images-{config.objective.objective}"
+        )
+    elif data.batch_tokens % data.context_length:
         nearest = max(1, round(data.batch_tokens / data.context_length)) * data.context_length
         yield (
             f"batch_tokens {data.batch_tokens} is not a multiple of context_length {data.context_length}: "
@@ -57,6 +66,30 @@ def inconsistencies(config: Config) -> Iterator[str]:
     if optimizer.warmup_fraction + optimizer.decay_fraction > 1:
         yield "warmup_fraction and decay_fraction add up to more than 1"
     yield from _inconsistencies_of_task(config.finetune)
+
+
+def _inconsistencies_of_images(config: Config) -> Iterator[str]:
+    model, data, objective = config.model, config.data, config.objective.objective
+    if objective not in IMAGE_OBJECTIVES and not config.is_finetuning:
+        yield f"patch_size is for images, and {objective} learns from text: choose {' or '.join(IMAGE_OBJECTIVES)}"
+    if not data.batch_images:
+        yield "batch_images is 0: set how many images a step has"
+    elif data.micro_batch_rows and data.batch_images % data.micro_batch_rows:
+        yield f"micro_batch_rows {data.micro_batch_rows} does not divide the batch's {data.batch_images} images"
+    if model.image_size % model.patch_size:
+        yield f"patch_size {model.patch_size} does not divide the images' {model.image_size} pixels"
+    if model.head_width % 4 and model.head_width % 2 == 0:
+        yield (
+            f"the head size is {model.head_width}, but the two axes of an image need a multiple of 4: change num_heads "
+            "or head_size"
+        )
+    if model.stem == "convolutional":
+        if objective == "mae":
+            yield "stem convolutional shows each patch its neighbors, which mae hides: choose linear"
+        if model.patch_size & (model.patch_size - 1) or model.patch_size < 4:
+            yield f"stem convolutional needs a patch_size of 4, 8 or 16, not {model.patch_size}"
+    if config.objective.decoder_size % 32:
+        yield f"decoder_size {config.objective.decoder_size} is not a multiple of 32, the width of its heads"
 
 
 def _matrix_parameters(model: ModelConfig) -> int:

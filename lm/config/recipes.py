@@ -22,12 +22,12 @@ from data_prep.errors import UserError
 from data_prep.errors.command_names import command, example_recipe
 from data_prep.errors.other_names import other_name
 from lm.config.consistency import inconsistencies
+from lm.config.setting import Setting
 from lm.config.settings import (
     METHODS,
     Config,
     FinetuneConfig,
     ReportConfig,
-    Setting,
     all_settings,
     finetuning_defaults,
     finetuning_settings,

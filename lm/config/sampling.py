@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.files import read_json
-from lm.config.settings import setting
+from lm.config.setting import setting
 
 # Files of a run directory, named as in transformers (``lm.runs.companions``).
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"

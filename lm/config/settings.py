@@ -10,9 +10,10 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.files import write_atomically
+from lm.config.setting import Setting, setting
 
 # The tasks of fine-tuning; the first four have a head of their own (``lm.finetuning.heads``).
 HEAD_TASKS = ("classification", "regression", "tokens", "choice")
@@ -24,7 +25,11 @@ OBJECTIVES = {
     "masked_next_token": ("text", ("masked_next_token",)),
     "hybrid": ("text", ("next_token", "masked_next_token")),
     "hybrid_unshifted": ("text", ("next_token", "masked_token")),
+    "simclr": ("simclr", ()),
+    "mae": ("mae", ()),
 }
+# The objectives that learn from images; the others learn from text.
+IMAGE_OBJECTIVES = ("simclr", "mae")
 # The kinds of files that ``kindling predict`` and ``kindling embed`` write.
 ANSWER_FILES, VECTOR_FILES = (".jsonl", ".csv", ".tsv"), (".jsonl", ".npy")
 # The methods of fine-tuning, each with AdamW's default learning rate.
@@ -32,61 +37,6 @@ METHODS = {"full": 1e-3, "lora": 5e-3, "probe": 1e-2}
 # The matrices of a block that LoRA can adapt, by their names in it.
 ATTENTION_MATRICES, FEED_FORWARD_MATRICES = ("query", "key", "value", "output"), ("gate", "up", "down")
 LORA_MATRICES = ATTENTION_MATRICES + FEED_FORWARD_MATRICES
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting, as the command line and the recipes see it.
-
-    Attributes:
-        default: its type is the setting's type.
-        minimum, maximum: limits of a number, inclusive; a whole number without a maximum is at most 2^53.
-        on_resume: what happens if it differs when a run is resumed. "free": nothing, it changes neither the model nor
-            the order of the data. "ask": it needs --resume. "never": the run is refused, since its weights or the
-            meaning of a step depend on it.
-        finetuning: the default in fine-tuning; None: the same.
-        pretraining_only: fine-tuning derives it from its own settings, or does without.
-        of_task: part of what a task is in a table of tasks, not of how a model is fine-tuned on it.
-    """
-
-    name: str
-    section: str
-    default: Any
-    help: str
-    minimum: float | None
-    maximum: float | None
-    choices: tuple[str, ...]
-    on_resume: Literal["free", "ask", "never"]
-    finetuning: Any
-    pretraining_only: bool
-    of_task: bool
-
-    @property
-    def kind(self) -> str:
-        """Its type, as help and messages name it."""
-        return {bool: "true|false", int: "integer", float: "number", str: "text", tuple: "list of texts"}[
-            type(self.default)
-        ]
-
-    @property
-    def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    choices: tuple[str, ...] = (),
-    on_resume: Literal["free", "ask", "never"] = "ask",
-    finetuning: Any = None,
-    pretraining_only: bool = False,
-    of_task: bool = False,
-) -> Any:
-    """A dataclass field that describes a ``Setting``; the arguments are its attributes."""
-    return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
 
 
 @dataclass(frozen=True)
@@ -113,6 +63,25 @@ class ModelConfig:
     rope_theta: float = setting(10_000.0, "base of the rotary position frequencies", minimum=1, on_resume="never")
     norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", minimum=0, on_resume="never")
     vocab_size: int = setting(0, "vocabulary size; 0: that of the data's tokenizer", minimum=0, on_resume="never")
+    patch_size: int = setting(
+        0, "images: side of a patch in pixels, a divisor of the image size; 0: text", minimum=0, on_resume="never"
+    )
+    stem: str = setting(
+        "linear",
+        "images: what turns a patch into a vector: a linear map, which other libraries can load, or convolutions over "
+        "the whole image",
+        choices=("linear", "convolutional"),
+        on_resume="never",
+    )
+    image_size: int = setting(0, "images: side in pixels; 0: that of the data", minimum=0, on_resume="never")
+    image_channels: int = setting(
+        0, "images: color channels, 1 or 3; 0: those of the data", minimum=0, maximum=3, on_resume="never"
+    )
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image of ``image_size``."""
+        return (self.image_size // self.patch_size) ** 2
 
     @property
     def key_value_heads(self) -> int:
@@ -150,6 +119,13 @@ class DataConfig:
     batch_tokens: int = setting(
         8192, "tokens per step, a multiple of context_length", minimum=2, maximum=2**30, on_resume="never"
     )
+    batch_images: int = setting(
+        0,
+        "images per step; context_length and batch_tokens follow from it, a patch being a token (0: text)",
+        minimum=0,
+        maximum=2**20,
+        on_resume="never",
+    )
     micro_batch_rows: int = setting(
         0,
         "rows per forward pass; 0: as many as fit into memory (CPU: at most 4,096 tokens)",
@@ -160,7 +136,8 @@ class DataConfig:
 
     @property
     def batch_rows(self) -> int:
-        return self.batch_tokens // self.context_length
+        """Rows, or images, of a step."""
+        return self.batch_images or self.batch_tokens // self.context_length
 
 
 @dataclass(frozen=True)
@@ -180,10 +157,50 @@ class ObjectiveConfig:
         0.15, "share of the tokens hidden at once when validating the masked readout", minimum=0.01, maximum=1
     )
 
+    infonce_temperature: float = setting(
+        0.2, "simclr: cosine similarities are divided by this", minimum=0.001, maximum=100
+    )
+    projection_size: int = setting(128, "simclr: width of the vectors that are compared", minimum=2, on_resume="never")
+    projection_hidden_size: int = setting(512, "simclr: width inside the projection head", minimum=2, on_resume="never")
+    patch_mask_rate: float = setting(
+        0.75, "mae: share of an image's patches that are hidden and predicted", minimum=0.01, maximum=0.99
+    )
+    normalize_patches: bool = setting(
+        True, "mae: predict the pixels of a patch after normalizing them by their own mean and variance"
+    )
+    decoder_layers: int = setting(2, "mae: blocks of the decoder", minimum=1, on_resume="never")
+    decoder_size: int = setting(96, "mae: width of the decoder, in heads of 32", minimum=32, on_resume="never")
+
     @property
     def validation_folds(self) -> int:
         """The number of passes in which a masked readout hides every token once."""
         return round(1 / self.validation_mask_rate)
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """How views of an image are drawn; each image and view has draws of its own."""
+
+    crop_area: float = setting(
+        0.2, "smallest share of the image's area in a crop; the largest is 1", minimum=0.01, maximum=1
+    )
+    crop_ratio: float = setting(4 / 3, "largest ratio of a crop's sides, either way", minimum=1, maximum=10)
+    flip: float = setting(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
+    color_jitter: float = setting(
+        0.5,
+        "strength of color changes: brightness, contrast and saturation by up to 0.8 times this, hue by up to 0.2 "
+        "times this (simclr only)",
+        minimum=0,
+        maximum=1.25,
+    )
+    color_jitter_rate: float = setting(0.8, "probability of color changes (simclr only)", minimum=0, maximum=1)
+    grayscale: float = setting(0.2, "probability of a view without color (simclr only)", minimum=0, maximum=1)
+    blur: float = setting(
+        0.5, "probability of Gaussian blur in views of at least 64 pixels (simclr only)", minimum=0, maximum=1
+    )
+    solarize: float = setting(
+        0.0, "probability of inverting the pixels above one half (simclr only)", minimum=0, maximum=1
+    )
 
 
 @dataclass(frozen=True)
@@ -410,6 +427,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -419,6 +437,11 @@ class Config:
     def readouts(self) -> tuple[str, ...]:
         """The readouts of a model with this objective, the causal one first."""
         return OBJECTIVES[self.objective.objective][1]
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model reads images instead of text."""
+        return self.model.patch_size > 0
 
     @property
     def is_finetuning(self) -> bool:
@@ -448,8 +471,9 @@ class Config:
         import tomli_w
 
         sections = dataclasses.asdict(self)
-        if self.finetune == FinetuneConfig():
-            del sections["finetune"]
+        for section in ("views", "finetune"):
+            if getattr(self, section) == getattr(Config(), section):
+                del sections[section]
         return tomli_w.dumps(sections, multiline_strings=False)
 
     def save(self, path: Path) -> None:
