@@ -41,7 +41,7 @@ from data_prep.shards.manifest import save_manifest
 from data_prep.shards.tokens import IMAGES_FORMAT, SPLITS, WORK
 from data_prep.sources.decoding import BadImage, decode_noting, looks_gray
 from data_prep.sources.formats import summary_of
-from data_prep.sources.images import TRAIN, VALIDATION, ImageEntry, Listing, entries_of, list_images
+from data_prep.sources.images import FILE, MEMBER, TRAIN, VALIDATION, ImageEntry, Listing, entries_of, list_images
 from data_prep.sources.listing import grouped
 
 PART_BYTES = 64 * 2**20
@@ -68,17 +68,16 @@ class ImagePlan:
                         f'"{text}" has validation images of its own: name its folder with the training images, or '
                         "leave out --validation"
                     )
-            listings = [_with_split(each, TRAIN) for each in listings]
-            listings += [_with_split(each, VALIDATION) for each in list_images(settings.validation)]
+            held_out = [_with_split(each, VALIDATION) for each in list_images(settings.validation)]
+            listings = [*(_with_split(each, TRAIN) for each in listings), *held_out]
         most = min(PART_BYTES, part_size(sum(item.size for each in listings for item in each.items)))
         parts = [
             ImagePart(source, items, size)
             for source, listing in enumerate(listings)
             for items, size in grouped(((item, item.size) for item in listing.items), most)
         ]
-        identity = {
-            name: value for name, value in asdict(settings).items() if name not in ("sources", "out", "workers")
-        }
+        without = ("sources", "validation", "out", "workers")  # the list of sources has names without paths
+        identity = {name: value for name, value in asdict(settings).items() if name not in without}
         identity |= {"format": IMAGES_FORMAT, "sources": [_describe(listing) for listing in listings]}
         return cls(settings, tuple(listings), tuple(parts), json.loads(json.dumps(identity)))
 
@@ -88,12 +87,13 @@ class ImagePlan:
 
 
 def _with_split(listing: Listing, split: str) -> Listing:
-    return replace(listing, items=[replace(item, split=split) for item in listing.items])
+    return replace(listing, split=split, items=[replace(item, split=split) for item in listing.items])
 
 
 def _describe(listing: Listing) -> dict[str, Any]:
     return {
         "name": listing.name,
+        "split": listing.split,
         "files": len({item.path for item in listing.items}),
         "bytes": sum(item.size for item in listing.items),
     }
@@ -225,7 +225,17 @@ def notes_of(listings: Sequence[Listing]) -> Iterator[str]:
         yield from (f"note: {note}" for note in listing.notes)
         if listing.unread:
             files = "1 file" if len(listing.unread) == 1 else f"{len(listing.unread):,} files"
-            yield f'left out: {files} in "{listing.name}" that no image is called like: {summary_of(listing.unread)}'
+            yield f'left out: {files} in "{listing.name}" without the name of an image: {summary_of(listing.unread)}'
+    for_training = [listing for listing in listings if listing.split != VALIDATION]
+    if len(for_training) > 1 and all(_is_flat(listing) for listing in for_training):
+        yield (
+            f"note: these {len(for_training):,} sources have no classes: if each source is one, name the folder that "
+            "holds them all"
+        )
+
+
+def _is_flat(listing: Listing) -> bool:
+    return all(item.kind in (FILE, MEMBER) and item.label is None for item in listing.items)
 
 
 def sentences_of(report: ImageReport) -> Iterator[str]:
@@ -233,7 +243,7 @@ def sentences_of(report: ImageReport) -> Iterator[str]:
     for word, found in (("left out", report.left_out), ("note", report.changed)):
         for reason, cases in found.items():
             images = "1 image" if cases.images == 1 else f"{cases.images:,} images"
-            yield f"{word}: {images}, {reason} (the first is {cases.first})"
+            yield f"{word}: {images}, {reason} (the first: {cases.first})"
 
 
 def _format_of(size: int, channels: int, shards: Sequence[ImageShardRecord]) -> ImageFormat:
@@ -257,12 +267,13 @@ def _manifest(
     """Return the manifest; ``docs/shard-format.md`` explains each entry."""
     settings = dict(journal.identity)
     names = {label for records in shards.values() for record in records for label in record.classes}
+    classes = sorted(names, key=_natural)
     return {
         "format": IMAGES_FORMAT,
         "version": IMAGES_VERSION,
         "processor": {"file": ImageFormat.file_name, "sha256": form.sha256} | asdict(form),
         "storage": PIXELS if form.size <= LARGEST_RAW else FILES,
-        "classes": sorted(names, key=_natural),
+        "classes": classes,
         "split_rule": {
             "validation_if": "the source says so, or the first 8 bytes of BLAKE2b (digest size 8) of the file, "
             "big-endian, are below",
@@ -274,6 +285,7 @@ def _manifest(
         "splits": {
             split: {
                 "images": sum(record.images for record in records),
+                "classes": {name: sum(record.classes.get(name, 0) for record in records) for name in classes},
                 "shards": [asdict(record) for record in records],
             }
             for split, records in shards.items()

@@ -70,22 +70,20 @@ def decode_noting(data: bytes) -> Decoded:
 
     if not data:
         raise BadImage(EMPTY)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged metadata and large images, for all of which there is a rule here
-        try:
-            image = Image.open(io.BytesIO(data), formats=_formats())
-            _check_size(*image.size)
-            image.load()
-            several = bool(getattr(image, "is_animated", False))
-            plain = upright(image)
-        except (BadImage, MemoryError):
-            raise
-        except UnidentifiedImageError:
-            raise BadImage(DAMAGED if data.startswith(MARKS) or data[8:12] == b"WEBP" else NOT_AN_IMAGE) from None
-        except Image.DecompressionBombError:
-            raise BadImage(TOO_LARGE) from None
-        except Exception as error:  # Pillow's plugins raise what they like for broken files
-            raise BadImage(DAMAGED, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+        _check_size(*image.size)
+        image.load()
+        several = bool(getattr(image, "is_animated", False))
+        plain = upright(image)
+    except (BadImage, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(DAMAGED if data.startswith(MARKS) or data[8:12] == b"WEBP" else NOT_AN_IMAGE) from None
+    except Image.DecompressionBombError:
+        raise BadImage(TOO_LARGE) from None
+    except Exception as error:  # Pillow's plugins raise what they like for broken files
+        raise BadImage(DAMAGED, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
     return Decoded(plain.image, (*plain.changes, *([FRAMES] if several else [])))
 
 
@@ -142,12 +140,10 @@ def looks_gray(data: bytes) -> bool:
     """Return whether an image file says that it is gray, or cannot be read; its pixels are not decoded."""
     from PIL import Image
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return _is_gray(Image.open(io.BytesIO(data), formats=_formats()))
-        except Exception:  # whatever is wrong is told when it is decoded
-            return True
+    try:
+        return _is_gray(Image.open(io.BytesIO(data), formats=_formats()))
+    except Exception:  # decoding reports what is wrong
+        return True
 
 
 @cache
@@ -155,6 +151,9 @@ def _formats() -> tuple[str, ...]:
     """Those of ``FORMATS`` that this Pillow was built with."""
     from PIL import Image
 
+    # Of damaged metadata and of large images, for which there are rules here; not for a while, as catch_warnings would,
+    # because other threads may read images too.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 

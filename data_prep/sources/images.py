@@ -17,9 +17,11 @@ from pathlib import Path, PurePosixPath
 from data_prep.errors import UserError
 from data_prep.sources.decoding import MOST_BYTES, TOO_LARGE, UNREADABLE, BadImage, decode, decode_noting
 from data_prep.sources.documents import one_line
+from data_prep.sources.formats import some_names
 from data_prep.sources.image_records import (
     DIGITS,
     HUGGING_FACE,
+    NUMBER_OF_DIGITS,
     digits,
     images_of_dataset,
     images_of_parquet,
@@ -48,6 +50,7 @@ ENDINGS = (
     *(".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2", ".avif"),
 )
 TAR, PARQUET = ".tar", ".parquet"
+FILE, MEMBER = "file", "member"  # kinds of items; the others are PARQUET, HUGGING_FACE and DIGITS
 TRAIN, VALIDATION, LEFT_OUT = "train", "validation", ""
 # What folders of splits are called.
 TRAIN_FOLDERS = {"train", "training"}
@@ -75,7 +78,7 @@ class ImageItem:
     """What is listed without being read: a file, a member of an archive, or rows of a table.
 
     ``kind`` says which. ``start`` and ``stop`` are bytes of an archive or row groups of a .parquet file; a ``stop`` of
-    -1 means the end. ``size`` is in bytes, 0 if unknown.
+    -1 means the end. ``size`` is in bytes and ``images`` a count, both 0 if unknown.
     """
 
     kind: str
@@ -86,6 +89,7 @@ class ImageItem:
     split: str | None = None
     start: int = 0
     stop: int = -1
+    images: int = 1
 
 
 @dataclass
@@ -93,6 +97,7 @@ class Listing:
     """What one source holds: ``unread`` are the names of files that are no images, ``notes`` sentences about it."""
 
     name: str
+    split: str | None = field(default=None, kw_only=True)
     items: list[ImageItem] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -154,7 +159,7 @@ def _read(item: ImageItem) -> bytes:
 
 def _list_source(text: str) -> Listing:
     if text == DIGITS:
-        return Listing(DIGITS, [ImageItem(DIGITS, DIGITS, "digits", 0)])
+        return Listing(DIGITS, [ImageItem(DIGITS, DIGITS, "digits", 0, images=NUMBER_OF_DIGITS)])
     if text == "builtin":
         raise UserError(f'"builtin" is text: the built-in images are {DIGITS}')
     if text == "-":
@@ -162,7 +167,7 @@ def _list_source(text: str) -> Listing:
     if text.startswith(HUGGING_FACE):
         name, split = parse_hugging_face(text)
         shown = f"{last_name(name) if Path(name).exists() else name}:{split}"
-        return Listing(f"{HUGGING_FACE}{shown}", [ImageItem(HUGGING_FACE, text, shown, 0)])
+        return Listing(f"{HUGGING_FACE}{shown}", [ImageItem(HUGGING_FACE, text, shown, 0, images=0)])
     archive, inside = _split_at_archive(text)
     if archive:
         listing = _list_archive(archive, inside)
@@ -171,7 +176,8 @@ def _list_source(text: str) -> Listing:
     elif is_folder(text):
         listing = _list_files(text, list_folder(text), text)
         if linked := linked_folders(text):
-            listing.notes.append(f'"{listing.name}" has {len(linked):,} linked folders, which are not followed')
+            folders = "1 linked folder is" if len(linked) == 1 else f"{len(linked):,} linked folders are"
+            listing.notes.append(f'{folders} not followed in "{listing.name}": {some_names(linked)}')
     else:
         listing = _list_file(text)
     if not listing.items:
@@ -187,14 +193,13 @@ def _list_file(path: str) -> Listing:
         raise UserError(f'"{one_line(path)}" is compressed, so its images cannot be read at random: unpack it first')
     name, size = one_line(last_name(path)), size_of(path) or 0
     if path.lower().endswith(PARQUET):
-        return Listing(name, list(_of_parquet(path, name, size)))
-    return Listing(name, [ImageItem("file", path, name, size)])
+        return Listing(name, list(_of_parquet(path, name)))
+    return Listing(name, [ImageItem(FILE, path, name, size)])
 
 
-def _of_parquet(path: str, name: str, size: int) -> Iterator[ImageItem]:
-    groups = row_group_sizes(path) or [size]
-    for number, group in enumerate(groups):
-        yield ImageItem(PARQUET, path, name, group, start=number, stop=number + 1)
+def _of_parquet(path: str, name: str) -> Iterator[ImageItem]:
+    for number, (rows, group) in enumerate(row_group_sizes(path)):
+        yield ImageItem(PARQUET, path, name, group, start=number, stop=number + 1, images=rows)
 
 
 def _list_files(text: str, files: Sequence[tuple[str, int]], root: str) -> Listing:
@@ -205,9 +210,9 @@ def _list_files(text: str, files: Sequence[tuple[str, int]], root: str) -> Listi
         relative = path.removeprefix(root).lstrip("/") if is_remote(path) else Path(path).relative_to(root).as_posix()
         name = f"{listing.name}/{one_line(relative)}"
         if path.lower().endswith(ENDINGS):
-            images.append((PurePosixPath(relative).parts[:-1], ImageItem("file", path, name, size)))
+            images.append((PurePosixPath(relative).parts[:-1], ImageItem(FILE, path, name, size)))
         elif path.lower().endswith(PARQUET):
-            listing.items.extend(_of_parquet(path, name, size))
+            listing.items.extend(_of_parquet(path, name))
         elif path.lower().endswith(TAR):
             inner = _list_archive(path, "")
             listing.items.extend(inner.items)
@@ -223,7 +228,7 @@ def _split_at_archive(text: str) -> tuple[str, str]:
     """Return the archive that a path names or leads into, and the folder in it; "", "" if there is none."""
     for path in (Path(text), *Path(text).parents):
         if path.suffix.lower() == TAR and path.is_file():
-            return str(path), Path(text).relative_to(path).as_posix().strip(".")
+            return str(path), "/".join(Path(text).relative_to(path).parts)
     return (text, "") if is_remote(text) and text.lower().endswith(TAR) else ("", "")
 
 
@@ -246,7 +251,7 @@ def _list_archive(path: str, inside: str) -> Listing:
     items = []
     for folders, name, start, size in chosen:
         shown = f"{PurePosixPath(last_name(path)).stem}/{'/'.join((*folders[shared:], name))}"
-        item = ImageItem("member", path, one_line(shown), size, start=start, stop=start + size)
+        item = ImageItem(MEMBER, path, one_line(shown), size, start=start, stop=start + size)
         items.append((folders[len(wanted) :], item))
     listing.items = _with_folders(items, listing)
     return listing
@@ -295,13 +300,14 @@ def _with_folders(images: Iterable[tuple[tuple[str, ...], ImageItem]], listing: 
     by_top = defaultdict(list)
     for folders, item in images:
         by_top[folders[shared]].append((folders[shared + 1 :], item))
-    found, told = [], []
+    found, notes = [], []
     for top, inner in sorted(by_top.items()):
         split, deeper = split_of[top.lower()], _shared([folders for folders, _ in inner])
-        told.append(f'"{top}" {f"for {split}" if split else "left out, for a final test"}')
+        use = {TRAIN: "for training", VALIDATION: "for validation", LEFT_OUT: "left out, for a final test"}[split]
+        notes.append(f'"{top}" is {use}')
         if split:
             found += [replace(item, label=_class_of(folders, deeper), split=split) for folders, item in inner]
-    listing.notes.append(f'the folders of "{listing.name}" are splits: {", ".join(told)}')
+    listing.notes.append(f'the folders of "{listing.name}" are splits: {", ".join(notes)}')
     return found
 
 
