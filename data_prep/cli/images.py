@@ -56,10 +56,8 @@ def print_image_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> N
     ]
     print_table(("split", "images", "with a class", "MB"), rows)
     processor = manifest["processor"]
-    color = "color" if processor["channels"] == 3 else "gray"
-    click.echo(
-        f"images: {color}, {processor['size']} x {processor['size']} pixels; {some_classes(manifest['classes'])}"
-    )
+    size, color = processor["size"], "color" if processor["channels"] == 3 else "gray"
+    click.echo(f"images: {color}, {size} x {size} pixels; {some_classes(manifest['classes'])}")
     if left_out := [f"{reason} {cases['images']:,}" for reason, cases in manifest["left_out"].items()]:
         click.echo(f"left out: {', '.join(left_out)}")
     click.echo(f"in: {out}")

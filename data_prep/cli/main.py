@@ -224,7 +224,8 @@ def inspect(
 
         if ids or documents is not None:
             raise UserError(f'"{directory}" is a dataset of images: --documents and --ids are for text')
-        found = inspect_images(open_images(directory), pictures=12 if pictures is None else pictures, seed=seed)
+        shown_images = 12 if pictures is None else pictures
+        found = inspect_images(open_images(directory), pictures=shown_images, seed=seed, pixels=page is not None)
         shown = render_images(found) if page is None else render_images_page(found)
     else:
         from data_prep.shards.inspect import inspect_dataset, render

@@ -99,7 +99,8 @@ class ImageShardRecord:
     """The entry for one shard in the manifest.
 
     ``source`` is an index into the manifest's sources. ``classes`` counts the images of each class, in the order of
-    the numbers in the index. ``sums`` and ``squares`` have, for each channel, the sum of all pixels and of their squares.
+    the numbers in the index. ``sums`` and ``squares`` have, for each channel, the sum of all pixels and of their
+    squares.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Inspect a dataset of images: totals, classes, sizes of the originals, what was left out, and pictures of each class."""
+"""Inspect a dataset of images: totals, classes, original sizes, what was left out, and pictures of each class."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ BAR_WIDTH = 40
 UNLABELED = "no class"
 
 
-def inspect_images(dataset: ImageDataset, *, pictures: int, seed: int) -> dict[str, Any]:
+def inspect_images(dataset: ImageDataset, *, pictures: int, seed: int, pixels: bool = False) -> dict[str, Any]:
     """Describe each split, ready for JSON: totals, classes, sizes, sources, and ``pictures`` random images a class.
 
-    Each of these has its number, source, width and height, and its pixels as they are stored in a PNG (base64).
+    Each of these has its number, source, width and height and, if ``pixels``, the stored pixels as ``png_of`` them.
     """
     manifest = dataset.manifest
     processor = {name: manifest["processor"][name] for name in ("size", "channels", "mean", "std")}
@@ -37,11 +37,11 @@ def inspect_images(dataset: ImageDataset, *, pictures: int, seed: int) -> dict[s
         "classes": list(dataset.classes),
         "left_out": manifest["left_out"],
         "changed": manifest["changed"],
-        "splits": {name: _inspect_split(dataset, dataset.split(name), pictures, seed) for name in SPLITS},
+        "splits": {name: _inspect_split(dataset, dataset.split(name), pictures, seed, pixels) for name in SPLITS},
     }
 
 
-def _inspect_split(dataset: ImageDataset, split: ImageSplit, pictures: int, seed: int) -> dict[str, Any]:
+def _inspect_split(dataset: ImageDataset, split: ImageSplit, pictures: int, seed: int, pixels: bool) -> dict[str, Any]:
     totals: dict[str, Any] = {
         "images": split.count,
         "labeled": sum(dataset.manifest["splits"][split.name]["classes"].values()),
@@ -63,12 +63,12 @@ def _inspect_split(dataset: ImageDataset, split: ImageSplit, pictures: int, seed
         "common_sizes": [{"width": width, "height": height, "images": count} for (width, height), count in common],
         "number_of_sizes": len(np.unique(sizes, axis=0)),
         "sources": [{"name": name, "images": images} for name, images in by_source.items()],
-        "pictures": _pictures(dataset, split, pictures, np.random.default_rng(seed)),
+        "pictures": _pictures(dataset, split, pictures, np.random.default_rng(seed), pixels),
     }
 
 
 def _pictures(
-    dataset: ImageDataset, split: ImageSplit, pictures: int, rng: np.random.Generator
+    dataset: ImageDataset, split: ImageSplit, pictures: int, rng: np.random.Generator, pixels: bool
 ) -> list[dict[str, Any]]:
     """Return random images of each class, those without one last, in the order of their numbers."""
     labels = split.labels
@@ -87,10 +87,12 @@ def _pictures(
                 "source": split.source_of(int(each)),
                 "width": int(split.sizes[each, 0]),
                 "height": int(split.sizes[each, 1]),
-                "png": png_of(pixels),
             }
-            for each, pixels in zip(chosen, split.read(chosen), strict=True)
+            for each in chosen
         ]
+        if pixels:
+            for image, stored in zip(images, split.read(chosen), strict=True):
+                image["png"] = png_of(stored)
         found.append({"class": name, "of": len(members), "images": images})
     return found
 
@@ -121,9 +123,7 @@ def render_images(found: dict[str, Any]) -> str:
             lines += _split_lines(split)
     for word, what in (("left_out", "left out"), ("changed", "changed")):
         lines += ["", f"{what}:"] if found[word] else []
-        lines += [
-            f"  {cases['images']:,} {reason} (the first: {cases['first']})" for reason, cases in found[word].items()
-        ]
+        lines += [f"  {cases['images']:,} {why} (the first: {cases['first']})" for why, cases in found[word].items()]
     return "\n".join(lines)
 
 

@@ -50,9 +50,7 @@ def _with_bars(split: dict[str, Any]) -> dict[str, Any]:
     most = max(row["images"] for row in split["common_sizes"])
     return split | {
         "bars": [row | {"percent": round(100 * row["images"] / most, 2)} for row in split["common_sizes"]],
-        "more_classes": sum(count > 0 for count in split["classes"].values()) - MOST_CLASSES
-        if len(split["classes"]) > MOST_CLASSES
-        else 0,
+        "more_classes": max(0, sum(count > 0 for count in split["classes"].values()) - MOST_CLASSES),
     }
 
 
