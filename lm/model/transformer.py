@@ -56,10 +56,16 @@ class RMSNorm(nn.Module):
 def rotary_table(positions: Tensor, width: int, theta: float) -> Pair:
     """Cosines and sines (rows, T, 1, width / 2) of the rotary embedding (Su et al. 2021, eq. 34).
 
-    In float32, as in other libraries' models: exact to 2e-5 at position 2,000, to 1e-3 at 100,000.
+    ``positions`` is (rows, T), or (rows, T, 2) for the row and column of an image's patches: the frequencies with an
+    even number then turn with the row, the others with the column, as in Pixtral (Agrawal et al. 2024). In float32, as
+    in other libraries' models: exact to 2e-5 at position 2,000, to 1e-3 at 100,000.
     """
     frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width)
-    angles = positions[..., None, None] * frequencies
+    if positions.ndim == 3:
+        by_axis = [positions[..., axis, None, None] * frequencies[axis::2] for axis in range(2)]
+        angles = torch.cat(by_axis, dim=-1)
+    else:
+        angles = positions[..., None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -153,7 +159,10 @@ class Trunk(nn.ModuleList):
         self.config = config
 
     def forward(self, x: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: Cache | None) -> Tensor:
-        """Hidden states (rows, T, hidden) of x, what the stem made of the inputs; the rest as of ``Transformer``."""
+        """Hidden states (rows, T, hidden) of x, what the stem made of the inputs; the rest as of ``Transformer``.
+
+        ``positions`` may have two axes, (rows, T, 2), as of ``rotary_table``.
+        """
         rotary = rotary_table(positions, self.config.head_width, self.config.rope_theta)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self):
@@ -165,6 +174,26 @@ class Trunk(nn.ModuleList):
         matrices = sum(weight.numel() for weight in self.parameters() if weight.ndim == 2)
         config = self.config
         return 6.0 * matrices + 12 * config.num_layers * config.num_heads * config.head_width * context_length
+
+
+def initialize(model: nn.Module, seed: int, *, embedding_std: float | None = None, identity: bool = True) -> None:
+    """Draw all weights from ``seed``: the same ones on every device and for every number of threads.
+
+    Matrices and convolutions are normal with variance 1 / (3 · inputs), or outside the blocks with ``embedding_std``,
+    if it is given. Those that write into the residual stream are zero, so that every block starts as the identity
+    (Goyal et al. 2017; Zhang et al. 2019, Fixup), unless ``identity`` is False.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.ones_(parameter)
+        elif identity and name.endswith((".output.weight", ".down.weight")):
+            nn.init.zeros_(parameter)
+        else:
+            scaled = (3 * parameter[0].numel()) ** -0.5
+            std = scaled if embedding_std is None or name.startswith("blocks.") else embedding_std
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
 class Transformer(nn.Module):
@@ -181,21 +210,8 @@ class Transformer(nn.Module):
         self._compiled: Callable[..., Tensor] | None = None
 
     def initialize(self, seed: int) -> Transformer:
-        """Draw all weights from ``seed``: the same ones on every device and for every number of threads.
-
-        Matrices are normal with variance 1 / (3 · inputs); those that write into the residual stream are zero, so that
-        every block starts as the identity (Goyal et al. 2017; Zhang et al. 2019, Fixup).
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            elif name.endswith((".output.weight", ".down.weight")):
-                nn.init.zeros_(parameter)
-            else:
-                std = (3 * parameter.shape[1]) ** -0.5 if name.startswith("blocks.") else 0.02
-                with torch.no_grad():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        """Draw all weights from ``seed``, as ``initialize`` does, the embedding with a standard deviation of 0.02."""
+        initialize(self, seed, embedding_std=0.02)
         return self
 
     def forward(self, inputs: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: Cache | None = None) -> Tensor:
