@@ -13,6 +13,7 @@ from enum import IntEnum
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -154,7 +155,7 @@ def _blurs(sigma: Tensor, size: int) -> Tensor:
     distances = torch.arange(-reach, reach + 1, device=sigma.device)
     kernels = torch.softmax(-0.5 * (distances / sigma[:, None]) ** 2, dim=1)
     neighbors = (torch.arange(size, device=sigma.device)[:, None] + distances).clamp(0, size - 1)
-    chosen = torch.nn.functional.one_hot(neighbors, size).to(torch.float32)  # (size, distances, size)
+    chosen = F.one_hot(neighbors, size).to(torch.float32)  # (size, distances, size)
     return (kernels @ chosen.transpose(0, 1).flatten(1)).view(-1, size, size)
 
 
@@ -180,3 +181,19 @@ def _colors(draws: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         luma = (mean @ weights)[:, None]
     offset = (brightness * (1 - contrast))[:, None] * luma
     return (brightness * contrast)[:, None, None] * matrix, offset.expand_as(mean)
+
+
+def contact_sheet(images: Tensor, settings: ViewsConfig, seed: int, views: int) -> NDArray[np.uint8]:
+    """A picture with a row for each image (n, S, S, C): the image, then that many views of it at the same size.
+
+    It is (height, width, 3) for color images and (height, width) for gray ones, with white lines between the tiles.
+    """
+    count, size, _, channels = images.shape
+    draws = draw_views(seed, np.arange(count), views, settings).to(images.device)
+    columns = [images.permute(0, 3, 1, 2).to(torch.float32) / 255]
+    columns += [make_views(images, draws[:, view], size, settings) for view in range(views)]
+    gap = max(1, size // 16)
+    tiles = F.pad(torch.stack(columns, dim=1), (0, gap, 0, gap), value=1.0)  # (n, 1 + views, C, S + gap, S + gap)
+    grid = tiles.permute(0, 3, 1, 4, 2).reshape(count * (size + gap), (1 + views) * (size + gap), channels)
+    picture = (grid[:-gap, :-gap] * 255).round().to(torch.uint8)
+    return (picture if channels > 1 else picture[:, :, 0]).cpu().numpy()
