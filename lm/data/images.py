@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -14,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.shards.images import ImageDataset, ImageFormat, ImageSplit, open_images
+from data_prep.shards.images import ImageSplit
 from lm.config.settings import Config
+from lm.data.image_corpora import ImageCorpora
 from lm.data.order import Order
 
 
@@ -62,93 +59,17 @@ class ImageBatch:
 
     def _taken(self, chosen: slice) -> ImageBatch:
         taken = {name: part[chosen].contiguous() for name, part in self._tensors().items()}
-        return replace(self, **taken, parts=dict.fromkeys(self.parts, len(taken["images"])))
+        parts = dict.fromkeys(self.parts, len(taken["images"]))
+        return replace(replace(self, parts=parts), **taken)  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> ImageBatch:
         """The batch on a device."""
-        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in self._tensors().items()})
+        moved = {name: part.to(device, non_blocking=True) for name, part in self._tensors().items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def _tensors(self) -> dict[str, Tensor]:
         all_tensors = {name: getattr(self, name) for name in ("images", "draws", "loss_weights", "kept")}
         return {name: part for name, part in all_tensors.items() if part is not None}
-
-
-class ImageCorpora:
-    """Image datasets, each with a weight, of one size and number of channels; raises UserError if they differ.
-
-    With several, pixels are normalized by the mean and standard deviation of the first.
-    """
-
-    def __init__(self, datasets: Sequence[ImageDataset], weights: Sequence[Fraction] = (Fraction(1),)) -> None:
-        self.datasets, self.weights = datasets, weights
-        first = datasets[0]
-        self.format: ImageFormat = first.format
-        for other in datasets[1:]:
-            shapes = [(each.format.size, each.format.channels) for each in (first, other)]
-            if shapes[0] != shapes[1]:
-                sizes = [f"{size} pixels and {channels} channels" for size, channels in shapes]
-                raise UserError(
-                    f"{other.directory} has images of {sizes[1]}, and {first.directory} of {sizes[0]}: "
-                    "prepare them with the same --size and --channels"
-                )
-
-    @property
-    def name(self) -> str:
-        return " + ".join(str(dataset.directory) for dataset in self.datasets)
-
-    @property
-    def processor(self) -> ImageFormat:
-        """What makes model inputs of pictures."""
-        return self.format
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 that names the whole content and the weights; with one dataset it is the dataset's own."""
-        if len(self.datasets) == 1:
-            return self.datasets[0].fingerprint
-        total = sum(self.weights)
-        named = [
-            [dataset.fingerprint, str(weight / total)]
-            for dataset, weight in zip(self.datasets, self.weights, strict=True)
-        ]
-        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
-
-    def verify(self) -> None:
-        """Read everything; raise a UserError at the first file that has changed since the build."""
-        for dataset in self.datasets:
-            dataset.verify()
-
-    def splits(self, name: str) -> list[ImageSplit]:
-        """The split ``train`` or ``validation`` of each dataset."""
-        return [dataset.split(name) for dataset in self.datasets]
-
-
-def with_images(config: Config, corpora: ImageCorpora) -> Config:
-    """Set what the data decides: size and channels of the images, and the tokens of a row and of a step.
-
-    Raises:
-        UserError: the settings ask for another size, or for patches that do not divide it.
-    """
-    form, model = corpora.format, config.model
-    for name, asked, there in (
-        ("image_size", model.image_size, form.size),
-        ("image_channels", model.image_channels, form.channels),
-    ):
-        if asked not in (0, there):
-            raise UserError(f"{name} is {asked}, but the images of {corpora.name} have {there}")
-    if form.size % model.patch_size or form.size // model.patch_size < 2:
-        fitting = [str(size) for size in range(1, form.size // 2 + 1) if form.size % size == 0]
-        raise UserError(
-            f"patch_size {model.patch_size} does not cut images of {form.size} pixels into patches: "
-            f"choose one of {', '.join(fitting)}"
-        )
-    patches = (form.size // model.patch_size) ** 2
-    return config.replace(
-        image_size=form.size,
-        image_channels=form.channels,
-        context_length=patches,
-        batch_tokens=patches * config.data.batch_images,
-    )
 
 
 class Pictures:
@@ -166,7 +87,7 @@ class TrainingImages(Order):
     """The training images of all datasets, as those of each step; raises UserError if a dataset has none."""
 
     def __init__(self, corpora: ImageCorpora, config: Config) -> None:
-        splits, self.format = corpora.splits("train"), corpora.format
+        splits, self.inputs = corpora.splits("train"), corpora.format
         names = [str(dataset.directory) for dataset in corpora.datasets]
         for name, split in zip(names, splits, strict=True):
             if not split.count:
@@ -177,7 +98,7 @@ class TrainingImages(Order):
     def of_step(self, step: int) -> ImageRows:
         """The images of optimizer step ``step``, from 0."""
         numbers, located = self.located(step)
-        size, channels = self.format.size, self.format.channels
+        size, channels = self.inputs.size, self.inputs.channels
         images = np.empty((len(numbers), size, size, channels), dtype=np.uint8)
         for number, pictures in enumerate(self.pictures):
             of_split = located.texts == number
@@ -255,8 +176,3 @@ class ImageValidation:
     @property
     def count(self) -> int:
         return self.held_out.count
-
-
-def open_image_corpora(paths: Sequence[str], weights: Sequence[Fraction]) -> ImageCorpora:
-    """Open image datasets, reading sizes and headers only; errors as of ``open_images`` and ``ImageCorpora``."""
-    return ImageCorpora([open_images(path) for path in paths], weights)

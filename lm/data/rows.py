@@ -130,11 +130,14 @@ class Documents:
 
 
 class TrainingRows(Order):
-    """The training text of all corpora, as the rows of each step; raises UserError if one is shorter than a row."""
+    """The training text of all corpora, as the rows of each step; raises UserError if one is shorter than a row.
+
+    ``inputs`` is what an objective needs to know of the tokens.
+    """
 
     def __init__(self, corpora: Corpora, config: Config) -> None:
         texts = corpora.training_texts()
-        self.vocabulary = vocabulary_of(corpora)
+        self.inputs = vocabulary_of(corpora)
         self._kind: type[Windows] | type[Documents] = Documents if config.data.packing == "documents" else Windows
         self.texts = [self._kind(text, config.data.context_length) for text in texts]
         weights = [text.weight for text in texts]
@@ -145,7 +148,7 @@ class TrainingRows(Order):
         numbers, located = self.located(step)
         pairs = zip(located.texts.tolist(), located.places.tolist(), strict=True)
         found: list[Any] = [(self.texts[text], place) for text, place in pairs]
-        return replace(self._kind.read(found, self.vocabulary), numbers=numbers, turns=located.turns)
+        return replace(self._kind.read(found, self.inputs), numbers=numbers, turns=located.turns)
 
     @property
     def tokens(self) -> int:

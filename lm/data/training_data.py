@@ -1,53 +1,27 @@
-"""The data of a run, be it text or images: what training asks of either, decided in one place."""
+"""What training and validation read of a run's data, be it text or images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from data_prep.errors import UserError
-from data_prep.shards.images import holds_images
+from data_prep.shards.images import ImageFormat
 from lm.config.settings import Config
-from lm.data.corpora import Corpora, check_entries, open_corpora, with_vocabulary
-from lm.data.images import (
-    HeldOutImages,
-    ImageCorpora,
-    ImageValidation,
-    TrainingImages,
-    open_image_corpora,
-    with_images,
-)
-from lm.data.rows import TrainingRows, ValidationRows
+from lm.data.batch import Vocabulary
+from lm.data.corpora import Corpora
+from lm.data.image_corpora import ImageCorpora
+from lm.data.images import HeldOutImages, ImageValidation, TrainingImages
+from lm.data.rows import TrainingRows, ValidationRows, vocabulary_of
 
 
-def open_training_data(data: Sequence[str]) -> Corpora | ImageCorpora:
-    """Open the datasets of the setting ``data``, reading sizes and headers only.
-
-    Raises:
-        UserError: no dataset is named, one is missing or incomplete, or they do not belong together.
-    """
-    if not any(data):
-        return open_corpora(data)  # which explains it
-    paths, weights = check_entries(data)
-    of_images = [holds_images(path) for path in paths]
-    if all(of_images):
-        return open_image_corpora(paths, weights)
-    if any(of_images):
-        text, images = paths[of_images.index(False)], paths[of_images.index(True)]
-        raise UserError(f"{images} has images, and {text} has text: a run learns from one kind")
-    return open_corpora(data)
+def training_inputs(corpora: Corpora | ImageCorpora) -> Vocabulary | ImageFormat:
+    """What an objective needs to know of the data."""
+    return corpora.format if isinstance(corpora, ImageCorpora) else vocabulary_of(corpora)
 
 
-def settled(config: Config, corpora: Corpora | ImageCorpora) -> Config:
-    """The settings with what the data decides: the vocabulary, or the size of the images.
-
-    Raises:
-        UserError: settings and data do not fit together.
-    """
-    if config.reads_images != isinstance(corpora, ImageCorpora):
-        there, asked = ("text", "images") if config.reads_images else ("images", "text")
-        hint = "set patch_size, or start from a recipe such as images-simclr" if there == "images" else "choose others"
-        raise UserError(f"{corpora.name} holds {there}, and these settings are for {asked}: {hint}")
-    return with_images(config, corpora) if isinstance(corpora, ImageCorpora) else with_vocabulary(config, corpora)
+def stand_in(config: Config) -> Vocabulary | ImageFormat:
+    """What an objective needs to know of a model's inputs, as far as the settings tell, for a plan without data."""
+    if not config.reads_images:
+        return Vocabulary(config.model.vocab_size, 0, 1)
+    channels = config.model.image_channels
+    return ImageFormat(config.model.image_size, channels, (0.5,) * channels, (0.25,) * channels)
 
 
 def training_rows(corpora: Corpora | ImageCorpora, config: Config) -> TrainingRows | TrainingImages:
