@@ -41,10 +41,11 @@ from data_prep.shards.manifest import save_manifest
 from data_prep.shards.tokens import IMAGES_FORMAT, SPLITS, WORK
 from data_prep.sources.decoding import BadImage, decode_noting, looks_gray
 from data_prep.sources.formats import summary_of
-from data_prep.sources.images import FILE, MEMBER, TRAIN, VALIDATION, ImageEntry, Listing, entries_of, list_images
+from data_prep.sources.images import FILE, MEMBER, TEST, TRAIN, VALIDATION, ImageEntry, Listing, entries_of, list_images
 from data_prep.sources.listing import grouped
 
 PART_BYTES = 64 * 2**20
+NEED_CONVERSION = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")  # photos that Pillow does not read
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,15 @@ class ImagePlan:
         listings = list_images(settings.sources)
         if settings.validation:
             for listing, text in zip(listings, settings.sources, strict=True):
-                if any(item.split == VALIDATION for item in listing.items):
+                if any(item.split for item in listing.items):
                     raise UserError(
-                        f'"{text}" has validation images of its own: name its folder with the training images, or '
+                        f'"{text}" has folders for validation or test: name its folder with the training images, or '
                         "leave out --validation"
                     )
             held_out = [_with_split(each, VALIDATION) for each in list_images(settings.validation)]
             listings = [*(_with_split(each, TRAIN) for each in listings), *held_out]
+        else:
+            listings = [_with_splits_of_folders(each) for each in listings]
         most = min(PART_BYTES, part_size(sum(item.size for each in listings for item in each.items)))
         parts = [
             ImagePart(source, items, size)
@@ -88,6 +91,22 @@ class ImagePlan:
 
 def _with_split(listing: Listing, split: str) -> Listing:
     return replace(listing, split=split, items=[replace(item, split=split) for item in listing.items])
+
+
+def _with_splits_of_folders(listing: Listing) -> Listing:
+    """Use the test images for validation, or leave them out if there are validation images too; say so."""
+    splits = {item.split for item in listing.items}
+    if TEST not in splits:
+        used = listing.items
+        notes = [f'"{listing.name}" has folders for training and validation'] if VALIDATION in splits else []
+    elif VALIDATION in splits:
+        used = [item for item in listing.items if item.split != TEST]
+        left = len(listing.items) - len(used)
+        notes = [f'"{listing.name}" has folders for training, validation and test: the {left:,} for test are left out']
+    else:
+        used = [replace(item, split=VALIDATION) if item.split == TEST else item for item in listing.items]
+        notes = [f'"{listing.name}" has folders for training and test: the test images are for validation']
+    return replace(listing, items=used, notes=[*listing.notes, *notes])
 
 
 def _describe(listing: Listing) -> dict[str, Any]:
@@ -225,7 +244,11 @@ def notes_of(listings: Sequence[Listing]) -> Iterator[str]:
         yield from (f"note: {note}" for note in listing.notes)
         if listing.unread:
             files = "1 file" if len(listing.unread) == 1 else f"{len(listing.unread):,} files"
-            yield f'left out: {files} in "{listing.name}" without the name of an image: {summary_of(listing.unread)}'
+            convert = any(name.lower().endswith(NEED_CONVERSION) for name in listing.unread)
+            yield (
+                f'left out: {files} in "{listing.name}" without the name of an image: {summary_of(listing.unread)}'
+                + ("; convert photos to .jpg or .png first" if convert else "")
+            )
     for_training = [listing for listing in listings if listing.split != VALIDATION]
     if len(for_training) > 1 and all(_is_flat(listing) for listing in for_training):
         yield (

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 # What Pillow may read; its other formats are rare, run programs (EPS) or have no mark to know them by (TGA).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MARKS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\0\0\0")
+MARKS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")  # how image files begin
 MOST_BYTES = 1 << 29  # of one file
 MOST_PIXELS = 128_000_000
 SHORTEST_SIDE, LARGEST_ASPECT = 4, 20
+
+# What makes an image upright, by its EXIF tag: numbers of ``PIL.Image.Transpose``.
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 
 # Why an image was left out.
 EMPTY = "empty file"
@@ -74,12 +77,13 @@ def decode_noting(data: bytes) -> Decoded:
         image = Image.open(io.BytesIO(data), formats=_formats())
         _check_size(*image.size)
         image.load()
-        several = bool(getattr(image, "is_animated", False))
+        several = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: photos of two lenses
         plain = upright(image)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise BadImage(DAMAGED if data.startswith(MARKS) or data[8:12] == b"WEBP" else NOT_AN_IMAGE) from None
+        known = data.startswith(MARKS) or data[8:12] in (b"WEBP", b"avif")
+        raise BadImage(DAMAGED if known else NOT_AN_IMAGE) from None
     except Image.DecompressionBombError:
         raise BadImage(TOO_LARGE) from None
     except Exception as error:  # Pillow's plugins raise what they like for broken files
@@ -93,14 +97,14 @@ def upright(image: Image) -> Decoded:
     Transparent parts become white; colors are taken as sRGB, whatever profile the file has.
     Raises ``BadImage`` if it holds numbers of unknown range.
     """
-    from PIL import ImageOps
+    from PIL.Image import Transpose
 
     changes = []
-    if image.getexif().get(0x0112, 1) not in (0, 1):
-        turned = ImageOps.exif_transpose(image)
-        if turned is not None:
-            changes.append(TURNED)
-            image = turned
+    if (method := TURNS.get(_orientation(image))) is not None:
+        transparency = {name: image.info[name] for name in ("transparency",) if name in image.info}
+        image = image.transpose(Transpose(method))
+        image.info = transparency  # without the tag, or it would be turned again
+        changes.append(TURNED)
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return Decoded(image, tuple(changes))
     if image.mode.startswith(("I", "F")):
@@ -156,6 +160,14 @@ def _formats() -> tuple[str, ...]:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _orientation(image: Image) -> int:
+    """Return the EXIF tag of an image, 1 if it has none or if its metadata is damaged."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # Pillow raises what it likes for damaged metadata, which harms no pixel
+        return 1
 
 
 def _check_size(width: int, height: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from data_prep.errors import UserError
 from data_prep.sources.decoding import MOST_BYTES, TOO_LARGE, UNREADABLE, BadImage, decode, decode_noting
 from data_prep.sources.documents import one_line
-from data_prep.sources.formats import some_names
+from data_prep.sources.formats import some_names, summary_of
 from data_prep.sources.image_records import (
     DIGITS,
     HUGGING_FACE,
@@ -30,6 +30,7 @@ from data_prep.sources.image_records import (
 from data_prep.sources.records import parse_hugging_face
 from data_prep.sources.storage import (
     UnreadableError,
+    broken_links,
     is_folder,
     is_glob,
     is_remote,
@@ -51,11 +52,11 @@ ENDINGS = (
 )
 TAR, PARQUET = ".tar", ".parquet"
 FILE, MEMBER = "file", "member"  # kinds of items; the others are PARQUET, HUGGING_FACE and DIGITS
-TRAIN, VALIDATION, LEFT_OUT = "train", "validation", ""
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # What folders of splits are called.
-TRAIN_FOLDERS = {"train", "training"}
-VALIDATION_FOLDERS = {"val", "valid", "validation", "dev"}
-TEST_FOLDERS = {"test", "testing"}
+SPLIT_FOLDERS = {"train": TRAIN, "training": TRAIN, "test": TEST, "testing": TEST} | dict.fromkeys(
+    ("val", "valid", "validation", "dev"), VALIDATION
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ class ImageEntry:
     """One image.
 
     ``name`` is its path from the last folder of its source on, like ``photos/cat/1.jpg``, ``label`` its class or None,
-    and ``split`` "train" or "validation" if its source says so, or None. ``read`` returns the bytes of the file and
-    raises ``BadImage`` if it cannot.
+    and ``split`` "train", "validation" or "test" if a folder says so, or None. ``read`` returns the bytes of the file
+    and raises ``BadImage`` if it cannot.
     """
 
     name: str
@@ -175,15 +176,22 @@ def _list_source(text: str) -> Listing:
         listing = _list_files(text, list_glob(text), root_of_glob(text))
     elif is_folder(text):
         listing = _list_files(text, list_folder(text), text)
-        if linked := linked_folders(text):
-            folders = "1 linked folder is" if len(linked) == 1 else f"{len(linked):,} linked folders are"
-            listing.notes.append(f'{folders} not followed in "{listing.name}": {some_names(linked)}')
+        listing.notes += _links_in(text, listing.name)
     else:
         listing = _list_file(text)
     if not listing.items:
-        there = f": there are only {len(listing.unread):,} other files" if listing.unread else ""
-        raise UserError(f'no image in "{one_line(text)}"{there}; looked for {", ".join(ENDINGS)}, {TAR} and {PARQUET}')
+        others = [f"there is only {summary_of(listing.unread)}"] if listing.unread else []
+        looked_for = f"looked for {', '.join(ENDINGS)}, {TAR} and {PARQUET} in it and its subfolders"
+        raise UserError(f'no image in "{one_line(text)}": {"; ".join([looked_for, *others, *listing.notes])}')
     return listing
+
+
+def _links_in(folder: str, name: str) -> Iterator[str]:
+    """Yield a sentence for each kind of link in a folder that is not read."""
+    for links, what in ((linked_folders(folder), "linked folder"), (broken_links(folder), "broken link")):
+        if links:
+            several = f"1 {what} is" if len(links) == 1 else f"{len(links):,} {what}s are"
+            yield f'{several} not followed in "{name}": {some_names(links)}'
 
 
 def _list_file(path: str) -> Listing:
@@ -220,7 +228,7 @@ def _list_files(text: str, files: Sequence[tuple[str, int]], root: str) -> Listi
             listing.notes.extend(inner.notes)
         else:
             listing.unread.append(name)
-    listing.items[:0] = _with_folders(images, listing)
+    listing.items[:0] = _with_folders(images)
     return listing
 
 
@@ -253,7 +261,7 @@ def _list_archive(path: str, inside: str) -> Listing:
         shown = f"{PurePosixPath(last_name(path)).stem}/{'/'.join((*folders[shared:], name))}"
         item = ImageItem(MEMBER, path, one_line(shown), size, start=start, stop=start + size)
         items.append((folders[len(wanted) :], item))
-    listing.items = _with_folders(items, listing)
+    listing.items = _with_folders(items)
     return listing
 
 
@@ -288,26 +296,19 @@ def _shared(folders: Sequence[tuple[str, ...]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def _with_folders(images: Iterable[tuple[tuple[str, ...], ImageItem]], listing: Listing) -> list[ImageItem]:
+def _with_folders(images: Sequence[tuple[tuple[str, ...], ImageItem]]) -> list[ImageItem]:
     """Give images the class and split that their folders name."""
-    images = list(images)
     shared = _shared([folders for folders, _ in images])
     tops = {folders[shared].lower() if len(folders) > shared else "" for folders, _ in images}
-    if len(tops) < 2 or not tops <= TRAIN_FOLDERS | VALIDATION_FOLDERS | TEST_FOLDERS or not tops & TRAIN_FOLDERS:
+    if len(tops) < 2 or "train" not in {SPLIT_FOLDERS.get(top) for top in tops} or not tops <= SPLIT_FOLDERS.keys():
         return [replace(item, label=_class_of(folders, shared)) for folders, item in images]
-    split_of = dict.fromkeys(TRAIN_FOLDERS, TRAIN) | dict.fromkeys(VALIDATION_FOLDERS, VALIDATION)
-    split_of |= dict.fromkeys(TEST_FOLDERS, LEFT_OUT if tops & VALIDATION_FOLDERS else VALIDATION)
     by_top = defaultdict(list)
     for folders, item in images:
         by_top[folders[shared]].append((folders[shared + 1 :], item))
-    found, notes = [], []
+    found = []
     for top, inner in sorted(by_top.items()):
-        split, deeper = split_of[top.lower()], _shared([folders for folders, _ in inner])
-        use = {TRAIN: "for training", VALIDATION: "for validation", LEFT_OUT: "left out, for a final test"}[split]
-        notes.append(f'"{top}" is {use}')
-        if split:
-            found += [replace(item, label=_class_of(folders, deeper), split=split) for folders, item in inner]
-    listing.notes.append(f'the folders of "{listing.name}" are splits: {", ".join(notes)}')
+        split, deeper = SPLIT_FOLDERS[top.lower()], _shared([folders for folders, _ in inner])
+        found += [replace(item, label=_class_of(folders, deeper), split=split) for folders, item in inner]
     return found
 
 
