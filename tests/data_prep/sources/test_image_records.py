@@ -69,7 +69,7 @@ def test_an_empty_cell_is_a_bad_image(tmp_path: Path) -> None:
 
 def test_columns_that_are_missing_or_ambiguous_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", {"left": DATA[:2], "right": DATA[2:4], "text": ["a", "b"]})
-    with pytest.raises(UserError, match='several columns with images.* choose --image-column from "left", "right"'):
+    with pytest.raises(UserError, match=r'several columns with images.* choose --image-column from "left", "right"'):
         found(path)
     assert [data for *_, data in found(path, image="right")] == DATA[2:4]
     with pytest.raises(UserError, match='no column "middle": choose --image-column from "left", "right", "text"'):
@@ -117,7 +117,7 @@ def test_a_local_dataset_of_tables(tmp_path: Path, offline: None) -> None:
         ("pets:train:3", "dog", DATA[2]),
     ]
     assert [each.read() for each in entries_of(f"hf:{folder}:test")] == DATA[3:5]
-    with pytest.raises(UserError, match='cannot read the dataset ".*pets", split "other"'):
+    with pytest.raises(UserError, match=r'cannot read the dataset ".*pets", split "other"'):
         entries_of(f"hf:{folder}:other")
 
 
