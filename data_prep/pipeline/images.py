@@ -182,11 +182,15 @@ class _ImageBuild:
         channels = settings.channels or 1
         for entry in self._entries():
             settled = split.settled or not by_hash
-            if any_image and settled and (settings.channels or channels == 3):
+            all_gray = channels == 1 and not settings.channels
+            if any_image and settled and not all_gray:
                 break
+            divides = entry.split is None and not split.settled
+            if not (divides or all_gray or (not any_image and entry.split != VALIDATION)):
+                continue
             try:
                 data = entry.read()
-                if any_image and settled and looks_gray(data):
+                if any_image and not divides and looks_gray(data):
                     continue
                 image = decode_noting(data).image
             except BadImage as error:
@@ -195,7 +199,7 @@ class _ImageBuild:
             any_image = any_image or entry.split != VALIDATION
             if entry.split is None:
                 split.add(hash_of(data))
-            if image.mode == "RGB" and not settings.channels:
+            if all_gray and image.mode == "RGB":
                 channels = 3
         if not any_image:
             why = "; ".join(f"{cases.images:,} {reason}" for reason, cases in report.left_out.items())

@@ -194,7 +194,7 @@ class _OpenShard:
         self._counts: list[int] = []
         self._index: list[tuple[int, int, int, int]] = []
         self._origins: list[str] = []
-        self._sums = self._squares = np.zeros(0, np.int64)
+        self._sums = self._squares = np.zeros(1, np.int64)  # becomes one per channel
         self._hash = hashlib.sha256()
         self._stack = ExitStack()
         self._file: IO[bytes] = self._stack.enter_context(atomic_file(directory / f"{name}.bin", sync_name=False))
@@ -210,11 +210,9 @@ class _OpenShard:
             self._counts[number] += 1
         self._index.append((number, *size, self.bytes))
         self._origins.append(origin)
-        flat = pixels.reshape(-1, pixels.shape[-1]).astype(np.int64)
-        if not self._sums.size:
-            self._sums, self._squares = np.zeros((2, flat.shape[1]), np.int64)
-        self._sums += flat.sum(0)
-        self._squares += (flat * flat).sum(0)
+        by_channel = np.ascontiguousarray(pixels.reshape(-1, pixels.shape[-1]).T).astype(np.int32)
+        self._sums = self._sums + by_channel.sum(1, dtype=np.int64)
+        self._squares = self._squares + (by_channel * by_channel).sum(1, dtype=np.int64)
 
     def finish(self) -> ImageShardRecord:
         self._stack.close()

@@ -101,9 +101,10 @@ def upright(image: Image) -> Decoded:
 
     changes = []
     if (method := TURNS.get(_orientation(image))) is not None:
-        transparency = {name: image.info[name] for name in ("transparency",) if name in image.info}
+        kept = {name: value for name, value in image.info.items() if name == "transparency"}
         image = image.transpose(Transpose(method))
-        image.info = transparency  # without the tag, or it would be turned again
+        image.info.clear()  # of the tag, or it would be turned again
+        image.info.update(kept)
         changes.append(TURNED)
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return Decoded(image, tuple(changes))
@@ -114,7 +115,7 @@ def upright(image: Image) -> Decoded:
     is_gray = _is_gray(image)
     if image.has_transparency_data:
         with_alpha = image.convert("RGBA")
-        if with_alpha.getextrema()[3][0] < 255:
+        if np.asarray(with_alpha)[:, :, 3].min() < 255:
             changes.append(TRANSPARENT)
         image = _over_white(with_alpha)
     return Decoded(image.convert("L" if is_gray else "RGB"), tuple(changes))

@@ -257,10 +257,10 @@ def _list_archive(path: str, inside: str) -> Listing:
             + (f": its folders are {', '.join(folders[:20])}" if folders else "")
         )
     items = []
-    for folders, name, start, size in chosen:
-        shown = f"{PurePosixPath(last_name(path)).stem}/{'/'.join((*folders[shared:], name))}"
+    for above, name, start, size in chosen:
+        shown = "/".join((PurePosixPath(last_name(path)).stem, *above[shared:], name))
         item = ImageItem(MEMBER, path, one_line(shown), size, start=start, stop=start + size)
-        items.append((folders[len(wanted) :], item))
+        items.append((above[len(wanted) :], item))
     listing.items = _with_folders(items)
     return listing
 
@@ -271,7 +271,7 @@ def _members(path: str, listing: Listing) -> Iterator[tuple[tuple[str, ...], str
     try:
         with open_raw(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # which would grow
+                archive.members = []  # type: ignore[attr-defined] # which would grow
                 parts = PurePosixPath(member.name).parts
                 if not member.isfile() or any(part.startswith(".") for part in parts):
                     continue
