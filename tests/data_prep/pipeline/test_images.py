@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,3 +371,17 @@ def test_there_are_enough_parts_for_several_workers(tmp_path: Path, monkeypatch:
     plan = pipeline.ImagePlan.of(settings_for(folder, tmp_path / "out"))
     assert len(plan.parts) >= resuming.FEWEST_PARTS
     assert [item.name for part in plan.parts for item in part.items] == [f"x/{n:02}.png" for n in range(40)]
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    """40 files of 0.5 MB in one part; Pillow's own memory is not counted."""
+    image = encoded(picture(0, 400, 400), "BMP")
+    folder = write_tree(tmp_path / "x", {f"{n}.bmp": image[:-1] + bytes([n]) for n in range(40)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "PART_BYTES", 10**9)
+        patch.setattr(resuming, "SMALLEST_PART_BYTES", 10**9)
+        tracemalloc.start()
+        build(settings_for(folder, tmp_path / "out", shard_bytes=2**20))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 5 * len(image)
