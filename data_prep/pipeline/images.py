@@ -294,7 +294,7 @@ def _manifest(
     """Return the manifest; ``docs/shard-format.md`` explains each entry."""
     settings = dict(journal.identity)
     names = {label for records in shards.values() for record in records for label in record.classes}
-    classes = sorted(names, key=_natural)
+    classes = sorted(names, key=natural_order)
     return {
         "format": IMAGES_FORMAT,
         "version": IMAGES_VERSION,
@@ -325,6 +325,6 @@ def _manifest(
     }
 
 
-def _natural(name: str) -> tuple[int, int, str]:
-    """Order numbers by value, before names."""
+def natural_order(name: str) -> tuple[int, int, str]:
+    """Return what to sort classes by: numbers by value, then names."""
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)

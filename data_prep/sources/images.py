@@ -173,9 +173,9 @@ def _list_source(text: str) -> Listing:
     if archive:
         listing = _list_archive(archive, inside)
     elif is_glob(text):
-        listing = _list_files(text, list_glob(text), root_of_glob(text))
+        listing = _list_files(list_glob(text), root_of_glob(text))
     elif is_folder(text):
-        listing = _list_files(text, list_folder(text), text)
+        listing = _list_files(list_folder(text), text)
         listing.notes += _links_in(text, listing.name)
     else:
         listing = _list_file(text)
@@ -196,7 +196,12 @@ def _links_in(folder: str, name: str) -> Iterator[str]:
 
 def _list_file(path: str) -> Listing:
     if not is_remote(path) and not Path(path).is_file():
-        raise UserError(f'there is no file or folder "{one_line(path)}"')
+        is_there = Path(path).exists()
+        raise UserError(
+            f'"{one_line(path)}" is neither a file nor a folder'
+            if is_there
+            else f'there is no file or folder "{one_line(path)}"'
+        )
     if path.lower().endswith((".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".rar", ".7z")):
         raise UserError(f'"{one_line(path)}" is compressed, so its images cannot be read at random: unpack it first')
     name, size = one_line(last_name(path)), size_of(path) or 0
@@ -210,25 +215,31 @@ def _of_parquet(path: str, name: str) -> Iterator[ImageItem]:
         yield ImageItem(PARQUET, path, name, group, start=number, stop=number + 1, images=rows)
 
 
-def _list_files(text: str, files: Sequence[tuple[str, int]], root: str) -> Listing:
-    """List the files of a folder or pattern; archives and tables among them are listed as sources of their own."""
+def _list_files(files: Sequence[tuple[str, int]], root: str) -> Listing:
+    """List the images of a folder or pattern or, if there are none, what its archives and tables hold."""
     listing = Listing(one_line(last_name(root or ".")))
-    images = []
+    images, packed = [], []
     for path, size in files:
         relative = path.removeprefix(root).lstrip("/") if is_remote(path) else Path(path).relative_to(root).as_posix()
         name = f"{listing.name}/{one_line(relative)}"
         if path.lower().endswith(ENDINGS):
             images.append((PurePosixPath(relative).parts[:-1], ImageItem(FILE, path, name, size)))
-        elif path.lower().endswith(PARQUET):
-            listing.items.extend(_of_parquet(path, name))
-        elif path.lower().endswith(TAR):
-            inner = _list_archive(path, "")
-            listing.items.extend(inner.items)
-            listing.unread.extend(inner.unread)
-            listing.notes.extend(inner.notes)
+        elif path.lower().endswith((PARQUET, TAR)):
+            packed.append((path, name))
         else:
             listing.unread.append(name)
-    listing.items[:0] = _with_folders(images)
+    listing.items = _with_folders(images)
+    if images:
+        listing.unread += [name for _, name in packed]
+        return listing
+    for path, name in packed:
+        if path.lower().endswith(PARQUET):
+            listing.items += _of_parquet(path, name)
+        else:
+            inner = _list_archive(path, "")
+            listing.items += inner.items
+            listing.unread += inner.unread
+            listing.notes += inner.notes
     return listing
 
 

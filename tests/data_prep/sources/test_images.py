@@ -97,15 +97,21 @@ def test_files_and_patterns_and_several_sources(tmp_path: Path) -> None:
     assert len(found(folder, folder)) == 6, "equal names do not matter"
 
 
-def test_archives_in_a_folder_are_read_too(tmp_path: Path) -> None:
-    folder = write_tree(tmp_path / "all", {"loose.png": DATA[5]})
+def test_archives_in_a_folder_are_read_if_it_has_no_images(tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    folder.mkdir()
     write_tar(folder / "pets.tar", CLASSES)
+    write_tar(folder / "more.tar", {"1.png": DATA[4]})
     assert [(name, label) for name, label, _ in found(folder)] == [
-        ("all/loose.png", None),
+        ("more/1.png", None),
         ("pets/cat/1.png", "cat"),
         ("pets/cat/in/2.png", "cat"),
         ("pets/dog/1.png", "dog"),
     ]
+    write_tree(folder, {"loose.png": DATA[5]})
+    (listing,) = list_images([str(folder)])
+    assert [item.name for item in listing.items] == ["all/loose.png"]
+    assert listing.unread == ["all/more.tar", "all/pets.tar"]
 
 
 def test_the_digits_of_scikit_learn() -> None:
@@ -171,6 +177,7 @@ def test_a_cut_archive_gives_what_is_whole(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("nothing", 'there is no file or folder "nothing"'),
+        ("/dev/null", '"/dev/null" is neither a file nor a folder'),
         ("empty", 'no image in "empty": looked for .jpg'),
         ("texts", r"there is only 1 \.txt \(a\.txt\)"),
         ("linked", r"1 linked folder is not followed in \"linked\": pets"),
