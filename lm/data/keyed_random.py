@@ -32,6 +32,7 @@ class Stream(IntEnum):
     LORA = 9
     TASK_HEAD = 10
     VIEWS = 11
+    HIDDEN_PATCHES = 12
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
