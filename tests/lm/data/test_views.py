@@ -105,7 +105,7 @@ def test_changes_of_color_together_are_those_of_pillow_in_any_order():
         changed = Image.fromarray(image.numpy())
         for name in order:
             changed = ENHANCED[name](changed).enhance(factors[name])
-        assert farthest(found, changed) < 3  # each of the three cuts up to a level and a half
+        assert farthest(found, changed) < 4  # each of the three is off by up to 1.5, and the next enlarges it
 
 
 def test_contrast_is_about_the_mean_of_the_crop():
