@@ -154,9 +154,12 @@ def _blurs(sigma: Tensor, size: int) -> Tensor:
     reach = math.ceil(4 * LARGEST_SIGMA)
     distances = torch.arange(-reach, reach + 1, device=sigma.device)
     kernels = torch.softmax(-0.5 * (distances / sigma[:, None]) ** 2, dim=1)
-    neighbors = (torch.arange(size, device=sigma.device)[:, None] + distances).clamp(0, size - 1)
-    chosen = F.one_hot(neighbors, size).to(torch.float32)  # (size, distances, size)
-    return (kernels @ chosen.transpose(0, 1).flatten(1)).view(-1, size, size)
+    margin = size - 1 - reach
+    weights = F.pad(kernels, (margin, margin)).unfold(1, size, 1).flip(1)  # of output o and input i: kernels at i - o
+    beyond = kernels[:, :reach].cumsum(1)  # what falls outside, from the output ``reach`` - 1 to the one at the edge
+    weights[:, :reach, 0] += beyond.flip(1)
+    weights[:, size - reach :, -1] += beyond
+    return weights
 
 
 def _colors(draws: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
