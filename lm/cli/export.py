@@ -82,6 +82,8 @@ def export(
     from lm.config.recipes import require_language_model, run_config
 
     config = run_config(run)
+    if config.reads_images and kind != "hf":
+        raise UserError(f"--to {kind} is for models that read text, and {run} reads images: use --to hf")
     if kind == "peft" and (not config.is_finetuning or config.finetune.method != "lora"):
         raise UserError(f"{run} has no LoRA adapter: fine-tune with --method lora, or export with --to hf")
     if kind in ("gguf", "sentence-transformers"):
@@ -101,7 +103,7 @@ def export(
 
     facts = CardFacts(license, language, base_model, push)
     opened = open_run(run)
-    by_readout = kind in ("hf", "gguf") and not opened.config.has_task_head
+    by_readout = kind in ("hf", "gguf") and not config.has_task_head and not config.reads_images
     if readout and not by_readout:
         raise UserError("--readout is for language models, with --to hf or gguf")
     chosen = choose_readout(opened, readout) if by_readout else None
