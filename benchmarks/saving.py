@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.cpu_cross_entropy import resident
 from lm.config.recipes import find_recipe, load_config
-from lm.model.transformer import Transformer, describe
+from lm.model.transformer import Transformer
 from lm.runs import checkpoint
 from lm.runs.checkpoint import Retention
 from lm.runs.checkpoint_writer import CheckpointWriter, snapshot
@@ -48,7 +48,7 @@ def main(recipe: str) -> None:
                 writer.save(step + 1, weights, state, {}, scheduled=True, best_step=0)
                 pauses["in the background"].append((time.perf_counter() - wall, time.thread_time() - cpu))
                 writer.wait()
-    print(describe(model))
+    print(model.describe())
     print(f"{size / 2**20:.0f} MiB of weights and optimizer state, {ROUNDS} times in turn, medians (and the range):")
     for name, measured in pauses.items():
         walls, cpus = ([1e3 * value for value in values] for values in zip(*measured, strict=True))

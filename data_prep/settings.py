@@ -24,6 +24,7 @@ LARGEST_VOCABULARY = 2**24
 LARGEST_SHARD_TOKENS = 2**28  # keeps every offset that other readers hold in 32 bits in range
 DEFAULT_SHARD_TOKENS = 2**26
 READING_RULES = 2  # the newest
+SMALLEST_IMAGE, LARGEST_IMAGE = 4, 2048  # pixels a side
 DOCUMENT_PER = ("size", "file", "paragraph", "line")
 
 UNICODE_FORMS = ("NFC", "NFKC", "NFD", "NFKD")
@@ -399,3 +400,46 @@ def _as_given(name: str, value: Any, known: dict[str, Any]) -> Any:
     if known[name] is not None and not isinstance(value, (int, float) if kind is float else kind):
         raise UserError(f"{name} must be {TYPE_NAMES[kind]}, not {value!r}")
     return value
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """All settings of a build of images. ``workers`` does not affect the result."""
+
+    sources: tuple[str, ...]
+    out: Path
+    size: int  # pixels a side
+    channels: int = setting(0, "Channels to store: 3 (color) or 1 (gray); 0: 1 if all images are gray, else 3.")
+    validation: tuple[str, ...] = setting(
+        (), "Source of the validation images; then all others are for training. May be repeated."
+    )
+    validation_fraction: float = setting(0.05, "Fraction of images held out for validation, from 0 to below 1.")
+    image_column: str = setting("", "Column that holds the images, for sources with columns; default: the only one.")
+    label_column: str = setting(
+        "", "Column that holds the classes, for sources with columns; default: one called label, if there is one."
+    )
+    shard_bytes: int = setting(2**28, "Maximum bytes per shard file.", minimum=1, maximum=2**40)
+    workers: int = setting(0, "Worker processes; 0: one per available core.", minimum=0)
+
+    @classmethod
+    def from_options(cls, sources: Sequence[str | Path], out: str | Path, size: int, **options: Any) -> ImageSettings:
+        """Make settings from options, each named after a field here.
+
+        Raises ``UserError`` for an unknown option or a value of the wrong type.
+        """
+        known = {each.name: each.default for each in settings_of(cls)} | {"size": 0}
+        given = {name: _as_given(name, value, known) for name, value in (options | {"size": size}).items()}
+        named = [sources] if isinstance(sources, (str, Path)) else sources
+        return cls(tuple(map(str, named)), Path(out), **given)
+
+    def check(self) -> None:
+        """Raise ``UserError`` with one line per invalid setting."""
+        found = list(problems(self))
+        if not SMALLEST_IMAGE <= self.size <= LARGEST_IMAGE:
+            found.append(f"--size {self.size} must be from {SMALLEST_IMAGE} to {LARGEST_IMAGE:,} pixels")
+        if self.channels not in (0, 1, 3):
+            found.append(f"--channels {self.channels} must be 3 (color), 1 (gray), or 0 to choose by the images")
+        if not 0 <= self.validation_fraction < 1:
+            found.append(f"--validation-fraction {self.validation_fraction} must be at least 0 and below 1")
+        if found:
+            raise UserError("\n".join(found))

@@ -294,6 +294,8 @@ def train(
 
 def _write_report(run: Run) -> None:
     """Write ``report.html`` unless it is newer than the newest checkpoint."""
+    if run.config.reads_images:
+        return
     report, newest = run.path / "report.html", run.latest()
     if newest and not (report.exists() and report.stat().st_mtime >= newest.path.stat().st_mtime):
         write_report(run, saved_evaluation(run, newest), run.config.report.prompts, run.config.report.fills)

@@ -14,7 +14,14 @@ from data_prep.cli.options import options_of
 from data_prep.cli.tables import counted, print_table
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command, example_recipe
-from data_prep.settings import DEFAULT_SHARD_TOKENS, BuildSettings, CleaningSettings, ReadSettings, TokenizerSettings
+from data_prep.settings import (
+    DEFAULT_SHARD_TOKENS,
+    BuildSettings,
+    CleaningSettings,
+    ImageSettings,
+    ReadSettings,
+    TokenizerSettings,
+)
 
 DIRECTORY = click.Path(path_type=Path)
 STDOUT = Path("-")
@@ -133,6 +140,30 @@ def _print_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
         click.echo(f"left out: {', '.join(left_out)}")
     click.echo(f"in: {out}")
     click.echo(f"next: {command('train')} {example_recipe()} --data {out} --run runs/{out.resolve().name}")
+
+
+@main.command(short_help="Build a dataset from images.")
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.option("--out", type=DIRECTORY, required=True, help="Folder for the dataset; created if missing.")
+@click.option("--size", type=int, required=True, help="Pixels a side of the stored images, which are square.")
+@options_of(ImageSettings)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.pass_context
+def images(
+    context: click.Context, sources: tuple[str, ...], out: Path, size: int, as_json: bool, **settings: Any
+) -> None:
+    """Build a dataset from images."""
+    from data_prep.pipeline.images import build_images
+
+    if out == STDOUT:
+        raise UserError("--out names a folder, so it cannot be standard output (-)")
+    try:
+        manifest = build_images(sources, out, size, **settings).manifest
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; run the same command again to resume") from None
+    click.echo(json.dumps({name: split["images"] for name, split in manifest["splits"].items()}))
+    if manifest["left_out"]:
+        context.exit(SKIPPED_STATUS)
 
 
 @main.command()

@@ -12,11 +12,8 @@ A resumed build skips the steps that are done:
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,16 +22,17 @@ from typing import Any
 from data_prep.cleaning.cleaner import Cleaner
 from data_prep.cleaning.duplicates import find_duplicates
 from data_prep.errors import UserError
-from data_prep.files import LOCK, atomic_file, empty_directory, names_in, only_writer_of, write_atomically
+from data_prep.files import atomic_file, write_atomically
 from data_prep.pipeline.advice import advice, removals, why_empty
-from data_prep.pipeline.journal import Journal, PartRecord, differences
+from data_prep.pipeline.journal import Journal, PartRecord
 from data_prep.pipeline.parts import Job, build_part, keep_encoder, kept_documents, merged, part_path, survey_part
+from data_prep.pipeline.resuming import STDIN_COPY, build_or_resume, part_size, refuse_changed_sources, stamp_of
 from data_prep.pipeline.splitting import SplitRule, hash_of
 from data_prep.pipeline.workers import Advance, run_calls
 from data_prep.progress import ConsoleReporter, Reporter
 from data_prep.settings import KEEP, READING_RULES, BuildSettings, available_cores
 from data_prep.shards.manifest import make_manifest, save_manifest
-from data_prep.shards.tokens import JOURNAL, MANIFEST, SPLITS, TOKENIZER_FILE, WORK, Dataset, open_dataset
+from data_prep.shards.tokens import MANIFEST, SPLITS, TOKENIZER_FILE, WORK, Dataset, open_dataset
 from data_prep.sources.documents import CorpusPart, ReadReport, Source
 from data_prep.sources.listing import STDIN, copy_stdin, describe, parse_sources, parts_of, unread_files
 from data_prep.tokenizers.encoders import choose_encoder
@@ -42,11 +40,7 @@ from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.tokenizers.training import train_tokenizer
 
-STDIN_COPY = "stdin.txt"
 PROVED_DOCUMENTS, PROVED_CHARACTERS = 300, 1000  # the first ones, on which encoders are compared
-SMALLEST_PART_BYTES = 1 << 20
-# A corpus has at least this many parts, unless they would be too small, so that several processes have work.
-FEWEST_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -68,9 +62,7 @@ class BuildPlan:
         settings.check()
         sources = tuple(parse_sources(settings.sources))
         parts = parts_of(sources, settings.reading, stdin_copy)
-        # The size of parts depends on the size of the corpus, never on the number of workers.
-        share = sum(part.bytes for part in parts) // FEWEST_PARTS
-        part_bytes = max(share, SMALLEST_PART_BYTES)
+        part_bytes = part_size(sum(part.bytes for part in parts))
         if part_bytes < settings.reading.part_bytes:
             settings = replace(settings, reading=replace(settings.reading, part_bytes=part_bytes))
             parts = parts_of(sources, settings.reading, stdin_copy)
@@ -96,12 +88,7 @@ class BuildPlan:
 
     def stamp(self) -> str:
         """Return a fingerprint of the names, sizes and modification times of all local files."""
-        digest = hashlib.sha256()
-        for path in sorted({each.path for part in self.parts for each in part.ranges}):
-            if Path(path).is_file() and not path.endswith(STDIN_COPY):
-                status = Path(path).stat()
-                digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+        return stamp_of(each.path for part in self.parts for each in part.ranges)
 
 
 def build(
@@ -132,40 +119,14 @@ def build_dataset(settings: BuildSettings, *, progress: Reporter) -> dict[str, A
     """
     settings = as_it_began(settings)
     plan = BuildPlan.of(settings)
-    out = settings.out
-    if out.exists() and not out.is_dir():
-        raise UserError(f'"{out}" is a file: choose another --out')
-    created = [path for path in (out, *out.parents) if not path.exists()]  # deepest first
-    out.mkdir(parents=True, exist_ok=True)
-    busy = f'another build is writing to "{out}": wait for it, or choose another --out'
-    try:
-        with only_writer_of(out / LOCK, busy):
-            return _begun_or_resumed(out, plan, progress)
-    except UserError:
-        with suppress(OSError):  # unless a part is done, or another build began
-            for directory in created:
-                directory.rmdir()
-        raise
-
-
-def _begun_or_resumed(out: Path, plan: BuildPlan, progress: Reporter) -> dict[str, Any]:
-    if (out / MANIFEST).is_file():
-        return _finished(out, plan.identity, progress)
-    journal = Journal.load(out)
-    if journal is not None:
-        _refuse_other_settings(out, journal.identity, plan.identity)
-        _refuse_changed_sources(plan, journal)
-        progress.note(f'resuming the build in "{out}"')
-        return _Build(plan, journal, progress).run()
-    others = names_in(out) - {f"{JOURNAL}.tmp"}  # which a build killed during its first write leaves
-    if others:
-        raise UserError(f'"{out}" is not empty (it contains "{min(others)}") and not a build: choose another --out')
-    try:
-        return _Build(plan, Journal(out / JOURNAL, plan.identity, plan.stamp()), progress).run()
-    except UserError:
-        if not any(out.glob(f"{WORK}/part-*.json")):
-            empty_directory(out)
-        raise
+    return build_or_resume(
+        settings.out,
+        plan.identity,
+        stamp=plan.stamp,
+        finished=lambda: open_dataset(settings.out).manifest,
+        run=lambda journal: _Build(plan, journal, progress).run(),
+        progress=progress,
+    )
 
 
 def as_it_began(settings: BuildSettings) -> BuildSettings:
@@ -190,32 +151,6 @@ def as_it_began(settings: BuildSettings) -> BuildSettings:
     )
 
 
-def _finished(out: Path, identity: dict[str, Any], progress: Reporter) -> dict[str, Any]:
-    manifest = open_dataset(out).manifest
-    _refuse_other_settings(out, {"sources": manifest["sources"]} | manifest["settings"], identity)
-    _remove_work(out)  # left by a build killed between its last two steps
-    progress.note(f'"{out}" is already built with these settings; nothing to do')
-    return manifest
-
-
-def _remove_work(out: Path) -> None:
-    (out / STDIN_COPY).unlink(missing_ok=True)
-    shutil.rmtree(out / WORK, ignore_errors=True)
-    (out / JOURNAL).unlink(missing_ok=True)
-
-
-def _refuse_other_settings(out: Path, existing: dict[str, Any], requested: dict[str, Any]) -> None:
-    changes = "; ".join(differences(existing, requested))
-    if changes:
-        raise UserError(f'"{out}" contains a build with different settings ({changes}): choose another --out')
-
-
-def _refuse_changed_sources(plan: BuildPlan, journal: Journal) -> None:
-    if plan.stamp() != journal.stamp:
-        out = plan.settings.out
-        raise UserError(f'the sources changed since the build in "{out}" began: remove "{out}" and build again')
-
-
 @dataclass
 class _Build:
     plan: BuildPlan
@@ -236,7 +171,6 @@ class _Build:
         self._choose_encoder(tokenizer)
         manifest = self._build_parts(tokenizer)
         save_manifest(out, manifest)
-        _remove_work(out)
         return manifest
 
     def _find_duplicates(self) -> None:
@@ -328,7 +262,7 @@ class _Build:
             self.progress.note(f"note: {sentence}")
         if unread := unread_files(self.plan.sources, self.plan.settings.reading.reading_rules):
             self.progress.note(f"left out: {unread}")
-        _refuse_changed_sources(self.plan, self.journal)
+        refuse_changed_sources(self.plan.settings.out, self.plan.stamp(), self.journal)
         settings = dict(self.journal.identity)
         return make_manifest(
             tokenizer,

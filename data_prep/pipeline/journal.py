@@ -7,7 +7,7 @@ its own record in the folder ``work``, written by the worker in charge of it. Ev
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +27,7 @@ class Journal:
         threshold: a document is in validation if its hash is below it; None: not known yet.
         encoder: short name of the chosen encoder; empty: not chosen yet.
         encoders: each encoder tried, and the outcome.
+        channels: of a build of images, as chosen; 0: not chosen yet, or a build of text.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Journal:
     threshold: int | None = None
     encoder: str = ""
     encoders: dict[str, str] = field(default_factory=dict)
+    channels: int = 0
 
     @classmethod
     def load(cls, directory: Path) -> Self | None:
@@ -64,30 +66,30 @@ def part_path(directory: Path, number: int, suffix: str) -> Path:
 
 @dataclass
 class PartRecord:
-    """The finished shards of one part.
+    """The finished shards of one part, as records of text or of images.
 
-    ``summary`` is set when the part is finished: its ``digest``, and reports on ``reading`` and ``cleaning``. Changes
-    are on disk when a method returns, except for the last shards of a part, which are saved with the summary.
+    ``summary`` is set when the part is finished: what its worker reports of it, ready for JSON. Changes are on disk
+    when a method returns, except for the last shards of a part, which are saved with the summary.
     """
 
     path: Path
-    shards: dict[str, list[ShardRecord]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    shards: dict[str, list[Any]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     summary: dict[str, Any] | None = None
 
     @classmethod
-    def open(cls, directory: Path, number: int) -> Self:
-        """Load the record of part ``number``, empty if the part has not been started."""
+    def open(cls, directory: Path, number: int, kind: Callable[..., Any] = ShardRecord) -> Self:
+        """Load the record of part ``number``, with shards of this ``kind``; empty if it has not been started."""
         path = part_path(directory, number, "json")
         if not path.is_file():
             return cls(path)
         try:
             content = parse_json(path.read_bytes())
-            shards = {split: [ShardRecord(**record) for record in content["shards"][split]] for split in SPLITS}
+            shards = {split: [kind(**record) for record in content["shards"][split]] for split in SPLITS}
             return cls(path, shards, content["summary"])
         except (ValueError, KeyError, TypeError):
             raise _damaged(path) from None
 
-    def finish_shard(self, split: str, record: ShardRecord, *, is_last: bool) -> None:
+    def finish_shard(self, split: str, record: Any, *, is_last: bool) -> None:
         """Add a finished shard, and save unless it is the last one of the part."""
         self.shards[split].append(record)
         if not is_last:

@@ -50,6 +50,11 @@ class SplitRule:
         """Whether further hashes cannot change the threshold."""
         return self._threshold == 0 or 0 < self._below < self._documents
 
+    @property
+    def all_equal(self) -> bool:
+        """Whether a split is wanted but there is nothing to divide: all hashes so far are the same."""
+        return self._threshold > 0 and self._smallest == self._largest
+
     def add(self, document_hash: int) -> None:
         """Take the hash of one document into account."""
         self._documents += 1
@@ -65,7 +70,7 @@ class SplitRule:
         """
         if self._threshold == 0:
             return 0
-        if self._smallest == self._largest:
+        if self.all_equal:
             one = "there is only one document" if self._documents == 1 else "all documents are identical"
             one += f" ({removed})" if removed else ""
             piece = text_bytes // 20

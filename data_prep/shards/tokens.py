@@ -41,6 +41,7 @@ from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
 
 FORMAT_NAME = "kindling-shards"
 FORMAT_VERSION = 2
+IMAGES_FORMAT = "kindling-images"  # of a dataset of images, which images.py reads
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -479,6 +480,8 @@ def _parse_manifest(directory: Path, content: bytes) -> Dataset:
     path = directory / MANIFEST
     try:
         manifest = parse_json(content)
+        if manifest["format"] == IMAGES_FORMAT:
+            raise UserError(f'"{directory}" is a dataset of images, not of text')
         if manifest["format"] != FORMAT_NAME:
             raise ValueError
         version = manifest["version"]

@@ -12,9 +12,9 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from data_prep.errors import UserError
 from data_prep.settings import ReadSettings
@@ -52,6 +52,7 @@ from data_prep.sources.storage import (
 from data_prep.sources.text_files import is_local
 
 PARQUET_MARK = b"PAR1"
+T = TypeVar("T")
 NAME = re.compile(r"(?P<name>[^=/\\:@*?]+)=(?P<location>.+)", re.DOTALL)
 
 
@@ -140,22 +141,23 @@ def parts_of(sources: Sequence[Source], settings: ReadSettings, stdin_copy: Path
     """
     parts: list[CorpusPart] = []
     for index, source in enumerate(sources):
-        parts.extend(_grouped(index, _ranges_of_source(source, settings, stdin_copy), settings.part_bytes))
+        ranges = _ranges_of_source(source, settings, stdin_copy)
+        parts.extend(CorpusPart(index, each, size) for each, size in grouped(ranges, settings.part_bytes))
     return parts
 
 
-def _grouped(source: int, ranges: Iterator[tuple[FileRange, int]], part_bytes: int) -> Iterator[CorpusPart]:
-    """Group consecutive ranges into parts of up to ``part_bytes``, with at least one range each."""
-    waiting: list[FileRange] = []
+def grouped(sized: Iterable[tuple[T, int]], most: int) -> Iterator[tuple[tuple[T, ...], int]]:
+    """Group consecutive things with their sizes into groups of up to ``most`` in total, with at least one each."""
+    waiting: list[T] = []
     total = 0
-    for file_range, size in ranges:
-        if waiting and total + size > part_bytes:
-            yield CorpusPart(source, tuple(waiting), total)
+    for each, size in sized:
+        if waiting and total + size > most:
+            yield tuple(waiting), total
             waiting, total = [], 0
-        waiting.append(file_range)
+        waiting.append(each)
         total += size
     if waiting:
-        yield CorpusPart(source, tuple(waiting), total)
+        yield tuple(waiting), total
 
 
 def _ranges_of_source(

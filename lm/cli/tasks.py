@@ -130,7 +130,6 @@ def _compute(
     """Compute the cells of all tasks, printing each, and write the report."""
     from lm.evaluation.task_table import CellMaker
     from lm.evaluation.tuned_rows import Tuner
-    from lm.model.transformer import describe
     from lm.reports.task_report import write_task_report
     from lm.runs.checkpoint import MODEL
 
@@ -144,7 +143,7 @@ def _compute(
         result = f"{each.task.judged_by} {cell.metrics[each.task.judged_by]:.3f} in {cell.seconds:.1f} s"
         click.echo(f"{each.task.name}  {row}  seed {seed}  {result}  {cell.note}", err=True)
         cells.append(cell)
-    lead = f"{describe(model)}; step {saved.step:,}; texts read {reading.reads}, pooled by {reading.pooling}."
+    lead = f"{model.describe()}; step {saved.step:,}; texts read {reading.reads}, pooled by {reading.pooling}."
     write_task_report(out / "report.html", run.path.name, lead, examples, cells)
     return cells
 

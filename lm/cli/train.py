@@ -22,6 +22,8 @@ COMMON = (
     "num_heads",
     "context_length",
     "batch_tokens",
+    "patch_size",
+    "batch_images",
     "objective",
     "learning_rate",
     "steps",
@@ -96,9 +98,9 @@ def train(
         if extras:
             raise UserError(f"unexpected argument {extras[0]!r}")
         if before is None and (config.data.data or not plan_only):  # a run finds its own data, also after a move
-            from lm.data.corpora import open_corpora
+            from lm.data.datasets import open_training_data, settled
 
-            open_corpora(config.data.data)
+            settled(config, open_training_data(config.data.data))
     except UserError:
         if is_one_of_several():  # every process finds the same mistake, and one reports it
             from lm.training.distributed import leave_unless_first

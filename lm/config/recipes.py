@@ -115,12 +115,22 @@ def run_config(path: str | Path) -> Config:
 
 
 def require_language_model(path: Path, config: Config) -> None:
-    """Raise UserError if the run at ``path`` has a task's head instead of a language model's."""
+    """Raise UserError if the run at ``path`` reads images, or has a task's head instead of a language model's."""
+    if config.reads_images:
+        raise UserError(f"{path} reads images, not text: kindling embed and kindling evaluate use it")
     if config.has_task_head:
         raise UserError(
             f"{path} is fine-tuned for {config.finetune.task} and is no longer a language model: use "
             f"kindling predict {path} --input FILE for its answers, or kindling merge {path} --trunk-only --out RUN to "
             "make it a plain run"
+        )
+
+
+def require_image_model(path: Path, config: Config) -> None:
+    """Raise UserError if the run at ``path`` reads text."""
+    if not config.reads_images:
+        raise UserError(
+            f"{path} reads text, not images: {command('train')} images-simclr makes a run that reads images"
         )
 
 

@@ -84,6 +84,11 @@ class Corpora:
         self.vocab_size = first.vocab_size
 
     @property
+    def processor(self) -> Tokenizer:
+        """What makes model inputs of text."""
+        return self.tokenizer
+
+    @property
     def name(self) -> str:
         return " + ".join(str(dataset.directory) for dataset in self.datasets)
 
@@ -129,12 +134,18 @@ def open_corpora(data: Sequence[str]) -> Corpora:
     """
     if not any(data):
         raise UserError(f"no data: name a folder of token shards with --data ({command('prep build')} makes one)")
+    paths, weights = check_entries(data)
+    return Corpora([open_dataset(Path(path)) for path in paths], weights)
+
+
+def check_entries(data: Sequence[str]) -> tuple[list[str], list[Fraction]]:
+    """The folders and the weights of ``PATH`` or ``PATH@WEIGHT``. UserError if an entry can be read in two ways."""
     paths, weights = zip(*(corpus_of(text) for text in data), strict=True)
     for path, text in zip(paths, data, strict=True):
         if path != text and not Path(path).is_dir():
             weight = text.removeprefix(path)
             raise UserError(f'there is no folder "{text}", nor "{path}", with {weight} taken as its weight')
-    return Corpora([open_dataset(Path(path)) for path in paths], weights)
+    return list(paths), list(weights)
 
 
 def with_vocabulary(config: Config, corpora: Corpora) -> Config:

@@ -31,6 +31,8 @@ class Stream(IntEnum):
     FINETUNING_DROPOUT = 8
     LORA = 9
     TASK_HEAD = 10
+    VIEWS = 11
+    HIDDEN_PATCHES = 12
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

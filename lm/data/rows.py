@@ -1,17 +1,14 @@
 """The rows of tokens that training and validation read: ``rows = f(seed, step)``, with no state to save or restore.
 
 Each corpus is cut into rows in one of two ways: windows of ``context_length`` targets, at another offset in each epoch,
-or whole documents, packed once (``lm.data.packing``). A schedule gives the corpus of row g of the run, and how many
-rows that corpus has had before (``lm.data.mixture``; with one corpus that is g). A keyed permutation per epoch gives
-the order in which the rows of a corpus are visited.
+or whole documents, packed once (``lm.data.packing``); ``lm.data.order`` says which row comes when.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,26 +18,14 @@ from data_prep.shards.tokens import Dataset, Split
 from lm.config.settings import Config
 from lm.data.batch import Rows, Vocabulary, rows_of_windows
 from lm.data.corpora import Corpora, JoinedSplit, Text
-from lm.data.keyed_random import Stream, key, permuted
-from lm.data.mixture import Schedule
+from lm.data.order import Order
 from lm.data.packing import plan_rows
-
-# Rows that are located together: a permutation costs as much for one number as for hundreds.
-BLOCK_ROWS = 4096
 
 
 def vocabulary_of(dataset: Dataset | Corpora) -> Vocabulary:
     """The token ids of a dataset that objectives need to know."""
     size, special = dataset.tokenizer.vocab_size, dataset.tokenizer.special
     return Vocabulary(size, special.end_of_text, -1 if special.mask is None else special.mask, special.begin)
-
-
-class Located(NamedTuple):
-    """Rows of the run: each one's corpus, how many rows that corpus had before, and its position; int64 (rows,)."""
-
-    texts: NDArray[np.int64]
-    turns: NDArray[np.int64]
-    places: NDArray[np.int64]
 
 
 class Ring:
@@ -144,57 +129,34 @@ class Documents:
         return Rows(vocabulary.with_beginnings(inputs), targets, starts, lengths, numbers, numbers)
 
 
-class TrainingRows:
-    """The training text of all corpora, as the rows of each step; raises UserError if one is shorter than a row."""
+class TrainingRows(Order):
+    """The training text of all corpora, as the rows of each step; raises UserError if one is shorter than a row.
+
+    ``inputs`` is what an objective needs to know of the tokens.
+    """
 
     def __init__(self, corpora: Corpora, config: Config) -> None:
         texts = corpora.training_texts()
-        self.batch_rows, self.vocabulary = config.data.batch_rows, vocabulary_of(corpora)
-        self.names, self.schedule = [text.name for text in texts], Schedule([text.weight for text in texts])
+        self.inputs = vocabulary_of(corpora)
         self._kind: type[Windows] | type[Documents] = Documents if config.data.packing == "documents" else Windows
         self.texts = [self._kind(text, config.data.context_length) for text in texts]
-        self._seed = config.training.seed
-        self._block = lru_cache(maxsize=4)(
-            lambda block: self.locate(np.arange(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS))
-        )
-
-    def locate(self, numbers: NDArray[np.int64]) -> Located:
-        """Where these rows of the run are."""
-        texts, turns = self.schedule.place(numbers)
-        places = np.empty_like(numbers)
-        for t in np.unique(texts).tolist():
-            text, of_text = self.texts[t], texts == t
-            seed = key(self._seed, Stream.CORPUS, t) if t else self._seed
-            epochs, rows = np.divmod(turns[of_text], text.per_epoch)
-            found = np.empty_like(rows)
-            for epoch in np.unique(epochs).tolist():
-                of_epoch = epochs == epoch
-                epoch_key = key(seed, Stream.ROW_ORDER, epoch)
-                order = permuted(rows[of_epoch], text.per_epoch, epoch_key)
-                found[of_epoch] = text.places(order, epoch_key)
-            places[of_text] = found
-        return Located(texts, turns, places)
+        weights = [text.weight for text in texts]
+        super().__init__([text.name for text in texts], weights, self.texts, config)
 
     def of_step(self, step: int) -> Rows:
         """The rows of optimizer step ``step``, from 0."""
-        numbers = np.arange(step * self.batch_rows, (step + 1) * self.batch_rows, dtype=np.int64)
-        blocks, within = np.divmod(numbers, BLOCK_ROWS)
-        parts = [
-            [array[within[blocks == block]] for array in self._block(block)] for block in np.unique(blocks).tolist()
-        ]
-        located = Located(*map(np.concatenate, zip(*parts, strict=True)))
+        numbers, located = self.located(step)
         pairs = zip(located.texts.tolist(), located.places.tolist(), strict=True)
         found: list[Any] = [(self.texts[text], place) for text, place in pairs]
-        return replace(self._kind.read(found, self.vocabulary), numbers=numbers, turns=located.turns)
-
-    def epochs(self, steps: int) -> float:
-        """Passes over all the text after ``steps`` steps."""
-        return steps * self.batch_rows / sum(text.per_epoch for text in self.texts)
+        return replace(self._kind.read(found, self.inputs), numbers=numbers, turns=located.turns)
 
     @property
     def tokens(self) -> int:
         """Tokens of all corpora's training text."""
         return sum(text.ring.tokens for text in self.texts)
+
+    def describe(self) -> str:
+        return f"{self.tokens:,} tokens"
 
     def introduction(self, steps: int) -> list[str]:
         """What to know about the corpora before the first of ``steps`` steps, one sentence each."""

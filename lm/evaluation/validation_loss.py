@@ -12,7 +12,7 @@ from lm.evaluation.baselines import dataset_baselines
 from lm.model.device import choose_device
 from lm.runs.checkpoint import MODEL, Checkpoint
 from lm.runs.directory import RESULT, Run, saved_evaluation
-from lm.runs.run_data import open_data
+from lm.runs.run_data import open_text
 from lm.training.validation import validate_readouts
 
 
@@ -24,7 +24,7 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
     measurement in words; the other keys say what was evaluated, and on what. Raise UserError if the data is missing,
     was made with another tokenizer, or has no validation text.
     """
-    dataset = open_corpora((data,)) if data else open_data(run)
+    dataset = open_corpora((data,)) if data else open_text(run)
     validation = dataset.split("validation")
     if dataset.tokenizer.sha256 != run.tokenizer.sha256:
         raise UserError(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm.config.settings import ModelConfig
-from lm.model.transformer import RMSNorm, Trunk, initialize
+from lm.model.transformer import RMSNorm, Transformer, Trunk, initialize
 
 # Channels of the first convolution of a convolutional stem; each halving of the resolution doubles them.
 STEM_CHANNELS = 32
@@ -136,11 +136,32 @@ class ImageTransformer(nn.Module):
         """Run training passes through ``torch.compile``, at the first one of each shape; others stay eager."""
         self._compiled = torch.compile(self._through_trunk, fullgraph=True)
 
+    def flops_per_patch(self, patches: int) -> float:
+        """As of ``Transformer.flops_per_token``, of one of ``patches`` that go through stem and trunk together."""
+        stem, size = float(self.embedding.projection.weight.numel()), self.config.patch_size
+        for layer in self.embedding.convolutions or ():
+            if isinstance(layer, nn.Conv2d):
+                size //= layer.stride[0]
+                stem += layer.weight.numel() * size**2  # positions of a patch
+        return 6.0 * stem + self.blocks.flops_per_token(patches)
+
+    def describe(self) -> str:
+        """One line: what this model is."""
+        c, counts = self.config, self.parameter_counts()
+        return (
+            f"{counts['total'] / 1e6:.2f}M parameters ({counts['head'] / 1e6:.2f}M head): {c.num_layers} layers x "
+            f"{c.hidden_size} wide, {c.num_heads} heads of {c.head_width}, {c.activation} {c.feed_forward_width}, "
+            f"{c.patches} patches of {c.patch_size} x {c.patch_size} pixels, {c.stem} stem"
+        )
+
     def parameter_counts(self) -> dict[str, int]:
         """Parameters in all, in the patch embedding, in the blocks and in the objective's head."""
         parts = {"embedding": self.embedding, "blocks": self.blocks, "head": self.head}
         counts = {name: sum(p.numel() for p in part.parameters()) if part else 0 for name, part in parts.items()}
         return {"total": sum(counts.values()), **counts}
+
+
+Model = Transformer | ImageTransformer
 
 
 class ProjectionHead(nn.Module):

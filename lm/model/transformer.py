@@ -273,12 +273,11 @@ class Transformer(nn.Module):
         """
         return 6.0 * self.head_weight.numel() + self.blocks.flops_per_token(context_length)
 
-
-def describe(model: Transformer) -> str:
-    """One line: what this model is."""
-    c, counts = model.config, model.parameter_counts()
-    return (
-        f"{counts['total'] / 1e6:.2f}M parameters ({counts['embedding'] / 1e6:.2f}M embedding): "
-        f"{c.num_layers} layers x {c.hidden_size} wide, {c.num_heads} heads of {c.head_width}, "
-        f"{c.activation} {c.feed_forward_width}, vocabulary {c.vocab_size:,}"
-    )
+    def describe(self) -> str:
+        """One line: what this model is."""
+        c, counts = self.config, self.parameter_counts()
+        return (
+            f"{counts['total'] / 1e6:.2f}M parameters ({counts['embedding'] / 1e6:.2f}M embedding): "
+            f"{c.num_layers} layers x {c.hidden_size} wide, {c.num_heads} heads of {c.head_width}, "
+            f"{c.activation} {c.feed_forward_width}, vocabulary {c.vocab_size:,}"
+        )

@@ -7,16 +7,17 @@ from typing import Any
 from data_prep.errors import UserError
 from lm.config.settings import Config
 from lm.data.corpora import Corpora
-from lm.data.rows import TrainingRows
+from lm.data.image_corpora import ImageCorpora
+from lm.data.training_data import training_rows
 from lm.objectives.objective import Objective, open_objective
 
 
 class TrainingBatches:
-    """One batch per step, by the settings' objective unless another is given; errors as in ``TrainingRows``."""
+    """One batch per step, by the settings' objective unless another is given; errors as of ``training_rows``."""
 
-    def __init__(self, corpora: Corpora, config: Config, objective: Objective | None = None) -> None:
-        self.rows = TrainingRows(corpora, config)
-        self.objective = objective or open_objective(config, self.rows.vocabulary)
+    def __init__(self, corpora: Corpora | ImageCorpora, config: Config, objective: Objective | None = None) -> None:
+        self.rows = training_rows(corpora, config)
+        self.objective = objective or open_objective(config, self.rows.inputs)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Any:
         """Rank ``rank``'s share of the batch of optimizer step ``step`` (from 0): its rows rank, rank + world, …

@@ -17,10 +17,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm.config.settings import OBJECTIVES, Config
+from lm.data.training_data import stand_in
+from lm.model.image_transformer import Model
 
-# Sums the loss of a model on held-out rows over all ranks (``lm.training.validation``): from the rows' numbers, and
-# functions that each prepare such rows, to the summed loss and the summed loss weights.
-Measure = Callable[[NDArray[np.int64], Sequence[Callable[[NDArray[np.int64]], Any]]], tuple[float, float]]
+BatchOf = Callable[[NDArray[np.int64]], Any]  # prepares the rows with these numbers
+
+
+class Measure(Protocol):
+    """What a model makes of held-out rows, over all ranks (``lm.training.validation``)."""
+
+    def __call__(self, numbers: NDArray[np.int64], batches: Sequence[BatchOf]) -> tuple[float, float]:
+        """The summed loss and the summed loss weights of the rows ``numbers``, as each of ``batches`` prepares them."""
+
+    def vectors(self, what: str, numbers: NDArray[np.int64], batch_of: BatchOf) -> Tensor:
+        """What the objective's method ``what`` returns for the rows, in order: float32 (rows, …), on the CPU."""
 
 
 class Objective(Protocol):
@@ -28,10 +38,28 @@ class Objective(Protocol):
 
     Everything it does depends on the settings, the seed and the step alone. What else it keeps (a teacher, a queue, a
     center) is its ``state``.
+
+    Attributes:
+        compares: its loss compares the rows of a whole step with each other. Then it also has ``vectors(model,
+            batch)``, those of each row, float32 (rows, …), and ``compare(vectors)``, the loss of a whole step from
+            them, so that micro-batches and ranks do not change the result (``lm.training.gradients``).
     """
 
+    compares: bool
+
+    def new_model(self) -> Model:
+        """The model to train, whose weights are not drawn yet."""
+
+    def example(self, rows: int) -> Any:
+        """A batch of the shapes of a training batch with ``rows`` rows, without data, to count its memory."""
+
+    def flops_per_token(self, model: nn.Module, context_length: int) -> float:
+        """Floating-point operations of one training token, or patch, of the data (``Transformer.flops_per_token``)."""
+
     def prepare(self, rows: Any) -> Any:
-        """The batch of a whole optimizer step from its rows (``lm.data.batch.Rows`` for text); called in a thread.
+        """The batch of a whole optimizer step from its rows; called in a thread.
+
+        The rows are ``lm.data.batch.Rows`` for text, ``lm.data.images.ImageRows`` for images.
 
         A batch has a length, its rows; ``rows(start, stop)``, a micro-batch; ``every(first, step)``, one rank's share;
         ``to(device)``; and ``parts``, the number of rows that a part of its loss is about, where these are not all.
@@ -58,14 +86,20 @@ class Objective(Protocol):
         The first number of each group is what validations are compared by, lower is better.
 
         Args:
-            held_out: the validation split (``lm.data.rows.ValidationRows`` for text).
+            held_out: the validation split (``lm.data.rows.ValidationRows`` for text, ``lm.data.images.ImageValidation``
+                for images).
             rows: how many rows of the split to read; 0: all.
             every_token: predict everything that can be predicted, however long it takes.
         """
 
 
-def open_objective(config: Config, vocabulary: Any) -> Objective:
-    """The objective that the settings name, for data with this vocabulary (``lm.data.batch.Vocabulary`` for text)."""
+def open_objective(config: Config, inputs: Any = None) -> Objective:
+    """The objective that the settings name.
+
+    ``inputs`` is what it needs to know of the model's inputs: ``lm.data.batch.Vocabulary`` for text, for images
+    ``data_prep.shards.images.ImageFormat``. None: one that fits the settings, without data.
+    """
+    inputs = inputs or stand_in(config)
     file, _ = OBJECTIVES[config.objective.objective]
-    objective: Objective = importlib.import_module(f"lm.objectives.{file}").open_objective(config, vocabulary)
+    objective: Objective = importlib.import_module(f"lm.objectives.{file}").open_objective(config, inputs)
     return objective

@@ -48,14 +48,39 @@ def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_
 class TextObjective:
     """Next-token and masked-token prediction, and their mixtures: an ``lm.objectives.objective.Objective``."""
 
+    compares = False
+
     def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
         self.config, self.vocabulary, self.seed = config.objective, vocabulary, config.training.seed
+        self.shape, self.data = config.model, config.data
         self.readouts = config.readouts
         if vocabulary.mask < 0 and self.readouts != ("next_token",):
             raise UserError(
                 f"the tokenizer has no mask token, which {self.config.objective} needs: train with --objective "
                 "next_token, or import the checkpoint again with --add-mask"
             )
+
+    def new_model(self) -> Transformer:
+        return Transformer(self.shape)
+
+    def example(self, rows: int) -> Batch:
+        context = self.data.context_length
+        inputs = torch.zeros(rows, context, dtype=torch.int64)
+        positions = torch.zeros(rows, context, dtype=torch.int32)
+        hi = torch.full_like(positions, context)
+        return Batch(inputs, inputs, torch.zeros(rows, context), positions, positions, hi, self._parts(rows))
+
+    def _parts(self, rows: int) -> dict[str, int]:
+        """Rows of each part in the largest micro-batch: one with both kinds of rows, if there is one."""
+        if len(self.readouts) == 1:
+            return {self.readouts[0]: rows}
+        whole = self.data.batch_rows
+        causal = (whole - int(whole * self.config.masked_fraction)) % rows
+        return dict(zip(self.readouts, (causal, rows - causal), strict=True))
+
+    def flops_per_token(self, model: nn.Module, context_length: int) -> float:
+        assert isinstance(model, Transformer)
+        return model.flops_per_token(context_length)
 
     def prepare(self, rows: Rows) -> Batch:
         """The batch of one optimizer step, the causal rows first.

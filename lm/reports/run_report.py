@@ -22,7 +22,7 @@ from lm.inference.generator import stream
 from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.model.device import choose_device
-from lm.model.transformer import Transformer, describe
+from lm.model.transformer import Transformer
 from lm.reports.page import Panel, Series, draw, render
 from lm.runs.checkpoint import STATE, Checkpoint
 from lm.runs.directory import Run
@@ -86,7 +86,7 @@ def _lead(run: Run, checkpoint: Checkpoint, trunk: Transformer, lines: Sequence[
             seconds += (line["tokens"] - seen) / line["tokens_per_second"]
             seen = line["tokens"]
     took = f", which took {format_time(seconds)}" if seconds else ""
-    what = f"{describe(trunk)}; trained with {run.config.objective.objective} {steps}{took}."
+    what = f"{trunk.describe()}; trained with {run.config.objective.objective} {steps}{took}."
     return f"{what} The checkpoint was saved on {saved:%Y-%m-%d at %H:%M}."
 
 

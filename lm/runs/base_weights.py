@@ -16,6 +16,7 @@ from data_prep.errors import UserError
 from data_prep.files import rename, sync_directory
 from lm.config.settings import Config
 from lm.data.keyed_random import Stream, key
+from lm.model.image_transformer import ImageTransformer, Model
 from lm.model.lora import add_lora
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint
@@ -42,10 +43,19 @@ def keep_base(weights: Path, path: Path) -> None:
     sync_directory(path)
 
 
-def load_base(model: Transformer, path: Path) -> None:
-    """Load the weights that the run in ``path`` started from; UserError if they are unreadable or do not fit."""
+def load_base(model: Model, path: Path) -> None:
+    """Load the weights that the run in ``path`` started from; UserError if they are unreadable or do not fit.
+
+    A head for images that another objective trained is left out: the model's own stays as it is.
+    """
     try:
-        model.load_state_dict(checkpoint.load_tensors(path / BASE))
+        weights, own = checkpoint.load_tensors(path / BASE), model.state_dict()
+        if isinstance(model, ImageTransformer):
+            trained = {name: weight.shape for name, weight in weights.items() if name.startswith("head.")}
+            if trained != {name: weight.shape for name, weight in own.items() if name.startswith("head.")}:
+                weights = {name: weight for name, weight in weights.items() if name not in trained}
+                weights |= {name: weight for name, weight in own.items() if name.startswith("head.")}
+        model.load_state_dict(weights)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path / BASE} cannot be read: {error}") from None
     except RuntimeError as error:

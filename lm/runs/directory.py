@@ -18,10 +18,12 @@ import torch
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.files import read_json, sha256_of_file
+from data_prep.shards.images import ImageFormat
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.recipes import require_language_model, run_config
+from lm.config.recipes import require_image_model, require_language_model, run_config
 from lm.config.settings import Config, all_settings
+from lm.model.image_transformer import ImageTransformer
 from lm.model.lora import merge_lora
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint, metrics_log
@@ -84,6 +86,11 @@ class Run:
         if not (self.path / TOKENIZER).is_file():
             raise UserError(f"{self.path} has no {TOKENIZER}: it cannot read or write text")
         return load_tokenizer(self.path / TOKENIZER)
+
+    @cached_property
+    def image_format(self) -> ImageFormat:
+        """How the run makes model inputs of pictures; UserError if its file is missing or damaged."""
+        return ImageFormat.load(self.path / PROCESSOR)
 
     @cached_property
     def processor(self) -> Tokenizer | ProcessorFile:
@@ -150,6 +157,20 @@ class Run:
                 with torch.device("meta"):
                     model = Transformer(self.config.model)
                 model.load_state_dict(saved.model(), assign=True)
+        except RuntimeError as error:
+            raise UserError(f"checkpoint {saved.path} does not fit config.toml: {error}".split("\n")[0]) from None
+        return model.to(device).eval()
+
+    def load_image_model(self, device: torch.device, saved: Checkpoint | None = None) -> ImageTransformer:
+        """The model of an image run, without the head of its objective; arguments and errors as of ``load_model``."""
+        require_image_model(self.path, self.config)
+        saved = saved or self.newest()
+        self.refuse_another(saved)
+        with torch.device("meta"):
+            model = ImageTransformer(self.config.model)
+        trunk = {name: weight for name, weight in saved.model().items() if not name.startswith("head.")}
+        try:
+            model.load_state_dict(trunk, assign=True)
         except RuntimeError as error:
             raise UserError(f"checkpoint {saved.path} does not fit config.toml: {error}".split("\n")[0]) from None
         return model.to(device).eval()

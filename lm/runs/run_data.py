@@ -9,22 +9,24 @@ from typing import Any
 
 from data_prep.errors import UserError
 from lm.config.corpus_entry import corpus_of
-from lm.data.corpora import Corpora, open_corpora
+from lm.data.corpora import Corpora
+from lm.data.datasets import open_training_data
+from lm.data.image_corpora import ImageCorpora
 from lm.data.openings import Opening, openings
-from lm.runs.directory import TOKENIZER, Run, sha256_key
+from lm.runs.directory import Run, sha256_key
 
 WORKING_DIRECTORY = "working_directory"  # key of a checkpoint's state: where relative paths counted from
 
 
-def open_data(run: Run) -> Corpora:
+def open_data(run: Run) -> Corpora | ImageCorpora:
     """Open the data that a run's settings name, as ``located`` finds it.
 
     Raises:
-        UserError: as of ``open_corpora``; if a folder is missing, the message says where it was looked for.
+        UserError: as of ``open_training_data``; if a folder is missing, the message says where it was looked for.
     """
     found = located(run)
     try:
-        return open_corpora(found.config.data.data)
+        return open_training_data(found.config.data.data)
     except UserError:
         missing = [path for entry in found.config.data.data if not Path(path := corpus_of(entry)[0]).is_dir()]
         if not missing:
@@ -38,11 +40,21 @@ def open_data(run: Run) -> Corpora:
         ) from None
 
 
+def open_text(run: Run) -> Corpora:
+    """As ``open_data``; UserError if the run was trained on images."""
+    corpora = open_data(run)
+    if isinstance(corpora, ImageCorpora):
+        raise UserError(f"{run.path} was trained on images, not on text")
+    return corpora
+
+
 def openings_of(run: Run) -> list[Opening]:
     """The openings of some validation documents; none if the data is gone or has no validation text."""
     try:
         corpora = open_data(run)
     except UserError:
+        return []
+    if isinstance(corpora, ImageCorpora):
         return []
     return openings(corpora.split("validation"), corpora.tokenizer)
 
@@ -80,9 +92,9 @@ def _state(run: Run) -> dict[str, Any]:
 def _holds_the_data(run: Run, state: dict[str, Any], entries: Sequence[str]) -> bool:
     """Whether these are the datasets of the run: by their content, or after fine-tuning by their tokenizer."""
     try:
-        corpora = open_corpora(entries)
+        corpora = open_training_data(entries)
     except UserError:
         return False
     if state.get("data_fingerprint") and not run.config.is_finetuning:
         return bool(corpora.fingerprint == state["data_fingerprint"])
-    return bool(corpora.tokenizer.sha256 == state.get(sha256_key(TOKENIZER)))
+    return bool(corpora.processor.sha256 == state.get(sha256_key(corpora.processor.file_name)))

@@ -16,7 +16,7 @@ from lm.inference.generator import Generator
 from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.inference.scoring import TokenProbability, token_probabilities
-from lm.model.transformer import Transformer, describe
+from lm.model.transformer import Transformer
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, plain_settings
 from lm.runs.run_data import openings_of
@@ -101,7 +101,7 @@ class Service:
         """The body of ``/api/run``: the model, its limits and its settings."""
         return {
             "name": self.name,
-            "description": describe(self.model.model),
+            "description": self.model.model.describe(),
             "parameters": self.model.model.parameter_counts(),
             "step": self.checkpoint.step,
             "objective": self.run.config.objective.objective,

@@ -36,15 +36,15 @@ CPU = torch.device("cpu")
 LOST = ("gloo", "Connection closed", "Connection reset", "Broken pipe")
 
 
-class _Losses(nn.Module):
-    """A model and the objective's loss in one call, which is what DDP and FSDP can wrap."""
+class _Passes(nn.Module):
+    """A model and a method of the objective in one call, which is what DDP and FSDP can wrap."""
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        return self.objective.loss(self.model, batch)
+    def forward(self, what: str, batch: Any) -> Any:
+        return getattr(self.objective, what)(self.model, batch)
 
 
 class Ranks:
@@ -76,13 +76,20 @@ class Ranks:
         """The sums of small tensors over all ranks, the same bits on each (several ranks: float64, on the CPU)."""
         return tensors
 
+    def rows_of_all(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, of which each has as many, in the batch's order: rank 0's first, rank 1's first, …"""
+        return rows
+
     def spread(self, model: nn.Module, objective: Objective | None) -> None:
-        """Make ``model``, which has the same weights on every rank, ready for ``losses``, on this rank's device."""
+        """Make ``model``, which has the same weights on every rank, ready for ``call``, on this rank's device."""
         model.to(self.device)
 
-    def losses(self, objective: Objective, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """The objective's loss on this rank's rows; ``backward`` leaves the sum of all ranks' gradients."""
-        return objective.loss(model, batch)
+    def call(self, what: str, objective: Objective, model: nn.Module, batch: Any) -> Any:
+        """A method of the objective, ``loss`` or one that returns vectors, on this rank's rows.
+
+        ``backward`` of the result leaves the sum of all ranks' gradients.
+        """
+        return getattr(objective, what)(model, batch)
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
         """Around the passes of a micro-batch; ranks need to exchange gradients only after the ``last``."""
@@ -146,35 +153,39 @@ class ManyRanks(Ranks):
         parts = flat.split([tensor.numel() for tensor in tensors])
         return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
+    def rows_of_all(self, rows: Tensor) -> Tensor:
+        found = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(found, rows.contiguous())
+        return torch.stack(found, dim=1).flatten(0, 1)
+
     def spread(self, model: nn.Module, objective: Objective | None) -> None:
         assert objective is not None  # only pretraining runs in several processes
-        losses: nn.Module = _Losses(model, objective)
-        self._losses = losses
+        passes: nn.Module = _Passes(model, objective)
+        self._passes = passes
         if self.parallel == "ddp":
-            self._losses = nn.parallel.DistributedDataParallel(losses.to(self.device), gradient_as_bucket_view=True)
+            self._passes = nn.parallel.DistributedDataParallel(passes.to(self.device), gradient_as_bucket_view=True)
             # Gradients are sums, while DDP averages; a lambda, since DDP refuses string annotations.
-            self._losses.register_comm_hook(None, lambda _, bucket: _sum(bucket.buffer()))
+            self._passes.register_comm_hook(None, lambda _, bucket: _sum(bucket.buffer()))
             return
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        for trunk in [module for module in losses.modules() if isinstance(module, Trunk)]:
+        for trunk in [module for module in passes.modules() if isinstance(module, Trunk)]:
             for block in trunk:
                 fully_shard(block, mesh=self._mesh)
-        fully_shard(losses, mesh=self._mesh)
-        for module in losses.modules():
+        fully_shard(passes, mesh=self._mesh)
+        for module in passes.modules():
             if isinstance(module, FSDPModule):  # it would average, too
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
-    def losses(self, objective: Objective, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = self._losses(batch)
-        return losses
+    def call(self, what: str, objective: Objective, model: nn.Module, batch: Any) -> Any:
+        return self._passes(what, batch)
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
         """DDP exchanges once a step. FSDP does so for each micro-batch, or every rank would hold a whole gradient."""
-        if last or not isinstance(self._losses, nn.parallel.DistributedDataParallel):
+        if last or not isinstance(self._passes, nn.parallel.DistributedDataParallel):
             return nullcontext()
-        return self._losses.no_sync()
+        return self._passes.no_sync()
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if _is_split(tensor) else tensor

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lm.config.settings import Config
-from lm.data.batch import Batch
 from lm.data.keyed_random import Stream, key
 from lm.model.device import autocast
 from lm.objectives.objective import Objective
@@ -17,7 +16,7 @@ from lm.training.distributed import Ranks
 
 
 def step_gradients(
-    objective: Objective, model: nn.Module, batch: Batch, config: Config, step: int, ranks: Ranks | None = None
+    objective: Objective, model: nn.Module, batch: Any, config: Config, step: int, ranks: Ranks | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Leave the gradient of a step's loss in the parameters; return the loss of each part that has rows, and its share.
 
@@ -30,22 +29,52 @@ def step_gradients(
     model.zero_grad()
     rows = len(batch)
     at_once = config.data.micro_batch_rows or rows
+    if objective.compares and (at_once < rows or ranks.world > 1):
+        return _gradients_of_compared(objective, model, batch, at_once, config, step, ranks)
     names: list[str] = []
     sums = torch.zeros((), device=ranks.device)
     for first in range(0, rows, at_once):
-        part = batch.rows(first, first + at_once)
-        if config.model.dropout:
-            in_batch = ranks.rank + first * ranks.world  # the row's number among those of all ranks
-            torch.manual_seed(key(config.training.seed, Stream.DROPOUT, step, in_batch) >> 1)
         with ranks.accumulating(last=first + at_once >= rows):
-            with autocast(ranks.device, config.training.precision):
-                by_name = ranks.losses(objective, model, part.to(ranks.device))
+            by_name = _passed("loss", objective, model, batch, slice(first, first + at_once), config, step, ranks)
             names, losses = list(by_name), torch.stack(list(by_name.values()))
             losses.sum().backward()
         sums = sums + losses.detach()
     sums, counts = ranks.sum(sums, torch.tensor([batch.parts.get(name, rows) for name in names]))
     shares = {name: count / (rows * ranks.world) for name, count in zip(names, counts.tolist(), strict=True) if count}
     return {name: loss for name, loss in zip(names, sums, strict=True) if name in shares}, shares
+
+
+def _passed(
+    what: str, objective: Objective, model: nn.Module, batch: Any, rows: slice, config: Config, step: int, ranks: Ranks
+) -> Any:
+    """A method of the objective on a micro-batch, with the dropout of its step and its first row."""
+    if config.model.dropout:
+        in_batch = ranks.rank + rows.start * ranks.world  # the row's number among those of all ranks
+        torch.manual_seed(key(config.training.seed, Stream.DROPOUT, step, in_batch) >> 1)
+    with autocast(ranks.device, config.training.precision):
+        return ranks.call(what, objective, model, batch.rows(rows.start, rows.stop).to(ranks.device))
+
+
+def _gradients_of_compared(
+    objective: Any, model: nn.Module, batch: Any, at_once: int, config: Config, step: int, ranks: Ranks
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """``step_gradients`` of a loss that compares all rows of a step with each other, in the memory of a micro-batch.
+
+    The method is that of ``accumulated_over_vectors``: every rank computes the loss from the vectors of all ranks, and
+    backpropagates its own rows' share.
+    """
+    parts = [slice(first, first + at_once) for first in range(0, len(batch), at_once)]
+    with torch.no_grad():
+        found = [_passed("vectors", objective, model, batch, part, config, step, ranks) for part in parts]
+    vectors = ranks.rows_of_all(torch.cat(found)).requires_grad_()
+    losses = objective.compare(vectors)
+    (gradient,) = torch.autograd.grad(torch.stack(list(losses.values())).sum(), vectors)
+    own = gradient[ranks.rank :: ranks.world]
+    for part in parts:
+        with ranks.accumulating(last=part is parts[-1]):
+            again = _passed("vectors", objective, model, batch, part, config, step, ranks)
+            again.backward(own[part])
+    return {name: loss.detach() for name, loss in losses.items()}, dict.fromkeys(losses, 1.0)
 
 
 Part = TypeVar("Part")

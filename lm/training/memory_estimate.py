@@ -24,11 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lm.config.settings import Config, DataConfig, OptimizerConfig
-from lm.data.batch import Batch
 from lm.kernels.cross_entropy import CHUNK_LOGITS, CHUNK_TOKENS
 from lm.model.device import autocast, available_memory
-from lm.model.transformer import Transformer
-from lm.objectives.text import losses
+from lm.objectives.objective import open_objective
 from lm.training.optimizer import Optimizer
 
 # Computing a small step takes less time than importing torch._dynamo, which tensors without memory need (1.5 s).
@@ -55,9 +53,13 @@ def step_memory(config: Config, rows: int, device: torch.device) -> StepMemory:
     Counted for PyTorch's own operations; Triton's kernels on a GPU save a little less.
     """
     low_precision = isinstance(autocast(device, config.training.precision), torch.autocast)
-    shape = DataConfig(context_length=config.data.context_length, batch_tokens=config.data.batch_tokens)
+    data = config.data
+    shape = DataConfig(
+        context_length=data.context_length, batch_tokens=data.batch_tokens, batch_images=data.batch_images
+    )
     kind = OptimizerConfig(optimizer=config.optimizer.optimizer)
-    return _counted(Config(config.model, shape, config.objective, kind), rows, device.type, low_precision)
+    counted = Config(config.model, shape, config.objective, optimizer=kind)
+    return _counted(counted, rows, device.type, low_precision)
 
 
 @lru_cache(maxsize=64)
@@ -76,9 +78,9 @@ def _counted(config: Config, rows: int, device: str, low_precision: bool) -> Ste
 def _is_small(config: Config, rows: int) -> bool:
     """Whether a step of ``rows`` rows takes little time, and next to none of the memory that is available."""
     context = config.data.context_length
-    tokens = rows * context
+    tokens, objective = rows * context, open_objective(config)
     with torch.device("meta"):
-        flops = tokens * Transformer(config.model).flops_per_token(context)
+        flops = tokens * objective.flops_per_token(objective.new_model(), context)
     return flops < SMALL_FLOPS and tokens <= SMALL_TOKENS and available_memory(torch.device("cpu")) > AMPLE_BYTES
 
 
@@ -89,26 +91,22 @@ def _simulated(
 
     ``real``: compute the step, instead of only following the shapes of its tensors.
     """
-    context = config.data.context_length
+    objective = open_objective(config)
     with nullcontext() if real else FakeTensorMode(), LiveBytes(device) as live:
-        model = Transformer(config.model)
+        model = objective.new_model()
         weights = live.now
         optimizer = Optimizer(model, config.optimizer)
         early = live.now
-        inputs = torch.zeros(rows, context, dtype=torch.int64)
-        positions = torch.zeros(rows, context, dtype=torch.int32)
-        hi = torch.full_like(positions, context)
-        weights_of_loss = torch.zeros(rows, context)
-        parts = _parts(config, rows)
+        batch = objective.example(rows)
         if rows < config.data.batch_rows:  # an earlier micro-batch has left its gradients
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         live.peak = live.now
         with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
-            found = losses(model, Batch(inputs, inputs, weights_of_loss, positions, positions, hi, parts))
+            found = objective.loss(model, batch)
         torch.stack(list(found.values())).sum().backward()
         passes = live.peak
-        del found, inputs, positions, hi, weights_of_loss
+        del found, batch
         gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
         live.peak = live.now
         optimizer.clip()
@@ -116,15 +114,6 @@ def _simulated(
         after = live.now - gradients
         # The optimizer state of the first update exists during the passes of all later steps.
         return weights, gradients, after - weights, passes + after - early, live.peak
-
-
-def _parts(config: Config, rows: int) -> dict[str, int]:
-    """Rows of each part in the largest micro-batch: one with both kinds of rows, if there is one."""
-    if len(config.readouts) == 1:
-        return {config.readouts[0]: rows}
-    whole = config.data.batch_rows
-    causal = (whole - int(whole * config.objective.masked_fraction)) % rows
-    return dict(zip(config.readouts, (causal, rows - causal), strict=True))
 
 
 class LiveBytes(TorchDispatchMode):

@@ -21,8 +21,11 @@ from lm import kernels
 from lm.config.scaling import rule_for
 from lm.config.settings import Config
 from lm.data import keyed_random
-from lm.data.batch import Vocabulary, rows_of_windows
-from lm.data.corpora import Corpora, open_corpora, with_vocabulary
+from lm.data.batch import Rows, Vocabulary, rows_of_windows
+from lm.data.corpora import Corpora
+from lm.data.datasets import open_training_data, settled
+from lm.data.image_corpora import ImageCorpora, sized
+from lm.data.images import ImageRows, TrainingImages
 from lm.data.rows import TrainingRows
 from lm.model.device import (
     available_memory,
@@ -34,7 +37,7 @@ from lm.model.device import (
     resident_memory,
     synchronize,
 )
-from lm.model.transformer import Transformer, describe
+from lm.model.image_transformer import Model
 from lm.objectives.batches import TrainingBatches
 from lm.objectives.objective import Objective, open_objective
 from lm.training.gradients import step_gradients
@@ -106,6 +109,10 @@ class Plan:
         return self.config.data.batch_tokens / self.dry_step.seconds if self.dry_step else None
 
     @property
+    def images_per_second(self) -> float | None:
+        return self.config.data.batch_images / self.dry_step.seconds if self.dry_step else None
+
+    @property
     def share_of_peak(self) -> float | None:
         speed = self.tokens_per_second
         return speed * self.flops_per_token / self.machine_rate if speed else None
@@ -124,7 +131,7 @@ class Plan:
     def notes(self) -> list[str]:
         """What a user may want to change: many passes over the same text, or a long time."""
         steps, notes = self.config.training.steps, []
-        if self.epochs and self.epochs > MOST_EPOCHS:
+        if self.epochs and self.epochs > MOST_EPOCHS and not self.config.reads_images:  # views differ in each epoch
             enough = max(1, int(steps * MOST_EPOCHS / self.epochs))
             notes.append(
                 f"{self.epochs:.0f} epochs: after about {MOST_EPOCHS}, each pass over the same text teaches less, and "
@@ -159,15 +166,15 @@ class Plan:
             "obstacle": self.obstacle,
             "notes": self.notes,
             "tokens_per_second": self.tokens_per_second,
+            **({"images_per_second": self.images_per_second} if self.config.reads_images else {}),
             "share_of_peak": self.share_of_peak,
             "seconds": self.seconds,
         }
 
     def table(self) -> list[tuple[str, str]]:
         """Name and value of each line that ``--plan`` prints."""
-        data, training = self.config.data, self.config.training
+        data = self.config.data
         passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
-        total = f"{format_tokens(self.tokens)}{passes}"
         processor = f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
             processor = torch.cuda.get_device_name(self.device)
@@ -175,9 +182,7 @@ class Plan:
         rows = [
             ("model", self.model),
             ("objective", f"{self.config.objective.objective} on {self.data}"),
-            ("tokens", f"{training.steps:,} steps x {data.batch_tokens:,} tokens = {total}"),
-            ("scaling rule", rule_for(self.config).describe(self.config)),
-            ("FLOPs per token", f"{self.flops_per_token / 1e6:.1f}M, {format_flops(self.flops)} in total"),
+            *self._amounts(passes),
             ("device", f"{processor} ({products}); {kernels.describe(self.device)}"),
             ("micro-batch", f"{self.rows} of the batch's {data.batch_rows} rows"),
             *((name, format_bytes(size)) for name, size in self._parts().items()),
@@ -188,18 +193,40 @@ class Plan:
         if self.dry_step:
             measured = "" if self.dry_step.rows == self.rows else f", measured with {self.dry_step.rows} rows"
             rows += [
-                ("speed", f"{self.tokens_per_second:,.0f} tokens/s, {self.share_of_peak:.0%} of peak{measured}"),
+                ("speed", f"{self._speed()}, {self.share_of_peak:.0%} of peak{measured}"),
                 ("time", f"{format_time(self.seconds or 0)} for all steps, without validation and saving"),
             ]
         return rows + [("note", note) for note in self.notes]
 
+    def _amounts(self, passes: str) -> list[tuple[str, str]]:
+        """How much the run reads, and what that takes."""
+        data, steps, total = self.config.data, self.config.training.steps, format_flops(self.flops)
+        if self.config.reads_images:
+            images = steps * data.batch_images
+            per_image = self.flops_per_token * data.context_length
+            return [
+                ("images", f"{steps:,} steps x {data.batch_images:,} images = {images:,} images{passes}"),
+                ("FLOPs per image", f"{per_image / 1e6:.1f}M, {total} in total"),
+            ]
+        return [
+            ("tokens", f"{steps:,} steps x {data.batch_tokens:,} tokens = {format_tokens(self.tokens)}{passes}"),
+            ("scaling rule", rule_for(self.config).describe(self.config)),
+            ("FLOPs per token", f"{self.flops_per_token / 1e6:.1f}M, {total} in total"),
+        ]
+
+    def _speed(self) -> str:
+        if self.config.reads_images:
+            return f"{self.images_per_second:,.0f} images/s"
+        return f"{self.tokens_per_second:,.0f} tokens/s"
+
     def introduction(self, processes: str = "") -> list[str]:
         """What to print before the first step, one sentence each; ``processes`` as of ``Ranks.describe``."""
         table = dict(self.table())
+        passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
         parts = ", ".join(f"{name} {table[name]}" for name in self._parts())
         lines = [
             self.model,
-            f"{table['objective']}: {table['tokens']}, {format_flops(self.flops)}",
+            f"{table['objective']}: {self._amounts(passes)[0][1]}, {format_flops(self.flops)}",
             f"on {processes}{table['device']}",
             f"{table['micro-batch']} per micro-batch: about {format_bytes(self.peak_bytes)} of memory ({parts}); "
             f"{format_bytes(self.available_bytes)} available",
@@ -241,6 +268,8 @@ def choose_rows(config: Config, device: torch.device, available: int) -> int | N
     On a CPU at most 4,096 tokens, since more are not faster. None: not even one row fits.
     """
     most = max(1, CPU_MICRO_BATCH_TOKENS // config.data.context_length) if device.type == "cpu" else None
+    if open_objective(config).compares:  # several micro-batches take a second pass
+        most = None
     for rows in _divisors(config.data.batch_rows):
         if (most is None or rows <= most) and _need(config, rows, device) <= USABLE_SHARE * available:
             return rows
@@ -277,7 +306,7 @@ def _obstacle(config: Config, device: torch.device, available: int) -> str:
     return f"{shortage}: choose a smaller hidden_size or a shorter context_length"
 
 
-def dry_step(model: Transformer, objective: Objective, config: Config, batch: Any, affordable_rows: int) -> DryStep:
+def dry_step(model: Model, objective: Objective, config: Config, batch: Any, affordable_rows: int) -> DryStep:
     """Repeat a training step several times and measure the later ones; the weights do not change.
 
     The weights should be those of a new run: PyTorch's own initialization spreads the logits so far that their
@@ -311,7 +340,7 @@ def dry_step(model: Transformer, objective: Objective, config: Config, batch: An
 
 def make_plan(
     config: Config,
-    model: Transformer,
+    model: Model,
     objective: Objective,
     batch: Any,
     device: torch.device,
@@ -327,13 +356,13 @@ def make_plan(
     of memory, plan with a smaller micro-batch, which is then in the plan's config.
     """
     rows, rate = config.data.micro_batch_rows or config.data.batch_rows, machine_rate(device)
-    flops = model.flops_per_token(config.data.context_length)
+    flops = objective.flops_per_token(model, config.data.context_length)
     memory = step_memory(config, rows, device)
     held = 0 if next(model.parameters()).is_meta else memory.weights
     plan = Plan(
         config,
         device,
-        describe(model),
+        model.describe(),
         model.parameter_counts()["total"],
         flops,
         memory,
@@ -370,17 +399,13 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
     if device.type == "cpu":
         keep_freed_memory()  # as the run will
     if not config.data.data:
-        if not config.model.vocab_size:
-            raise UserError("a plan needs --data, or --vocab-size instead of it")
-        vocabulary = Vocabulary(config.model.vocab_size, 0, 1)
-        objective = open_objective(config, vocabulary)
-        numbers = np.arange(config.data.batch_rows, dtype=np.int64)
-        drawn = keyed_random.uniform(0, numbers, config.data.context_length + 1) * (vocabulary.size - 2)
-        batch = objective.prepare(rows_of_windows(drawn.astype(np.int64) + 2, vocabulary))
+        config, rows = _random_rows(config)
+        objective = open_objective(config)
+        batch = objective.prepare(rows)
         data, epochs = "unspecified data", None
     else:
-        corpora = open_corpora(config.data.data)
-        config = with_vocabulary(config, corpora)
+        corpora = open_training_data(config.data.data)
+        config = settled(config, corpora)
         batches = TrainingBatches(corpora, config)
         objective, batch = batches.objective, batches.batch(0)
         data, epochs = describe_data(corpora, batches.rows), batches.rows.epochs(config.training.steps)
@@ -391,7 +416,7 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
         config = config.replace(micro_batch_rows=1)  # so that the plan has everything else
     fits = not _obstacle(config, device, available_memory(device))
     with torch.device("cpu" if fits else "meta"):
-        model = Transformer(config.model)
+        model = objective.new_model()
     if fits:
         model.initialize(config.training.seed).to(device)
     return make_plan(
@@ -399,8 +424,25 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
     )
 
 
-def describe_data(corpora: Corpora, rows: TrainingRows) -> str:
-    return f"{rows.tokens:,} tokens of {corpora.name}"
+def _random_rows(config: Config) -> tuple[Config, Rows | ImageRows]:
+    """Rows of a step without data, and the settings with what data would decide. UserError if a size is missing."""
+    numbers = np.arange(config.data.batch_rows, dtype=np.int64)
+    if config.reads_images:
+        if not (size := config.model.image_size):
+            raise UserError("a plan needs --data, or --image-size instead of it")
+        channels = config.model.image_channels or 3
+        config = sized(config, size, channels)
+        drawn = keyed_random.uniform(0, numbers, size * size * channels) * 256
+        return config, ImageRows(drawn.astype(np.uint8).reshape(-1, size, size, channels), numbers)
+    if not config.model.vocab_size:
+        raise UserError("a plan needs --data, or --vocab-size instead of it")
+    vocabulary = Vocabulary(config.model.vocab_size, 0, 1)
+    drawn = keyed_random.uniform(0, numbers, config.data.context_length + 1) * (vocabulary.size - 2)
+    return config, rows_of_windows(drawn.astype(np.int64) + 2, vocabulary)
+
+
+def describe_data(corpora: Corpora | ImageCorpora, rows: TrainingRows | TrainingImages) -> str:
+    return f"{rows.describe()} of {corpora.name}"
 
 
 def format_bytes(size: float) -> str:

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from lm.config.recipes import load_config
 from lm.config.settings import Config
-from lm.data.corpora import Corpora, open_corpora, with_vocabulary
-from lm.model.transformer import Transformer
+from lm.data.corpora import Corpora
+from lm.data.datasets import open_training_data, settled
+from lm.data.image_corpora import ImageCorpora
+from lm.model.image_transformer import Model
 from lm.objectives.batches import TrainingBatches
 from lm.objectives.objective import Objective
 from lm.runs.base_weights import keep_base, kept_base, load_base
 from lm.runs.companions import copy_companions
-from lm.runs.directory import Run, open_run
+from lm.runs.directory import Processor, Run, open_run
 from lm.runs.metrics_log import OVERFITTING, Best, loss_of_readouts
 from lm.runs.run_data import open_data
 from lm.training.distributed import Ranks
@@ -37,13 +39,16 @@ class Pretraining(TrainModule[Any]):
     ``may_shrink``: the micro-batch is not a setting of the user's, so it may be made smaller if memory runs out.
     """
 
-    def __init__(self, config: Config, path: Path, corpora: Corpora, ranks: Ranks, *, may_shrink: bool = False) -> None:
+    def __init__(
+        self, config: Config, path: Path, corpora: Corpora | ImageCorpora, ranks: Ranks, *, may_shrink: bool = False
+    ) -> None:
         self.config, self.path, self.corpora, self.ranks, self.may_shrink = config, path, corpora, ranks, may_shrink
         self.start: Path | None = None  # the initial weights, if they are another run's
         self.batches = TrainingBatches(corpora, config)
         self.objective: Objective = self.batches.objective
         self.batches.check_ranks(ranks.world)
-        self.name, self.processor, self.fingerprint = corpora.name, corpora.tokenizer, corpora.fingerprint
+        self.name, self.fingerprint = corpora.name, corpora.fingerprint
+        self.processor: Processor = corpora.processor
 
     @classmethod
     def open(cls, config: Config, path: Path, ranks: Ranks) -> Pretraining:
@@ -55,14 +60,14 @@ class Pretraining(TrainModule[Any]):
         if config.training.compile and ranks.world > 1:
             raise UserError("several processes train without compiling: leave out --compile")
         try:
-            corpora = open_corpora(config.data.data)
+            corpora = open_training_data(config.data.data)
         except UserError:
             if not any(config.data.data) or not (path / "config.toml").is_file():
                 raise
             corpora = open_data(Run(path, config))
         if config.data.verify_data:
             ranks.on_main(corpora.verify)
-        config = ranks.on_main(partial(with_vocabulary, config, corpora))
+        config = ranks.on_main(partial(settled, config, corpora))
         before = load_config(path / "config.toml") if (path / "config.toml").is_file() else None
         may_shrink = not config.data.micro_batch_rows and ranks.world == 1
         module = cls(config, path, corpora, ranks, may_shrink=may_shrink)
@@ -78,7 +83,9 @@ class Pretraining(TrainModule[Any]):
         start = open_run(self.config.training.init_from)
         if dataclasses.replace(start.config.model, dropout=0.0) != dataclasses.replace(self.config.model, dropout=0.0):
             raise UserError(f"{start.path} has a model of another shape: without a recipe, its shape is used")
-        if start.tokenizer.sha256 != self.processor.sha256:
+        if start.processor.sha256 != self.processor.sha256:
+            if self.config.reads_images:
+                raise UserError(f"{self.name} has images of another format than {start.path} was trained on")
             raise UserError(
                 f"{self.name} was made with another tokenizer than {start.path}: "
                 f"prepare it with --tokenizer {start.path}/tokenizer.json"
@@ -95,7 +102,7 @@ class Pretraining(TrainModule[Any]):
         one_model = self.ranks.world == 1 or training.parallel == "ddp"
         self.plan = make_plan(
             self.config,
-            Transformer(self.config.model).initialize(training.seed).to(self.ranks.device),
+            self.objective.new_model().initialize(training.seed).to(self.ranks.device),
             self.objective,
             self.batch(done),
             self.ranks.device,
@@ -112,12 +119,12 @@ class Pretraining(TrainModule[Any]):
         lines += [*self.plan.introduction(self.ranks.describe()), *self.batches.rows.introduction(training.steps)]
         return lines + ([f"this may not fit: {self.plan.obstacle}"] if self.plan.obstacle else [])
 
-    def model(self) -> Transformer:
-        model = Transformer(self.config.model)
+    def model(self) -> Model:
+        model = self.objective.new_model()
+        if not self.config.training.init_from or self.config.reads_images:
+            model.initialize(self.config.training.seed)
         if self.config.training.init_from:
             load_base(model, self.path)
-        else:
-            model.initialize(self.config.training.seed)
         if self.config.training.compile:
             warnings.filterwarnings("ignore", "TensorFloat32")  # float32 is what the user asked for, or is hardly used
             model.compile_training()
@@ -149,9 +156,10 @@ class Pretraining(TrainModule[Any]):
     def remark(self, best: Best) -> str:
         if best.worse != OVERFITTING:
             return ""
+        what = "images" if self.config.reads_images else "text"
         return (
             f"the validation loss has been rising since step {best.step:,}: the model is overfitting. That step's "
-            f"checkpoint is kept; more text, dropout or fewer steps would help"
+            f"checkpoint is kept; more {what}, dropout or fewer steps would help"
         )
 
     def progress(self, steps: int) -> dict[str, float]:
@@ -160,7 +168,9 @@ class Pretraining(TrainModule[Any]):
     def throughput(self, seconds_per_step: float) -> dict[str, float]:
         speed = self.config.data.batch_tokens / seconds_per_step
         peak = self.plan.machine_rate * self.ranks.world
+        images = self.config.data.batch_images
         return {
+            **({"images_per_second": round(images / seconds_per_step, 1)} if images else {}),
             "tokens_per_second": round(speed, 1),
             "share_of_peak": round(speed * self.plan.flops_per_token / peak, 4),
         }

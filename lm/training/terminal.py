@@ -70,7 +70,9 @@ class TerminalProgress:
 
 def _state(line: dict[str, Any]) -> list[str]:
     """The metrics of an interval to show."""
-    words = [f"loss {line['loss']:.3f}", f"epoch {line['epoch']:.2f}", f"{line['tokens_per_second']:,.0f} tokens/s"]
+    unit = "images" if "images_per_second" in line else "tokens"
+    speed = f"{line[f'{unit}_per_second']:,.0f} {unit}/s"
+    words = [f"loss {line['loss']:.3f}", f"epoch {line['epoch']:.2f}", speed]
     return words + ([f"{line['share_of_peak']:.0%} of peak"] if line.get("share_of_peak") else [])
 
 
@@ -79,9 +81,14 @@ def _validation(line: dict[str, Any]) -> str:
     if "metrics" in line:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in line["metrics"].items())
         return f"step {line['step']:>6}  validation: {metrics or 'there are no validation examples'}"
-    results = ", ".join(
-        f"{name} {loss['nats_per_token']:.3f} nats/token ({loss['bits_per_byte']:.3f} bits/byte)"
-        for name, loss in line["validation"].items()
-    )
+    results = ", ".join(_measured(name, found) for name, found in line["validation"].items())
     part = f", {rows_validated(line)}" if rows_validated(line) else ""
-    return f"step {line['step']:>6}  validation{part}: {results or 'the data has no validation text'}"
+    return f"step {line['step']:>6}  validation{part}: {results or 'the data has no validation split'}"
+
+
+def _measured(name: str, found: dict[str, float]) -> str:
+    """What a validation found, for a readout or an objective on images."""
+    if "nats_per_token" in found:
+        return f"{name} {found['nats_per_token']:.3f} nats/token ({found['bits_per_byte']:.3f} bits/byte)"
+    words = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in found.items() if key != "images"]
+    return f"{name} {', '.join(words)}"

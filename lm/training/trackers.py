@@ -150,14 +150,15 @@ def require(names: Sequence[str]) -> None:
 def values_of(line: dict[str, Any]) -> dict[str, float | str]:
     """The values of a line of metrics.jsonl, by the names a tracker shows.
 
-    The means of an interval are under ``train/``, validation losses under ``validation/READOUT/``, and an event is a
+    The means of an interval are under ``train/``, those of a validation under ``validation/``, and an event is a
     text and a learning-rate multiplier under ``event/``.
     """
     if "validation" in line:
         return {
-            f"validation/{readout}/{unit}": loss[unit]
-            for readout, loss in line["validation"].items()
-            for unit in ("nats_per_token", "bits_per_byte")
+            f"validation/{name}/{unit}": value
+            for name, found in line["validation"].items()
+            for unit, value in found.items()
+            if unit not in ("predicted", "images")  # how many were measured
         }
     if "metrics" in line:
         return {f"validation/{name}": value for name, value in line["metrics"].items()}

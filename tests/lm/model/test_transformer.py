@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lm.config.settings import ModelConfig
 from lm.kernels import dispatch, masks, rotary
-from lm.model.transformer import Block, Transformer, describe, rotary_table
+from lm.model.transformer import Block, Transformer, rotary_table
 
 BASE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 23}
 VARIANTS = {
@@ -179,7 +179,7 @@ def test_parameter_counts_add_up(changes):
     assert counts["blocks"] == sum(parameter.numel() for parameter in model.blocks.parameters())
     assert counts["embedding"] == 23 * 32 * (1 if model.config.tie_embeddings else 2)
     assert counts["total"] == counts["blocks"] + counts["embedding"] + 32
-    assert f"{counts['total'] / 1e6:.2f}M parameters" in describe(model)
+    assert f"{counts['total'] / 1e6:.2f}M parameters" in model.describe()
 
 
 @pytest.mark.parametrize("of", [masks.causal, masks.bidirectional])

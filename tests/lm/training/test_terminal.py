@@ -62,7 +62,7 @@ def test_the_time_left_counts_only_steps_of_this_session(capsys, monkeypatch):
 
 def test_a_validation_without_text_says_so(capsys):
     TerminalProgress().metrics({"step": 3, "validation": {}})
-    assert "the data has no validation text" in told(capsys)
+    assert "the data has no validation split" in told(capsys)
 
 
 @pytest.mark.parametrize(("taken", "words"), [(128, "128 of 1,024 rows"), (1024, "whole split")])

@@ -1,0 +1,197 @@
+"""Decode image files with Pillow: upright, 8 bits a channel, gray or RGB, or a reason why not."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What Pillow may read; its other formats are rare, run programs (EPS) or have no mark to know them by (TGA).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+MARKS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\0\0\0")
+MOST_BYTES = 1 << 29  # of one file
+MOST_PIXELS = 128_000_000
+SHORTEST_SIDE, LARGEST_ASPECT = 4, 20
+
+# Why an image was left out.
+EMPTY = "empty file"
+NOT_AN_IMAGE = "not an image"
+DAMAGED = "damaged or truncated"
+TOO_LARGE = f"more than {MOST_PIXELS // 10**6} megapixels"
+TOO_SMALL = f"a side below {SHORTEST_SIDE} pixels"
+TOO_LONG = f"more than {LARGEST_ASPECT} times as long as wide"
+UNREADABLE = "unreadable file"
+UNKNOWN_RANGE = "pixels of unknown range"
+
+# What was changed in an image.
+TURNED = "turned upright by their EXIF tag"
+FRAMES = "animated or with several pages, of which the first was used"
+TRANSPARENT = "transparent, laid over white"
+CMYK = "in CMYK, converted to RGB"
+DEEP = "with more than 8 bits a channel, scaled to 8"
+
+
+class BadImage(Exception):  # noqa: N818 - a condition of the input, not a failure
+    """An image that cannot be used. ``reason`` is one of a few, to count by; ``detail`` is what Pillow said, or ""."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image, upright and of mode L (gray) or RGB, and what was changed to make it so."""
+
+    image: Image
+    changes: tuple[str, ...]
+
+
+def decode(data: bytes) -> Image:
+    """Decode the bytes of an image file. Returns a Pillow image, upright by its EXIF tag, of mode L (gray) or RGB.
+
+    Raises:
+        BadImage: the bytes are not an image that can be used.
+    """
+    return decode_noting(data).image
+
+
+def decode_noting(data: bytes) -> Decoded:
+    """Decode an image as ``decode`` does, and say what was changed."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not data:
+        raise BadImage(EMPTY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged metadata and large images, for all of which there is a rule here
+        try:
+            image = Image.open(io.BytesIO(data), formats=_formats())
+            _check_size(*image.size)
+            image.load()
+            several = bool(getattr(image, "is_animated", False))
+            plain = upright(image)
+        except (BadImage, MemoryError):
+            raise
+        except UnidentifiedImageError:
+            raise BadImage(DAMAGED if data.startswith(MARKS) or data[8:12] == b"WEBP" else NOT_AN_IMAGE) from None
+        except Image.DecompressionBombError:
+            raise BadImage(TOO_LARGE) from None
+        except Exception as error:  # Pillow's plugins raise what they like for broken files
+            raise BadImage(DAMAGED, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
+    return Decoded(plain.image, (*plain.changes, *([FRAMES] if several else [])))
+
+
+def upright(image: Image) -> Decoded:
+    """Return an open Pillow image of any mode upright and as gray (L) or RGB with 8 bits a channel.
+
+    Transparent parts become white; colors are taken as sRGB, whatever profile the file has.
+    Raises ``BadImage`` if it holds numbers of unknown range.
+    """
+    from PIL import ImageOps
+
+    changes = []
+    if image.getexif().get(0x0112, 1) not in (0, 1):
+        turned = ImageOps.exif_transpose(image)
+        if turned is not None:
+            changes.append(TURNED)
+            image = turned
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+        return Decoded(image, tuple(changes))
+    if image.mode.startswith(("I", "F")):
+        return Decoded(_scaled(image), (*changes, DEEP))
+    if image.mode == "CMYK":
+        return Decoded(image.convert("RGB"), (*changes, CMYK))
+    is_gray = _is_gray(image)
+    if image.has_transparency_data:
+        with_alpha = image.convert("RGBA")
+        if with_alpha.getextrema()[3][0] < 255:
+            changes.append(TRANSPARENT)
+        image = _over_white(with_alpha)
+    return Decoded(image.convert("L" if is_gray else "RGB"), tuple(changes))
+
+
+def square(image: Image, size: int, channels: int) -> np.ndarray:
+    """Return the central square of an image of mode L or RGB, scaled to ``size`` by Pillow's bicubic filter.
+
+    The filter averages when it shrinks, so nothing is aliased. Returns uint8, shape ``(size, size, channels)``.
+    """
+    from PIL import Image
+
+    mode = "RGB" if channels == 3 else "L"
+    if image.mode != mode:
+        image = image.convert(mode)
+    if image.size != (size, size):
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        # The same as shrinking all of it and cutting out the middle, without the pixels that would be cut off.
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image).reshape(size, size, channels)
+
+
+def looks_gray(data: bytes) -> bool:
+    """Return whether an image file says that it is gray, or cannot be read; its pixels are not decoded."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return _is_gray(Image.open(io.BytesIO(data), formats=_formats()))
+        except Exception:  # whatever is wrong is told when it is decoded
+            return True
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of ``FORMATS`` that this Pillow was built with."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise BadImage(TOO_LARGE, f"{width:,} x {height:,}")
+    if min(width, height) < SHORTEST_SIDE:
+        raise BadImage(TOO_SMALL, f"{width:,} x {height:,}")
+    if max(width, height) > LARGEST_ASPECT * min(width, height):
+        raise BadImage(TOO_LONG, f"{width:,} x {height:,}")
+
+
+def _scaled(image: Image) -> Image:
+    """Return an image of 16-bit or 32-bit integers, or of floating-point numbers, as 8-bit gray."""
+    from PIL import Image
+
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 1):
+            raise BadImage(UNKNOWN_RANGE, "floating-point numbers must be from 0 to 1")
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    if low < 0 or high > 65535:
+        raise BadImage(UNKNOWN_RANGE, "integers must be from 0 to 65,535")
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _is_gray(image: Image) -> bool:
+    if image.mode == "P":
+        red, green, blue = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3).T
+        return bool((red == green).all() and (green == blue).all())
+    return image.mode in ("1", "L", "LA", "La") or image.mode.startswith(("I", "F"))
+
+
+def _over_white(image: Image) -> Image:
+    from PIL import Image
+
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image)

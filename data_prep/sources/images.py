@@ -1,0 +1,309 @@
+"""Find images: in folders, .tar archives, .parquet files, Hugging Face datasets and scikit-learn's digits.
+
+``list_images`` lists what the sources hold without reading any image, ``entries_of`` reads one listed item, and
+``find_images`` does both. The class of an image is the first folder that not all images share; folders called train,
+test and so on at the top are splits.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from data_prep.errors import UserError
+from data_prep.sources.decoding import MOST_BYTES, TOO_LARGE, UNREADABLE, BadImage, decode, decode_noting
+from data_prep.sources.documents import one_line
+from data_prep.sources.image_records import (
+    DIGITS,
+    HUGGING_FACE,
+    digits,
+    images_of_dataset,
+    images_of_parquet,
+    row_group_sizes,
+)
+from data_prep.sources.records import parse_hugging_face
+from data_prep.sources.storage import (
+    UnreadableError,
+    is_folder,
+    is_glob,
+    is_remote,
+    last_name,
+    linked_folders,
+    list_folder,
+    list_glob,
+    open_raw,
+    root_of_glob,
+    size_of,
+)
+
+__all__ = ["BadImage", "ImageEntry", "decode", "decode_noting", "entries_of", "find_images", "list_images"]
+
+# What names of images end in, in any case; Pillow reads them all.
+ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2", ".avif"),
+)
+TAR, PARQUET = ".tar", ".parquet"
+TRAIN, VALIDATION, LEFT_OUT = "train", "validation", ""
+# What folders of splits are called.
+TRAIN_FOLDERS = {"train", "training"}
+VALIDATION_FOLDERS = {"val", "valid", "validation", "dev"}
+TEST_FOLDERS = {"test", "testing"}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEntry:
+    """One image.
+
+    ``name`` is its path from the last folder of its source on, like ``photos/cat/1.jpg``, ``label`` its class or None,
+    and ``split`` "train" or "validation" if its source says so, or None. ``read`` returns the bytes of the file and
+    raises ``BadImage`` if it cannot.
+    """
+
+    name: str
+    label: str | None
+    read: Callable[[], bytes]
+    split: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageItem:
+    """What is listed without being read: a file, a member of an archive, or rows of a table.
+
+    ``kind`` says which. ``start`` and ``stop`` are bytes of an archive or row groups of a .parquet file; a ``stop`` of
+    -1 means the end. ``size`` is in bytes, 0 if unknown.
+    """
+
+    kind: str
+    path: str
+    name: str
+    size: int
+    label: str | None = None
+    split: str | None = None
+    start: int = 0
+    stop: int = -1
+
+
+@dataclass
+class Listing:
+    """What one source holds: ``unread`` are the names of files that are no images, ``notes`` sentences about it."""
+
+    name: str
+    items: list[ImageItem] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold the images and their classes; "": find them."""
+
+    image: str = ""
+    label: str = ""
+
+
+def find_images(sources: Sequence[str | Path], columns: Columns | None = None) -> Iterator[ImageEntry]:
+    """Yield every image of the sources, in order.
+
+    A source is a folder, a pattern, an image file, a .tar (or a folder in it, ``x.tar/train``), a .parquet file,
+    ``hf:NAME[:SPLIT]`` or ``builtin:digits``. Raises ``UserError`` for a source that does not exist or has no images.
+    """
+    for listing in list_images([str(source) for source in sources]):
+        for item in listing.items:
+            yield from entries_of(item, columns or Columns())
+
+
+def list_images(sources: Sequence[str]) -> list[Listing]:
+    """List the sources by names and sizes only, each in the order of its paths. Raises ``UserError``."""
+    if not sources:
+        raise UserError("no source given: name a folder of images, a .tar, a .parquet file or builtin:digits")
+    return [_list_source(source) for source in sources]
+
+
+def entries_of(item: ImageItem, columns: Columns) -> Iterator[ImageEntry]:
+    """Yield the images of a listed item."""
+    if item.kind == PARQUET:
+        rows = images_of_parquet(item.path, columns.image, columns.label, item.start, item.stop)
+    elif item.kind == HUGGING_FACE:
+        rows = images_of_dataset(item.path, columns.image, columns.label)
+    elif item.kind == DIGITS:
+        rows = digits()
+    else:
+        yield ImageEntry(item.name, item.label, partial(_read, item), item.split)
+        return
+    for row in rows:
+        yield ImageEntry(f"{item.name}:{row.number}", row.label, row.read, item.split)
+
+
+def _read(item: ImageItem) -> bytes:
+    if item.size > MOST_BYTES:
+        raise BadImage(TOO_LARGE, f"{item.size / 1e6:,.0f} MB")
+    try:
+        with open_raw(item.path) as file:
+            if item.stop < 0:
+                return file.read()
+            file.seek(item.start)
+            return file.read(item.stop - item.start)
+    except UnreadableError as error:
+        raise BadImage(UNREADABLE, str(error)) from None
+
+
+def _list_source(text: str) -> Listing:
+    if text == DIGITS:
+        return Listing(DIGITS, [ImageItem(DIGITS, DIGITS, "digits", 0)])
+    if text == "builtin":
+        raise UserError(f'"builtin" is text: the built-in images are {DIGITS}')
+    if text == "-":
+        raise UserError("images cannot come from standard input (-): name a folder or a .tar")
+    if text.startswith(HUGGING_FACE):
+        name, split = parse_hugging_face(text)
+        shown = f"{last_name(name) if Path(name).exists() else name}:{split}"
+        return Listing(f"{HUGGING_FACE}{shown}", [ImageItem(HUGGING_FACE, text, shown, 0)])
+    archive, inside = _split_at_archive(text)
+    if archive:
+        listing = _list_archive(archive, inside)
+    elif is_glob(text):
+        listing = _list_files(text, list_glob(text), root_of_glob(text))
+    elif is_folder(text):
+        listing = _list_files(text, list_folder(text), text)
+        if linked := linked_folders(text):
+            listing.notes.append(f'"{listing.name}" has {len(linked):,} linked folders, which are not followed')
+    else:
+        listing = _list_file(text)
+    if not listing.items:
+        there = f": there are only {len(listing.unread):,} other files" if listing.unread else ""
+        raise UserError(f'no image in "{one_line(text)}"{there}; looked for {", ".join(ENDINGS)}, {TAR} and {PARQUET}')
+    return listing
+
+
+def _list_file(path: str) -> Listing:
+    if not is_remote(path) and not Path(path).is_file():
+        raise UserError(f'there is no file or folder "{one_line(path)}"')
+    if path.lower().endswith((".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".rar", ".7z")):
+        raise UserError(f'"{one_line(path)}" is compressed, so its images cannot be read at random: unpack it first')
+    name, size = one_line(last_name(path)), size_of(path) or 0
+    if path.lower().endswith(PARQUET):
+        return Listing(name, list(_of_parquet(path, name, size)))
+    return Listing(name, [ImageItem("file", path, name, size)])
+
+
+def _of_parquet(path: str, name: str, size: int) -> Iterator[ImageItem]:
+    groups = row_group_sizes(path) or [size]
+    for number, group in enumerate(groups):
+        yield ImageItem(PARQUET, path, name, group, start=number, stop=number + 1)
+
+
+def _list_files(text: str, files: Sequence[tuple[str, int]], root: str) -> Listing:
+    """List the files of a folder or pattern; archives and tables among them are listed as sources of their own."""
+    listing = Listing(one_line(last_name(root or ".")))
+    images = []
+    for path, size in files:
+        relative = path.removeprefix(root).lstrip("/") if is_remote(path) else Path(path).relative_to(root).as_posix()
+        name = f"{listing.name}/{one_line(relative)}"
+        if path.lower().endswith(ENDINGS):
+            images.append((PurePosixPath(relative).parts[:-1], ImageItem("file", path, name, size)))
+        elif path.lower().endswith(PARQUET):
+            listing.items.extend(_of_parquet(path, name, size))
+        elif path.lower().endswith(TAR):
+            inner = _list_archive(path, "")
+            listing.items.extend(inner.items)
+            listing.unread.extend(inner.unread)
+            listing.notes.extend(inner.notes)
+        else:
+            listing.unread.append(name)
+    listing.items[:0] = _with_folders(images, listing)
+    return listing
+
+
+def _split_at_archive(text: str) -> tuple[str, str]:
+    """Return the archive that a path names or leads into, and the folder in it; "", "" if there is none."""
+    for path in (Path(text), *Path(text).parents):
+        if path.suffix.lower() == TAR and path.is_file():
+            return str(path), Path(text).relative_to(path).as_posix().strip(".")
+    return (text, "") if is_remote(text) and text.lower().endswith(TAR) else ("", "")
+
+
+def _list_archive(path: str, inside: str) -> Listing:
+    listing = Listing(one_line("/".join(filter(None, (PurePosixPath(last_name(path)).stem, inside)))))
+    members = list(_members(path, listing))
+    shared = _shared([folders for folders, *_ in members])
+    wanted = tuple(PurePosixPath(inside).parts) if inside else ()
+    if wanted and not any(folders[: len(wanted)] == wanted for folders, *_ in members):
+        wanted = (*members[0][0][:shared], *wanted) if members else wanted
+    if not members:
+        return listing
+    chosen = [each for each in members if each[0][: len(wanted)] == wanted]
+    if not chosen:
+        folders = sorted({"/".join(each[0][shared : shared + 1]) for each in members} - {""})
+        raise UserError(
+            f'"{one_line(path)}" has no folder "{one_line(inside)}" with images'
+            + (f": its folders are {', '.join(folders[:20])}" if folders else "")
+        )
+    items = []
+    for folders, name, start, size in chosen:
+        shown = f"{PurePosixPath(last_name(path)).stem}/{'/'.join((*folders[shared:], name))}"
+        item = ImageItem("member", path, one_line(shown), size, start=start, stop=start + size)
+        items.append((folders[len(wanted) :], item))
+    listing.items = _with_folders(items, listing)
+    return listing
+
+
+def _members(path: str, listing: Listing) -> Iterator[tuple[tuple[str, ...], str, int, int]]:
+    """Yield folders, name, offset and size of each image in an archive; other files are added to the listing."""
+    found = []
+    try:
+        with open_raw(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # which would grow
+                parts = PurePosixPath(member.name).parts
+                if not member.isfile() or any(part.startswith(".") for part in parts):
+                    continue
+                if parts[-1].lower().endswith(ENDINGS):
+                    found.append((parts[:-1], parts[-1], member.offset_data, member.size))
+                else:
+                    listing.unread.append(f"{listing.name}/{one_line(member.name)}")
+    except UnreadableError as error:
+        raise UserError(f'"{one_line(path)}" {error}: make it readable') from None
+    except (tarfile.TarError, EOFError) as error:
+        if not found:
+            raise UserError(f'"{one_line(path)}" is not a whole .tar ({error}): get an intact copy') from None
+        listing.notes.append(f'"{one_line(last_name(path))}" is damaged ({error}): {len(found):,} images precede it')
+    return iter(sorted(found))
+
+
+def _shared(folders: Sequence[tuple[str, ...]]) -> int:
+    """Return how many leading folders all images share."""
+    if not folders:
+        return 0
+    first, last = min(folders), max(folders)
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def _with_folders(images: Iterable[tuple[tuple[str, ...], ImageItem]], listing: Listing) -> list[ImageItem]:
+    """Give images the class and split that their folders name."""
+    images = list(images)
+    shared = _shared([folders for folders, _ in images])
+    tops = {folders[shared].lower() if len(folders) > shared else "" for folders, _ in images}
+    if len(tops) < 2 or not tops <= TRAIN_FOLDERS | VALIDATION_FOLDERS | TEST_FOLDERS or not tops & TRAIN_FOLDERS:
+        return [replace(item, label=_class_of(folders, shared)) for folders, item in images]
+    split_of = dict.fromkeys(TRAIN_FOLDERS, TRAIN) | dict.fromkeys(VALIDATION_FOLDERS, VALIDATION)
+    split_of |= dict.fromkeys(TEST_FOLDERS, LEFT_OUT if tops & VALIDATION_FOLDERS else VALIDATION)
+    by_top = defaultdict(list)
+    for folders, item in images:
+        by_top[folders[shared]].append((folders[shared + 1 :], item))
+    found, told = [], []
+    for top, inner in sorted(by_top.items()):
+        split, deeper = split_of[top.lower()], _shared([folders for folders, _ in inner])
+        told.append(f'"{top}" {f"for {split}" if split else "left out, for a final test"}')
+        if split:
+            found += [replace(item, label=_class_of(folders, deeper), split=split) for folders, item in inner]
+    listing.notes.append(f'the folders of "{listing.name}" are splits: {", ".join(told)}')
+    return found
+
+
+def _class_of(folders: tuple[str, ...], shared: int) -> str | None:
+    return one_line(folders[shared]) if len(folders) > shared else None

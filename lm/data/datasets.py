@@ -1,0 +1,42 @@
+"""The datasets of a run, be they text or images, opened without PyTorch, so that mistakes are told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from data_prep.errors import UserError
+from data_prep.shards.images import holds_images
+from lm.config.settings import Config
+from lm.data.corpora import Corpora, check_entries, open_corpora, with_vocabulary
+from lm.data.image_corpora import ImageCorpora, open_image_corpora, with_images
+
+
+def open_training_data(data: Sequence[str]) -> Corpora | ImageCorpora:
+    """Open the datasets of the setting ``data``, reading sizes and headers only.
+
+    Raises:
+        UserError: no dataset is named, one is missing or incomplete, or they do not belong together.
+    """
+    if not any(data):
+        return open_corpora(data)  # which explains it
+    paths, weights = check_entries(data)
+    of_images = [holds_images(path) for path in paths]
+    if all(of_images):
+        return open_image_corpora(paths, weights)
+    if any(of_images):
+        text, images = paths[of_images.index(False)], paths[of_images.index(True)]
+        raise UserError(f"{images} has images, and {text} has text: a run learns from one kind")
+    return open_corpora(data)
+
+
+def settled(config: Config, corpora: Corpora | ImageCorpora) -> Config:
+    """The settings with what the data decides: the vocabulary, or the size of the images.
+
+    Raises:
+        UserError: settings and data do not fit together.
+    """
+    if config.reads_images != isinstance(corpora, ImageCorpora):
+        there, asked = ("text", "images") if config.reads_images else ("images", "text")
+        hint = "set patch_size, or start from a recipe such as images-simclr" if there == "images" else "choose others"
+        raise UserError(f"{corpora.name} holds {there}, and these settings are for {asked}: {hint}")
+    return with_images(config, corpora) if isinstance(corpora, ImageCorpora) else with_vocabulary(config, corpora)
