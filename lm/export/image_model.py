@@ -39,15 +39,19 @@ PARTS = {
     "feed_forward.up": "feed_forward.up_proj",
     "feed_forward.down": "feed_forward.down_proj",
 }
+UPRIGHT = "ImageOps.exif_transpose(Image.open(name))"
+# transformers 4 takes no gray Pillow images.
+GRAY = {"numpy": "import numpy as np\n", "picture": f'np.asarray({UPRIGHT}.convert("L"))[None]'}
+COLOR = {"numpy": "", "picture": UPRIGHT}
 FEATURES = """\
-import torch
+<numpy>import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
 
 where = <where>
 processor = AutoImageProcessor.from_pretrained(where, backend="pil")
 model = AutoModel.from_pretrained(where)
-pictures = [ImageOps.exif_transpose(Image.open(name))<mode> for name in ["photo.jpg"]]
+pictures = [<picture> for name in ["photo.jpg"]]
 inputs = processor(pictures, return_tensors="pt")
 with torch.no_grad():
     patches = model(**inputs).last_hidden_state[0]  # of all pictures, one after another
@@ -210,7 +214,7 @@ def _card(run: Run, checkpoint: Checkpoint, form: ImageFormat, checked: str, fac
         model="A PixtralVisionModel",
         pipeline_tag="image-feature-extraction",
         snippet=FEATURES,
-        values={"mode": "" if form.channels == 3 else '.convert("L")'},
+        values=GRAY if form.channels == 1 else COLOR,
         facts=facts,
         notes=[
             "The features of a picture are the mean over its patches, as in `kindling embed`.",
