@@ -82,7 +82,7 @@ def export_image_model(
             f"{run.path} cannot be exported: no model class of transformers supports {'; nor '.join(obstacles)}"
         )
     form = ImageFormat.load(run.path / PROCESSOR)
-    model = model or run.load_model(torch.device("cpu"), checkpoint)
+    model = model or run.load_image_model(torch.device("cpu"), checkpoint)
     with new_folder(out) as folder:
         write_image_model(folder, run.config.model, model.state_dict(), form)
         checked = compare_with_transformers(folder, model)
