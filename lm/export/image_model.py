@@ -1,7 +1,8 @@
 """Export a model that reads images as a ``PixtralVisionModel`` of ``transformers``, with an image processor.
 
 The vision tower of Pixtral (Agrawal et al. 2024) computes what our linear stem and trunk compute. Its own image
-processor keeps the aspect ratio of pictures, so that the folder names CLIP's: shorter side to the size, middle cut out.
+processor keeps the aspect ratio of pictures, so the folder names CLIP's: shorter side to the size, middle cut out.
+No class of ``transformers`` has a classifier on Pixtral: that of a fine-tuned model has a file of its own.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from lm.config.settings import ModelConfig
 from lm.data.patch_rows import layout_of
 from lm.export.huggingface import write_card, write_json
 from lm.export.model_card import NO_FACTS, CardFacts, model_card
+from lm.export.task_model import TaskHead, label_config
 from lm.model.image_transformer import ImageTransformer
 from lm.runs.checkpoint import Checkpoint, save_tensors
 from lm.runs.directory import PROCESSOR, Run
 
 EPSILON = 1e-5  # of Pixtral's norms, which no setting changes
-LARGEST_GRID = 64  # patches a side, as in Pixtral; transformers 4 reads no larger images
+LARGEST_GRID = 64  # patches a side, or twice those of training: transformers 4 reads no larger images
 TOLERANCE = 1e-4  # of hidden states, beside ours
 # Pixtral's name of each part of a block.
 PARTS = {
@@ -43,11 +45,17 @@ UPRIGHT = "ImageOps.exif_transpose(Image.open(name))"
 # transformers 4 takes no gray Pillow images.
 GRAY = {"numpy": "import numpy as np\n", "picture": f'np.asarray({UPRIGHT}.convert("L"))[None]'}
 COLOR = {"numpy": "", "picture": UPRIGHT}
-FEATURES = """\
+CLASSIFIER = "classifier.safetensors"
+IMPORTS = """\
 <numpy>import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
-
+"""
+MORE_IMPORTS = """\
+from safetensors.torch import load_file
+from transformers.utils import cached_file
+"""
+FEATURES = """
 where = <where>
 processor = AutoImageProcessor.from_pretrained(where, backend="pil")
 model = AutoModel.from_pretrained(where)
@@ -56,7 +64,14 @@ inputs = processor(pictures, return_tensors="pt")
 with torch.no_grad():
     patches = model(**inputs).last_hidden_state[0]  # of all pictures, one after another
 features = patches.unflatten(0, (len(pictures), -1)).mean(1)
+"""
+SHOW = """\
 print(features.shape)
+"""
+CLASSIFY = f"""\
+head = load_file(cached_file(where, "{CLASSIFIER}"))
+for row in (features @ head["weight"].T + head["bias"]).softmax(1):
+    print({{model.config.id2label[number]: float(probability) for number, probability in enumerate(row)}})
 """
 
 
@@ -66,6 +81,7 @@ def export_image_model(
     checkpoint: Checkpoint,
     facts: CardFacts = NO_FACTS,
     model: ImageTransformer | None = None,
+    head: TaskHead | None = None,
 ) -> None:
     """Write the stem and trunk of a checkpoint to the folder ``out``, with float32 weights and an image processor.
 
@@ -73,6 +89,7 @@ def export_image_model(
 
     Args:
         model: of this checkpoint; None: load it.
+        head: of a fine-tuned model; it is written beside the weights.
 
     Raises:
         UserError: Pixtral does not compute what the model does, or ``out`` is not empty.
@@ -84,9 +101,9 @@ def export_image_model(
     form = ImageFormat.load(run.path / PROCESSOR)
     model = model or run.load_image_model(torch.device("cpu"), checkpoint)
     with new_folder(out) as folder:
-        write_image_model(folder, run.config.model, model.state_dict(), form)
+        write_image_model(folder, run.config.model, model.state_dict(), form, head)
         checked = compare_with_transformers(folder, model)
-        write_card(run, folder, _card(run, checkpoint, form, checked, facts))
+        write_card(run, folder, _card(run, checkpoint, form, head, checked, facts))
 
 
 def pixtral_obstacles(model: ModelConfig) -> list[str]:
@@ -111,11 +128,18 @@ def pixtral_obstacles(model: ModelConfig) -> list[str]:
     return found
 
 
-def write_image_model(folder: Path, model: ModelConfig, state: Mapping[str, Tensor], form: ImageFormat) -> None:
-    """Write weights, ``config.json`` and ``preprocessor_config.json``; ``state`` is that of an ``ImageTransformer``."""
+def write_image_model(
+    folder: Path, model: ModelConfig, state: Mapping[str, Tensor], form: ImageFormat, head: TaskHead | None = None
+) -> None:
+    """Write weights, ``config.json``, ``preprocessor_config.json`` and, with a ``head``, ``classifier.safetensors``.
+
+    ``state`` is that of an ``ImageTransformer``.
+    """
     save_tensors(pixtral_weights(model, state), folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", pixtral_config(model))
+    write_json(folder / "config.json", pixtral_config(model) | (label_config(head) if head else {}))
     write_json(folder / "preprocessor_config.json", processor_config(form))
+    if head:
+        save_tensors({"weight": head.weight, "bias": head.bias}, folder / CLASSIFIER, metadata={"format": "pt"})
 
 
 def pixtral_weights(model: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +163,7 @@ def pixtral_config(model: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "num_channels": model.image_channels,
-        "image_size": max(model.image_size, LARGEST_GRID * model.patch_size),  # the largest, not that of training
+        "image_size": max(2 * model.image_size, LARGEST_GRID * model.patch_size),  # the largest, not that of training
         "patch_size": model.patch_size,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
@@ -187,7 +211,7 @@ def compare_with_transformers(folder: Path, model: ImageTransformer) -> str:
     theirs.load_state_dict(load_file(folder / "model.safetensors"))
     shape, draw, worst = model.config, torch.Generator().manual_seed(0), 0.0
     side = shape.image_size // shape.patch_size
-    for height, width in ((side, side), (2 * side, 2 * side), (3, 3), (side, 2 * side + 1)):
+    for height, width in ((side, side), (side + 1, side + 1), (3, 3), (side, side + 2)):
         size = (1, shape.image_channels, height * shape.patch_size, width * shape.patch_size)
         image = torch.randn(size, generator=draw)
         with torch.no_grad():
@@ -206,28 +230,42 @@ def compare_with_transformers(folder: Path, model: ImageTransformer) -> str:
     )
 
 
-def _card(run: Run, checkpoint: Checkpoint, form: ImageFormat, checked: str, facts: CardFacts) -> str:
-    side = f"{form.size} x {form.size} pixels"
+def _card(
+    run: Run, checkpoint: Checkpoint, form: ImageFormat, head: TaskHead | None, checked: str, facts: CardFacts
+) -> str:
+    patch_size = run.config.model.patch_size
+    trained = (
+        f"It was trained on images of {form.size} x {form.size} pixels. Other sides work if they are multiples of "
+        f"{patch_size}, but it has not learned from them."
+    )
+    notes = [
+        "The features of a picture are the mean over its patches, as in `kindling embed`.",
+        f"The image processor scales the shorter side of a picture to {form.size} pixels, cuts out the middle and "
+        "normalizes it by the mean and standard deviation of the training data. `exif_transpose` turns a photo "
+        'upright first. `backend="pil"` (in transformers 4: `use_fast=False`) scales with Pillow, as in training, '
+        "even if torchvision is installed.",
+        *([checked] if checked else []),
+    ]
+    if head:
+        notes[:1] = [
+            "No class of transformers has a classifier on a PixtralVisionModel, so pipelines cannot load this one: "
+            f"`{CLASSIFIER}` holds the matrix and the bias of its linear layer, to be applied as above."
+        ]
+        limits = ["It has learned to tell apart the classes of its training images, and knows no others."]
+    else:
+        limits = [
+            f"The head of the objective `{run.config.objective.objective}` is left out. The model knows no classes: "
+            "train a classifier, such as a linear one, on its features."
+        ]
     return model_card(
         run,
         checkpoint,
         model="A PixtralVisionModel",
         pipeline_tag="image-feature-extraction",
-        snippet=FEATURES,
+        tags=["image-classification"] if head else [],
+        snippet=IMPORTS + (MORE_IMPORTS if head else "") + FEATURES + (CLASSIFY if head else SHOW),
         values=GRAY if form.channels == 1 else COLOR,
         facts=facts,
-        notes=[
-            "The features of a picture are the mean over its patches, as in `kindling embed`.",
-            f"The image processor scales the shorter side of a picture to {form.size} pixels, cuts out the middle and "
-            "normalizes it by the mean and standard deviation of the training data. `exif_transpose` turns a photo "
-            'upright first. `backend="pil"` (in transformers 4: `use_fast=False`) scales with Pillow, as in training, '
-            "even if torchvision is installed.",
-            *([checked] if checked else []),
-        ],
-        limits=[
-            f"The head of the objective `{run.config.objective.objective}` is left out. The model knows no classes: "
-            "train a classifier, such as a linear one, on its features.",
-            f"It was trained on images of {side}. Other sides work if they are multiples of "
-            f"{run.config.model.patch_size}, but it has not learned from them.",
-        ],
+        notes=notes,
+        limits=[*limits, trained],
     )

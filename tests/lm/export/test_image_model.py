@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
@@ -22,7 +23,8 @@ from lm.data.patch_rows import layout_of
 from lm.export import image_model
 from lm.export.image_model import compare_with_transformers, export_image_model, pixtral_obstacles
 from lm.export.import_huggingface import import_checkpoint
-from lm.export.model_card import CardFacts
+from lm.export.model_card import NO_FACTS, CardFacts
+from lm.export.task_model import TaskHead
 from lm.model.image_transformer import ImageTransformer
 from lm.runs import checkpoint
 from lm.runs.checkpoint_writer import snapshot
@@ -39,6 +41,7 @@ SHAPES = [
 ]
 RED_GREEN_BLUE = ImageFormat(16, 3, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
 GRAY = ImageFormat(16, 1, (0.3,), (0.31,))
+LAID_OVER_WHITE = pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 ignores transparency")
 
 
 @pytest.fixture
@@ -61,8 +64,8 @@ def make_run(tmp_path):
     return make
 
 
-def exported(run, out, facts=CardFacts()):
-    export_image_model(run, out, run.newest(), facts)
+def exported(run, out, facts=NO_FACTS, head=None):
+    export_image_model(run, out, run.newest(), facts, head=head)
     return out
 
 
@@ -119,10 +122,10 @@ def palette(**options):
     "given",
     [
         picture(61, 40, "L"),
-        picture(61, 40, "RGBA"),
+        pytest.param(picture(61, 40, "RGBA"), marks=LAID_OVER_WHITE),
         picture(61, 40, "CMYK"),
         palette(),
-        palette(transparency=5),
+        pytest.param(palette(transparency=5), marks=LAID_OVER_WHITE),
     ],
     ids=["gray", "RGBA", "CMYK", "palette", "transparent palette"],
 )
@@ -136,9 +139,36 @@ def test_gray_pictures_have_one_channel(make_run, tmp_path):
     out = exported(make_run(image_channels=1), tmp_path / "out")
     processor = transformers.AutoImageProcessor.from_pretrained(out, backend="pil")
     given = picture(61, 40, "L")
-    found = processor(given, return_tensors="np").pixel_values
+    found = processor(np.asarray(given)[None], return_tensors="np").pixel_values
     assert found.shape == (1, 1, 16, 16)
     np.testing.assert_allclose(found[0], normalized(GRAY, given), rtol=0, atol=1e-5)
+
+
+def test_the_classifier_of_a_fine_tuned_model_is_applied_by_the_snippet(make_run, tmp_path, monkeypatch):
+    run, draw = make_run(), torch.Generator().manual_seed(5)
+    head = TaskHead(torch.randn(3, 32, generator=draw), torch.randn(3, generator=draw), ("a cat", "dog", "é"), 1, False)
+    out = exported(run, tmp_path / "out", head=head)
+    given = picture(61, 40)
+    given.save(out / "photo.jpg")
+    printed = ast.literal_eval(run_snippet((out / "README.md").read_text(), out, monkeypatch))
+    pixels = torch.from_numpy(normalized(RED_GREEN_BLUE, Image.open(out / "photo.jpg")))[None].float()
+    scores = our_states(run, pixels).mean(1) @ head.weight.T + head.bias
+    expected = dict(zip(head.labels, scores.softmax(1)[0].tolist(), strict=True))
+    assert printed == pytest.approx(expected, abs=1e-5)
+    assert max(expected.values()) < 0.95
+
+
+def test_the_card_of_a_classifier_says_that_no_class_has_it(make_run, tmp_path):
+    head = TaskHead(torch.zeros(2, 32), torch.zeros(2), ("cat", "dog"), 1, False)
+    out = exported(make_run(), tmp_path / "out", head=head)
+    card = (out / "README.md").read_text()
+    assert "No class of transformers has a classifier on a PixtralVisionModel" in card
+    assert "knows no others" in card
+    assert "left out" not in card
+    assert ModelCard(card).data.tags == ["kindling", "image-classification"]
+    with pytest.raises(ValueError, match="PixtralVisionConfig"):
+        transformers.AutoModelForImageClassification.from_pretrained(out)
+    assert transformers.AutoConfig.from_pretrained(out).label2id == {"cat": 0, "dog": 1}
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -193,7 +223,9 @@ def test_hidden_states_that_differ_end_the_export(make_run, tmp_path, monkeypatc
     other = image_model.pixtral_config(run.config.model) | {"rope_theta": 1e4 + 900}
     other["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4 + 900}
     monkeypatch.setattr(image_model, "pixtral_config", lambda model: other)
-    with pytest.raises(UserError, match="computes other hidden states than Kindling, by up to .*: nothing was exported"):
+    with pytest.raises(
+        UserError, match=r"computes other hidden states than Kindling, by up to .*: nothing was exported"
+    ):
         exported(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
