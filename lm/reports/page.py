@@ -172,7 +172,7 @@ def _draw_scatter(axes: Any, scatter: Scatter) -> None:
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=_literal(name), **style)
     axes.set(title=_literal(scatter.title), xlabel=scatter.horizontal, ylabel=scatter.vertical, xticks=[], yticks=[])
-    axes.set_aspect("equal")
+    axes.set_aspect("equal", adjustable="datalim")
     if named:
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
