@@ -81,7 +81,7 @@ def pillow(images: Tensor) -> Callable[[], Tensor]:
 
 
 def kornia(images: Tensor) -> Callable[[], Tensor]:
-    import kornia.augmentation as K  # noqa: N812
+    import kornia.augmentation as K
 
     size, jitter = images.shape[1], SETTINGS.color_jitter
     changes = [
