@@ -42,8 +42,8 @@ class Processor(Protocol):
     ``file_name`` is its file in the run directory, ``TOKENIZER`` or ``PROCESSOR``, and ``sha256`` the file's hash.
     """
 
-    file_name: str
-
+    @property
+    def file_name(self) -> str: ...
     @property
     def sha256(self) -> str: ...
     def save(self, path: Path) -> None: ...
