@@ -122,7 +122,7 @@ def upright(image: Image) -> Decoded:
 
 
 def square(image: Image, size: int, channels: int) -> np.ndarray:
-    """Scale the shorter side of an image of mode L or RGB to ``size`` by Pillow's bicubic filter, and cut out the middle.
+    """Scale the shorter side of an image, of mode L or RGB, to ``size`` by Pillow's bicubic filter; cut out the middle.
 
     The filter averages when it shrinks, so nothing is aliased. Lengths are rounded down, as the image processors of
     transformers do: an exported model gets the same pixels. Returns uint8, shape ``(size, size, channels)``.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_prep.shards.images import ImageFormat
 from lm.config.settings import Config, ViewsConfig
-from lm.data.images import ImageBatch, ImageValidation, model_inputs, normalized
+from lm.data.images import ImageBatch, ImageRows, ImageValidation, model_inputs, normalized
 from lm.data.patch_rows import layout_of
 from lm.data.views import COLUMNS, make_views
 from lm.model.image_transformer import ImageTransformer
@@ -43,6 +43,9 @@ class ImageObjective:
 
     def new_model(self) -> ImageTransformer:
         return ImageTransformer(self.config.model, self.head())
+
+    def prepare(self, rows: ImageRows) -> ImageBatch:
+        raise NotImplementedError
 
     def batch_of(self, images: NDArray[np.uint8], draws: Tensor, weight: float) -> ImageBatch:
         """A batch in which each image weighs ``weight``."""
