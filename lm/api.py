@@ -39,6 +39,7 @@ from lm.inference.generator import stream as stream_events
 from lm.inference.language_model import LanguageModel
 from lm.inference.scoring import log_likelihoods
 from lm.model.device import choose_device
+from lm.reports.image_report import write_image_report
 from lm.reports.run_report import write_report
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, open_run, saved_evaluation
@@ -294,11 +295,14 @@ def train(
 
 def _write_report(run: Run) -> None:
     """Write ``report.html`` unless it is newer than the newest checkpoint."""
-    if run.config.reads_images:
-        return
     report, newest = run.path / "report.html", run.latest()
-    if newest and not (report.exists() and report.stat().st_mtime >= newest.path.stat().st_mtime):
-        write_report(run, saved_evaluation(run, newest), run.config.report.prompts, run.config.report.fills)
+    if newest is None or (report.exists() and report.stat().st_mtime >= newest.path.stat().st_mtime):
+        return
+    evaluation = saved_evaluation(run, newest)
+    if run.config.reads_images:
+        write_image_report(run, evaluation)
+    else:
+        write_report(run, evaluation, run.config.report.prompts, run.config.report.fills)
 
 
 def finetune(

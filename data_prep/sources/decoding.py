@@ -122,9 +122,10 @@ def upright(image: Image) -> Decoded:
 
 
 def square(image: Image, size: int, channels: int) -> np.ndarray:
-    """Return the central square of an image of mode L or RGB, scaled to ``size`` by Pillow's bicubic filter.
+    """Scale the shorter side of an image, of mode L or RGB, to ``size`` by Pillow's bicubic filter; cut out the middle.
 
-    The filter averages when it shrinks, so nothing is aliased. Returns uint8, shape ``(size, size, channels)``.
+    The filter averages when it shrinks, so nothing is aliased. Lengths are rounded down, as the image processors of
+    transformers do: an exported model gets the same pixels. Returns uint8, shape ``(size, size, channels)``.
     """
     from PIL import Image
 
@@ -132,12 +133,11 @@ def square(image: Image, size: int, channels: int) -> np.ndarray:
     if image.mode != mode:
         image = image.convert(mode)
     if image.size != (size, size):
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        # The same as shrinking all of it and cutting out the middle, without the pixels that would be cut off.
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        shorter = min(image.size)
+        width, height = (size * side // shorter for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + size, top + size))
     return np.asarray(image).reshape(size, size, channels)
 
 

@@ -10,10 +10,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.errors import UserError
-from data_prep.shards.images import ImageSplit
+from data_prep.shards.images import ImageFormat, ImageSplit
 from lm.config.settings import Config
 from lm.data.image_corpora import ImageCorpora
 from lm.data.order import Order
+
+
+def normalized(pixels: Tensor, form: ImageFormat) -> Tensor:
+    """What a model reads: values in [0, 1], (n, C, H, W), less the mean of each channel, by its standard deviation."""
+    mean, std = (torch.tensor(part, device=pixels.device)[:, None, None] for part in (form.mean, form.std))
+    return (pixels - mean) / std
+
+
+def model_inputs(images: Tensor, form: ImageFormat) -> Tensor:
+    """What a model reads of images without views: float32 (n, C, H, W) from their pixels, uint8 (n, H, W, C)."""
+    return normalized(images.permute(0, 3, 1, 2).float() / 255, form)
 
 
 @dataclass(frozen=True)
@@ -165,6 +176,11 @@ class HeldOutImages:
             images[of == k] = some
         return images
 
+    def source_of(self, number: int) -> str:
+        """Where an image came from."""
+        of = int(np.searchsorted(self._ends, number, side="right"))
+        return self._splits[of].source_of(number - int(self._ends[of - 1] if of else 0))
+
 
 @dataclass(frozen=True)
 class ImageValidation:
@@ -176,3 +192,9 @@ class ImageValidation:
     @property
     def count(self) -> int:
         return self.held_out.count
+
+
+def denormalized(images: Tensor, form: ImageFormat) -> Tensor:
+    """The values in [0, 1] of which ``normalized`` makes these images, limited to that range."""
+    mean, std = (torch.tensor(part, device=images.device)[:, None, None] for part in (form.mean, form.std))
+    return (images * std + mean).clamp(0, 1)

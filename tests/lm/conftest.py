@@ -7,9 +7,13 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from data_prep.pipeline.images import build_images
+from data_prep.shards.images import ImageDataset, open_images
 from data_prep.shards.tokens import Dataset
 from lm.config.recipes import finetuning_config
 from lm.config.settings import Config
@@ -20,6 +24,38 @@ from lm.runs.directory import CHECKPOINTS, Run, plain_settings
 from lm.training.reporter import NullReporter
 
 ANIMALS, PLACES = ("fox", "owl", "sparrow", "horse"), ("barn", "market", "river", "sky")
+
+
+def draw_pictures(folder: Path, count: int = 20, size: int = 16) -> Path:
+    """PNG pictures of three classes in a folder each: noise over a bright half, at the top, on the left or nowhere."""
+    draw = np.random.default_rng(0)
+    for name in ("left", "none", "top"):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            picture = draw.integers(0, 120, (size, size, 3))
+            picture[: size // 2 if name == "top" else 0] += 100
+            picture[:, : size // 2 if name == "left" else 0] += 100
+            Image.fromarray(picture.astype(np.uint8)).save(folder / name / f"{number:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> ImageDataset:
+    """A dataset of 60 pictures of 16 x 16 pixels, in three classes; a fifth is for validation."""
+    folder = tmp_path_factory.mktemp("pictures")
+    out = folder / "dataset"
+    build_images([draw_pictures(folder / "files")], out, 16, validation_fraction=0.2, workers=1)
+    return open_images(out)
+
+
+@pytest.fixture(scope="session")
+def seeing() -> Config:
+    """Settings of a tiny model on ``pictures``, without its data."""
+    return Config().replace(
+        num_layers=2, hidden_size=32, num_heads=2, patch_size=4, norm_epsilon=1e-5, batch_images=12, objective="simclr",
+        projection_size=8, projection_hidden_size=16, decoder_layers=1, decoder_size=32, steps=6, device="cpu",
+        checkpoint_every=2, validate_every=3, log_every=2, threads=1, validation_rows=8,
+    )  # fmt: skip
 
 
 def write_rows_to(path: Path, rows: list[dict]) -> str:

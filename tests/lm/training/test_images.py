@@ -1,0 +1,135 @@
+"""Runs on images: the one loop, resumed to the same bits, planned, and validated."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from lm.config.settings import Config
+from lm.model.image_transformer import ImageTransformer
+from lm.runs.directory import Run, open_run
+from lm.training.plan import plan_run
+from lm.training.pretraining import train
+from lm.training.reporter import NullReporter
+from tests.conftest import StopAt
+
+ROOT = Path(__file__).parents[3]
+OBJECTIVES = ("simclr", "mae")
+
+
+@pytest.fixture(scope="module")
+def config(pictures, seeing) -> Config:
+    return seeing.replace(data=(str(pictures.directory),))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory) -> dict[str, Run]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: train(config.replace(objective=name), folder / name, NullReporter()) for name in OBJECTIVES}
+
+
+def same(one: Run, two: Run) -> bool:
+    pairs = [(run.newest().model(), run.newest().optimizer()) for run in (one, two)]
+    return all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(*pairs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_learns_and_is_validated(undisturbed, objective):
+    run = undisturbed[objective]
+    validations = [line["validation"][objective] for line in run.metrics() if "validation" in line]
+    assert len(validations) == 2
+    assert set(validations[0]) == {"loss", "images", "spread", "effective_rank", "knn_accuracy"}
+    assert validations[1]["loss"] < validations[0]["loss"]
+    lines = [line for line in run.metrics() if "loss" in line]
+    assert lines[-1]["tokens"] == 6 * 12 * 16
+    assert lines[-1]["images_per_second"] > 0
+    assert run.image_format.size == 16
+    assert isinstance(run.load_image_model(torch.device("cpu")), ImageTransformer)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_run_stopped_anywhere_ends_with_the_same_bits(config, undisturbed, objective, step, tmp_path):
+    with pytest.raises(InterruptedError):
+        train(config.replace(objective=objective), tmp_path / "run", StopAt(step))
+    assert same(train(config.replace(objective=objective), tmp_path / "run", NullReporter()), undisturbed[objective])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_killed_run_ends_with_the_same_bits(config, undisturbed, objective, tmp_path):
+    """By ``kill -9``, some time after its first checkpoint."""
+    path = tmp_path / "run"
+    path.mkdir()
+    config.replace(objective=objective).save(tmp_path / "recipe.toml")
+    command = [sys.executable, str(ROOT / "train.py"), str(tmp_path / "recipe.toml"), "--run", str(path)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(path.glob("checkpoints/step_*[0-9]")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert same(train(config.replace(objective=objective), path, NullReporter()), undisturbed[objective])
+
+
+def test_validation_does_not_depend_on_the_micro_batch(config, undisturbed, tmp_path):
+    for objective in OBJECTIVES:
+        changed = config.replace(objective=objective, micro_batch_rows=3)
+        run = train(changed, tmp_path / objective, NullReporter())
+        lines = [
+            [line["validation"][objective] for line in each.metrics() if "validation" in line]
+            for each in (run, undisturbed[objective])
+        ]
+        for mine, whole in zip(*lines, strict=True):
+            assert mine == pytest.approx(whole, rel=1e-3)
+
+
+def test_several_micro_batches_train_the_same_run(config, undisturbed, tmp_path):
+    run = train(config.replace(micro_batch_rows=4), tmp_path / "run", NullReporter())
+    mine, whole = (each.newest().model() for each in (run, undisturbed["simclr"]))
+    for name, weight in whole.items():
+        torch.testing.assert_close(mine[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_starts_from_the_trunk_of_another_objective(config, undisturbed, tmp_path):
+    start = undisturbed["simclr"].path
+    run = train(config.replace(objective="mae", init_from=str(start), steps=1), tmp_path / "run", NullReporter())
+    moved = run.newest().model()["blocks.0.attention.query.weight"]
+    assert torch.allclose(moved, undisturbed["simclr"].newest().model()["blocks.0.attention.query.weight"], atol=0.05)
+    assert "head.mask" in run.newest().model()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_plan_counts_images(config, objective):
+    plan = plan_run(config.replace(objective=objective, steps=100))
+    table = dict(plan.table())
+    assert table["images"].startswith("100 steps x 12 images = 1,200 images, ")
+    assert "images/s" in table["speed"]
+    assert json.loads(json.dumps(plan.as_dict()))["images_per_second"] > 0
+    assert plan.memory.activations > 0
+
+
+def test_a_plan_without_data_needs_the_size_of_the_images(config):
+    nothing = config.replace(data=())
+    assert plan_run(nothing.replace(image_size=16)).memory.total > 0
+    with pytest.raises(UserError, match="a plan needs --data, or --image-size instead of it"):
+        plan_run(nothing)
+
+
+def test_the_data_of_a_run_is_found_again_and_must_be_the_same(config, undisturbed, pictures):
+    from lm.runs.run_data import open_data
+
+    assert open_data(open_run(undisturbed["mae"].path)).fingerprint == pictures.fingerprint
+
+
+def test_a_run_on_images_refuses_to_be_read_as_text(undisturbed):
+    with pytest.raises(UserError, match="reads images, not text"):
+        undisturbed["mae"].load_model(torch.device("cpu"))
