@@ -63,9 +63,9 @@ SPLIT_FOLDERS = {"train": TRAIN, "training": TRAIN, "test": TEST, "testing": TES
 class ImageEntry:
     """One image.
 
-    ``name`` is its path from the last folder of its source on, like ``photos/cat/1.jpg``, ``label`` its class or None,
-    and ``split`` "train", "validation" or "test" if a folder says so, or None. ``read`` returns the bytes of the file
-    and raises ``BadImage`` if it cannot.
+    ``name`` is its path from the last folder of its source on, like ``photos/cat/1.jpg``, ``label`` its class or None.
+    ``split`` is "train" or "validation" if a folder says so, or None; "test" occurs only where there is validation too.
+    ``read`` returns the bytes of the file and raises ``BadImage`` if it cannot.
     """
 
     name: str
@@ -228,7 +228,7 @@ def _list_files(files: Sequence[tuple[str, int]], root: str) -> Listing:
             packed.append((path, name))
         else:
             listing.unread.append(name)
-    listing.items = _with_folders(images)
+    listing.items = _with_folders(images, listing)
     if images:
         listing.unread += [name for _, name in packed]
         return listing
@@ -272,7 +272,7 @@ def _list_archive(path: str, inside: str) -> Listing:
         shown = "/".join((PurePosixPath(last_name(path)).stem, *above[shared:], name))
         item = ImageItem(MEMBER, path, one_line(shown), size, start=start, stop=start + size)
         items.append((above[len(wanted) :], item))
-    listing.items = _with_folders(items)
+    listing.items = _with_folders(items, listing)
     return listing
 
 
@@ -307,19 +307,23 @@ def _shared(folders: Sequence[tuple[str, ...]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def _with_folders(images: Sequence[tuple[tuple[str, ...], ImageItem]]) -> list[ImageItem]:
-    """Give images the class and split that their folders name."""
+def _with_folders(images: Sequence[tuple[tuple[str, ...], ImageItem]], listing: Listing) -> list[ImageItem]:
+    """Give images the class and split that their folders name, and note what the splits are used for."""
     shared = _shared([folders for folders, _ in images])
-    tops = {folders[shared].lower() if len(folders) > shared else "" for folders, _ in images}
-    if len(tops) < 2 or "train" not in {SPLIT_FOLDERS.get(top) for top in tops} or not tops <= SPLIT_FOLDERS.keys():
+    tops = {folders[shared] if len(folders) > shared else "" for folders, _ in images}
+    splits = {top: SPLIT_FOLDERS.get(top.lower()) for top in tops}
+    if len(tops) < 2 or None in splits.values() or TRAIN not in splits.values():
         return [replace(item, label=_class_of(folders, shared)) for folders, item in images]
+    if VALIDATION not in splits.values():
+        splits = {top: VALIDATION if split == TEST else split for top, split in splits.items()}
+        listing.notes.append(f'"{listing.name}" has folders for training and test: the test images are for validation')
     by_top = defaultdict(list)
     for folders, item in images:
         by_top[folders[shared]].append((folders[shared + 1 :], item))
     found = []
     for top, inner in sorted(by_top.items()):
-        split, deeper = SPLIT_FOLDERS[top.lower()], _shared([folders for folders, _ in inner])
-        found += [replace(item, label=_class_of(folders, deeper), split=split) for folders, item in inner]
+        deeper = _shared([folders for folders, _ in inner])
+        found += [replace(item, label=_class_of(folders, deeper), split=splits[top]) for folders, item in inner]
     return found
 
 

@@ -67,8 +67,8 @@ def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:
         "Test/dog/4.png": DATA[3],
     }
     expected = [
-        ("x/Test/cat/3.png", "cat", "test"),
-        ("x/Test/dog/4.png", "dog", "test"),
+        ("x/Test/cat/3.png", "cat", "validation"),
+        ("x/Test/dog/4.png", "dog", "validation"),
         ("x/train/cat/1.png", "cat", "train"),
         ("x/train/dog/2.png", "dog", "train"),
     ]
@@ -78,6 +78,8 @@ def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:
         ("v/train/1.png", None, "train"),
         ("v/val/2.png", None, "validation"),
     ]
+    three = {"train/1.png": DATA[0], "dev/2.png": DATA[1], "testing/3.png": DATA[2]}
+    assert [split for *_, split in found(write_tree(tmp_path / "t", three))] == ["validation", "test", "train"]
     nested = {"train/cat/images/1.png": DATA[0], "train/dog/images/2.png": DATA[1], "val/images/3.png": DATA[2]}
     assert [label for _, label, _ in found(write_tree(tmp_path / "n", nested))] == ["cat", "dog", None]
 
