@@ -107,7 +107,7 @@ def finetune(
 
 
 def _check_files(config: Config) -> None:
-    """Raise UserError for what the names of images or the beginning of the files of examples show, before PyTorch loads."""
+    """Raise UserError for what names of images, or beginnings of files of examples, show, before PyTorch loads."""
     from lm.data.examples import check_first_example, columns_of
     from lm.data.image_files import has_validation
 

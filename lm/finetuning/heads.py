@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from data_prep.shards.images import ImageFormat
 from lm.config.settings import ViewsConfig
 from lm.data.batch import Batch
+from lm.data.images import model_inputs, normalized
 from lm.data.packed_sequences import packed
 from lm.data.patch_rows import layout_of
 from lm.data.views import make_views
 from lm.finetuning.task_inputs import EncodedExample
 from lm.model.image_transformer import ImageTransformer, Model
 from lm.model.transformer import Transformer
-from lm.objectives.images import as_pixels, normalized
 
 Features = TypeVar("Features", bound=Any)
 
@@ -148,7 +148,7 @@ class ImageItems:
     def inputs(self) -> Tensor:
         """What the trunk reads, float32 (n, C, H, W)."""
         if self.draws is None:
-            return normalized(as_pixels(self.images), self.form)
+            return model_inputs(self.images, self.form)
         return normalized(make_views(self.images, self.draws, self.form.size, self.settings), self.form)
 
 

@@ -55,7 +55,7 @@ def test_balanced_classes_count_alike_in_the_loss(task, write_rows, tmp_path):
 def test_an_epoch_has_every_example_once_in_a_new_order(task_settings, tmp_path):
     module = Finetuning(task_settings("classification", epochs=2), tmp_path, Ranks())
     seen: list[int] = []
-    module.task.batch = lambda numbers: seen.extend(numbers.tolist())
+    module.task.batch = lambda numbers, epochs: seen.extend(numbers.tolist())
     for step in range(module.config.training.steps):
         module.batch(step)
     first, second = seen[:192], seen[192:]
