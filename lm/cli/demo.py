@@ -47,7 +47,7 @@ def demo(images: bool) -> None:
         if status := _run(shlex.split(stage)):
             sys.exit(status)
     if images:
-        then = f"open {IMAGES_RUN}/report.html, or your own pictures: kindling prep images FOLDER --out data/mine --size 32"
+        then = f"look at {IMAGES_RUN}/report.html, or your own: kindling prep images FOLDER --out data/mine --size 32"
     else:
         then = f"kindling serve {RUN}, or your own text: kindling prep build YOUR_TEXT --out data/mine"
     click.echo(f"next: {then}", err=True)
