@@ -107,9 +107,14 @@ def finetune(
 
 
 def _check_files(config: Config) -> None:
-    """Raise UserError for what the beginning of the files of examples shows, before PyTorch loads."""
+    """Raise UserError for what names of images, or beginnings of files of examples, show, before PyTorch loads."""
     from lm.data.examples import check_first_example, columns_of
+    from lm.data.image_files import has_validation
 
+    if config.reads_images:
+        for source in filter(None, (config.finetune.train, config.finetune.validation)):
+            has_validation(source)
+        return
     task, columns = config.finetune, columns_of(config.finetune)
     check_first_example(task.train, task.task, columns)
     if task.validation:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from lm.config.corpus_entry import corpus_of
 from lm.config.sampling import problem_of_fill
-from lm.config.settings import IMAGE_OBJECTIVES, Config, FinetuneConfig, ModelConfig
+from lm.config.settings import IMAGE_OBJECTIVES, IMAGE_TASKS, TASKS, Config, FinetuneConfig, ModelConfig
 
 LARGEST_HEAD = 256  # of the attention kernels
 MOST_PARAMETERS = 10**13
+TEXT_TASKS = [name for name in TASKS if name not in IMAGE_TASKS]
 
 
 def inconsistencies(config: Config) -> Iterator[str]:
@@ -65,6 +66,12 @@ def inconsistencies(config: Config) -> Iterator[str]:
         yield "mask_token_share and random_token_share add up to more than 1"
     if optimizer.warmup_fraction + optimizer.decay_fraction > 1:
         yield "warmup_fraction and decay_fraction add up to more than 1"
+    if config.is_finetuning and config.reads_images != (config.finetune.task in IMAGE_TASKS):
+        reads, fitting = ("images", IMAGE_TASKS) if config.reads_images else ("text", TEXT_TASKS)
+        yield (
+            f"task {config.finetune.task} does not fit {config.finetune.base}, which reads {reads}: "
+            f"choose {' or '.join(fitting)}"
+        )
     yield from _inconsistencies_of_task(config.finetune)
 
 
@@ -105,7 +112,12 @@ def _inconsistencies_of_task(task: FinetuneConfig) -> Iterator[str]:
         yield f"method probe trains a task's head, and {headless} has none: choose full or lora"
     if task.task == "instruction" and task.reads == "bidirectional":
         yield "instruction tuning trains generation, which needs causal attention: leave reads out"
-    if task.judged_by in ("pearson", "spearman") and task.task in ("classification", "tokens", "choice"):
+    if task.judged_by in ("pearson", "spearman") and task.task in (
+        "classification",
+        "tokens",
+        "choice",
+        "image_classification",
+    ):
         yield f"judged_by {task.judged_by} is for regression: choose accuracy or loss"
     if task.task == "contrastive" and task.judged_by not in ("auto", "pearson", "spearman"):
         yield f"judged_by {task.judged_by} is not available in contrastive training: choose auto or pearson"
@@ -117,5 +129,7 @@ def _inconsistencies_of_task(task: FinetuneConfig) -> Iterator[str]:
         for name in ("label_smoothing", "class_weights"):
             if getattr(task, name) not in (0, "none"):
                 yield f"{name} is for classes, and {task.task} has none: leave it out"
+    if task.task in IMAGE_TASKS and (task.reads == "causal" or task.pooling == "last"):
+        yield "reads and pooling are for texts: an image's vector is always the mean over its patches"
     if task.method == "lora" and not task.lora_matrices:
         yield "lora_matrices is empty: name a matrix, for example query, or choose method probe"

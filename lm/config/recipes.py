@@ -168,7 +168,8 @@ def finetuning_config(
     Arguments and errors as of ``load_config``; the task must be among the settings.
     """
     start = Config(model=of_base.model, data=of_base.data, objective=of_base.objective, finetune=of_base.finetune)
-    start = start.replace(**finetuning_defaults(), base=str(base))
+    start = dataclasses.replace(start, views=of_base.views)
+    start = start.replace(**finetuning_defaults(images=of_base.reads_images), base=str(base))
     load = partial(load_config, recipe, settings, unknown_options=unknown_options)
     return load(base=start.replace(learning_rate=METHODS[load(base=start).finetune.method]))
 

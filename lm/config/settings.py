@@ -15,8 +15,9 @@ from typing import Any
 from data_prep.files import write_atomically
 from lm.config.setting import Setting, setting
 
-# The tasks of fine-tuning; the first four have a head of their own (``lm.finetuning.heads``).
-HEAD_TASKS = ("classification", "regression", "tokens", "choice")
+# The tasks of fine-tuning: those with a head of their own (``lm.finetuning.heads``), those of images, and all.
+HEAD_TASKS = ("classification", "regression", "tokens", "choice", "image_classification")
+IMAGE_TASKS = ("image_classification",)
 TASKS = (*HEAD_TASKS, "instruction", "contrastive")
 # Each objective: the file of lm/objectives that makes it, and the readouts that a model can be asked for afterwards.
 OBJECTIVES = {
@@ -182,9 +183,9 @@ class ViewsConfig:
     """How views of an image are drawn; each image and view has draws of its own."""
 
     crop_area: float = setting(
-        0.2, "smallest share of the image's area in a crop; the largest is 1", minimum=0.01, maximum=1
+        0.2, "smallest share of the image's area in a crop; the largest is 1", minimum=0.01, maximum=1, finetuning=0.6
     )
-    crop_ratio: float = setting(4 / 3, "largest ratio of a crop's sides, either way", minimum=1, maximum=10)
+    crop_ratio: float = setting(1.33, "largest ratio of a crop's sides, either way", minimum=1, maximum=10)
     flip: float = setting(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
     color_jitter: float = setting(
         0.5,
@@ -192,14 +193,25 @@ class ViewsConfig:
         "times this (simclr only)",
         minimum=0,
         maximum=1.25,
+        finetuning=0.0,
     )
     color_jitter_rate: float = setting(0.8, "probability of color changes (simclr only)", minimum=0, maximum=1)
-    grayscale: float = setting(0.2, "probability of a view without color (simclr only)", minimum=0, maximum=1)
+    grayscale: float = setting(
+        0.2, "probability of a view without color (simclr only)", minimum=0, maximum=1, finetuning=0.0
+    )
     blur: float = setting(
-        0.5, "probability of Gaussian blur in views of at least 64 pixels (simclr only)", minimum=0, maximum=1
+        0.5,
+        "probability of Gaussian blur in views of at least 64 pixels (simclr only)",
+        minimum=0,
+        maximum=1,
+        finetuning=0.0,
     )
     solarize: float = setting(
-        0.0, "probability of inverting the pixels above one half (simclr only)", minimum=0, maximum=1
+        0.0,
+        "probability of inverting the pixels above one half (simclr only)",
+        minimum=0,
+        maximum=1,
+        finetuning=0.0,
     )
 
 
@@ -494,7 +506,8 @@ def pretraining_settings() -> list[Setting]:
 
 def finetuning_settings() -> list[Setting]:
     """The settings of fine-tuning with its own defaults, those of the task first; all others come from the base run."""
-    own = [s for s in all_settings() if s.section in ("finetune", "optimizer", "training") or s.name == "dropout"]
+    sections = ("finetune", "optimizer", "training", "views")
+    own = [s for s in all_settings() if s.section in sections or s.name == "dropout"]
     own = [s for s in own if s.name != "base" and not s.pretraining_only]
     by_method = f"; the default by method: {', '.join(f'{name} {rate:g}' for name, rate in METHODS.items())}"
     return [
@@ -507,9 +520,13 @@ def finetuning_settings() -> list[Setting]:
     ]
 
 
-def finetuning_defaults() -> dict[str, Any]:
-    """The defaults that differ in fine-tuning, by name; ``learning_rate`` is that of the method "full"."""
-    return {s.name: s.finetuning for s in all_settings() if s.finetuning is not None}
+def finetuning_defaults(*, images: bool = False) -> dict[str, Any]:
+    """The defaults that differ in fine-tuning, by name; ``learning_rate`` is that of the method "full".
+
+    Views are for ``images`` only.
+    """
+    different = [s for s in all_settings() if s.finetuning is not None]
+    return {s.name: s.finetuning for s in different if images or s.section != "views"}
 
 
 def usual_reading(config: Config) -> str:

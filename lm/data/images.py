@@ -16,6 +16,17 @@ from lm.data.image_corpora import ImageCorpora
 from lm.data.order import Order
 
 
+def normalized(pixels: Tensor, form: ImageFormat) -> Tensor:
+    """What a model reads: values in [0, 1], (n, C, H, W), less the mean of each channel, by its standard deviation."""
+    mean, std = (torch.tensor(part, device=pixels.device)[:, None, None] for part in (form.mean, form.std))
+    return (pixels - mean) / std
+
+
+def model_inputs(images: Tensor, form: ImageFormat) -> Tensor:
+    """What a model reads of images without views: float32 (n, C, H, W) from their pixels, uint8 (n, H, W, C)."""
+    return normalized(images.permute(0, 3, 1, 2).float() / 255, form)
+
+
 @dataclass(frozen=True)
 class ImageRows:
     """Images before an objective prepares them: uint8 (n, size, size, channels), and their numbers in the run.

@@ -66,7 +66,7 @@ class ContrastiveTask(Task):
     def introduction(self) -> list[str]:
         return [] if self.pairs else ["each text is read twice, with different dropout"]
 
-    def batch(self, numbers: NDArray[np.int64]) -> list[tuple[int, PackedSequences]]:
+    def batch(self, numbers: NDArray[np.int64], epochs: NDArray[np.int64]) -> list[tuple[int, PackedSequences]]:
         """The views of the examples, in parts for one forward pass each: (which view, from 0; its sequences)."""
         context = self.config.data.context_length
         rows = max(1, self.config.finetune.micro_batch_tokens // context)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,15 +22,16 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.files import sha256_of_file
-from data_prep.tokenizers.load import load_tokenizer
 from lm import kernels
 from lm.config.recipes import require_examples
-from lm.config.settings import HEAD_TASKS, Config
+from lm.config.settings import HEAD_TASKS, IMAGE_TASKS, Config
 from lm.data.examples import Example, content_hash, read_task
+from lm.data.image_files import read_image_task
 from lm.data.keyed_random import Stream, key, permuted
 from lm.finetuning.answers import labels_of
 from lm.finetuning.contrastive_task import ContrastiveTask
 from lm.finetuning.head_task import HeadTask
+from lm.finetuning.image_task import ImageTask
 from lm.finetuning.instruction_task import InstructionTask, settle_template
 from lm.finetuning.layer_decay import lr_multipliers
 from lm.finetuning.task import Task
@@ -37,7 +39,7 @@ from lm.inference.embedding import reading_of
 from lm.runs.base_weights import keep_base, kept_base, starting_trunk
 from lm.runs.checkpoint_writer import trained_tensors
 from lm.runs.companions import copy_companions
-from lm.runs.directory import Run, open_run
+from lm.runs.directory import PROCESSOR, TOKENIZER, Run, open_run
 from lm.runs.metrics_log import Best
 from lm.training.distributed import Ranks
 from lm.training.reporter import Reporter
@@ -49,6 +51,7 @@ TASKS: dict[str, type[Task]] = {
     **dict.fromkeys(HEAD_TASKS, HeadTask),
     "instruction": InstructionTask,
     "contrastive": ContrastiveTask,
+    **dict.fromkeys(IMAGE_TASKS, ImageTask),
 }
 
 
@@ -87,23 +90,22 @@ class Finetuning(TrainModule[Any]):
         require_examples(config)
         if ranks.world > 1:
             raise UserError(f"fine-tuning runs in one process: start {command('finetune')} without torchrun")
-        # Before the weights are read, so that mistakes in the examples show at once.
-        train, validation = read_task(config.finetune, labels_of(path))
-        weights, own = kept_base(path), path / "tokenizer.json"
-        if weights and own.is_file():
-            tokenizer = load_tokenizer(own)
-        else:
-            base = open_run(config.finetune.base)
-            tokenizer, weights = base.tokenizer, weights or base.plain_weights()
+        weights, own = kept_base(path), path / (PROCESSOR if config.reads_images else TOKENIZER)
+        start = Run(path, config) if weights and own.is_file() else open_run(config.finetune.base)
+        train, validation = _examples(config, start, labels_of(path))
+        weights = weights or start.plain_weights()
+        processor = start.image_format if config.reads_images else start.tokenizer
         if (path / "config.toml").exists() and (run := open_run(path)).latest(lambda _: None):
             asked, kept = config.finetune, run.config.finetune  # a resumed run keeps what it has
             config = config.replace(
                 **{n: getattr(kept, n) for n in ("head_bias", "template_tokens") if getattr(asked, n) == "auto"}
             )
-        self.config = settle_template(settle_steps(settle_reading(config), len(train)), tokenizer)
+        self.config = settle_steps(settle_reading(config), len(train))
+        if not config.reads_images:
+            self.config = settle_template(self.config, start.tokenizer)
         self.path, self.ranks, self.weights = path, ranks, weights
-        self.name, self.processor = config.finetune.train, tokenizer
-        self.task = TASKS[config.finetune.task](self.config, tokenizer, train, validation)
+        self.name, self.processor = config.finetune.train, processor
+        self.task = TASKS[config.finetune.task](self.config, processor, train, validation)
         self.examples, self.tokens = len(train), sum(example.tokens for example in self.task.train)
         hashed = content_hash([*train, *(Example((text,), None, "") for text in self.task.hashed_texts)])
         self.fingerprint = hashlib.sha256(f"{hashed} {sha256_of_file(weights)}".encode()).hexdigest()
@@ -147,7 +149,7 @@ class Finetuning(TrainModule[Any]):
             of_epoch = epochs == epoch
             seed = key(self.config.training.seed, Stream.EXAMPLE_ORDER, epoch)
             numbers[of_epoch] = permuted(indices[of_epoch], self.examples, seed)
-        return self.task.batch(numbers)
+        return self.task.batch(numbers, epochs)
 
     def gradients(self, model: nn.Module, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         return self.task.gradients(model, batch, step)
@@ -171,6 +173,13 @@ class Finetuning(TrainModule[Any]):
 
     def throughput(self, seconds_per_step: float) -> dict[str, float]:
         return {"tokens_per_second": round(self.epochs(1) * self.tokens / seconds_per_step, 1)}
+
+
+def _examples(config: Config, base: Run, kept: Collection[str]) -> tuple[Sequence[Example], Sequence[Example]]:
+    """The training and validation examples of the settings, of texts or images, as the run ``base`` reads them."""
+    if config.reads_images:
+        return read_image_task(config.finetune, base.image_format, kept)
+    return read_task(config.finetune, kept)
 
 
 def settle_reading(config: Config) -> Config:

@@ -1,8 +1,11 @@
-"""Tasks with a head: classification, regression, words and choices. The head answers for each item."""
+"""Tasks with a head: classification, regression, words and choices. The head answers for each item.
+
+``lm.finetuning.image_task`` reads images instead of texts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,12 @@ from lm.config.settings import Config
 from lm.data.examples import Example
 from lm.data.keyed_random import Stream, key
 from lm.finetuning.answers import Answers, ChoiceAnswers, NumberAnswers, TagAnswers
-from lm.finetuning.heads import ItemBatch, TaskModel, item_batch
+from lm.finetuning.heads import ImageTaskModel, ItemBatch, Items, TaskModel, item_batch
 from lm.finetuning.metrics import require_libraries
 from lm.finetuning.task import Task
 from lm.finetuning.task_inputs import EncodedExample, Encoder, in_parts
 from lm.model.device import autocast
-from lm.model.transformer import Transformer
+from lm.model.image_transformer import Model
 from lm.training.gradients import accumulated
 
 # Every task of settings.HEAD_TASKS, and what its head's outputs mean.
@@ -32,6 +35,7 @@ HEADS: dict[str, type[Answers]] = {
     "regression": NumberAnswers,
     "tokens": TagAnswers,
     "choice": ChoiceAnswers,
+    "image_classification": Answers,
 }
 
 
@@ -39,7 +43,7 @@ HEADS: dict[str, type[Answers]] = {
 class MicroBatch:
     """Examples of one forward pass; ``targets`` and ``weights`` (targets,), the weights of a whole step add up to 1."""
 
-    batch: ItemBatch
+    batch: Items
     targets: Tensor
     weights: Tensor
 
@@ -47,19 +51,24 @@ class MicroBatch:
 class HeadTask(Task):
     """Learns a head, and with it the trunk or its adapter, by the losses of its ``Answers``."""
 
-    train: list[EncodedExample]
-    validation: list[EncodedExample]
+    train: Sequence[Any]  # EncodedExample, if they are texts
+    validation: Sequence[Any]
 
     def __init__(
         self, config: Config, tokenizer: Tokenizer, train: Sequence[Example], validation: Sequence[Example]
     ) -> None:
+        self.tokenizer = tokenizer
+        self.read_answers(config, train, validation)
+        encoder = encoder_of(config, tokenizer)
+        self.train, self.validation = encoder.encode(train), encoder.encode(validation)
+
+    def read_answers(self, config: Config, train: Sequence[Example], validation: Sequence[Example]) -> None:
+        """Learn from the training examples what the head's outputs mean, and what is right. UserError as of ``of``."""
         require_libraries()
-        self.config, self.kind, self.tokenizer = config, config.finetune.task, tokenizer
+        self.config, self.kind = config, config.finetune.task
         self.answers = HEADS[self.kind].of(train)
         if config.finetune.head_bias == "false":
             self.answers = self.answers.uncentered()
-        encoder = encoder_of(config, tokenizer)
-        self.train, self.validation = encoder.encode(train), encoder.encode(validation)
         self.targets, self.validation_targets = (
             [np.array(self.answers.targets(example)) for example in examples] for examples in (train, validation)
         )
@@ -75,10 +84,10 @@ class HeadTask(Task):
     def save(self, path: Path) -> None:
         self.answers.save(path)
 
-    def model(self, trunk: Transformer) -> TaskModel:
+    def model(self, trunk: Model) -> TaskModel:
         return task_model(self.config, trunk, self.answers)
 
-    def batch(self, numbers: NDArray[np.int64]) -> list[MicroBatch]:
+    def batch(self, numbers: NDArray[np.int64], epochs: NDArray[np.int64]) -> list[MicroBatch]:
         chosen = [self.train[n] for n in numbers.tolist()]
         targets = [self.targets[n] for n in numbers.tolist()]
         weights = self._weights(targets)
@@ -86,12 +95,20 @@ class HeadTask(Task):
         bounds = np.cumsum([0, *map(len, targets)])
         return [
             MicroBatch(
-                pack_items(chosen[first:stop], self.config, self.tokenizer),
+                self.items(numbers[first:stop], epochs[first:stop]),
                 _tensor(targets[first:stop]),
                 torch.from_numpy(weights[bounds[first] : bounds[stop]].astype(np.float32)),
             )
             for first, stop in in_parts(chosen, self.config.finetune.micro_batch_tokens)
         ]
+
+    def items(self, numbers: NDArray[np.int64], epochs: NDArray[np.int64]) -> Items:
+        """Training examples for one forward pass; arguments as of ``batch``."""
+        return pack_items([self.train[n] for n in numbers.tolist()], self.config, self.tokenizer)
+
+    def validation_items(self) -> Iterator[Items]:
+        """All validation examples, for one forward pass after another."""
+        return batches_of(self.validation, self.config, self.tokenizer)
 
     def _weights(self, targets: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
         """The weight of each target: 1, or with balanced classes the inverse frequency of its class."""
@@ -118,7 +135,7 @@ class HeadTask(Task):
         if not self.validation:
             return {"metrics": {}}, None
         assert isinstance(model, TaskModel)
-        outputs = list(outputs_of(model, self.validation, self.config, self.tokenizer))
+        outputs = list(outputs_of(model, self.validation_items(), self.config))
         together, items = torch.cat(outputs), torch.tensor([len(each) for each in outputs])
         targets = _tensor(self.validation_targets)
         loss = float(self.answers.losses(together, targets, items).mean())
@@ -143,11 +160,12 @@ def encoder_of(config: Config, tokenizer: Tokenizer) -> Encoder:
     return Encoder(tokenizer, task.task, config.data.context_length, task.pooling, windows, task.pairs == "apart")
 
 
-def task_model(config: Config, trunk: Transformer, answers: Answers) -> TaskModel:
+def task_model(config: Config, trunk: Model, answers: Answers) -> TaskModel:
     """The trunk with a head drawn from the seed."""
     apart = config.finetune.pairs == "apart" and answers.texts == 2
     bias = config.finetune.head_bias == "true"
-    model = TaskModel(trunk, answers.outputs, config.model.dropout, pairs=apart, bias=bias)
+    kind = ImageTaskModel if config.reads_images else TaskModel
+    model = kind(trunk, answers.outputs, config.model.dropout, pairs=apart, bias=bias)
     model.initialize_head(key(config.training.seed, Stream.TASK_HEAD) >> 1)
     return model
 
@@ -157,16 +175,20 @@ def pack_items(examples: Sequence[EncodedExample], config: Config, tokenizer: To
     return item_batch(examples, config.finetune.reads, tokenizer.end_of_text_id, config.data.context_length)
 
 
+def batches_of(examples: Sequence[EncodedExample], config: Config, tokenizer: Tokenizer) -> Iterator[ItemBatch]:
+    """Pack examples for one forward pass after another, with at most ``micro_batch_tokens`` each."""
+    for first, stop in in_parts(examples, config.finetune.micro_batch_tokens):
+        yield pack_items(examples[first:stop], config, tokenizer)
+
+
 @torch.no_grad()
-def outputs_of(
-    model: TaskModel, examples: Sequence[EncodedExample], config: Config, tokenizer: Tokenizer
-) -> Iterator[Tensor]:
+def outputs_of(model: TaskModel, batches: Iterable[Items], config: Config) -> Iterator[Tensor]:
     """The head's outputs for each example in order, float32 (its items, outputs) on the CPU."""
     device = model.head.weight.device
     was_training = model.training
     model.eval()
-    for first, stop in in_parts(examples, config.finetune.micro_batch_tokens):
-        batch = pack_items(examples[first:stop], config, tokenizer).to(device)
+    for each in batches:
+        batch = each.to(device)
         with autocast(device, config.training.precision):
             outputs = model(batch)
         yield from outputs.cpu().split(batch.items.tolist())

@@ -8,24 +8,38 @@ texts of a pair that are read apart are two items, whose vectors are combined fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_prep.shards.images import ImageFormat
+from lm.config.settings import ViewsConfig
 from lm.data.batch import Batch
+from lm.data.images import model_inputs, normalized
 from lm.data.packed_sequences import packed
+from lm.data.patch_rows import layout_of
+from lm.data.views import make_views
 from lm.finetuning.task_inputs import EncodedExample
+from lm.model.image_transformer import ImageTransformer, Model
 from lm.model.transformer import Transformer
 
 Features = TypeVar("Features", bound=Any)
 
 
+class Items(Protocol):
+    """Examples for one forward pass; ``items`` int64 (examples,) is how many items each has."""
+
+    @property
+    def items(self) -> Tensor: ...
+    def to(self, device: torch.device) -> Items: ...
+
+
 @dataclass(frozen=True)
 class ItemBatch:
-    """Examples for one forward pass.
+    """Texts for one forward pass.
 
     ``positions`` int64 (P,) index the flattened rows, item by item; ``shares`` float32 (P,) are their weights in the
     item's mean, and ``counts`` int64 (items,) is how many positions each item has. ``items`` int64 (examples,) is how
@@ -72,9 +86,9 @@ def item_batch(encoded: Sequence[EncodedExample], reads: str, end_of_text: int, 
 class TaskModel(nn.Module):
     """A trunk with a task head: ``outputs`` numbers per item, or with ``pairs`` per pair of items."""
 
-    def __init__(
-        self, trunk: Transformer, outputs: int, dropout: float, *, pairs: bool = False, bias: bool = True
-    ) -> None:
+    trunk: Model
+
+    def __init__(self, trunk: Model, outputs: int, dropout: float, *, pairs: bool = False, bias: bool = True) -> None:
         super().__init__()
         self.trunk, self.pairs = trunk, pairs
         self.dropout = nn.Dropout(dropout)
@@ -90,19 +104,62 @@ class TaskModel(nn.Module):
             if self.head.bias is not None:
                 self.head.bias.zero_()
 
-    def forward(self, batch: ItemBatch) -> Tensor:
+    def forward(self, batch: Any) -> Tensor:
         """The head's numbers, float32 (items, outputs)."""
         vectors = self.vectors(batch)
         if self.pairs:
             vectors = torch.cat(pair_features(vectors[0::2], vectors[1::2]), dim=1)
         return self.head(self.dropout(vectors)).float()
 
-    def vectors(self, batch: ItemBatch) -> Tensor:
-        """The mean of each item's hidden states, float32 (items, hidden)."""
+    def vectors(self, batch: Any) -> Tensor:
+        """The mean of each item's hidden states, float32 (items, hidden), from an ``ItemBatch``."""
+        assert isinstance(self.trunk, Transformer)
         hidden = self.trunk.read(batch.rows).flatten(0, 1)
         return torch.segment_reduce(
             hidden[batch.positions].float() * batch.shares[:, None], "sum", lengths=batch.counts, axis=0, initial=0
         )
+
+
+@dataclass(frozen=True)
+class ImageItems:
+    """Images for one forward pass.
+
+    Attributes:
+        images: uint8 (n, size, size, channels).
+        form: how they become inputs.
+        draws: float32 (n, columns), how a view is made of each (``lm.data.views``); None: they are read as they are.
+        settings: those of the views.
+    """
+
+    images: Tensor
+    form: ImageFormat
+    draws: Tensor | None = None
+    settings: ViewsConfig = field(default_factory=ViewsConfig)
+
+    @property
+    def items(self) -> Tensor:
+        """Each image is one item: int64 (n,)."""
+        return torch.ones(len(self.images), dtype=torch.int64)
+
+    def to(self, device: torch.device) -> ImageItems:
+        draws = None if self.draws is None else self.draws.to(device)
+        return replace(self, images=self.images.to(device), draws=draws)
+
+    def inputs(self) -> Tensor:
+        """What the trunk reads, float32 (n, C, H, W)."""
+        if self.draws is None:
+            return model_inputs(self.images, self.form)
+        return normalized(make_views(self.images, self.draws, self.form.size, self.settings), self.form)
+
+
+class ImageTaskModel(TaskModel):
+    """A trunk that reads images, with a task head."""
+
+    def vectors(self, batch: Any) -> Tensor:
+        """The mean of the hidden states of each image's patches, float32 (n, hidden), from ``ImageItems``."""
+        assert isinstance(self.trunk, ImageTransformer)
+        images = [batch.inputs()]
+        return self.trunk(images, layout_of(images, self.trunk.config.patch_size)).float().mean(1)
 
 
 def pair_features(u: Features, v: Features) -> tuple[Features, Features, Features, Features]:

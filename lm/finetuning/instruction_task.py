@@ -136,7 +136,7 @@ class InstructionTask(Task):
     def save(self, path: Path) -> None:
         write_atomically(path / CHAT_TEMPLATE, self.template)
 
-    def batch(self, numbers: NDArray[np.int64]) -> list[Batch]:
+    def batch(self, numbers: NDArray[np.int64], epochs: NDArray[np.int64]) -> list[Batch]:
         turns = [self.train[n] for n in numbers.tolist()]
         return list(self._batches(turns, 1 / sum(turn.predicted for turn in turns)))
 

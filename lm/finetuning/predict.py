@@ -23,7 +23,7 @@ from lm.config.settings import ANSWER_FILES, Config
 from lm.data.examples import Example, columns_of, stream_examples
 from lm.export.task_model import TaskHead
 from lm.finetuning.answers import Answer, Answers
-from lm.finetuning.head_task import HEADS, encoder_of, outputs_of, task_model
+from lm.finetuning.head_task import HEADS, batches_of, encoder_of, outputs_of, task_model
 from lm.finetuning.heads import TaskModel
 from lm.model.lora import merge_lora
 from lm.runs.base_weights import starting_trunk
@@ -127,7 +127,8 @@ def predict(predictor: Predictor, examples: Iterable[Example]) -> Iterator[tuple
     encoder, rest = encoder_of(predictor.config, predictor.tokenizer), iter(examples)
     while some := list(islice(rest, EXAMPLES_AT_ONCE)):
         encoded = encoder.encode(some)
-        found = outputs_of(predictor.model, encoded, predictor.config, predictor.tokenizer)
+        batches = batches_of(encoded, predictor.config, predictor.tokenizer)
+        found = outputs_of(predictor.model, batches, predictor.config)
         for example, outputs in zip(encoded, found, strict=True):
             yield predictor.answers.answer(outputs), example.cut
 

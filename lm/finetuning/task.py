@@ -10,11 +10,9 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.data.examples import Example
 from lm.finetuning.task_inputs import TaskExample
-from lm.model.transformer import Transformer
 
 
 class Task(ABC):
@@ -29,10 +27,10 @@ class Task(ABC):
     hashed_texts: tuple[str, ...] = ()
 
     @abstractmethod
-    def __init__(
-        self, config: Config, tokenizer: Tokenizer, train: Sequence[Example], validation: Sequence[Example]
-    ) -> None:
-        """Encode the examples. The settings have no "auto" left (``finetune.settle_reading``).
+    def __init__(self, config: Config, processor: Any, train: Sequence[Example], validation: Sequence[Example]) -> None:
+        """Encode the examples with the base's tokenizer, or its format of images.
+
+        The settings have no "auto" left (``finetune.settle_reading``).
 
         Raise UserError if the task cannot be learned from these examples, or from this base run.
         """
@@ -45,13 +43,16 @@ class Task(ABC):
         """Write the files that the run directory ``path`` needs besides weights and settings."""
         return
 
-    def model(self, trunk: Transformer) -> nn.Module:
+    def model(self, trunk: Any) -> nn.Module:
         """The model to train: the pretrained trunk, with a head if the task needs one."""
         return trunk
 
     @abstractmethod
-    def batch(self, numbers: NDArray[Any]) -> Any:
-        """The batch of one step from the training examples ``numbers``, int64; called in a background thread."""
+    def batch(self, numbers: NDArray[Any], epochs: NDArray[Any]) -> Any:
+        """The batch of one step, from the training examples ``numbers``, int64; called in a background thread.
+
+        ``epochs``, int64, are those in which the examples are read, from 0: each may see them in another way.
+        """
 
     @abstractmethod
     def gradients(self, model: nn.Module, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:

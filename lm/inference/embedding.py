@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import atomic_file, output_ending
-from lm.config.settings import VECTOR_FILES, Config, usual_pooling, usual_reading
+from lm.config.settings import VECTOR_FILES, Config, ModelConfig, usual_pooling, usual_reading
 from lm.data.packed_sequences import packed, pooled, sequence_of
 from lm.inference.language_model import LanguageModel
 
@@ -49,9 +49,19 @@ def reading_of(
     tuned = config.finetune
     reads = reads or (usual_reading(config) if tuned.reads == "auto" else tuned.reads)
     pooling = pooling or (usual_pooling(reads) if tuned.pooling == "auto" else tuned.pooling)
-    if not -1 <= layer <= config.model.num_layers:
-        raise UserError(f"there is no layer {layer}: the model has 0 (the embeddings) to {config.model.num_layers}")
+    require_layer(config.model, layer)
     return Reading(reads, pooling, layer, normalize)
+
+
+def require_layer(config: ModelConfig, layer: int) -> None:
+    """Raise UserError if a model has no such layer."""
+    if not -1 <= layer <= config.num_layers:
+        raise UserError(f"there is no layer {layer}: the model has 0 (the embeddings) to {config.num_layers}")
+
+
+def scaled(vectors: Vectors) -> Vectors:
+    """Vectors (n, width) scaled to length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def vectors_of(
@@ -82,9 +92,7 @@ def _vectors(model: LanguageModel, texts: list[tuple[str, ...]], reading: Readin
     for some in packed([tokens for tokens, _ in found], reading.reads, end_of_text, context_length, ROWS):
         hidden = model.hidden_states(some.batch, reading.layer)
         vectors[some.numbers] = pooled(hidden, some, reading.pooling).float().cpu().numpy()
-    if reading.normalize:
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return vectors, sum(cut for _, cut in found)
+    return scaled(vectors) if reading.normalize else vectors, sum(cut for _, cut in found)
 
 
 def write_vectors(path: Path, parts: Iterable[Vectors], width: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lm.config.settings import ATTENTION_MATRICES, FEED_FORWARD_MATRICES
-from lm.model.transformer import Transformer
+from lm.model.image_transformer import Model
 
 
 class LowRank(nn.Module):
@@ -29,7 +29,7 @@ class LowRank(nn.Module):
         return torch.addmm(weight, self.b.to(weight.dtype), self.a.to(weight.dtype), alpha=self.scale)
 
 
-def add_lora(trunk: Transformer, rank: int, alpha: float, matrices: Sequence[str], seed: int) -> None:
+def add_lora(trunk: Model, rank: int, alpha: float, matrices: Sequence[str], seed: int) -> None:
     """Freeze the model and add LoRA to the ``matrices`` (names from ``LORA_MATRICES``) of each block.
 
     A is drawn from ``seed`` with variance 1 / inputs. The rank is at most the smaller side of a matrix. A block without
@@ -49,7 +49,7 @@ def add_lora(trunk: Transformer, rank: int, alpha: float, matrices: Sequence[str
                     parametrize.register_parametrization(linear, "weight", added)
 
 
-def merge_lora(trunk: Transformer) -> None:
+def merge_lora(trunk: Model) -> None:
     """Replace LoRA's matrices by plain ones, in place; the model's outputs stay the same, bit for bit."""
     for module in list(trunk.modules()):
         if parametrize.is_parametrized(module):

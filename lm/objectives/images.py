@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_prep.shards.images import ImageFormat
 from lm.config.settings import Config, ViewsConfig
-from lm.data.images import ImageBatch, ImageValidation
+from lm.data.images import ImageBatch, ImageRows, ImageValidation, model_inputs, normalized
 from lm.data.patch_rows import layout_of
 from lm.data.views import COLUMNS, make_views
 from lm.model.image_transformer import ImageTransformer
@@ -20,17 +20,6 @@ from lm.objectives.objective import Measure
 
 # Images that a validation in the middle of a run seeks neighbors among, and the number of neighbors that vote.
 NEIGHBORS_AMONG, NEIGHBORS = 2000, 20
-
-
-def normalized(pixels: Tensor, form: ImageFormat) -> Tensor:
-    """What a model reads: values in [0, 1], (n, C, H, W), less the mean of each channel, by its standard deviation."""
-    mean, std = (torch.tensor(part, device=pixels.device)[:, None, None] for part in (form.mean, form.std))
-    return (pixels - mean) / std
-
-
-def as_pixels(images: Tensor) -> Tensor:
-    """uint8 (n, H, W, C) as float32 (n, C, H, W) in [0, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 255
 
 
 class ImageObjective:
@@ -55,6 +44,9 @@ class ImageObjective:
     def new_model(self) -> ImageTransformer:
         return ImageTransformer(self.config.model, self.head())
 
+    def prepare(self, rows: ImageRows) -> ImageBatch:
+        raise NotImplementedError
+
     def batch_of(self, images: NDArray[np.uint8], draws: Tensor, weight: float) -> ImageBatch:
         """A batch in which each image weighs ``weight``."""
         weights = torch.full((len(images),), weight)
@@ -76,7 +68,7 @@ class ImageObjective:
     def features(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         """The features of the images themselves: the mean over their patches, float32 (n, hidden)."""
         assert isinstance(model, ImageTransformer)
-        images = [normalized(as_pixels(batch.images), self.form)]
+        images = [model_inputs(batch.images, self.form)]
         hidden: Tensor = model(images, layout_of(images, model.config.patch_size))
         return hidden.float().mean(1)
 

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import safetensors
 
@@ -62,14 +63,17 @@ def load_base(model: Model, path: Path) -> None:
         raise UserError(f"{path / BASE} does not fit config.toml: {error}".split("\n")[0]) from None
 
 
-def starting_trunk(config: Config, path: Path) -> Transformer:
+def starting_trunk(config: Config, path: Path) -> Any:
     """The model that fine-tuning in ``path`` starts from; only what is trained requires a gradient.
+
+    It is a ``Transformer``, or an ``ImageTransformer`` without a head.
 
     UserError as of ``load_base``.
     """
     task, seed = config.finetune, config.training.seed
     # A probe's features are fixed, so dropout applies only in the head.
-    trunk = Transformer(dataclasses.replace(config.model, dropout=0.0) if task.method == "probe" else config.model)
+    shape = dataclasses.replace(config.model, dropout=0.0) if task.method == "probe" else config.model
+    trunk: Model = ImageTransformer(shape) if config.reads_images else Transformer(shape)
     if task.weights == "random":
         trunk.initialize(seed)
     else:

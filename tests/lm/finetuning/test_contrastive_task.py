@@ -80,7 +80,7 @@ def test_the_loss_is_its_formula():
 @pytest.mark.parametrize("tokens", [64, 100_000])
 def test_the_gradient_in_parts_is_that_of_the_whole_batch(trained, task_of, tokens):
     task = task_of(micro_batch_tokens=tokens)
-    batch = task.batch(np.arange(8))
+    batch = task.batch(np.arange(8), np.zeros(8, int))
     assert (len(batch) > 2) == (tokens == 64)
     model = trained.load_model(torch.device("cpu"))
     model.blocks[0].dropout.p = 0.2
@@ -107,7 +107,7 @@ def test_the_views_of_a_pair_are_its_two_texts(trained, task_of, tmp_path):
     rows = [{"text": one, "text_pair": other} for one, other in zip(SENTENCES, SENTENCES[::-1], strict=True)]
     task = task_of(train=write(tmp_path / "two.jsonl", rows), dropout=0.0)
     assert task.pairs
-    views = dict(task.batch(np.array([2, 5])))
+    views = dict(task.batch(np.array([2, 5]), np.zeros(2, int)))
     for view, texts in enumerate((SENTENCES, SENTENCES[::-1])):
         row = views[view].batch.inputs[0].tolist()
         at = int(views[view].first[list(views[view].numbers).index(1)])

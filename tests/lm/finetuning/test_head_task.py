@@ -27,7 +27,7 @@ def task(task_settings, tmp_path):
 
 def gradient_of(task: HeadTask, path: Path) -> tuple[float, dict[str, torch.Tensor]]:
     model = task.model(starting_trunk(task.config, path))
-    losses, shares = task.gradients(model, task.batch(np.arange(24)), 0)
+    losses, shares = task.gradients(model, task.batch(np.arange(24), np.zeros(24, int)), 0)
     assert shares == {task.kind: 1.0}
     return float(losses[task.kind]), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -45,7 +45,9 @@ def test_balanced_classes_count_alike_in_the_loss(task, write_rows, tmp_path):
     rows = [{"text": "a fox", "label": int(n % 8 == 0)} for n in range(32)]
     path = write_rows(tmp_path / "skewed.jsonl", rows)
     for how, share in (("none", 1 / 8), ("balanced", 1 / 2)):
-        (part,) = task("classification", train=path, validation="", class_weights=how).batch(np.arange(32))
+        (part,) = task("classification", train=path, validation="", class_weights=how).batch(
+            np.arange(32), np.zeros(32, int)
+        )
         assert float(part.weights.sum()) == pytest.approx(1)
         assert float(part.weights[part.targets == 1].sum()) == pytest.approx(share)
 
@@ -53,7 +55,7 @@ def test_balanced_classes_count_alike_in_the_loss(task, write_rows, tmp_path):
 def test_an_epoch_has_every_example_once_in_a_new_order(task_settings, tmp_path):
     module = Finetuning(task_settings("classification", epochs=2), tmp_path, Ranks())
     seen: list[int] = []
-    module.task.batch = lambda numbers: seen.extend(numbers.tolist())
+    module.task.batch = lambda numbers, epochs: seen.extend(numbers.tolist())
     for step in range(module.config.training.steps):
         module.batch(step)
     first, second = seen[:192], seen[192:]

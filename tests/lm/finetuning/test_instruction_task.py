@@ -105,7 +105,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(config, trained, tmp
     for most in (4096, 30):
         task = Finetuning(config(micro_batch_tokens=most), tmp_path / "run", Ranks()).task
         model = task.model(starting_trunk(task.config, tmp_path))
-        losses, _ = task.gradients(model, task.batch(torch.arange(16).numpy()), 0)
+        losses, _ = task.gradients(model, task.batch(torch.arange(16).numpy(), torch.zeros(16, dtype=int).numpy()), 0)
         found.append((float(losses["response"]), [p.grad.clone() for p in model.parameters()]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for a, b in zip(found[0][1], found[1][1], strict=True):

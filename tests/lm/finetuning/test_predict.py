@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from data_prep.errors import UserError
 from lm.cli.main import main
 from lm.finetuning.finetune import Finetuning, finetune
-from lm.finetuning.head_task import encoder_of, outputs_of, task_model
+from lm.finetuning.head_task import batches_of, encoder_of, outputs_of, task_model
 from lm.finetuning.predict import open_predictor, predict, read_inputs
 from lm.model.lora import merge_lora
 from lm.runs.base_weights import starting_trunk
@@ -57,8 +57,9 @@ def test_a_merged_adapter_answers_as_the_adapter_does_bit_for_bit(task_settings,
     load_trained(apart, saved.model())
     assert not torch.equal(apart.trunk.blocks[0].attention.query.weight, plain)  # the adapter does something
     encoded = encoder_of(config, merged.tokenizer).encode(list(read_inputs(merged, task_files["classification"][1])))
-    ours = list(outputs_of(merged.model, encoded, config, merged.tokenizer))
-    for a, b in zip(outputs_of(apart, encoded, config, merged.tokenizer), ours, strict=True):
+    batches = list(batches_of(encoded, config, merged.tokenizer))
+    ours = list(outputs_of(merged.model, batches, config))
+    for a, b in zip(outputs_of(apart, batches, config), ours, strict=True):
         assert torch.equal(a, b)
     merge_lora(apart.trunk)
     assert apart.trunk.state_dict().keys() == merged.model.trunk.state_dict().keys()

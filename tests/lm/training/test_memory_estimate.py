@@ -5,6 +5,7 @@ import torch
 
 from lm.config.settings import Config
 from lm.model.transformer import Transformer
+from lm.objectives.objective import open_objective
 from lm.training import memory_estimate
 from lm.training.memory_estimate import LiveBytes, step_memory
 from lm.training.optimizer import Optimizer
@@ -29,7 +30,7 @@ def losses_of(model: Transformer, config: Config, rows: int) -> torch.Tensor:
     positions = torch.arange(context, dtype=torch.int32).expand(rows, context).contiguous()
     with torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bfloat16"):
         hidden = model(inputs, positions, torch.zeros_like(positions), positions + 1)
-        causal = memory_estimate._parts(config, rows).get("next_token", 0)
+        causal = open_objective(config).example(rows).parts.get("next_token", 0)
         parts = [part for part in (slice(0, causal), slice(causal, None)) if len(hidden[part])]
         return sum(model.loss(hidden[p], inputs[p], torch.ones(len(hidden[p]), context)) for p in parts)
 

@@ -1,0 +1,222 @@
+"""Pictures from files, archives and tables, in the size that a run reads, with or without their classes.
+
+A source is what ``data_prep.sources.images`` reads, or a dataset made by ``data_prep images``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import UserError
+from data_prep.shards.images import ImageDataset, ImageFormat, holds_images, open_images
+from data_prep.sources.images import BadImage, Columns, ImageEntry, decode, entries_of, list_images
+from lm.config.settings import FinetuneConfig
+from lm.data.examples import Example
+from lm.data.labels import class_name
+
+READ_AT_ONCE = 256  # images of a dataset
+SHOWN = 3  # images that cannot be read
+TRAIN, VALIDATION = "train", "validation"
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that was read: its name, its class or None, and its pixels, uint8 (size, size, channels)."""
+
+    name: str
+    label: str | None
+    pixels: Pixels
+
+
+@dataclass
+class Unread:
+    """The images that could not be read: how many, and the first of them with the reason."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, name: str, error: BadImage) -> None:
+        self.count += 1
+        if len(self.examples) < SHOWN:
+            self.examples.append(f"{name}: {error}")
+
+    def __str__(self) -> str:
+        """What to tell of them, or ""."""
+        if not self.count:
+            return ""
+        more = f", and {self.count - len(self.examples):,} more" if self.count > len(self.examples) else ""
+        what = "1 image was" if self.count == 1 else f"{self.count:,} images were"
+        return f"{what} left out: {'; '.join(self.examples)}{more}"
+
+
+def pictures_of(
+    source: str, form: ImageFormat, unread: Unread, *, split: str = "", label_column: str = ""
+) -> Iterator[Picture]:
+    """Read the images of a source one by one, in the order of their names, and note those that cannot be read.
+
+    Args:
+        split: "train" or "validation": only these images, if the source has splits; "": all.
+        label_column: the column of a table with the classes; "": find it.
+
+    Raises:
+        UserError: the source has no images, or is a dataset of images of another size.
+    """
+    if holds_images(source):
+        yield from _of_dataset(open_images(source), form, split)
+        return
+    for entry in _entries(source, split, label_column):
+        try:
+            pixels = form.pixels(decode(entry.read()))
+        except BadImage as error:
+            unread.add(entry.name, error)
+        else:
+            yield Picture(entry.name, entry.label, pixels)
+
+
+def _of_dataset(dataset: ImageDataset, form: ImageFormat, split: str) -> Iterator[Picture]:
+    require_format(dataset, form)
+    for name in [split] if split else [TRAIN, VALIDATION]:
+        part = dataset.split(name)
+        for first in range(0, part.count, READ_AT_ONCE):
+            numbers = np.arange(first, min(first + READ_AT_ONCE, part.count))
+            for number, pixels in zip(numbers.tolist(), part.read(numbers), strict=True):
+                label = int(part.labels[number])
+                yield Picture(part.source_of(number), dataset.classes[label] if label >= 0 else None, pixels)
+
+
+def require_format(dataset: ImageDataset, form: ImageFormat) -> None:
+    """Raise UserError if a dataset's images are not of the size and channels that a run reads."""
+    there = dataset.format
+    if (there.size, there.channels) != (form.size, form.channels):
+        raise UserError(
+            f"{dataset.directory} has images of {there.size} pixels and {there.channels} channels, and the run reads "
+            f"{form.size} and {form.channels}: prepare them with --size {form.size} --channels {form.channels}"
+        )
+
+
+def _entries(source: str, split: str, label_column: str) -> Iterator[ImageEntry]:
+    (listing,) = list_images([source])
+    for item in listing.items:
+        if not split or item.split in (None, split):
+            yield from entries_of(item, Columns(label=label_column))
+
+
+def has_validation(source: str) -> bool:
+    """Whether a source itself says which images are for validation. UserError if it has no images."""
+    if holds_images(source):
+        return open_images(source).split(VALIDATION).count > 0
+    return any(item.split == VALIDATION for item in list_images([source])[0].items)
+
+
+class LabeledImages(Sequence[Example]):
+    """Images with their classes, as examples without texts; ``read`` gives the pixels.
+
+    Attributes:
+        digest: names the content of all images.
+        notes: what to tell the user of them, one sentence each.
+    """
+
+    def __init__(
+        self, examples: list[Example], read: Callable[[NDArray[np.int64]], Pixels], digest: str, notes: list[str]
+    ) -> None:
+        self._examples, self._read, self.digest, self.notes = examples, read, digest, notes
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, number: int) -> Example: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Example]: ...
+    def __getitem__(self, number: Any) -> Any:
+        return self._examples[number]
+
+    def read(self, numbers: NDArray[np.int64]) -> Pixels:
+        """These images, uint8 (n, size, size, channels); several threads may call it."""
+        return self._read(numbers)
+
+
+def read_image_task(
+    task: FinetuneConfig, form: ImageFormat, kept: Collection[str] = ()
+) -> tuple[LabeledImages, Sequence[Example]]:
+    """The training and validation images of a fine-tuning.
+
+    Validation images are those of the source that the settings name, or those that the training source itself sets
+    aside; there may be none. Labels in ``kept`` are spelled as they are.
+
+    Raises:
+        UserError: a source has no images, none of them can be read, or none has a class.
+    """
+    label = "" if task.label_column == FinetuneConfig.label_column else task.label_column
+    own = has_validation(task.train)
+    train = read_labeled(task.train, form, TRAIN if own else "", label, kept)
+    source = task.validation or (task.train if own else "")
+    if not source:
+        return train, []
+    return train, read_labeled(source, form, VALIDATION if has_validation(source) else "", label, kept)
+
+
+def read_labeled(
+    source: str, form: ImageFormat, split: str = "", label_column: str = "", kept: Collection[str] = ()
+) -> LabeledImages:
+    """Read images with their classes; those without a class are left out. Arguments and errors as above."""
+    what = f"{source} ({split})" if split else source
+    if holds_images(source):
+        return _labeled_of_dataset(open_images(source), form, split, kept, what)
+    unread, examples, unlabeled, digest = Unread(), [], 0, hashlib.sha256()
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - of the pixels, which memory may not hold; gone when it is closed
+    for picture in pictures_of(source, form, unread, split=split, label_column=label_column):
+        if picture.label is None:
+            unlabeled += 1
+            continue
+        examples.append(Example((), class_name("label", picture.label, kept), picture.name))
+        data = picture.pixels.tobytes()
+        digest.update(data)
+        file.write(data)
+    if not examples and not unlabeled:
+        raise UserError(f"no image of {what} can be read: {unread.examples[0]}" if unread.count else _none(what))
+    notes = [f"{what}: {unread}"] if unread.count else []
+    notes += _without_class(what, unlabeled, len(examples))
+    file.flush()
+    pixels = np.memmap(file, np.uint8, "r", shape=(len(examples), form.size, form.size, form.channels))
+
+    def read(numbers: NDArray[np.int64], _keep: Any = file) -> Pixels:
+        return np.asarray(pixels[numbers])
+
+    return LabeledImages(examples, read, digest.hexdigest(), notes)
+
+
+def _labeled_of_dataset(
+    dataset: ImageDataset, form: ImageFormat, split: str, kept: Collection[str], what: str
+) -> LabeledImages:
+    require_format(dataset, form)
+    part = dataset.split(split or TRAIN)
+    if not part.count:
+        raise UserError(_none(what))
+    labeled = np.flatnonzero(part.labels >= 0)
+    names = [class_name("label", name, kept) for name in dataset.classes]
+    notes = _without_class(what, part.count - len(labeled), len(labeled))
+    examples = [Example((), names[part.labels[n]], part.source_of(n)) for n in labeled.tolist()]
+    return LabeledImages(
+        examples, lambda numbers: part.read(labeled[numbers]), f"{dataset.fingerprint} {part.name}", notes
+    )
+
+
+def _none(what: str) -> str:
+    return f"{what} has no images"
+
+
+def _without_class(what: str, unlabeled: int, labeled: int) -> list[str]:
+    """A note on the images that have no class; UserError if all of them have none."""
+    if not labeled:
+        raise UserError(f"the images of {what} have no classes: put those of each class into a folder of its own")
+    return [f"{what}: {unlabeled:,} images without a class were left out"] if unlabeled else []
