@@ -19,7 +19,7 @@ from lm.config.recipes import finetuning_config, pretraining_config, suggestion
 from lm.config.sampling import Sampling, recommended
 from lm.config.settings import Config
 from lm.data.examples import Columns, Example, read_examples, read_similar
-from lm.evaluation import minimal_pairs, multiple_choice, perplexity, validation_loss
+from lm.evaluation import image_features, minimal_pairs, multiple_choice, perplexity, validation_loss
 from lm.evaluation.bootstrap import Accuracy
 from lm.export.gguf import export_gguf
 from lm.export.huggingface import choose_readout, export_huggingface
@@ -348,6 +348,8 @@ def evaluate(
     ties: str = "half",
     choices: str | Path = "",
     similarity: str | Path = "",
+    train: str | Path = "",
+    test: str | Path = "",
     columns: Columns | None = None,
     reads: str | None = None,
     pooling: str | None = None,
@@ -358,6 +360,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a run: the loss on its validation split, or one of the other measures if it is named.
 
+    Of a run that reads images: its features (``lm.evaluation.image_features.evaluate_images``).
+
     Args:
         data: another dataset whose validation split to use.
         text: the loss on any text instead (``text_field``: the field of records; ``stride``: tokens scored per window).
@@ -365,6 +369,7 @@ def evaluate(
         choices: multiple-choice questions, with ``columns``.
         similarity: pairs of texts with how similar they are, with ``columns``; ``reads``, ``pooling`` and ``layer`` are
             as of ``Model.embed``.
+        train, test: labeled images to judge the features of an image run on, instead of its data's splits.
         progress: called with a line before each part.
 
     Returns:
@@ -377,6 +382,19 @@ def evaluate(
     if len(named := [name for name, value in given.items() if value]) > 1:
         raise UserError(f"{' and '.join(named)} cannot be combined: choose one of them")
     opened = run if isinstance(run, Run) else open_run(run)
+    if opened.config.reads_images:
+        if named and named != ["data"]:
+            raise UserError(f"{opened.path} reads images, and {named[0]} is for a run that reads text: leave it out")
+        return image_features.evaluate_images(
+            opened,
+            data=str(data),
+            train=str(train),
+            test=str(test),
+            layer=layer,
+            checkpoint=opened.checkpoint(str(checkpoint)),
+            device=device,
+            progress=progress,
+        )
     reading = reading_of(opened.config, reads, pooling, layer)
     paradigms = minimal_pairs.read_pairs(Path(pairs), sentences) if pairs else []
     saved = opened.checkpoint(str(checkpoint))

@@ -118,9 +118,15 @@ def require_language_model(path: Path, config: Config) -> None:
     """Raise UserError if the run at ``path`` reads images, or has a task's head instead of a language model's."""
     if config.reads_images:
         raise UserError(f"{path} reads images, not text: kindling embed and kindling evaluate use it")
+    require_no_task_head(path, config)
+
+
+def require_no_task_head(path: Path, config: Config) -> None:
+    """Raise UserError if the run at ``path`` has a task's head."""
     if config.has_task_head:
+        lost = "" if config.reads_images else " and is no longer a language model"
         raise UserError(
-            f"{path} is fine-tuned for {config.finetune.task} and is no longer a language model: use "
+            f"{path} is fine-tuned for {config.finetune.task}{lost}: use "
             f"kindling predict {path} --input FILE for its answers, or kindling merge {path} --trunk-only --out RUN to "
             "make it a plain run"
         )

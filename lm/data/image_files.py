@@ -144,6 +144,12 @@ class LabeledImages(Sequence[Example]):
         """These images, uint8 (n, size, size, channels); several threads may call it."""
         return self._read(numbers)
 
+    def chosen(self, numbers: NDArray[np.int64]) -> LabeledImages:
+        """Only these images, in this order."""
+        examples = [self._examples[number] for number in numbers.tolist()]
+        digest = hashlib.sha256(self.digest.encode() + numbers.tobytes()).hexdigest()
+        return LabeledImages(examples, lambda some: self._read(numbers[some]), digest, self.notes)
+
 
 def read_image_task(
     task: FinetuneConfig, form: ImageFormat, kept: Collection[str] = ()
