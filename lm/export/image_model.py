@@ -28,7 +28,7 @@ from lm.runs.directory import PROCESSOR, Run
 
 EPSILON = 1e-5  # of Pixtral's norms, which no setting changes
 LARGEST_GRID = 64  # patches a side, or twice those of training: transformers 4 reads no larger images
-TOLERANCE = 1e-4  # of hidden states, beside ours
+TOLERANCE = 1e-4  # of hidden states, of the two models
 # Pixtral's name of each part of a block.
 PARTS = {
     "attention_norm": "attention_norm",
@@ -89,7 +89,7 @@ def export_image_model(
 
     Args:
         model: of this checkpoint; None: load it.
-        head: of a fine-tuned model; it is written beside the weights.
+        head: of a fine-tuned model; it is written next to the weights.
 
     Raises:
         UserError: Pixtral does not compute what the model does, or ``out`` is not empty.
