@@ -286,6 +286,9 @@ def test_validation_images_may_be_named(tmp_path: Path) -> None:
         "others/1.png": "validation",
     }
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text(), "it says nothing of the machine"
+    broken, notes = write_tree(tmp_path / "broken", {"1.png": b"x"}), list[str]()
+    build(settings_for(mine, tmp_path / "none", validation=[str(broken)]), notes)
+    assert "note: none of the images named by --validation can be used" in notes
     splits = write_tree(tmp_path / "s", {"train/1.png": files["1.png"], "test/2.png": files["2.png"]})
     with pytest.raises(UserError, match="has folders for validation or test: name its folder with the training"):
         build(settings_for(splits, tmp_path / "no", validation=[str(others)]))
