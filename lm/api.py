@@ -19,7 +19,7 @@ from lm.config.recipes import finetuning_config, pretraining_config, require_ima
 from lm.config.sampling import Sampling, recommended
 from lm.config.settings import Config
 from lm.data.examples import Columns, Example, read_examples, read_similar
-from lm.evaluation import minimal_pairs, multiple_choice, perplexity, validation_loss
+from lm.evaluation import image_features, minimal_pairs, multiple_choice, perplexity, validation_loss
 from lm.evaluation.bootstrap import Accuracy
 from lm.export.gguf import export_gguf
 from lm.export.huggingface import choose_readout, export_huggingface
@@ -40,6 +40,7 @@ from lm.inference.image_model import ImageEncoder, pixels_of_all
 from lm.inference.language_model import LanguageModel
 from lm.inference.scoring import log_likelihoods
 from lm.model.device import choose_device
+from lm.reports.image_report import write_image_report
 from lm.reports.run_report import write_report
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, open_run, saved_evaluation
@@ -336,11 +337,14 @@ def train(
 
 def _write_report(run: Run) -> None:
     """Write ``report.html`` unless it is newer than the newest checkpoint."""
-    if run.config.reads_images:
-        return
     report, newest = run.path / "report.html", run.latest()
-    if newest and not (report.exists() and report.stat().st_mtime >= newest.path.stat().st_mtime):
-        write_report(run, saved_evaluation(run, newest), run.config.report.prompts, run.config.report.fills)
+    if newest is None or (report.exists() and report.stat().st_mtime >= newest.path.stat().st_mtime):
+        return
+    evaluation = saved_evaluation(run, newest)
+    if run.config.reads_images:
+        write_image_report(run, evaluation)
+    else:
+        write_report(run, evaluation, run.config.report.prompts, run.config.report.fills)
 
 
 def finetune(
@@ -386,6 +390,8 @@ def evaluate(
     ties: str = "half",
     choices: str | Path = "",
     similarity: str | Path = "",
+    train: str | Path = "",
+    test: str | Path = "",
     columns: Columns | None = None,
     reads: str | None = None,
     pooling: str | None = None,
@@ -396,6 +402,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a run: the loss on its validation split, or one of the other measures if it is named.
 
+    Of a run that reads images: its features (``lm.evaluation.image_features.evaluate_images``).
+
     Args:
         data: another dataset whose validation split to use.
         text: the loss on any text instead (``text_field``: the field of records; ``stride``: tokens scored per window).
@@ -403,6 +411,7 @@ def evaluate(
         choices: multiple-choice questions, with ``columns``.
         similarity: pairs of texts with how similar they are, with ``columns``; ``reads``, ``pooling`` and ``layer`` are
             as of ``Model.embed``.
+        train, test: labeled images to judge the features of an image run on, instead of its data's splits.
         progress: called with a line before each part.
 
     Returns:
@@ -415,6 +424,19 @@ def evaluate(
     if len(named := [name for name, value in given.items() if value]) > 1:
         raise UserError(f"{' and '.join(named)} cannot be combined: choose one of them")
     opened = run if isinstance(run, Run) else open_run(run)
+    if opened.config.reads_images:
+        if named and named != ["data"]:
+            raise UserError(f"{opened.path} reads images, and {named[0]} is for a run that reads text: leave it out")
+        return image_features.evaluate_images(
+            opened,
+            data=str(data),
+            train=str(train),
+            test=str(test),
+            layer=layer,
+            checkpoint=opened.checkpoint(str(checkpoint)),
+            device=device,
+            progress=progress,
+        )
     reading = reading_of(opened.config, reads, pooling, layer)
     paradigms = minimal_pairs.read_pairs(Path(pairs), sentences) if pairs else []
     saved = opened.checkpoint(str(checkpoint))

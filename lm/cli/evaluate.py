@@ -17,6 +17,9 @@ from lm.cli.options import checkpoint_option, columns_of, columns_options, json_
 if TYPE_CHECKING:
     from lm.data.examples import Columns
 
+IMAGES = "a folder with a folder for each class, or another source or dataset of images,"
+OF_RUN = "Default: the training data's"
+
 
 @click.command(cls=FriendlyCommand, short_help="Measure a model next to baselines.")
 @run_argument
@@ -49,6 +52,10 @@ if TYPE_CHECKING:
     help="Evaluate embeddings on pairs of texts with a similarity: its rank correlation with their cosine.",
 )
 @columns_options("text", "text_pair", "choices", "label", also=False)  # --text-field is for --text
+@click.option(
+    "--train", default="", help=f"RUN reads images: {IMAGES} to fit k-NN and linear probe on. {OF_RUN} train split."
+)
+@click.option("--test", default="", help=f"RUN reads images: {IMAGES} to test them on. {OF_RUN} validation split.")
 @reading_options
 @click.option(
     "--columns",
@@ -75,6 +82,8 @@ def evaluate(
     stride: int,
     choices: str | None,
     similarity: str | None,
+    train: str,
+    test: str,
     reads: str | None,
     pooling: str | None,
     layer: int,
@@ -89,10 +98,14 @@ def evaluate(
     Baselines are shown for comparison: token frequencies (unigram) and bz2 -9 on the same text. With --text: the same
     on any text. With --pairs: how often the acceptable one of two sentences is more likely. With --choices: how often
     the right answer to a question is the most likely. With --similarity: how well embeddings rank pairs of texts.
+
+    If RUN reads images: the accuracy of k-NN and of a linear probe on its frozen features, beside those on raw pixels
+    and on the features of random weights.
     """
     options = {"--data": data, "--text": source, "--pairs": pairs, "--choices": choices, "--similarity": similarity}
     if len(given := [name for name, value in options.items() if value]) > 1:
         raise UserError(f"{' and '.join(given)} cannot be combined: choose one of them")
+    _check_kind(run, options | {"--reads": reads, "--pooling": pooling}, {"--train": train, "--test": test})
     _check_inputs(run, data, pairs, source, text_field, stride, choices, similarity, columns_of(task_columns))
     from lm import api
 
@@ -107,6 +120,8 @@ def evaluate(
         ties=ties,
         choices=choices or "",
         similarity=similarity or "",
+        train=train,
+        test=test,
         columns=columns_of(task_columns),
         reads=reads,
         pooling=pooling,
@@ -116,6 +131,8 @@ def evaluate(
     )
     if as_json:
         click.echo(json.dumps(result))
+    elif "features" in result:
+        _print_features(result)
     elif pairs is not None:
         _print_pairs(result)
     elif choices is not None:
@@ -127,6 +144,20 @@ def evaluate(
         )
     else:
         _print_losses(result)
+
+
+def _check_kind(run: Path, of_text: dict[str, Any], of_images: dict[str, str]) -> None:
+    """Raise UserError for options of the other kind of run, and for images that are not there, before PyTorch loads."""
+    from lm.config.recipes import run_config
+    from lm.data.image_files import has_validation
+
+    reads_images = run_config(run).reads_images
+    wrong = [name for name, value in (of_text if reads_images else of_images).items() if value and name != "--data"]
+    if wrong:
+        kind, other = ("images", "text") if reads_images else ("text", "images")
+        raise UserError(f"{run} reads {kind}, and {wrong[0]} is for a run that reads {other}: leave it out")
+    for source in filter(None, of_images.values()):
+        has_validation(source)
 
 
 def _check_inputs(
@@ -144,13 +175,15 @@ def _check_inputs(
     from data_prep.settings import ReadSettings
     from data_prep.sources.listing import STDIN, first_texts
     from lm.config.recipes import require_language_model, require_stride, run_config
-    from lm.data.corpora import open_corpora
+    from lm.data.datasets import open_training_data
     from lm.data.examples import check_first_example
 
     config = run_config(run)
-    require_language_model(run, config)
     if data:
-        open_corpora((data,))
+        open_training_data((data,))
+    if config.reads_images:
+        return
+    require_language_model(run, config)
     if pairs and not pairs.exists():
         raise UserError(f"there are no pairs at {pairs}")
     if source:
@@ -183,6 +216,30 @@ def _print_losses(result: dict[str, Any]) -> None:
             ]
         ),
     )
+
+
+def _print_features(result: dict[str, Any]) -> None:
+    from lm.evaluation.image_features import NAMES, verdict
+
+    rows = []
+    for name, probes in {"features": result["features"], **result["baselines"]}.items():
+        if probes and name != "majority":
+            shown = f"{NAMES[name]} (baseline)" if name in NAMES else name
+            rows.append((shown, *_percentages({"mean": p["accuracy"], "error": p["error"]} for p in probes.values())))
+    if "majority" in result["baselines"]:
+        usual = f"{result['baselines']['majority']['accuracy']:.1%}"
+        rows.append(("most frequent class (baseline)", usual, usual))
+    health = f"spread {result['spread']:.3f}, effective rank {result['effective_rank']:.1f}"
+    losses = [
+        f"{name}: loss {own['loss']:.4f} on {own['images']:,} validation images; "
+        for name, own in result["validation"].items()
+    ]
+    explanation = [verdict(result), f"step {result['step']:,}; {''.join(losses)}{health}", *result.get("notes", [])]
+    explanation += result["protocol"].split("; ") if "protocol" in result else []
+    if rows:
+        print_table(("", NAMES["knn"], NAMES["linear"]), rows, "\n".join(explanation))
+    else:
+        click.echo("\n".join(explanation))
 
 
 def _percentages(accuracies: Iterable[dict[str, float]]) -> Iterator[str]:
