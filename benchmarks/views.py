@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmarks.side_by_side import in_turn
 from lm.config.settings import ViewsConfig
 from lm.data.views import LARGEST_SIGMA, SMALLEST_BLURRED, SMALLEST_SIGMA, draw_views, make_views, without_color
+from lm.model.device import keep_freed_memory
 
 IMAGES = 256
 SETTINGS = ViewsConfig()
@@ -144,5 +145,6 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     for pixels in (32, 96):
         compare(pixels, arguments.rounds)

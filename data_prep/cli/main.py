@@ -33,11 +33,11 @@ IMPORTED = (*EXPORTED, "megatron")
 
 @click.group(
     cls=FriendlyGroup,
-    short_help="Turn text into a dataset: tokenizer and token shards.",
+    short_help="Turn text or images into a dataset.",
     context_settings={"max_content_width": 100},
 )
 def main() -> None:
-    """Turn raw text into token shards: train a tokenizer, encode, and inspect the result."""
+    """Turn text into token shards, or images into image shards, and inspect the result."""
 
 
 @main.command()
@@ -147,58 +147,105 @@ def _print_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
 @click.option("--out", type=DIRECTORY, required=True, help="Folder for the dataset; created if missing.")
 @click.option("--size", type=int, required=True, help="Pixels a side of the stored images, which are square.")
 @options_of(ImageSettings)
+@click.option("--dry-run", is_flag=True, help="Print an estimate without building anything.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.pass_context
 def images(
-    context: click.Context, sources: tuple[str, ...], out: Path, size: int, as_json: bool, **settings: Any
+    context: click.Context,
+    sources: tuple[str, ...],
+    out: Path,
+    size: int,
+    dry_run: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
-    """Build a dataset from images."""
-    from data_prep.pipeline.images import build_images
+    """Build a dataset from images.
+
+    A SOURCE is a folder of images (.jpg, .png, .webp, .gif, .tif and so on), flat or with a folder for each class; a
+    .tar of such a folder, or a folder in it (photos.tar/train); a .parquet file; a pattern ("photos/**/*.jpg");
+    hf:NAME[:SPLIT] for a Hugging Face dataset or a local folder with one; or "builtin:digits" for scikit-learn's
+    handwritten digits. Folders called train and test (or val) at the top become the splits.
+
+    Each image is turned upright, its shorter side scaled to --size, and the middle cut out. Classes are optional and
+    serve to judge a model. An image that cannot be read is left out and reported.
+
+    To resume a build that was stopped, run the same command again. Exit status 3 means that the dataset is complete,
+    but images that cannot be used were left out.
+    """
+    from data_prep.cli.images import print_image_estimate, print_image_summary
 
     if out == STDOUT:
         raise UserError("--out names a folder, so it cannot be standard output (-)")
+    if dry_run:
+        print_image_estimate(ImageSettings.from_options(sources, out, size, **settings), as_json)
+        return
+    import data_prep
+
     try:
-        manifest = build_images(sources, out, size, **settings).manifest
+        manifest = data_prep.build_images(sources, out, size, **settings).manifest
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; run the same command again to resume") from None
-    click.echo(json.dumps({name: split["images"] for name, split in manifest["splits"].items()}))
+    print_image_summary(out, manifest, as_json)
     if manifest["left_out"]:
         context.exit(SKIPPED_STATUS)
 
 
 @main.command()
 @click.argument("directory", type=DIRECTORY)
+@click.option("--documents", type=click.IntRange(min=0), help="Documents to show per split.  [default: 3]")
+@click.option("--pictures", type=click.IntRange(min=0), help="Images to show of each class.  [default: 12]")
 @click.option(
-    "--documents", type=click.IntRange(min=0), default=3, show_default=True, help="Documents to show per split."
-)
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for choosing the documents."
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for choosing what to show."
 )
 @click.option("--ids", is_flag=True, help="Show texts as tokens with their ids.")
-@click.option("--page", type=DIRECTORY, help="Write a page with plots to this .html file instead; - for stdout.")
+@click.option("--page", "--html", type=DIRECTORY, help="Write a page to this .html file instead; - for stdout.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(directory: Path, documents: int, seed: int, ids: bool, page: Path | None, as_json: bool) -> None:
+def inspect(
+    directory: Path,
+    documents: int | None,
+    pictures: int | None,
+    seed: int,
+    ids: bool,
+    page: Path | None,
+    as_json: bool,
+) -> None:
     """Show a dataset as a model will see it.
 
-    Prints totals, document lengths, sample documents, a window across the end of a document, the most common tokens,
-    unused tokens, and bytes per token by source.
+    Of text: totals, document lengths, sample documents, a window across the end of a document, the most common tokens,
+    unused tokens, and bytes per token by source. Of images: totals, classes, sizes, what was left out or changed, and
+    on the page pictures of each class.
     """
-    from data_prep.shards.inspect import inspect_dataset, render
-    from data_prep.shards.tokens import open_dataset
+    from data_prep.shards.images import holds_images
 
-    found = inspect_dataset(open_dataset(directory), documents=documents, seed=seed)
+    if holds_images(directory):
+        from data_prep.shards.images import open_images
+        from data_prep.shards.inspect_images import inspect_images, render_images
+        from data_prep.shards.inspect_page import render_images_page
+
+        if ids or documents is not None:
+            raise UserError(f'"{directory}" is a dataset of images: --documents and --ids are for text')
+        shown_images = 12 if pictures is None else pictures
+        found = inspect_images(open_images(directory), pictures=shown_images, seed=seed, pixels=page is not None)
+        shown = render_images(found) if page is None else render_images_page(found)
+    else:
+        from data_prep.shards.inspect import inspect_dataset, render
+        from data_prep.shards.inspect_page import render_page
+        from data_prep.shards.tokens import open_dataset
+
+        dataset = open_dataset(directory)
+        if pictures is not None:
+            raise UserError(f'"{directory}" is a dataset of text: --pictures is for images')
+        found = inspect_dataset(dataset, documents=3 if documents is None else documents, seed=seed)
+        shown = render(found, ids=ids) if page is None else render_page(found)
+    if page == STDOUT:
+        click.echo(shown)
+        return
     if page is not None:
         from data_prep.files import write_atomically
-        from data_prep.shards.inspect_page import render_page
 
-        if page == STDOUT:
-            click.echo(render_page(found))
-            return
-        write_atomically(page, render_page(found))
-    if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
-        click.echo(render(found, ids=ids) if page is None else f"in: {page}")
+        write_atomically(page, shown)
+        shown = f"in: {page}"
+    click.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else shown)
 
 
 @main.command()
@@ -238,16 +285,19 @@ def tokenizer(name: str, sources: tuple[str, ...], most_bytes: int, as_json: boo
 def verify(directory: Path, as_json: bool) -> None:
     """Read a whole dataset and check it against its checksums."""
     from data_prep.progress import ConsoleReporter
+    from data_prep.shards.images import holds_images, open_images
     from data_prep.shards.tokens import open_dataset
 
-    dataset = open_dataset(directory)
-    total = sum(dataset.split(name).tokens for name in ("train", "validation"))
+    is_images = holds_images(directory)
+    dataset = open_images(directory) if is_images else open_dataset(directory)
+    unit = "images" if is_images else "tokens"
+    total = sum(split[unit] for split in dataset.manifest["splits"].values())
     with ConsoleReporter().stage("verifying", None) as advance:
         dataset.verify(on_file=lambda name, size: advance(size))
     if as_json:
-        click.echo(json.dumps({"directory": str(directory), "whole": True, "tokens": total}))
+        click.echo(json.dumps({"directory": str(directory), "whole": True, unit: total}))
     else:
-        click.echo(f'"{directory}" is intact: {total:,} tokens, all checksums match')
+        click.echo(f'"{directory}" is intact: {total:,} {unit}, all checksums match')
 
 
 @main.command(short_help="Export to or import from the token files of other programs.")

@@ -26,9 +26,9 @@ def command(name: str) -> str:
     return f"kindling {name}"
 
 
-def example_recipe() -> str:
-    """Return the recipe that messages name: a file of the checkout, or a name that works anywhere."""
-    file = Path("configs", "tiny.toml")
+def example_recipe(name: str = "tiny") -> str:
+    """Return a recipe as messages name it: a file of the checkout, or a name that works anywhere."""
+    file = Path("configs", f"{name}.toml")
     return str(file) if command("train").startswith("python") and file.is_file() else file.stem
 
 

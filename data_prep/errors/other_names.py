@@ -116,6 +116,9 @@ OTHER_NAMES = (
     ("shard_tokens", "shard_size tokens_per_shard", ""),
     ("duplicates", "dedup dedupe deduplicate deduplication", ""),
     ("language", "lang languages", ""),
+    ("size", "image_size img_size resolution resize input_size crop_size", "in pixels a side"),
+    ("channels", "in_chans in_channels num_channels image_channels grayscale rgb", "it is 1 or 3"),
+    ("prep images", "imagefolder image_folder", ""),
     ("max_document_bytes", "max_length max_doc_length max_document_length", "it counts bytes of UTF-8"),
 )
 

@@ -41,10 +41,11 @@ from data_prep.shards.manifest import save_manifest
 from data_prep.shards.tokens import IMAGES_FORMAT, SPLITS, WORK
 from data_prep.sources.decoding import BadImage, decode_noting, looks_gray
 from data_prep.sources.formats import summary_of
-from data_prep.sources.images import TRAIN, VALIDATION, ImageEntry, Listing, entries_of, list_images
+from data_prep.sources.images import FILE, MEMBER, TEST, TRAIN, VALIDATION, ImageEntry, Listing, entries_of, list_images
 from data_prep.sources.listing import grouped
 
 PART_BYTES = 64 * 2**20
+NEED_CONVERSION = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")  # photos that Pillow does not read
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,23 @@ class ImagePlan:
         listings = list_images(settings.sources)
         if settings.validation:
             for listing, text in zip(listings, settings.sources, strict=True):
-                if any(item.split == VALIDATION for item in listing.items):
+                if any(item.split for item in listing.items):
                     raise UserError(
-                        f'"{text}" has validation images of its own: name its folder with the training images, or '
+                        f'"{text}" has folders for validation or test: name its folder with the training images, or '
                         "leave out --validation"
                     )
-            listings = [_with_split(each, TRAIN) for each in listings]
-            listings += [_with_split(each, VALIDATION) for each in list_images(settings.validation)]
+            held_out = [_with_split(each, VALIDATION) for each in list_images(settings.validation)]
+            listings = [*(_with_split(each, TRAIN) for each in listings), *held_out]
+        else:
+            listings = [_with_splits_of_folders(each) for each in listings]
         most = min(PART_BYTES, part_size(sum(item.size for each in listings for item in each.items)))
         parts = [
             ImagePart(source, items, size)
             for source, listing in enumerate(listings)
             for items, size in grouped(((item, item.size) for item in listing.items), most)
         ]
-        identity = {
-            name: value for name, value in asdict(settings).items() if name not in ("sources", "out", "workers")
-        }
+        without = ("sources", "validation", "out", "workers")  # the list of sources has names without paths
+        identity = {name: value for name, value in asdict(settings).items() if name not in without}
         identity |= {"format": IMAGES_FORMAT, "sources": [_describe(listing) for listing in listings]}
         return cls(settings, tuple(listings), tuple(parts), json.loads(json.dumps(identity)))
 
@@ -88,12 +90,29 @@ class ImagePlan:
 
 
 def _with_split(listing: Listing, split: str) -> Listing:
-    return replace(listing, items=[replace(item, split=split) for item in listing.items])
+    return replace(listing, split=split, items=[replace(item, split=split) for item in listing.items])
+
+
+def _with_splits_of_folders(listing: Listing) -> Listing:
+    """Use the test images for validation, or leave them out if there are validation images too; say so."""
+    splits = {item.split for item in listing.items}
+    if TEST not in splits:
+        used = listing.items
+        notes = [f'"{listing.name}" has folders for training and validation'] if VALIDATION in splits else []
+    elif VALIDATION in splits:
+        used = [item for item in listing.items if item.split != TEST]
+        left = len(listing.items) - len(used)
+        notes = [f'"{listing.name}" has folders for training, validation and test: the {left:,} for test are left out']
+    else:
+        used = [replace(item, split=VALIDATION) if item.split == TEST else item for item in listing.items]
+        notes = [f'"{listing.name}" has folders for training and test: the test images are for validation']
+    return replace(listing, items=used, notes=[*listing.notes, *notes])
 
 
 def _describe(listing: Listing) -> dict[str, Any]:
     return {
         "name": listing.name,
+        "split": listing.split,
         "files": len({item.path for item in listing.items}),
         "bytes": sum(item.size for item in listing.items),
     }
@@ -163,11 +182,15 @@ class _ImageBuild:
         channels = settings.channels or 1
         for entry in self._entries():
             settled = split.settled or not by_hash
-            if any_image and settled and (settings.channels or channels == 3):
+            all_gray = channels == 1 and not settings.channels
+            if any_image and settled and not all_gray:
                 break
+            divides = entry.split is None and not split.settled
+            if not (divides or all_gray or (not any_image and entry.split != VALIDATION)):
+                continue
             try:
                 data = entry.read()
-                if any_image and settled and looks_gray(data):
+                if any_image and not divides and looks_gray(data):
                     continue
                 image = decode_noting(data).image
             except BadImage as error:
@@ -176,7 +199,7 @@ class _ImageBuild:
             any_image = any_image or entry.split != VALIDATION
             if entry.split is None:
                 split.add(hash_of(data))
-            if image.mode == "RGB" and not settings.channels:
+            if all_gray and image.mode == "RGB":
                 channels = 3
         if not any_image:
             why = "; ".join(f"{cases.images:,} {reason}" for reason, cases in report.left_out.items())
@@ -225,7 +248,21 @@ def notes_of(listings: Sequence[Listing]) -> Iterator[str]:
         yield from (f"note: {note}" for note in listing.notes)
         if listing.unread:
             files = "1 file" if len(listing.unread) == 1 else f"{len(listing.unread):,} files"
-            yield f'left out: {files} in "{listing.name}" that no image is called like: {summary_of(listing.unread)}'
+            convert = any(name.lower().endswith(NEED_CONVERSION) for name in listing.unread)
+            yield (
+                f'left out: {files} in "{listing.name}" without the name of an image: {summary_of(listing.unread)}'
+                + ("; convert photos to .jpg or .png first" if convert else "")
+            )
+    for_training = [listing for listing in listings if listing.split != VALIDATION]
+    if len(for_training) > 1 and all(_is_flat(listing) for listing in for_training):
+        yield (
+            f"note: these {len(for_training):,} sources have no classes: if each source is one, name the folder that "
+            "holds them all"
+        )
+
+
+def _is_flat(listing: Listing) -> bool:
+    return all(item.kind in (FILE, MEMBER) and item.label is None for item in listing.items)
 
 
 def sentences_of(report: ImageReport) -> Iterator[str]:
@@ -233,7 +270,7 @@ def sentences_of(report: ImageReport) -> Iterator[str]:
     for word, found in (("left out", report.left_out), ("note", report.changed)):
         for reason, cases in found.items():
             images = "1 image" if cases.images == 1 else f"{cases.images:,} images"
-            yield f"{word}: {images}, {reason} (the first is {cases.first})"
+            yield f"{word}: {images}, {reason} (the first: {cases.first})"
 
 
 def _format_of(size: int, channels: int, shards: Sequence[ImageShardRecord]) -> ImageFormat:
@@ -257,12 +294,13 @@ def _manifest(
     """Return the manifest; ``docs/shard-format.md`` explains each entry."""
     settings = dict(journal.identity)
     names = {label for records in shards.values() for record in records for label in record.classes}
+    classes = sorted(names, key=_natural)
     return {
         "format": IMAGES_FORMAT,
         "version": IMAGES_VERSION,
         "processor": {"file": ImageFormat.file_name, "sha256": form.sha256} | asdict(form),
         "storage": PIXELS if form.size <= LARGEST_RAW else FILES,
-        "classes": sorted(names, key=_natural),
+        "classes": classes,
         "split_rule": {
             "validation_if": "the source says so, or the first 8 bytes of BLAKE2b (digest size 8) of the file, "
             "big-endian, are below",
@@ -274,6 +312,7 @@ def _manifest(
         "splits": {
             split: {
                 "images": sum(record.images for record in records),
+                "classes": {name: sum(record.classes.get(name, 0) for record in records) for name in classes},
                 "shards": [asdict(record) for record in records],
             }
             for split, records in shards.items()

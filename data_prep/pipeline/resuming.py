@@ -1,4 +1,4 @@
-"""Begin, resume or recognize a build: a folder has one writer at a time, and a killed build goes on where it was."""
+"""Begin, resume or recognize a build: a folder has one writer at a time, and a build that was killed can be resumed."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.files import atomic_file, parse_json, sha256_of_file, write_atomically
 from data_prep.shards.tokens import IMAGES_FORMAT, JOURNAL, MANIFEST, MOST_OPEN_SHARDS, SPLITS
-from data_prep.sources.decoding import decode, square, upright
+from data_prep.sources.decoding import BadImage, decode, square, upright
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,15 +98,17 @@ class ImageFormat:
 class ImageShardRecord:
     """The entry for one shard in the manifest.
 
-    ``source`` is an index into the manifest's sources. ``classes`` are the names that the classes in the index stand
-    for. ``sums`` and ``squares`` have, for each channel, the sum of all pixels and of their squares.
+    ``source`` is an index into the manifest's sources. ``classes`` counts the images of each class, in the order of
+    the numbers in the index. ``sums`` and ``squares`` have, for each channel, the sum of all pixels and of their
+    squares.
     """
 
     name: str
     source: int
     images: int
     bin_bytes: int
-    classes: list[str]
+    txt_bytes: int
+    classes: dict[str, int]
     sums: list[int]
     squares: list[int]
     bin_sha256: str
@@ -189,9 +191,10 @@ class _OpenShard:
         self._name = name
         self._source = source
         self._classes: dict[str, int] = {}
+        self._counts: list[int] = []
         self._index: list[tuple[int, int, int, int]] = []
         self._origins: list[str] = []
-        self._sums = self._squares = np.zeros(0, np.int64)
+        self._sums = self._squares = np.zeros(1, np.int64)  # becomes one per channel
         self._hash = hashlib.sha256()
         self._stack = ExitStack()
         self._file: IO[bytes] = self._stack.enter_context(atomic_file(directory / f"{name}.bin", sync_name=False))
@@ -200,14 +203,16 @@ class _OpenShard:
         self._hash.update(stored)
         self._file.write(stored)
         self.bytes += len(stored)
-        number = -1 if label is None else self._classes.setdefault(label, len(self._classes))
+        number = -1
+        if label is not None:
+            number = self._classes.setdefault(label, len(self._classes))
+            self._counts += [0] if number == len(self._counts) else []
+            self._counts[number] += 1
         self._index.append((number, *size, self.bytes))
         self._origins.append(origin)
-        flat = pixels.reshape(-1, pixels.shape[-1]).astype(np.int64)
-        if not self._sums.size:
-            self._sums, self._squares = np.zeros((2, flat.shape[1]), np.int64)
-        self._sums += flat.sum(0)
-        self._squares += (flat * flat).sum(0)
+        by_channel = np.ascontiguousarray(pixels.reshape(-1, pixels.shape[-1]).T).astype(np.int32)
+        self._sums = self._sums + by_channel.sum(1, dtype=np.int64)
+        self._squares = self._squares + (by_channel * by_channel).sum(1, dtype=np.int64)
 
     def finish(self) -> ImageShardRecord:
         self._stack.close()
@@ -221,7 +226,8 @@ class _OpenShard:
             source=self._source,
             images=len(self._index),
             bin_bytes=self.bytes,
-            classes=list(self._classes),
+            txt_bytes=len(origins),
+            classes=dict(zip(self._classes, self._counts, strict=True)),
             sums=self._sums.tolist(),
             squares=self._squares.tolist(),
             bin_sha256=self._hash.hexdigest(),
@@ -307,8 +313,17 @@ class ImageSplit:
                 ends = self._index_of(shard)["end"]
                 for place, number in zip(np.flatnonzero(chosen).tolist(), local.tolist(), strict=True):
                     start = int(ends[number - 1]) if number else 0
-                    out[place] = self._format.pixels(decode(stored[start : int(ends[number])].tobytes()))
+                    out[place] = self._decoded(shard, stored[start : int(ends[number])].tobytes())
         return out
+
+    def _decoded(self, shard: int, data: bytes) -> np.ndarray:
+        try:
+            return self._format.pixels(decode(data))
+        except BadImage as error:
+            path = self._directory / f"{self.records[shard].name}.bin"
+            raise UserError(
+                f'"{path}" has an image that cannot be decoded ({error}): build the dataset again'
+            ) from None
 
     def source_of(self, number: int) -> str:
         """Return where an image came from, like ``photos/cat/1.jpg``."""
@@ -316,6 +331,18 @@ class ImageSplit:
             raise IndexError(f"image {number} of a split of {self.count}")
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return self._origins_of(shard)[number - (int(self._ends[shard]) - self.records[shard].images)]
+
+    def check_index(self, record: ImageShardRecord) -> None:
+        """Raise ``UserError`` unless the index and the names of a shard fit its images."""
+        shard = self.records.index(record)
+        index, size = self._index_of(shard), self._format.size
+        steps = np.diff(index["end"], prepend=0)
+        fits = int(index["end"][-1]) == record.bin_bytes and steps.min() > 0
+        if self._raw:
+            fits = fits and (steps == size * size * self._format.channels).all()
+        counts = np.bincount(index["class"] + 1, minlength=len(record.classes) + 1)[1:].tolist()
+        if not fits or counts != list(record.classes.values()) or len(self._origins_of(shard)) != record.images:
+            raise UserError(f'"{self._directory / record.name}.idx" is inconsistent: build the dataset again')
 
     def _map(self, shard: int) -> np.ndarray:
         return np.asarray(np.memmap(self._directory / f"{self.records[shard].name}.bin", np.uint8, "r"))
@@ -349,15 +376,13 @@ class ImageDataset:
         """Raise ``UserError`` unless every file exists with the right size. Reads no images."""
         for split in self._splits.values():
             for record in split.records:
-                expected = {".bin": record.bin_bytes, ".idx": record.images * INDEX.itemsize, ".txt": None}
-                for ending, size in expected.items():
+                sizes = (record.bin_bytes, record.images * INDEX.itemsize, record.txt_bytes)
+                for ending, size in zip(ENDINGS, sizes, strict=True):
                     path = self.directory / f"{record.name}{ending}"
                     if not path.is_file():
                         raise UserError(f'"{path}" is missing: copy or build the whole dataset again')
-                    if size is not None and path.stat().st_size != size:
-                        raise UserError(
-                            f'"{path}" has {path.stat().st_size:,} bytes instead of {size:,}: copy or build it again'
-                        )
+                    if (there := path.stat().st_size) != size:
+                        raise UserError(f'"{path}" has {there:,} bytes instead of {size:,}: copy or build it again')
 
     def verify(self, on_file: Callable[[str, int], None] = lambda name, size: None) -> None:
         """Read everything, and raise ``UserError`` at the first file that has changed since the build.
@@ -373,6 +398,7 @@ class ImageDataset:
                     if sha256_of_file(path) != expected:
                         raise UserError(f'"{path}" is damaged: its checksum differs from the one in {MANIFEST}')
                     on_file(path.name, path.stat().st_size)
+                split.check_index(record)
 
 
 def holds_images(path: str | Path) -> bool:

@@ -1,4 +1,4 @@
-"""The result of ``inspect`` as one self-contained page: plots, tables, and texts with every token marked."""
+"""The result of ``inspect`` as one self-contained page: plots, tables, texts with every token marked, or pictures."""
 
 from __future__ import annotations
 
@@ -8,25 +8,60 @@ from typing import Any
 
 import jinja2
 
+from data_prep.shards.inspect_images import MOST_CLASSES, SHOWN_SIDE
+
 CURVE_WIDTH, CURVE_HEIGHT = 640.0, 240.0  # in drawing units
 SHADES = 4
+SMALLEST_PICTURE = 64  # pixels a side on the page
 
 
 def render_page(found: dict[str, Any]) -> str:
     """Render the result of ``inspect.inspect_dataset`` as HTML, with all content from the dataset escaped."""
-    page = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("inspect.html")
+    page = _template("inspect.html")
     tokenizer, fingerprint = found["tokenizer"], found["fingerprint"][:16]
     return page.render(
         name=Path(found["directory"]).resolve().name,
         lead=f"{tokenizer['kind']} tokenizer of {tokenizer['vocab_size']:,} tokens; dataset {fingerprint}",
         splits={name: _shown(split, tokenizer["end_of_text_id"]) for name, split in found["splits"].items()},
     )
+
+
+def render_images_page(found: dict[str, Any]) -> str:
+    """Render the result of ``inspect_images.inspect_images`` as HTML, with all names from the dataset escaped."""
+    form = found["processor"]
+    color = "color" if form["channels"] == 3 else "gray"
+    return _template("inspect_images.html").render(
+        name=Path(found["directory"]).resolve().name,
+        lead=f"{color} images of {form['size']} x {form['size']} pixels, {len(found['classes']):,} classes; "
+        f"dataset {found['fingerprint'][:16]}",
+        cases=[
+            (title, [{"reason": reason} | row for reason, row in found[name].items()])
+            for name, title in (("left_out", "Left out"), ("changed", "Changed"))
+        ],
+        side=max(SMALLEST_PICTURE, min(form["size"], SHOWN_SIDE)),
+        enlarged=form["size"] < SMALLEST_PICTURE,
+        splits={name: _with_bars(split) for name, split in found["splits"].items()},
+    )
+
+
+def _with_bars(split: dict[str, Any]) -> dict[str, Any]:
+    if not split["images"]:
+        return split
+    most = max(row["images"] for row in split["common_sizes"])
+    return split | {
+        "bars": [row | {"percent": round(100 * row["images"] / most, 2)} for row in split["common_sizes"]],
+        "more_classes": max(0, sum(count > 0 for count in split["classes"].values()) - MOST_CLASSES),
+    }
+
+
+def _template(name: str) -> jinja2.Template:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(name)
 
 
 def _shown(split: dict[str, Any], end_of_text_id: int) -> dict[str, Any]:

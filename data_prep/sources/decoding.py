@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 # What Pillow may read; its other formats are rare, run programs (EPS) or have no mark to know them by (TGA).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MARKS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\0\0\0")
+MARKS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")  # how image files begin
 MOST_BYTES = 1 << 29  # of one file
 MOST_PIXELS = 128_000_000
 SHORTEST_SIDE, LARGEST_ASPECT = 4, 20
+
+# What makes an image upright, by its EXIF tag: numbers of ``PIL.Image.Transpose``.
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 
 # Why an image was left out.
 EMPTY = "empty file"
@@ -70,22 +73,21 @@ def decode_noting(data: bytes) -> Decoded:
 
     if not data:
         raise BadImage(EMPTY)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged metadata and large images, for all of which there is a rule here
-        try:
-            image = Image.open(io.BytesIO(data), formats=_formats())
-            _check_size(*image.size)
-            image.load()
-            several = bool(getattr(image, "is_animated", False))
-            plain = upright(image)
-        except (BadImage, MemoryError):
-            raise
-        except UnidentifiedImageError:
-            raise BadImage(DAMAGED if data.startswith(MARKS) or data[8:12] == b"WEBP" else NOT_AN_IMAGE) from None
-        except Image.DecompressionBombError:
-            raise BadImage(TOO_LARGE) from None
-        except Exception as error:  # Pillow's plugins raise what they like for broken files
-            raise BadImage(DAMAGED, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+        _check_size(*image.size)
+        image.load()
+        several = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: photos of two lenses
+        plain = upright(image)
+    except (BadImage, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        known = data.startswith(MARKS) or data[8:12] in (b"WEBP", b"avif")
+        raise BadImage(DAMAGED if known else NOT_AN_IMAGE) from None
+    except Image.DecompressionBombError:
+        raise BadImage(TOO_LARGE) from None
+    except Exception as error:  # Pillow's plugins raise what they like for broken files
+        raise BadImage(DAMAGED, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
     return Decoded(plain.image, (*plain.changes, *([FRAMES] if several else [])))
 
 
@@ -95,14 +97,15 @@ def upright(image: Image) -> Decoded:
     Transparent parts become white; colors are taken as sRGB, whatever profile the file has.
     Raises ``BadImage`` if it holds numbers of unknown range.
     """
-    from PIL import ImageOps
+    from PIL.Image import Transpose
 
     changes = []
-    if image.getexif().get(0x0112, 1) not in (0, 1):
-        turned = ImageOps.exif_transpose(image)
-        if turned is not None:
-            changes.append(TURNED)
-            image = turned
+    if (method := TURNS.get(_orientation(image))) is not None:
+        kept = {name: value for name, value in image.info.items() if name == "transparency"}
+        image = image.transpose(Transpose(method))
+        image.info.clear()  # of the tag, or it would be turned again
+        image.info.update(kept)
+        changes.append(TURNED)
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return Decoded(image, tuple(changes))
     if image.mode.startswith(("I", "F")):
@@ -112,16 +115,17 @@ def upright(image: Image) -> Decoded:
     is_gray = _is_gray(image)
     if image.has_transparency_data:
         with_alpha = image.convert("RGBA")
-        if with_alpha.getextrema()[3][0] < 255:
+        if np.asarray(with_alpha)[:, :, 3].min() < 255:
             changes.append(TRANSPARENT)
         image = _over_white(with_alpha)
     return Decoded(image.convert("L" if is_gray else "RGB"), tuple(changes))
 
 
 def square(image: Image, size: int, channels: int) -> np.ndarray:
-    """Return the central square of an image of mode L or RGB, scaled to ``size`` by Pillow's bicubic filter.
+    """Scale the shorter side of an image, of mode L or RGB, to ``size`` by Pillow's bicubic filter; cut out the middle.
 
-    The filter averages when it shrinks, so nothing is aliased. Returns uint8, shape ``(size, size, channels)``.
+    The filter averages when it shrinks, so nothing is aliased. Lengths are rounded down, as the image processors of
+    transformers do: an exported model gets the same pixels. Returns uint8, shape ``(size, size, channels)``.
     """
     from PIL import Image
 
@@ -129,12 +133,11 @@ def square(image: Image, size: int, channels: int) -> np.ndarray:
     if image.mode != mode:
         image = image.convert(mode)
     if image.size != (size, size):
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        # The same as shrinking all of it and cutting out the middle, without the pixels that would be cut off.
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        shorter = min(image.size)
+        width, height = (size * side // shorter for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + size, top + size))
     return np.asarray(image).reshape(size, size, channels)
 
 
@@ -142,12 +145,10 @@ def looks_gray(data: bytes) -> bool:
     """Return whether an image file says that it is gray, or cannot be read; its pixels are not decoded."""
     from PIL import Image
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return _is_gray(Image.open(io.BytesIO(data), formats=_formats()))
-        except Exception:  # whatever is wrong is told when it is decoded
-            return True
+    try:
+        return _is_gray(Image.open(io.BytesIO(data), formats=_formats()))
+    except Exception:  # decoding reports what is wrong
+        return True
 
 
 @cache
@@ -155,8 +156,19 @@ def _formats() -> tuple[str, ...]:
     """Those of ``FORMATS`` that this Pillow was built with."""
     from PIL import Image
 
+    # Of damaged metadata and of large images, for which there are rules here; not for a while, as catch_warnings would,
+    # because other threads may read images too.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _orientation(image: Image) -> int:
+    """Return the EXIF tag of an image, 1 if it has none or if its metadata is damaged."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # Pillow raises what it likes for damaged metadata, which harms no pixel
+        return 1
 
 
 def _check_size(width: int, height: int) -> None:

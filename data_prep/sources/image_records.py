@@ -15,10 +15,19 @@ from data_prep.sources.records import HUGGING_FACE, first_line, known_fields, pa
 from data_prep.sources.storage import UnreadableError, open_raw
 
 DIGITS = "builtin:digits"
+NUMBER_OF_DIGITS = 1797
 LABEL_NAMES = ("label", "labels", "class", "category", "fine_label")
 BATCH_ROWS = 16
 
-__all__ = ["DIGITS", "HUGGING_FACE", "digits", "images_of_dataset", "images_of_parquet", "row_group_sizes"]
+__all__ = [
+    "DIGITS",
+    "HUGGING_FACE",
+    "NUMBER_OF_DIGITS",
+    "digits",
+    "images_of_dataset",
+    "images_of_parquet",
+    "row_group_sizes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +39,8 @@ class ImageRow:
     read: Callable[[], bytes]
 
 
-def row_group_sizes(path: str) -> list[int]:
-    """Return the compressed size of each row group of a .parquet file. Raises ``UserError`` if it is not one."""
+def row_group_sizes(path: str) -> list[tuple[int, int]]:
+    """Return rows and compressed bytes of each row group of a .parquet file. Raises ``UserError`` if it is not one."""
     try:
         with open_raw(path) as file:
             groups = row_groups(file)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -17,9 +17,11 @@ from pathlib import Path, PurePosixPath
 from data_prep.errors import UserError
 from data_prep.sources.decoding import MOST_BYTES, TOO_LARGE, UNREADABLE, BadImage, decode, decode_noting
 from data_prep.sources.documents import one_line
+from data_prep.sources.formats import some_names, summary_of
 from data_prep.sources.image_records import (
     DIGITS,
     HUGGING_FACE,
+    NUMBER_OF_DIGITS,
     digits,
     images_of_dataset,
     images_of_parquet,
@@ -28,6 +30,7 @@ from data_prep.sources.image_records import (
 from data_prep.sources.records import parse_hugging_face
 from data_prep.sources.storage import (
     UnreadableError,
+    broken_links,
     is_folder,
     is_glob,
     is_remote,
@@ -48,11 +51,12 @@ ENDINGS = (
     *(".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2", ".avif"),
 )
 TAR, PARQUET = ".tar", ".parquet"
-TRAIN, VALIDATION, LEFT_OUT = "train", "validation", ""
+FILE, MEMBER = "file", "member"  # kinds of items; the others are PARQUET, HUGGING_FACE and DIGITS
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # What folders of splits are called.
-TRAIN_FOLDERS = {"train", "training"}
-VALIDATION_FOLDERS = {"val", "valid", "validation", "dev"}
-TEST_FOLDERS = {"test", "testing"}
+SPLIT_FOLDERS = {"train": TRAIN, "training": TRAIN, "test": TEST, "testing": TEST} | dict.fromkeys(
+    ("val", "valid", "validation", "dev"), VALIDATION
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +64,8 @@ class ImageEntry:
     """One image.
 
     ``name`` is its path from the last folder of its source on, like ``photos/cat/1.jpg``, ``label`` its class or None,
-    and ``split`` "train" or "validation" if its source says so, or None. ``read`` returns the bytes of the file and
-    raises ``BadImage`` if it cannot.
+    and ``split`` "train", "validation" or "test" if a folder says so, or None. ``read`` returns the bytes of the file
+    and raises ``BadImage`` if it cannot.
     """
 
     name: str
@@ -75,7 +79,7 @@ class ImageItem:
     """What is listed without being read: a file, a member of an archive, or rows of a table.
 
     ``kind`` says which. ``start`` and ``stop`` are bytes of an archive or row groups of a .parquet file; a ``stop`` of
-    -1 means the end. ``size`` is in bytes, 0 if unknown.
+    -1 means the end. ``size`` is in bytes and ``images`` a count, both 0 if unknown.
     """
 
     kind: str
@@ -86,6 +90,7 @@ class ImageItem:
     split: str | None = None
     start: int = 0
     stop: int = -1
+    images: int = 1
 
 
 @dataclass
@@ -93,6 +98,7 @@ class Listing:
     """What one source holds: ``unread`` are the names of files that are no images, ``notes`` sentences about it."""
 
     name: str
+    split: str | None = field(default=None, kw_only=True)
     items: list[ImageItem] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -154,7 +160,7 @@ def _read(item: ImageItem) -> bytes:
 
 def _list_source(text: str) -> Listing:
     if text == DIGITS:
-        return Listing(DIGITS, [ImageItem(DIGITS, DIGITS, "digits", 0)])
+        return Listing(DIGITS, [ImageItem(DIGITS, DIGITS, "digits", 0, images=NUMBER_OF_DIGITS)])
     if text == "builtin":
         raise UserError(f'"builtin" is text: the built-in images are {DIGITS}')
     if text == "-":
@@ -162,7 +168,7 @@ def _list_source(text: str) -> Listing:
     if text.startswith(HUGGING_FACE):
         name, split = parse_hugging_face(text)
         shown = f"{last_name(name) if Path(name).exists() else name}:{split}"
-        return Listing(f"{HUGGING_FACE}{shown}", [ImageItem(HUGGING_FACE, text, shown, 0)])
+        return Listing(f"{HUGGING_FACE}{shown}", [ImageItem(HUGGING_FACE, text, shown, 0, images=0)])
     archive, inside = _split_at_archive(text)
     if archive:
         listing = _list_archive(archive, inside)
@@ -170,14 +176,22 @@ def _list_source(text: str) -> Listing:
         listing = _list_files(text, list_glob(text), root_of_glob(text))
     elif is_folder(text):
         listing = _list_files(text, list_folder(text), text)
-        if linked := linked_folders(text):
-            listing.notes.append(f'"{listing.name}" has {len(linked):,} linked folders, which are not followed')
+        listing.notes += _links_in(text, listing.name)
     else:
         listing = _list_file(text)
     if not listing.items:
-        there = f": there are only {len(listing.unread):,} other files" if listing.unread else ""
-        raise UserError(f'no image in "{one_line(text)}"{there}; looked for {", ".join(ENDINGS)}, {TAR} and {PARQUET}')
+        others = [f"there is only {summary_of(listing.unread)}"] if listing.unread else []
+        looked_for = f"looked for {', '.join(ENDINGS)}, {TAR} and {PARQUET} in it and its subfolders"
+        raise UserError(f'no image in "{one_line(text)}": {"; ".join([looked_for, *others, *listing.notes])}')
     return listing
+
+
+def _links_in(folder: str, name: str) -> Iterator[str]:
+    """Yield a sentence for each kind of link in a folder that is not read."""
+    for links, what in ((linked_folders(folder), "linked folder"), (broken_links(folder), "broken link")):
+        if links:
+            several = f"1 {what} is" if len(links) == 1 else f"{len(links):,} {what}s are"
+            yield f'{several} not followed in "{name}": {some_names(links)}'
 
 
 def _list_file(path: str) -> Listing:
@@ -187,14 +201,13 @@ def _list_file(path: str) -> Listing:
         raise UserError(f'"{one_line(path)}" is compressed, so its images cannot be read at random: unpack it first')
     name, size = one_line(last_name(path)), size_of(path) or 0
     if path.lower().endswith(PARQUET):
-        return Listing(name, list(_of_parquet(path, name, size)))
-    return Listing(name, [ImageItem("file", path, name, size)])
+        return Listing(name, list(_of_parquet(path, name)))
+    return Listing(name, [ImageItem(FILE, path, name, size)])
 
 
-def _of_parquet(path: str, name: str, size: int) -> Iterator[ImageItem]:
-    groups = row_group_sizes(path) or [size]
-    for number, group in enumerate(groups):
-        yield ImageItem(PARQUET, path, name, group, start=number, stop=number + 1)
+def _of_parquet(path: str, name: str) -> Iterator[ImageItem]:
+    for number, (rows, group) in enumerate(row_group_sizes(path)):
+        yield ImageItem(PARQUET, path, name, group, start=number, stop=number + 1, images=rows)
 
 
 def _list_files(text: str, files: Sequence[tuple[str, int]], root: str) -> Listing:
@@ -205,9 +218,9 @@ def _list_files(text: str, files: Sequence[tuple[str, int]], root: str) -> Listi
         relative = path.removeprefix(root).lstrip("/") if is_remote(path) else Path(path).relative_to(root).as_posix()
         name = f"{listing.name}/{one_line(relative)}"
         if path.lower().endswith(ENDINGS):
-            images.append((PurePosixPath(relative).parts[:-1], ImageItem("file", path, name, size)))
+            images.append((PurePosixPath(relative).parts[:-1], ImageItem(FILE, path, name, size)))
         elif path.lower().endswith(PARQUET):
-            listing.items.extend(_of_parquet(path, name, size))
+            listing.items.extend(_of_parquet(path, name))
         elif path.lower().endswith(TAR):
             inner = _list_archive(path, "")
             listing.items.extend(inner.items)
@@ -215,7 +228,7 @@ def _list_files(text: str, files: Sequence[tuple[str, int]], root: str) -> Listi
             listing.notes.extend(inner.notes)
         else:
             listing.unread.append(name)
-    listing.items[:0] = _with_folders(images, listing)
+    listing.items[:0] = _with_folders(images)
     return listing
 
 
@@ -223,7 +236,7 @@ def _split_at_archive(text: str) -> tuple[str, str]:
     """Return the archive that a path names or leads into, and the folder in it; "", "" if there is none."""
     for path in (Path(text), *Path(text).parents):
         if path.suffix.lower() == TAR and path.is_file():
-            return str(path), Path(text).relative_to(path).as_posix().strip(".")
+            return str(path), "/".join(Path(text).relative_to(path).parts)
     return (text, "") if is_remote(text) and text.lower().endswith(TAR) else ("", "")
 
 
@@ -244,11 +257,11 @@ def _list_archive(path: str, inside: str) -> Listing:
             + (f": its folders are {', '.join(folders[:20])}" if folders else "")
         )
     items = []
-    for folders, name, start, size in chosen:
-        shown = f"{PurePosixPath(last_name(path)).stem}/{'/'.join((*folders[shared:], name))}"
-        item = ImageItem("member", path, one_line(shown), size, start=start, stop=start + size)
-        items.append((folders[len(wanted) :], item))
-    listing.items = _with_folders(items, listing)
+    for above, name, start, size in chosen:
+        shown = "/".join((PurePosixPath(last_name(path)).stem, *above[shared:], name))
+        item = ImageItem(MEMBER, path, one_line(shown), size, start=start, stop=start + size)
+        items.append((above[len(wanted) :], item))
+    listing.items = _with_folders(items)
     return listing
 
 
@@ -258,7 +271,7 @@ def _members(path: str, listing: Listing) -> Iterator[tuple[tuple[str, ...], str
     try:
         with open_raw(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # which would grow
+                archive.members = []  # type: ignore[attr-defined] # which would grow
                 parts = PurePosixPath(member.name).parts
                 if not member.isfile() or any(part.startswith(".") for part in parts):
                     continue
@@ -283,25 +296,19 @@ def _shared(folders: Sequence[tuple[str, ...]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def _with_folders(images: Iterable[tuple[tuple[str, ...], ImageItem]], listing: Listing) -> list[ImageItem]:
+def _with_folders(images: Sequence[tuple[tuple[str, ...], ImageItem]]) -> list[ImageItem]:
     """Give images the class and split that their folders name."""
-    images = list(images)
     shared = _shared([folders for folders, _ in images])
     tops = {folders[shared].lower() if len(folders) > shared else "" for folders, _ in images}
-    if len(tops) < 2 or not tops <= TRAIN_FOLDERS | VALIDATION_FOLDERS | TEST_FOLDERS or not tops & TRAIN_FOLDERS:
+    if len(tops) < 2 or "train" not in {SPLIT_FOLDERS.get(top) for top in tops} or not tops <= SPLIT_FOLDERS.keys():
         return [replace(item, label=_class_of(folders, shared)) for folders, item in images]
-    split_of = dict.fromkeys(TRAIN_FOLDERS, TRAIN) | dict.fromkeys(VALIDATION_FOLDERS, VALIDATION)
-    split_of |= dict.fromkeys(TEST_FOLDERS, LEFT_OUT if tops & VALIDATION_FOLDERS else VALIDATION)
     by_top = defaultdict(list)
     for folders, item in images:
         by_top[folders[shared]].append((folders[shared + 1 :], item))
-    found, told = [], []
+    found = []
     for top, inner in sorted(by_top.items()):
-        split, deeper = split_of[top.lower()], _shared([folders for folders, _ in inner])
-        told.append(f'"{top}" {f"for {split}" if split else "left out, for a final test"}')
-        if split:
-            found += [replace(item, label=_class_of(folders, deeper), split=split) for folders, item in inner]
-    listing.notes.append(f'the folders of "{listing.name}" are splits: {", ".join(told)}')
+        split, deeper = SPLIT_FOLDERS[top.lower()], _shared([folders for folders, _ in inner])
+        found += [replace(item, label=_class_of(folders, deeper), split=split) for folders, item in inner]
     return found
 
 

@@ -225,7 +225,7 @@ def _ranges_of_parquet(path: str, size: int, part_bytes: int) -> Iterator[tuple[
         yield FileRange(path), size
         return
     start, total, left = 0, 0, size
-    for number, group in enumerate(groups):
+    for number, (_, group) in enumerate(groups):
         if number > start and total + group > part_bytes:
             yield FileRange(path, start, number), total
             start, total, left = number, 0, left - total

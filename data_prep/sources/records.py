@@ -126,8 +126,8 @@ def records_of_json(stream: Stream, text_field: str, errors: str) -> Iterator[Re
             yield _record_of_row(number, row, text_field, errors)
 
 
-def row_groups(file: IO[bytes]) -> list[int]:
-    """Return the compressed size of each row group of a .parquet file, or an empty list if it is not one."""
+def row_groups(file: IO[bytes]) -> list[tuple[int, int]]:
+    """Return rows and compressed bytes of each row group of a .parquet file, or an empty list if it is not one."""
     import pyarrow  # slow to import
     import pyarrow.parquet
 
@@ -136,7 +136,10 @@ def row_groups(file: IO[bytes]) -> list[int]:
     except (pyarrow.ArrowException, OSError):
         return []
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
-    return [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups]
+    return [
+        (group.num_rows, sum(group.column(i).total_compressed_size for i in range(group.num_columns)))
+        for group in groups
+    ]
 
 
 def records_of_parquet(file: IO[bytes], text_field: str, errors: str, start: int, stop: int) -> Iterator[Record]:

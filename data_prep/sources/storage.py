@@ -117,6 +117,16 @@ def linked_folders(folder: str) -> list[str]:
     return sorted(found)
 
 
+def broken_links(folder: str) -> list[str]:
+    """Return the links below a local folder that lead to no file or folder, or in a circle."""
+    found = []
+    for parent, folders, names in [] if is_remote(folder) else os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = (Path(parent) / name for name in names if not name.startswith("."))
+        found += [str(path) for path in links if path.is_symlink() and not path.exists()]
+    return sorted(found)
+
+
 def _refuse_folder(error: OSError) -> None:
     raise UserError(f'cannot list the folder "{one_line(str(error.filename))}": {error.strerror}') from None
 

@@ -32,16 +32,28 @@ from lm.config.sampling import problem_of_fill
 )
 @checkpoint_option
 def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: str) -> None:
-    """Write RUN/report.html with losses, curves, samples, settings and environment, as one self-contained file."""
+    """Write RUN/report.html with losses, curves, samples, settings and environment, as one self-contained file.
+
+    For a run on images the samples are pictures: the views it learned from, what it rebuilds, nearest neighbors and a
+    map of its features.
+    """
+    from lm.config.recipes import run_config
+
     if problems := [problem for text in fills if (problem := problem_of_fill(text))]:
         raise UserError("\n".join(problems))
+    if (prompts or fills) and run_config(run).reads_images:
+        raise UserError(f"{run} reads images: leave out --prompt and --fill")
+    from lm.reports.image_report import write_image_report
     from lm.reports.run_report import write_report
     from lm.runs.directory import open_run, saved_evaluation
 
     opened = open_run(run)
     defaults, saved = opened.config.report, opened.checkpoint(which)
     evaluation = saved_evaluation(opened, saved)
-    path = write_report(opened, evaluation, prompts or defaults.prompts, fills or defaults.fills, saved)
+    if opened.config.reads_images:
+        path = write_image_report(opened, evaluation, saved)
+    else:
+        path = write_report(opened, evaluation, prompts or defaults.prompts, fills or defaults.fills, saved)
     click.echo(str(path))
 
 

@@ -185,7 +185,7 @@ class ViewsConfig:
     crop_area: float = setting(
         0.2, "smallest share of the image's area in a crop; the largest is 1", minimum=0.01, maximum=1, finetuning=0.6
     )
-    crop_ratio: float = setting(4 / 3, "largest ratio of a crop's sides, either way", minimum=1, maximum=10)
+    crop_ratio: float = setting(1.33, "largest ratio of a crop's sides, either way", minimum=1, maximum=10)
     flip: float = setting(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
     color_jitter: float = setting(
         0.5,

@@ -1,4 +1,4 @@
-"""The datasets of a run, be they text or images, opened without PyTorch, so that mistakes are told at once."""
+"""The datasets of a run, be they text or images, opened without PyTorch, so that mistakes are reported at once."""
 
 from __future__ import annotations
 

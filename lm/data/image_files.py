@@ -9,6 +9,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -68,18 +69,52 @@ def pictures_of(
         label_column: the column of a table with the classes; "": find it.
 
     Raises:
-        UserError: the source has no images, or is a dataset of images of another size.
+        UserError: the source has no images, none that can be read, or is a dataset of images of another size.
     """
     if holds_images(source):
         yield from _of_dataset(open_images(source), form, split)
         return
+    any_read = False
     for entry in _entries(source, split, label_column):
         try:
             pixels = form.pixels(decode(entry.read()))
         except BadImage as error:
             unread.add(entry.name, error)
         else:
+            any_read = True
             yield Picture(entry.name, entry.label, pixels)
+    if not any_read:
+        raise UserError(f"no image of {source} can be read: {unread.examples[0]}" if unread.count else _none(source))
+
+
+def pixels_of(image: Any, form: ImageFormat, name: str) -> Pixels:
+    """The pixels of a path, a Pillow image, or an array uint8 (height, width) or (height, width, channels), as above.
+
+    ``name`` stands for it in messages. UserError if it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        if isinstance(image, str | Path):
+            name = str(image)
+            image = decode(Path(image).read_bytes())
+        elif isinstance(image, np.ndarray):
+            image = Image.fromarray(_checked(image, name))
+        elif not isinstance(image, Image.Image):
+            raise UserError(f"{name} is of type {type(image).__name__}: give a path, a Pillow image or a uint8 array")
+        return form.pixels(image)
+    except (BadImage, OSError) as error:
+        raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _checked(image: NDArray[Any], name: str) -> Pixels:
+    """An array as Pillow takes it."""
+    gray = image.ndim == 3 and image.shape[2] == 1
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
+        raise UserError(
+            f"{name} is an array of {image.dtype} with the shape {image.shape}: give uint8 (height, width, channels)"
+        )
+    return np.ascontiguousarray(image[:, :, 0] if gray else image)
 
 
 def _of_dataset(dataset: ImageDataset, form: ImageFormat, split: str) -> Iterator[Picture]:
@@ -115,6 +150,14 @@ def has_validation(source: str) -> bool:
     if holds_images(source):
         return open_images(source).split(VALIDATION).count > 0
     return any(item.split == VALIDATION for item in list_images([source])[0].items)
+
+
+def count_of(source: str) -> int | None:
+    """How many images a source lists; None if it must be read to know."""
+    if holds_images(source):
+        return sum(open_images(source).split(name).count for name in (TRAIN, VALIDATION))
+    items = list_images([source])[0].items
+    return len(items) if all(item.kind in ("file", "member") for item in items) else None
 
 
 class LabeledImages(Sequence[Example]):
@@ -188,8 +231,6 @@ def read_labeled(
         data = picture.pixels.tobytes()
         digest.update(data)
         file.write(data)
-    if not examples and not unlabeled:
-        raise UserError(f"no image of {what} can be read: {unread.examples[0]}" if unread.count else _none(what))
     notes = [f"{what}: {unread}"] if unread.count else []
     notes += _without_class(what, unlabeled, len(examples))
     file.flush()
@@ -225,4 +266,5 @@ def _without_class(what: str, unlabeled: int, labeled: int) -> list[str]:
     """A note on the images that have no class; UserError if all of them have none."""
     if not labeled:
         raise UserError(f"the images of {what} have no classes: put those of each class into a folder of its own")
-    return [f"{what}: {unlabeled:,} images without a class were left out"] if unlabeled else []
+    count = "1 image without a class was" if unlabeled == 1 else f"{unlabeled:,} images without a class were"
+    return [f"{what}: {count} left out"] if unlabeled else []

@@ -176,6 +176,11 @@ class HeldOutImages:
             images[of == k] = some
         return images
 
+    def source_of(self, number: int) -> str:
+        """Where an image came from."""
+        of = int(np.searchsorted(self._ends, number, side="right"))
+        return self._splits[of].source_of(number - int(self._ends[of - 1] if of else 0))
+
 
 @dataclass(frozen=True)
 class ImageValidation:
@@ -187,3 +192,9 @@ class ImageValidation:
     @property
     def count(self) -> int:
         return self.held_out.count
+
+
+def denormalized(images: Tensor, form: ImageFormat) -> Tensor:
+    """The values in [0, 1] of which ``normalized`` makes these images, limited to that range."""
+    mean, std = (torch.tensor(part, device=images.device)[:, None, None] for part in (form.mean, form.std))
+    return (images * std + mean).clamp(0, 1)

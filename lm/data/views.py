@@ -154,31 +154,31 @@ def _blurs(sigma: Tensor, size: int) -> Tensor:
     reach = math.ceil(4 * LARGEST_SIGMA)
     distances = torch.arange(-reach, reach + 1, device=sigma.device)
     kernels = torch.softmax(-0.5 * (distances / sigma[:, None]) ** 2, dim=1)
-    neighbors = (torch.arange(size, device=sigma.device)[:, None] + distances).clamp(0, size - 1)
-    chosen = F.one_hot(neighbors, size).to(torch.float32)  # (size, distances, size)
-    return (kernels @ chosen.transpose(0, 1).flatten(1)).view(-1, size, size)
+    margin = size - 1 - reach
+    weights = F.pad(kernels, (margin, margin)).unfold(1, size, 1).flip(1)  # of output o and input i: kernels at i - o
+    beyond = kernels[:, :reach].cumsum(1)  # what falls outside, from the output ``reach`` - 1 to the one at the edge
+    weights[:, :reach, 0] += beyond.flip(1)
+    weights[:, size - reach :, -1] += beyond
+    return weights
 
 
 def _colors(draws: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The color changes as a matrix (n, C, C) and an offset (n, C); ``mean`` (n, C) is that of each view's pixels.
 
-    Brightness b multiplies, contrast c and saturation s mix with the view's mean luma and with the pixel's own. Hue
-    turns a color about the gray axis and keeps its luma, where HSV's keeps the largest and smallest of its values.
-    Defined so, the four commute, so there is no order to draw: b c (L + s cos(h) (1 - L) + s sin(h) (1 - L) T), where L
-    gives each channel the luma and T turns by a right angle.
+    Brightness multiplies, contrast mixes with the view's mean luma, saturation with the pixel's own, in any order; then
+    hue turns the color about the gray axis. That keeps its mean and its distance from gray, where HSV's hue keeps its
+    largest and smallest channel: on CIFAR-10 a tenth of a turn differs by 5 levels of 255 on average.
     """
     brightness, contrast, saturation, hue = draws[:, Draw.BRIGHTNESS : Draw.HUE + 1].unbind(1)
     if mean.shape[1] == 1:
         matrix, luma = torch.ones_like(mean)[:, :, None], mean
     else:
         weights = mean.new_tensor(LUMA)
-        to_luma = weights.expand(3, 3)
-        chroma = torch.eye(3, device=mean.device) - to_luma
-        turn = mean.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-        angle = 2 * math.pi * hue
-        matrix = to_luma + (saturation * angle.cos())[:, None, None] * chroma
-        matrix = matrix + (saturation * angle.sin())[:, None, None] * (chroma @ turn)
-        luma = (mean @ weights)[:, None]
+        thirds = mean.new_full((3, 3), 1 / 3)
+        quarter_turn = mean.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+        angle, share = 2 * math.pi * hue[:, None, None], saturation[:, None, None]
+        turned = thirds + angle.cos() * (torch.eye(3, device=mean.device) - thirds) + angle.sin() * quarter_turn
+        matrix, luma = share * turned + (1 - share) * weights, (mean @ weights)[:, None]
     offset = (brightness * (1 - contrast))[:, None] * luma
     return (brightness * contrast)[:, None, None] * matrix, offset.expand_as(mean)
 

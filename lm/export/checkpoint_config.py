@@ -48,6 +48,7 @@ OTHERS = {
     "gemma3_text": "it has norms after its layers and sliding windows",
     "mixtral": "it is a mixture of experts",
     "gpt2": "it has learned positions and biases",
+    "pixtral": "it reads images",
 }
 
 

@@ -24,7 +24,7 @@ from lm.model.transformer import Transformer
 from lm.runs.base_weights import BASE
 from lm.runs.checkpoint import Checkpoint, save_tensors
 from lm.runs.companions import CHAT_TEMPLATE, GENERATION, TOKENIZER_CONFIG, companion
-from lm.runs.directory import ANSWERS, CHECKPOINTS, RESULT, TOKENIZER, Run, warn
+from lm.runs.directory import ANSWERS, CHECKPOINTS, PROCESSOR, RESULT, TOKENIZER, Run, warn
 
 
 def choose_readout(run: Run, wanted: str | None) -> str:
@@ -121,7 +121,7 @@ def write_json(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> No
 
 def left_out(run: Run, checkpoint: Checkpoint, out: Path) -> list[str]:
     """What is in a run directory and not in ``out``, its exported folder or GGUF file of this checkpoint."""
-    exported = {CHECKPOINTS, TOKENIZER}
+    exported = {CHECKPOINTS, TOKENIZER, PROCESSOR}
     if out.is_file():
         exported |= {CHAT_TEMPLATE}
     else:  # its settings and measures are in other files, and that of an adapter has a folder for its base

@@ -16,7 +16,7 @@ import jinja2
 
 from data_prep.errors import UserError
 from lm import __version__
-from lm.config.settings import HEAD_TASKS
+from lm.config.settings import HEAD_TASKS, Config
 from lm.export.stock_architectures import StockClass, auto_class
 from lm.inference.chat_template import PLAIN_TURNS, read_template
 from lm.runs.checkpoint import Checkpoint
@@ -142,6 +142,7 @@ def model_card(
         metadata=metadata.to_yaml(),
         name=facts.name.rpartition("/")[2] or run.path.resolve().name,
         model=model,
+        inputs=_inputs(run.config),
         config=run.config,
         snippet=snippet.strip("\n"),
         notes=notes,
@@ -204,7 +205,7 @@ def training_of(run: Run, checkpoint: Checkpoint) -> list[str]:
             f"Fine-tuned for the task {tuned['task']} from {base} (pretrained with the objective "
             f"`{tuned['objective']}`; {method[tuned['method']]} trained), on {Path(tuned['train']).name}: "
             f"{checkpoint.step:,} steps of {tuned['batch_examples']} examples, {tuned['optimizer']}, "
-            f"seed {tuned['seed']}; texts are read {_reading(tuned)}."
+            f"seed {tuned['seed']}{'' if config.reads_images else f'; texts are read {_reading(tuned)}'}."
         ]
         if measured := _validation(run, checkpoint):
             sentences.append(f"Validation at this step: {measured}.")
@@ -214,12 +215,14 @@ def training_of(run: Run, checkpoint: Checkpoint) -> list[str]:
     if "imported_from" in state:
         return [f"Imported from {_public_name(state)}; Kindling has not trained it further."]
     start = f"from the weights of the run {Path(config.training.init_from).name}" if config.training.init_from else ""
-    tokens = checkpoint.step * config.data.batch_tokens
+    tokens, images = config.data.batch_tokens, config.data.batch_images
+    size = f"{tokens:,} tokens ({checkpoint.step * tokens / 1e6:.1f}M tokens in total)"
+    if config.reads_images:
+        size = f"{images:,} images ({checkpoint.step * images:,} images in total)"
     data = ", ".join(Path(name).name for name in config.data.data)
     return [
         f"Pretrained {start + ' ' if start else ''}with the objective `{config.objective.objective}`: "
-        f"{checkpoint.step:,} steps of {config.data.batch_tokens:,} tokens ({tokens / 1e6:.1f}M tokens in total), "
-        f"{config.optimizer.optimizer}, seed {config.training.seed}.",
+        f"{checkpoint.step:,} steps of {size}, {config.optimizer.optimizer}, seed {config.training.seed}.",
         f"Data: {data or 'not recorded'}.",
     ]
 
@@ -259,6 +262,13 @@ def hub_base(run: Run, checkpoint: Checkpoint) -> str:
         except UserError:  # it was moved or deleted
             break
     return ""
+
+
+def _inputs(config: Config) -> str:
+    """What a model reads, after "with 2 heads and …"."""
+    if config.reads_images:
+        return f"patches of {config.model.patch_size} x {config.model.patch_size} pixels"
+    return f"a vocabulary of {config.model.vocab_size:,}"
 
 
 def _reading(tuned: dict[str, Any]) -> str:

@@ -56,10 +56,10 @@ with torch.no_grad():
 
 @dataclass(frozen=True)
 class TaskHead:
-    """A linear head: ``weight`` (outputs, hidden) times a text's or word's vector, plus ``bias`` (outputs,), float32.
+    """A linear head: ``weight`` (outputs, hidden) times a text's, word's or image's vector, plus ``bias`` (outputs,).
 
-    ``labels`` are the names of the outputs; ``texts`` is how many texts are read together, 1 or 2; ``apart``: the
-    texts of a pair are read separately.
+    Both are float32. ``labels`` are the names of the outputs; ``texts`` is how many texts are read together, 1 or 2;
+    ``apart``: the texts of a pair are read separately.
     """
 
     weight: Tensor
@@ -115,10 +115,7 @@ def stock_task_model(run: Run, head: TaskHead, norm: Tensor) -> tuple[dict[str, 
     refuse_other_tokens(run, head.texts)
     tags = task.task == "tokens"
     architecture = "ForTokenClassification" if tags else "ForSequenceClassification"
-    content = trunk_config(run, stock, stock.sibling(architecture)) | {
-        "id2label": {str(number): label for number, label in enumerate(head.labels)},
-        "label2id": {label: number for number, label in enumerate(head.labels)},
-    }
+    content = trunk_config(run, stock, stock.sibling(architecture)) | label_config(head)
     if tags:
         content |= {"classifier_dropout": 0.0}
     elif task.task == "classification":
@@ -128,6 +125,14 @@ def stock_task_model(run: Run, head: TaskHead, norm: Tensor) -> tuple[dict[str, 
     if stock.model_type == "eurobert" and not tags:
         content |= {"classifier_pooling": "mean"}
     return content, head_weights(head, norm, stock, tags=tags)
+
+
+def label_config(head: TaskHead) -> dict[str, Any]:
+    """The entries of ``config.json`` with the names of the outputs."""
+    return {
+        "id2label": {str(number): label for number, label in enumerate(head.labels)},
+        "label2id": {label: number for number, label in enumerate(head.labels)},
+    }
 
 
 def _obstacles(run: Run, head: TaskHead, stock: StockClass) -> list[str]:

@@ -1,4 +1,4 @@
-"""Classify images: the head reads the mean over the patches of an image, and training sees each image cropped anew."""
+"""Classify images: the head reads the mean over the patches of an image, and training crops each image at random."""
 
 from __future__ import annotations
 

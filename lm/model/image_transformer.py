@@ -51,6 +51,13 @@ def patches_of(images: Tensor, size: int) -> Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, channels * size * size)
 
 
+def images_of(patches: Tensor, size: int, height: int, width: int) -> Tensor:
+    """The images (n, C, height, width) that ``patches_of`` cuts into these patches, (n, patches, C · size · size)."""
+    n, rows, columns = len(patches), height // size, width // size
+    cut = patches.reshape(n, rows, columns, -1, size, size)
+    return cut.permute(0, 3, 1, 4, 2, 5).reshape(n, -1, height, width)
+
+
 class PatchEmbedding(nn.Module):
     """Images (n, C, H, W) -> a vector for each patch, (n, patches, hidden).
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data_prep.shards.images import ImageFormat
 from lm.config.settings import Config, ViewsConfig
-from lm.data.images import ImageBatch, ImageValidation, model_inputs, normalized
+from lm.data.images import ImageBatch, ImageRows, ImageValidation, model_inputs, normalized
 from lm.data.patch_rows import layout_of
 from lm.data.views import COLUMNS, make_views
 from lm.model.image_transformer import ImageTransformer
@@ -43,6 +43,9 @@ class ImageObjective:
 
     def new_model(self) -> ImageTransformer:
         return ImageTransformer(self.config.model, self.head())
+
+    def prepare(self, rows: ImageRows) -> ImageBatch:
+        raise NotImplementedError
 
     def batch_of(self, images: NDArray[np.uint8], draws: Tensor, weight: float) -> ImageBatch:
         """A batch in which each image weighs ``weight``."""
@@ -103,8 +106,11 @@ class ImageObjective:
         return {self.name: found}
 
     def _plain(self, read: Callable[[NDArray[np.int64]], NDArray[np.uint8]]) -> Callable[[NDArray[np.int64]], Any]:
-        """Batches of images without views."""
-        return lambda numbers: self.batch_of(read(numbers), torch.zeros(len(numbers), 0, COLUMNS), 0.0)
+        return lambda numbers: self.plain(read(numbers))
+
+    def plain(self, images: NDArray[np.uint8]) -> ImageBatch:
+        """A batch of images without views."""
+        return self.batch_of(images, torch.zeros(len(images), 0, COLUMNS), 0.0)
 
     def flops_per_token(self, model: nn.Module, context_length: int) -> float:
         """Floating-point operations of one training step for each patch of its images, by the usual convention."""

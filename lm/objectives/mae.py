@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm.config.settings import Config, ModelConfig, ViewsConfig
-from lm.data.images import ImageBatch, ImageRows, ImageValidation
+from lm.data.images import ImageBatch, ImageRows, ImageValidation, denormalized
 from lm.data.keyed_random import Stream, key, uniform
 from lm.data.patch_rows import rows_of_images
 from lm.data.views import draw_views, without_color
-from lm.model.image_transformer import ImageTransformer, PixelDecoder, patches_of
-from lm.objectives.images import ImageObjective
+from lm.model.image_transformer import ImageTransformer, PixelDecoder, images_of, patches_of
+from lm.objectives.images import ImageObjective, normalized
 from lm.objectives.objective import Measure
 
 HEAD_WIDTH = 32  # of the decoder
@@ -97,16 +97,37 @@ class MaskedAutoencoder(ImageObjective):
         return (pixels - mean) / (variance + 1e-6).sqrt()
 
     def loss_held_out(self, held_out: ImageValidation, numbers: NDArray[np.int64], measure: Measure) -> float:
-        """Of whole images, with the same patches hidden in every validation."""
-
-        def batch(some: NDArray[np.int64]) -> ImageBatch:
-            whole = dataclasses.replace(self.view_settings, crop_area=1.0, crop_ratio=1.0, flip=0.0)
-            draws = draw_views(0, some, self.views, whole)
-            made = self.batch_of(held_out.held_out.read(some), draws, 1.0)
-            return dataclasses.replace(made, kept=self._kept(0, some))
-
-        total, images = measure(numbers, [batch])
+        total, images = measure(numbers, [lambda some: self.whole(held_out.held_out.read(some), some)])
         return total / max(images, 1)
+
+    def whole(self, images: NDArray[np.uint8], numbers: NDArray[np.int64]) -> ImageBatch:
+        """A batch of held-out images as they are, with the same patches hidden in every validation."""
+        whole = dataclasses.replace(self.view_settings, crop_area=1.0, crop_ratio=1.0, flip=0.0)
+        made = self.batch_of(images, draw_views(0, numbers, self.views, whole), 1.0)
+        return dataclasses.replace(made, kept=self._kept(0, numbers))
+
+    def pictures(self, model: nn.Module, batch: ImageBatch) -> dict[str, Tensor]:
+        """What there is to see of a batch: pictures by name, float32 (n, C, H, W) in [0, 1].
+
+        ``visible`` has the hidden patches in gray, ``rebuilt`` as the model predicts them, and ``flat`` with their mean
+        alone. Predictions of normalized patches are scaled by the mean and standard deviation of the patch itself: what
+        ``rebuilt`` adds to ``flat`` is the model's.
+        """
+        assert batch.kept is not None
+        size = self.config.model.patch_size
+        views = self.views_of(batch)
+        patches = patches_of(views, size)
+        variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
+        predicted = self.predictions(model, views, batch.kept).float()
+        if self.config.objective.normalize_patches:
+            predicted = predicted * (variance + 1e-6).sqrt() + mean
+        gray = patches_of(normalized(torch.full_like(views, 0.5), self.form), size)
+        hidden = torch.ones_like(patches[:, :, :1], dtype=torch.bool).scatter(1, batch.kept[..., None], False)
+        made = {"original": patches, "visible": gray, "flat": mean.expand_as(patches), "rebuilt": predicted}
+        return {
+            name: denormalized(images_of(torch.where(hidden, part, patches), size, *views.shape[2:]), self.form)
+            for name, part in made.items()
+        }
 
     def flops_per_token(self, model: nn.Module, context_length: int) -> float:
         """The visible patches go through the trunk, all through the decoder."""

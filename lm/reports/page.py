@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 import itertools
@@ -12,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+from numpy.typing import NDArray
 
 Series = dict[str, list[tuple[float, float]]]
 
 # The page's style has a second value of each color for dark screens, by these names.
 COLORS = ("#b3471d", "#2b5d8c", "#5a7d2a", "#7a4b8c", "#b08a1e", "#3d8a86")
+MARKERS = "os^Dv*P"  # one more than there are colors, so that each pair of both comes once in 42 names
+LARGEST_PICTURE = 96  # pixels
 INK, SOFT, LINE = "#1d2330", "#5b6477", "#dfe3ea"
 NAMES = {INK: "ink", SOFT: "soft", LINE: "line", **{color: f"series-{n}" for n, color in enumerate(COLORS)}}
 
@@ -49,6 +54,30 @@ class Bars:
     limit: float | None = None
 
 
+@dataclass(frozen=True)
+class Scatter:
+    """One chart: a point for each (x, y), the points of each name with a color and a marker of their own.
+
+    The points named "" are drawn first, in gray. No axis has ticks: only distances count.
+    """
+
+    title: str
+    points: Series
+    horizontal: str
+    vertical: str
+
+
+def picture(pixels: NDArray[np.uint8]) -> str:
+    """Pixels, uint8 (height, width, 1 or 3), as the address of a PNG that an ``img`` shows, at most 96 pixels wide."""
+    from PIL import Image
+
+    made = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
+    made.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE), Image.Resampling.BOX)
+    buffer = io.BytesIO()
+    made.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
 def render(template: str, **values: Any) -> str:
     """Render a page of ``templates``; values are escaped, and an undefined name is an error."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
@@ -56,7 +85,7 @@ def render(template: str, **values: Any) -> str:
     return pages.get_template(template).render(**values)
 
 
-def draw(panels: Sequence[Panel | Bars], height: float) -> str:
+def draw(panels: Sequence[Panel | Bars | Scatter], height: float) -> str:
     """Draw panels in a row, ``height`` inches high and 9 inches wide in total, as one SVG element without a date.
 
     Its texts are texts, its colors follow the page's, and a label says what it shows.
@@ -72,7 +101,13 @@ def draw(panels: Sequence[Panel | Bars], height: float) -> str:
         figure = Figure(figsize=(9, height), layout="constrained")
         figure.patch.set_alpha(0)
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            _draw_bars(axes, panel) if isinstance(panel, Bars) else _draw_panel(axes, panel)
+            match panel:
+                case Bars():
+                    _draw_bars(axes, panel)
+                case Scatter():
+                    _draw_scatter(axes, panel)
+                case Panel():
+                    _draw_panel(axes, panel)
             axes.patch.set_alpha(0)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -81,13 +116,17 @@ def draw(panels: Sequence[Panel | Bars], height: float) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(_label(panels))}"', 1)
 
 
-def _label(panels: Sequence[Panel | Bars]) -> str:
+def _label(panels: Sequence[Panel | Bars | Scatter]) -> str:
     """What panels show, in words."""
     parts = []
     for panel in panels:
         if isinstance(panel, Bars):
             values = ", ".join(f"{name} {value:.3f}" for name, (value, _) in panel.values.items())
             parts.append(f"{panel.title or panel.horizontal}: {values}")
+            continue
+        if isinstance(panel, Scatter):
+            counts = ", ".join(f"{name} {len(points)}" for name, points in panel.points.items() if name)
+            parts.append(panel.title + (f", points of each: {counts}" if counts else ""))
             continue
         names = [name for name in (*panel.lines, *panel.points, *panel.marks) if name]
         parts.append(f"{panel.title} by {panel.horizontal}" + (f": {', '.join(names)}" if names else ""))
@@ -122,6 +161,20 @@ def _draw_bars(axes: Any, bars: Bars) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _draw_scatter(axes: Any, scatter: Scatter) -> None:
+    style = {"linestyle": "none", "markersize": 5, "markeredgewidth": 0, "alpha": 0.85}
+    if others := scatter.points.get(""):
+        axes.plot(*zip(*others, strict=True), color=SOFT, marker=".", **style)
+    named = {name: points for name, points in scatter.points.items() if name and points}
+    for number, (name, points) in enumerate(named.items()):
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=_literal(name), **style)
+    axes.set(title=_literal(scatter.title), xlabel=scatter.horizontal, ylabel=scatter.vertical, xticks=[], yticks=[])
+    axes.set_aspect("equal", adjustable="datalim")
+    if named:
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _literal(text: str) -> str:

@@ -22,7 +22,7 @@ from lm.inference.generator import stream
 from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.model.device import choose_device
-from lm.model.transformer import Transformer
+from lm.model.image_transformer import Model
 from lm.reports.page import Panel, Series, draw, render
 from lm.runs.checkpoint import STATE, Checkpoint
 from lm.runs.directory import Run
@@ -56,19 +56,19 @@ def write_report(
     html = render(
         "report.html",
         name=run.path.name,
-        lead=_lead(run, checkpoint, trunk, lines),
+        lead=lead(run, checkpoint, trunk, lines),
         evaluation=_evaluation_rows(evaluation) if evaluation else None,
         meaning=_meaning(evaluation or best_validation(lines) or {}),
         curves=_curves(lines),
         remarks=[sentence] if (sentence := overfitting(lines)) else [],
         summary=_summary(lines),
-        events=_events(lines),
+        events=events_of(lines),
         continued=[(prompt, "".join(event.text for event in stream(model, prompt, SAMPLE))) for prompt in prompts],
         filled=[_shown(model, text) for text in fills],
         openings=bool(found),
         sampling=f"Continued at temperature {SAMPLE.temperature:g}, top-p {SAMPLE.top_p:g}, seed {SAMPLE.seed}; "
         "each mask filled with its most likely token, the most confident first.",
-        settings=_settings(run),
+        settings=settings_of(run),
         environment=environment(trunk),
     )
     path = run.path / "report.html"
@@ -76,7 +76,7 @@ def write_report(
     return path
 
 
-def _lead(run: Run, checkpoint: Checkpoint, trunk: Transformer, lines: Sequence[dict[str, Any]]) -> str:
+def lead(run: Run, checkpoint: Checkpoint, model: Model, lines: Sequence[dict[str, Any]]) -> str:
     """What the run is, when it was trained, and how long."""
     saved = datetime.fromtimestamp((checkpoint.path / STATE).stat().st_mtime).astimezone()
     steps = f"to step {checkpoint.step:,} of {run.config.training.steps:,}"
@@ -86,18 +86,18 @@ def _lead(run: Run, checkpoint: Checkpoint, trunk: Transformer, lines: Sequence[
             seconds += (line["tokens"] - seen) / line["tokens_per_second"]
             seen = line["tokens"]
     took = f", which took {format_time(seconds)}" if seconds else ""
-    what = f"{trunk.describe()}; trained with {run.config.objective.objective} {steps}{took}."
+    what = f"{model.describe()}; trained with {run.config.objective.objective} {steps}{took}."
     return f"{what} The checkpoint was saved on {saved:%Y-%m-%d at %H:%M}."
 
 
-def environment(model: Transformer) -> dict[str, str]:
-    """The versions and the machine that the report was made with."""
+def environment(model: Model, reader: str = "tokenizers") -> dict[str, str]:
+    """The versions and the machine that the report was made with; ``reader`` is the package that reads its inputs."""
     device = next(model.parameters()).device
     threads = f"{device.type}, {torch.get_num_threads()} threads"
     return {
         "Kindling": __version__,
         "Python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "tokenizers", "safetensors", "numpy")},
+        **{package: version(package) for package in ("torch", reader, "safetensors", "numpy")},
         "machine": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
     }
@@ -144,7 +144,7 @@ def _shown(model: LanguageModel, text: str) -> dict[str, Any]:
     return {"pieces": filled.pieces, "candidates": candidates}
 
 
-def _settings(run: Run) -> dict[str, list[dict[str, Any]]]:
+def settings_of(run: Run) -> dict[str, list[dict[str, Any]]]:
     values = run.config.flat()
     sections: dict[str, list[dict[str, Any]]] = {}
     model = run.config.model
@@ -218,7 +218,7 @@ def _summary(lines: list[dict[str, Any]]) -> dict[str, str]:
     return state
 
 
-def _events(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def events_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     done = {
         "skip": "skipped",
         "lower": "skipped, learning rate lowered to {rate:g} of the schedule",

@@ -161,16 +161,24 @@ class Run:
             raise UserError(f"checkpoint {saved.path} does not fit config.toml: {error}".split("\n")[0]) from None
         return model.to(device).eval()
 
-    def load_image_model(self, device: torch.device, saved: Checkpoint | None = None) -> ImageTransformer:
-        """The model of an image run, without the head of its objective; arguments and errors as of ``load_model``."""
+    def load_image_model(
+        self,
+        device: torch.device,
+        saved: Checkpoint | None = None,
+        with_head: Callable[[], ImageTransformer] | None = None,
+    ) -> ImageTransformer:
+        """The model of an image run; arguments and errors as of ``load_model``.
+
+        ``with_head`` makes a model with the head of the run's objective (its ``new_model``); None: without a head.
+        """
         require_image_model(self.path, self.config)
         saved = saved or self.newest()
         self.refuse_another(saved)
         with torch.device("meta"):
-            model = ImageTransformer(self.config.model)
-        trunk = {name: weight for name, weight in saved.model().items() if not name.startswith("head.")}
+            model = with_head() if with_head else ImageTransformer(self.config.model)
+        weights = {name: weight for name, weight in saved.model().items() if with_head or not name.startswith("head.")}
         try:
-            model.load_state_dict(trunk, assign=True)
+            model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise UserError(f"checkpoint {saved.path} does not fit config.toml: {error}".split("\n")[0]) from None
         return model.to(device).eval()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
@@ -169,6 +170,7 @@ class ManyRanks(Ranks):
             return
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of outputs that nothing changes in place
         for trunk in [module for module in passes.modules() if isinstance(module, Trunk)]:
             for block in trunk:
                 fully_shard(block, mesh=self._mesh)

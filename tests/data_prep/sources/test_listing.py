@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from data_prep.errors import UserError
 from data_prep.settings import READING_RULES, ReadSettings
 from data_prep.sources.documents import CorpusPart, FileRange, ReadReport, Source
-from data_prep.sources.listing import _grouped as grouped
-from data_prep.sources.listing import copy_stdin, describe, parse_sources, parts_of
+from data_prep.sources.listing import copy_stdin, describe, grouped, parse_sources, parts_of
 from data_prep.sources.reading import read_part
 
 
@@ -135,12 +134,12 @@ def test_parts_go_by_source_path_and_place(here: Path) -> None:
 @given(sizes=st.lists(st.integers(0, 30)), most=st.integers(1, 20))
 def test_small_files_are_grouped_in_order_as_far_as_they_fit(sizes: list[int], most: int) -> None:
     ranges = [(FileRange(str(number)), size) for number, size in enumerate(sizes)]
-    found = list(grouped(0, iter(ranges), most))
-    assert [each for part in found for each in part.ranges] == [each for each, _ in ranges]
-    assert all(part.bytes <= most or len(part.ranges) == 1 for part in found)
-    assert sum(part.bytes for part in found) == sum(sizes)
-    for part, following in itertools.pairwise(found):
-        assert part.bytes + sizes[int(following.ranges[0].path)] > most
+    found = list(grouped(iter(ranges), most))
+    assert [each for group, _ in found for each in group] == [each for each, _ in ranges]
+    assert all(size <= most or len(group) == 1 for group, size in found)
+    assert sum(size for _, size in found) == sum(sizes)
+    for (_, size), (following, _) in itertools.pairwise(found):
+        assert size + sizes[int(following[0].path)] > most
 
 
 def test_descriptions_tell_names_and_sizes_but_no_places(here: Path) -> None:

@@ -102,7 +102,9 @@ def test_any_run_of_row_groups_gives_its_rows(tmp_path: Path) -> None:
         assert found[4].reason == "no text in the field" and not found[3].reason
         assert [r for group in range(4) for r in parquet_records(path, group, group + 1)] == found
     with open_raw(str(path)) as file:
-        assert 0 < sum(row_groups(file)) < path.stat().st_size
+        rows, sizes = zip(*row_groups(file), strict=True)
+    assert rows == (300, 300, 300, 100)
+    assert 0 < sum(sizes) < path.stat().st_size
     assert parquet_records(path, text_field="body")[0].fields == ("id", "text")
     assert {record.reason for record in parquet_records(path, text_field="id")} == {"no text in the field"}
 

@@ -68,7 +68,13 @@ def test_every_command_refuses_numbers_that_nothing_can_hold(words, each, tmp_pa
                 for other in each.params
                 if other.required and other is not option
                 for word in ([other.opts[0]] if isinstance(other, click.Option) else [])
-                + [other.type.choices[0] if isinstance(other.type, click.Choice) else str(tmp_path)]
+                + [
+                    other.type.choices[0]
+                    if isinstance(other.type, click.Choice)
+                    else "8"
+                    if isinstance(other.type, click.types.IntParamType)
+                    else str(tmp_path)
+                ]
             ]
             result = kindling(*words, *needed, f"{option.opts[0]}={value}")
             assert result.exit_code == 2, (option.opts, result.output)

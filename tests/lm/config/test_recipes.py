@@ -202,7 +202,7 @@ def test_values_are_read_in_the_type_of_their_setting(name, value, result):
         ("qk_norm", 1, "must be true|false, not 1"),
         ("data", 3, "must be a list of texts, not 3"),
         ("prompts", [1], "must be a list of texts"),
-        ("objective", "hybird", "masked_next_token, hybrid, hybrid_unshifted, not 'hybird'"),
+        ("objective", "hybird", "masked_next_token, hybrid, hybrid_unshifted, simclr, mae, not 'hybird'"),
         ("objective", "hybird", 'did you mean "hybrid"?'),
         ("trackers", ["wandb", "tensorbord"], "must be one of tensorboard, wandb, trackio, not 'tensorbord': did you"),
     ],
@@ -219,9 +219,10 @@ def test_a_wrong_value_in_a_recipe_is_told_with_the_file(recipe):
 
 
 def test_sections_of_the_file_are_the_fields_of_the_config():
-    """Only a run that is fine-tuned has the section of that."""
+    """Only a run that is fine-tuned has the section of that, and only one with views of its own that of views."""
     assert "[finetune]" not in Config().to_toml()
-    text = Config().replace(task="regression").to_toml()
+    assert "[views]" not in Config().to_toml()
+    text = Config().replace(task="regression", flip=0.0).to_toml()
     for field in dataclasses.fields(Config):
         assert f"[{field.name}]" in text
 

@@ -105,7 +105,7 @@ def test_changes_of_color_together_are_those_of_pillow_in_any_order():
         changed = Image.fromarray(image.numpy())
         for name in order:
             changed = ENHANCED[name](changed).enhance(factors[name])
-        assert farthest(found, changed) < 3  # each of the three cuts up to a level and a half
+        assert farthest(found, changed) < 4  # each of the three is off by up to 1.5, and the next enlarges it
 
 
 def test_contrast_is_about_the_mean_of_the_crop():
@@ -123,7 +123,7 @@ def test_gray_is_the_luma_of_pillow():
 
 
 @pytest.mark.parametrize("turns", [-0.25, -0.1, 0.1, 0.25])
-def test_hue_moves_along_the_color_circle_and_keeps_the_luma(turns):
+def test_hue_moves_along_the_color_circle_and_keeps_the_mean(turns):
     """The angle about the gray axis and the hue of HSV, on a hexagon, differ by at most 1.12 degrees."""
     (image,) = pictures(1, 16, 16, low=100, high=150)
     found = view(image, hue=turns)
@@ -131,7 +131,7 @@ def test_hue_moves_along_the_color_circle_and_keeps_the_luma(turns):
         moved = colorsys.rgb_to_hsv(*after)[0] - colorsys.rgb_to_hsv(*before)[0] - turns
         if np.ptp(before) > 0.02:
             assert abs((moved + 0.5) % 1 - 0.5) < 2 * 1.13 / 360
-        assert abs((after - before) @ [0.299, 0.587, 0.114]) < 1e-5
+        assert abs((after - before).mean()) < 1e-6
 
 
 def test_gray_images_have_brightness_and_contrast_only():

@@ -14,7 +14,8 @@ from data_prep.errors import UserError
 from data_prep.shards.tokens import SourceSpan, Split
 from lm.data.batch import IGNORED, TENSORS, Batch
 from lm.data.corpora import Corpora
-from lm.data.rows import BLOCK_ROWS, Ring, ValidationRows, vocabulary_of
+from lm.data.order import BLOCK_ROWS
+from lm.data.rows import Ring, ValidationRows, vocabulary_of
 from lm.objectives.batches import TrainingBatches
 from tests.conftest import masked_rows_of
 

@@ -85,3 +85,18 @@ def test_views_are_cropped_and_flipped_and_keep_their_colors(batches):
     settings = batches.objective.view_settings
     assert (settings.color_jitter, settings.grayscale, settings.blur, settings.solarize) == (0, 0, 0, 0)
     assert settings.crop_area == batches.objective.config.views.crop_area
+
+
+def test_a_perfect_prediction_rebuilds_the_picture_and_none_its_means(batches, model, pictures, monkeypatch):
+    objective, images = batches.objective, pictures.split("validation").read(np.arange(3))
+    batch = objective.whole(images, np.arange(3))
+    expected = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        monkeypatch.setattr(objective, "predictions", lambda model, views, kept: objective.targets(views))
+        made = objective.pictures(model, batch)
+        assert (made["original"] - expected).abs().max() < 1e-5
+        assert (made["rebuilt"] - expected).abs().max() < 1e-5
+        assert (made["visible"] - expected).abs().max() > 0.1
+        monkeypatch.setattr(objective, "predictions", lambda model, views, kept: 0 * objective.targets(views))
+        made = objective.pictures(model, batch)
+        assert torch.equal(made["rebuilt"], made["flat"])

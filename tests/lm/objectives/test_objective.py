@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lm.config.settings import OBJECTIVES, Config
+from lm.config.settings import IMAGE_OBJECTIVES, OBJECTIVES, Config
 from lm.data.batch import Batch, Vocabulary
 from lm.objectives import batches
 from lm.objectives.objective import open_objective
@@ -58,8 +58,14 @@ def weights(run) -> dict[str, Tensor]:
 
 def test_every_objective_of_the_table_opens_and_has_its_readouts():
     for name, (_, readouts) in OBJECTIVES.items():
-        objective = open_objective(Config().replace(objective=name), Vocabulary(50, 0, 2))
-        assert objective.readouts == readouts
+        config = Config().replace(objective=name, vocab_size=50)
+        if name in IMAGE_OBJECTIVES:
+            config = config.replace(patch_size=4, image_size=8, image_channels=3, batch_images=4, context_length=4)
+        objective = open_objective(config)
+        assert getattr(objective, "readouts", ()) == readouts
+        model, batch = objective.new_model().initialize(0), objective.example(4)
+        assert all(torch.isfinite(loss) for loss in objective.loss(model, batch).values())
+        assert objective.flops_per_token(model, config.data.context_length) > 0
 
 
 def test_state_is_saved_and_a_stopped_run_ends_with_the_same_bits(small, opened, quietly, tmp_path):

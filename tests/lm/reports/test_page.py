@@ -6,7 +6,7 @@ import re
 import jinja2
 import pytest
 
-from lm.reports.page import COLORS, Bars, Panel, draw, render
+from lm.reports.page import COLORS, MARKERS, Bars, Panel, Scatter, draw, render
 
 
 def test_a_drawing_has_its_titles_labels_and_no_date(read_page):
@@ -55,6 +55,18 @@ def test_baselines_have_another_color_and_single_values_no_error_bars():
     assert ">1.0</text>" in svg
     assert "LineCollection" not in svg
     assert "LineCollection" in draw([Bars("", {**values, "full": (0.9, 0.01)}, "accuracy")], height=2)
+
+
+def test_points_are_told_apart_by_color_and_by_shape(read_page):
+    names = [f"class {number}" for number in range(8)]
+    scatter = Scatter("a map", {"": [(0.0, 0.0)]} | {name: [(1.0, 2.0), (2.0, 1.0)] for name in names}, "one", "two")
+    svg = draw([scatter], height=3)
+    read_page(svg)
+    assert all(f">{name}</text>" in svg for name in (*names, "one", "two"))
+    assert 'aria-label="Chart of a map, points of each: class 0 2, class 1 2' in svg
+    shapes = re.findall(r'<path id="\w+" d="([^"]+)"', svg)
+    assert len(set(shapes)) >= len(MARKERS)
+    assert len(COLORS) != len(MARKERS)
 
 
 def test_names_are_drawn_as_they_are():

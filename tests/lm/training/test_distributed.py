@@ -16,14 +16,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from data_prep.errors import UserError
+from data_prep.shards.images import open_images
 from data_prep.shards.tokens import open_dataset
 from lm.config.settings import Config
 from lm.data.batch import Batch
 from lm.data.corpora import Corpora
+from lm.data.image_corpora import ImageCorpora, with_images
 from lm.model.transformer import Transformer
 from lm.objectives.batches import TrainingBatches
+from lm.objectives.objective import Objective
 from lm.runs import checkpoint
 from lm.training.distributed import Ranks, joined
 from lm.training.gradients import step_gradients
@@ -43,12 +47,17 @@ CONFIG = Config().replace(
     validation_rows=11, gradient_clip=0.5, learning_rate=0.01,
 )  # fmt: skip
 MODELS = {"tied": {"tie_embeddings": True}, "untied": {}, "adamw": {"optimizer": "adamw"}}
+IMAGES = CONFIG.replace(
+    num_layers=2, qk_norm=False, hidden_size=32, patch_size=4, batch_images=16, vocab_size=0, projection_size=6,
+    projection_hidden_size=10, decoder_layers=1, decoder_size=32, gradient_clip=0.05,
+)  # fmt: skip
+OBJECTIVES = ("simclr", "mae")
 Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
-def perturbed(config: Config) -> Transformer:
+def perturbed(objective: Objective) -> nn.Module:
     """A model whose every matrix has a gradient (some begin as zeros)."""
-    model = Transformer(config.model).initialize(0)
+    model = objective.new_model().initialize(0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -56,9 +65,10 @@ def perturbed(config: Config) -> Transformer:
     return model
 
 
-def gradients(config: Config, corpora: Corpora, ranks: Ranks) -> Found:
+def gradients(config: Config, corpora: Corpora | ImageCorpora, ranks: Ranks) -> Found:
     """Gradient, losses and shares of the second step."""
-    batches, model = TrainingBatches(corpora, config), perturbed(config)
+    batches = TrainingBatches(corpora, config)
+    model = perturbed(batches.objective)
     batch = batches.batch(1, ranks.rank, ranks.world)
     ranks.spread(model, batches.objective)
     losses, shares = step_gradients(batches.objective, model, batch, config, 1, ranks)
@@ -66,9 +76,10 @@ def gradients(config: Config, corpora: Corpora, ranks: Ranks) -> Found:
     return ranks.gathered(found), {"losses": {n: float(loss) for n, loss in losses.items()}, "shares": shares}
 
 
-def trained(config: Config, corpora: Corpora, ranks: Ranks) -> Found:
+def trained(config: Config, corpora: Corpora | ImageCorpora, ranks: Ranks) -> Found:
     """Weights and optimizer after some steps, the optimizer saved and loaded half way; norms, losses, validation."""
-    batches, model = TrainingBatches(corpora, config), perturbed(config)
+    batches = TrainingBatches(corpora, config)
+    model = perturbed(batches.objective)
     ranks.spread(model, batches.objective)
     optimizer = Optimizer(model, config.optimizer, ranks)
     told: dict[str, Any] = {"norms": [], "losses": []}
@@ -108,9 +119,13 @@ def given_up(config: Config, corpora: Corpora, ranks: Ranks, path: Path) -> dict
     return {"error": str(error.value), "went back": training.state.ladder.roll_backs}
 
 
-def rank_of_several(data: Path, out: Path) -> None:
+def of_images(corpora: ImageCorpora, objective: str) -> Config:
+    return with_images(IMAGES.replace(objective=objective), corpora)
+
+
+def rank_of_several(data: Path, images: Path, out: Path) -> None:
     """What one rank computes; rank 0 writes tensors to ``out``, each rank what else it found to ``out``.RANK."""
-    corpora = Corpora([open_dataset(data)])
+    corpora, pictures = Corpora([open_dataset(data)]), ImageCorpora([open_images(images)])
     tensors: dict[str, torch.Tensor] = {}
     told: dict[str, Any] = {}
 
@@ -130,6 +145,15 @@ def rank_of_several(data: Path, out: Path) -> None:
                 config = CONFIG.replace(micro_batch_rows=4, **changes)
                 found, told[f"{parallel} {name}"] = trained(config, corpora, ranks)
                 tensors |= {f"{parallel} {name} {key}": tensor for key, tensor in found.items()}
+            for name in OBJECTIVES:
+                config = of_images(pictures, name)
+                rows = config.data.batch_rows // ranks.world
+                for micro_batches in (1, 2):
+                    changed = config.replace(micro_batch_rows=rows // micro_batches)
+                    found, told[f"{parallel} {name} {micro_batches}"] = gradients(changed, pictures, ranks)
+                    tensors |= {f"{parallel} {name} {micro_batches} {key}": tensor for key, tensor in found.items()}
+                found, told[f"{parallel} {name}"] = trained(config.replace(micro_batch_rows=2), pictures, ranks)
+                tensors |= {f"{parallel} {name} {key}": tensor for key, tensor in found.items()}
             told[f"{parallel} given up"] = given_up(CONFIG, corpora, ranks, out.with_name(parallel))
         told["highest"] = ranks.highest(ranks.rank * 10)
         told["from main"] = ranks.on_main(lambda: ranks.rank + 5)
@@ -146,7 +170,7 @@ def rank_of_several(data: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        rank_of_several(Path(sys.argv[1]), Path(sys.argv[2]))
+        rank_of_several(*map(Path, sys.argv[1:]))
     except UserError as error:
         sys.exit(f"error: {error}")
 
@@ -156,10 +180,10 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def several(request, dataset, tmp_path_factory):
+def several(request, dataset, pictures, tmp_path_factory):
     """(world, tensors, what each rank found, (exit status, stderr) of each rank) of this file run as ranks."""
     world, out = request.param, tmp_path_factory.mktemp("ranks") / "out"
-    command = [sys.executable, __file__, str(dataset.directory), str(out)]
+    command = [sys.executable, __file__, str(dataset.directory), str(pictures.directory), str(out)]
     # Bound but not listening: no other process is given this port, and rank 0 can listen on it.
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -175,13 +199,20 @@ def several(request, dataset, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(dataset) -> Found:
+def alone(dataset, pictures) -> Found:
     """The same by one process, all rows of a batch at once."""
     corpora, tensors, told = Corpora([dataset]), {}, {}
     found, told["gradient"] = gradients(CONFIG, corpora, Ranks())
     tensors |= {f"gradient {name}": tensor.clone() for name, tensor in found.items()}
     for name, changes in MODELS.items():
         found, told[name] = trained(CONFIG.replace(**changes), corpora, Ranks())
+        tensors |= {f"{name} {key}": tensor for key, tensor in found.items()}
+    images = ImageCorpora([pictures])
+    for name in OBJECTIVES:
+        config = of_images(images, name)
+        found, told[f"{name} gradient"] = gradients(config, images, Ranks())
+        tensors |= {f"gradient of {name} {key}": tensor.clone() for key, tensor in found.items()}
+        found, told[name] = trained(config, images, Ranks())
         tensors |= {f"{name} {key}": tensor for key, tensor in found.items()}
     return tensors, told
 
@@ -191,7 +222,9 @@ def alone(dataset) -> Found:
 def test_ranks_and_micro_batches_give_the_gradient_of_the_whole_batch(several, alone, parallel, micro_batches):
     """Although each part has another number of hidden tokens."""
     _, tensors, told, _ = several
-    expected = {name: tensor for name, tensor in alone[0].items() if name.startswith("gradient ")}
+    expected = {
+        name: tensor for name, tensor in alone[0].items() if name.startswith("gradient ") and " of " not in name
+    }
     assert max(float(tensor.abs().max()) for tensor in expected.values()) > 0.01
     for name, tensor in expected.items():
         ours = tensors[name.replace("gradient", f"{parallel} {micro_batches}")]
@@ -203,7 +236,22 @@ def test_ranks_and_micro_batches_give_the_gradient_of_the_whole_batch(several, a
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_ranks_give_the_gradient_of_all_images(several, alone, parallel, micro_batches, objective):
+    """In SimCLR the other images of the whole step are an image's negatives, on whatever rank."""
+    _, tensors, told, _ = several
+    for name, tensor in alone[0].items():
+        if name.startswith(f"gradient of {objective} "):
+            ours = tensors[name.replace("gradient of", parallel).replace(objective, f"{objective} {micro_batches}")]
+            torch.testing.assert_close(ours, tensor, rtol=1e-4, atol=1e-6)
+    expected = alone[1][f"{objective} gradient"]["losses"]
+    for of_rank in told:
+        assert of_rank[f"{parallel} {objective} {micro_batches}"]["losses"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("model", [*MODELS, *OBJECTIVES])
 def test_ranks_take_the_steps_of_one_process(several, alone, parallel, model):
     """Clipped, with an optimizer that was saved and loaded between."""
     _, tensors, told, _ = several
@@ -212,7 +260,8 @@ def test_ranks_take_the_steps_of_one_process(several, alone, parallel, model):
             torch.testing.assert_close(tensors[f"{parallel} {name}"], tensor, rtol=1e-4, atol=2e-5)
     for part in ("norms", "losses"):
         assert told[0][f"{parallel} {model}"][part] == pytest.approx(alone[1][model][part], abs=1e-5)
-    assert min(alone[1][model]["norms"]) > CONFIG.optimizer.gradient_clip
+    limit = (IMAGES if model in OBJECTIVES else CONFIG).optimizer.gradient_clip
+    assert min(alone[1][model]["norms"]) > limit
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -221,6 +270,11 @@ def test_validation_is_that_of_one_process(several, alone, parallel):
     for rows in ("validation by 2", "validation by 0"):
         for readout, loss in alone[1]["untied"][rows].items():
             assert several[2][0][f"{parallel} untied"][rows][readout] == pytest.approx(loss, abs=2e-6)
+        for objective in OBJECTIVES:
+            expected, found = (
+                told[rows][objective] for told in (alone[1][objective], several[2][0][f"{parallel} {objective}"])
+            )
+            assert found == pytest.approx(expected, abs=1e-3)
 
 
 def test_all_ranks_find_the_same_to_the_last_bit(several):
@@ -240,7 +294,7 @@ def test_all_ranks_find_the_same_to_the_last_bit(several):
 
 def test_sharded_ranks_hold_each_number_once_and_replicas_hold_all(several, alone):
     world, _, told, _ = several
-    for model in MODELS:
+    for model in (*MODELS, *OBJECTIVES):
         numbers = alone[1][model]["numbers held"]
         assert [of_rank[f"ddp {model}"]["numbers held"] for of_rank in told] == [numbers] * world
         held = [of_rank[f"fsdp {model}"]["numbers held"] for of_rank in told]

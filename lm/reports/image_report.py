@@ -1,0 +1,310 @@
+"""``report.html`` of a run on images: what it learned from, what it makes of held-out images, curves, settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_prep.errors import UserError
+from data_prep.files import write_atomically
+from lm.data.image_corpora import ImageCorpora
+from lm.data.images import HeldOutImages, ImageValidation, TrainingImages, denormalized
+from lm.data.training_data import validation_rows
+from lm.model.device import choose_device
+from lm.model.image_transformer import ImageTransformer
+from lm.objectives.images import ImageObjective
+from lm.objectives.mae import MaskedAutoencoder
+from lm.objectives.objective import open_objective
+from lm.objectives.simclr import SimCLR
+from lm.reports.page import Panel, Scatter, draw, picture, render
+from lm.reports.run_report import environment, events_of, lead, settings_of
+from lm.runs.checkpoint import Checkpoint
+from lm.runs.directory import Run
+from lm.runs.metrics_log import best_validation, overfitting, rows_validated, series, summary
+from lm.runs.run_data import open_data
+from lm.training.plan import format_bytes
+
+SHEET, REBUILT, ASKED, NEAREST = 8, 8, 10, 5  # images in each part of the page
+AMONG, MAPPED, NAMED = 2000, 600, 12  # images that neighbors are sought in, images on the map, classes on it
+AT_ONCE = 64  # images in a forward pass
+
+Shown = dict[str, str]  # a picture: its address, its description, and what is written below it
+
+
+def write_image_report(run: Run, evaluation: dict[str, Any] | None, checkpoint: Checkpoint | None = None) -> Path:
+    """Write ``report.html`` into the run directory and return its path.
+
+    If the data is gone, or has no held-out images, the pictures that need them are left out.
+
+    Args:
+        evaluation: the content of ``evaluation.json``, or None.
+        checkpoint: has the model to use; None: the newest.
+    """
+    checkpoint = checkpoint or run.newest()
+    objective = open_objective(run.config, run.image_format)
+    assert isinstance(objective, ImageObjective)
+    model = run.load_image_model(choose_device("auto"), checkpoint, objective.new_model)
+    lines = list(run.metrics())
+    corpora = _data_of(run)
+    held_out = validation_rows(corpora, run.config) if corpora else None
+    assert held_out is None or isinstance(held_out, ImageValidation)
+    html = render(
+        "image_report.html",
+        name=run.path.name,
+        lead=lead(run, checkpoint, model, lines),
+        evaluation=_evaluated(evaluation) if evaluation else None,
+        meaning=_meaning(run, lines),
+        curves=_curves(lines),
+        remarks=[sentence] if (sentence := overfitting(lines)) else [],
+        summary=_summary(lines),
+        events=events_of(lines),
+        sheet=_sheet(objective, TrainingImages(corpora, run.config)) if corpora else None,
+        rebuilt=_rebuilt(objective, model, held_out) if held_out and isinstance(objective, MaskedAutoencoder) else None,
+        neighbors=_neighbors(objective, model, held_out) if held_out else None,
+        map=_map(objective, model, held_out) if held_out else None,
+        settings=settings_of(run),
+        environment=environment(model, "Pillow"),
+    )
+    path = run.path / "report.html"
+    write_atomically(path, html)
+    return path
+
+
+def _data_of(run: Run) -> ImageCorpora | None:
+    """The images of the run; None if they are gone."""
+    try:
+        corpora = open_data(run)
+    except UserError:
+        return None
+    return corpora if isinstance(corpora, ImageCorpora) else None
+
+
+def _shown(pixels: NDArray[np.uint8], description: str, caption: str = "") -> Shown:
+    return {"address": picture(pixels), "description": description, "caption": caption}
+
+
+def _pictures(images: Tensor, description: str) -> list[Shown]:
+    """Images (n, C, H, W) in [0, 1]."""
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [_shown(each, f"{description} {number}") for number, each in enumerate(pixels, 1)]
+
+
+def _sheet(objective: ImageObjective, training: TrainingImages) -> dict[str, list[Shown]]:
+    """The first images of step 1, and the views of them that the model was trained on."""
+    rows = training.of_step(0)
+    batch = objective.prepare(rows).rows(0, SHEET)
+    views = denormalized(objective.views_of(batch), objective.form).chunk(objective.views)
+    originals = [_shown(each, f"training image {number}") for number, each in enumerate(rows.images[:SHEET], 1)]
+    several = objective.views > 1
+    named = {f"view {number}" if several else "view": view for number, view in enumerate(views, 1)}
+    return {"original": originals} | {name: _pictures(view, f"{name} of image") for name, view in named.items()}
+
+
+@torch.no_grad()
+def _rebuilt(objective: MaskedAutoencoder, model: ImageTransformer, held_out: ImageValidation) -> dict[str, Any]:
+    """Held-out images, what the model sees of them, and what it makes of that."""
+    numbers = held_out.held_out.choose(REBUILT)
+    batch = objective.whole(held_out.held_out.read(numbers), numbers).to(next(model.parameters()).device)
+    made = objective.pictures(model, batch)
+    names = {"original": "original", "visible": "visible", "rebuilt": "rebuilt"}
+    if scaled := objective.config.objective.normalize_patches:
+        names["flat"] = "without the model"
+    rows = {name: _pictures(made[key], f"{name}, held-out image") for key, name in names.items()}
+    share = 1 - objective.visible / objective.config.model.patches
+    return {"rows": rows, "share": f"{share:.0%}", "scaled": scaled}
+
+
+@torch.no_grad()
+def _features(
+    objective: ImageObjective, model: ImageTransformer, split: HeldOutImages, numbers: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Features of these images, scaled to length 1: float32 (n, hidden)."""
+    device, found = next(model.parameters()).device, []
+    for first in range(0, len(numbers), AT_ONCE):
+        batch = objective.plain(split.read(numbers[first : first + AT_ONCE]))
+        found.append(objective.features(model, batch.to(device)).cpu())
+    return torch.nn.functional.normalize(torch.cat(found), dim=1).numpy()
+
+
+def _neighbors(objective: ImageObjective, model: ImageTransformer, held_out: ImageValidation) -> dict[str, Any]:
+    """Held-out images, each with the training images whose features have the largest cosine with its own."""
+    asked, among = held_out.held_out.choose(ASKED), held_out.train.choose(AMONG)
+    cosines = (
+        _features(objective, model, held_out.held_out, asked) @ _features(objective, model, held_out.train, among).T
+    )
+    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :NEAREST]
+    rows, right, known = [], 0, 0
+    for place, number in enumerate(asked.tolist()):
+        own = _class(held_out.held_out, number)
+        found = []
+        for neighbor, cosine in zip(among[nearest[place]].tolist(), cosines[place, nearest[place]], strict=True):
+            name = _class(held_out.train, neighbor)
+            same = own == name if own and name else None
+            right, known = right + bool(same), known + (same is not None)
+            source = f"cosine {cosine:.3f}, {held_out.train.source_of(neighbor)}"
+            found.append(
+                _shown(held_out.train.read(np.array([neighbor]))[0], f"neighbor: {source}", name) | {"same": same}
+            )
+        pixels, source = held_out.held_out.read(np.array([number]))[0], held_out.held_out.source_of(number)
+        rows.append({"asked": _shown(pixels, f"held-out image: {source}", own), "found": found})
+    return {"rows": rows, "among": len(among), "of": held_out.train.count, "right": right, "known": known}
+
+
+def _class(split: HeldOutImages, number: int) -> str:
+    """The name of an image's class; "" if unknown."""
+    label = int(split.labels[number])
+    return split.classes[label] if label >= 0 else ""
+
+
+def _map(objective: ImageObjective, model: ImageTransformer, held_out: ImageValidation) -> dict[str, Any] | None:
+    """The features of held-out images in the plane in which they differ most; None for fewer than three images."""
+    split = held_out.held_out
+    numbers = split.choose(MAPPED)
+    if len(numbers) < 3:
+        return None
+    vectors = _features(objective, model, split, numbers).astype(np.float64)
+    places, shares = principal_components(vectors)
+    labels = split.labels[numbers]
+    counts = np.bincount(labels[labels >= 0], minlength=len(split.classes))
+    shown = sorted(np.argsort(-counts, kind="stable")[:NAMED].tolist())
+    points = {"": places[~np.isin(labels, shown)].tolist()}
+    points |= {split.classes[label]: places[labels == label].tolist() for label in shown if counts[label]}
+    axes = [f"component {number}: {share:.0%} of the variance" for number, share in enumerate(shares, 1)]
+    chart = Scatter("", {name: [(x, y) for x, y in each] for name, each in points.items()}, *axes)
+    return {
+        "chart": draw([chart], height=5),
+        "images": len(numbers),
+        "share": f"{shares.sum():.0%}",
+        "others": int(max(0, (counts > 0).sum() - NAMED)),
+        "classes": bool(counts.any()),
+    }
+
+
+def principal_components(vectors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Vectors (n, width) in the plane of their largest variance, (n, 2), and the share of the variance of each axis.
+
+    Each axis points to where the vector farthest from the mean along it is, so that the plane is unique.
+    """
+    left, values, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    places = left[:, :2] * values[:2]
+    places = places * np.sign(places[np.abs(places).argmax(0), [0, 1]])
+    return places, values[:2] ** 2 / max(float((values**2).sum()), 1e-300)
+
+
+def _evaluated(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The table of ``evaluation.json``: what classifies features, by what it reads."""
+    sources = {"this run": (evaluation["features"], False)}
+    sources |= {name.replace("_", " "): (found, True) for name, found in evaluation["baselines"].items()}
+    columns = [key for key, found in evaluation["features"].items() if "accuracy" in found]
+    return {
+        "columns": [{"knn": "k-NN", "linear": "linear probe"}.get(key, key) for key in columns],
+        "rows": [
+            {
+                "name": name + (" (baseline)" if is_baseline else ""),
+                "is_baseline": is_baseline,
+                "cells": [f"{found[key]['accuracy']:.1%}" if key in found else "" for key in columns],
+            }
+            for name, (found, is_baseline) in sources.items()
+        ],
+        "protocol": evaluation.get("protocol", ""),
+        "step": evaluation.get("step"),
+    }
+
+
+def _validations(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The numbers of each validation, with its step."""
+    return [
+        {"step": line["step"], **next(iter(line["validation"].values()))} for line in lines if line.get("validation")
+    ]
+
+
+def _meaning(run: Run, lines: Sequence[dict[str, Any]]) -> list[str]:
+    """What the curves show, one sentence or two for each."""
+    validated, objective = _validations(lines), run.config.objective
+    found = []
+    if objective.objective == SimCLR.name:
+        batch = run.config.data.batch_images
+        at_chance = f"{math.log(2 * batch - 1):.2f}"
+        if validated:
+            at_chance += f", and {math.log(2 * validated[-1]['images'] - 1):.2f} in validation"
+        found.append(
+            f"The loss is the cross-entropy of finding a view's partner among the views of {batch:,} images: a model "
+            f"that guesses has {at_chance}. The curves compare different numbers of images, so their heights differ."
+        )
+    if objective.objective == MaskedAutoencoder.name:
+        scaled = ", each patch scaled to mean 0 and variance 1: predicting 0 everywhere has 1"
+        found.append(
+            "The loss is the mean squared error of the hidden patches' pixels"
+            f"{scaled if objective.normalize_patches else ''}. Training sees crops, validation whole images."
+        )
+    if validated:
+        found.append(
+            "Spread is the mean standard deviation of the features after scaling each to length 1, 1 if they point "
+            "everywhere, 0 if all images have the same features: a collapse. Effective rank says in how many "
+            f"directions they differ, of {run.config.model.hidden_size}; it is near 1 after a collapse."
+        )
+    if any("knn_accuracy" in line for line in validated):
+        found.append(
+            "k-NN accuracy is the share of held-out images whose class most of their nearest training images have, by "
+            "features alone; training does not see the classes."
+            + (
+                " It says little about MAE: a linear probe does."
+                if objective.objective == MaskedAutoencoder.name
+                else ""
+            )
+        )
+    return found
+
+
+def _curves(lines: list[dict[str, Any]]) -> list[str]:
+    """Losses, what the features are like, learning rate, gradient norm and speed by step, as SVG elements."""
+    training = [line for line in lines if "loss" in line]
+    if not training:
+        return []
+    validated = _validations(lines)
+    best = best_validation(lines)
+    marks = (
+        {f"best validation, step {best['step']:,}": best["step"]}
+        if best and validated[-1]["step"] != best["step"]
+        else {}
+    )
+    losses = Panel("loss", {"training": series(training, "loss")}, {"validation": series(validated, "loss")}, marks)
+    watched = [key for key in ("knn_accuracy", "spread", "effective_rank") if series(validated, key)]
+    titles = {"knn_accuracy": "k-NN accuracy, validation"}
+    health = [Panel(titles.get(key, key.replace("_", " ")), {}, {"": series(validated, key)}) for key in watched]
+    rates = [
+        Panel(key.replace("_", " "), {"": series(training, key)})
+        for key in ("learning_rate", "gradient_norm", "images_per_second")
+    ]
+    return [draw([losses], height=3.6), *([draw(health, height=2.2)] if health else []), draw(rates, height=2.2)]
+
+
+def _summary(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """The state of the run, in words."""
+    found, validated, best = summary(lines), _validations(lines), best_validation(lines)
+    state = {}
+    if found:
+        speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
+        state["epochs seen"] = f"{found['epoch']:.2f}"
+        if speeds:
+            state["images per second, median"] = f"{np.median(speeds):,.0f}"
+        if "share_of_peak" in found:
+            state["fraction of the machine's peak, median"] = f"{found['share_of_peak']:.1%}"
+    if "memory_bytes" in found:
+        state["peak memory"] = format_bytes(found["memory_bytes"])
+    if best:
+        values = next(line for line in validated if line["step"] == best["step"])
+        words = [
+            f"{key.replace('_', ' ')} {value:.3f}" for key, value in values.items() if key not in ("step", "images")
+        ]
+        state["best validation"] = f"step {best['step']:,}: {', '.join(words)}"
+        if part := rows_validated(best):
+            state["validated on"] = part.replace("rows", "images")
+    return state

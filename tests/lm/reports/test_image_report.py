@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from lm.api import train
+from lm.cli.main import main
+from lm.data.images import denormalized
+from lm.data.training_data import training_rows
+from lm.objectives.objective import open_objective
+from lm.reports.image_report import principal_components, write_image_report
+from lm.reports.page import picture
+from lm.runs.directory import Run, open_run
+from lm.runs.run_data import open_data
+from lm.training.reporter import NullReporter
+
+EVALUATION = {
+    "features": {"knn": {"accuracy": 0.412}, "linear": {"accuracy": 0.503}},
+    "baselines": {
+        "raw_pixels": {"knn": {"accuracy": 0.396}, "linear": {"accuracy": 0.313}},
+        "random_weights": {"knn": {"accuracy": 0.294}, "linear": {"accuracy": 0.41}},
+    },
+    "protocol": "20 <neighbors>",
+    "step": 6,
+}
+
+
+@pytest.fixture(scope="module", params=["simclr", "mae"])
+def run(request, pictures, seeing, tmp_path_factory) -> Run:
+    config = seeing.replace(objective=request.param, data=(str(pictures.directory),))
+    return train(config, run=tmp_path_factory.mktemp("runs") / "run <&> one", reporter=NullReporter())
+
+
+@pytest.fixture(scope="module")
+def html(run) -> str:
+    return write_image_report(run, EVALUATION).read_text(encoding="utf-8")
+
+
+def images_of(html: str) -> dict[str, np.ndarray]:
+    """The pictures of a page by their description."""
+    found = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)"', html)
+    return {alt: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, alt in found}
+
+
+def test_training_writes_the_page(run):
+    assert "Nearest neighbors" in (run.path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_is_well_formed_needs_no_network_and_describes_each_picture(html, read_page, run):
+    page = read_page(html)
+    count = page.tags.count("img")
+    assert count == len(re.findall(r'<img src="data:image/png;base64,[^"]+" alt="\w[^"]+" title="\w', html))
+    assert count == (8 * 3 if run.config.objective.objective == "simclr" else 8 * 2 + 8 * 4) + 10 * 6
+    assert "run <&> one" in page.words()
+
+
+def test_curves_and_what_they_mean_are_there(html, run, read_page):
+    words = read_page(html).words()
+    last = [line for line in run.metrics() if "validation" in line][-1]["validation"][run.config.objective.objective]
+    for name in ("knn accuracy", "spread", "effective rank"):
+        assert f"{name} {last[name.replace(' ', '_')]:.3f}" in words
+    for title in ("loss", "k-NN accuracy, validation", "spread", "effective rank", "learning rate"):
+        assert f">{title}</text>" in html
+    assert ">images per second</text>" in html
+    assert "to step 6 of 6" in words
+    assert "1 after a collapse" in words
+    assert "patch_size" in words
+    assert "Pillow" in words
+    if run.config.objective.objective == "simclr":  # -log of 1 in 2n - 1 views, for 12 and for 8 images
+        assert f"{np.log(23):.2f}, and {np.log(15):.2f} in validation" in words
+    else:
+        assert "predicting 0 everywhere has 1" in words
+
+
+def test_the_sheet_has_the_very_views_of_training(html, run):
+    config = run.config
+    rows = training_rows(open_data(run), config).of_step(0)
+    objective = open_objective(config, run.image_format)
+    batch = objective.prepare(rows)
+    views = denormalized(objective.views_of(batch), run.image_format).permute(0, 2, 3, 1) * 255
+    found = images_of(html)
+    for number in range(8):
+        assert (found[f"training image {number + 1}"] == rows.images[number]).all()
+        for view in range(objective.views):
+            name = f"view {view + 1}" if objective.views > 1 else "view"
+            expected = views[view * len(batch) + number].numpy()
+            assert np.abs(found[f"{name} of image {number + 1}"] - expected).max() <= 0.51
+
+
+def test_what_is_rebuilt_is_shown_for_mae_only(html, run, pictures):
+    found = images_of(html)
+    if run.config.objective.objective == "simclr":
+        assert "Hidden and rebuilt" not in html
+        return
+    split = pictures.split("validation")
+    chosen = np.arange(8) * split.count // 8
+    for number, original in enumerate(split.read(chosen), 1):
+        shown = {name: found[f"{name}, held-out image {number}"] for name in ("original", "visible", "rebuilt")}
+        assert (shown["original"] == original).all()
+        tiles = {name: each.reshape(4, 4, 4, 4, 3).swapaxes(1, 2).reshape(16, -1) for name, each in shown.items()}
+        hidden = np.abs(tiles["visible"].astype(int) - 128).max(1) <= 1
+        assert hidden.sum() == 12
+        assert (tiles["rebuilt"][~hidden] == tiles["original"][~hidden]).all()
+        assert (tiles["rebuilt"][hidden] != tiles["original"][hidden]).any()
+    assert "without the model, held-out image 1" in found
+
+
+def test_neighbors_are_the_nearest_training_images_with_their_classes(html, run, pictures, read_page):
+    """Computed once more by hand, one image at a time."""
+    model, form = run.load_image_model(torch.device("cpu")), run.image_format
+    objective = open_objective(run.config, form)
+
+    def feature(pixels: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return objective.features(model, objective.plain(pixels[None]))[0].double().numpy()
+
+    held_out, training = pictures.split("validation"), pictures.split("train")
+    features = np.stack([feature(each) for each in training.read(np.arange(training.count))])
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    right = 0
+    for number in np.arange(10) * held_out.count // 10:
+        own = feature(held_out.read(np.array([number]))[0])
+        cosines = features @ own / np.linalg.norm(own)
+        nearest = np.argsort(-cosines)[:5]
+        for neighbor in nearest:
+            assert f"neighbor: cosine {cosines[neighbor]:.3f}, {training.source_of(int(neighbor))}" in html
+        right += int((training.labels[nearest] == held_out.labels[number]).sum())
+    words = read_page(html).words()
+    assert f"✓ {right} of 50 neighbors have the class" in words
+    assert words.count("✓") - 1 == right  # so that it can be seen without colors
+    assert words.count("✗") - 1 == 50 - right
+
+
+def test_the_evaluation_is_shown_beside_its_baselines(html, read_page):
+    words = read_page(html).words()
+    assert "accuracy k-NN linear probe this run 41.2% 50.3%" in words
+    assert "raw pixels (baseline) 39.6% 31.3% random weights (baseline) 29.4% 41.0%" in words
+    assert "20 <neighbors>" in words
+
+
+def test_pictures_without_labels_have_no_marks(pictures, run, tmp_path, read_page):
+    """As of a flat folder."""
+    folder = shutil.copytree(pictures.directory, tmp_path / "flat")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["classes"] = []
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            index = np.fromfile(folder / f"{shard['name']}.idx", "<i8").reshape(-1, 4)
+            index[:, 0] = -1
+            index.tofile(folder / f"{shard['name']}.idx")
+            shard["classes"] = []
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    html = write_image_report(replace(run, config=run.config.replace(data=(str(folder),))), None).read_text()
+    words = read_page(html).words()
+    assert "Nearest neighbors" in words
+    assert "✓" not in words
+    assert "Training did not see the classes" not in words
+    assert "How good the features are" not in words
+
+
+def test_without_the_data_only_the_pictures_are_missing(run, tmp_path, read_page):
+    words = read_page(
+        write_image_report(replace(run, config=run.config.replace(data=(str(tmp_path / "gone"),))), None).read_text()
+    ).words()
+    assert "The pictures are missing because the run's data is not there" in words
+    assert "Nearest neighbors" not in words
+    assert "effective rank" in words
+
+
+def test_the_same_run_gives_the_same_page(run):
+    assert write_image_report(run, None).read_bytes() == write_image_report(run, None).read_bytes()
+
+
+def test_the_command_writes_the_page_of_a_checkpoint_and_refuses_text(run):
+    result = CliRunner().invoke(main, ["report", str(run.path), "--checkpoint", "4"])
+    assert result.exit_code == 0, result.output
+    assert "to step 4 of 6" in (run.path / "report.html").read_text()
+    refused = CliRunner().invoke(main, ["report", str(run.path), "--prompt", "The"])
+    assert refused.exit_code == 2
+    assert "reads images: leave out --prompt and --fill" in refused.output
+
+
+def test_a_run_without_any_logged_step_says_so(run, tmp_path):
+    bare = open_run(shutil.copytree(run.path, tmp_path / "bare"))
+    (bare.path / "metrics.jsonl").unlink()
+    assert "No steps have been logged yet" in write_image_report(bare, None).read_text()
+
+
+def test_principal_components_are_those_of_the_covariance():
+    vectors = np.random.default_rng(0).normal(size=(40, 5)) * [3, 2, 1, 0.5, 0.1]
+    places, shares = principal_components(vectors)
+    values, axes = np.linalg.eigh(np.cov(vectors.T))
+    expected = (vectors - vectors.mean(0)) @ axes[:, [-1, -2]]
+    assert np.abs(np.abs(places) - np.abs(expected)).max() < 1e-10
+    assert shares == pytest.approx(values[[-1, -2]] / values.sum())
+    assert (places[np.abs(places).argmax(0), [0, 1]] > 0).all()
+    assert np.isfinite(principal_components(np.ones((4, 3)))[1]).all()
+
+
+def test_a_large_picture_is_made_small_and_a_gray_one_stays_gray():
+    def shown(pixels: np.ndarray) -> Image.Image:
+        return Image.open(io.BytesIO(base64.b64decode(picture(pixels).partition(",")[2])))
+
+    assert shown(np.zeros((224, 224, 3), dtype=np.uint8)).size == (96, 96)
+    gray = shown(np.arange(64, dtype=np.uint8).reshape(8, 8, 1))
+    assert (gray.mode, gray.size) == ("L", (8, 8))
+    assert (np.asarray(gray).ravel() == np.arange(64)).all()
