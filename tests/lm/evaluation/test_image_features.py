@@ -28,12 +28,6 @@ from tests.lm.conftest import draw_pictures
 
 
 @pytest.fixture(scope="module")
-def image_run(pictures, seeing, tmp_path_factory) -> Run:
-    config = seeing.replace(data=(str(pictures.directory),), steps=4)
-    return train(config, tmp_path_factory.mktemp("runs") / "simclr", NullReporter())
-
-
-@pytest.fixture(scope="module")
 def result(image_run) -> dict:
     return evaluate_images(image_run)
 
