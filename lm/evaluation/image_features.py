@@ -169,7 +169,9 @@ def _judged(run: Run, corpora: ImageCorpora | None, train: str, test: str) -> Ju
         values, truth = (np.array([labels.indices(each)[0] for each in images], dtype=np.int64) for images in sets)
     except UserError as reason:
         raise (UserError if train or test else _NoClassesError)(str(reason)) from None
-    return Judged(sets[0], sets[1], values, truth, len(labels.names), f"fitted on {described[0]}, tested on {described[1]}")
+    return Judged(
+        sets[0], sets[1], values, truth, len(labels.names), f"fitted on {described[0]}, tested on {described[1]}"
+    )
 
 
 def _labeled(corpora: ImageCorpora, split: str) -> LabeledImages:
