@@ -175,6 +175,8 @@ def usual_command(path: Path, config: Config) -> str:
     """The command that uses a finished run, whole."""
     if config.has_task_head:
         return f"{command('predict')} {path} --input {'DIR' if config.reads_images else 'FILE'} --output FILE"
+    if config.reads_images:
+        return f"{command('embed')} {path} --input DIR --output FILE"
     if config.finetune.task == "contrastive":
         return f"{command('embed')} {path} --input FILE --output FILE"
     return f"{command('sample')} {path} {'--chat' if config.is_finetuning else '--prompt TEXT'}"

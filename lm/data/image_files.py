@@ -69,18 +69,22 @@ def pictures_of(
         label_column: the column of a table with the classes; "": find it.
 
     Raises:
-        UserError: the source has no images, or is a dataset of images of another size.
+        UserError: the source has no images, none that can be read, or is a dataset of images of another size.
     """
     if holds_images(source):
         yield from _of_dataset(open_images(source), form, split)
         return
+    any_read = False
     for entry in _entries(source, split, label_column):
         try:
             pixels = form.pixels(decode(entry.read()))
         except BadImage as error:
             unread.add(entry.name, error)
         else:
+            any_read = True
             yield Picture(entry.name, entry.label, pixels)
+    if not any_read:
+        raise UserError(f"no image of {source} can be read: {unread.examples[0]}" if unread.count else _none(source))
 
 
 def pixels_of(image: Any, form: ImageFormat, name: str) -> Pixels:
@@ -227,8 +231,6 @@ def read_labeled(
         data = picture.pixels.tobytes()
         digest.update(data)
         file.write(data)
-    if not examples and not unlabeled:
-        raise UserError(f"no image of {what} can be read: {unread.examples[0]}" if unread.count else _none(what))
     notes = [f"{what}: {unread}"] if unread.count else []
     notes += _without_class(what, unlabeled, len(examples))
     file.flush()
@@ -264,4 +266,5 @@ def _without_class(what: str, unlabeled: int, labeled: int) -> list[str]:
     """A note on the images that have no class; UserError if all of them have none."""
     if not labeled:
         raise UserError(f"the images of {what} have no classes: put those of each class into a folder of its own")
-    return [f"{what}: {unlabeled:,} images without a class were left out"] if unlabeled else []
+    count = "1 image without a class was" if unlabeled == 1 else f"{unlabeled:,} images without a class were"
+    return [f"{what}: {count} left out"] if unlabeled else []

@@ -94,7 +94,7 @@ def test_images_without_a_class_are_counted_or_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "files")
     shutil.copy(folder / "top" / "000.png", tmp_path / "files" / "0.png")
     found = read_labeled(str(tmp_path / "files"), FORM)
-    assert found.notes == [f"{tmp_path / 'files'}: 1 images without a class were left out"]
+    assert found.notes == [f"{tmp_path / 'files'}: 1 image without a class was left out"]
     assert len(found) == 12
     with pytest.raises(UserError, match="have no classes: put those of each class into a folder of its own"):
         read_labeled(str(folder / "top"), FORM)
