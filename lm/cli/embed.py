@@ -64,7 +64,7 @@ def embed(
     printed at the end.
 
     If RUN reads images, the vector of an image is the mean over its patches. Images come in the order of their names.
-    Beside F.npy, F.txt has the name of each row's image in a line; in a .jsonl, the field "image" has it. Images that
+    With F.npy comes F.txt, which has the name of each row's image in a line; in a .jsonl, the field "image" has it. Images that
     cannot be read are left out and named at the end.
     """
     from lm.config.recipes import require_image_model, require_language_model, require_no_text_options, run_config

@@ -336,7 +336,11 @@ class FinetuneConfig:
         "pretrained", "initial weights; random: untrained", choices=("pretrained", "random"), on_resume="never"
     )
     train: str = setting(
-        "", "training examples: .jsonl, .json, .csv, .tsv, .parquet, or hf:NAME[:SPLIT]", on_resume="free", of_task=True
+        "",
+        "training examples: .jsonl, .json, .csv, .tsv, .parquet, or hf:NAME[:SPLIT]; of images: a folder with a folder "
+        "for each class, a .tar of such, .parquet, hf:NAME[:SPLIT], or a dataset made by data_prep images",
+        on_resume="free",
+        of_task=True,
     )
     validation: str = setting("", "examples to choose the best step by; empty: none", on_resume="free", of_task=True)
     text_column: str = setting("text", "column with the text, or the question of a choice", of_task=True)
