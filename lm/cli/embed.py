@@ -64,8 +64,8 @@ def embed(
     printed at the end.
 
     If RUN reads images, the vector of an image is the mean over its patches. Images come in the order of their names.
-    With F.npy comes F.txt, which has the name of each row's image in a line; in a .jsonl, the field "image" has it. Images that
-    cannot be read are left out and named at the end.
+    With F.npy comes F.txt, which has the name of each row's image in a line; in a .jsonl, the field "image" has it.
+    Images that cannot be read are left out and named at the end.
     """
     from lm.config.recipes import require_image_model, require_language_model, require_no_text_options, run_config
     from lm.data.examples import check_first_example, stream_examples
