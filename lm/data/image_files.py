@@ -196,7 +196,7 @@ class LabeledImages(Sequence[Example]):
 
 def read_image_task(
     task: FinetuneConfig, form: ImageFormat, kept: Collection[str] = ()
-) -> tuple[LabeledImages, Sequence[Example]]:
+) -> tuple[LabeledImages, LabeledImages]:
     """The training and validation images of a fine-tuning.
 
     Validation images are those of the source that the settings name, or those that the training source itself sets
@@ -210,7 +210,7 @@ def read_image_task(
     train = read_labeled(task.train, form, TRAIN if own else "", label, kept)
     source = task.validation or (task.train if own else "")
     if not source:
-        return train, []
+        return train, LabeledImages([], train.read, "", [])
     return train, read_labeled(source, form, VALIDATION if has_validation(source) else "", label, kept)
 
 
