@@ -136,7 +136,7 @@ def embed_images(run: Path, source: str, output: str, layer: int, normalize: boo
             vectors = image_vectors(model.model, model.form, [pixels], layer, normalize=normalize)
             yield [picture.name for picture in part], vectors
 
-    with pictures_shown(pictures_of(source, model.form, unread), source) as pictures:
+    with pictures_shown(pictures_of(source, model.form, unread), source, output) as pictures:
         if output == "-":
             for names, vectors in embedded(pictures):
                 write_lines(sys.stdout.buffer, vectors, names)

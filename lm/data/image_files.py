@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.shards.images import ImageDataset, ImageFormat, holds_images, open_images
 from data_prep.sources.images import BadImage, Columns, ImageEntry, decode, entries_of, list_images
+from data_prep.sources.records import HUGGING_FACE
 from lm.config.settings import FinetuneConfig
 from lm.data.examples import Example
 from lm.data.labels import class_name
@@ -265,6 +266,14 @@ def _none(what: str) -> str:
 def _without_class(what: str, unlabeled: int, labeled: int) -> list[str]:
     """A note on the images that have no class; UserError if all of them have none."""
     if not labeled:
-        raise UserError(f"the images of {what} have no classes: put those of each class into a folder of its own")
+        is_table = what.partition(" (")[0].endswith(".parquet") or what.startswith(HUGGING_FACE)
+        raise UserError(
+            f"the images of {what} have no classes: "
+            + (
+                "name their column with --label-column"
+                if is_table
+                else "put those of each class into a folder of its own"
+            )
+        )
     count = "1 image without a class was" if unlabeled == 1 else f"{unlabeled:,} images without a class were"
     return [f"{what}: {count} left out"] if unlabeled else []

@@ -4,6 +4,8 @@ import shutil
 import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -99,6 +101,20 @@ def test_images_without_a_class_are_counted_or_refused(folder, tmp_path):
     assert len(found) == 12
     with pytest.raises(UserError, match="have no classes: put those of each class into a folder of its own"):
         read_labeled(str(folder / "top"), FORM)
+
+
+def test_the_classes_of_a_table_are_in_a_column(folder, tmp_path):
+    files = sorted(folder.rglob("*.png"))
+    rows = [{"image": path.read_bytes(), "kind": path.parent.name, "label": None} for path in files]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    one = read_labeled(str(tmp_path / "x.parquet"), FORM, label_column="kind")
+    two = read_labeled(str(folder), FORM)
+    assert [example.label for example in one] == [example.label for example in two]
+    assert one.digest == two.digest
+    task = FinetuneConfig(train=str(tmp_path / "x.parquet"), label_column="kind")
+    assert len(read_image_task(task, FORM)[0]) == 12
+    with pytest.raises(UserError, match="have no classes: name their column with --label-column"):
+        read_labeled(str(tmp_path / "x.parquet"), FORM)
 
 
 def test_a_source_without_images_or_of_another_size_is_refused(pictures, tmp_path):
