@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.settings import ReadSettings
-from lm.config.recipes import finetuning_config, pretraining_config, suggestion
+from lm.config.recipes import finetuning_config, pretraining_config, require_image_model, suggestion
 from lm.config.sampling import Sampling, recommended
 from lm.config.settings import Config
 from lm.data.examples import Columns, Example, read_examples, read_similar
@@ -30,12 +30,13 @@ from lm.export.sentence_transformers import export_sentence_transformers
 from lm.export.task_model import export_task_model
 from lm.finetuning import finetune as finetuning
 from lm.finetuning.contrastive_task import similarity as correlations
-from lm.finetuning.predict import Predictor, open_predictor, predict
+from lm.finetuning.predict import Predictor, open_predictor, predict, predict_images
 from lm.inference.batch_generation import Prompt, continuations
 from lm.inference.embedding import all_vectors, reading_of
 from lm.inference.fill_mask import GREEDY, Filled, fill_masks
 from lm.inference.generator import Generator
 from lm.inference.generator import stream as stream_events
+from lm.inference.image_model import ImageEncoder, pixels_of_all
 from lm.inference.language_model import LanguageModel
 from lm.inference.scoring import log_likelihoods
 from lm.model.device import choose_device
@@ -52,6 +53,7 @@ from lm.training.terminal import TerminalProgress
 __all__ = ["Config", "Run", "Sampling", "UserError", "evaluate", "finetune", "load", "train"]
 
 ROWS = 16  # texts that are generated at the same time
+TEXT_METHODS = ("generate", "fill", "score", "perplexity", "tokenizer", "save_gguf", "save_sentence_transformer")
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,32 @@ class TaskModel(Predictor):
         export_adapter(self.run, Path(folder), self.saved, self.exportable_head, facts)
 
 
+@dataclass(frozen=True)
+class ImageModel(ImageEncoder):
+    """A model that reads images: what ``load`` returns for such a run, unless it was fine-tuned for a task.
+
+    ``embed`` makes vectors of images. ``run`` and ``saved`` are the run and the checkpoint that the model comes from.
+    """
+
+    run: Run
+    saved: Checkpoint
+
+    def __getattr__(self, name: str) -> Any:
+        """UserError for what only models of text can do; called for names that do not exist."""
+        if name in TEXT_METHODS:
+            raise UserError(f"{self.run.path} reads images, so there is no {name}: use embed")
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
+@dataclass(frozen=True)
+class ImageTaskModel(Predictor):
+    """A model that was fine-tuned for a task on images: what ``load`` returns for such a run."""
+
+    def predict(self, images: Any) -> list[dict[str, Any]]:
+        """The answer to each image, its label with probabilities; arguments and errors as of ``ImageModel.embed``."""
+        return list(predict_images(self, pixels_of_all(images, self.run.image_format)))
+
+
 def load(run: str | Path | Run, *, checkpoint: str | int | None = None, device: str = "auto") -> Any:
     """Load the model of a run, or a folder of ``transformers`` (Llama, Mistral, Qwen3, EuroBERT).
 
@@ -233,7 +261,8 @@ def load(run: str | Path | Run, *, checkpoint: str | int | None = None, device: 
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns:
-        A ``Model``, or a ``TaskModel`` for a run that was fine-tuned for a task with a head.
+        A ``Model``, or a ``TaskModel`` for a run that was fine-tuned for a task with a head; an ``ImageModel`` or an
+        ``ImageTaskModel`` for one that reads images.
 
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged.
@@ -246,7 +275,8 @@ def load(run: str | Path | Run, *, checkpoint: str | int | None = None, device: 
     opened = open_run(path)
     if opened.config.has_task_head:
         return load_task_model(opened, checkpoint=str(checkpoint or "best"), device=device)
-    return load_model(opened, checkpoint=str(checkpoint or "newest"), device=device)
+    load_one = load_image_model if opened.config.reads_images else load_model
+    return load_one(opened, checkpoint=str(checkpoint or "newest"), device=device)
 
 
 def load_model(run: str | Path | Run, *, checkpoint: str = "newest", device: str = "auto") -> Model:
@@ -256,10 +286,22 @@ def load_model(run: str | Path | Run, *, checkpoint: str = "newest", device: str
     return Model(opened.load_model(choose_device(device), saved), opened.tokenizer, opened.config, opened, saved)
 
 
-def load_task_model(run: str | Path | Run, *, checkpoint: str = "best", device: str = "auto") -> TaskModel:
+def load_image_model(run: str | Path | Run, *, checkpoint: str = "newest", device: str = "auto") -> ImageModel:
+    """``load`` of a run that must read images and have no task's head."""
+    opened = run if isinstance(run, Run) else open_run(run)
+    require_image_model(opened.path, opened.config)
+    saved = opened.checkpoint(checkpoint)
+    model = opened.load_image_model(choose_device(device), saved)
+    return ImageModel(model, opened.image_format, opened.config, opened, saved)
+
+
+def load_task_model(
+    run: str | Path | Run, *, checkpoint: str = "best", device: str = "auto"
+) -> TaskModel | ImageTaskModel:
     """``load`` of a run that must have a task's head."""
     found = open_predictor(run.path if isinstance(run, Run) else run, choose_device(device), checkpoint)
-    return TaskModel(found.run, found.model, found.answers, found.saved)
+    kind = ImageTaskModel if found.config.reads_images else TaskModel
+    return kind(found.run, found.model, found.answers, found.saved)
 
 
 def train(

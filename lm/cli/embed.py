@@ -1,9 +1,9 @@
-"""``kindling embed``: embed texts as vectors."""
+"""``kindling embed``: embed texts or images as vectors."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,21 +12,31 @@ import click
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.tables import counted
 from data_prep.files import output_ending, require_new_file
-from lm.cli.options import checkpoint_option, columns_of, columns_options, device_option, reading_options, run_argument
+from lm.cli.options import (
+    checkpoint_option,
+    columns_of,
+    columns_options,
+    device_option,
+    pictures_shown,
+    reading_options,
+    run_argument,
+)
 from lm.config.settings import VECTOR_FILES
 
 if TYPE_CHECKING:
+    from lm.data.image_files import Picture
     from lm.inference.embedding import Vectors
 
 
-@click.command(cls=FriendlyCommand, short_help="Turn texts into vectors.")
+@click.command(cls=FriendlyCommand, short_help="Turn texts or images into vectors.")
 @run_argument
 @click.option(
     "--input",
     "source",
     required=True,
-    metavar="FILE|-|hf:NAME[:SPLIT]",
-    help="Texts: .jsonl, .json, .csv, .tsv, .parquet, or .txt with one text per line; - reads JSON lines from stdin.",
+    metavar="FILE|DIR|-|hf:NAME[:SPLIT]",
+    help="Texts: .jsonl, .json, .csv, .tsv, .parquet, or .txt with one text per line; - reads JSON lines from stdin. "
+    "Images: a folder, a file, a .tar, a .parquet, or a dataset made by data_prep images.",
 )
 @click.option(
     "--output", required=True, metavar="FILE|-", help="Output file, .npy or .jsonl; - for JSON lines on stdout."
@@ -52,14 +62,24 @@ def embed(
 
     Input is streamed, so files of any size work. Texts longer than the model's context are cut; their number is
     printed at the end.
+
+    If RUN reads images, the vector of an image is the mean over its patches. Images come in the order of their names.
+    Beside F.npy, F.txt has the name of each row's image in a line; in a .jsonl, the field "image" has it. Images that
+    cannot be read are left out and named at the end.
     """
-    from lm.config.recipes import require_language_model, run_config
+    from lm.config.recipes import require_image_model, require_language_model, require_no_text_options, run_config
     from lm.data.examples import check_first_example, stream_examples
 
-    require_language_model(run, run_config(run))
+    config = run_config(run)
     output_ending(output, VECTOR_FILES)
     if output != "-":
         require_new_file(Path(output))
+    if config.reads_images:
+        require_image_model(run, config)
+        require_no_text_options({"reads": reads, "pooling": pooling, **columns})
+        embed_images(run, source, output, layer, normalize, device, which)
+        return
+    require_language_model(run, config)
     check_first_example(source, "classification", columns_of(columns), labeled=False)
     from lm import api
     from lm.inference.embedding import reading_of, vectors_of, write_lines, write_vectors
@@ -90,3 +110,40 @@ def embed(
         f"{reading.layer if reading.layer >= 0 else len(model.model.blocks)}{cut}",
         err=True,
     )
+
+
+def embed_images(run: Path, source: str, output: str, layer: int, normalize: bool, device: str, which: str) -> None:
+    """Embed the images of a source with a run that reads images."""
+    from lm.data.image_files import Unread, has_validation, pictures_of
+
+    has_validation(source)  # the source is there and has images
+    import numpy as np
+
+    from lm import api
+    from lm.inference.embedding import require_layer, write_lines
+    from lm.inference.image_embedding import image_vectors, names_file, write_image_vectors
+    from lm.inference.image_model import in_parts
+
+    model = api.load_image_model(run, checkpoint=which, device=device)
+    require_layer(model.model.config, layer)
+    unread, written = Unread(), 0
+
+    def embedded(pictures: Iterable[Picture]) -> Iterator[tuple[list[str], Vectors]]:
+        nonlocal written
+        for part in in_parts(pictures):
+            pixels = np.stack([picture.pixels for picture in part])
+            written += len(part)
+            vectors = image_vectors(model.model, model.form, [pixels], layer, normalize=normalize)
+            yield [picture.name for picture in part], vectors
+
+    with pictures_shown(pictures_of(source, model.form, unread), source) as pictures:
+        if output == "-":
+            for names, vectors in embedded(pictures):
+                write_lines(sys.stdout.buffer, vectors, names)
+                sys.stdout.buffer.flush()
+        else:
+            write_image_vectors(Path(output), embedded(pictures), model.config.model.hidden_size)
+    where = f"; their names are in {names_file(Path(output))}" if output.lower().endswith(".npy") else ""
+    left_out = f"; {unread}" if unread.count else ""
+    width = model.config.model.hidden_size
+    click.echo(f"{counted(written, 'image')}, {width} numbers each{where}{left_out}", err=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from lm.config.settings import Config, FinetuneConfig, all_settings
 
 if TYPE_CHECKING:
     from lm.data.examples import Columns
+    from lm.data.image_files import Picture
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -171,10 +174,23 @@ def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
 def usual_command(path: Path, config: Config) -> str:
     """The command that uses a finished run, whole."""
     if config.has_task_head:
-        return f"{command('predict')} {path} --input FILE --output FILE"
+        return f"{command('predict')} {path} --input {'DIR' if config.reads_images else 'FILE'} --output FILE"
     if config.finetune.task == "contrastive":
         return f"{command('embed')} {path} --input FILE --output FILE"
     return f"{command('sample')} {path} {'--chat' if config.is_finetuning else '--prompt TEXT'}"
+
+
+@contextmanager
+def pictures_shown(pictures: Iterator[Picture], source: str) -> Iterator[Iterator[Picture]]:
+    """Show on a terminal how many of a source's images have been read, while the block reads them."""
+    from lm.data.image_files import count_of
+
+    hidden = not sys.stderr.isatty()
+    length = None if hidden else count_of(source)
+    with click.progressbar(
+        pictures, length=length, label="images", file=sys.stderr, hidden=hidden, show_pos=True
+    ) as bar:
+        yield iter(bar)
 
 
 def seeds_of(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""``kindling predict``: the predictions of a fine-tuned run for new texts."""
+"""``kindling predict``: the predictions of a fine-tuned run for new texts or images."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ import dataclasses
 from collections.abc import Iterator
 from itertools import tee
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.tables import counted
 from data_prep.files import output_ending, require_new_file
-from lm.cli.options import best_checkpoint_option, columns_options, device_option, given_settings, run_argument
+from lm.cli.options import (
+    best_checkpoint_option,
+    columns_options,
+    device_option,
+    given_settings,
+    pictures_shown,
+    run_argument,
+)
 from lm.config.settings import ANSWER_FILES
+
+if TYPE_CHECKING:
+    from lm.data.image_files import Picture
 
 
 @click.command(cls=FriendlyCommand, short_help="Predict with a fine-tuned model.")
@@ -23,16 +33,18 @@ from lm.config.settings import ANSWER_FILES
     "--input",
     "source",
     required=True,
-    metavar="FILE|-|hf:NAME[:SPLIT]",
+    metavar="FILE|DIR|-|hf:NAME[:SPLIT]",
     help="Texts, in the columns that RUN was fine-tuned with: .jsonl, .json, .csv, .tsv, .parquet, or .txt, a text per "
-    "line; - reads JSON lines from standard input.",
+    "line; - reads JSON lines from standard input. Images: a folder, a file, a .tar, a .parquet, or a dataset made by "
+    "data_prep images.",
 )
 @click.option(
     "--output",
     default="-",
     show_default=True,
     metavar="FILE|-",
-    help="File for the answers, one per text and in order: .jsonl, .csv or .tsv; - writes JSON lines to stdout.",
+    help="File for the answers, one per text or image and in order: .jsonl, .csv or .tsv; - writes JSON lines to "
+    "stdout.",
 )
 @click.option("--with-text", is_flag=True, help="Repeat each text in its answer.")
 @columns_options("text", "text_pair", "choices", "words", default="as in fine-tuning")
@@ -45,8 +57,11 @@ def predict(
 
     There is one answer for each text, in the same order; the probabilities are in the order of the labels, which are
     sorted. Input is streamed, so files of any size work.
+
+    If RUN reads images, each answer begins with the name of the image, and the accuracy is printed for images in
+    folders named after the classes. Images that cannot be read are left out and named at the end.
     """
-    from lm.config.recipes import require_task_head, run_config
+    from lm.config.recipes import require_no_text_options, require_task_head, run_config
     from lm.data.examples import check_first_example, columns_of
 
     config = run_config(run)
@@ -54,6 +69,10 @@ def predict(
     output_ending(output, ANSWER_FILES)
     if output != "-":
         require_new_file(Path(output))
+    if config.reads_images:
+        require_no_text_options({"with_text": with_text, **columns})
+        predict_images(run, source, output, which, device)
+        return
     named = dataclasses.replace(config.finetune, **given_settings(columns))
     check_first_example(source, named.task, columns_of(named), labeled=False)
     from lm import api
@@ -74,3 +93,34 @@ def predict(
     how = "were split into windows of" if task.long_texts == "window" else "were truncated to"
     more = f"; {cut:,} {how} {predictor.config.data.context_length} tokens" if cut else ""
     click.echo(f"{counted(written, 'answer')}{more}", err=True)
+
+
+def predict_images(run: Path, source: str, output: str, which: str, device: str) -> None:
+    """Classify the images of a source with a run that was fine-tuned on images."""
+    from lm.data.image_files import Unread, has_validation, pictures_of
+
+    has_validation(source)  # the source is there and has images
+    from lm import api
+    from lm.data.labels import class_name
+    from lm.finetuning.predict import predict_images, write_answers
+
+    predictor = api.load_task_model(run, checkpoint=which, device=device)
+    unread, right, judged, others = Unread(), 0, 0, 0
+
+    def answered(pictures: Iterator[Picture]) -> Iterator[dict[str, Any]]:
+        nonlocal right, judged, others
+        pictures, shown = tee(pictures)
+        answers = predict_images(predictor, (picture.pixels for picture in shown))
+        for picture, answer in zip(pictures, answers, strict=True):
+            label = picture.label and class_name("label", picture.label, predictor.answers.labels)
+            judged += label in predictor.answers.labels
+            others += label is not None and label not in predictor.answers.labels
+            right += label == answer["label"]
+            yield {"image": picture.name, **answer}
+
+    with pictures_shown(pictures_of(source, predictor.run.image_format, unread), source) as pictures:
+        written = write_answers(answered(pictures), output)
+    found = f"; accuracy {right / judged:.4f}" if judged else ""
+    if judged and others:
+        found += f" of {counted(judged, 'image')}, without {others:,} of classes that {run} does not know"
+    click.echo(f"{counted(written, 'answer')}{found}{f'; {unread}' if unread.count else ''}", err=True)

@@ -117,7 +117,8 @@ def run_config(path: str | Path) -> Config:
 def require_language_model(path: Path, config: Config) -> None:
     """Raise UserError if the run at ``path`` reads images, or has a task's head instead of a language model's."""
     if config.reads_images:
-        raise UserError(f"{path} reads images, not text: kindling embed and kindling evaluate use it")
+        use = "kindling predict uses it" if config.has_task_head else "kindling embed and kindling evaluate use it"
+        raise UserError(f"{path} reads images, not text: {use}")
     require_no_task_head(path, config)
 
 
@@ -133,10 +134,15 @@ def require_no_task_head(path: Path, config: Config) -> None:
 
 
 def require_image_model(path: Path, config: Config) -> None:
-    """Raise UserError if the run at ``path`` reads text."""
+    """Raise UserError if the run at ``path`` reads text, or has a task's head instead of its objective's."""
     if not config.reads_images:
         raise UserError(
             f"{path} reads text, not images: {command('train')} images-simclr makes a run that reads images"
+        )
+    if config.has_task_head:
+        raise UserError(
+            f"{path} is fine-tuned for {config.finetune.task}: use kindling predict {path} --input DIR for its "
+            f"answers, or kindling merge {path} --trunk-only --out RUN to make it a plain run"
         )
 
 
@@ -144,6 +150,14 @@ def require_task_head(path: Path, config: Config) -> None:
     """Raise UserError if the run at ``path`` has no task's head, and so makes no predictions."""
     if not config.has_task_head:
         raise UserError(f"{path} was not fine-tuned on a task with a head: {command('finetune')} makes such a run")
+
+
+def require_no_text_options(given: Mapping[str, Any]) -> None:
+    """Raise UserError if one of these options, which are for texts, is given for a run that reads images."""
+    if named := [f"--{name.replace('_', '-')}" for name, value in given.items() if value]:
+        raise UserError(
+            f"{' and '.join(named)} {'is' if len(named) == 1 else 'are'} for texts, and the run reads images"
+        )
 
 
 def require_examples(config: Config) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -82,6 +83,36 @@ def pictures_of(
             yield Picture(entry.name, entry.label, pixels)
 
 
+def pixels_of(image: Any, form: ImageFormat, name: str) -> Pixels:
+    """The pixels of a path, a Pillow image, or an array uint8 (height, width) or (height, width, channels), as above.
+
+    ``name`` stands for it in messages. UserError if it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        if isinstance(image, str | Path):
+            name = str(image)
+            image = decode(Path(image).read_bytes())
+        elif isinstance(image, np.ndarray):
+            image = Image.fromarray(_checked(image, name))
+        elif not isinstance(image, Image.Image):
+            raise UserError(f"{name} is of type {type(image).__name__}: give a path, a Pillow image or a uint8 array")
+        return form.pixels(image)
+    except (BadImage, OSError) as error:
+        raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _checked(image: NDArray[Any], name: str) -> Pixels:
+    """An array as Pillow takes it."""
+    gray = image.ndim == 3 and image.shape[2] == 1
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
+        raise UserError(
+            f"{name} is an array of {image.dtype} with the shape {image.shape}: give uint8 (height, width, channels)"
+        )
+    return np.ascontiguousarray(image[:, :, 0] if gray else image)
+
+
 def _of_dataset(dataset: ImageDataset, form: ImageFormat, split: str) -> Iterator[Picture]:
     require_format(dataset, form)
     for name in [split] if split else [TRAIN, VALIDATION]:
@@ -115,6 +146,14 @@ def has_validation(source: str) -> bool:
     if holds_images(source):
         return open_images(source).split(VALIDATION).count > 0
     return any(item.split == VALIDATION for item in list_images([source])[0].items)
+
+
+def count_of(source: str) -> int | None:
+    """How many images a source lists; None if it must be read to know."""
+    if holds_images(source):
+        return sum(open_images(source).split(name).count for name in (TRAIN, VALIDATION))
+    items = list_images([source])[0].items
+    return len(items) if all(item.kind in ("file", "member") for item in items) else None
 
 
 class LabeledImages(Sequence[Example]):

@@ -16,7 +16,7 @@ from lm.runs.base_weights import BASE
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.checkpoint_writer import snapshot, trained_tensors
 from lm.runs.companions import copy_companions
-from lm.runs.directory import CHECKPOINTS, METRICS, Run, plain_settings
+from lm.runs.directory import CHECKPOINTS, METRICS, Run, plain_settings, sha256_key
 
 
 def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -> None:
@@ -40,7 +40,8 @@ def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -
         config = replace(run.config, finetune=FinetuneConfig())
     with new_folder(out) as folder:
         config.save(folder / "config.toml")
-        run.tokenizer.save(folder / "tokenizer.json")
+        processor = run.image_format if run.config.reads_images else run.tokenizer
+        processor.save(folder / processor.file_name)
         (folder / METRICS).touch()
         if keeps_head:
             checkpoint.save_tensors(snapshot(trunk.state_dict()), folder / BASE)
@@ -50,7 +51,7 @@ def merge(run: Run, out: Path, saved: Checkpoint, *, trunk_only: bool = False) -
             "merged_from": str(run.path),
             "merged_config": plain_settings(run.config),
             "data_fingerprint": "",
-            "tokenizer_sha256": run.tokenizer.sha256,
+            sha256_key(processor.file_name): processor.sha256,
             "config": plain_settings(config),
         }
         weights = snapshot(trained_tensors(model))

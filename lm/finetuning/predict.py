@@ -1,4 +1,4 @@
-"""Stream the answers of a fine-tuned run to new texts."""
+"""Stream the answers of a fine-tuned run to new texts or images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import atomic_file, output_ending
@@ -24,7 +26,7 @@ from lm.data.examples import Example, columns_of, stream_examples
 from lm.export.task_model import TaskHead
 from lm.finetuning.answers import Answer, Answers
 from lm.finetuning.head_task import HEADS, batches_of, encoder_of, outputs_of, task_model
-from lm.finetuning.heads import TaskModel
+from lm.finetuning.heads import ImageItems, TaskModel
 from lm.model.lora import merge_lora
 from lm.runs.base_weights import starting_trunk
 from lm.runs.checkpoint import Checkpoint
@@ -131,6 +133,16 @@ def predict(predictor: Predictor, examples: Iterable[Example]) -> Iterator[tuple
         found = outputs_of(predictor.model, batches, predictor.config)
         for example, outputs in zip(encoded, found, strict=True):
             yield predictor.answers.answer(outputs), example.cut
+
+
+def predict_images(predictor: Predictor, images: Iterable[NDArray[np.uint8]]) -> Iterator[Answer]:
+    """Yield the answer to each image, uint8 (size, size, channels), in order."""
+    form, config, rest = predictor.run.image_format, predictor.config, iter(images)
+    rows = max(1, config.finetune.micro_batch_tokens // config.model.patches)
+    while some := list(islice(rest, rows)):
+        items = ImageItems(torch.from_numpy(np.stack(some)), form)
+        for outputs in outputs_of(predictor.model, [items], config):
+            yield predictor.answers.answer(outputs)
 
 
 def write_answers(found: Iterable[Answer], output: str) -> int:

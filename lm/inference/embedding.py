@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -116,11 +116,12 @@ def write_vectors(path: Path, parts: Iterable[Vectors], width: int) -> int:
     return written
 
 
-def write_lines(file: IO[bytes], vectors: Vectors) -> None:
-    """Write vectors as JSON lines, with enough digits to restore each float32 exactly."""
-    for vector in vectors:
-        numbers = [float(str(number)) for number in vector]
-        file.write(json.dumps({"embedding": numbers}).encode() + b"\n")
+def write_lines(file: IO[bytes], vectors: Vectors, names: Sequence[str] = ()) -> None:
+    """Write vectors as JSON lines, with enough digits to restore each float32 exactly, and the names of images."""
+    for number, vector in enumerate(vectors):
+        line: dict[str, Any] = {"image": names[number]} if names else {}
+        line["embedding"] = [float(str(each)) for each in vector]
+        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
 
 def _write_header(file: IO[bytes], rows: int, width: int) -> None:

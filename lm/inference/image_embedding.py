@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_prep.files import atomic_file, output_ending
 from data_prep.shards.images import ImageFormat
+from lm.config.settings import VECTOR_FILES
 from lm.data.images import model_inputs
 from lm.data.patch_rows import layout_of
-from lm.inference.embedding import Vectors, require_layer, scaled
+from lm.inference.embedding import Vectors, require_layer, scaled, write_lines, write_vectors
 from lm.model.image_transformer import ImageTransformer
 
 ROWS = 64  # images per forward pass
@@ -70,3 +73,30 @@ def _hidden_states(model: ImageTransformer, inputs: Tensor, layer: int) -> Tenso
     finally:
         hook.remove()
     return caught[0]
+
+
+def names_file(vectors: Path) -> Path:
+    """The text file beside a .npy file of vectors that has the name of each row's image in a line."""
+    return vectors.with_suffix(".txt")
+
+
+def write_image_vectors(path: Path, parts: Iterable[tuple[Sequence[str], Vectors]], width: int) -> int:
+    """Write the vectors of images, with their names, as they come, and return their number.
+
+    A .npy file gets a ``names_file``; in a .jsonl each line has the name as "image". UserError for another ending.
+    """
+    if output_ending(path, VECTOR_FILES) == ".jsonl":
+        written = 0
+        with atomic_file(path) as file:
+            for names, vectors in parts:
+                write_lines(file, vectors, names)
+                written += len(vectors)
+        return written
+    with atomic_file(names_file(path)) as file:
+
+        def noted() -> Iterator[Vectors]:
+            for names, vectors in parts:
+                file.write("".join(f"{name}\n" for name in names).encode())
+                yield vectors
+
+        return write_vectors(path, noted(), width)

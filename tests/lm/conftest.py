@@ -21,6 +21,7 @@ from lm.finetuning.finetune import Finetuned, finetune
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint
 from lm.runs.directory import CHECKPOINTS, Run, plain_settings
+from lm.training.pretraining import train
 from lm.training.reporter import NullReporter
 
 ANIMALS, PLACES = ("fox", "owl", "sparrow", "horse"), ("barn", "market", "river", "sky")
@@ -56,6 +57,30 @@ def seeing() -> Config:
         projection_size=8, projection_hidden_size=16, decoder_layers=1, decoder_size=32, steps=6, device="cpu",
         checkpoint_every=2, validate_every=3, log_every=2, threads=1, validation_rows=8,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def seeing_run(pictures, seeing, tmp_path_factory) -> Run:
+    """A run that has learned from ``pictures`` for a few steps."""
+    config = seeing.replace(data=(str(pictures.directory),))
+    return train(config, tmp_path_factory.mktemp("seeing") / "run", NullReporter())
+
+
+@pytest.fixture(scope="session")
+def image_settings(pictures, seeing_run) -> Callable[..., Config]:
+    """The settings of a fine-tuning of ``seeing_run`` on the classes of ``pictures``, with changes."""
+
+    def made(**changes) -> Config:
+        task = {"task": "image_classification", "train": str(pictures.directory)}
+        usual = {"epochs": 8, "batch_examples": 12, "learning_rate": 0.01, "threads": 1, "device": "cpu"}
+        return finetuning_config(seeing_run.path, seeing_run.config, task | usual | changes)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def image_classifier(image_settings, tmp_path_factory) -> Finetuned:
+    return finetune(image_settings(), tmp_path_factory.mktemp("classified") / "run", NullReporter())
 
 
 def write_rows_to(path: Path, rows: list[dict]) -> str:

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.errors import UserError
+from data_prep.shards.images import ImageFormat
+from lm.config.settings import FinetuneConfig
+from lm.data.image_files import Unread, has_validation, pictures_of, pixels_of, read_image_task, read_labeled
+from tests.lm.conftest import draw_pictures
+
+FORM = ImageFormat(16, 3, (0.5,) * 3, (0.25,) * 3)
+GRAY = ImageFormat(16, 1, (0.5,), (0.25,))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return draw_pictures(tmp_path_factory.mktemp("images") / "files", count=4)
+
+
+def test_images_of_a_folder_come_by_name_with_their_class_and_pixels(folder):
+    found = list(pictures_of(str(folder), FORM, Unread()))
+    assert [each.name for each in found] == [
+        f"files/{name}/{n:03d}.png" for name in ("left", "none", "top") for n in range(4)
+    ]
+    assert [each.label for each in found] == ["left"] * 4 + ["none"] * 4 + ["top"] * 4
+    for each in found:
+        assert (each.pixels == np.asarray(Image.open(folder.parent / each.name))).all()
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "files")
+    for number in range(4):
+        (tmp_path / "files" / "none" / f"{number}.jpg").write_text("no picture")
+    unread = Unread()
+    assert len(list(pictures_of(str(tmp_path / "files"), FORM, unread))) == 12
+    first = "; ".join(f"files/none/{n}.jpg: not an image" for n in range(3))
+    assert str(unread) == f"4 images were left out: {first}, and 1 more"
+    assert not str(Unread())
+    assert f"{tmp_path / 'files'}: {unread}" in read_labeled(str(tmp_path / "files"), FORM).notes
+
+
+def test_a_folder_an_archive_and_a_dataset_give_the_same_labeled_images(pictures, tmp_path):
+    files = draw_pictures(tmp_path / "files")
+    with tarfile.open(tmp_path / "files.tar", "w") as archive:
+        archive.add(files, "files")
+    numbers = np.array([25, 3, 59])
+    one, two = (read_labeled(str(tmp_path / name), FORM) for name in ("files", "files.tar"))
+    assert [example.label for example in one] == [example.label for example in two]
+    assert (one.read(numbers) == two.read(numbers)).all()
+    assert one.digest == two.digest
+    form = pictures.format
+    both = [read_labeled(str(pictures.directory), form, split) for split in ("train", "validation")]
+    told = {e.place: (e.label, part.read(np.array([n]))[0]) for part in both for n, e in enumerate(part)}
+    for number, example in enumerate(one):
+        label, pixels = told[example.place]
+        assert example.label == label
+        assert (one.read(np.array([number]))[0] == pixels).all()
+
+
+def test_the_content_of_other_images_is_another_one(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "files")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "files" / "top" / "003.png")
+    assert read_labeled(str(tmp_path / "files"), FORM).digest != read_labeled(str(folder), FORM).digest
+
+
+def test_validation_images_are_those_named_or_those_the_source_sets_aside(folder, pictures, tmp_path):
+    for part in ("train", "val"):
+        shutil.copytree(folder, tmp_path / "split" / part)
+    shutil.rmtree(tmp_path / "split" / "val" / "none")
+
+    def places(train, validation=""):
+        found = read_image_task(FinetuneConfig(train=str(train), validation=str(validation)), FORM)
+        return [[example.place for example in part] for part in found]
+
+    assert not has_validation(str(folder))
+    assert has_validation(str(tmp_path / "split"))
+    assert [len(part) for part in places(folder)] == [12, 0]
+    assert [len(part) for part in places(folder, tmp_path / "split")] == [12, 8]
+    train, validation = places(tmp_path / "split")
+    assert (len(train), len(validation)) == (12, 8)
+    assert all("/train/" in place for place in train)
+    assert all("/val/" in place for place in validation)
+    assert list(map(len, places(pictures.directory))) == [
+        pictures.split(name).count for name in ("train", "validation")
+    ]
+
+
+def test_images_without_a_class_are_counted_or_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "files")
+    shutil.copy(folder / "top" / "000.png", tmp_path / "files" / "0.png")
+    found = read_labeled(str(tmp_path / "files"), FORM)
+    assert found.notes == [f"{tmp_path / 'files'}: 1 images without a class were left out"]
+    assert len(found) == 12
+    with pytest.raises(UserError, match="have no classes: put those of each class into a folder of its own"):
+        read_labeled(str(folder / "top"), FORM)
+
+
+def test_a_source_without_images_or_of_another_size_is_refused(pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image in"):
+        read_labeled(str(tmp_path / "empty"), FORM)
+    with pytest.raises(UserError, match="there is no file or folder"):
+        read_labeled(str(tmp_path / "none"), FORM)
+    (tmp_path / "empty" / "a").mkdir()
+    (tmp_path / "empty" / "a" / "0.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"no image of .*empty can be read: empty/a/0.png: not an image"):
+        read_labeled(str(tmp_path / "empty"), FORM)
+    with pytest.raises(UserError, match="prepare them with --size 8 --channels 3"):
+        read_labeled(str(pictures.directory), ImageFormat(8, 3, (0.5,) * 3, (0.25,) * 3))
+
+
+def test_a_path_an_array_and_a_pillow_image_are_one_picture(folder):
+    path = folder / "top" / "000.png"
+    image = Image.open(path)
+    for form in (FORM, GRAY):
+        wanted = pixels_of(path, form, "x")
+        assert wanted.shape == (16, 16, form.channels)
+        assert (pixels_of(image, form, "x") == wanted).all()
+        assert (pixels_of(np.asarray(image), form, "x") == wanted).all()
+    gray = np.asarray(image.convert("L"))
+    assert (pixels_of(gray, GRAY, "x") == pixels_of(gray[:, :, None], GRAY, "x")).all()
+    assert pixels_of(image.resize((40, 20)), FORM, "x").shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (np.zeros((4, 4, 3)), "x is an array of float64 with the shape \\(4, 4, 3\\)"),
+        (np.zeros((4, 4, 2), np.uint8), "x is an array of uint8 with the shape \\(4, 4, 2\\)"),
+        (3, "x is of type int: give a path, a Pillow image or a uint8 array"),
+        ("none.png", "none.png: No such file or directory"),
+        (__file__, "test_image_files.py: not an image"),
+    ],
+)
+def test_what_is_no_image_is_refused_by_its_name(image, said):
+    with pytest.raises(UserError, match=said):
+        pixels_of(image, FORM, "x")
