@@ -3,11 +3,12 @@ PYTHON ?= python3
 PIP_OPTIONS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+READY_IMAGES := .venv/.ready-images
 READY_DEV := .venv/.ready-dev
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: help setup setup-dev demo test bench kernels-aot check format clean
+.PHONY: help setup setup-dev demo demo-images test bench kernels-aot check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +26,10 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(INSTALL) '.[fast,serve]'
 	@touch $@
 
+$(READY_IMAGES): $(READY)
+	@$(INSTALL) '.[tasks]'
+	@touch $@
+
 $(READY_DEV): $(READY)
 	@echo "installing the packages of tests and checks into .venv (only once; takes a few minutes)"
 	@$(INSTALL) '.[dev]'
@@ -32,6 +37,9 @@ $(READY_DEV): $(READY)
 
 demo: setup ## the whole pipeline: text, tokenizer, shards, training, evaluation, samples, report
 	@$(BIN)/kindling demo
+
+demo-images: $(READY_IMAGES) ## the same on images: scikit-learn's digits, features learned without labels, then judged
+	@$(BIN)/kindling demo --images
 
 test: setup-dev ## run all tests on all cores, with coverage
 	$(PYTEST) --cov --cov-report=

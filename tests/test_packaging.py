@@ -61,7 +61,7 @@ def test_the_pinned_version_of_every_requirement_is_in_its_range(requirement):
 
 def test_everything_imported_is_required():
     """The names under which packages are imported are those under which they are installed, but for these."""
-    other_names = {"tomli_w": "tomli-w", "splintr": "splintr-rs", "sklearn": "scikit-learn"}
+    other_names = {"tomli_w": "tomli-w", "splintr": "splintr-rs", "sklearn": "scikit-learn", "PIL": "pillow"}
     required = {canonicalize_name(requirement.name) for requirement in requirements()}
     standard = set(__import__("sys").stdlib_module_names) | {"lm", "data_prep"}
     for path in SOURCES:

@@ -9,7 +9,7 @@ from itertools import islice
 
 from data_prep.errors import UserError
 from data_prep.pipeline.image_parts import ImageJob, ImageReport
-from data_prep.pipeline.images import ImagePlan, notes_of, sentences_of
+from data_prep.pipeline.images import ImagePlan, natural_order, notes_of, sentences_of
 from data_prep.settings import ImageSettings, available_cores
 from data_prep.shards.images import INDEX, stored_bytes
 from data_prep.sources.decoding import BadImage, decode_noting, square
@@ -23,7 +23,8 @@ class ImageEstimate:
     """What a build would read and write: sizes in bytes, time in seconds.
 
     ``images`` is None if a source does not say how many it has; then so are ``disk_bytes`` and ``seconds``.
-    ``classes`` has the names that folders give. ``notes`` are sentences about the sources and about the sample.
+    ``classes`` has the names that folders give and those in the sample. ``notes`` are sentences about the sources and
+    about the sample.
     """
 
     files: int
@@ -74,7 +75,7 @@ def estimate_images(settings: ImageSettings) -> ImageEstimate:
         parts=len(plan.parts),
         images=images,
         channels=channels,
-        classes=sorted({item.label for item in items if item.label is not None}),
+        classes=sorted({each.label for each in (*items, *sample) if each.label is not None}, key=natural_order),
         sampled=len(sample),
         disk_bytes=None if images is None else images * stored // len(sample),
         seconds=None if images is None else images * seconds / len(sample) / workers,

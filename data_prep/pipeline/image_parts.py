@@ -110,6 +110,8 @@ def build_image_part(job: ImageJob, number: int, part: ImagePart, advance: Advan
                 except BadImage as error:
                     report.leave_out(entry.name, error)
                     continue
+                if not item.size:
+                    advance(len(data))
                 image = decoded.image
                 report.change(entry.name, _changes(decoded.changes, image.size, image.mode, job))
                 split = entry.split or (VALIDATION if hash_of(data) < job.threshold else TRAIN)

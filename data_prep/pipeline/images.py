@@ -72,7 +72,7 @@ class ImagePlan:
             held_out = [_with_split(each, VALIDATION) for each in list_images(settings.validation)]
             listings = [*(_with_split(each, TRAIN) for each in listings), *held_out]
         else:
-            listings = [_with_splits_of_folders(each) for each in listings]
+            listings = [_without_test(each) for each in listings]
         most = min(PART_BYTES, part_size(sum(item.size for each in listings for item in each.items)))
         parts = [
             ImagePart(source, items, size)
@@ -93,20 +93,13 @@ def _with_split(listing: Listing, split: str) -> Listing:
     return replace(listing, split=split, items=[replace(item, split=split) for item in listing.items])
 
 
-def _with_splits_of_folders(listing: Listing) -> Listing:
-    """Use the test images for validation, or leave them out if there are validation images too; say so."""
-    splits = {item.split for item in listing.items}
-    if TEST not in splits:
-        used = listing.items
-        notes = [f'"{listing.name}" has folders for training and validation'] if VALIDATION in splits else []
-    elif VALIDATION in splits:
-        used = [item for item in listing.items if item.split != TEST]
-        left = len(listing.items) - len(used)
-        notes = [f'"{listing.name}" has folders for training, validation and test: the {left:,} for test are left out']
-    else:
-        used = [replace(item, split=VALIDATION) if item.split == TEST else item for item in listing.items]
-        notes = [f'"{listing.name}" has folders for training and test: the test images are for validation']
-    return replace(listing, items=used, notes=[*listing.notes, *notes])
+def _without_test(listing: Listing) -> Listing:
+    """Leave test images out if there are validation images too, and say so."""
+    used = [item for item in listing.items if item.split != TEST]
+    if left := len(listing.items) - len(used):
+        note = f'"{listing.name}" has folders for training, validation and test: the {left:,} for test are left out'
+        return replace(listing, items=used, notes=[*listing.notes, note])
+    return listing
 
 
 def _describe(listing: Listing) -> dict[str, Any]:
@@ -294,7 +287,7 @@ def _manifest(
     """Return the manifest; ``docs/shard-format.md`` explains each entry."""
     settings = dict(journal.identity)
     names = {label for records in shards.values() for record in records for label in record.classes}
-    classes = sorted(names, key=_natural)
+    classes = sorted(names, key=natural_order)
     return {
         "format": IMAGES_FORMAT,
         "version": IMAGES_VERSION,
@@ -325,6 +318,6 @@ def _manifest(
     }
 
 
-def _natural(name: str) -> tuple[int, int, str]:
-    """Order numbers by value, before names."""
+def natural_order(name: str) -> tuple[int, int, str]:
+    """Return what to sort classes by: numbers by value, then names."""
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)

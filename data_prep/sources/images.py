@@ -63,9 +63,9 @@ SPLIT_FOLDERS = {"train": TRAIN, "training": TRAIN, "test": TEST, "testing": TES
 class ImageEntry:
     """One image.
 
-    ``name`` is its path from the last folder of its source on, like ``photos/cat/1.jpg``, ``label`` its class or None,
-    and ``split`` "train", "validation" or "test" if a folder says so, or None. ``read`` returns the bytes of the file
-    and raises ``BadImage`` if it cannot.
+    ``name`` is its path from the last folder of its source on, like ``photos/cat/1.jpg``, ``label`` its class or None.
+    ``split`` is "train" or "validation" if a folder says so, or None; "test" occurs only where there is validation too.
+    ``read`` returns the bytes of the file and raises ``BadImage`` if it cannot.
     """
 
     name: str
@@ -173,9 +173,9 @@ def _list_source(text: str) -> Listing:
     if archive:
         listing = _list_archive(archive, inside)
     elif is_glob(text):
-        listing = _list_files(text, list_glob(text), root_of_glob(text))
+        listing = _list_files(list_glob(text), root_of_glob(text))
     elif is_folder(text):
-        listing = _list_files(text, list_folder(text), text)
+        listing = _list_files(list_folder(text), text)
         listing.notes += _links_in(text, listing.name)
     else:
         listing = _list_file(text)
@@ -196,7 +196,12 @@ def _links_in(folder: str, name: str) -> Iterator[str]:
 
 def _list_file(path: str) -> Listing:
     if not is_remote(path) and not Path(path).is_file():
-        raise UserError(f'there is no file or folder "{one_line(path)}"')
+        is_there = Path(path).exists()
+        raise UserError(
+            f'"{one_line(path)}" is neither a file nor a folder'
+            if is_there
+            else f'there is no file or folder "{one_line(path)}"'
+        )
     if path.lower().endswith((".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".rar", ".7z")):
         raise UserError(f'"{one_line(path)}" is compressed, so its images cannot be read at random: unpack it first')
     name, size = one_line(last_name(path)), size_of(path) or 0
@@ -210,25 +215,31 @@ def _of_parquet(path: str, name: str) -> Iterator[ImageItem]:
         yield ImageItem(PARQUET, path, name, group, start=number, stop=number + 1, images=rows)
 
 
-def _list_files(text: str, files: Sequence[tuple[str, int]], root: str) -> Listing:
-    """List the files of a folder or pattern; archives and tables among them are listed as sources of their own."""
+def _list_files(files: Sequence[tuple[str, int]], root: str) -> Listing:
+    """List the images of a folder or pattern or, if there are none, what its archives and tables hold."""
     listing = Listing(one_line(last_name(root or ".")))
-    images = []
+    images, packed = [], []
     for path, size in files:
         relative = path.removeprefix(root).lstrip("/") if is_remote(path) else Path(path).relative_to(root).as_posix()
         name = f"{listing.name}/{one_line(relative)}"
         if path.lower().endswith(ENDINGS):
             images.append((PurePosixPath(relative).parts[:-1], ImageItem(FILE, path, name, size)))
-        elif path.lower().endswith(PARQUET):
-            listing.items.extend(_of_parquet(path, name))
-        elif path.lower().endswith(TAR):
-            inner = _list_archive(path, "")
-            listing.items.extend(inner.items)
-            listing.unread.extend(inner.unread)
-            listing.notes.extend(inner.notes)
+        elif path.lower().endswith((PARQUET, TAR)):
+            packed.append((path, name))
         else:
             listing.unread.append(name)
-    listing.items[:0] = _with_folders(images)
+    listing.items = _with_folders(images, listing)
+    if images:
+        listing.unread += [name for _, name in packed]
+        return listing
+    for path, name in packed:
+        if path.lower().endswith(PARQUET):
+            listing.items += _of_parquet(path, name)
+        else:
+            inner = _list_archive(path, "")
+            listing.items += inner.items
+            listing.unread += inner.unread
+            listing.notes += inner.notes
     return listing
 
 
@@ -261,7 +272,7 @@ def _list_archive(path: str, inside: str) -> Listing:
         shown = "/".join((PurePosixPath(last_name(path)).stem, *above[shared:], name))
         item = ImageItem(MEMBER, path, one_line(shown), size, start=start, stop=start + size)
         items.append((above[len(wanted) :], item))
-    listing.items = _with_folders(items)
+    listing.items = _with_folders(items, listing)
     return listing
 
 
@@ -296,19 +307,23 @@ def _shared(folders: Sequence[tuple[str, ...]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def _with_folders(images: Sequence[tuple[tuple[str, ...], ImageItem]]) -> list[ImageItem]:
-    """Give images the class and split that their folders name."""
+def _with_folders(images: Sequence[tuple[tuple[str, ...], ImageItem]], listing: Listing) -> list[ImageItem]:
+    """Give images the class and split that their folders name, and note what the splits are used for."""
     shared = _shared([folders for folders, _ in images])
-    tops = {folders[shared].lower() if len(folders) > shared else "" for folders, _ in images}
-    if len(tops) < 2 or "train" not in {SPLIT_FOLDERS.get(top) for top in tops} or not tops <= SPLIT_FOLDERS.keys():
+    tops = {folders[shared] if len(folders) > shared else "" for folders, _ in images}
+    splits = {top: SPLIT_FOLDERS.get(top.lower()) for top in tops}
+    if len(tops) < 2 or None in splits.values() or TRAIN not in splits.values():
         return [replace(item, label=_class_of(folders, shared)) for folders, item in images]
+    if VALIDATION not in splits.values():
+        splits = {top: VALIDATION if split == TEST else split for top, split in splits.items()}
+        listing.notes.append(f'"{listing.name}" has folders for training and test: the test images are for validation')
     by_top = defaultdict(list)
     for folders, item in images:
         by_top[folders[shared]].append((folders[shared + 1 :], item))
     found = []
     for top, inner in sorted(by_top.items()):
-        split, deeper = SPLIT_FOLDERS[top.lower()], _shared([folders for folders, _ in inner])
-        found += [replace(item, label=_class_of(folders, deeper), split=split) for folders, item in inner]
+        deeper = _shared([folders for folders, _ in inner])
+        found += [replace(item, label=_class_of(folders, deeper), split=splits[top]) for folders, item in inner]
     return found
 
 

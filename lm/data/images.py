@@ -22,6 +22,12 @@ def normalized(pixels: Tensor, form: ImageFormat) -> Tensor:
     return (pixels - mean) / std
 
 
+def denormalized(images: Tensor, form: ImageFormat) -> Tensor:
+    """The values in [0, 1] of which ``normalized`` makes these images, limited to that range."""
+    mean, std = (torch.tensor(part, device=images.device)[:, None, None] for part in (form.mean, form.std))
+    return (images * std + mean).clamp(0, 1)
+
+
 def model_inputs(images: Tensor, form: ImageFormat) -> Tensor:
     """What a model reads of images without views: float32 (n, C, H, W) from their pixels, uint8 (n, H, W, C)."""
     return normalized(images.permute(0, 3, 1, 2).float() / 255, form)
@@ -192,9 +198,3 @@ class ImageValidation:
     @property
     def count(self) -> int:
         return self.held_out.count
-
-
-def denormalized(images: Tensor, form: ImageFormat) -> Tensor:
-    """The values in [0, 1] of which ``normalized`` makes these images, limited to that range."""
-    mean, std = (torch.tensor(part, device=images.device)[:, None, None] for part in (form.mean, form.std))
-    return (images * std + mean).clamp(0, 1)

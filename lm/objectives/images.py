@@ -106,11 +106,8 @@ class ImageObjective:
         return {self.name: found}
 
     def _plain(self, read: Callable[[NDArray[np.int64]], NDArray[np.uint8]]) -> Callable[[NDArray[np.int64]], Any]:
-        return lambda numbers: self.plain(read(numbers))
-
-    def plain(self, images: NDArray[np.uint8]) -> ImageBatch:
-        """A batch of images without views."""
-        return self.batch_of(images, torch.zeros(len(images), 0, COLUMNS), 0.0)
+        """Batches of images without views."""
+        return lambda numbers: self.batch_of(read(numbers), torch.zeros(len(numbers), 0, COLUMNS), 0.0)
 
     def flops_per_token(self, model: nn.Module, context_length: int) -> float:
         """Floating-point operations of one training step for each patch of its images, by the usual convention."""

@@ -14,9 +14,13 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
+from data_prep.shards.images import ImageFormat
 from lm.data.image_corpora import ImageCorpora
 from lm.data.images import HeldOutImages, ImageValidation, TrainingImages, denormalized
 from lm.data.training_data import validation_rows
+from lm.evaluation.image_features import MAJORITY, NAMES, verdict
+from lm.inference.embedding import Vectors
+from lm.inference.image_embedding import image_vectors
 from lm.model.device import choose_device
 from lm.model.image_transformer import ImageTransformer
 from lm.objectives.images import ImageObjective
@@ -33,7 +37,7 @@ from lm.training.plan import format_bytes
 
 SHEET, REBUILT, ASKED, NEAREST = 8, 8, 10, 5  # images in each part of the page
 AMONG, MAPPED, NAMED = 2000, 600, 12  # images that neighbors are sought in, images on the map, classes on it
-AT_ONCE = 64  # images in a forward pass
+PART = 256  # images that are read at a time
 
 Shown = dict[str, str]  # a picture: its address, its description, and what is written below it
 
@@ -67,8 +71,8 @@ def write_image_report(run: Run, evaluation: dict[str, Any] | None, checkpoint: 
         events=events_of(lines),
         sheet=_sheet(objective, TrainingImages(corpora, run.config)) if corpora else None,
         rebuilt=_rebuilt(objective, model, held_out) if held_out and isinstance(objective, MaskedAutoencoder) else None,
-        neighbors=_neighbors(objective, model, held_out) if held_out else None,
-        map=_map(objective, model, held_out) if held_out else None,
+        neighbors=_neighbors(model, run.image_format, held_out) if held_out else None,
+        map=_map(model, run.image_format, held_out) if held_out else None,
         settings=settings_of(run),
         environment=environment(model, "Pillow"),
     )
@@ -121,24 +125,17 @@ def _rebuilt(objective: MaskedAutoencoder, model: ImageTransformer, held_out: Im
     return {"rows": rows, "share": f"{share:.0%}", "scaled": scaled}
 
 
-@torch.no_grad()
-def _features(
-    objective: ImageObjective, model: ImageTransformer, split: HeldOutImages, numbers: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """Features of these images, scaled to length 1: float32 (n, hidden)."""
-    device, found = next(model.parameters()).device, []
-    for first in range(0, len(numbers), AT_ONCE):
-        batch = objective.plain(split.read(numbers[first : first + AT_ONCE]))
-        found.append(objective.features(model, batch.to(device)).cpu())
-    return torch.nn.functional.normalize(torch.cat(found), dim=1).numpy()
+def _features(model: ImageTransformer, form: ImageFormat, split: HeldOutImages, numbers: NDArray[np.int64]) -> Vectors:
+    """Features of these images, scaled to length 1."""
+    parts = (split.read(numbers[first : first + PART]) for first in range(0, len(numbers), PART))
+    return image_vectors(model, form, parts, normalize=True)
 
 
-def _neighbors(objective: ImageObjective, model: ImageTransformer, held_out: ImageValidation) -> dict[str, Any]:
+def _neighbors(model: ImageTransformer, form: ImageFormat, held_out: ImageValidation) -> dict[str, Any]:
     """Held-out images, each with the training images whose features have the largest cosine with its own."""
     asked, among = held_out.held_out.choose(ASKED), held_out.train.choose(AMONG)
-    cosines = (
-        _features(objective, model, held_out.held_out, asked) @ _features(objective, model, held_out.train, among).T
-    )
+    own, others = _features(model, form, held_out.held_out, asked), _features(model, form, held_out.train, among)
+    cosines = own @ others.T
     nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :NEAREST]
     rows, right, known = [], 0, 0
     for place, number in enumerate(asked.tolist()):
@@ -163,13 +160,13 @@ def _class(split: HeldOutImages, number: int) -> str:
     return split.classes[label] if label >= 0 else ""
 
 
-def _map(objective: ImageObjective, model: ImageTransformer, held_out: ImageValidation) -> dict[str, Any] | None:
+def _map(model: ImageTransformer, form: ImageFormat, held_out: ImageValidation) -> dict[str, Any] | None:
     """The features of held-out images in the plane in which they differ most; None for fewer than three images."""
     split = held_out.held_out
     numbers = split.choose(MAPPED)
     if len(numbers) < 3:
         return None
-    vectors = _features(objective, model, split, numbers).astype(np.float64)
+    vectors = _features(model, form, split, numbers).astype(np.float64)
     places, shares = principal_components(vectors)
     labels = split.labels[numbers]
     counts = np.bincount(labels[labels >= 0], minlength=len(split.classes))
@@ -199,23 +196,24 @@ def principal_components(vectors: NDArray[np.float64]) -> tuple[NDArray[np.float
 
 
 def _evaluated(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The table of ``evaluation.json``: what classifies features, by what it reads."""
-    sources = {"this run": (evaluation["features"], False)}
-    sources |= {name.replace("_", " "): (found, True) for name, found in evaluation["baselines"].items()}
-    columns = [key for key, found in evaluation["features"].items() if "accuracy" in found]
+    """The content of ``evaluation.json`` (``lm.evaluation.image_features``), as a table and sentences."""
+    features, baselines = evaluation["features"], dict(evaluation["baselines"])
+    rows = [("this run", features)] if features else []
+    usual = baselines.pop(MAJORITY, None)
+    rows += [(f"{NAMES[name]} (baseline)", found) for name, found in baselines.items()]
+    if usual:
+        rows.append(("most frequent class (baseline)", dict.fromkeys(features, usual)))
     return {
-        "columns": [{"knn": "k-NN", "linear": "linear probe"}.get(key, key) for key in columns],
-        "rows": [
-            {
-                "name": name + (" (baseline)" if is_baseline else ""),
-                "is_baseline": is_baseline,
-                "cells": [f"{found[key]['accuracy']:.1%}" if key in found else "" for key in columns],
-            }
-            for name, (found, is_baseline) in sources.items()
-        ],
+        "columns": [NAMES[probe] for probe in features],
+        "rows": [{"name": name, "cells": [_percent(found[probe]) for probe in features]} for name, found in rows],
+        "verdict": verdict(evaluation),
         "protocol": evaluation.get("protocol", ""),
-        "step": evaluation.get("step"),
+        "step": evaluation["step"],
     }
+
+
+def _percent(accuracy: dict[str, float]) -> str:
+    return f"{accuracy['accuracy']:.1%}" + (f" ± {accuracy['error']:.1%}" if "error" in accuracy else "")
 
 
 def _validations(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -52,3 +52,9 @@ def test_without_a_usable_image_there_is_no_estimate(tmp_path: Path) -> None:
     folder = write_tree(tmp_path / "x", {"1.jpg": b"x"})
     with pytest.raises(UserError, match="no image of the sample can be used"):
         estimate_images(settings_for(folder, tmp_path / "out"))
+
+
+def test_classes_of_tables_come_from_the_sample(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    found = estimate_images(ImageSettings.from_options(["builtin:digits"], tmp_path / "out", 8, workers=1))
+    assert (found.images, found.classes) == (1797, [str(digit) for digit in range(10)])

@@ -67,8 +67,8 @@ def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:
         "Test/dog/4.png": DATA[3],
     }
     expected = [
-        ("x/Test/cat/3.png", "cat", "test"),
-        ("x/Test/dog/4.png", "dog", "test"),
+        ("x/Test/cat/3.png", "cat", "validation"),
+        ("x/Test/dog/4.png", "dog", "validation"),
         ("x/train/cat/1.png", "cat", "train"),
         ("x/train/dog/2.png", "dog", "train"),
     ]
@@ -78,6 +78,8 @@ def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:
         ("v/train/1.png", None, "train"),
         ("v/val/2.png", None, "validation"),
     ]
+    three = {"train/1.png": DATA[0], "dev/2.png": DATA[1], "testing/3.png": DATA[2]}
+    assert [split for *_, split in found(write_tree(tmp_path / "t", three))] == ["validation", "test", "train"]
     nested = {"train/cat/images/1.png": DATA[0], "train/dog/images/2.png": DATA[1], "val/images/3.png": DATA[2]}
     assert [label for _, label, _ in found(write_tree(tmp_path / "n", nested))] == ["cat", "dog", None]
 
@@ -97,15 +99,21 @@ def test_files_and_patterns_and_several_sources(tmp_path: Path) -> None:
     assert len(found(folder, folder)) == 6, "equal names do not matter"
 
 
-def test_archives_in_a_folder_are_read_too(tmp_path: Path) -> None:
-    folder = write_tree(tmp_path / "all", {"loose.png": DATA[5]})
+def test_archives_in_a_folder_are_read_if_it_has_no_images(tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    folder.mkdir()
     write_tar(folder / "pets.tar", CLASSES)
+    write_tar(folder / "more.tar", {"1.png": DATA[4]})
     assert [(name, label) for name, label, _ in found(folder)] == [
-        ("all/loose.png", None),
+        ("more/1.png", None),
         ("pets/cat/1.png", "cat"),
         ("pets/cat/in/2.png", "cat"),
         ("pets/dog/1.png", "dog"),
     ]
+    write_tree(folder, {"loose.png": DATA[5]})
+    (listing,) = list_images([str(folder)])
+    assert [item.name for item in listing.items] == ["all/loose.png"]
+    assert listing.unread == ["all/more.tar", "all/pets.tar"]
 
 
 def test_the_digits_of_scikit_learn() -> None:
@@ -171,6 +179,7 @@ def test_a_cut_archive_gives_what_is_whole(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("nothing", 'there is no file or folder "nothing"'),
+        ("/dev/null", '"/dev/null" is neither a file nor a folder'),
         ("empty", 'no image in "empty": looked for .jpg'),
         ("texts", r"there is only 1 \.txt \(a\.txt\)"),
         ("linked", r"1 linked folder is not followed in \"linked\": pets"),

@@ -38,6 +38,26 @@ def test_each_stage_continues_the_one_before_and_samples_as_the_recipe_reports()
     assert "kindling demo" in (ROOT / "Makefile").read_text()
 
 
+def test_each_stage_on_images_continues_the_one_before():
+    stages = [parsed(stage) for stage in demo.IMAGE_STAGES]
+    assert [stage["command"] for stage in stages] == ["images", "train", "evaluate", "report"]
+    images, train, *rest = stages
+    assert images["sources"] == ("builtin:digits",)
+    assert str(images["out"]) == train["data"][0]
+    assert {stage["run"] for stage in rest} == {train["run_path"]}
+    assert load_config(ROOT / "configs" / f"{train['recipe']}.toml").reads_images
+    assert "kindling demo --images" in (ROOT / "Makefile").read_text()
+
+
+def test_the_option_chooses_the_stages(monkeypatch):
+    monkeypatch.setattr(demo, "STAGES", ("--version",))
+    monkeypatch.setattr(demo, "IMAGE_STAGES", ("prep --help",))
+    for options, shown in (([], "$ kindling --version\n"), (["--images"], "$ kindling prep --help\n")):
+        result = CliRunner().invoke(main, ["demo", *options])
+        assert result.exit_code == 0
+        assert shown in result.stdout
+
+
 @pytest.mark.parametrize(
     ("stages", "status", "shown"),
     [

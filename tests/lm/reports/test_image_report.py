@@ -15,24 +15,16 @@ from PIL import Image
 
 from lm.api import train
 from lm.cli.main import main
-from lm.data.images import denormalized
+from lm.data.images import denormalized, model_inputs
+from lm.data.patch_rows import layout_of
 from lm.data.training_data import training_rows
+from lm.evaluation.image_features import evaluate_images, verdict
 from lm.objectives.objective import open_objective
 from lm.reports.image_report import principal_components, write_image_report
 from lm.reports.page import picture
 from lm.runs.directory import Run, open_run
 from lm.runs.run_data import open_data
 from lm.training.reporter import NullReporter
-
-EVALUATION = {
-    "features": {"knn": {"accuracy": 0.412}, "linear": {"accuracy": 0.503}},
-    "baselines": {
-        "raw_pixels": {"knn": {"accuracy": 0.396}, "linear": {"accuracy": 0.313}},
-        "random_weights": {"knn": {"accuracy": 0.294}, "linear": {"accuracy": 0.41}},
-    },
-    "protocol": "20 <neighbors>",
-    "step": 6,
-}
 
 
 @pytest.fixture(scope="module", params=["simclr", "mae"])
@@ -43,7 +35,7 @@ def run(request, pictures, seeing, tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def html(run) -> str:
-    return write_image_report(run, EVALUATION).read_text(encoding="utf-8")
+    return write_image_report(run, evaluate_images(run)).read_text(encoding="utf-8")
 
 
 def images_of(html: str) -> dict[str, np.ndarray]:
@@ -118,11 +110,11 @@ def test_what_is_rebuilt_is_shown_for_mae_only(html, run, pictures):
 def test_neighbors_are_the_nearest_training_images_with_their_classes(html, run, pictures, read_page):
     """Computed once more by hand, one image at a time."""
     model, form = run.load_image_model(torch.device("cpu")), run.image_format
-    objective = open_objective(run.config, form)
 
     def feature(pixels: np.ndarray) -> np.ndarray:
+        images = [model_inputs(torch.from_numpy(pixels[None]), form)]
         with torch.no_grad():
-            return objective.features(model, objective.plain(pixels[None]))[0].double().numpy()
+            return model(images, layout_of(images, 4)).mean(1)[0].double().numpy()
 
     held_out, training = pictures.split("validation"), pictures.split("train")
     features = np.stack([feature(each) for each in training.read(np.arange(training.count))])
@@ -141,11 +133,23 @@ def test_neighbors_are_the_nearest_training_images_with_their_classes(html, run,
     assert words.count("✗") - 1 == 50 - right
 
 
-def test_the_evaluation_is_shown_beside_its_baselines(html, read_page):
-    words = read_page(html).words()
-    assert "accuracy k-NN linear probe this run 41.2% 50.3%" in words
-    assert "raw pixels (baseline) 39.6% 31.3% random weights (baseline) 29.4% 41.0%" in words
-    assert "20 <neighbors>" in words
+def test_the_evaluation_is_shown_next_to_its_baselines(html, run, read_page):
+    words, found = read_page(html).words(), evaluate_images(run)
+    assert "accuracy k-NN linear probe this run" in words
+    rows = {
+        "this run": found["features"],
+        **{
+            f"{name} (baseline)": found["baselines"][name.replace(" ", "_")]
+            for name in ("raw pixels", "random weights")
+        },
+    }
+    for name, probes in rows.items():
+        cells = " ".join(f"{probe['accuracy']:.1%} ± {probe['error']:.1%}" for probe in probes.values())
+        assert f"{name} {cells}" in words
+    usual = f"{found['baselines']['majority']['accuracy']:.1%}"
+    assert f"most frequent class (baseline) {usual} {usual}" in words
+    assert verdict(found) in words
+    assert found["protocol"][1:] in words
 
 
 def test_pictures_without_labels_have_no_marks(pictures, run, tmp_path, read_page):
@@ -160,12 +164,13 @@ def test_pictures_without_labels_have_no_marks(pictures, run, tmp_path, read_pag
             index.tofile(folder / f"{shard['name']}.idx")
             shard["classes"] = []
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    html = write_image_report(replace(run, config=run.config.replace(data=(str(folder),))), None).read_text()
-    words = read_page(html).words()
+    flat = replace(run, config=run.config.replace(data=(str(folder),)))
+    words = read_page(write_image_report(flat, evaluate_images(flat)).read_text()).words()
+    assert "No accuracy: the images of" in words
     assert "Nearest neighbors" in words
     assert "✓" not in words
     assert "Training did not see the classes" not in words
-    assert "How good the features are" not in words
+    assert "this run" not in words
 
 
 def test_without_the_data_only_the_pictures_are_missing(run, tmp_path, read_page):

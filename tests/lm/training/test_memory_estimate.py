@@ -127,3 +127,29 @@ def test_live_bytes_follow_storages_not_tensors():
         assert live.peak == 4000
         del view
         assert live.now == 0
+
+
+@pytest.mark.parametrize("objective", ["simclr", "mae"])
+def test_a_step_on_images_is_counted_alike_with_memory_and_without_and_as_real_steps_need(objective, monkeypatch):
+    config = Config().replace(
+        num_layers=3, hidden_size=64, num_heads=2, objective=objective, patch_size=4, batch_images=8, image_size=16,
+        image_channels=3, context_length=16, batch_tokens=128,
+    )  # fmt: skip
+    counts = []
+    for limit in (1e12, 0):
+        monkeypatch.setattr(memory_estimate, "SMALL_FLOPS", limit)
+        memory_estimate._counted.cache_clear()
+        counts.append(step_memory(config, 8, CPU))
+    memory_estimate._counted.cache_clear()
+    assert counts[0] == counts[1]
+    made = open_objective(config)
+    with LiveBytes("cpu") as live:
+        model = made.new_model()
+        optimizer = Optimizer(model, config.optimizer)
+        for _ in range(2):
+            model.zero_grad()
+            live.peak = live.now
+            sum(made.loss(model, made.example(8)).values()).backward()
+            optimizer.clip()
+            optimizer.step(1.0)
+    assert counts[0].total == pytest.approx(live.peak, rel=0.05)
