@@ -16,9 +16,10 @@ import click
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
+from lm.config.finetune_settings import FinetuneConfig
 from lm.config.sampling import Sampling
 from lm.config.setting import Setting
-from lm.config.settings import Config, FinetuneConfig, all_settings
+from lm.config.settings import Config, all_settings
 
 if TYPE_CHECKING:
     from lm.data.examples import Columns

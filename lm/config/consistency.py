@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lm.config.corpus_entry import corpus_of
+from lm.config.finetune_settings import IMAGE_TASKS, TASKS, FinetuneConfig
 from lm.config.sampling import problem_of_fill
-from lm.config.settings import IMAGE_OBJECTIVES, IMAGE_TASKS, TASKS, Config, FinetuneConfig, ModelConfig
+from lm.config.settings import IMAGE_OBJECTIVES, Config, ModelConfig
 
 LARGEST_HEAD = 256  # of the attention kernels
 MOST_PARAMETERS = 10**13

@@ -22,11 +22,10 @@ from data_prep.errors import UserError
 from data_prep.errors.command_names import command, example_recipe
 from data_prep.errors.other_names import other_name
 from lm.config.consistency import inconsistencies
+from lm.config.finetune_settings import METHODS, FinetuneConfig
 from lm.config.setting import Setting
 from lm.config.settings import (
-    METHODS,
     Config,
-    FinetuneConfig,
     ReportConfig,
     all_settings,
     finetuning_defaults,

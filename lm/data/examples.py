@@ -28,7 +28,7 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.files import parse_json
 from data_prep.sources.records import HUGGING_FACE, column_names, known_fields, value_at
-from lm.config.settings import FinetuneConfig
+from lm.config.finetune_settings import FinetuneConfig
 from lm.data.example_files import STDIN, rows_of
 from lm.data.labels import choice_of, class_name, is_missing, number_of, refuse_doubles, text_of
 

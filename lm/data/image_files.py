@@ -19,7 +19,7 @@ from data_prep.errors import UserError
 from data_prep.shards.images import ImageDataset, ImageFormat, holds_images, open_images
 from data_prep.sources.images import BadImage, Columns, ImageEntry, decode, entries_of, list_images
 from data_prep.sources.records import HUGGING_FACE
-from lm.config.settings import FinetuneConfig
+from lm.config.finetune_settings import FinetuneConfig
 from lm.data.examples import Example
 from lm.data.labels import class_name
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.files import read_json, write_atomically
 from data_prep.shards.images import ImageFormat
-from lm.config.settings import IMAGE_TASKS
+from lm.config.finetune_settings import IMAGE_TASKS
 from lm.data.examples import Columns, Example, Labels, content_hash, numbers_of, read_examples
 from lm.data.image_files import TRAIN, VALIDATION, LabeledImages, has_validation, read_labeled
 from lm.evaluation.probes import Predictions, Target, linear, majority, nearest, tfidf

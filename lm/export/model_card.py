@@ -16,7 +16,8 @@ import jinja2
 
 from data_prep.errors import UserError
 from lm import __version__
-from lm.config.settings import HEAD_TASKS, Config
+from lm.config.finetune_settings import HEAD_TASKS
+from lm.config.settings import Config
 from lm.export.stock_architectures import StockClass, auto_class
 from lm.inference.chat_template import PLAIN_TURNS, read_template
 from lm.runs.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.files import new_folder
-from lm.config.settings import HEAD_TASKS
+from lm.config.finetune_settings import HEAD_TASKS
 from lm.export.huggingface import write_card, write_json, write_language_model
 from lm.export.model_card import NO_FACTS, CardFacts, model_card
 from lm.export.stock_architectures import PARTS, reading_class, stock_class, stock_config, stock_weights, weight_names

@@ -23,8 +23,9 @@ from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.files import sha256_of_file
 from lm import kernels
+from lm.config.finetune_settings import HEAD_TASKS, IMAGE_TASKS
 from lm.config.recipes import require_examples
-from lm.config.settings import HEAD_TASKS, IMAGE_TASKS, Config
+from lm.config.settings import Config
 from lm.data.examples import Example, content_hash, read_task
 from lm.data.image_files import read_image_task
 from lm.data.keyed_random import Stream, key, permuted

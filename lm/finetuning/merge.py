@@ -9,7 +9,7 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.files import new_folder
-from lm.config.settings import FinetuneConfig
+from lm.config.finetune_settings import FinetuneConfig
 from lm.finetuning.predict import load_task_model
 from lm.runs import checkpoint
 from lm.runs.base_weights import BASE

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lm.config.settings import ATTENTION_MATRICES, FEED_FORWARD_MATRICES
+from lm.config.finetune_settings import ATTENTION_MATRICES, FEED_FORWARD_MATRICES
 from lm.model.image_transformer import Model
 
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from lm.config.settings import METHODS, Config, ModelConfig, all_settings, finetuning_defaults, finetuning_settings
+from lm.config.finetune_settings import METHODS
+from lm.config.settings import Config, ModelConfig, all_settings, finetuning_defaults, finetuning_settings
 
 
 def test_setting_names_are_unique_over_all_sections():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep.errors import UserError
 from data_prep.shards.images import ImageFormat
-from lm.config.settings import FinetuneConfig
+from lm.config.finetune_settings import FinetuneConfig
 from lm.data.image_files import Unread, has_validation, pictures_of, pixels_of, read_image_task, read_labeled
 from tests.lm.conftest import draw_pictures
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from lm.config.settings import HEAD_TASKS, TASKS
+from lm.config.finetune_settings import HEAD_TASKS, TASKS
 from lm.data.examples import Example
 from lm.finetuning import finetune, head_task
 from lm.finetuning.answers import Answers, ChoiceAnswers, NumberAnswers, TagAnswers, by_example

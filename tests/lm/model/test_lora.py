@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lm.config.settings import LORA_MATRICES
+from lm.config.finetune_settings import LORA_MATRICES
 from lm.model.lora import add_lora, merge_lora
 from lm.model.transformer import Transformer
 from lm.runs.checkpoint_writer import load_trained, trained_tensors
