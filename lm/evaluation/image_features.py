@@ -115,7 +115,8 @@ def evaluate_images(
     except _NoClassesError as reason:
         no_accuracy = str(reason)
     where = choose_device(device)
-    progress(f"{run.config.objective.objective}: loss of the validation split")
+    if corpora:
+        progress(f"{run.config.objective.objective}: loss on the validation split")
     result: dict[str, Any] = {
         "step": saved.step,
         "checkpoint": saved.state["sha256"][MODEL],
