@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lm.conftest import draw_pictures
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "adding-an-objective.md").read_text(encoding="utf-8")
 
@@ -30,15 +32,19 @@ def copy(tmp_path_factory) -> Path:
     for name in ("train.py", "evaluate.py"):
         shutil.copy(ROOT / name, folder)
     files = dict(re.findall(r"`((?:lm|tests)/\S+\.py)`:\n```python\n(.*?)```", PAGE, flags=re.DOTALL))
-    assert len(files) == 2
+    assert len(files) == 4
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
-    (line,) = re.findall(r"```python\n(    \"\w+\": \(.*?\),\n)```", PAGE)
+    lines = re.findall(r"```python\n(    \"\w+\": \(.*?\),\n)```", PAGE)
+    (images,) = re.findall(r"```python\n(IMAGE_OBJECTIVES = .*\n)```", PAGE)
+    assert len(lines) == 2
     settings = folder / "lm" / "config" / "settings.py"
     text = settings.read_text(encoding="utf-8")
     assert text.count("OBJECTIVES = {\n") == 1
-    settings.write_text(text.replace("OBJECTIVES = {\n", "OBJECTIVES = {\n" + line), encoding="utf-8")
+    assert text.count('IMAGE_OBJECTIVES = ("simclr", "mae")\n') == 1
+    text = text.replace("OBJECTIVES = {\n", "OBJECTIVES = {\n" + "".join(lines))
+    settings.write_text(text.replace('IMAGE_OBJECTIVES = ("simclr", "mae")\n', images), encoding="utf-8")
     return folder
 
 
@@ -52,7 +58,7 @@ def test_the_page_names_the_methods_of_the_face():
 
 
 def test_the_tests_of_the_page_pass(copy):
-    assert "1 passed" in python(
+    assert "2 passed" in python(
         copy, "-m", "pytest", "-p", "no:cacheprovider", "tests", "-c", "/dev/null", "--rootdir", "."
     )
 
@@ -79,3 +85,19 @@ def test_the_new_objective_trains_resumes_and_is_evaluated(copy, dataset):
     assert list(json.loads(python(copy, "evaluate.py", "run", "--json").splitlines()[-1])["validation"]) == [
         "next_token"
     ]
+
+
+def test_the_new_objective_on_images_trains_resumes_is_evaluated_and_reported(copy):
+    images = 'import sys; from lm.cli.main import main; sys.argv[0] = "kindling"; main()'
+    python(copy, "-c", images, "prep", "images", str(draw_pictures(copy / "pictures")), "--out", "data", "--size", "16")
+    train = ["train.py", "configs/images-simclr.toml", "--data", "data", "--run", "turned", "--objective", "rotation"]
+    train += ["--num-layers", "1", "--hidden-size", "16", "--num-heads", "2", "--batch-images", "16", "--threads", "1"]
+    train += ["--validate-every", "2", "--log-every", "1"]
+    python(copy, *train, "--steps", "2")
+    assert "resuming at step 2" in python(copy, *train, "--steps", "4")
+    lines = [json.loads(line) for line in (copy / "turned" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert all("knn_accuracy" in line["validation"]["rotation"] for line in lines if "validation" in line)
+    (found,) = (line for line in python(copy, "evaluate.py", "turned", "--json").splitlines() if line.startswith("{"))
+    assert set(json.loads(found)["features"]) == {"knn", "linear"}
+    assert "Nearest neighbors" in (copy / "turned" / "report.html").read_text(encoding="utf-8")

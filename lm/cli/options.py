@@ -183,15 +183,16 @@ def usual_command(path: Path, config: Config) -> str:
 
 
 @contextmanager
-def pictures_shown(pictures: Iterator[Picture], source: str) -> Iterator[Iterator[Picture]]:
-    """Show on a terminal how many of a source's images have been read, while the block reads them."""
+def pictures_shown(pictures: Iterator[Picture], source: str, output: str) -> Iterator[Iterator[Picture]]:
+    """Show on a terminal how many of a source's images have been read, unless ``output`` is stdout."""
     from lm.data.image_files import count_of
 
-    hidden = not sys.stderr.isatty()
+    hidden = output == "-" or not sys.stderr.isatty()
     length = None if hidden else count_of(source)
-    with click.progressbar(
-        pictures, length=length, label="images", file=sys.stderr, hidden=hidden, show_pos=True
-    ) as bar:
+    bar = click.progressbar(
+        pictures, length=length, label="images", file=sys.stderr, hidden=hidden, show_pos=True, update_min_steps=32
+    )
+    with bar:
         yield iter(bar)
 
 

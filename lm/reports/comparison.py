@@ -100,9 +100,9 @@ def _why_no_metrics(run: Run) -> str:
 def compare(entries: Sequence[Entry]) -> dict[str, Any]:
     """Compare the runs; the result is ready for JSON.
 
-    ``unit`` is the unit in which losses are comparable ("loss" for runs that read images), and ``remarks`` are caveats about the numbers; ``runs`` has the
-    state of each run and, per readout, its ``final`` and its ``best`` validation; ``settings`` has the values of the
-    settings that differ, in the order of the runs.
+    ``unit`` is the unit in which losses are comparable, "loss" for images, and ``remarks`` are caveats about the
+    numbers; ``runs`` has the state of each run and, per readout, its ``final`` and its ``best`` validation;
+    ``settings`` has the values of the settings that differ, in the order of the runs.
     """
     flat = [entry.run.config.flat() for entry in entries]
     same_inputs = _alike(entry.run.processor.sha256 for entry in entries)

@@ -27,10 +27,24 @@ from lm.runs.run_data import open_data
 from lm.training.reporter import NullReporter
 
 
+@pytest.fixture(scope="module")
+def runs(pictures, seeing, tmp_path_factory) -> dict[str, Run]:
+    folder, config = tmp_path_factory.mktemp("runs"), seeing.replace(data=(str(pictures.directory),))
+    return {
+        name: train(config.replace(objective=name), run=folder / f"{name} <&> one", reporter=NullReporter())
+        for name in ("simclr", "mae")
+    }
+
+
 @pytest.fixture(scope="module", params=["simclr", "mae"])
-def run(request, pictures, seeing, tmp_path_factory) -> Run:
-    config = seeing.replace(objective=request.param, data=(str(pictures.directory),))
-    return train(config, run=tmp_path_factory.mktemp("runs") / "run <&> one", reporter=NullReporter())
+def run(request, runs) -> Run:
+    return runs[request.param]
+
+
+@pytest.fixture(scope="module")
+def simclr(runs) -> Run:
+    """For what is the same for all objectives."""
+    return runs["simclr"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +67,7 @@ def test_the_page_is_well_formed_needs_no_network_and_describes_each_picture(htm
     count = page.tags.count("img")
     assert count == len(re.findall(r'<img src="data:image/png;base64,[^"]+" alt="\w[^"]+" title="\w', html))
     assert count == (8 * 3 if run.config.objective.objective == "simclr" else 8 * 2 + 8 * 4) + 10 * 6
-    assert "run <&> one" in page.words()
+    assert run.path.name in page.words()
 
 
 def test_curves_and_what_they_mean_are_there(html, run, read_page):
@@ -152,7 +166,7 @@ def test_the_evaluation_is_shown_next_to_its_baselines(html, run, read_page):
     assert found["protocol"][1:] in words
 
 
-def test_pictures_without_labels_have_no_marks(pictures, run, tmp_path, read_page):
+def test_pictures_without_labels_have_no_marks(pictures, simclr, tmp_path, read_page):
     """As of a flat folder."""
     folder = shutil.copytree(pictures.directory, tmp_path / "flat")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -164,7 +178,7 @@ def test_pictures_without_labels_have_no_marks(pictures, run, tmp_path, read_pag
             index.tofile(folder / f"{shard['name']}.idx")
             shard["classes"] = []
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    flat = replace(run, config=run.config.replace(data=(str(folder),)))
+    flat = replace(simclr, config=simclr.config.replace(data=(str(folder),)))
     words = read_page(write_image_report(flat, evaluate_images(flat)).read_text()).words()
     assert "No accuracy: the images of" in words
     assert "Nearest neighbors" in words
@@ -173,30 +187,32 @@ def test_pictures_without_labels_have_no_marks(pictures, run, tmp_path, read_pag
     assert "this run" not in words
 
 
-def test_without_the_data_only_the_pictures_are_missing(run, tmp_path, read_page):
+def test_without_the_data_only_the_pictures_are_missing(simclr, tmp_path, read_page):
     words = read_page(
-        write_image_report(replace(run, config=run.config.replace(data=(str(tmp_path / "gone"),))), None).read_text()
+        write_image_report(
+            replace(simclr, config=simclr.config.replace(data=(str(tmp_path / "gone"),))), None
+        ).read_text()
     ).words()
     assert "The pictures are missing because the run's data is not there" in words
     assert "Nearest neighbors" not in words
     assert "effective rank" in words
 
 
-def test_the_same_run_gives_the_same_page(run):
-    assert write_image_report(run, None).read_bytes() == write_image_report(run, None).read_bytes()
+def test_the_same_run_gives_the_same_page(simclr):
+    assert write_image_report(simclr, None).read_bytes() == write_image_report(simclr, None).read_bytes()
 
 
-def test_the_command_writes_the_page_of_a_checkpoint_and_refuses_text(run):
-    result = CliRunner().invoke(main, ["report", str(run.path), "--checkpoint", "4"])
+def test_the_command_writes_the_page_of_a_checkpoint_and_refuses_text(simclr):
+    result = CliRunner().invoke(main, ["report", str(simclr.path), "--checkpoint", "4"])
     assert result.exit_code == 0, result.output
-    assert "to step 4 of 6" in (run.path / "report.html").read_text()
-    refused = CliRunner().invoke(main, ["report", str(run.path), "--prompt", "The"])
+    assert "to step 4 of 6" in (simclr.path / "report.html").read_text()
+    refused = CliRunner().invoke(main, ["report", str(simclr.path), "--prompt", "The"])
     assert refused.exit_code == 2
     assert "reads images: leave out --prompt and --fill" in refused.output
 
 
-def test_a_run_without_any_logged_step_says_so(run, tmp_path):
-    bare = open_run(shutil.copytree(run.path, tmp_path / "bare"))
+def test_a_run_without_any_logged_step_says_so(simclr, tmp_path):
+    bare = open_run(shutil.copytree(simclr.path, tmp_path / "bare"))
     (bare.path / "metrics.jsonl").unlink()
     assert "No steps have been logged yet" in write_image_report(bare, None).read_text()
 
