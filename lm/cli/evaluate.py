@@ -226,7 +226,7 @@ def _print_features(result: dict[str, Any]) -> None:
     def shown(found: dict[str, float]) -> str:
         return f"{found['accuracy']:.1%} ± {found['error']:.1%}"
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, probes in {"features": result["features"], **result["baselines"]}.items():
         if name == "majority":
             rows.append(("most frequent class (baseline)", shown(probes), shown(probes)))
