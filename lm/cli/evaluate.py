@@ -149,15 +149,17 @@ def evaluate(
 def _check_kind(run: Path, of_text: dict[str, Any], of_images: dict[str, str]) -> None:
     """Raise UserError for options of the other kind of run, and for images that are not there, before PyTorch loads."""
     from lm.config.recipes import run_config
-    from lm.data.image_files import has_validation
 
     reads_images = run_config(run).reads_images
     wrong = [name for name, value in (of_text if reads_images else of_images).items() if value and name != "--data"]
     if wrong:
         kind, other = ("images", "text") if reads_images else ("text", "images")
         raise UserError(f"{run} reads {kind}, and {wrong[0]} is for a run that reads {other}: leave it out")
-    for source in filter(None, of_images.values()):
-        has_validation(source)
+    if named := [source for source in of_images.values() if source]:
+        from lm.data.image_files import has_validation
+
+        for source in named:
+            has_validation(source)
 
 
 def _check_inputs(
@@ -221,14 +223,16 @@ def _print_losses(result: dict[str, Any]) -> None:
 def _print_features(result: dict[str, Any]) -> None:
     from lm.evaluation.image_features import NAMES, verdict
 
-    rows = []
+    def shown(found: dict[str, float]) -> str:
+        return f"{found['accuracy']:.1%} ± {found['error']:.1%}"
+
+    rows: list[tuple[str, ...]] = []
     for name, probes in {"features": result["features"], **result["baselines"]}.items():
-        if probes and name != "majority":
-            shown = f"{NAMES[name]} (baseline)" if name in NAMES else name
-            rows.append((shown, *_percentages({"mean": p["accuracy"], "error": p["error"]} for p in probes.values())))
-    if "majority" in result["baselines"]:
-        usual = f"{result['baselines']['majority']['accuracy']:.1%}"
-        rows.append(("most frequent class (baseline)", usual, usual))
+        if name == "majority":
+            rows.append(("most frequent class (baseline)", shown(probes), shown(probes)))
+        elif probes:
+            called = f"{NAMES[name]} (baseline)" if name in NAMES else name
+            rows.append((called, *map(shown, probes.values())))
     health = f"spread {result['spread']:.3f}, effective rank {result['effective_rank']:.1f}"
     losses = [
         f"{name}: loss {own['loss']:.4f} on {own['images']:,} validation images; "

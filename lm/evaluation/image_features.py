@@ -115,7 +115,8 @@ def evaluate_images(
     except _NoClassesError as reason:
         no_accuracy = str(reason)
     where = choose_device(device)
-    progress(f"{run.config.objective.objective}: loss of the validation split")
+    if corpora:
+        progress(f"{run.config.objective.objective}: loss on the validation split")
     result: dict[str, Any] = {
         "step": saved.step,
         "checkpoint": saved.state["sha256"][MODEL],
@@ -240,9 +241,10 @@ def _of_features(
                 difference = Accuracy.of(scores[FEATURES][probe] - right)  # paired: of the same images
                 found[name][probe] |= {"difference": difference.mean, "difference_error": difference.error}
     usual = majority(judged.target, len(judged.test)).outputs.argmax(1) == judged.truth
+    of_majority = Accuracy.of(usual.astype(np.float64))
     return {
         "features": found.pop(FEATURES),
-        "baselines": {**found, MAJORITY: {"accuracy": float(usual.mean())}},
+        "baselines": {**found, MAJORITY: {"accuracy": of_majority.mean, "error": of_majority.error}},
         **feature_health(test[FEATURES]),
         "images": {"train": len(judged.train), "test": len(judged.test)},
         "classes": judged.classes,

@@ -121,6 +121,22 @@ def test_folders_and_datasets_can_be_judged_on(image_run, pictures, tmp_path, re
         evaluate_images(image_run, data=str(tmp_path / "small"))
 
 
+def test_one_training_image_of_each_class_is_enough(image_run, pictures, tmp_path):
+    found = evaluate_images(image_run, train=str(draw_pictures(tmp_path, 1)), test=str(pictures.directory))
+    assert found["features"]["knn"]["chosen"] == "k 1"
+    assert found["images"]["train"] == found["classes"] == 3
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(image_run, pictures, tmp_path):
+    folder = draw_pictures(tmp_path, 2)
+    (folder / "top" / "broken.png").write_bytes(b"no picture")
+    command = ["evaluate", str(image_run.path), "--train", str(pictures.directory), "--test", str(folder)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert "1 image was left out" in result.stdout
+    assert "tested on 6 images" in result.stdout
+
+
 def test_images_that_were_named_must_have_classes(image_run, tmp_path):
     folder = draw_pictures(tmp_path / "files", 3)
     with pytest.raises(UserError, match="no classes"):

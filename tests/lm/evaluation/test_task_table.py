@@ -206,3 +206,18 @@ def test_what_the_table_says_takes_the_deviations_into_account():
     assert findings([], "accuracy") == []
     alone = [Summary("t", row, (0,), {"accuracy": (0.5, 0.0)}, 1, 1.0) for row in ("full", "tfidf")]
     assert "with a single seed this may be chance" in findings(alone, "accuracy")[0]
+
+
+def test_a_share_of_the_labels_works_for_texts_too(make, task):
+    maker, tuning = make()
+    whole = read_task(task)
+    some = read_task(replace(task, labels=0.25))
+    mine = some.of_seed(1)
+    counts = [np.bincount(each.values(each.train)) for each in (whole, mine)]
+    assert counts[1].tolist() == [max(1, round(count * 0.25)) for count in counts[0]]
+    assert all(example in whole.train for example in mine.train)
+    assert [example.texts for example in mine.train] != [example.texts for example in some.of_seed(2).train]
+    for row in ("tfidf", "probe", "full"):
+        assert maker.cell(some, row, 1).source != maker.cell(whole, row, 1).source
+    assert len(maker.features.of(some, "probe", 1).train) == len(mine.train)
+    assert len(maker.features.of(some, "probe", 2).train) == len(some.of_seed(2).train)

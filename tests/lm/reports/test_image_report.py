@@ -160,7 +160,8 @@ def test_the_evaluation_is_shown_next_to_its_baselines(html, run, read_page):
     for name, probes in rows.items():
         cells = " ".join(f"{probe['accuracy']:.1%} ± {probe['error']:.1%}" for probe in probes.values())
         assert f"{name} {cells}" in words
-    usual = f"{found['baselines']['majority']['accuracy']:.1%}"
+    majority = found["baselines"]["majority"]
+    usual = f"{majority['accuracy']:.1%} ± {majority['error']:.1%}"
     assert f"most frequent class (baseline) {usual} {usual}" in words
     assert verdict(found) in words
     assert found["protocol"][1:] in words
