@@ -71,13 +71,15 @@ class Entry:
 def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
     """Open the runs to compare, named by their directories, or by their paths if names repeat.
 
-    Raise UserError if one is not a run, or has logged nothing yet.
+    Raise UserError if one is not a run on text, or has logged nothing yet.
     """
     names = [Path(path).resolve().name for path in paths]
     names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
     runs = [open_run(path) for path in paths]
     entries = [Entry(name, run, list(run.metrics())) for name, run in zip(names, runs, strict=True)]
     for entry in entries:
+        if entry.run.config.reads_images:
+            raise UserError(f"{entry.run.path} reads images, and only runs on text can be compared: see its report.html")
         if not summary(entry.lines):
             raise UserError(_why_no_metrics(entry.run))
     return entries
