@@ -23,6 +23,7 @@ from lm.evaluation import image_features, minimal_pairs, multiple_choice, perple
 from lm.evaluation.bootstrap import Accuracy
 from lm.export.gguf import export_gguf
 from lm.export.huggingface import choose_readout, export_huggingface
+from lm.export.image_model import export_image_model
 from lm.export.import_huggingface import import_checkpoint
 from lm.export.model_card import NO_FACTS, CardFacts
 from lm.export.peft_adapter import export_adapter
@@ -40,6 +41,7 @@ from lm.inference.image_model import ImageEncoder, pixels_of_all
 from lm.inference.language_model import LanguageModel
 from lm.inference.scoring import log_likelihoods
 from lm.model.device import choose_device
+from lm.model.image_transformer import ImageTransformer
 from lm.reports.image_report import write_image_report
 from lm.reports.run_report import write_report
 from lm.runs.checkpoint import Checkpoint
@@ -237,6 +239,14 @@ class ImageModel(ImageEncoder):
     run: Run
     saved: Checkpoint
 
+    def save_pretrained(self, folder: str | Path, *, facts: CardFacts = NO_FACTS) -> None:
+        """Write a folder that ``transformers`` loads with its own classes; errors as of ``export_image_model``.
+
+        Args:
+            facts: license, languages and base model for the model card.
+        """
+        export_image_model(self.run, Path(folder), self.saved, facts, self.model)
+
     def __getattr__(self, name: str) -> Any:
         """UserError for what only models of text can do; called for names that do not exist."""
         if name in TEXT_METHODS:
@@ -251,6 +261,12 @@ class ImageTaskModel(Predictor):
     def predict(self, images: Any) -> list[dict[str, Any]]:
         """The answer to each image, its label with probabilities; arguments and errors as of ``ImageModel.embed``."""
         return list(predict_images(self, pixels_of_all(images, self.run.image_format)))
+
+    def save_pretrained(self, folder: str | Path, *, facts: CardFacts = NO_FACTS) -> None:
+        """Write the trunk as of ``ImageModel.save_pretrained``, and the head as a file of its own."""
+        trunk = self.model.trunk
+        assert isinstance(trunk, ImageTransformer)
+        export_image_model(self.run, Path(folder), self.saved, facts, trunk, self.exportable_head)
 
 
 def load(run: str | Path | Run, *, checkpoint: str | int | None = None, device: str = "auto") -> Any:

@@ -57,6 +57,8 @@ def test_the_examples_run_and_give_what_the_page_says(played):
     assert {answer["label"] for answer in played["answers"]} <= {"key", "barn"}
     assert sum(played["answers"][0]["probabilities"].values()) == pytest.approx(1)
     assert played["task"].scores["accuracy"] >= 0.5
+    assert played["features"].shape == (5, 32)
+    assert [set(answer["probabilities"]) for answer in played["read"]] == [set("0123456789")] * 5
     assert 'unknown setting "stpes": did you mean "steps"?' in str(played["error_text"])
 
 
@@ -97,6 +99,9 @@ def test_a_command_and_its_function_give_the_same(played):
         (lambda model, _: model.score("a", readout="masked_token"), "not for masked_token"),
         (lambda model, _: model.fill("nothing to fill"), r"write \[MASK\]"),
         (lambda _, task: task.predict("one text"), "predict takes a list"),
+        (lambda *_: lm.load("runs/digits").generate("a"), "reads images, so there is no generate: use embed"),
+        (lambda *_: lm.load("runs/digits").perplexity("texts"), "there is no perplexity"),
+        (lambda *_: lm.load("runs/reader").predict("nowhere"), 'there is no file or folder "nowhere"'),
         (lambda *_: lm.load("nowhere"), "there is no run directory nowhere"),
         (lambda model, _: lm.evaluate(model.run, text="a", pairs="b"), "text and pairs cannot be combined"),
         (lambda *_: lm.train(), "name a recipe to train"),

@@ -66,6 +66,7 @@ def estimate_images(settings: ImageSettings) -> ImageEstimate:
     notes = [*notes_of(plan.listings), *(f"{sentence}; of the sample" for sentence in sentences_of(report))]
     if not kept:
         raise UserError("\n".join(["no image of the sample can be used", *notes]))
+    labels = {item.label for item in items} | {entry.label for entry in sample}
     known = all(item.images for item in items)
     images = sum(item.images for item in items) if known else None
     workers = settings.workers or available_cores()
@@ -75,7 +76,7 @@ def estimate_images(settings: ImageSettings) -> ImageEstimate:
         parts=len(plan.parts),
         images=images,
         channels=channels,
-        classes=sorted({each.label for each in (*items, *sample) if each.label is not None}, key=natural_order),
+        classes=sorted((label for label in labels if label is not None), key=natural_order),
         sampled=len(sample),
         disk_bytes=None if images is None else images * stored // len(sample),
         seconds=None if images is None else images * seconds / len(sample) / workers,

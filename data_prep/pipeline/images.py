@@ -230,6 +230,8 @@ class _ImageBuild:
         for sentence in sentences_of(report):
             self.progress.note(sentence)
         shards = {split: [shard for record in records for shard in record.shards[split]] for split in SPLITS}
+        if settings.validation and not shards[VALIDATION]:
+            self.progress.note("note: none of the images named by --validation can be used")
         form = _format_of(settings.size, self.journal.channels, shards[TRAIN])
         form.save(settings.out / ImageFormat.file_name)
         return _manifest(form, shards, report, self.journal)

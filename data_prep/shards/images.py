@@ -39,6 +39,7 @@ PIXELS, FILES = "pixels", "files"
 LARGEST_RAW = 96  # pixels a side
 INDEX = np.dtype([("class", "<i8"), ("width", "<i8"), ("height", "<i8"), ("end", "<i8")])
 ENDINGS = (".bin", ".idx", ".txt")
+MOST_OPEN_NAMES = 8  # shards whose names are in memory at once
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ class ImageSplit:
         self._ends = np.cumsum([record.images for record in self.records], dtype=np.int64)
         self._bytes_of = lru_cache(maxsize=MOST_OPEN_SHARDS)(self._map)
         self._index_of = lru_cache(maxsize=MOST_OPEN_SHARDS)(self._read_index)
-        self._origins_of = lru_cache(maxsize=1)(self._read_origins)
+        self._origins_of = lru_cache(maxsize=MOST_OPEN_NAMES)(self._read_origins)
 
     @cached_property
     def labels(self) -> np.ndarray:

@@ -114,7 +114,7 @@ def render_images(found: dict[str, Any]) -> str:
     color = "color" if form["channels"] == 3 else "gray"
     lines = [
         f"{found['directory']}: {color} images of {form['size']} x {form['size']} pixels, "
-        f"{len(found['classes']):,} classes",
+        + counted_classes(len(found["classes"])),
         f"mean {_numbers(form['mean'])}, standard deviation {_numbers(form['std'])} (of pixels from 0 to 1)",
     ]
     for name, split in found["splits"].items():
@@ -142,6 +142,11 @@ def _split_lines(split: dict[str, Any]) -> Iterator[str]:
         yield f"    and {len(split['classes']) - MOST_CLASSES:,} more classes"
     for group in split["pictures"]:
         yield f"  {group['class']}, for example {', '.join(image['source'] for image in group['images'][:2])}"
+
+
+def counted_classes(number: int) -> str:
+    """Return how many classes there are, in words for a heading."""
+    return "no classes" if number == 0 else "1 class" if number == 1 else f"{number:,} classes"
 
 
 def _numbers(values: list[float]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from data_prep.shards.inspect_images import MOST_CLASSES, SHOWN_SIDE
+from data_prep.shards.inspect_images import MOST_CLASSES, SHOWN_SIDE, counted_classes
 
 CURVE_WIDTH, CURVE_HEIGHT = 640.0, 240.0  # in drawing units
 SHADES = 4
@@ -32,11 +32,11 @@ def render_images_page(found: dict[str, Any]) -> str:
     color = "color" if form["channels"] == 3 else "gray"
     return _template("inspect_images.html").render(
         name=Path(found["directory"]).resolve().name,
-        lead=f"{color} images of {form['size']} x {form['size']} pixels, {len(found['classes']):,} classes; "
+        lead=f"{color} images of {form['size']} x {form['size']} pixels, {counted_classes(len(found['classes']))}; "
         f"dataset {found['fingerprint'][:16]}",
         cases=[
-            (title, [{"reason": reason} | row for reason, row in found[name].items()])
-            for name, title in (("left_out", "Left out"), ("changed", "Changed"))
+            (title, column, [{"reason": reason} | row for reason, row in found[name].items()])
+            for name, title, column in (("left_out", "Left out", "why"), ("changed", "Changed", "what was done"))
         ],
         side=max(SMALLEST_PICTURE, min(form["size"], SHOWN_SIDE)),
         enlarged=form["size"] < SMALLEST_PICTURE,

@@ -11,7 +11,14 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.sources.decoding import EMPTY, UNREADABLE, BadImage
 from data_prep.sources.documents import one_line
-from data_prep.sources.records import HUGGING_FACE, first_line, known_fields, parse_hugging_face, row_groups
+from data_prep.sources.records import (
+    HUGGING_FACE,
+    PARQUET_BUFFER_BYTES,
+    first_line,
+    known_fields,
+    parse_hugging_face,
+    row_groups,
+)
 from data_prep.sources.storage import UnreadableError, open_raw
 
 DIGITS = "builtin:digits"
@@ -58,7 +65,7 @@ def images_of_parquet(path: str, image: str, label: str, start: int, stop: int) 
 
     try:
         with open_raw(path) as file:
-            parquet = pyarrow.parquet.ParquetFile(file)
+            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
             schema = parquet.schema_arrow
             features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features")
             kinds = {name: _kind_of_arrow(schema.field(name).type) for name in schema.names}

@@ -64,8 +64,8 @@ def embed(
     printed at the end.
 
     If RUN reads images, the vector of an image is the mean over its patches. Images come in the order of their names.
-    Beside F.npy, F.txt has the name of each row's image in a line; in a .jsonl, the field "image" has it. Images that
-    cannot be read are left out and named at the end.
+    With F.npy comes F.txt, which has the name of each row's image in a line; in a .jsonl, the field "image" has it.
+    Images that cannot be read are left out and named at the end.
     """
     from lm.config.recipes import require_image_model, require_language_model, require_no_text_options, run_config
     from lm.data.examples import check_first_example, stream_examples
@@ -136,7 +136,7 @@ def embed_images(run: Path, source: str, output: str, layer: int, normalize: boo
             vectors = image_vectors(model.model, model.form, [pixels], layer, normalize=normalize)
             yield [picture.name for picture in part], vectors
 
-    with pictures_shown(pictures_of(source, model.form, unread), source) as pictures:
+    with pictures_shown(pictures_of(source, model.form, unread), source, output) as pictures:
         if output == "-":
             for names, vectors in embedded(pictures):
                 write_lines(sys.stdout.buffer, vectors, names)

@@ -99,7 +99,7 @@ def evaluate(
     on any text. With --pairs: how often the acceptable one of two sentences is more likely. With --choices: how often
     the right answer to a question is the most likely. With --similarity: how well embeddings rank pairs of texts.
 
-    If RUN reads images: the accuracy of k-NN and of a linear probe on its frozen features, beside those on raw pixels
+    If RUN reads images: the accuracy of k-NN and of a linear probe on its frozen features, next to those on raw pixels
     and on the features of random weights.
     """
     options = {"--data": data, "--text": source, "--pairs": pairs, "--choices": choices, "--similarity": similarity}

@@ -96,7 +96,6 @@ def export(
     from lm.export import choose_readout, hub
     from lm.export.gguf import require_gguf
     from lm.export.huggingface import left_out
-    from lm.export.image_model import export_image_model
     from lm.export.model_card import CardFacts, finetuned_settings, training_limits
     from lm.export.stock_architectures import auto_class, stock_class
     from lm.export.task_model import pipeline_of
@@ -114,13 +113,9 @@ def export(
         require_gguf(opened, chosen)
     if push:
         hub.check_push(push, private=private)
+    model = api.load(opened, checkpoint=which, device="cpu")
     if config.reads_images:
-        saved = opened.checkpoint(which or "newest")
-        export_image_model(opened, out, saved, facts)
-    else:
-        model = api.load(opened, checkpoint=which, device="cpu")
-        saved = model.saved
-    if config.reads_images:
+        model.save_pretrained(out, facts=facts)
         loaded = f'transformers.AutoModel.from_pretrained("{out}"), pictures as in {out / "README.md"}'
     elif kind == "gguf":
         model.save_gguf(out, readout=chosen, outtype=outtype or "f32", facts=facts)
@@ -138,12 +133,12 @@ def export(
         model.save_pretrained(out, readout=chosen, facts=facts)
         loaded = f'transformers.{auto_class(chosen)}.from_pretrained("{out}")'
     click.echo(str(out))
-    click.echo(f"left out: {', '.join(left_out(opened, saved, out))}", err=True)
+    click.echo(f"left out: {', '.join(left_out(opened, model.saved, out))}", err=True)
     click.echo(f"{f'readout {chosen}; ' if chosen else ''}load it with: {loaded}", err=True)
     if chosen == "masked_next_token":
         click.echo("the logits at position i predict token i+1: for a mask at i, take the logits at i-1", err=True)
-    if chosen and (tuned := finetuned_settings(opened, saved)) and tuned["task"] != "instruction":
-        click.echo(f"warning: {' '.join(training_limits(opened, saved))}", err=True)
+    if chosen and (tuned := finetuned_settings(opened, model.saved)) and tuned["task"] != "instruction":
+        click.echo(f"warning: {' '.join(training_limits(opened, model.saved))}", err=True)
     if push:
         click.echo(hub.push(out, push, private=private))
 

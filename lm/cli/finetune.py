@@ -81,8 +81,8 @@ def finetune(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Fine-tune the pretrained RUN on a task: classify texts or pairs of texts, predict a number, tag words, choose
-    among answers, follow instructions, or embed sentences.
+    """Fine-tune the pretrained RUN on a task: classify texts, pairs of texts or images, predict a number, tag words,
+    choose among answers, follow instructions, or embed sentences.
 
     \b
     kindling finetune runs/mine --task classification \\

@@ -43,6 +43,9 @@ def harness(
 
     The tasks of the harness download their data; your own task files can read local data.
     """
+    from lm.config.recipes import require_language_model, run_config
+
+    require_language_model(run, run_config(run))
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager

@@ -175,21 +175,24 @@ def usual_command(path: Path, config: Config) -> str:
     """The command that uses a finished run, whole."""
     if config.has_task_head:
         return f"{command('predict')} {path} --input {'DIR' if config.reads_images else 'FILE'} --output FILE"
+    if config.reads_images:
+        return f"{command('embed')} {path} --input DIR --output FILE"
     if config.finetune.task == "contrastive":
         return f"{command('embed')} {path} --input FILE --output FILE"
     return f"{command('sample')} {path} {'--chat' if config.is_finetuning else '--prompt TEXT'}"
 
 
 @contextmanager
-def pictures_shown(pictures: Iterator[Picture], source: str) -> Iterator[Iterator[Picture]]:
-    """Show on a terminal how many of a source's images have been read, while the block reads them."""
+def pictures_shown(pictures: Iterator[Picture], source: str, output: str) -> Iterator[Iterator[Picture]]:
+    """Show on a terminal how many of a source's images have been read, unless ``output`` is stdout."""
     from lm.data.image_files import count_of
 
-    hidden = not sys.stderr.isatty()
+    hidden = output == "-" or not sys.stderr.isatty()
     length = None if hidden else count_of(source)
-    with click.progressbar(
-        pictures, length=length, label="images", file=sys.stderr, hidden=hidden, show_pos=True
-    ) as bar:
+    bar = click.progressbar(
+        pictures, length=length, label="images", file=sys.stderr, hidden=hidden, show_pos=True, update_min_steps=32
+    )
+    with bar:
         yield iter(bar)
 
 

@@ -118,7 +118,7 @@ def predict_images(run: Path, source: str, output: str, which: str, device: str)
             right += label == answer["label"]
             yield {"image": picture.name, **answer}
 
-    with pictures_shown(pictures_of(source, predictor.run.image_format, unread), source) as pictures:
+    with pictures_shown(pictures_of(source, predictor.run.image_format, unread), source, output) as pictures:
         written = write_answers(answered(pictures), output)
     found = f"; accuracy {right / judged:.4f}" if judged else ""
     if judged and others:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Settings that the rows determine, or another option here.
 LEFT_OUT = ("method", "weights", "seed", "device", "threads", "reads", "pooling")
-ONE_TASK = ("task", "train", "validation", "test")
+ONE_TASK = ("task", "train", "validation", "test", "labels")
 SETTINGS = [setting for setting in finetuning_settings() if setting.name not in LEFT_OUT]
 
 
@@ -51,6 +51,12 @@ SETTINGS = [setting for setting in finetuning_settings() if setting.name not in 
     help="TOML file with several tasks (docs/tasks.md), instead of --task, --train and --test.",
 )
 @click.option("--test", default="", help="Examples that the table reports on; --validation only chooses the best step.")
+@click.option(
+    "--labels",
+    type=float,
+    metavar="SHARE",
+    help="Share of the training examples to use, of each class, drawn by the seed: 0.1 for a tenth. [default: all]",
+)
 @click.option("--rows", default="", metavar="NAME,NAME", help="Rows of the table; all by default.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of each row.")
 @click.option("--keep-runs", is_flag=True, help="Keep the run directories of the fine-tuned rows, in --out/runs.")
@@ -63,6 +69,7 @@ def tasks(
     out: Path,
     file: Path | None,
     test: str,
+    labels: float | None,
     rows: str,
     seeds: str,
     keep_runs: bool,
@@ -80,6 +87,9 @@ def tasks(
 
     The same command resumes where it was stopped, and computes again only what has changed. OUT/report.html shows the
     tables with charts, confusion matrices and the worst errors. The settings below apply to the fine-tuned rows.
+
+    If RUN reads images: --task image_classification, and --train and --test are folders with a folder for each class,
+    or datasets of images.
     """
     numbers = seeds_of(seeds)
     if out.is_file():
@@ -87,9 +97,10 @@ def tasks(
     from lm.config.recipes import read_toml
 
     given = given_settings(settings)
+    of_table: dict[str, Any] = {"test": test, **({} if labels is None else {"labels": labels})}
     if file is not None:
-        of_task = given | {"test": test}
-        if one_task := [f"--{name}" for name in of_task if name in ONE_TASK and of_task[name]]:
+        of_task = given | of_table
+        if one_task := [f"--{name}" for name in of_task if name in ONE_TASK and of_task[name] not in ("", None)]:
             raise UserError(f"--tasks names the tasks: leave out {', '.join(one_task)}")
         read_toml(file, "the tasks")
     from lm.evaluation.task_table import read_task
@@ -98,21 +109,27 @@ def tasks(
     from lm.runs.directory import open_run
 
     opened, where = open_run(run), choose_device(device)
-    chosen = _rows(rows)
+    images = opened.config.reads_images
+    if images and (wrong := [f"--{name}" for name, value in (("reads", reads), ("pooling", pooling)) if value]):
+        raise UserError(f"{wrong[0]} is for texts: the features of an image are the mean over its patches")
+    chosen = _rows(rows, images=images)
     given |= {name: value for name, value in (("reads", reads), ("pooling", pooling)) if value}
-    examples = [read_task(task) for task in _named_tasks(opened, file, test, given)]
+    form = opened.image_format if images else None
+    examples = [read_task(task, form) for task in _named_tasks(opened, file, of_table, given)]
+    for note in dict.fromkeys(note for each in examples for note in each.notes):
+        click.echo(note, err=True)
     reading = reading_of(opened.config, reads, pooling, layer)
     cells = _compute(opened, where, reading, examples, chosen, numbers, out, keep_runs=keep_runs)
     _print_tables(out, examples, cells, as_json)
 
 
-def _named_tasks(run: Run, file: Path | None, test: str, given: dict[str, Any]) -> list[Task]:
+def _named_tasks(run: Run, file: Path | None, of_table: dict[str, Any], given: dict[str, Any]) -> list[Task]:
     """The tasks of ``--tasks``, or the one of the other options."""
     from lm.evaluation.task_file import make_task, read_tasks
 
     if file is None:
         name = Path(given.get("train", "")).parent.name or "task"
-        return [make_task(run, name, {}, {}, {"test": test}, given)]
+        return [make_task(run, name, {}, {}, of_table, given)]
     return read_tasks(run, file, given)
 
 
@@ -128,33 +145,42 @@ def _compute(
     keep_runs: bool,
 ) -> list[Cell]:
     """Compute the cells of all tasks, printing each, and write the report."""
+    from lm.config.recipes import require_no_task_head
+    from lm.evaluation.frozen_features import ImageFeatures, TextFeatures
     from lm.evaluation.task_table import CellMaker
     from lm.evaluation.tuned_rows import Tuner
     from lm.reports.task_report import write_task_report
     from lm.runs.checkpoint import MODEL
 
     saved = run.newest()
-    model = run.load_model(device, saved)
-    weights = saved.state["sha256"][MODEL]
-    maker = CellMaker(run, model, weights, reading, Tuner(run, device), out, keep_runs=keep_runs)
+    features: ImageFeatures | TextFeatures
+    if run.config.reads_images:
+        require_no_task_head(run.path, run.config)
+        features = ImageFeatures(run, run.load_image_model(device, saved), reading.layer)
+        read = "features are the mean over an image's patches"
+    else:
+        features = TextFeatures(run, run.load_model(device, saved), reading)
+        read = f"texts read {reading.reads}, pooled by {reading.pooling}"
+    maker = CellMaker(features, saved.state["sha256"][MODEL], Tuner(run, device), out, keep_runs=keep_runs)
     cells = []
     for each, row, seed in itertools.product(examples, rows, seeds):
         cell = maker.cell(each, row, seed)
         result = f"{each.task.judged_by} {cell.metrics[each.task.judged_by]:.3f} in {cell.seconds:.1f} s"
         click.echo(f"{each.task.name}  {row}  seed {seed}  {result}  {cell.note}", err=True)
         cells.append(cell)
-    lead = f"{model.describe()}; step {saved.step:,}; texts read {reading.reads}, pooled by {reading.pooling}."
+    lead = f"{features.model.describe()}; step {saved.step:,}; {read}."
     write_task_report(out / "report.html", run.path.name, lead, examples, cells)
     return cells
 
 
-def _rows(text: str) -> list[str]:
-    from lm.evaluation.task_table import ROWS
+def _rows(text: str, *, images: bool) -> list[str]:
+    from lm.evaluation.task_table import IMAGE_ROWS, ROWS
 
-    rows = [row.strip() for row in text.split(",")] if text else list(ROWS)
-    if unknown := [row for row in rows if row not in ROWS]:
-        raise UserError(f'there is no row "{unknown[0]}": choose from {", ".join(ROWS)}')
-    return [row for row in ROWS if row in rows]
+    known = IMAGE_ROWS if images else ROWS
+    rows = [row.strip() for row in text.split(",")] if text else list(known)
+    if unknown := [row for row in rows if row not in known]:
+        raise UserError(f'there is no row "{unknown[0]}": choose from {", ".join(known)}')
+    return [row for row in known if row in rows]
 
 
 def _print_tables(out: Path, examples: list[Examples], cells: list[Cell], as_json: bool) -> None:

@@ -125,11 +125,11 @@ def require_language_model(path: Path, config: Config) -> None:
 def require_no_task_head(path: Path, config: Config) -> None:
     """Raise UserError if the run at ``path`` has a task's head."""
     if config.has_task_head:
-        lost = "" if config.reads_images else " and is no longer a language model"
+        lost, input = ("", "DIR") if config.reads_images else (" and is no longer a language model", "FILE")
         raise UserError(
             f"{path} is fine-tuned for {config.finetune.task}{lost}: use "
-            f"kindling predict {path} --input FILE for its answers, or kindling merge {path} --trunk-only --out RUN to "
-            "make it a plain run"
+            f"kindling predict {path} --input {input} for its answers, or kindling merge {path} --trunk-only --out RUN "
+            "to make it a plain run"
         )
 
 
@@ -139,11 +139,7 @@ def require_image_model(path: Path, config: Config) -> None:
         raise UserError(
             f"{path} reads text, not images: {command('train')} images-simclr makes a run that reads images"
         )
-    if config.has_task_head:
-        raise UserError(
-            f"{path} is fine-tuned for {config.finetune.task}: use kindling predict {path} --input DIR for its "
-            f"answers, or kindling merge {path} --trunk-only --out RUN to make it a plain run"
-        )
+    require_no_task_head(path, config)
 
 
 def require_task_head(path: Path, config: Config) -> None:

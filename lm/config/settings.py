@@ -336,7 +336,11 @@ class FinetuneConfig:
         "pretrained", "initial weights; random: untrained", choices=("pretrained", "random"), on_resume="never"
     )
     train: str = setting(
-        "", "training examples: .jsonl, .json, .csv, .tsv, .parquet, or hf:NAME[:SPLIT]", on_resume="free", of_task=True
+        "",
+        "training examples: .jsonl, .json, .csv, .tsv, .parquet, or hf:NAME[:SPLIT]; of images: a folder with a folder "
+        "for each class, a .tar of such, .parquet, hf:NAME[:SPLIT], or a dataset made by data_prep images",
+        on_resume="free",
+        of_task=True,
     )
     validation: str = setting("", "examples to choose the best step by; empty: none", on_resume="free", of_task=True)
     text_column: str = setting("text", "column with the text, or the question of a choice", of_task=True)
@@ -514,7 +518,7 @@ def finetuning_settings() -> list[Setting]:
         dataclasses.replace(
             s,
             default=s.default if s.finetuning is None else s.finetuning,
-            help=s.help + (by_method if s.name == "learning_rate" else ""),
+            help=s.help + {"learning_rate": by_method, "dropout": "; for images the default is 0"}.get(s.name, ""),
         )
         for s in sorted(own, key=lambda s: s.section != "finetune")
     ]
@@ -523,10 +527,12 @@ def finetuning_settings() -> list[Setting]:
 def finetuning_defaults(*, images: bool = False) -> dict[str, Any]:
     """The defaults that differ in fine-tuning, by name; ``learning_rate`` is that of the method "full".
 
-    Views are for ``images`` only.
+    Views are for ``images`` only, which vary enough without dropout.
     """
-    different = [s for s in all_settings() if s.finetuning is not None]
-    return {s.name: s.finetuning for s in different if images or s.section != "views"}
+    different = {s.name: s.finetuning for s in all_settings() if s.finetuning is not None}
+    if images:
+        return different | {"dropout": 0.0}
+    return {s.name: different[s.name] for s in all_settings() if s.name in different and s.section != "views"}
 
 
 def usual_reading(config: Config) -> str:

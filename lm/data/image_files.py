@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.shards.images import ImageDataset, ImageFormat, holds_images, open_images
 from data_prep.sources.images import BadImage, Columns, ImageEntry, decode, entries_of, list_images
+from data_prep.sources.records import HUGGING_FACE
 from lm.config.settings import FinetuneConfig
 from lm.data.examples import Example
 from lm.data.labels import class_name
@@ -69,18 +70,22 @@ def pictures_of(
         label_column: the column of a table with the classes; "": find it.
 
     Raises:
-        UserError: the source has no images, or is a dataset of images of another size.
+        UserError: the source has no images, none that can be read, or is a dataset of images of another size.
     """
     if holds_images(source):
         yield from _of_dataset(open_images(source), form, split)
         return
+    any_read = False
     for entry in _entries(source, split, label_column):
         try:
             pixels = form.pixels(decode(entry.read()))
         except BadImage as error:
             unread.add(entry.name, error)
         else:
+            any_read = True
             yield Picture(entry.name, entry.label, pixels)
+    if not any_read:
+        raise UserError(f"no image of {source} can be read: {unread.examples[0]}" if unread.count else _none(source))
 
 
 def pixels_of(image: Any, form: ImageFormat, name: str) -> Pixels:
@@ -192,7 +197,7 @@ class LabeledImages(Sequence[Example]):
 
 def read_image_task(
     task: FinetuneConfig, form: ImageFormat, kept: Collection[str] = ()
-) -> tuple[LabeledImages, Sequence[Example]]:
+) -> tuple[LabeledImages, LabeledImages]:
     """The training and validation images of a fine-tuning.
 
     Validation images are those of the source that the settings name, or those that the training source itself sets
@@ -206,7 +211,7 @@ def read_image_task(
     train = read_labeled(task.train, form, TRAIN if own else "", label, kept)
     source = task.validation or (task.train if own else "")
     if not source:
-        return train, []
+        return train, LabeledImages([], train.read, "", [])
     return train, read_labeled(source, form, VALIDATION if has_validation(source) else "", label, kept)
 
 
@@ -227,8 +232,6 @@ def read_labeled(
         data = picture.pixels.tobytes()
         digest.update(data)
         file.write(data)
-    if not examples and not unlabeled:
-        raise UserError(f"no image of {what} can be read: {unread.examples[0]}" if unread.count else _none(what))
     notes = [f"{what}: {unread}"] if unread.count else []
     notes += _without_class(what, unlabeled, len(examples))
     file.flush()
@@ -263,5 +266,14 @@ def _none(what: str) -> str:
 def _without_class(what: str, unlabeled: int, labeled: int) -> list[str]:
     """A note on the images that have no class; UserError if all of them have none."""
     if not labeled:
-        raise UserError(f"the images of {what} have no classes: put those of each class into a folder of its own")
-    return [f"{what}: {unlabeled:,} images without a class were left out"] if unlabeled else []
+        is_table = what.partition(" (")[0].endswith(".parquet") or what.startswith(HUGGING_FACE)
+        raise UserError(
+            f"the images of {what} have no classes: "
+            + (
+                "name their column with --label-column"
+                if is_table
+                else "put those of each class into a folder of its own"
+            )
+        )
+    count = "1 image without a class was" if unlabeled == 1 else f"{unlabeled:,} images without a class were"
+    return [f"{what}: {count} left out"] if unlabeled else []

@@ -1,4 +1,4 @@
-"""What the features of an image run are worth: k-NN and linear probe of its frozen features, beside baselines.
+"""What the features of an image run are worth: k-NN and linear probe of its frozen features, next to baselines.
 
 All are fitted on the same training images and tested on the same others, by one protocol, after training.
 """
@@ -169,7 +169,9 @@ def _judged(run: Run, corpora: ImageCorpora | None, train: str, test: str) -> Ju
         values, truth = (np.array([labels.indices(each)[0] for each in images], dtype=np.int64) for images in sets)
     except UserError as reason:
         raise (UserError if train or test else _NoClassesError)(str(reason)) from None
-    return Judged(*sets, values, truth, len(labels.names), f"fitted on {described[0]}, tested on {described[1]}")
+    return Judged(
+        sets[0], sets[1], values, truth, len(labels.names), f"fitted on {described[0]}, tested on {described[1]}"
+    )
 
 
 def _labeled(corpora: ImageCorpora, split: str) -> LabeledImages:
@@ -207,7 +209,7 @@ def _of_features(
     device: torch.device,
     progress: Progress,
 ) -> dict[str, Any]:
-    """What is told of the features themselves; without classes only how spread out they are."""
+    """The accuracies of the features and of the baselines; without classes only how spread out the features are."""
     form = run.image_format
     readers = {FEATURES: feature_reader(run.load_image_model(device, saved), form, layer)}
     if judged is None:
@@ -282,8 +284,8 @@ def verdict(result: dict[str, Any]) -> str:
                 "beat" if difference > margin else "are worse than" if -difference > margin else "do not clearly beat"
             )
             beaten.setdefault(clear, []).append(f"{NAMES[name]} ({100 * difference:+.1f} points)")
-        told = "; they ".join(f"{clear} {' and '.join(names)}" for clear, names in beaten.items())
-        sentences.append(f"By {NAMES[probe]} the features {told}.")
+        compared = "; they ".join(f"{clear} {' and '.join(names)}" for clear, names in beaten.items())
+        sentences.append(f"By {NAMES[probe]} the features {compared}.")
     if result["objective"] in MISJUDGED:
         sentences.append(
             f"k-NN misjudges features of {result['objective']}: go by the linear probe, and by fine-tuning."

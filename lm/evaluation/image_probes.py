@@ -5,7 +5,7 @@ images → vectors (of a frozen model, of the same shape with random weights, ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -49,11 +49,16 @@ def random_trunk(config: ModelConfig, seed: int, device: torch.device) -> ImageT
     return ImageTransformer(config).initialize(seed, identity=False).to(device).eval()
 
 
+def parts_of(images: LabeledImages) -> Iterator[NDArray[np.uint8]]:
+    """The pixels of all images, uint8 (n, size, size, channels), part by part."""
+    for first in range(0, len(images), READ_AT_ONCE):
+        yield images.read(np.arange(first, min(first + READ_AT_ONCE, len(images))))
+
+
 def all_vectors(images: LabeledImages, readers: Mapping[str, Reader]) -> dict[str, Vectors]:
     """The vectors of all images by each of ``readers``, reading the images once."""
     parts: dict[str, list[Vectors]] = {name: [] for name in readers}
-    for first in range(0, len(images), READ_AT_ONCE):
-        pixels = images.read(np.arange(first, min(first + READ_AT_ONCE, len(images))))
+    for pixels in parts_of(images):
         for name, read in readers.items():
             parts[name].append(read(pixels))
     return {name: np.concatenate(found) for name, found in parts.items()}

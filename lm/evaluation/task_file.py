@@ -1,6 +1,7 @@
 """Tasks from a file or the command line, and the settings of their fine-tuned rows.
 
-A file of tasks (TOML) uses the names of ``finetune.py``'s settings, and ``test`` for the test examples::
+A file of tasks (TOML) uses the names of ``finetune.py``'s settings, ``test`` for the test examples, and ``labels`` for
+the share of the training examples to use::
 
     [settings]                  # of all fine-tuned rows
     epochs = 3
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.sources.records import HUGGING_FACE
 from lm.config.recipes import finetuning_config, read_toml
 from lm.config.settings import Config, all_settings
 from lm.data.examples import columns_of
@@ -54,7 +54,7 @@ def read_tasks(run: Run, path: Path, overrides: Settings) -> list[Task]:
         if Path(name).name != name:
             problems.append(f'[tasks."{name}"] is not a valid folder name')
         for key in given.keys() & {"train", "validation", "test"}:  # paths are relative to the file
-            if isinstance(file := given[key], str) and file and not file.startswith(HUGGING_FACE):
+            if isinstance(file := given[key], str) and file and ":" not in file.partition("/")[0]:  # hf:, builtin:, s3:
                 given[key] = str(path.parent / file)
         try:
             tasks.append(make_task(run, name, content.get("settings", {}), by_row, given, overrides))
@@ -75,10 +75,11 @@ def make_task(
     known = {setting.name for setting in all_settings()}
     problems: dict[str, None] = {}  # in order, without repetition
     given = {row: {**settings, **by_row.get(row, {}), **of_task, **overrides} for row in TUNED}
-    test = given["full"].get("test", "")
+    test, labels = given["full"].get("test", ""), given["full"].get("labels", 1.0)
     configs: dict[str, Config] = {}
     for row, values in given.items():
-        values.pop("test", None)
+        for name_of_table in ("test", "labels"):
+            values.pop(name_of_table, None)
         unknown = [f"--{key.replace('_', '-')}" for key in values if key not in known]
         valid = {key: value for key, value in values.items() if key in known}
         try:
@@ -89,8 +90,10 @@ def make_task(
         task = configs["full"].finetune  # the rows differ only in how they are fine-tuned
         missing = {"--train": task.train, "--test": test}
         problems.update({f"name the examples: {option} FILE": None for option, file in missing.items() if not file})
+    if isinstance(labels, bool) or not isinstance(labels, (int, float)) or not 0 < labels <= 1:
+        problems[f"labels is {labels!r}: choose a share of the training examples, above 0 and at most 1"] = None
     if problems:
         raise UserError("\n".join(problems))
     own = {row: {key: value for key, value in values.items() if key not in OF_TASK} for row, values in given.items()}
     metric = "" if task.judged_by == "auto" else task.judged_by
-    return Task(name, task.task, task.train, test, task.validation, metric, columns_of(task), own)
+    return Task(name, task.task, task.train, test, task.validation, metric, columns_of(task), own, float(labels))

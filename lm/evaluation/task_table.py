@@ -18,21 +18,20 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import read_json, write_atomically
+from data_prep.shards.images import ImageFormat
+from lm.config.settings import IMAGE_TASKS
 from lm.data.examples import Columns, Example, Labels, content_hash, numbers_of, read_examples
+from lm.data.image_files import TRAIN, VALIDATION, LabeledImages, has_validation, read_labeled
 from lm.evaluation.probes import Predictions, Target, linear, majority, nearest, tfidf
-from lm.finetuning.heads import pair_features
 from lm.finetuning.metrics import METRICS, metrics_of
-from lm.inference.embedding import Reading, Vectors, all_vectors
-from lm.inference.language_model import LanguageModel
-from lm.model.transformer import Transformer
-from lm.runs.directory import Run
+from lm.inference.embedding import Vectors
 
 # In the order of the table: its names, and what each is.
 ROWS = {
@@ -45,9 +44,20 @@ ROWS = {
     "lora": "fine-tuned by LoRA",
     "full": "fine-tuned in full",
 }
+# The rows of tasks on images.
+IMAGE_ROWS = {
+    "majority": "class frequencies, regardless of the image",
+    "knn_pixels": "k nearest neighbors by raw pixels",
+    "probe_pixels": "linear probe of raw pixels",
+    "knn_untrained": "k nearest neighbors by frozen features of the same architecture with random weights",
+    "probe_untrained": "linear probe of frozen features of the same architecture with random weights",
+    "untrained": "the same architecture, trained from scratch on the labels",
+    **{name: ROWS[name] for name in ("knn", "probe", "lora", "full")},
+}
 # The rows that are fine-tuned, and the settings of each.
 TUNED = {"untrained": {"method": "full", "weights": "random"}, "lora": {"method": "lora"}, "full": {"method": "full"}}
-FROZEN = ("probe_untrained", "knn", "probe")
+FROZEN = ("knn_pixels", "probe_pixels", "knn_untrained", "probe_untrained", "knn", "probe")
+WITHOUT_MODEL = ("majority", "tfidf", "knn_pixels", "probe_pixels")  # rows that do not depend on the run's weights
 CELLS, TABLE = "cells", "table.json"
 FORMAT = 2  # of a cell; cells of another format are computed again
 
@@ -58,6 +68,7 @@ class Task:
 
     All rows learn from ``train`` and are measured on ``test``. Fine-tuning chooses its best step on ``validation``; ""
     stands for a tenth of ``train``, drawn by the seed. ``settings`` are those of the fine-tuned rows, by row.
+    ``labels`` is the share of ``train`` that is used, of each class, drawn by the seed.
     """
 
     name: str
@@ -68,6 +79,7 @@ class Task:
     metric: str = ""
     columns: Columns = field(default_factory=Columns)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    labels: float = 1.0
 
     @property
     def judged_by(self) -> str:
@@ -79,9 +91,9 @@ class Examples:
     """The examples of a task, read; ``labels`` is None for a regression."""
 
     task: Task
-    train: list[Example]
-    test: list[Example]
-    validation: list[Example]
+    train: Sequence[Example]
+    test: Sequence[Example]
+    validation: Sequence[Example]
     labels: Labels | None
 
     @property
@@ -94,7 +106,39 @@ class Examples:
             return np.array([example.label for example in examples], dtype=np.float64)
         return np.array([n for example in examples for n in self.labels.indices(example)], dtype=np.int64)
 
-    def parts(self, seed: int) -> tuple[list[Example], list[Example]]:
+    @property
+    def rows(self) -> dict[str, str]:
+        """The rows of the task's table."""
+        return IMAGE_ROWS if self.task.kind in IMAGE_TASKS else ROWS
+
+    @property
+    def notes(self) -> list[str]:
+        """What to tell the user of the examples."""
+        return [
+            n
+            for part in (self.train, self.test, self.validation)
+            if isinstance(part, LabeledImages)
+            for n in part.notes
+        ]
+
+    def numbers(self, seed: int) -> NDArray[np.int64]:
+        """The training examples that a seed uses: the task's share of each class, at least one, ascending.
+
+        A smaller share is part of a larger one.
+        """
+        classes = np.zeros(len(self.train), dtype=np.int64) if self.labels is None else self.values(self.train)
+        order = np.random.default_rng([seed, 2]).permutation(len(self.train))
+        chosen = []
+        for number in np.unique(classes):
+            of_class = order[classes[order] == number]
+            chosen.append(of_class[: max(1, round(len(of_class) * self.task.labels))])
+        return np.sort(np.concatenate(chosen))
+
+    def of_seed(self, seed: int) -> Examples:
+        """With the training examples that a seed uses."""
+        return self if self.task.labels == 1 else replace(self, train=_taken(self.train, self.numbers(seed)))
+
+    def parts(self, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
         """The training and validation examples of a fine-tuning."""
         if self.validation:
             return self.train, self.validation
@@ -105,8 +149,14 @@ class Examples:
                 seen.add(self.train[number].label)  # one of each class is for training
             elif len(held) < max(1, len(self.train) // 10):
                 held.add(number)
-        rest = [example for number, example in enumerate(self.train) if number not in held]
-        return rest, [self.train[number] for number in sorted(held)]
+        rest = np.array([number for number in range(len(self.train)) if number not in held], dtype=np.int64)
+        return _taken(self.train, rest), _taken(self.train, np.array(sorted(held), dtype=np.int64))
+
+
+def _taken(examples: Sequence[Example], numbers: NDArray[np.int64]) -> Sequence[Example]:
+    if isinstance(examples, LabeledImages):
+        return examples.chosen(numbers)
+    return [examples[number] for number in numbers.tolist()]
 
 
 @dataclass(frozen=True)
@@ -132,23 +182,31 @@ class Cell:
 Tune = Callable[[str, Examples, int, dict[str, Any], Path], Predictions]
 
 
-def read_task(task: Task) -> Examples:
-    """Read the examples of a task.
+def read_task(task: Task, form: ImageFormat | None = None) -> Examples:
+    """Read the examples of a task, images as a run with this format does.
 
     Raise UserError if a file cannot be read, all labels are the same, or a test label is not in the training examples.
     """
     if task.kind not in METRICS:
-        raise UserError(f'task "{task.name}": tables support {" and ".join(METRICS)}, not {task.kind}')
+        raise UserError(f'task "{task.name}": tables support {", ".join(METRICS)}, not {task.kind}')
     if task.judged_by not in METRICS[task.kind]:
         known = ", ".join(METRICS[task.kind])
         raise UserError(f'task "{task.name}": {task.kind} has no metric "{task.metric}": choose one of {known}')
-    train, test = (read_examples(file, task.kind, task.columns) for file in (task.train, task.test))
-    validation = read_examples(task.validation, task.kind, task.columns) if task.validation else []
+
+    def read(source: str, split: str) -> Sequence[Example]:
+        if task.kind not in IMAGE_TASKS:
+            return read_examples(source, task.kind, task.columns)
+        assert form is not None
+        label = "" if task.columns.label == Columns.label else task.columns.label
+        return read_labeled(source, form, split if has_validation(source) else "", label)
+
+    train, test = read(task.train, TRAIN), read(task.test, VALIDATION)
+    validation = read(task.validation, VALIDATION) if task.validation else []
     if len({len(example.texts) for example in [*train, *test, *validation]}) > 1:
         raise UserError(f'task "{task.name}": some examples are pairs of texts and others single texts')
     if task.kind == "regression":
         numbers_of(train)
-    examples = Examples(task, train, test, validation, Labels.of(train) if task.kind == "classification" else None)
+    examples = Examples(task, train, test, validation, None if task.kind == "regression" else Labels.of(train))
     examples.values([*test, *validation])
     if task.judged_by == "f1" and examples.classes != 2:
         raise UserError(f'task "{task.name}" has {examples.classes} classes, but f1 is for two: choose macro_f1')
@@ -156,37 +214,44 @@ def read_task(task: Task) -> Examples:
 
 
 @dataclass(frozen=True)
-class _Features:
-    """Vectors of a task's examples, the seconds they took, and how many texts were truncated to the context."""
+class Frozen:
+    """Vectors of a task's training and test examples, the seconds they took, and how many texts were truncated."""
 
     train: Vectors
     test: Vectors
     seconds: float
-    cut: int
+    cut: int = 0
+
+
+class Features(Protocol):
+    """Where the frozen rows get their vectors (``lm.evaluation.frozen_features``)."""
+
+    def key(self, row: str) -> Any:
+        """What the vectors of a row depend on besides examples and weights, as JSON."""
+
+    def of(self, examples: Examples, row: str, seed: int) -> Frozen:
+        """The vectors for a row, of the training examples that the seed uses."""
 
 
 @dataclass
 class CellMaker:
-    """Computes the cells of a run's tables; caches the features of one task at a time.
+    """Computes the cells of a run's tables.
 
     ``weights`` is the hash of the model's file, ``out`` the folder of the tables. The run directories of fine-tuned
     rows, in ``out/runs``, are removed once their cell is written, or kept.
     """
 
-    run: Run
-    model: Transformer
+    features: Features
     weights: str
-    reading: Reading
     tune: Tune
     out: Path
     keep_runs: bool = field(default=False, kw_only=True)
-    _features: dict[tuple[str, int | None], _Features] = field(default_factory=dict, init=False)
 
     def cell(self, examples: Examples, row: str, seed: int) -> Cell:
         """Return the saved cell, or compute and save it."""
         task = examples.task.name
         path = self.out / CELLS / task / f"{row}-{seed}.json"
-        source = self._source(examples, row, seed)
+        source = self._source(examples.of_seed(seed), row, seed)
         if (known := read_cell(path)) and known.source == source:
             return known
         folder = self.out / "runs" / task / f"{row}-{seed}-{source[:8]}"
@@ -205,21 +270,24 @@ class CellMaker:
 
     def _source(self, examples: Examples, row: str, seed: int) -> str:
         """The hash of everything that a cell depends on."""
-        task, reading = examples.task, asdict(self.reading) if row in FROZEN else None
-        weights = self.weights if row not in ("majority", "tfidf") else ""
+        task, reading = examples.task, self.features.key(row) if row in FROZEN else None
+        weights = self.weights if row not in WITHOUT_MODEL else ""
         parts = (FORMAT, task.kind, task.judged_by, row, seed, task.settings.get(row, {}), reading, weights)
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
         for part in (examples.train, examples.test, examples.validation if row in TUNED else []):
             digest.update(content_hash(part).encode())
+            if isinstance(part, LabeledImages):
+                digest.update(part.digest.encode())
         return digest.hexdigest()
 
     def _predictions(self, examples: Examples, row: str, seed: int, folder: Path) -> tuple[Predictions, float]:
         """The predictions of a row for the test examples, and the seconds they took."""
+        features = self.features.of(examples, row, seed) if row in FROZEN else None
+        examples = examples.of_seed(seed)
         target = Target(examples.values(examples.train), examples.classes, examples.task.judged_by)
-        features = self._vectors(examples, seed if row == "probe_untrained" else None) if row in FROZEN else None
         start = time.perf_counter() - (features.seconds if features else 0)
         if features:
-            found = (nearest if row == "knn" else linear)(features.train, target, features.test, seed)
+            found = (nearest if row.startswith("knn") else linear)(features.train, target, features.test, seed)
             if features.cut:
                 found = replace(found, chosen=f"{found.chosen}; {features.cut:,} texts truncated")
         elif row in TUNED:
@@ -230,30 +298,6 @@ class CellMaker:
         else:
             found = majority(target, len(examples.test))
         return found, time.perf_counter() - start if found.seconds is None else found.seconds
-
-    def _vectors(self, examples: Examples, untrained: int | None) -> _Features:
-        """Features of a task by the run's model, or by an untrained one that is drawn from the seed ``untrained``."""
-        key = (examples.task.name, untrained)
-        if key not in self._features:
-            start = time.perf_counter()
-            trunk = self.model
-            if untrained is not None:
-                device = next(self.model.parameters()).device
-                trunk = Transformer(self.run.config.model).initialize(untrained).to(device).eval()
-            model = LanguageModel(trunk, self.run.tokenizer, self.run.config)
-            train, test = (self._vectors_of(model, part) for part in (examples.train, examples.test))
-            seconds = time.perf_counter() - start
-            self._features = {key: value for key, value in self._features.items() if key[0] == examples.task.name}
-            self._features[key] = _Features(train[0], test[0], seconds, train[1] + test[1])
-        return self._features[key]
-
-    def _vectors_of(self, model: LanguageModel, examples: Sequence[Example]) -> tuple[Vectors, int]:
-        """A vector per example (those of a pair are combined), and how many texts were truncated."""
-        columns = zip(*(example.texts for example in examples), strict=True)
-        found = [all_vectors(model, [(text,) for text in column], self.reading) for column in columns]
-        first, *others = (vectors for vectors, _ in found)
-        vectors = np.concatenate(pair_features(first, others[0]), axis=1) if others else first
-        return vectors, sum(cut for _, cut in found)
 
 
 def read_cell(path: Path) -> Cell | None:
@@ -291,23 +335,35 @@ def summarize(cells: Sequence[Cell]) -> list[Summary]:
     return summaries
 
 
-def findings(summaries: Sequence[Summary], metric: str) -> list[str]:
-    """The findings of one task's table in sentences: full fine-tuning against the untrained architecture and TF-IDF.
+# Which rows the findings compare: ours, another, and how a sentence calls both.
+COMPARED = (
+    ("full", "untrained", "Full fine-tuning", "the untrained architecture"),
+    ("full", "tfidf", "Full fine-tuning", "TF-IDF"),
+    ("probe", "probe_pixels", "The linear probe", "one of raw pixels"),
+    ("probe", "probe_untrained", "The linear probe", "one of random weights"),
+    ("knn", "knn_pixels", "k-NN", "k-NN by raw pixels"),
+    ("knn", "knn_untrained", "k-NN", "k-NN by random weights"),
+)
 
-    A difference counts if it exceeds two of its standard deviations, computed from those of both rows.
+
+def findings(summaries: Sequence[Summary], metric: str) -> list[str]:
+    """The findings of one task's table in sentences: what the run gives, against what is there without pretraining.
+
+    A difference counts if it exceeds two of its standard deviations, computed from those of both rows. Probes are
+    compared where raw pixels are a row, for images.
     """
     rows = {summary.row: summary for summary in summaries}
     sentences = []
-    for other, name in (("untrained", "the untrained architecture"), ("tfidf", "TF-IDF")):
-        if "full" not in rows or other not in rows:
+    for row, other, called, name in COMPARED:
+        if row not in rows or other not in rows or (row != "full" and not rows.keys() & {"knn_pixels", "probe_pixels"}):
             continue
-        (ours, our_sd), (theirs, their_sd) = rows["full"].metrics[metric], rows[other].metrics[metric]
+        (ours, our_sd), (theirs, their_sd) = rows[row].metrics[metric], rows[other].metrics[metric]
         margin, difference = 2 * (our_sd**2 + their_sd**2) ** 0.5, ours - theirs
         numbers = f"{metric} {ours:.3f} vs. {theirs:.3f}, a difference of {difference:+.3f}"
-        if min(len(rows["full"].seeds), len(rows[other].seeds)) < 2:
-            sentences.append(f"Full fine-tuning vs. {name}: {numbers}; with a single seed this may be chance.")
+        if min(len(rows[row].seeds), len(rows[other].seeds)) < 2:
+            sentences.append(f"{called} vs. {name}: {numbers}; with a single seed this may be chance.")
             continue
         clear = "better than" if difference > 0 else "worse than"
         verdict = clear if abs(difference) > margin else "not clearly different from"
-        sentences.append(f"Full fine-tuning is {verdict} {name}: {numbers} (two standard deviations: {margin:.3f}).")
+        sentences.append(f"{called} is {verdict} {name}: {numbers} (two standard deviations: {margin:.3f}).")
     return sentences

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Sequence
@@ -13,13 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_prep.files import write_atomically
+from data_prep.files import atomic_file, write_atomically
 from lm.config.recipes import finetuning_config
 from lm.data.examples import Example
+from lm.data.image_files import LabeledImages
+from lm.evaluation.image_probes import parts_of
 from lm.evaluation.probes import Predictions
 from lm.evaluation.task_table import TUNED, Examples
 from lm.finetuning.finetune import finetune
-from lm.finetuning.predict import Predictor, open_predictor, predict
+from lm.finetuning.predict import Predictor, open_predictor, predict, predict_images
 from lm.runs.directory import Run
 from lm.training.reporter import NullReporter
 
@@ -34,11 +37,15 @@ class Tuner:
     def __call__(self, row: str, examples: Examples, seed: int, settings: dict[str, Any], folder: Path) -> Predictions:
         train, validation = examples.parts(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        write_examples(folder / "train.jsonl", train)
-        write_examples(folder / "validation.jsonl", validation)
+        of_images = isinstance(train, LabeledImages)
+        files = {name: folder / f"{name}.{'parquet' if of_images else 'jsonl'}" for name in ("train", "validation")}
+        for file, part in zip(files.values(), (train, validation), strict=True):
+            if isinstance(part, LabeledImages):
+                write_images(file, part)
+            else:
+                write_examples(file, part)
         own = {
-            "train": str(folder / "train.jsonl"),
-            "validation": str(folder / "validation.jsonl"),
+            **{name: str(file) for name, file in files.items()},
             "task": examples.task.kind,
             "judged_by": examples.task.judged_by,
             "seed": seed,
@@ -75,12 +82,40 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
     write_atomically(path, "".join(line + "\n" for line in lines))
 
 
+def write_images(path: Path, images: LabeledImages) -> None:
+    """Write images with their classes as a table of PNG files, which decode to the same pixels."""
+    import pyarrow
+    import pyarrow.parquet
+    from PIL import Image
+
+    schema = pyarrow.schema([("image", pyarrow.binary()), ("label", pyarrow.string())])
+    with atomic_file(path) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        written = 0
+        for part in parts_of(images):
+            files = []
+            for pixels in part:
+                buffer = io.BytesIO()
+                Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]).save(
+                    buffer, "PNG", compress_level=1
+                )
+                files.append(buffer.getvalue())
+            labels = [example.label for example in images[written : written + len(part)]]
+            written += len(part)
+            writer.write_table(pyarrow.table([files, labels], schema=schema))
+
+
 def predictions_of(predictor: Predictor, examples: Examples) -> tuple[NDArray[np.float64], int]:
     """Outputs for test examples as in ``probes.Predictions``, and how many of them were longer than the context.
 
     A class that was not among the training examples of the fine-tuned run has probability 0.
     """
-    found = list(predict(predictor, examples.test))
+    if isinstance(examples.test, LabeledImages):
+        found = [
+            (answer, False)
+            for answer in predict_images(predictor, (each for part in parts_of(examples.test) for each in part))
+        ]
+    else:
+        found = list(predict(predictor, examples.test))
     cut = sum(was_cut for _, was_cut in found)
     if examples.labels is None:
         return np.array([answer["value"] for answer, _ in found]), cut

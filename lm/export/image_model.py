@@ -7,6 +7,7 @@ No class of ``transformers`` has a classifier on Pixtral: that of a fine-tuned m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lm.export.model_card import NO_FACTS, CardFacts, model_card
 from lm.export.task_model import TaskHead, label_config
 from lm.model.image_transformer import ImageTransformer
 from lm.runs.checkpoint import Checkpoint, save_tensors
-from lm.runs.directory import PROCESSOR, Run
+from lm.runs.directory import Run
 
 EPSILON = 1e-5  # of Pixtral's norms, which no setting changes
 LARGEST_GRID = 64  # patches a side, or twice those of training: transformers 4 reads no larger images
@@ -98,7 +99,7 @@ def export_image_model(
         raise UserError(
             f"{run.path} cannot be exported: no model class of transformers supports {'; nor '.join(obstacles)}"
         )
-    form = ImageFormat.load(run.path / PROCESSOR)
+    form = run.image_format
     model = model or run.load_image_model(torch.device("cpu"), checkpoint)
     with new_folder(out) as folder:
         write_image_model(folder, run.config.model, model.state_dict(), form, head)
@@ -209,6 +210,7 @@ def compare_with_transformers(folder: Path, model: ImageTransformer) -> str:
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     theirs = transformers.AutoModel.from_config(config).float().eval()
     theirs.load_state_dict(load_file(folder / "model.safetensors"))
+    ours = copy.deepcopy(model).cpu().eval()
     shape, draw, worst = model.config, torch.Generator().manual_seed(0), 0.0
     side = shape.image_size // shape.patch_size
     for height, width in ((side, side), (side + 1, side + 1), (3, 3), (side, side + 2)):
@@ -216,7 +218,7 @@ def compare_with_transformers(folder: Path, model: ImageTransformer) -> str:
         image = torch.randn(size, generator=draw)
         with torch.no_grad():
             found = theirs(image).last_hidden_state
-            expected = model([image], layout_of([image], shape.patch_size))
+            expected = ours([image], layout_of([image], shape.patch_size))
         scale = max(1.0, float(expected.square().mean().sqrt()))
         worst = max(worst, float((found - expected).abs().max()) / scale)
     if not worst <= TOLERANCE:

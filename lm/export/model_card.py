@@ -148,7 +148,9 @@ def model_card(
         notes=notes,
         training=training_of(run, checkpoint),
         settings=OUR_CONFIG,
-        losses=evaluation.get("validation", {}),
+        losses={} if run.config.reads_images else evaluation.get("validation", {}),
+        features=_features(evaluation),
+        images=evaluation.get("images"),
         floors=evaluation.get("floors", {}),
         protocol=evaluation.get("protocol"),
         limits=limits or training_limits(run, checkpoint),
@@ -262,6 +264,15 @@ def hub_base(run: Run, checkpoint: Checkpoint) -> str:
         except UserError:  # it was moved or deleted
             break
     return ""
+
+
+def _features(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The accuracies of ``evaluate`` by what they are of, if it judged a model of images with labels."""
+    if not evaluation.get("features"):
+        return {}
+    baselines = {name: evaluation["baselines"][name] for name in ("raw_pixels", "random_weights")}
+    named = {f"{name.replace('_', ' ')} (baseline)": each for name, each in baselines.items()}
+    return {"this model": evaluation["features"], **named}
 
 
 def _inputs(config: Config) -> str:

@@ -34,6 +34,7 @@ class ImageTask(HeadTask):
         self, config: Config, processor: ImageFormat, train: Sequence[Example], validation: Sequence[Example]
     ) -> None:
         assert isinstance(train, LabeledImages)
+        assert isinstance(validation, LabeledImages)
         self.read_answers(config, train, validation)
         self.form, self.images, self.validation_images = processor, train, validation
         self.train = [ImageExample(config.model.patches)] * len(train)
@@ -43,7 +44,7 @@ class ImageTask(HeadTask):
     def introduction(self) -> list[str]:
         counts = Counter(example.label for example in self.images)
         labels, rare = self.answers.labels, [name for name in self.answers.labels if counts[name] == 1]
-        notes = [*self.images.notes, *getattr(self.validation_images, "notes", [])]
+        notes = [*self.images.notes, *self.validation_images.notes]
         if rare:
             notes.append(f"only one training image is of class {', '.join(rare[:5])}{', …' if rare[5:] else ''}")
         views = self.config.views
@@ -68,7 +69,6 @@ class ImageTask(HeadTask):
         return ImageItems(images, self.form, draws, self.config.views)
 
     def validation_items(self) -> Iterator[ImageItems]:
-        assert isinstance(self.validation_images, LabeledImages)
         rows = max(1, self.config.finetune.micro_batch_tokens // self.config.model.patches)
         for first in range(0, len(self.validation), rows):
             numbers = np.arange(first, min(first + rows, len(self.validation)))

@@ -18,6 +18,7 @@ from data_prep.errors import UserError
 METRICS = {
     "classification": ("accuracy", "f1", "macro_f1", "matthews"),
     "regression": ("spearman", "pearson"),
+    "image_classification": ("accuracy", "f1", "macro_f1", "matthews"),
 }
 CALIBRATION_BINS = 10
 

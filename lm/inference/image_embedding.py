@@ -76,7 +76,7 @@ def _hidden_states(model: ImageTransformer, inputs: Tensor, layer: int) -> Tenso
 
 
 def names_file(vectors: Path) -> Path:
-    """The text file beside a .npy file of vectors that has the name of each row's image in a line."""
+    """The text file next to a .npy file of vectors that has the name of each row's image in a line."""
     return vectors.with_suffix(".txt")
 
 

@@ -20,7 +20,7 @@ from lm.runs.directory import METRICS, Run, open_run
 from lm.runs.metrics_log import overfitting, rows_validated, summary
 from lm.training.plan import format_bytes
 
-UNITS = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
+UNITS = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "loss": "loss"}  # the last is that of images
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,16 @@ class Entry:
 def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
     """Open the runs to compare, named by their directories, or by their paths if names repeat.
 
-    Raise UserError if one is not a run on text, or has logged nothing yet.
+    Raise UserError if one is not a run, or has logged nothing yet, or if some read text and others images.
     """
     names = [Path(path).resolve().name for path in paths]
     names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
     runs = [open_run(path) for path in paths]
+    if len({run.config.reads_images for run in runs}) > 1:
+        text, images = (next(run.path for run in runs if run.config.reads_images == which) for which in (False, True))
+        raise UserError(f"{images} reads images, and {text} reads text: compare runs of one kind")
     entries = [Entry(name, run, list(run.metrics())) for name, run in zip(names, runs, strict=True)]
     for entry in entries:
-        if entry.run.config.reads_images:
-            raise UserError(f"{entry.run.path} reads images, and only runs on text can be compared: see its report.html")
         if not summary(entry.lines):
             raise UserError(_why_no_metrics(entry.run))
     return entries
@@ -99,16 +100,18 @@ def _why_no_metrics(run: Run) -> str:
 def compare(entries: Sequence[Entry]) -> dict[str, Any]:
     """Compare the runs; the result is ready for JSON.
 
-    ``unit`` is the unit in which losses are comparable, and ``remarks`` are caveats about the numbers; ``runs`` has the
-    state of each run and, per readout, its ``final`` and its ``best`` validation; ``settings`` has the values of the
-    settings that differ, in the order of the runs.
+    ``unit`` is the unit in which losses are comparable, "loss" for images, and ``remarks`` are caveats about the
+    numbers; ``runs`` has the state of each run and, per readout, its ``final`` and its ``best`` validation;
+    ``settings`` has the values of the settings that differ, in the order of the runs.
     """
     flat = [entry.run.config.flat() for entry in entries]
-    same_tokenizer = _alike(entry.run.tokenizer.sha256 for entry in entries)
-    unit = "nats_per_token" if same_tokenizer else "bits_per_byte"
+    same_inputs = _alike(entry.run.processor.sha256 for entry in entries)
+    unit = "nats_per_token" if same_inputs else "bits_per_byte"
+    if entries[0].run.config.reads_images:
+        unit = "loss"
     return {
         "unit": unit,
-        "remarks": _remarks(entries, same_tokenizer=same_tokenizer),
+        "remarks": _remarks(entries, same_inputs=same_inputs),
         "runs": [_state_of(entry, unit) for entry in entries],
         "settings": {name: [values[name] for values in flat] for name in flat[0] if not _alike(v[name] for v in flat)},
     }
@@ -129,10 +132,13 @@ def _state_of(entry: Entry, unit: str) -> dict[str, Any]:
     }
 
 
-def _remarks(entries: Sequence[Entry], *, same_tokenizer: bool) -> list[str]:
+def _remarks(entries: Sequence[Entry], *, same_inputs: bool) -> list[str]:
     remarks = []
     sizes = ", ".join(f"{entry.run.config.model.vocab_size:,}" for entry in entries)
-    if not same_tokenizer:
+    if entries[0].run.config.reads_images:
+        if not same_inputs:
+            remarks.append("The images differ in size, channels or normalization, so losses are not comparable.")
+    elif not same_inputs:
         remarks.append(
             f"The tokenizers differ (vocabularies of {sizes} tokens), so losses are compared in bits per byte; "
             "training losses are per token and are left out."
@@ -161,7 +167,7 @@ def rows(comparison: dict[str, Any]) -> list[list[str]]:
     """
     runs, unit = comparison["runs"], comparison["unit"]
     table = [
-        [f"losses in {UNITS[unit]}", *(run["name"] for run in runs)],
+        ["losses" if unit == "loss" else f"losses in {UNITS[unit]}", *(run["name"] for run in runs)],
         ["steps", *(f"{run['step']:,} of {run['steps']:,}" for run in runs)],
         ["tokens seen", *(f"{run['tokens']:,}" for run in runs)],
         ["epochs seen", *(f"{run['epoch']:.2f}" for run in runs)],
@@ -174,7 +180,7 @@ def rows(comparison: dict[str, Any]) -> list[list[str]]:
     for key, (name, form) in known.items():
         if any(key in run for run in runs):
             table.append([name, *_cells(runs, key, form)])
-    if unit == "nats_per_token":
+    if unit != "bits_per_byte":
         losses = [run["training_loss"] for run in runs]
         table += [
             [f"training, {name}", *_cells(losses, name, "{:.4f}".format)] for name in _names(runs, "training_loss")
@@ -219,7 +225,7 @@ def _curves(entries: Sequence[Entry], comparison: dict[str, Any]) -> list[str]:
     """Training and validation losses by tokens seen, with a panel per objective and readout."""
     unit, runs = comparison["unit"], comparison["runs"]
     training, validation = [], []
-    if unit == "nats_per_token":
+    if unit != "bits_per_byte":
         curves = {entry.name: entry.training_losses() for entry in entries}
         for objective in _names(runs, "training_loss"):
             lines = {name: losses.get(objective, []) for name, losses in curves.items()}

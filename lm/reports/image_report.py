@@ -138,18 +138,18 @@ def _neighbors(model: ImageTransformer, form: ImageFormat, held_out: ImageValida
     nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :NEAREST]
     rows, right, known = [], 0, 0
     for place, number in enumerate(asked.tolist()):
-        own = _class(held_out.held_out, number)
+        own_class = _class(held_out.held_out, number)
         found = []
         for neighbor, cosine in zip(among[nearest[place]].tolist(), cosines[place, nearest[place]], strict=True):
             name = _class(held_out.train, neighbor)
-            same = own == name if own and name else None
+            same = own_class == name if own_class and name else None
             right, known = right + bool(same), known + (same is not None)
             source = f"cosine {cosine:.3f}, {held_out.train.source_of(neighbor)}"
             found.append(
                 _shown(held_out.train.read(np.array([neighbor]))[0], f"neighbor: {source}", name) | {"same": same}
             )
         pixels, source = held_out.held_out.read(np.array([number]))[0], held_out.held_out.source_of(number)
-        rows.append({"asked": _shown(pixels, f"held-out image: {source}", own), "found": found})
+        rows.append({"asked": _shown(pixels, f"held-out image: {source}", own_class), "found": found})
     return {"rows": rows, "among": len(among), "of": held_out.train.count, "right": right, "known": known}
 
 

@@ -10,14 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.files import write_atomically
-from lm.evaluation.task_table import ROWS, Cell, Examples, Summary, findings, summarize
+from lm.evaluation.task_table import Cell, Examples, Summary, findings, summarize
 from lm.finetuning.metrics import CALIBRATION_BINS, calibration, confusion_matrix
 from lm.reports.page import Bars, Panel, draw, render
 
 HARDEST = 10
-BASELINES = ("majority", "tfidf", "untrained", "probe_untrained")  # know nothing of the pretraining
+# These know nothing of the pretraining.
+BASELINES = ("majority", "tfidf", "untrained", "probe_untrained", "knn_pixels", "probe_pixels", "knn_untrained")
 # The first of these that exists is shown in detail.
-DETAILED = ("full", "lora", "probe", "knn", "untrained", "tfidf", "majority")
+DETAILED = ("full", "lora", "probe", "knn", "untrained", "tfidf", "probe_pixels", "majority")
 
 
 def write_task_report(path: Path, name: str, lead: str, tasks: Sequence[Examples], cells: Sequence[Cell]) -> None:
@@ -26,7 +27,15 @@ def write_task_report(path: Path, name: str, lead: str, tasks: Sequence[Examples
     several = len({cell.seed for cell in cells}) > 1
     write_atomically(
         path,
-        render("tasks.html", name=name, lead=lead, sections=sections, rows=ROWS, baselines=BASELINES, several=several),
+        render(
+            "tasks.html",
+            name=name,
+            lead=lead,
+            sections=sections,
+            rows=tasks[0].rows,
+            baselines=BASELINES,
+            several=several,
+        ),
     )
 
 
@@ -51,13 +60,13 @@ def _section(examples: Examples, cells: Sequence[Cell]) -> dict[str, Any]:
     outputs, truth = np.array(shown.outputs), examples.values(examples.test)
     return {
         "name": task.name,
-        "size": f"{len(examples.train):,} training examples, {len(examples.test):,} test examples; "
+        "size": f"{len(examples.numbers(0)):,} training examples, {len(examples.test):,} test examples; "
         f"seeds {', '.join(map(str, summaries[0].seeds))}",
         "header": header,
         "rows": rows,
         "findings": findings(summaries, task.judged_by),
         "chart": draw([_bars(values, task.judged_by, several=len(summaries[0].seeds) > 1)], height=3.0),
-        "shown": f"{ROWS[shown.row]}, seed {shown.seed}",
+        "shown": f"{examples.rows[shown.row]}, seed {shown.seed}",
         "confusion": _confusion(examples, outputs, truth),
         "calibration": draw([_calibration(examples, outputs, truth)], height=3.0),
         "hardest": _hardest(examples, outputs, truth),

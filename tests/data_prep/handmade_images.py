@@ -81,7 +81,6 @@ def usable_images() -> dict[str, bytes]:
         "gray alpha.png": encoded(gray_alpha, "PNG"),
         "clear color.png": encoded(rgb, "PNG", transparency=(0, 0, 0)),
         "cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG"),
-        "ycbcr.tif": encoded(rgb.convert("YCbCr"), "TIFF"),
         "deep.png": encoded(Image.fromarray(deep), "PNG"),
         "deep.tif": encoded(Image.fromarray(deep), "TIFF"),
         "integers.tif": encoded(Image.fromarray(deep.astype(np.int32)), "TIFF"),

@@ -35,7 +35,7 @@ class KilledError(BaseException):
 
 
 def settings_for(source: Path | str, out: Path, **changes: Any) -> ImageSettings:
-    options = {"workers": 1, "validation_fraction": 0.3, "shard_bytes": 1200} | changes
+    options = {"workers": 1, "validation_fraction": 0.3, "shard_bytes": 400} | changes
     return ImageSettings.from_options([source], out, options.pop("size", SIZE), **options)
 
 
@@ -255,7 +255,7 @@ def test_large_images_are_stored_as_files(size: int, tmp_path: Path) -> None:
     found = split.read(np.array([3, 1, 2, 0, 1]))
     expected = [square(decode(data), size, 3) for data in (small, large, gray, small, large)]
     assert (found == np.stack(expected)).all()
-    stored = (tmp_path / "out" / "train-00000.bin").read_bytes()
+    stored = b"".join(path.read_bytes() for path in sorted((tmp_path / "out").glob("train-*.bin")))
     assert dataset.manifest["storage"] == ("pixels" if size == 96 else "files")
     assert stored.startswith(small) == (size > 96)
     assert size == 96 or len(stored) < 2 * size * size * 3, "what is larger than its pixels is not stored as it came"
@@ -286,6 +286,9 @@ def test_validation_images_may_be_named(tmp_path: Path) -> None:
         "others/1.png": "validation",
     }
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text(), "it says nothing of the machine"
+    broken, notes = write_tree(tmp_path / "broken", {"1.png": b"x"}), list[str]()
+    build(settings_for(mine, tmp_path / "none", validation=[str(broken)]), notes)
+    assert "note: none of the images named by --validation can be used" in notes
     splits = write_tree(tmp_path / "s", {"train/1.png": files["1.png"], "test/2.png": files["2.png"]})
     with pytest.raises(UserError, match="has folders for validation or test: name its folder with the training"):
         build(settings_for(splits, tmp_path / "no", validation=[str(others)]))
@@ -362,6 +365,22 @@ def test_sources_that_change_meanwhile_are_noticed(
     os.utime(folder / "a" / "1.png", ns=(1, 1))
     with pytest.raises(UserError, match="the sources changed since the build in"):
         build(settings)
+
+
+def test_sources_that_change_during_the_build_are_noticed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    run_calls = pipeline.run_calls
+
+    def run_and_change(*arguments: Any, **options: Any) -> list[Any]:
+        found = run_calls(*arguments, **options)
+        os.utime(folder / "a" / "1.png", ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(pipeline, "run_calls", run_and_change)
+    with pytest.raises(UserError, match="the sources changed since the build in"):
+        build(settings_for(folder, tmp_path / "out"))
 
 
 def test_there_are_enough_parts_for_several_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

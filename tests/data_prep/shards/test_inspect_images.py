@@ -124,6 +124,16 @@ def test_the_command_writes_text_json_or_a_page(prep: Prep, dataset: ImageDatase
         assert "is a dataset of images: --documents and --ids are for text" in result.stderr
 
 
+def test_without_classes_there_is_one_group(tmp_path: Path) -> None:
+    folder = write_tree(tmp_path / "x", {f"{n}.png": encoded(picture(n), "PNG") for n in range(5)})
+    options = {"validation_fraction": 0, "workers": 1, "progress": SilentReporter()}
+    found = inspect_images(build_images([folder], tmp_path / "out", 8, **options), pictures=1, seed=0, pixels=True)
+    (group,) = found["splits"]["train"]["pictures"]
+    assert (group["class"], len(group["images"])) == ("no class", 5)
+    assert "8 x 8 pixels, no classes" in render_images(found)
+    assert "8 x 8 pixels, no classes; dataset" in render_images_page(found)
+
+
 def test_many_classes_are_cut(tmp_path: Path) -> None:
     folder = write_tree(tmp_path / "x", {f"{n}/1.png": encoded(picture(n), "PNG") for n in range(60)})
     options = {"validation_fraction": 0, "workers": 1, "progress": SilentReporter()}

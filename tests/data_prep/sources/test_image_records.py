@@ -53,8 +53,8 @@ def test_a_table_as_datasets_writes_it(tmp_path: Path) -> None:
 def test_plain_columns_of_bytes_and_names(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", {"picture": DATA[:3], "category": ["a", "b", ""], "other": [1, 2, 3]})
     assert [(label, data) for _, label, data in found(path)] == list(zip(["a", "b", None], DATA, strict=False))
-    numbers = write(tmp_path / "y.parquet", {"picture": DATA[:2], "label": [7, 3]})
-    assert [label for _, label, _ in found(numbers)] == ["7", "3"]
+    numbers = write(tmp_path / "y.parquet", {"picture": DATA[:3], "label": [7, 3, -1]})
+    assert [label for _, label, _ in found(numbers)] == ["7", "3", None]
     without = write(tmp_path / "z.parquet", {"picture": DATA[:2], "size": [7, 3]})
     assert [label for _, label, _ in found(without)] == [None, None]
     assert [label for _, label, _ in found(without, label="size")] == ["7", "3"]

@@ -59,6 +59,12 @@ def test_an_archive_reads_like_the_folder_in_it(tmp_path: Path) -> None:
         found(archive / "cow")
 
 
+def test_a_folder_may_be_called_like_an_archive(tmp_path: Path) -> None:
+    folder = write_tree(tmp_path / "pets.tar", CLASSES)
+    assert [label for _, label, _ in found(folder)] == ["cat", "cat", "dog"]
+    assert len(found(folder / "cat")) == 2
+
+
 def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:
     tree = {
         "train/cat/1.png": DATA[0],

@@ -4,6 +4,8 @@ import shutil
 import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -55,7 +57,8 @@ def test_a_folder_an_archive_and_a_dataset_give_the_same_labeled_images(pictures
     assert one.digest == two.digest
     form = pictures.format
     both = [read_labeled(str(pictures.directory), form, split) for split in ("train", "validation")]
-    told = {e.place: (e.label, part.read(np.array([n]))[0]) for part in both for n, e in enumerate(part)}
+    read = [part.read(np.arange(len(part))) for part in both]
+    told = {e.place: (e.label, read[p][n]) for p, part in enumerate(both) for n, e in enumerate(part)}
     for number, example in enumerate(one):
         label, pixels = told[example.place]
         assert example.label == label
@@ -94,10 +97,24 @@ def test_images_without_a_class_are_counted_or_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "files")
     shutil.copy(folder / "top" / "000.png", tmp_path / "files" / "0.png")
     found = read_labeled(str(tmp_path / "files"), FORM)
-    assert found.notes == [f"{tmp_path / 'files'}: 1 images without a class were left out"]
+    assert found.notes == [f"{tmp_path / 'files'}: 1 image without a class was left out"]
     assert len(found) == 12
     with pytest.raises(UserError, match="have no classes: put those of each class into a folder of its own"):
         read_labeled(str(folder / "top"), FORM)
+
+
+def test_the_classes_of_a_table_are_in_a_column(folder, tmp_path):
+    files = sorted(folder.rglob("*.png"))
+    rows = [{"image": path.read_bytes(), "kind": path.parent.name, "label": None} for path in files]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    one = read_labeled(str(tmp_path / "x.parquet"), FORM, label_column="kind")
+    two = read_labeled(str(folder), FORM)
+    assert [example.label for example in one] == [example.label for example in two]
+    assert one.digest == two.digest
+    task = FinetuneConfig(train=str(tmp_path / "x.parquet"), label_column="kind")
+    assert len(read_image_task(task, FORM)[0]) == 12
+    with pytest.raises(UserError, match="have no classes: name their column with --label-column"):
+        read_labeled(str(tmp_path / "x.parquet"), FORM)
 
 
 def test_a_source_without_images_or_of_another_size_is_refused(pictures, tmp_path):

@@ -164,7 +164,7 @@ def test_the_command_makes_a_table_resumes_and_does_nothing_twice(trained, folde
         (["--rows", "bert"], 'there is no row "bert"'),
         (["--seeds", "0,0"], "must be different whole numbers"),
         (["--tasks", "x.toml"], "--tasks names the tasks: leave out --task, --train, --test"),
-        (["--task", "choice"], "tables support classification and regression"),
+        (["--task", "choice"], "tables support classification, regression, image_classification"),
         (["--epochs", "many"], "--epochs"),
     ],
 )

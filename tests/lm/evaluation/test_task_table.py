@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
+from lm.evaluation.frozen_features import TextFeatures
 from lm.evaluation.probes import Predictions
 from lm.evaluation.task_table import (
     ROWS,
@@ -79,7 +80,9 @@ def make(trained: Run, tmp_path):
 
     def make(reading=Reading("bidirectional", "mean"), weights="w"):  # noqa: B008
         tuning = Tuning()
-        return CellMaker(trained, trained.load_model(torch.device("cpu")), weights, reading, tuning, tmp_path), tuning
+        return CellMaker(
+            TextFeatures(trained, trained.load_model(torch.device("cpu")), reading), weights, tuning, tmp_path
+        ), tuning
 
     return make
 
@@ -158,7 +161,7 @@ def test_fine_tuning_chooses_by_a_tenth_of_the_training_examples_unless_it_is_gi
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "choice"}, 'task "verbs": tables support classification and regression, not choice'),
+        ({"kind": "choice"}, 'task "verbs": tables support classification, regression, image_classification, not'),
         ({"metric": "pearson"}, 'classification has no metric "pearson": choose one of accuracy, f1'),
         ({"test": "same"}, "pairs of texts and others single texts"),
         ({"kind": "regression"}, r'train\.jsonl, line 1: "label" is "\w+", not a number'),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
 from data_prep.shards.images import ImageFormat
+from lm import api
 from lm.cli.main import main
 from lm.config.settings import Config
 from lm.data.patch_rows import layout_of
@@ -158,6 +159,20 @@ def test_the_classifier_of_a_fine_tuned_model_is_applied_by_the_snippet(make_run
     assert max(expected.values()) < 0.95
 
 
+def test_a_fine_tuned_run_answers_as_predict(image_classifier, tmp_path, monkeypatch):
+    out, photo = tmp_path / "out", tmp_path / "out" / "photo.jpg"
+    result = CliRunner().invoke(main, ["export", str(image_classifier.path), "--to", "hf", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    picture(30, 20).save(photo)
+    printed = ast.literal_eval(run_snippet((out / "README.md").read_text(), out, monkeypatch))
+    (expected,) = api.load(image_classifier.path).predict([str(photo)])
+    assert printed == pytest.approx(expected["probabilities"], abs=1e-5)
+    assert max(printed, key=printed.get) == expected["label"]
+    card = (out / "README.md").read_text()
+    assert "Fine-tuned for the task image_classification from the run" in card
+    assert "texts are read" not in card
+
+
 def test_the_card_of_a_classifier_says_that_no_class_has_it(make_run, tmp_path):
     head = TaskHead(torch.zeros(2, 32), torch.zeros(2), ("cat", "dog"), 1, False)
     out = exported(make_run(), tmp_path / "out", head=head)
@@ -192,6 +207,34 @@ def test_the_card_says_how_the_model_was_trained_and_what_it_lacks(make_run, tmp
     assert f"hidden states of transformers {transformers.__version__} were compared" in card
     assert "token" not in card
     assert "vocabulary" not in card
+
+
+def test_the_card_has_the_accuracies_that_evaluate_measured(make_run, tmp_path):
+    run = make_run()
+
+    def accuracies(knn, linear):
+        return {"knn": {"accuracy": knn}, "linear": {"accuracy": linear}}
+
+    evaluation = {
+        "checkpoint": run.newest().state["sha256"]["model.safetensors"],
+        "validation": {"simclr": {"loss": 1.0}},
+        "features": accuracies(0.4321, 0.5),
+        "baselines": {
+            "raw_pixels": accuracies(0.25, 0.3),
+            "random_weights": accuracies(0.2, 0.35),
+            "majority": {"accuracy": 0.1},
+        },
+        "images": {"train": 1048, "test": 55},
+        "protocol": "in /home/me",
+    }
+    (run.path / "evaluation.json").write_text(json.dumps(evaluation))
+    card = (exported(run, tmp_path / "out") / "README.md").read_text()
+    assert "fitted on 1,048 training images and tested on 55" in card
+    assert (
+        "| this model | 43.2 | 50.0 |\n| raw pixels (baseline) | 25.0 | 30.0 |\n| random weights (baseline) | 20.0"
+        in card
+    )
+    assert "/home/me" not in card
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_a_folder_that_has_changed_since_is_not_resumed(image_settings, tmp_path
     config = image_settings(train=str(files), epochs=2, checkpoint_every=1)
     with pytest.raises(InterruptedError):
         finetune(config, tmp_path / "run", StopAt(1))
-    (files / "top" / "000.png").unlink()
+    shutil.copy(files / "top" / "001.png", files / "top" / "000.png")
     with pytest.raises(UserError, match="was trained on other data"):
         finetune(config, tmp_path / "run", NullReporter())
 

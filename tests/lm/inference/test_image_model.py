@@ -34,11 +34,12 @@ def test_a_folder_paths_pillow_images_and_arrays_have_the_same_vectors(encoder, 
     assert encoder.embed([]).shape == (0, 32)
 
 
-def test_images_of_any_size_are_scaled_as_the_dataset_was(encoder, folder):
-    large = Image.open(folder / "top" / "000.png").resize((50, 30))
-    (pixels,) = pixels_of_all([large], encoder.form)
-    wanted = large.resize((16, 16), Image.Resampling.BICUBIC, box=(10, 0, 40, 30))
-    assert np.array_equal(pixels, np.asarray(wanted))
+def test_of_an_image_of_another_size_the_middle_is_scaled(encoder):
+    ramp = np.repeat(np.linspace(0, 250, 50)[None, :], 30, axis=0).astype(np.uint8)  # brighter to the right
+    (pixels,) = pixels_of_all([np.stack([ramp] * 3, 2)], encoder.form)
+    assert pixels.shape == (16, 16, 3)
+    middles = 10 + (np.arange(16) + 0.5) * 30 / 16  # of the 30 columns in the middle
+    assert np.abs(pixels[8, 1:-1, 0] - (middles[1:-1] - 0.5) * 250 / 49).max() < 2
 
 
 @pytest.mark.parametrize("given", [np.zeros((8, 8, 3), np.uint8), Image.new("L", (8, 8)), 3])

@@ -190,3 +190,20 @@ def test_a_fine_tuning_is_called_by_its_task(classifier, trained):
     found = compare(open_entries([trained.path, classifier.path]))
     assert [run["objective"] for run in found["runs"]] == ["hybrid", "classification"]
     assert list(found["runs"][1]["training_loss"]) == ["classification"]
+
+
+def test_runs_on_images_are_compared_by_their_losses(seeing_run, image_classifier, trained, tmp_path):
+    entries = open_entries([seeing_run.path, image_classifier.path])
+    comparison = compare(entries)
+    assert comparison["unit"] == "loss"
+    assert not any("vocabular" in remark for remark in comparison["remarks"])
+    simclr = comparison["runs"][0]["validation"]["simclr"]
+    lines = [line["validation"]["simclr"]["loss"] for line in seeing_run.metrics() if "validation" in line]
+    assert (simclr["final"]["loss"], simclr["best"]["loss"]) == (lines[-1], min(lines))
+    table = {row[0]: row[1:] for row in rows(comparison)}
+    assert table["training, image_classification"][0] == ""
+    assert table["validation, simclr, best"][0].startswith(f"{min(lines):.4f} at step ")
+    write_comparison(entries, comparison, tmp_path / "page.html")
+    assert "validation, simclr, loss" in (tmp_path / "page.html").read_text()
+    with pytest.raises(UserError, match=r"reads images, and .* reads text: compare runs of one kind"):
+        open_entries([trained.path, seeing_run.path])
