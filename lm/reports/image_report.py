@@ -134,8 +134,7 @@ def _features(model: ImageTransformer, form: ImageFormat, split: HeldOutImages, 
 def _neighbors(model: ImageTransformer, form: ImageFormat, held_out: ImageValidation) -> dict[str, Any]:
     """Held-out images, each with the training images whose features have the largest cosine with its own."""
     asked, among = held_out.held_out.choose(ASKED), held_out.train.choose(AMONG)
-    own, others = _features(model, form, held_out.held_out, asked), _features(model, form, held_out.train, among)
-    cosines = own @ others.T
+    cosines = _features(model, form, held_out.held_out, asked) @ _features(model, form, held_out.train, among).T
     nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :NEAREST]
     rows, right, known = [], 0, 0
     for place, number in enumerate(asked.tolist()):

@@ -209,7 +209,7 @@ def test_what_the_table_says_takes_the_deviations_into_account():
 
 
 def test_a_share_of_the_labels_works_for_texts_too(make, task):
-    maker, tuning = make()
+    maker, _ = make()
     whole = read_task(task)
     some = read_task(replace(task, labels=0.25))
     mine = some.of_seed(1)

@@ -212,6 +212,12 @@ def test_the_command_writes_the_page_of_a_checkpoint_and_refuses_text(simclr):
     assert "reads images: leave out --prompt and --fill" in refused.output
 
 
+def test_a_classifier_has_no_such_page(image_classifier):
+    refused = CliRunner().invoke(main, ["report", str(image_classifier.path)])
+    assert refused.exit_code == 2
+    assert "is fine-tuned for image_classification" in refused.output
+
+
 def test_a_run_without_any_logged_step_says_so(simclr, tmp_path):
     bare = open_run(shutil.copytree(simclr.path, tmp_path / "bare"))
     (bare.path / "metrics.jsonl").unlink()
