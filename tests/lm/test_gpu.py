@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from lm.config.settings import Config, ModelConfig
+from lm.config.settings import Config, ModelConfig, ViewsConfig
 from lm.data.corpora import open_corpora
+from lm.data.views import draw_views, make_views
 from lm.evaluation.minimal_pairs import Pairs, evaluate_model
 from lm.finetuning.finetune import finetune
 from lm.finetuning.predict import open_predictor, predict, read_inputs
@@ -184,3 +186,13 @@ def test_pairs_and_vectors_are_those_of_a_cpu(run):
     reading = Reading("bidirectional", "mean")
     both = [all_vectors(loaded(run, device), [(t,) for t in good], reading)[0] for device in (CPU, GPU)]
     assert abs(both[0] - both[1]).max() < 1e-3
+
+
+def test_views_of_images_are_those_of_a_cpu():
+    images = torch.randint(0, 256, (16, 96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    settings = ViewsConfig(solarize=0.3)
+    draws = draw_views(0, np.arange(16), 1, settings)[:, 0]
+    views = [make_views(images.to(device), draws, 64, settings).cpu() for device in (CPU, GPU)]
+    assert torch.allclose(views[0], views[1], rtol=0, atol=2e-5)
+    again = make_views(images.to(GPU), draws, 64, settings).cpu()
+    assert torch.equal(again, views[1])

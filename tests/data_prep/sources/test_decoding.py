@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -119,21 +121,21 @@ def test_gray_stays_gray_whatever_it_is_stored_in() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(64, 48), (48, 64), (31, 90), (16, 16), (7, 5), (200, 33)])
 def test_a_square_is_the_middle_of_the_scaled_image(width: int, height: int) -> None:
-    """The reference scales the whole image, so that the middle can be cut out at whole pixels, and crops."""
+    """Lengths are rounded down, so that the middle is cut out at whole pixels of the scaled image."""
     image, size = picture(2, width, height), 16
     found = square(image, size, 3)
     assert found.shape == (size, size, 3)
     assert found.dtype == np.uint8
-    shorter = min(width, height)
-    long_side = max(width, height) * size / shorter
-    offset = (max(width, height) - shorter) / 2
-    assert long_side >= size
-    box = (offset, 0, offset + shorter, shorter) if width > height else (0, offset, shorter, offset + shorter)
+    box = [0.0] * 4
+    for axis, side in enumerate((width, height)):
+        scaled = math.floor(size * side / min(width, height))
+        first = math.floor((scaled - size) / 2)
+        box[axis], box[axis + 2] = first * side / scaled, (first + size) * side / scaled
     reference = bicubic(np.asarray(image, float), box, size)
     assert np.abs(found - reference).max() <= 1.5
 
 
-def bicubic(image: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+def bicubic(image: np.ndarray, box: Sequence[float], size: int) -> np.ndarray:
     """Scale the box (left, top, right, bottom) of an image with the cubic filter a = -0.5, stretched when shrinking."""
 
     def weights(length: int, start: float, stop: float) -> np.ndarray:
