@@ -16,12 +16,12 @@ from data_prep.shards.images import ImageFormat
 from lm.config.settings import ModelConfig
 from lm.data.image_files import LabeledImages
 from lm.data.images import model_inputs
-from lm.evaluation.probes import Predictions, Target, linear, nearest
+from lm.evaluation.probes import Predictions, Target, linear_of_many, nearest
 from lm.inference.embedding import Vectors
 from lm.inference.image_embedding import image_vectors
 from lm.model.image_transformer import ImageTransformer
 
-PROBES: dict[str, Callable[[Vectors, Target, Vectors, int], Predictions]] = {"knn": nearest, "linear": linear}
+PROBES: dict[str, Callable[[Vectors, Target, Vectors, int], Predictions]] = {"knn": nearest, "linear": linear_of_many}
 # Of raw pixels, averaged: k-NN is better so than on 32 x 32, the linear probe as good in a quarter of the time.
 PIXELS_A_SIDE = 16
 READ_AT_ONCE = 512

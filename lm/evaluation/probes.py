@@ -77,14 +77,30 @@ def tfidf(train: Texts, target: Target, test: Texts, seed: int) -> Predictions:
         first, *others = (sparse.csr_array(counting.transform(column)) for column in zip(*texts, strict=True))
         return sparse.hstack(pair_features(first, others[0]), format="csr") if others else first
 
-    return _linear(features(train), target, features(test), seed)
+    return _linear(features(train), features(test), target, seed)
 
 
 def linear(train: NDArray[np.float32], target: Target, test: NDArray[np.float32], seed: int) -> Predictions:
     """A linear model (logistic regression; ridge for numbers) on standardized vectors (examples, width)."""
+    return _linear(*_standardized(train, test), target, seed)
+
+
+def linear_of_many(train: NDArray[np.float32], target: Target, test: NDArray[np.float32], seed: int) -> Predictions:
+    """As ``linear`` for classes, by ``lm.evaluation.logistic``, for many examples of many numbers, such as images."""
+    from lm.evaluation.logistic import LogisticRegression
+
+    train, test = _standardized(train, test)
+    fitted, strength = _chosen(STRENGTHS, LogisticRegression, train, target, seed)
+    parameters = fitted.coef_.size + fitted.intercept_.size
+    return Predictions(_outputs(fitted, test, target.classes), parameters, f"C {strength:g}")
+
+
+def _standardized(
+    train: NDArray[np.float32], test: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     mean, deviation = train.mean(0), train.std(0)
     scale = np.where(deviation > 0, deviation, 1)
-    return _linear((train - mean) / scale, target, (test - mean) / scale, seed)
+    return (train - mean) / scale, (test - mean) / scale
 
 
 def nearest(train: NDArray[np.float32], target: Target, test: NDArray[np.float32], seed: int) -> Predictions:
@@ -98,7 +114,7 @@ def nearest(train: NDArray[np.float32], target: Target, test: NDArray[np.float32
     return Predictions(_outputs(fitted, test, target.classes), 0, f"k {k}")
 
 
-def _linear(train: Any, target: Target, test: Any, seed: int) -> Predictions:
+def _linear(train: Any, test: Any, target: Target, seed: int) -> Predictions:
     require_libraries()
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, Ridge
