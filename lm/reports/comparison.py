@@ -92,7 +92,8 @@ def _why_no_metrics(run: Run) -> str:
     for key, done in (("imported_from", "imported"), ("merged_from", "merged")):
         if newest and key in newest.state:
             how = f"was {done} from {newest.state[key]} and has not been trained here, so it has no curves to compare"
-            measure = "" if run.config.has_task_head else f": {command('evaluate')} {run.path} --text FILE measures it"
+            options = "" if run.config.reads_images else " --text FILE"
+            measure = "" if run.config.has_task_head else f": {command('evaluate')} {run.path}{options} measures it"
             return f"{run.path} {how}{measure}"
     return f"{run.path} has no metrics in {METRICS} yet: train it first"
 
