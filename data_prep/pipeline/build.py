@@ -31,6 +31,7 @@ from data_prep.pipeline.splitting import SplitRule, hash_of
 from data_prep.pipeline.workers import Advance, run_calls
 from data_prep.progress import ConsoleReporter, Reporter
 from data_prep.settings import KEEP, READING_RULES, BuildSettings, available_cores
+from data_prep.shards.images import holds_images
 from data_prep.shards.manifest import make_manifest, save_manifest
 from data_prep.shards.tokens import MANIFEST, SPLITS, TOKENIZER_FILE, WORK, Dataset, open_dataset
 from data_prep.sources.documents import CorpusPart, ReadReport, Source
@@ -61,6 +62,9 @@ class BuildPlan:
         """
         settings.check()
         sources = tuple(parse_sources(settings.sources))
+        for source in sources:
+            if holds_images(source.location):
+                raise UserError(f'"{source.location}" is a dataset of images, which has no text: name another source')
         parts = parts_of(sources, settings.reading, stdin_copy)
         part_bytes = part_size(sum(part.bytes for part in parts))
         if part_bytes < settings.reading.part_bytes:

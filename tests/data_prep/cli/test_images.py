@@ -106,6 +106,7 @@ def test_verify_counts_images(prep: Prep, made: Path) -> None:
         (("images", "PETS", "--out", "OUT", "--size", "8", "--tokenizer", "x"), "No such option"),
         (("convert", "MADE", "--to", "nanogpt", "--out", "OUT"), "is a dataset of images, not of text"),
         (("build", "PETS", "--out", "OUT"), 'no text in "'),
+        (("build", "MADE", "--out", "OUT"), "is a dataset of images, which has no text"),
     ],
 )
 def test_mistakes_get_a_sentence(
