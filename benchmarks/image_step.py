@@ -4,8 +4,8 @@
     python -m benchmarks.image_step [--lightly FOLDER] [--rounds 5] [--threads 1] [--images 128] [--only simclr]
 
 A step makes the views, runs forward, loss and backward, clips to norm 1 and takes a step of AdamW; "Muon" is the step
-of the recipes. Kindling runs the functions that ``train.py`` calls, at the shape of images-simclr.toml and
-images-mae.toml: 4 blocks of 192 with 6 heads and patches of 4 of random images of 32 pixels, in memory; MAE reads a
+of the recipes. Kindling runs the functions that ``train.py`` calls, at the shape of images-mae.toml,
+SimCLR too: 4 blocks of 192 with 6 heads and patches of 4 of random images of 32 pixels, in memory; MAE reads a
 quarter of the patches and has a decoder of 2 blocks of 96. The plain ViT is as people write it: LayerNorm, biases,
 GELU, ``scaled_dot_product_attention``, learned positions, gathered visible patches. Its views are made by Pillow, one
 by one, as torchvision's transforms do (``benchmarks.views``), or by Kindling, so that the rest is compared alone.
@@ -205,7 +205,7 @@ def kindling_steps(objective: str, optimizer: str, images: int, threads: int) ->
     torch.set_num_threads(threads)
     keep_freed_memory()
     asked = {"batch_images": images, "optimizer": optimizer, "precision": "float32"}
-    config = sized(load_config(find_recipe(f"images-{objective}"), asked), SIZE, 3)
+    config = sized(load_config(find_recipe(f"images-{objective}"), {**asked, "patch_size": PATCH}), SIZE, 3)
     assert (config.model.num_layers, config.model.hidden_size, config.model.num_heads) == (LAYERS, WIDTH, HEADS)
     config = settle_micro_batch(config, torch.device("cpu"))
     learned = open_objective(config, ImageFormat(SIZE, 3, MEAN, STD))

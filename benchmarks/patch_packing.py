@@ -2,7 +2,7 @@
 
     python -m benchmarks.patch_packing [--rounds 9] [--threads 1]
 
-At the shape of configs/images-simclr.toml:
+At the shape of configs/images-mae.toml:
 
 - crops: of 16 images two crops of 32 pixels and eight of 16, as DINO's. Packed, four small crops share the row of a
   large one; padded, each crop has a row of 64 patches; "a pass a size" runs the trunk once for each size.
