@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.tables import counted, print_table
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 IMAGES = "a folder with a folder for each class, or another source or dataset of images,"
 OF_RUN = "Default: the training data's"
+# The options for runs on images, and for all runs; the others are for text.
+OF_IMAGES, OF_BOTH = ("train", "test"), ("run", "data", "layer", "which", "as_json")
 
 
 @click.command(cls=FriendlyCommand, short_help="Measure a model next to baselines.")
@@ -105,7 +108,7 @@ def evaluate(
     options = {"--data": data, "--text": source, "--pairs": pairs, "--choices": choices, "--similarity": similarity}
     if len(given := [name for name, value in options.items() if value]) > 1:
         raise UserError(f"{' and '.join(given)} cannot be combined: choose one of them")
-    _check_kind(run, options | {"--reads": reads, "--pooling": pooling}, {"--train": train, "--test": test})
+    _check_kind(run, click.get_current_context(), (train, test))
     _check_inputs(run, data, pairs, source, text_field, stride, choices, similarity, columns_of(task_columns))
     from lm import api
 
@@ -146,16 +149,17 @@ def evaluate(
         _print_losses(result)
 
 
-def _check_kind(run: Path, of_text: dict[str, Any], of_images: dict[str, str]) -> None:
+def _check_kind(run: Path, context: click.Context, images: tuple[str, str]) -> None:
     """Raise UserError for options of the other kind of run, and for images that are not there, before PyTorch loads."""
     from lm.config.recipes import run_config
 
     reads_images = run_config(run).reads_images
-    wrong = [name for name, value in (of_text if reads_images else of_images).items() if value and name != "--data"]
-    if wrong:
-        kind, other = ("images", "text") if reads_images else ("text", "images")
-        raise UserError(f"{run} reads {kind}, and {wrong[0]} is for a run that reads {other}: leave it out")
-    if named := [source for source in of_images.values() if source]:
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and option.name not in OF_BOTH and (option.name in OF_IMAGES) != reads_images:
+            kind, other = ("images", "text") if reads_images else ("text", "images")
+            raise UserError(f"{run} reads {kind}, and {option.opts[0]} is for a run that reads {other}: leave it out")
+    if named := [source for source in images if source]:
         from lm.data.image_files import has_validation
 
         for source in named:
