@@ -20,7 +20,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -29,6 +28,7 @@ from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.files import atomic_file, parse_json, sha256_of_file, write_atomically
 from data_prep.shards.tokens import IMAGES_FORMAT, JOURNAL, MANIFEST, MOST_OPEN_SHARDS, SPLITS
+from data_prep.shards.writing import PartWriter
 from data_prep.sources.decoding import BadImage, decode, square, upright
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class ImageShardRecord:
     last: str
 
 
-class ImageShardWriter:
+class ImageShardWriter(PartWriter[ImageShardRecord, "_OpenShard"]):
     """A context manager that writes a part's images of one split as shards; leaving it finishes the last shard.
 
     ``finished`` lists the shards that an interrupted call already wrote; writing continues after them. ``on_finished``
@@ -137,13 +137,10 @@ class ImageShardWriter:
         finished: Sequence[ImageShardRecord] = (),
         on_finished: Callable[[ImageShardRecord], None] = lambda record: None,
     ) -> None:
-        self.records = list(finished)
+        super().__init__(f"{split}-{part:05d}", finished, on_finished)
         self._directory = directory
-        self._stem = f"{split}-{part:05d}"
         self._source = source
         self._shard_bytes = shard_bytes
-        self._on_finished = on_finished
-        self._open: _OpenShard | None = None
 
     def add(self, pixels: np.ndarray, stored: bytes, *, label: str | None, size: tuple[int, int], origin: str) -> None:
         """Append one image.
@@ -155,32 +152,9 @@ class ImageShardWriter:
             size: width and height of the original.
             origin: where it is in the source.
         """
-        if self._open is not None and self._open.bytes + len(stored) > self._shard_bytes:
-            self._finish_shard()
-        if self._open is None:
-            name = f"{self._stem}_{len(self.records):02d}" if self.records else self._stem
-            self._open = _OpenShard(self._directory, name, self._source)
-        self._open.add(pixels, stored, label, size, origin)
-
-    def _finish_shard(self) -> None:
-        assert self._open is not None
-        record = self._open.finish()
-        self._open = None
-        self.records.append(record)
-        self._on_finished(record)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._open is None:
-            return
-        if kind is None:
-            self._finish_shard()
-        else:
-            self._open.abandon(kind, error, traceback)
+        full = self._open is not None and self._open.bytes + len(stored) > self._shard_bytes
+        shard = self._shard(full=full, begin=lambda name: _OpenShard(self._directory, name, self._source))
+        shard.add(pixels, stored, label, size, origin)
 
 
 class _OpenShard:
@@ -197,8 +171,8 @@ class _OpenShard:
         self._origins: list[str] = []
         self._sums = self._squares = np.zeros(1, np.int64)  # becomes one per channel
         self._hash = hashlib.sha256()
-        self._stack = ExitStack()
-        self._file: IO[bytes] = self._stack.enter_context(atomic_file(directory / f"{name}.bin", sync_name=False))
+        self.stack = ExitStack()
+        self._file: IO[bytes] = self.stack.enter_context(atomic_file(directory / f"{name}.bin", sync_name=False))
 
     def add(self, pixels: np.ndarray, stored: bytes, label: str | None, size: tuple[int, int], origin: str) -> None:
         self._hash.update(stored)
@@ -216,7 +190,7 @@ class _OpenShard:
         self._squares = self._squares + (by_channel * by_channel).sum(1, dtype=np.int64)
 
     def finish(self) -> ImageShardRecord:
-        self._stack.close()
+        self.stack.close()
         index = np.array(self._index, "<i8").tobytes()
         origins = "".join(f"{origin}\n" for origin in self._origins).encode()
         for ending, content in ((".txt", origins), (".idx", index)):
@@ -237,11 +211,6 @@ class _OpenShard:
             first=self._origins[0],
             last=self._origins[-1],
         )
-
-    def abandon(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
 
 
 def stored_bytes(pixels: np.ndarray, data: bytes) -> bytes:

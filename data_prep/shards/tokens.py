@@ -26,8 +26,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Protocol, Self
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -35,6 +34,7 @@ from data_prep.errors import UserError
 from data_prep.errors.command_names import command, text_and_out
 from data_prep.files import atomic_file, parse_json, sha256_of_file
 from data_prep.settings import DEFAULT_SHARD_TOKENS
+from data_prep.shards.writing import PartWriter
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.loss import NO_LOSS, Loss, counted_bytes
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
@@ -86,7 +86,7 @@ class ShardRecord:
     unknown_tokens: int | None = None
 
 
-class ShardWriter:
+class ShardWriter(PartWriter[ShardRecord, "_OpenShard"]):
     """A context manager that writes a part's documents of one split as shards; leaving it finishes the last shard.
 
     ``finished`` lists the shards that an interrupted call already wrote; writing continues after them. ``on_finished``
@@ -105,15 +105,12 @@ class ShardWriter:
         finished: Sequence[ShardRecord] = (),
         on_finished: Callable[[ShardRecord], None] = lambda record: None,
     ) -> None:
-        self.records = list(finished)
+        super().__init__(f"{split}-{part:05d}", finished, on_finished)
         self._directory = directory
-        self._stem = f"{split}-{part:05d}"
         self._source = source
         self._vocab_size = vocab_size
         self._dtype = token_dtype(vocab_size)
         self._shard_tokens = shard_tokens
-        self._on_finished = on_finished
-        self._open: _OpenShard | None = None
 
     def add(self, tokens: np.ndarray, *, text_bytes: int, words: int, origin: str = "", loss: Loss = NO_LOSS) -> None:
         """Append one document.
@@ -127,32 +124,9 @@ class ShardWriter:
         signed = tokens.dtype.kind != "u"
         if tokens.size == 0 or (signed and int(tokens.min()) < 0) or int(tokens.max()) >= self._vocab_size:
             raise ValueError(f"a document needs tokens, each at least 0 and below the vocabulary of {self._vocab_size}")
-        if self._open is not None and self._open.tokens + tokens.size > self._shard_tokens:
-            self._finish_shard()
-        if self._open is None:
-            name = f"{self._stem}_{len(self.records):02d}" if self.records else self._stem
-            self._open = _OpenShard(self._directory, name, self._dtype, self._source)
-        self._open.add(tokens.astype(self._dtype, copy=False), text_bytes, words, origin, loss)
-
-    def _finish_shard(self) -> None:
-        assert self._open is not None
-        record = self._open.finish()
-        self._open = None
-        self.records.append(record)
-        self._on_finished(record)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._open is None:
-            return
-        if kind is None:
-            self._finish_shard()
-        else:
-            self._open.abandon(kind, error, traceback)
+        full = self._open is not None and self._open.tokens + tokens.size > self._shard_tokens
+        shard = self._shard(full=full, begin=lambda name: _OpenShard(self._directory, name, self._dtype, self._source))
+        shard.add(tokens.astype(self._dtype, copy=False), text_bytes, words, origin, loss)
 
 
 class _OpenShard:
@@ -170,8 +144,8 @@ class _OpenShard:
         self._lost_bytes = self._unknown_tokens = 0
         self._first = self._last = ""
         self._hash = hashlib.sha256()
-        self._stack = ExitStack()
-        self._file: IO[bytes] = self._stack.enter_context(atomic_file(directory / f"{name}.bin", sync_name=False))
+        self.stack = ExitStack()
+        self._file: IO[bytes] = self.stack.enter_context(atomic_file(directory / f"{name}.bin", sync_name=False))
 
     def add(self, tokens: np.ndarray, text_bytes: int, words: int, origin: str, loss: Loss) -> None:
         content = tokens.tobytes()
@@ -188,7 +162,7 @@ class _OpenShard:
         self._unknown_tokens += loss.unknown_tokens
 
     def finish(self) -> ShardRecord:
-        self._stack.close()
+        self.stack.close()
         index = index_bytes(np.frombuffer(self._lengths, dtype=np.int32), self._dtype)
         with atomic_file(self._directory / f"{self._name}.idx") as file:
             file.write(index)
@@ -206,11 +180,6 @@ class _OpenShard:
             lost_bytes=self._lost_bytes,
             unknown_tokens=self._unknown_tokens,
         )
-
-    def abandon(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
 
 
 def count_words(content: bytes) -> int:
