@@ -3,9 +3,9 @@
     python -m benchmarks.views [--rounds 7]
 
 Each candidate makes one view of each of ``IMAGES`` random color images in memory: crop and flip, color changes, gray,
-and blur in views of 96 pixels, with the default settings; all but torchvision's batch draw for each view anew. "pillow"
-does what torchvision's transforms of Pillow images do, in the same order, and ends with a float tensor. Kornia and
-torchvision are only measured if they are installed.
+and blur in views of 96 pixels, with the default settings; each view has its own draw, except in torchvision's batch.
+"pillow" does what torchvision's transforms of Pillow images do, in the same order, and ends with a float tensor. Kornia
+and torchvision are only measured if they are installed.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def decode_noting(data: bytes) -> Decoded:
 def upright(image: Image) -> Decoded:
     """Return an open Pillow image of any mode upright and as gray (L) or RGB with 8 bits a channel.
 
-    Transparent parts become white; colors are taken as sRGB, whatever profile the file has.
+    Transparent parts become white; colors are read as sRGB; color profiles are ignored.
     Raises ``BadImage`` if it holds numbers of unknown range.
     """
     from PIL.Image import Transpose

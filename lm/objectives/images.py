@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from lm.objectives.objective import Measure
 NEIGHBORS_AMONG, NEIGHBORS = 2000, 20
 
 
-class ImageObjective:
+class ImageObjective(ABC):
     """An ``lm.objectives.objective.Objective`` on images; each method adds a head, ``prepare`` and its loss."""
 
     name: str
@@ -37,15 +38,20 @@ class ImageObjective:
         """How views are drawn."""
         return self.config.views
 
+    @abstractmethod
     def head(self) -> nn.Module:
         """The head to train with the trunk."""
-        raise NotImplementedError
 
     def new_model(self) -> ImageTransformer:
         return ImageTransformer(self.config.model, self.head())
 
+    @abstractmethod
     def prepare(self, rows: ImageRows) -> ImageBatch:
-        raise NotImplementedError
+        """As of ``Objective``."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: ImageBatch) -> dict[str, Tensor]:
+        """As of ``Objective``."""
 
     def batch_of(self, images: NDArray[np.uint8], draws: Tensor, weight: float) -> ImageBatch:
         """A batch in which each image weighs ``weight``."""
@@ -72,16 +78,18 @@ class ImageObjective:
         hidden: Tensor = model(images, layout_of(images, model.config.patch_size))
         return hidden.float().mean(1)
 
-    def after_step(self, model: nn.Module, step: int) -> None: ...
+    def after_step(self, model: nn.Module, step: int) -> None:
+        return
 
     def state(self) -> dict[str, Tensor]:
         return {}
 
-    def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None: ...
+    def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        return
 
+    @abstractmethod
     def loss_held_out(self, held_out: ImageValidation, numbers: NDArray[np.int64], measure: Measure) -> float:
         """The loss on these held-out images."""
-        raise NotImplementedError
 
     def validate(
         self, held_out: ImageValidation, measure: Measure, *, rows: int, every_token: bool
@@ -109,9 +117,9 @@ class ImageObjective:
         """Batches of images without views."""
         return lambda numbers: self.batch_of(read(numbers), torch.zeros(len(numbers), 0, COLUMNS), 0.0)
 
+    @abstractmethod
     def flops_per_token(self, model: nn.Module, context_length: int) -> float:
         """Floating-point operations of one training step for each patch of its images, by the usual convention."""
-        raise NotImplementedError
 
 
 def feature_health(vectors: NDArray[np.float32]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from lm.objectives.objective import Measure
 
 
 class SimCLR(ImageObjective):
-    """NT-Xent over the images of the whole step, whatever its micro-batches and ranks."""
+    """NT-Xent over all images of a step, independent of micro-batches and ranks."""
 
     name, views, compares = "simclr", 2, True
 

@@ -174,7 +174,6 @@ class Plan:
     def table(self) -> list[tuple[str, str]]:
         """Name and value of each line that ``--plan`` prints."""
         data = self.config.data
-        passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
         processor = f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
             processor = torch.cuda.get_device_name(self.device)
@@ -182,7 +181,7 @@ class Plan:
         rows = [
             ("model", self.model),
             ("objective", f"{self.config.objective.objective} on {self.data}"),
-            *self._amounts(passes),
+            *self._amounts(),
             ("device", f"{processor} ({products}); {kernels.describe(self.device)}"),
             ("micro-batch", f"{self.rows} of the batch's {data.batch_rows} rows"),
             *((name, format_bytes(size)) for name, size in self._parts().items()),
@@ -198,8 +197,9 @@ class Plan:
             ]
         return rows + [("note", note) for note in self.notes]
 
-    def _amounts(self, passes: str) -> list[tuple[str, str]]:
+    def _amounts(self) -> list[tuple[str, str]]:
         """How much the run reads, and what that takes."""
+        passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
         data, steps, total = self.config.data, self.config.training.steps, format_flops(self.flops)
         if self.config.reads_images:
             images = steps * data.batch_images
@@ -222,11 +222,10 @@ class Plan:
     def introduction(self, processes: str = "") -> list[str]:
         """What to print before the first step, one sentence each; ``processes`` as of ``Ranks.describe``."""
         table = dict(self.table())
-        passes = "" if self.epochs is None else f", {self.epochs:.2f} epochs"
         parts = ", ".join(f"{name} {table[name]}" for name in self._parts())
         lines = [
             self.model,
-            f"{table['objective']}: {self._amounts(passes)[0][1]}, {format_flops(self.flops)}",
+            f"{table['objective']}: {self._amounts()[0][1]}, {format_flops(self.flops)}",
             f"on {processes}{table['device']}",
             f"{table['micro-batch']} per micro-batch: about {format_bytes(self.peak_bytes)} of memory ({parts}); "
             f"{format_bytes(self.available_bytes)} available",

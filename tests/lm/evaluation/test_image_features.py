@@ -1,4 +1,4 @@
-"""k-NN and linear probe of image runs, against scikit-learn and brute force, and beside the baselines."""
+"""k-NN and linear probe of image runs, against scikit-learn, brute force and the baselines."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_the_loss_compares_two_views_of_every_image(batches):
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(batches, seeing):
-    """The negatives are those of the whole step, whatever is computed at once."""
+    """The negatives are those of the whole step, not of the micro-batch."""
     objective, model, batch = batches.objective, moved_model(batches), batches.batch(1)
     found = []
     for rows in (0, 6, 4, 1):

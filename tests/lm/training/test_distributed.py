@@ -239,7 +239,7 @@ def test_ranks_and_micro_batches_give_the_gradient_of_the_whole_batch(several, a
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_ranks_give_the_gradient_of_all_images(several, alone, parallel, micro_batches, objective):
-    """In SimCLR the other images of the whole step are an image's negatives, on whatever rank."""
+    """In SimCLR an image's negatives are the other images of the whole step, on all ranks."""
     _, tensors, told, _ = several
     for name, tensor in alone[0].items():
         if name.startswith(f"gradient of {objective} "):
