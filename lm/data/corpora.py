@@ -68,6 +68,15 @@ class JoinedSplit:
                 yield part, first, last
 
 
+def joint_fingerprint(fingerprints: Sequence[str], weights: Sequence[Fraction]) -> str:
+    """SHA-256 of the fingerprints and the shares of several datasets; a single one keeps its own."""
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    total = sum(weights)
+    named = [[own, str(weight / total)] for own, weight in zip(fingerprints, weights, strict=True)]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
 class Corpora:
     """Datasets, each with a weight, that were made with one tokenizer; raises UserError if their tokenizers differ."""
 
@@ -95,12 +104,7 @@ class Corpora:
     @property
     def fingerprint(self) -> str:
         """SHA-256 that names the whole content and the weights; with one dataset it is the dataset's own."""
-        if len(self.datasets) == 1:
-            return self.datasets[0].fingerprint
-        total = sum(self.weights)
-        parts = zip(self.datasets, self.weights, strict=True)
-        named = [[dataset.fingerprint, str(weight / total)] for dataset, weight in parts]
-        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+        return joint_fingerprint([dataset.fingerprint for dataset in self.datasets], self.weights)
 
     def verify(self) -> None:
         """Read everything; raise a UserError at the first file that has changed since the build."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from fractions import Fraction
 
 from data_prep.errors import UserError
 from data_prep.shards.images import ImageDataset, ImageFormat, ImageSplit, open_images
 from lm.config.settings import Config
+from lm.data.corpora import joint_fingerprint
 
 
 class ImageCorpora:
@@ -43,14 +42,7 @@ class ImageCorpora:
     @property
     def fingerprint(self) -> str:
         """SHA-256 that names the whole content and the weights; with one dataset it is the dataset's own."""
-        if len(self.datasets) == 1:
-            return self.datasets[0].fingerprint
-        total = sum(self.weights)
-        named = [
-            [dataset.fingerprint, str(weight / total)]
-            for dataset, weight in zip(self.datasets, self.weights, strict=True)
-        ]
-        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+        return joint_fingerprint([dataset.fingerprint for dataset in self.datasets], self.weights)
 
     def verify(self) -> None:
         """Read everything; raise a UserError at the first file that has changed since the build."""
