@@ -135,7 +135,7 @@ def _split_lines(split: dict[str, Any]) -> Iterator[str]:
     yield f"  sizes: {shown}{more}"
     if len(split["sources"]) > 1:
         yield from (f"    {row['name']}: {row['images']:,}" for row in split["sources"])
-    most = max(split["classes"].values(), default=0)
+    most = max([1, *split["classes"].values()])  # classes may occur in the other split only
     for name, count in list(split["classes"].items())[:MOST_CLASSES]:
         yield f"    {name:>20} {'█' * -(-count * BAR_WIDTH // most):{BAR_WIDTH}} {count:,}"
     if len(split["classes"]) > MOST_CLASSES:
