@@ -90,7 +90,7 @@ class ImageFormat:
         """Return the pixels of any open Pillow image, exactly as a build stores them.
 
         Upright, gray or RGB, the shorter side scaled to ``size`` and the middle cut out: uint8, shape
-        ``(size, size, channels)``. Raises ``data_prep.sources.images.BadImage`` if its pixels have an unknown range.
+        ``(size, size, channels)``. Raises ``BadImage`` as ``data_prep.sources.decoding.upright`` does.
         """
         return square(upright(image).image, self.size, self.channels)
 

@@ -104,7 +104,7 @@ def pixels_of(image: Any, form: ImageFormat, name: str) -> Pixels:
         elif not isinstance(image, Image.Image):
             raise UserError(f"{name} is of type {type(image).__name__}: give a path, a Pillow image or a uint8 array")
         return form.pixels(image)
-    except (BadImage, OSError) as error:
+    except (BadImage, OSError, ValueError) as error:  # ValueError: of modes that Pillow does not convert
         raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
 
 
