@@ -45,6 +45,7 @@ from data_prep.sources.images import FILE, MEMBER, TEST, TRAIN, VALIDATION, Imag
 from data_prep.sources.listing import grouped
 
 PART_BYTES = 64 * 2**20
+MOST_DIGITS = 20  # of a class that is a number
 NEED_CONVERSION = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")  # photos that Pillow does not read
 
 
@@ -170,11 +171,11 @@ class _ImageBuild:
         if self.journal.threshold is not None:
             return
         settings = self.plan.settings
-        split, report, any_image = SplitRule(settings.validation_fraction), ImageReport(), False
+        split, report, any_entry, any_image = SplitRule(settings.validation_fraction), ImageReport(), False, False
         by_hash = any(item.split is None for part in self.plan.parts for item in part.items)
         channels = settings.channels or 1
         for entry in self._entries():
-            settled = split.settled or not by_hash
+            any_entry, settled = True, split.settled or not by_hash
             all_gray = channels == 1 and not settings.channels
             if any_image and settled and not all_gray:
                 break
@@ -196,7 +197,8 @@ class _ImageBuild:
                 channels = 3
         if not any_image:
             why = "; ".join(f"{cases.images:,} {reason}" for reason, cases in report.left_out.items())
-            raise UserError(f"none of the images can be used for training: {why or 'all are for validation'}")
+            none = "all are for validation" if any_entry else "there are none"
+            raise UserError(f"none of the images can be used for training: {why or none}")
         if by_hash and split.all_equal:
             raise UserError(
                 "there is only one image, or all are the same, too few for a validation split: add images, name others "
@@ -322,4 +324,4 @@ def _manifest(
 
 def natural_order(name: str) -> tuple[int, int, str]:
     """Return what to sort classes by: numbers by value, then names."""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+    return (0, int(name), name) if name.isdecimal() and len(name) < MOST_DIGITS else (1, 0, name)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -18,7 +20,7 @@ from data_prep.errors import UserError
 from data_prep.pipeline import images as pipeline
 from data_prep.pipeline import resuming, workers
 from data_prep.pipeline.build import build_dataset
-from data_prep.pipeline.images import build_image_dataset
+from data_prep.pipeline.images import build_image_dataset, natural_order
 from data_prep.pipeline.splitting import hash_of
 from data_prep.progress import SilentReporter
 from data_prep.settings import BuildSettings, ImageSettings
@@ -316,6 +318,11 @@ def test_classes_of_several_sources_are_one_list_in_natural_order(tmp_path: Path
     }
 
 
+def test_numbers_come_by_value_and_very_long_ones_are_names() -> None:
+    long = "9" * 5000  # Python makes no number of so many digits
+    assert sorted(["b", long, "10", "9", "010"], key=natural_order) == ["9", "010", "10", long, "b"]
+
+
 def test_several_flat_folders_may_be_classes_by_mistake(tmp_path: Path) -> None:
     folders = [write_tree(tmp_path / name, {"1.png": encoded(picture(n), "PNG")}) for n, name in enumerate("ab")]
     notes: list[str] = []
@@ -345,6 +352,13 @@ def test_what_cannot_be_built_is_refused_and_leaves_nothing(
     with pytest.raises(UserError, match=message):
         build(settings_for(folder, tmp_path / "new" / "out", **changes))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.table({"image": pyarrow.array([], pyarrow.binary())})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="none of the images can be used for training: there are none"):
+        build(settings_for(tmp_path / "x.parquet", tmp_path / "out"))
 
 
 def test_one_image_is_enough_without_validation(tmp_path: Path) -> None:
