@@ -7,7 +7,6 @@ test and so on at the top are splits.
 
 from __future__ import annotations
 
-import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from data_prep.errors import UserError
+from data_prep.sources.archives import TAR, list_archive, read_member
 from data_prep.sources.decoding import MOST_BYTES, TOO_LARGE, UNREADABLE, BadImage, decode, decode_noting
 from data_prep.sources.documents import one_line
 from data_prep.sources.formats import some_names, summary_of
@@ -39,6 +39,7 @@ from data_prep.sources.storage import (
     list_folder,
     list_glob,
     open_raw,
+    read_errors,
     root_of_glob,
     size_of,
 )
@@ -50,7 +51,7 @@ ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2", ".avif"),
 )
-TAR, PARQUET = ".tar", ".parquet"
+PARQUET = ".parquet"
 FILE, MEMBER = "file", "member"  # kinds of items; the others are PARQUET, HUGGING_FACE and DIGITS
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # What folders of splits are called.
@@ -149,11 +150,10 @@ def _read(item: ImageItem) -> bytes:
     if item.size > MOST_BYTES:
         raise BadImage(TOO_LARGE, f"{item.size / 1e6:,.0f} MB")
     try:
-        with open_raw(item.path) as file:
-            if item.stop < 0:
-                return file.read()
-            file.seek(item.start)
-            return file.read(item.stop - item.start)
+        if item.kind == MEMBER:
+            return read_member(item.path, item.start, item.stop)
+        with open_raw(item.path) as file, read_errors(item.path):
+            return file.read()
     except UnreadableError as error:
         raise BadImage(UNREADABLE, str(error)) from None
 
@@ -188,10 +188,14 @@ def _list_source(text: str) -> Listing:
 
 def _links_in(folder: str, name: str) -> Iterator[str]:
     """Yield a sentence for each kind of link in a folder that is not read."""
-    for links, what in ((linked_folders(folder), "linked folder"), (broken_links(folder), "broken link")):
-        if links:
-            several = f"1 {what} is" if len(links) == 1 else f"{len(links):,} {what}s are"
-            yield f'{several} not followed in "{name}": {some_names(links)}'
+    yield from _not_followed(linked_folders(folder), "linked folder", name)
+    yield from _not_followed(broken_links(folder), "broken link", name)
+
+
+def _not_followed(links: Sequence[str], what: str, name: str) -> Iterator[str]:
+    if links:
+        several = f"1 {what} is" if len(links) == 1 else f"{len(links):,} {what}s are"
+        yield f'{several} not followed in "{name}": {some_names(links)}'
 
 
 def _list_file(path: str) -> Listing:
@@ -253,7 +257,15 @@ def _split_at_archive(text: str) -> tuple[str, str]:
 
 def _list_archive(path: str, inside: str) -> Listing:
     listing = Listing(one_line("/".join(filter(None, (PurePosixPath(last_name(path)).stem, inside)))))
-    members = list(_members(path, listing))
+    archive = list_archive(path)
+    members = sorted(member for member in archive.members if member[1].lower().endswith(ENDINGS))
+    others = (member for member in archive.members if not member[1].lower().endswith(ENDINGS))
+    listing.unread = [f"{listing.name}/{one_line('/'.join((*folders, name)))}" for folders, name, *_ in others]
+    if archive.damage:
+        listing.notes.append(
+            f'"{one_line(last_name(path))}" is damaged ({archive.damage}): {len(members):,} images precede it'
+        )
+    listing.notes += _not_followed(archive.links, "link", listing.name)
     shared = _shared([folders for folders, *_ in members])
     wanted = tuple(PurePosixPath(inside).parts) if inside else ()
     if wanted and not any(folders[: len(wanted)] == wanted for folders, *_ in members):
@@ -268,35 +280,12 @@ def _list_archive(path: str, inside: str) -> Listing:
             + (f": its folders are {', '.join(folders[:20])}" if folders else "")
         )
     items = []
-    for above, name, start, size in chosen:
+    for above, name, start, stop in chosen:
         shown = "/".join((PurePosixPath(last_name(path)).stem, *above[shared:], name))
-        item = ImageItem(MEMBER, path, one_line(shown), size, start=start, stop=start + size)
+        item = ImageItem(MEMBER, path, one_line(shown), stop - start, start=start, stop=stop)
         items.append((above[len(wanted) :], item))
     listing.items = _with_folders(items, listing)
     return listing
-
-
-def _members(path: str, listing: Listing) -> Iterator[tuple[tuple[str, ...], str, int, int]]:
-    """Yield folders, name, offset and size of each image in an archive; other files are added to the listing."""
-    found = []
-    try:
-        with open_raw(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined] # which would grow
-                parts = PurePosixPath(member.name).parts
-                if not member.isfile() or any(part.startswith(".") for part in parts):
-                    continue
-                if parts[-1].lower().endswith(ENDINGS):
-                    found.append((parts[:-1], parts[-1], member.offset_data, member.size))
-                else:
-                    listing.unread.append(f"{listing.name}/{one_line(member.name)}")
-    except UnreadableError as error:
-        raise UserError(f'"{one_line(path)}" {error}: make it readable') from None
-    except (tarfile.TarError, EOFError) as error:
-        if not found:
-            raise UserError(f'"{one_line(path)}" is not a whole .tar ({error}): get an intact copy') from None
-        listing.notes.append(f'"{one_line(last_name(path))}" is damaged ({error}): {len(found):,} images precede it')
-    return iter(sorted(found))
 
 
 def _shared(folders: Sequence[tuple[str, ...]]) -> int:

@@ -5,7 +5,9 @@ import os
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from data_prep.errors import UserError
 from data_prep.sources import images as module
@@ -152,7 +154,8 @@ def test_other_files_and_links_are_listed(tmp_path: Path) -> None:
 def test_members_that_are_no_files_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as archive:
-        for name, kind in (("a.png", tarfile.REGTYPE), ("b.png", tarfile.SYMTYPE), ("c.png", tarfile.DIRTYPE)):
+        kinds = {"a": tarfile.REGTYPE, "b": tarfile.SYMTYPE, "c": tarfile.DIRTYPE, "d": tarfile.LNKTYPE}
+        for name, kind in ((f"{name}.png", kind) for name, kind in kinds.items()):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "a.png"
             member.size = len(DATA[0]) if kind == tarfile.REGTYPE else 0
@@ -164,6 +167,7 @@ def test_members_that_are_no_files_are_skipped(tmp_path: Path) -> None:
     (listing,) = list_images([str(path)])
     assert [item.name for item in listing.items] == ["x/a.png"]
     assert listing.unread == ["x/README.md"]
+    assert listing.notes == ['2 links are not followed in "x": b.png, d.png']
 
 
 def test_a_cut_archive_gives_what_is_whole(tmp_path: Path) -> None:
@@ -227,6 +231,25 @@ def test_a_file_that_vanishes_or_is_huge_is_a_bad_image(tmp_path: Path, monkeypa
     monkeypatch.setattr(module, "MOST_BYTES", 10)
     with pytest.raises(BadImage, match="more than"):
         second.read()
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_network_that_fails_ends_the_reading(archive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    tar = write_tar(tmp_path / "x.tar", {"1.png": DATA[0]})
+    memory.pipe({"/pets/1.png": DATA[0], "/x.tar": tar.read_bytes()})
+
+    def fail(*_: object) -> bytes:
+        raise RuntimeError("connection lost")
+
+    (entry,) = find_images(["memory://x.tar" if archive else "memory://pets/1.png"])
+    assert entry.read() == DATA[0]
+    monkeypatch.setattr(MemoryFile, "read", fail)
+    with pytest.raises(UserError, match=r'cannot read "memory://.*": connection lost'):
+        entry.read()
+    if archive:
+        with pytest.raises(UserError, match=r'cannot read "memory://x.tar": connection lost'):
+            list_images(["memory://x.tar"])
 
 
 def test_names_are_one_printable_line(tmp_path: Path) -> None:
