@@ -1,4 +1,4 @@
-"""Find images: in folders, .tar archives, .parquet files, Hugging Face datasets and scikit-learn's digits.
+"""Find images: in folders, .tar and .zip archives, .parquet files, Hugging Face datasets and scikit-learn's digits.
 
 ``list_images`` lists what the sources hold without reading any image, ``entries_of`` reads one listed item, and
 ``find_images`` does both. The class of an image is the first folder that not all images share; folders called train,
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from data_prep.errors import UserError
-from data_prep.sources.archives import TAR, list_archive, read_member
+from data_prep.sources.archives import ARCHIVES, list_archive, read_member
 from data_prep.sources.decoding import MOST_BYTES, TOO_LARGE, UNREADABLE, BadImage, decode, decode_noting
 from data_prep.sources.documents import one_line
 from data_prep.sources.formats import some_names, summary_of
@@ -52,6 +52,7 @@ ENDINGS = (
     *(".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2", ".avif"),
 )
 PARQUET = ".parquet"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".rar", ".7z")  # as a whole, so they are not read
 FILE, MEMBER = "file", "member"  # kinds of items; the others are PARQUET, HUGGING_FACE and DIGITS
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # What folders of splits are called.
@@ -116,8 +117,9 @@ class Columns:
 def find_images(sources: Sequence[str | Path], columns: Columns | None = None) -> Iterator[ImageEntry]:
     """Yield every image of the sources, in order.
 
-    A source is a folder, a pattern, an image file, a .tar (or a folder in it, ``x.tar/train``), a .parquet file,
-    ``hf:NAME[:SPLIT]`` or ``builtin:digits``. Raises ``UserError`` for a source that does not exist or has no images.
+    A source is a folder, a pattern, an image file, a .tar or .zip (or a folder in it, ``x.tar/train``), a .parquet
+    file, ``hf:NAME[:SPLIT]`` or ``builtin:digits``. Raises ``UserError`` for a source that does not exist or has no
+    images.
     """
     for listing in list_images([str(source) for source in sources]):
         for item in listing.items:
@@ -127,7 +129,7 @@ def find_images(sources: Sequence[str | Path], columns: Columns | None = None) -
 def list_images(sources: Sequence[str]) -> list[Listing]:
     """List the sources by names and sizes only, each in the order of its paths. Raises ``UserError``."""
     if not sources:
-        raise UserError("no source given: name a folder of images, a .tar, a .parquet file or builtin:digits")
+        raise UserError("no source given: name a folder of images, a .tar or .zip, a .parquet file or builtin:digits")
     return [_list_source(source) for source in sources]
 
 
@@ -181,7 +183,7 @@ def _list_source(text: str) -> Listing:
         listing = _list_file(text)
     if not listing.items:
         others = [f"there is only {summary_of(listing.unread)}"] if listing.unread else []
-        looked_for = f"looked for {', '.join(ENDINGS)}, {TAR} and {PARQUET} in it and its subfolders"
+        looked_for = f"looked for {', '.join((*ENDINGS, *ARCHIVES))} and {PARQUET} in it and its subfolders"
         raise UserError(f'no image in "{one_line(text)}": {"; ".join([looked_for, *others, *listing.notes])}')
     return listing
 
@@ -206,7 +208,7 @@ def _list_file(path: str) -> Listing:
             if is_there
             else f'there is no file or folder "{one_line(path)}"'
         )
-    if path.lower().endswith((".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".rar", ".7z")):
+    if path.lower().endswith(COMPRESSED):
         raise UserError(f'"{one_line(path)}" is compressed, so its images cannot be read at random: unpack it first')
     name, size = one_line(last_name(path)), size_of(path) or 0
     if path.lower().endswith(PARQUET):
@@ -228,7 +230,7 @@ def _list_files(files: Sequence[tuple[str, int]], root: str) -> Listing:
         name = f"{listing.name}/{one_line(relative)}"
         if path.lower().endswith(ENDINGS):
             images.append((PurePosixPath(relative).parts[:-1], ImageItem(FILE, path, name, size)))
-        elif path.lower().endswith((PARQUET, TAR)):
+        elif path.lower().endswith((PARQUET, *ARCHIVES)):
             packed.append((path, name))
         else:
             listing.unread.append(name)
@@ -250,9 +252,9 @@ def _list_files(files: Sequence[tuple[str, int]], root: str) -> Listing:
 def _split_at_archive(text: str) -> tuple[str, str]:
     """Return the archive that a path names or leads into, and the folder in it; "", "" if there is none."""
     for path in (Path(text), *Path(text).parents):
-        if path.suffix.lower() == TAR and path.is_file():
+        if path.suffix.lower() in ARCHIVES and path.is_file():
             return str(path), "/".join(Path(text).relative_to(path).parts)
-    return (text, "") if is_remote(text) and text.lower().endswith(TAR) else ("", "")
+    return (text, "") if is_remote(text) and text.lower().endswith(ARCHIVES) else ("", "")
 
 
 def _list_archive(path: str, inside: str) -> Listing:
