@@ -37,8 +37,7 @@ from data_prep.shards.images import (
     ImageShardRecord,
     open_images,
 )
-from data_prep.shards.manifest import save_manifest
-from data_prep.shards.tokens import IMAGES_FORMAT, SPLITS, WORK
+from data_prep.shards.tokens import IMAGES_FORMAT, SPLITS
 from data_prep.sources.decoding import BadImage, decode_noting, looks_gray
 from data_prep.sources.formats import summary_of
 from data_prep.sources.images import FILE, MEMBER, TEST, TRAIN, VALIDATION, ImageEntry, Listing, entries_of, list_images
@@ -156,15 +155,10 @@ class _ImageBuild:
     progress: Reporter
 
     def run(self) -> dict[str, Any]:
-        out = self.plan.settings.out
-        self.journal.save()
-        (out / WORK).mkdir(exist_ok=True)
         for sentence in notes_of(self.plan.listings):
             self.progress.note(sentence)
         self._settle()
-        manifest = self._build_parts()
-        save_manifest(out, manifest)
-        return manifest
+        return self._build_parts()
 
     def _settle(self) -> None:
         """Step 2: read until both are known, or to the end."""

@@ -27,13 +27,10 @@ from data_prep.settings import BuildSettings, ImageSettings
 from data_prep.shards.images import ImageDataset, open_images
 from data_prep.sources.decoding import decode, square
 from tests.data_prep.handmade_images import encoded, picture, unusable_images, usable_images, write_tar, write_tree
+from tests.data_prep.pipeline.conftest import ends_before_file
 
 Tree = Callable[[Path], dict[str, bytes]]
 SIZE = 8
-
-
-class KilledError(BaseException):
-    """Stands for a kill: nothing in the program expects it."""
 
 
 def settings_for(source: Path | str, out: Path, **changes: Any) -> ImageSettings:
@@ -49,24 +46,7 @@ def build(settings: ImageSettings, notes: list[str] | None = None) -> dict[str, 
 
 
 def build_until(settings: ImageSettings, count: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Build, and die just before file number ``count`` gets its name; whether the build ended before that."""
-    rename = Path.replace
-    left = count
-
-    def rename_or_die(path: Path, target: Path) -> Path:
-        nonlocal left
-        if left == 0:
-            raise KilledError
-        left -= 1
-        return rename(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", rename_or_die)
-        try:
-            build(settings)
-        except KilledError:
-            return False
-    return True
+    return ends_before_file(count, lambda: build(settings), monkeypatch)
 
 
 @pytest.fixture(autouse=True)
