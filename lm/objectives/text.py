@@ -48,7 +48,7 @@ def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_
 class TextObjective:
     """Next-token and masked-token prediction, and their mixtures: an ``lm.objectives.objective.Objective``."""
 
-    compares = False
+    compares, memory = False, None
 
     def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
         self.config, self.vocabulary, self.seed = config.objective, vocabulary, config.training.seed
@@ -138,12 +138,9 @@ class TextObjective:
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return losses(model, batch)
 
+    def begin(self, model: nn.Module) -> None: ...
+
     def after_step(self, model: nn.Module, step: int) -> None: ...
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None: ...
 
     def validate(
         self, held_out: ValidationRows, measure: Measure, *, rows: int, every_token: bool

@@ -100,9 +100,11 @@ class Pretraining(TrainModule[Any]):
             self.ranks.on_main(partial(keep_base, self.start, self.path))
             self.ranks.on_main(partial(copy_companions, Path(training.init_from), self.path))
         one_model = self.ranks.world == 1 or training.parallel == "ddp"
+        model = self.objective.new_model().initialize(training.seed).to(self.ranks.device)
+        self.objective.begin(model)
         self.plan = make_plan(
             self.config,
-            self.objective.new_model().initialize(training.seed).to(self.ranks.device),
+            model,
             self.objective,
             self.batch(done),
             self.ranks.device,
@@ -129,6 +131,10 @@ class Pretraining(TrainModule[Any]):
             warnings.filterwarnings("ignore", "TensorFloat32")  # float32 is what the user asked for, or is hardly used
             model.compile_training()
         return model
+
+    def lr_multipliers(self, model: nn.Module) -> dict[str, float]:
+        rate = self.config.optimizer.stem_learning_rate
+        return {name: rate for name, _ in model.named_parameters() if name.startswith("embedding.") and rate != 1}
 
     def batch(self, step: int) -> Any:
         return self.batches.batch(step, self.ranks.rank, self.ranks.world)
