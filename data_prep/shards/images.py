@@ -56,6 +56,11 @@ class ImageFormat:
     file_name: ClassVar[str] = "processor.json"
 
     @property
+    def shape(self) -> str:
+        """Size and channels, in words."""
+        return f"{self.size} pixels and {self.channels} channel{'s' if self.channels > 1 else ''}"
+
+    @property
     def sha256(self) -> str:
         """The SHA-256 of the file that ``save`` writes."""
         return hashlib.sha256(self._content()).hexdigest()

@@ -118,7 +118,7 @@ def render_images(found: dict[str, Any]) -> str:
         f"mean {_numbers(form['mean'])}, standard deviation {_numbers(form['std'])} (of pixels from 0 to 1)",
     ]
     for name, split in found["splits"].items():
-        lines += ["", f"{name}: {split['images']:,} images, {split['labeled']:,} with a class"]
+        lines += ["", f"{name}: {counted_images(split['images'])}, {split['labeled']:,} with a class"]
         if split["images"]:
             lines += _split_lines(split)
     for word, what in (("left_out", "left out"), ("changed", "changed")):
@@ -142,6 +142,11 @@ def _split_lines(split: dict[str, Any]) -> Iterator[str]:
         yield f"    and {len(split['classes']) - MOST_CLASSES:,} more classes"
     for group in split["pictures"]:
         yield f"  {group['class']}, for example {', '.join(image['source'] for image in group['images'][:2])}"
+
+
+def counted_images(number: int) -> str:
+    """Return how many images there are, in words."""
+    return "1 image" if number == 1 else f"{number:,} images"
 
 
 def counted_classes(number: int) -> str:

@@ -22,12 +22,10 @@ class ImageCorpora(Datasets[ImageDataset]):
         first = datasets[0]
         self.format: ImageFormat = first.format
         for other in datasets[1:]:
-            shapes = [(each.format.size, each.format.channels) for each in (first, other)]
-            if shapes[0] != shapes[1]:
-                sizes = [f"{size} pixels and {channels} channels" for size, channels in shapes]
+            if other.format.shape != self.format.shape:
                 raise UserError(
-                    f"{other.directory} has images of {sizes[1]}, and {first.directory} of {sizes[0]}: "
-                    "prepare them with the same --size and --channels"
+                    f"{other.directory} has images of {other.format.shape}, and {first.directory} of "
+                    f"{self.format.shape}: prepare them with the same --size and --channels"
                 )
 
     @property

@@ -142,8 +142,9 @@ def test_the_classes_may_all_be_in_the_other_split(tmp_path: Path) -> None:
     assert found["splits"]["validation"]["classes"] == {"a": 0, "b": 0}
     _, validation = render_images(found).split("validation: ")
     assert "a " + " " * 40 + " 0" in validation
+    assert validation.startswith("1 image, 0 with a class")
     assert "no class, for example loose/1.png" in validation
-    assert "no class" in render_images_page(found)
+    assert "validation: 1 image</h2>" in render_images_page(found)
 
 
 def test_many_classes_are_cut(tmp_path: Path) -> None:
