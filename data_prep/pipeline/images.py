@@ -16,6 +16,7 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ class ImagePlan:
             listings = [*(_with_split(each, TRAIN) for each in listings), *held_out]
         else:
             listings = [_without_test(each) for each in listings]
+        listings = list(_files_together(listings))
         most = min(PART_BYTES, part_size(sum(item.size for each in listings for item in each.items)))
         parts = [
             ImagePart(source, items, size)
@@ -91,6 +93,17 @@ class ImagePlan:
 
 def _with_split(listing: Listing, split: str) -> Listing:
     return replace(listing, split=split, items=[replace(item, split=split) for item in listing.items])
+
+
+def _files_together(listings: Sequence[Listing]) -> Iterator[Listing]:
+    """Make one source of successive files, as a shell names them for photos/*.jpg: each source has its own shards."""
+    for (is_file, split), group in groupby(listings, lambda each: (each.is_file, each.split)):
+        several = list(group)
+        if not is_file or len(several) == 1:
+            yield from several
+        else:
+            items = [item for each in several for item in each.items]
+            yield Listing(f"{several[0].name} to {several[-1].name}", items, split=split)
 
 
 def _without_test(listing: Listing) -> Listing:

@@ -105,6 +105,11 @@ class Listing:
     unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the source is a single image file."""
+        return [item.name for item in self.items] == [self.name] and self.items[0].kind == FILE
+
 
 @dataclass(frozen=True)
 class Columns:

@@ -310,6 +310,24 @@ def test_several_flat_folders_may_be_classes_by_mistake(tmp_path: Path) -> None:
     assert any("these 2 sources have no classes: if each source is one, name the folder" in note for note in notes)
 
 
+def test_files_that_a_shell_names_one_by_one_share_a_shard(tmp_path: Path) -> None:
+    folder = write_tree(tmp_path / "x", {f"{n}.png": encoded(picture(n), "PNG") for n in range(6)})
+    one = write_tree(tmp_path / "one", {"7.png": encoded(picture(7), "PNG")})
+    files, notes = [folder / f"{n}.png" for n in range(6)], list[str]()
+    sources = [*files[:3], one, *files[3:5]]
+    build(ImageSettings.from_options(sources, tmp_path / "out", SIZE, validation=files[5:], workers=1), notes)
+    dataset = open_images(tmp_path / "out")
+    assert [source["name"] for source in dataset.manifest["sources"]] == [
+        "0.png to 2.png",
+        "one",
+        "3.png to 4.png",
+        "5.png",
+    ]
+    assert [record.images for record in dataset.split("train").records] == [3, 1, 2]
+    expected = {f"{n}.png": "train" for n in range(5)} | {"one/7.png": "train", "5.png": "validation"}
+    assert {name: split for name, (split, *_) in content(dataset).items()} == expected
+
+
 @pytest.mark.parametrize(
     ("files", "changes", "message"),
     [
