@@ -13,7 +13,7 @@ from lm.objectives.view_method import ViewMethod
 
 
 class BYOL(ViewMethod):
-    """The squared distance of unit vectors, both ways; nothing is compared with other images.
+    """The squared distance of unit vectors, in both directions; nothing is compared with other images.
 
     That it does not collapse rests on the predictor and the slow teacher; there are no batch statistics.
     """
