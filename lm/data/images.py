@@ -124,11 +124,6 @@ class TrainingImages(Order):
                 images[of_split] = pictures.split.read(located.places[of_split])
         return ImageRows(images, numbers)
 
-    @property
-    def count(self) -> int:
-        """Training images of all datasets."""
-        return sum(pictures.per_epoch for pictures in self.pictures)
-
     def describe(self) -> str:
         return f"{self.count:,} images"
 

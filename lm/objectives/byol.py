@@ -13,12 +13,13 @@ from lm.objectives.view_method import ViewMethod
 
 
 class BYOL(ViewMethod):
-    """The squared distance of unit vectors, both ways; nothing is compared with other images.
+    """The squared distance of unit vectors, in both directions; nothing is compared with other images.
 
     That it does not collapse rests on the predictor and the slow teacher; there are no batch statistics.
     """
 
     name, with_teacher = "byol", True
+    against_collapse = "a third of learning_rate and muon_learning_rate, or teacher_momentum 0.996"
 
     def head(self) -> nn.Module:
         return PredictionHead(*self.head_shape)

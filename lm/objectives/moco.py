@@ -36,9 +36,10 @@ class Queue(Teacher):
 
 
 class MoCo(ViewMethod):
-    """InfoNCE with a teacher's vectors as keys, both ways."""
+    """InfoNCE with a teacher's vectors as keys, in both directions."""
 
     name, with_teacher = "moco", True
+    against_collapse = "a third of learning_rate and muon_learning_rate, or teacher_momentum 0.996"
     _seen: Tensor
 
     def head(self) -> nn.Module:
@@ -58,7 +59,7 @@ class MoCo(ViewMethod):
         return F.normalize(head(features).float(), dim=2).transpose(0, 1)
 
     def compare(self, vectors: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
-        """The mean InfoNCE of both ways (section 3 of the paper of 2021, without its factor of 2 x temperature)."""
+        """The mean InfoNCE of both directions (section 3 of the paper of 2021, without its factor of 2 x temperature)."""
         assert targets is not None
         assert isinstance(self.memory, Queue)
         queue = self.memory.keys[: int(self.memory.filled)].to(targets.device)
