@@ -436,10 +436,13 @@ def test_few_images_are_decoded_to_settle_split_and_channels(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_tree(tmp_path / "x", {f"{n}.png": encoded(picture(n, mode=mode), "PNG") for n in range(9)})
-    watched = {name: Mock(side_effect=getattr(pipeline, name)) for name in ("decode_noting", "looks_gray")}
+    watched = {
+        name: Mock(side_effect=getattr(pipeline, name)) for name in ("entries_of", "decode_noting", "looks_gray")
+    }
     for name, watch in watched.items():
         monkeypatch.setattr(pipeline, name, watch)
     build(settings_for(folder, tmp_path / "out", validation_fraction=0))
+    assert watched["entries_of"].call_count == (9 if mode == "L" else 2), "the sources are not read to their end"
     assert watched["decode_noting"].call_count == 1
     assert watched["looks_gray"].call_count == (8 if mode == "L" else 0)
 
