@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_atomically
-from lm.config.finetune_settings import HEAD_TASKS, METHODS, FinetuneConfig
+from lm.config.finetune_settings import HEAD_TASKS, IMAGE_METHODS, METHODS, FinetuneConfig
 from lm.config.setting import Setting, setting
 
 # Each objective: the file of lm/objectives that makes it, and the readouts that a model can be asked for afterwards.
@@ -448,6 +448,7 @@ def finetuning_settings() -> list[Setting]:
     own = [s for s in all_settings() if s.section in sections or s.name == "dropout"]
     own = [s for s in own if s.name != "base" and not s.pretraining_only]
     by_method = f"; the default by method: {', '.join(f'{name} {rate:g}' for name, rate in METHODS.items())}"
+    by_method += f" (full on images: {IMAGE_METHODS['full']:g})"
     return [
         dataclasses.replace(
             s,
