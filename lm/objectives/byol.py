@@ -19,6 +19,7 @@ class BYOL(ViewMethod):
     """
 
     name, with_teacher = "byol", True
+    against_collapse = "a third of learning_rate and muon_learning_rate, or teacher_momentum 0.996"
 
     def head(self) -> nn.Module:
         return PredictionHead(*self.head_shape)

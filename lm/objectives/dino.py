@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,9 @@ class DINO(ViewMethod):
     """Cross-entropy of the student's distribution over prototypes, for each view but the teacher's own."""
 
     name, with_teacher = "dino", True
+    against_collapse = (
+        "a lower teacher_temperature, a third of learning_rate and muon_learning_rate, or more prototypes"
+    )
     _seen: Tensor
 
     def __init__(self, config: Config) -> None:
@@ -97,6 +102,19 @@ class DINO(ViewMethod):
         assert isinstance(self.memory, Centered)
         seen = self._seen.to(self.memory.center.device)
         self.memory.center.lerp_(seen, 1 - self.settings.center_momentum)
+
+    @property
+    def slow_start(self) -> float:
+        """DINO's teacher is close to uniform for a long time at first."""
+        return max(0.2, self.settings.teacher_warmup)
+
+    def collapse(self, found: dict[str, float]) -> str:
+        entropy, most = found["teacher_entropy"], math.log(self.settings.prototypes)
+        if entropy > 0.99 * most:
+            return f"the teacher finds all prototypes alike (its entropy is {entropy:.3f} of {most:.3f})"
+        if entropy < 0.01 * most:
+            return f"the teacher has the same prototype for everything (its entropy is {entropy:.3f})"
+        return super().collapse(found)
 
     def measured(self, targets: Tensor) -> dict[str, float]:
         """The mean entropy of the teacher's distributions in nats: 0, or ln of the prototypes, after a collapse."""

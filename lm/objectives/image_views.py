@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from lm.model.image_transformer import ImageTransformer
 from lm.objectives.images import ImageObjective
 from lm.objectives.objective import Measure
 from lm.objectives.teacher import Teacher
-from lm.objectives.view_method import ViewMethod
+from lm.objectives.view_method import FEWEST_STEPS, ViewMethod
 
 
 class ImageViews(ImageObjective):
@@ -30,6 +31,10 @@ class ImageViews(ImageObjective):
     def __init__(self, config: Config, form: ImageFormat, method: ViewMethod) -> None:
         super().__init__(config, form)
         self.method, self.name = method, method.name
+
+    @property
+    def comparable(self) -> bool:  # type: ignore[override]
+        return not self.method.with_teacher
 
     @property
     def memory(self) -> Teacher | None:  # type: ignore[override]
@@ -122,8 +127,14 @@ class ImageViews(ImageObjective):
         found = {"loss": float(sum(self.compare(vectors, targets).values()))}
         return found if targets is None else found | self.method.measured(targets)
 
-    def warnings(self, images: int) -> list[str]:
-        return self.method.warnings(images)
+    def warnings(self, rows: int) -> list[str]:
+        return self.method.warnings(rows)
+
+    def collapse(self, found: Mapping[str, dict[str, float]], step: int) -> str:
+        early = step < max(FEWEST_STEPS, self.method.slow_start * self.config.training.steps)
+        if early or self.name not in found or not (why := self.method.collapse(found[self.name])):
+            return ""
+        return f"the model has collapsed at step {step:,}: {why}; start again with {self.method.against_collapse}"
 
     def flops_per_token(self, model: nn.Module, context_length: int) -> float:
         """All views go through the student, the first two through the teacher, which has no backward pass."""

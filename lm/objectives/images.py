@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class ImageObjective(ABC):
     name: str
     views: int  # drawn of each image
     compares = False
+    comparable = True
     memory: nn.Module | None = None
 
     def __init__(self, config: Config, form: ImageFormat) -> None:
@@ -84,6 +85,12 @@ class ImageObjective(ABC):
 
     def after_step(self, model: nn.Module, step: int) -> None:
         return
+
+    def warnings(self, rows: int) -> list[str]:
+        return []
+
+    def collapse(self, found: Mapping[str, dict[str, float]], step: int) -> str:
+        return ""
 
     @abstractmethod
     def measured(self, held_out: ImageValidation, numbers: NDArray[np.int64], measure: Measure) -> dict[str, float]:

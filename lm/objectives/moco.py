@@ -39,6 +39,7 @@ class MoCo(ViewMethod):
     """InfoNCE with a teacher's vectors as keys, both ways."""
 
     name, with_teacher = "moco", True
+    against_collapse = "a third of learning_rate and muon_learning_rate, or teacher_momentum 0.996"
     _seen: Tensor
 
     def head(self) -> nn.Module:

@@ -42,9 +42,11 @@ class Objective(Protocol):
         compares: its loss compares the rows of a whole step with each other. Then it is a ``Comparing`` objective.
         memory: what it keeps from step to step, if anything: a module with a teacher, a queue, a center. Checkpoints
             have its tensors; the optimizer does not see them.
+        comparable: whether the losses of validations at different steps can be compared. A teacher's targets move.
     """
 
     compares: bool
+    comparable: bool
     memory: nn.Module | None
 
     def new_model(self) -> Model:
@@ -76,6 +78,12 @@ class Objective(Protocol):
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after optimizer step ``step``, from 0, has changed the weights: a teacher follows, a queue moves."""
+
+    def warnings(self, rows: int) -> list[str]:
+        """What experience says against the settings, for data with ``rows`` training rows: a sentence each."""
+
+    def collapse(self, found: Mapping[str, dict[str, float]], step: int) -> str:
+        """A sentence with what to change if a validation at ``step`` shows that the model has collapsed; or ""."""
 
     def validate(self, held_out: Any, measure: Measure, *, rows: int, every_token: bool) -> dict[str, dict[str, float]]:
         """The numbers of a validation: groups by the name of what was measured, as the log has them.

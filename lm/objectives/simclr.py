@@ -16,6 +16,7 @@ class SimCLR(ViewMethod):
     """NT-Xent over all images of a step, independent of micro-batches and ranks."""
 
     name = "simclr"
+    against_collapse = "a third of learning_rate and muon_learning_rate, or infonce_temperature 0.5"
 
     def head(self) -> nn.Module:
         return ProjectionHead(*self.head_shape)

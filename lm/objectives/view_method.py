@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from lm.config.settings import Config
 from lm.objectives.teacher import Teacher, cosine
 
+LEAST_SPREAD, LEAST_RANK = 0.1, 1.5  # of features that have not collapsed
+FEWEST_STEPS = 100  # before which nothing is called a collapse
+
 
 class ViewMethod(ABC):
     """A loss that compares the views of a step, from the features that a trunk has of them.
@@ -23,6 +26,7 @@ class ViewMethod(ABC):
 
     name: ClassVar[str]
     with_teacher: ClassVar[bool] = False
+    against_collapse: ClassVar[str]  # what to change after one
     local_views = 0
     memory: Teacher | None = None
 
@@ -72,6 +76,19 @@ class ViewMethod(ABC):
         if self.memory is not None:
             momentum = cosine(self.settings.teacher_momentum, 1.0, step, self.config.training.steps)
             self.memory.follow(model, momentum)
+
+    @property
+    def slow_start(self) -> float:
+        """Share of the steps in which what looks like a collapse may be the start."""
+        return 0.1
+
+    def collapse(self, found: dict[str, float]) -> str:
+        """What shows in the numbers of a validation that the method has collapsed, in words; or ""."""
+        if found["spread"] < LEAST_SPREAD:
+            return f"all images have nearly the same features (spread {found['spread']:.3f})"
+        if found["effective_rank"] < LEAST_RANK:
+            return f"the features differ in one direction only (effective rank {found['effective_rank']:.2f})"
+        return ""
 
     def warnings(self, rows: int) -> list[str]:
         """What experience says against these settings for data with ``rows`` rows, a sentence each."""

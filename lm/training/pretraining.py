@@ -43,6 +43,7 @@ class Pretraining(TrainModule[Any]):
         self, config: Config, path: Path, corpora: Corpora | ImageCorpora, ranks: Ranks, *, may_shrink: bool = False
     ) -> None:
         self.config, self.path, self.corpora, self.ranks, self.may_shrink = config, path, corpora, ranks, may_shrink
+        self.collapsed = ""  # what to say about a collapse, until the model recovers
         self.start: Path | None = None  # the initial weights, if they are another run's
         self.batches = TrainingBatches(corpora, config)
         self.objective: Objective = self.batches.objective
@@ -119,6 +120,7 @@ class Pretraining(TrainModule[Any]):
         if training.compile:
             lines.append("the first step compiles the model, which takes half a minute or so")
         lines += [*self.plan.introduction(self.ranks.describe()), *self.batches.rows.introduction(training.steps)]
+        lines += [f"note: {warning}" for warning in self.objective.warnings(self.batches.rows.count)]
         return lines + ([f"this may not fit: {self.plan.obstacle}"] if self.plan.obstacle else [])
 
     def model(self) -> Model:
@@ -157,9 +159,14 @@ class Pretraining(TrainModule[Any]):
         }
         if line["validation"]:
             line["rows"] = rows_of_validation(self.corpora, self.config)
-        return line, loss_of_readouts(line)
+        if not objective.comparable:
+            line["comparable"] = False
+        return line, loss_of_readouts(line) if objective.comparable else None
 
-    def remark(self, best: Best) -> str:
+    def remark(self, step: int, line: dict[str, Any], best: Best) -> str:
+        before, self.collapsed = self.collapsed, self.objective.collapse(line["validation"], step)
+        if self.collapsed and not before:
+            return self.collapsed
         if best.worse != OVERFITTING:
             return ""
         what = "images" if self.config.reads_images else "text"

@@ -293,10 +293,9 @@ class Trainer(Generic[Batch]):
         """Log a validation; return True if it is the best so far."""
         line, score = self.module.validate(self.model)
         self._write({"step": self.state.step, **line})
-        if score is None:
-            return False
-        improved = self.state.best.add(self.state.step, score, line.get("metrics", {}).get("loss"))
-        if remark := self.module.remark(self.state.best):
+        tie = line.get("metrics", {}).get("loss")
+        improved = score is not None and self.state.best.add(self.state.step, score, tie)
+        if remark := self.module.remark(self.state.step, line, self.state.best):
             self.reporter.note(remark)
         return improved
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -318,3 +319,30 @@ def test_a_queue_larger_than_a_tenth_of_the_data_is_warned_of(opened):
     assert opened("moco", queue_size=5).objective.warnings(50) == []
     (warning,) = opened("moco", queue_size=5).objective.warnings(40)
     assert warning.startswith("queue_size 5 is more than a tenth of the 40 images")
+
+
+HEALTHY = {"spread": 0.5, "effective_rank": 20.0, "teacher_entropy": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        (
+            "byol",
+            {"spread": 0.02},
+            "nearly the same features .spread 0.020.; start again with a third of learning_rate",
+        ),
+        ("moco", {"effective_rank": 1.2}, "differ in one direction only .effective rank 1.20."),
+        ("dino", {"teacher_entropy": math.log(24)}, "finds all prototypes alike .its entropy is 3.178 of 3.178."),
+        ("dino", {"teacher_entropy": 0.001}, "the same prototype for everything"),
+    ],
+)
+def test_a_collapse_is_told_but_not_at_the_start(opened, name, change, says):
+    objective = opened(name, steps=1000).objective
+    found = {name: HEALTHY | change}
+    assert objective.collapse({name: HEALTHY}, 900) == ""
+    assert objective.collapse(found, 99) == ""
+    assert (objective.collapse(found, 150) == "") == (name == "dino")
+    told = objective.collapse(found, 200)
+    assert told.startswith("the model has collapsed at step 200: ")
+    assert re.search(says, told)

@@ -262,7 +262,7 @@ def test_ranks_take_the_steps_of_one_process(several, alone, parallel, model):
     _, tensors, told, _ = several
     for name, tensor in alone[0].items():
         if name.startswith(f"{model} "):
-            torch.testing.assert_close(tensors[f"{parallel} {name}"], tensor, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(tensors[f"{parallel} {name}"], tensor, rtol=1e-4, atol=5e-5)
     for part in ("norms", "losses"):
         assert told[0][f"{parallel} {model}"][part] == pytest.approx(alone[1][model][part], rel=1e-4, abs=1e-5)
     limit = (IMAGES if model in OBJECTIVES else CONFIG).optimizer.gradient_clip

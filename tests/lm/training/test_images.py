@@ -19,7 +19,7 @@ from lm.runs.directory import Run, open_run
 from lm.training.plan import plan_run
 from lm.training.pretraining import train
 from lm.training.reporter import NullReporter
-from tests.conftest import StopAt
+from tests.conftest import Recorder, StopAt
 
 ROOT = Path(__file__).parents[3]
 OBJECTIVES = ("simclr", "moco", "byol", "dino", "mae")
@@ -135,3 +135,15 @@ def test_the_data_of_a_run_is_found_again_and_must_be_the_same(config, undisturb
 def test_a_run_on_images_refuses_to_be_read_as_text(undisturbed):
     with pytest.raises(UserError, match="reads images, not text"):
         undisturbed["mae"].load_model(torch.device("cpu"))
+
+
+def test_a_collapse_is_told_once(config, tmp_path, monkeypatch):
+    """A learning rate of 0 and features that are all alike: from step 100 on, the first time only."""
+    monkeypatch.setattr("lm.objectives.view_method.LEAST_SPREAD", 10.0)
+    recorder = Recorder()
+    changed = config.replace(objective="byol", steps=103, validate_every=1, checkpoint_every=103, validation_rows=2)
+    train(changed, tmp_path / "run", recorder)
+    told = [note for note in recorder.notes if "collapsed" in note]
+    assert len(told) == 1
+    assert told[0].startswith("the model has collapsed at step 100: all images have nearly the same features")
+    assert all(line["comparable"] is False for line in open_run(tmp_path / "run").metrics() if "validation" in line)
