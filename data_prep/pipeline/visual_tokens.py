@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from data_prep.progress import ConsoleReporter, Reporter
 from data_prep.settings import VisualTokenSettings, available_cores
 from data_prep.shards.codebook import CODEBOOK_FILE, Codebook, load_codebook, patches_of
 from data_prep.shards.images import ImageDataset, ImageSplit, open_images
-from data_prep.shards.manifest import make_manifest, save_manifest
-from data_prep.shards.tokens import SPLITS, TOKENIZER_FILE, WORK, Dataset, ShardWriter, open_dataset
+from data_prep.shards.manifest import make_manifest
+from data_prep.shards.tokens import SPLITS, TOKENIZER_FILE, Dataset, ShardWriter, open_dataset
 
 SAMPLE = 2**17  # training patches that the codes are learned from
 IMAGES_AT_ONCE = 256
@@ -85,8 +86,6 @@ def build_token_dataset(settings: VisualTokenSettings, *, progress: Reporter) ->
 
 def _build(settings: VisualTokenSettings, images: ImageDataset, journal: Journal, progress: Reporter) -> dict[str, Any]:
     out = settings.out
-    journal.save()
-    (out / WORK).mkdir(exist_ok=True)
     images.verify()
     if not (out / CODEBOOK_FILE).is_file():
         with progress.stage("learning codes", None):
@@ -121,7 +120,6 @@ def _build(settings: VisualTokenSettings, images: ImageDataset, journal: Journal
         "channels": codebook.channels,
         "splits": {split: _measured(split, parts, records, images) for split in SPLITS},
     }
-    save_manifest(out, manifest)
     return manifest
 
 
@@ -159,21 +157,20 @@ def build_part(settings: VisualTokenSettings, vocab_size: int, number: int, part
         advance(part.bytes)
         return record
     codebook, split = load_codebook(settings.out), open_images(settings.images).split(part.split)
-    flat, ended = codebook.pixels.reshape(codebook.codes, -1), False
+    flat = codebook.pixels.reshape(codebook.codes, -1)
     end_of_text = np.array([codebook.tokenizer().end_of_text_id])
     spelled = np.array([len(f"<{code}>") for code in range(codebook.codes)])
     counts, squared_error = np.zeros(codebook.codes, np.int64), 0
-    with ShardWriter(
+    writer = partial(
+        ShardWriter,
         settings.out,
-        part.split,
         vocab_size=vocab_size,
         part=number,
         source=part.source,
         shard_tokens=settings.shard_tokens,
-        finished=record.shards[part.split],
-        on_finished=lambda shard: record.finish_shard(part.split, shard, is_last=ended),
-    ) as writer:
-        done = part.start + sum(shard.documents for shard in writer.records)
+    )
+    done = part.start + sum(shard.documents for shard in record.shards[part.split])
+    with record.writers(writer) as writers:
         for start in range(part.start, part.stop, IMAGES_AT_ONCE):
             numbers = np.arange(start, min(start + IMAGES_AT_ONCE, part.stop))
             codes, distances = encode(flat, patches_of(split.read(numbers), codebook.size))
@@ -181,13 +178,12 @@ def build_part(settings: VisualTokenSettings, vocab_size: int, number: int, part
             squared_error += int(distances.sum())
             for image, own in zip(numbers.tolist(), codes.reshape(len(numbers), -1), strict=True):
                 if image >= done:
-                    writer.add(
+                    writers[part.split].add(
                         np.concatenate([own, end_of_text]),
                         text_bytes=int(spelled[own].sum()),
                         words=len(own),
                         origin=split.source_of(image),
                     )
-        ended = True
     advance(part.bytes)
     record.finish({"counts": counts.tolist(), "squared_error": squared_error})
     return record
