@@ -28,9 +28,10 @@ OBJECTIVES = {
     "byol": ("byol", ()),
     "dino": ("dino", ()),
     "mae": ("mae", ()),
+    "beit": ("beit", ()),
 }
 # The objectives that learn from images; the others learn from text.
-IMAGE_OBJECTIVES = ("simclr", "moco", "byol", "dino", "mae")
+IMAGE_OBJECTIVES = ("simclr", "moco", "byol", "dino", "mae", "beit")
 # The kinds of files that ``kindling predict`` and ``kindling embed`` write.
 ANSWER_FILES, VECTOR_FILES = (".jsonl", ".csv", ".tsv"), (".jsonl", ".npy")
 
@@ -200,7 +201,16 @@ class ObjectiveConfig:
         maximum=1,
     )
     patch_mask_rate: float = setting(
-        0.75, "mae: share of an image's patches that are hidden and predicted", minimum=0.01, maximum=0.99
+        0.75, "mae, beit: share of an image's patches that are hidden and predicted", minimum=0.01, maximum=0.99
+    )
+    visual_tokenizer: str = setting(
+        "",
+        "beit: folder of visual tokens, or its codebook.npy, whose codes are predicted; made by kindling prep "
+        "visual-tokens",
+        on_resume="never",
+    )
+    visual_codes: int = setting(
+        0, "beit: number of codes; 0: those of visual_tokenizer", minimum=0, maximum=2**15, on_resume="never"
     )
     normalize_patches: bool = setting(
         True, "mae: predict the pixels of a patch after normalizing them by their own mean and variance"
@@ -227,25 +237,25 @@ class ViewsConfig:
     color_jitter: float = setting(
         0.5,
         "strength of color changes: brightness, contrast and saturation by up to 0.8 times this, hue by up to 0.2 "
-        "times this (not mae)",
+        "times this (not mae, beit)",
         minimum=0,
         maximum=1.25,
         finetuning=0.0,
     )
-    color_jitter_rate: float = setting(0.8, "probability of color changes (not mae)", minimum=0, maximum=1)
+    color_jitter_rate: float = setting(0.8, "probability of color changes (not mae, beit)", minimum=0, maximum=1)
     grayscale: float = setting(
-        0.2, "probability of a view without color (not mae)", minimum=0, maximum=1, finetuning=0.0
+        0.2, "probability of a view without color (not mae, beit)", minimum=0, maximum=1, finetuning=0.0
     )
     blur: float = setting(
         0.5,
-        "probability of Gaussian blur in views of at least 64 pixels (not mae)",
+        "probability of Gaussian blur in views of at least 64 pixels (not mae, beit)",
         minimum=0,
         maximum=1,
         finetuning=0.0,
     )
     solarize: float = setting(
         0.0,
-        "probability of inverting the pixels above one half (not mae)",
+        "probability of inverting the pixels above one half (not mae, beit)",
         minimum=0,
         maximum=1,
         finetuning=0.0,
