@@ -17,6 +17,7 @@ from data_prep.shards.images import ImageFormat
 from lm.data.images import model_inputs
 from lm.data.patch_rows import layout_of
 from lm.model.image_transformer import ImageTransformer
+from lm.model.transformer import Attention
 
 ROWS = 8  # images per forward pass; attention has patches x patches numbers for each head
 TINT = (240, 110, 30)  # orange, as the accent of the pages
@@ -51,6 +52,7 @@ def attention_maps(
 def _last_attention(model: ImageTransformer, inputs: Tensor) -> Tensor:
     """Attention probabilities of the last block, float32 (n, heads, queries, keys), for inputs (n, C, H, W)."""
     attention = model.blocks[-1].attention
+    assert isinstance(attention, Attention)
     caught: list[tuple[Tensor, Tensor]] = []
 
     def catch(_: torch.nn.Module, arguments: Sequence[Tensor]) -> None:
