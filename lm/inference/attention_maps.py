@@ -6,12 +6,12 @@ the mean over the patches as queries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_prep.shards.images import ImageFormat
 from lm.data.images import model_inputs
@@ -55,8 +55,9 @@ def _last_attention(model: ImageTransformer, inputs: Tensor) -> Tensor:
     assert isinstance(attention, Attention)
     caught: list[tuple[Tensor, Tensor]] = []
 
-    def catch(_: torch.nn.Module, arguments: Sequence[Tensor]) -> None:
-        q, k, _ = attention.heads(*arguments[:2])
+    def catch(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        x, rotary, *_rest = arguments
+        q, k, _values = attention.heads(x, rotary)
         caught.append((q.float(), k.float()))
 
     hook = attention.register_forward_pre_hook(catch)

@@ -22,6 +22,7 @@ from lm.data.images import HeldOutImages
 from lm.data.openings import Opening, openings
 from lm.runs.directory import Run, sha256_key
 
+DATA_HINT = ": --data says where it is now"
 WORKING_DIRECTORY = "working_directory"  # key of a checkpoint's state: where relative paths counted from
 
 
@@ -43,7 +44,7 @@ def open_data(run: Run) -> Corpora | ImageCorpora:
         where = f"neither in {here}{elsewhere}, nor, with the same content, in a folder above the run"
         raise UserError(
             f'the data of {run.path} is missing: its config.toml names "{missing[0]}", which is '
-            f"{'not there' if Path(missing[0]).is_absolute() else where}: --data says where it is now"
+            f"{'not there' if Path(missing[0]).is_absolute() else where}{DATA_HINT}"
         ) from None
 
 

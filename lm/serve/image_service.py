@@ -20,7 +20,7 @@ from lm.inference.image_model import ImageEncoder
 from lm.inference.image_neighbors import ImageBank, image_bank
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, plain_settings
-from lm.runs.run_data import held_out_pictures, training_pictures
+from lm.runs.run_data import DATA_HINT, held_out_pictures, training_pictures
 from lm.serve.schema import Limits
 
 BODY_BYTES = 16 << 20  # of a request with a picture
@@ -64,7 +64,8 @@ class ImageService:
             pictures, count = training_pictures(run, MOST_IN_BANK)
             bank = image_bank(encoder.model, encoder.form, pictures, SECONDS_FOR_BANK)
         except UserError as error:
-            note = f"The training images are not there, so there are no neighbors: {error}"
+            reason = str(error).removesuffix(DATA_HINT)  # there is no such option here
+            note = f"There are no neighbors, because the training images cannot be read: {reason}."
             return cls(run, checkpoint, encoder, limits, classify, None, note)
         among = f"{len(bank.pictures):,}"
         if count is not None:

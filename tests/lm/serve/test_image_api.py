@@ -188,7 +188,9 @@ def test_without_the_data_there_are_no_neighbors_and_the_rest_works(
     with serving_service(ImageService.open(gone, model.saved, model, LIMITS)) as served:
         about = served.ask("/api/run").json
         assert about["neighbors"]["images"] == 0
-        assert about["neighbors"]["note"].startswith("The training images are not there, so there are no neighbors: ")
+        note = about["neighbors"]["note"]
+        assert note.startswith("There are no neighbors, because the training images cannot be read: the data of ")
+        assert note.endswith("which is not there.")
         assert about["samples"] == []
         answer = served.ask("/api/image", {"image": in_base64(photo)}).json
         assert answer["neighbors"] == []
