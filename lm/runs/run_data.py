@@ -76,11 +76,11 @@ def training_pictures(run: Run, most: int) -> tuple[Iterator[Picture], int | Non
     Raises:
         UserError: they are gone.
     """
-    source, form = run.config.finetune.train, run.image_format
+    form = run.image_format
     if not run.config.is_finetuning:
         corpora = open_data(run)
         assert isinstance(corpora, ImageCorpora)
-    elif holds_images(source):
+    elif holds_images(source := _examples_of(run)):
         corpora = open_image_corpora([source], [Fraction(1)])
         require_format(corpora.datasets[0], form)
     else:
@@ -91,6 +91,13 @@ def training_pictures(run: Run, most: int) -> tuple[Iterator[Picture], int | Non
         )
     images = HeldOutImages(corpora, TRAIN)
     return drawn_of(images, most), images.count
+
+
+def _examples_of(run: Run) -> str:
+    """The source of a fine-tuned run's examples, if it is relative from where it was fine-tuned, unless it is here."""
+    source, trained = run.config.finetune.train, _state(run).get(WORKING_DIRECTORY, "")
+    there = Path(trained, source)
+    return str(there) if not Path(source).exists() and there.exists() else source
 
 
 def drawn_of(images: HeldOutImages, most: int) -> Iterator[Picture]:

@@ -36,7 +36,7 @@ export function startImage(about) {
 }
 
 const png = (data) => `data:image/png;base64,${data}`;
-const nameOf = ({ name, class: label }) => (label === null ? name : `${label}, ${name}`);
+const nameOf = ({ name, class: label }) => (label === null ? name : `${name} (${label})`);
 
 function picture(data, description) {
   const image = make("img", { alt: description, title: description });
@@ -134,7 +134,7 @@ function showNeighbors(neighbors) {
   const counts = new Map();
   for (const { class: label } of neighbors) if (label !== null) counts.set(label, (counts.get(label) ?? 0) + 1);
   const sorted = [...counts].sort(([, one], [, other]) => other - one);
-  const classes = sorted.map(([label, count]) => `${count} ${label}`).join(", ");
+  const classes = sorted.map(([label, count]) => `${count} × ${label}`).join(", ");
   $("neighbors-title").hidden = $("neighbors-classes").hidden = !neighbors.length;
   $("neighbors-classes").textContent = `By the cosine of the features, the nearest first${classes && `: ${classes}`}.`;
   $("neighbors").replaceChildren(

@@ -14,7 +14,7 @@ export function startRun(run) {
   const rows = {
     model: run.description,
     "served step": run.step.toLocaleString("en"),
-    objective: run.task ?? run.objective,
+    [run.task ? "task" : "objective"]: run.task ?? run.objective,
     ...(run.reads === "images" ? rowsOfImages(run) : rowsOfText(run)),
   };
   const row = ([name, value]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value));

@@ -12,8 +12,10 @@ import pytest
 from data_prep.errors import UserError
 from lm.data.corpora import open_corpora
 from lm.evaluation.validation_loss import evaluate
+from lm.finetuning.finetune import finetune
 from lm.runs.directory import open_run
 from lm.runs.run_data import held_out_pictures, located, open_data, training_pictures
+from lm.training.reporter import NullReporter
 from tests.lm.conftest import draw_pictures
 
 
@@ -129,3 +131,13 @@ def test_images_of_a_fine_tuned_run_are_its_examples(image_classifier, pictures,
     assert all(name.startswith("mine/train/") for name in names)
     with pytest.raises(UserError, match="there is no file or folder"):
         training_pictures(train_on(tmp_path / "gone"), 10)
+
+
+def test_examples_of_a_fine_tuned_run_are_found_from_another_working_directory(image_settings, tmp_path, monkeypatch):
+    draw_pictures(tmp_path / "there" / "mine", count=2)
+    monkeypatch.chdir(tmp_path / "there")
+    finetune(image_settings(train="mine", epochs=1), Path("run"), NullReporter())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    drawn, count = training_pictures(open_run("../there/run"), 10)
+    assert len(list(drawn)) == count == 6
