@@ -395,11 +395,13 @@ def _as_given(name: str, value: Any, known: dict[str, Any]) -> Any:
             + (f"did you mean {similar[0]}?" if similar else f"choose from {', '.join(known)}")
         )
     kind = type(known[name])
-    if kind is tuple and isinstance(value, (str, list)):
-        return (value,) if isinstance(value, str) else tuple(value)
-    if known[name] is not None and not isinstance(value, (int, float) if kind is float else kind):
-        raise UserError(f"{name} must be {TYPE_NAMES[kind]}, not {value!r}")
-    return value
+    if kind is tuple:
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if all(isinstance(each, (str, Path)) for each in several):
+            return tuple(map(str, several))
+    elif known[name] is None or isinstance(value, (int, float) if kind is float else kind):
+        return value
+    raise UserError(f"{name} must be {TYPE_NAMES[kind]}, not {value!r}")
 
 
 @dataclass(frozen=True)

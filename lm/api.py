@@ -453,6 +453,9 @@ def evaluate(
             device=device,
             progress=progress,
         )
+    if train or test:
+        of_images = "train" if train else "test"
+        raise UserError(f"{opened.path} reads text, and {of_images} is for a run that reads images: leave it out")
     reading = reading_of(opened.config, reads, pooling, layer)
     paradigms = minimal_pairs.read_pairs(Path(pairs), sentences) if pairs else []
     saved = opened.checkpoint(str(checkpoint))

@@ -162,7 +162,7 @@ def images(
     """Build a dataset from images.
 
     A SOURCE is a folder of images (.jpg, .png, .webp, .gif, .tif and so on), flat or with a folder for each class; a
-    .tar of such a folder, or a folder in it (photos.tar/train); a .parquet file; a pattern ("photos/**/*.jpg");
+    .tar or .zip of such a folder, or a folder in it (photos.tar/train); a .parquet file; a pattern ("photos/**/*.jpg");
     hf:NAME[:SPLIT] for a Hugging Face dataset or a local folder with one; or "builtin:digits" for scikit-learn's
     handwritten digits. Folders called train and test (or val) at the top become the splits.
 

@@ -32,8 +32,8 @@ from data_prep.pipeline.workers import Advance, run_calls
 from data_prep.progress import ConsoleReporter, Reporter
 from data_prep.settings import KEEP, READING_RULES, BuildSettings, available_cores
 from data_prep.shards.images import holds_images
-from data_prep.shards.manifest import make_manifest, save_manifest
-from data_prep.shards.tokens import MANIFEST, SPLITS, TOKENIZER_FILE, WORK, Dataset, open_dataset
+from data_prep.shards.manifest import make_manifest
+from data_prep.shards.tokens import MANIFEST, SPLITS, TOKENIZER_FILE, Dataset, open_dataset
 from data_prep.sources.documents import CorpusPart, ReadReport, Source
 from data_prep.sources.listing import STDIN, copy_stdin, describe, parse_sources, parts_of, unread_files
 from data_prep.tokenizers.encoders import choose_encoder
@@ -163,8 +163,6 @@ class _Build:
 
     def run(self) -> dict[str, Any]:
         out = self.plan.settings.out
-        self.journal.save()
-        (out / WORK).mkdir(exist_ok=True)
         if any(source.location == STDIN for source in self.plan.sources):
             with atomic_file(out / STDIN_COPY) as file:
                 copy_stdin(file, self.plan.settings.reading.reading_rules)
@@ -173,9 +171,7 @@ class _Build:
         self._settle_split()
         tokenizer = self._tokenizer()
         self._choose_encoder(tokenizer)
-        manifest = self._build_parts(tokenizer)
-        save_manifest(out, manifest)
-        return manifest
+        return self._build_parts(tokenizer)
 
     def _find_duplicates(self) -> None:
         """Step 2. The results are files next to the records of the parts."""

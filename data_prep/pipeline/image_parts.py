@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Self
 
 from data_prep.pipeline.journal import PartRecord
@@ -101,7 +101,10 @@ def build_image_part(job: ImageJob, number: int, part: ImagePart, advance: Advan
     report = ImageReport()
     finished = {split: sum(shard.images for shard in record.shards[split]) for split in SPLITS}
     size, channels = job.settings.size, job.channels
-    with _writers(job, number, part.source, record) as writers:
+    writer = partial(
+        ImageShardWriter, job.settings.out, part=number, source=part.source, shard_bytes=job.settings.shard_bytes
+    )
+    with record.writers(writer) as writers:
         for item in part.items:
             for entry in entries_of(item, job.columns):
                 try:
@@ -132,24 +135,3 @@ def _changes(decoding: tuple[str, ...], size: tuple[int, int], mode: str, job: I
         yield ENLARGED
     if (mode == "L") != (job.channels == 1):
         yield MADE_COLOR if mode == "L" else MADE_GRAY
-
-
-@contextmanager
-def _writers(job: ImageJob, number: int, source: int, record: PartRecord) -> Iterator[dict[str, ImageShardWriter]]:
-    """Open a writer for each split, which adds every finished shard to ``record``."""
-    ended = False
-
-    def writer(split: str) -> ImageShardWriter:
-        return ImageShardWriter(
-            job.settings.out,
-            split,
-            part=number,
-            source=source,
-            shard_bytes=job.settings.shard_bytes,
-            finished=record.shards[split],
-            on_finished=lambda shard: record.finish_shard(split, shard, is_last=ended),
-        )
-
-    with ExitStack() as stack:
-        yield {split: stack.enter_context(writer(split)) for split in SPLITS}
-        ended = True

@@ -16,6 +16,7 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,14 @@ from data_prep.shards.images import (
     ImageShardRecord,
     open_images,
 )
-from data_prep.shards.manifest import save_manifest
-from data_prep.shards.tokens import IMAGES_FORMAT, SPLITS, WORK
+from data_prep.shards.tokens import IMAGES_FORMAT, SPLITS
 from data_prep.sources.decoding import BadImage, decode_noting, looks_gray
 from data_prep.sources.formats import summary_of
 from data_prep.sources.images import FILE, MEMBER, TEST, TRAIN, VALIDATION, ImageEntry, Listing, entries_of, list_images
 from data_prep.sources.listing import grouped
 
 PART_BYTES = 64 * 2**20
+MOST_DIGITS = 20  # of a class that is a number
 NEED_CONVERSION = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")  # photos that Pillow does not read
 
 
@@ -73,6 +74,7 @@ class ImagePlan:
             listings = [*(_with_split(each, TRAIN) for each in listings), *held_out]
         else:
             listings = [_without_test(each) for each in listings]
+        listings = list(_files_together(listings))
         most = min(PART_BYTES, part_size(sum(item.size for each in listings for item in each.items)))
         parts = [
             ImagePart(source, items, size)
@@ -91,6 +93,17 @@ class ImagePlan:
 
 def _with_split(listing: Listing, split: str) -> Listing:
     return replace(listing, split=split, items=[replace(item, split=split) for item in listing.items])
+
+
+def _files_together(listings: Sequence[Listing]) -> Iterator[Listing]:
+    """Make one source of successive files, as a shell names them for photos/*.jpg: each source has its own shards."""
+    for (is_file, split), group in groupby(listings, lambda each: (each.is_file, each.split)):
+        several = list(group)
+        if not is_file or len(several) == 1:
+            yield from several
+        else:
+            items = [item for each in several for item in each.items]
+            yield Listing(f"{several[0].name} to {several[-1].name}", items, split=split)
 
 
 def _without_test(listing: Listing) -> Listing:
@@ -155,26 +168,21 @@ class _ImageBuild:
     progress: Reporter
 
     def run(self) -> dict[str, Any]:
-        out = self.plan.settings.out
-        self.journal.save()
-        (out / WORK).mkdir(exist_ok=True)
         for sentence in notes_of(self.plan.listings):
             self.progress.note(sentence)
         self._settle()
-        manifest = self._build_parts()
-        save_manifest(out, manifest)
-        return manifest
+        return self._build_parts()
 
     def _settle(self) -> None:
         """Step 2: read until both are known, or to the end."""
         if self.journal.threshold is not None:
             return
         settings = self.plan.settings
-        split, report, any_image = SplitRule(settings.validation_fraction), ImageReport(), False
+        split, report, any_entry, any_image = SplitRule(settings.validation_fraction), ImageReport(), False, False
         by_hash = any(item.split is None for part in self.plan.parts for item in part.items)
         channels = settings.channels or 1
         for entry in self._entries():
-            settled = split.settled or not by_hash
+            any_entry, settled = True, split.settled or not by_hash
             all_gray = channels == 1 and not settings.channels
             if any_image and settled and not all_gray:
                 break
@@ -196,7 +204,8 @@ class _ImageBuild:
                 channels = 3
         if not any_image:
             why = "; ".join(f"{cases.images:,} {reason}" for reason, cases in report.left_out.items())
-            raise UserError(f"none of the images can be used for training: {why or 'all are for validation'}")
+            none = "all are for validation" if any_entry else "there are none"
+            raise UserError(f"none of the images can be used for training: {why or none}")
         if by_hash and split.all_equal:
             raise UserError(
                 "there is only one image, or all are the same, too few for a validation split: add images, name others "
@@ -322,4 +331,4 @@ def _manifest(
 
 def natural_order(name: str) -> tuple[int, int, str]:
     """Return what to sort classes by: numbers by value, then names."""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+    return (0, int(name), name) if name.isdecimal() and len(name) < MOST_DIGITS else (1, 0, name)

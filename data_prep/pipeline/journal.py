@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from data_prep.errors import UserError
 from data_prep.files import parse_json, write_atomically
 from data_prep.shards.tokens import JOURNAL, SPLITS, WORK, ShardRecord
+from data_prep.shards.writing import PartWriter
+
+Writer = TypeVar("Writer", bound=PartWriter[Any, Any])
 
 
 @dataclass
@@ -89,11 +93,25 @@ class PartRecord:
         except (ValueError, KeyError, TypeError):
             raise _damaged(path) from None
 
-    def finish_shard(self, split: str, record: Any, *, is_last: bool) -> None:
-        """Add a finished shard, and save unless it is the last one of the part."""
-        self.shards[split].append(record)
-        if not is_last:
-            self._save()
+    @contextmanager
+    def writers(self, writer: Callable[..., Writer]) -> Iterator[dict[str, Writer]]:
+        """Open a ``writer`` for each split, which continues after the finished shards and adds its own here."""
+        ended = False
+
+        def writer_of(split: str) -> Writer:
+            def finish_shard(shard: Any) -> None:
+                self.shards[split].append(shard)
+                if not ended:
+                    self._save()
+
+            return writer(split=split, finished=self.shards[split], on_finished=finish_shard)
+
+        found = {split: writer_of(split) for split in SPLITS}
+        with ExitStack() as stack:
+            for each in found.values():
+                stack.enter_context(each)
+            yield found
+            ended = True
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the part as finished."""

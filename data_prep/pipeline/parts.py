@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,15 @@ def build_part(job: Job, number: int, part: CorpusPart, advance: Advance) -> Par
     tokenizer, encoder = _load_encoder(job.settings.out, job.encoder)
     cleaner, reading, digest = Cleaner(job.settings.cleaning), ReadReport(), PartDigest()
     finished = {split: sum(shard.documents for shard in record.shards[split]) for split in SPLITS}
-    with _writers(job, number, part.source, record, tokenizer.vocab_size) as writers:
+    writer = partial(
+        ShardWriter,
+        job.settings.out,
+        vocab_size=tokenizer.vocab_size,
+        part=number,
+        source=part.source,
+        shard_tokens=job.settings.shard_tokens,
+    )
+    with record.writers(writer) as writers:
         for batch in _batches(kept_documents(job, number, part, advance, reading, cleaner)):
             hashed = [_HashedDocument.of(document, job.threshold) for document in batch]
             digest.update([each.content for each in hashed], [each.hash for each in hashed])
@@ -138,30 +146,6 @@ def _without_finished(documents: list[_HashedDocument], finished: dict[str, int]
         if finished[each.split] < 0:
             new.append(each)
     return new
-
-
-@contextmanager
-def _writers(
-    job: Job, number: int, source: int, record: PartRecord, vocab_size: int
-) -> Iterator[dict[str, ShardWriter]]:
-    """Open a writer for each split, which adds every finished shard to ``record``."""
-    ended = False
-
-    def writer(split: str) -> ShardWriter:
-        return ShardWriter(
-            job.settings.out,
-            split,
-            vocab_size=vocab_size,
-            part=number,
-            source=source,
-            shard_tokens=job.settings.shard_tokens,
-            finished=record.shards[split],
-            on_finished=lambda shard: record.finish_shard(split, shard, is_last=ended),
-        )
-
-    with ExitStack() as stack:
-        yield {split: stack.enter_context(writer(split)) for split in SPLITS}
-        ended = True
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -13,6 +13,7 @@ from data_prep.errors import UserError
 from data_prep.files import LOCK, empty_directory, names_in, only_writer_of
 from data_prep.pipeline.journal import Journal, differences
 from data_prep.progress import Reporter
+from data_prep.shards.manifest import save_manifest
 from data_prep.shards.tokens import JOURNAL, MANIFEST, WORK
 
 STDIN_COPY = "stdin.txt"
@@ -51,7 +52,7 @@ def build_or_resume(
         identity: everything that determines the result, ready for JSON.
         stamp: computes ``stamp_of`` the sources.
         finished: opens the finished dataset in ``out`` and returns its manifest.
-        run: builds what is not in the journal yet, and returns the manifest after saving it.
+        run: builds what is not in the journal yet, and returns the manifest.
 
     Raises:
         UserError: another process is writing there, or ``out`` has something else. A new build that fails before its
@@ -87,16 +88,24 @@ def _begun_or_resumed(
         _refuse_other_settings(out, journal.identity, identity)
         refuse_changed_sources(out, stamp, journal)
         progress.note(f'resuming the build in "{out}"')
-        return run(journal)
+        return _run(out, journal, run)
     others = names_in(out) - {f"{JOURNAL}.tmp"}  # which a build killed during its first write leaves
     if others:
         raise UserError(f'"{out}" is not empty (it contains "{min(others)}") and not a build: choose another --out')
     try:
-        return run(Journal(out / JOURNAL, identity, stamp))
+        return _run(out, Journal(out / JOURNAL, identity, stamp), run)
     except UserError:
         if not any(out.glob(f"{WORK}/part-*.json")):
             empty_directory(out)
         raise
+
+
+def _run(out: Path, journal: Journal, run: Callable[[Journal], dict[str, Any]]) -> dict[str, Any]:
+    journal.save()
+    (out / WORK).mkdir(exist_ok=True)
+    manifest = run(journal)
+    save_manifest(out, manifest)
+    return manifest
 
 
 def _remove_work(out: Path) -> None:

@@ -56,6 +56,11 @@ class ImageFormat:
     file_name: ClassVar[str] = "processor.json"
 
     @property
+    def shape(self) -> str:
+        """Size and channels, in words."""
+        return f"{self.size} pixels and {self.channels} channel{'s' if self.channels > 1 else ''}"
+
+    @property
     def sha256(self) -> str:
         """The SHA-256 of the file that ``save`` writes."""
         return hashlib.sha256(self._content()).hexdigest()
@@ -90,7 +95,7 @@ class ImageFormat:
         """Return the pixels of any open Pillow image, exactly as a build stores them.
 
         Upright, gray or RGB, the shorter side scaled to ``size`` and the middle cut out: uint8, shape
-        ``(size, size, channels)``. Raises ``data_prep.sources.images.BadImage`` if its pixels have an unknown range.
+        ``(size, size, channels)``. Raises ``BadImage`` as ``data_prep.sources.decoding.upright`` does.
         """
         return square(upright(image).image, self.size, self.channels)
 

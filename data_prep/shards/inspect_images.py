@@ -118,7 +118,7 @@ def render_images(found: dict[str, Any]) -> str:
         f"mean {_numbers(form['mean'])}, standard deviation {_numbers(form['std'])} (of pixels from 0 to 1)",
     ]
     for name, split in found["splits"].items():
-        lines += ["", f"{name}: {split['images']:,} images, {split['labeled']:,} with a class"]
+        lines += ["", f"{name}: {counted_images(split['images'])}, {split['labeled']:,} with a class"]
         if split["images"]:
             lines += _split_lines(split)
     for word, what in (("left_out", "left out"), ("changed", "changed")):
@@ -135,13 +135,18 @@ def _split_lines(split: dict[str, Any]) -> Iterator[str]:
     yield f"  sizes: {shown}{more}"
     if len(split["sources"]) > 1:
         yield from (f"    {row['name']}: {row['images']:,}" for row in split["sources"])
-    most = max(split["classes"].values(), default=0)
+    most = max([1, *split["classes"].values()])  # classes may occur in the other split only
     for name, count in list(split["classes"].items())[:MOST_CLASSES]:
         yield f"    {name:>20} {'█' * -(-count * BAR_WIDTH // most):{BAR_WIDTH}} {count:,}"
     if len(split["classes"]) > MOST_CLASSES:
         yield f"    and {len(split['classes']) - MOST_CLASSES:,} more classes"
     for group in split["pictures"]:
         yield f"  {group['class']}, for example {', '.join(image['source'] for image in group['images'][:2])}"
+
+
+def counted_images(number: int) -> str:
+    """Return how many images there are, in words."""
+    return "1 image" if number == 1 else f"{number:,} images"
 
 
 def counted_classes(number: int) -> str:

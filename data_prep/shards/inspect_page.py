@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from data_prep.shards.inspect_images import MOST_CLASSES, SHOWN_SIDE, counted_classes
+from data_prep.shards.inspect_images import MOST_CLASSES, SHOWN_SIDE, counted_classes, counted_images
 
 CURVE_WIDTH, CURVE_HEIGHT = 640.0, 240.0  # in drawing units
 SHADES = 4
@@ -40,6 +40,7 @@ def render_images_page(found: dict[str, Any]) -> str:
         ],
         side=max(SMALLEST_PICTURE, min(form["size"], SHOWN_SIDE)),
         enlarged=form["size"] < SMALLEST_PICTURE,
+        counted_images=counted_images,
         splits={name: _with_bars(split) for name, split in found["splits"].items()},
     )
 

@@ -95,10 +95,12 @@ def upright(image: Image) -> Decoded:
     """Return an open Pillow image of any mode upright and as gray (L) or RGB with 8 bits a channel.
 
     Transparent parts become white; colors are read as sRGB; color profiles are ignored.
-    Raises ``BadImage`` if it holds numbers of unknown range.
+    Raises ``BadImage`` if it has no pixels, or holds numbers of unknown range.
     """
     from PIL.Image import Transpose
 
+    if 0 in image.size:
+        raise BadImage(TOO_SMALL, f"{image.width} x {image.height}")
     changes = []
     if (method := TURNS.get(_orientation(image))) is not None:
         kept = {name: value for name, value in image.info.items() if name == "transparency"}

@@ -24,6 +24,7 @@ from data_prep.sources.storage import UnreadableError, open_raw
 DIGITS = "builtin:digits"
 NUMBER_OF_DIGITS = 1797
 LABEL_NAMES = ("label", "labels", "class", "category", "fine_label")
+NO_CLASS = ("Image", "list", "List", "LargeList", "Sequence", "dict")  # kinds of columns that hold no class
 BATCH_ROWS = 16
 
 __all__ = [
@@ -67,13 +68,11 @@ def images_of_parquet(path: str, image: str, label: str, start: int, stop: int) 
         with open_raw(path) as file:
             parquet = pyarrow.parquet.ParquetFile(file, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
             schema = parquet.schema_arrow
-            features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features")
+            features = _features_of((schema.metadata or {}).get(b"huggingface", b""))
             kinds = {name: _kind_of_arrow(schema.field(name).type) for name in schema.names}
-            for name, feature in (features or {}).items():
-                if isinstance(feature, dict) and feature.get("_type") in ("Image", "ClassLabel"):
-                    kinds[name] = feature["_type"]
+            kinds |= {name: each["_type"] for name, each in features.items() if name in kinds}
             image, label = _columns(f'"{one_line(path)}"', kinds, image, label)
-            names = ((features or {}).get(label) or {}).get("names")
+            names = features.get(label, {}).get("names")
             row = sum(parquet.metadata.row_group(group).num_rows for group in range(start))
             columns = [image, label] if label else [image]
             for batch in parquet.iter_batches(BATCH_ROWS, row_groups=list(range(start, stop)), columns=columns):
@@ -105,12 +104,21 @@ def images_of_dataset(location: str, image: str, label: str) -> Iterator[ImageRo
         raise UserError(f'cannot read the dataset "{name}", split "{split}": {first_line(error)}') from error
 
 
+def _features_of(metadata: bytes) -> dict[str, dict[str, Any]]:
+    """Return the columns of images and of classes that the library datasets has noted in a file; {} if it has not."""
+    try:
+        features = json.loads(metadata)["info"]["features"].items()
+        return {name: each for name, each in features if each["_type"] in ("Image", "ClassLabel")}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def _kind_of_arrow(kind: Any) -> str:
     from pyarrow import types
 
     binary = types.is_binary(kind) or types.is_large_binary(kind)
     struct = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    return "Image" if binary or struct else "text" if types.is_string(kind) or types.is_integer(kind) else "other"
+    return "Image" if binary or struct else "list" if types.is_nested(kind) else "other"
 
 
 def _columns(where: str, kinds: dict[str, str], image: str, label: str) -> tuple[str, str]:
@@ -122,13 +130,19 @@ def _columns(where: str, kinds: dict[str, str], image: str, label: str) -> tuple
     if len(images) != 1:
         several = f"several columns with images, {known_fields(images)}" if images else "no column with images"
         raise UserError(f"{where} has {several}: choose --image-column from {known_fields(images or kinds)}")
-    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
-    named = [name for name in LABEL_NAMES if name in kinds]
+    classes = [name for name, kind in kinds.items() if kind not in NO_CLASS]
+    if label and label not in classes:
+        others = f": choose --label-column from {known_fields(classes)}" if classes else ""
+        raise UserError(f'{where} has images or lists in "{label}", not a class in each row{others}')
+    labels = [name for name in classes if kinds[name] == "ClassLabel"]
+    named = [name for name in LABEL_NAMES if name in classes]
     return images[0], label or (labels[0] if len(labels) == 1 else (named or [""])[0])
 
 
 def _label(value: Any, names: list[str] | None) -> str | None:
-    if value is None or value == "" or value == -1:
+    if isinstance(value, float) and value.is_integer():  # pandas makes whole numbers so if one is missing
+        value = int(value)
+    if value is None or value != value or value == -1 or not str(value).strip():
         return None
     if names and isinstance(value, int):
         return one_line(names[value]) if 0 <= value < len(names) else None

@@ -1,4 +1,4 @@
-"""Find images: in folders, .tar archives, .parquet files, Hugging Face datasets and scikit-learn's digits.
+"""Find images: in folders, .tar and .zip archives, .parquet files, Hugging Face datasets and scikit-learn's digits.
 
 ``list_images`` lists what the sources hold without reading any image, ``entries_of`` reads one listed item, and
 ``find_images`` does both. The class of an image is the first folder that not all images share; folders called train,
@@ -7,7 +7,6 @@ test and so on at the top are splits.
 
 from __future__ import annotations
 
-import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from data_prep.errors import UserError
+from data_prep.sources.archives import ARCHIVES, list_archive, read_member
 from data_prep.sources.decoding import MOST_BYTES, TOO_LARGE, UNREADABLE, BadImage, decode, decode_noting
 from data_prep.sources.documents import one_line
 from data_prep.sources.formats import some_names, summary_of
@@ -39,6 +39,7 @@ from data_prep.sources.storage import (
     list_folder,
     list_glob,
     open_raw,
+    read_errors,
     root_of_glob,
     size_of,
 )
@@ -50,7 +51,8 @@ ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2", ".avif"),
 )
-TAR, PARQUET = ".tar", ".parquet"
+PARQUET = ".parquet"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".rar", ".7z")  # as a whole, so they are not read
 FILE, MEMBER = "file", "member"  # kinds of items; the others are PARQUET, HUGGING_FACE and DIGITS
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # What folders of splits are called.
@@ -103,6 +105,11 @@ class Listing:
     unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the source is a single image file."""
+        return [item.name for item in self.items] == [self.name] and self.items[0].kind == FILE
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -115,8 +122,9 @@ class Columns:
 def find_images(sources: Sequence[str | Path], columns: Columns | None = None) -> Iterator[ImageEntry]:
     """Yield every image of the sources, in order.
 
-    A source is a folder, a pattern, an image file, a .tar (or a folder in it, ``x.tar/train``), a .parquet file,
-    ``hf:NAME[:SPLIT]`` or ``builtin:digits``. Raises ``UserError`` for a source that does not exist or has no images.
+    A source is a folder, a pattern, an image file, a .tar or .zip (or a folder in it, ``x.tar/train``), a .parquet
+    file, ``hf:NAME[:SPLIT]`` or ``builtin:digits``. Raises ``UserError`` for a source that does not exist or has no
+    images.
     """
     for listing in list_images([str(source) for source in sources]):
         for item in listing.items:
@@ -126,7 +134,7 @@ def find_images(sources: Sequence[str | Path], columns: Columns | None = None) -
 def list_images(sources: Sequence[str]) -> list[Listing]:
     """List the sources by names and sizes only, each in the order of its paths. Raises ``UserError``."""
     if not sources:
-        raise UserError("no source given: name a folder of images, a .tar, a .parquet file or builtin:digits")
+        raise UserError("no source given: name a folder of images, a .tar or .zip, a .parquet file or builtin:digits")
     return [_list_source(source) for source in sources]
 
 
@@ -149,11 +157,10 @@ def _read(item: ImageItem) -> bytes:
     if item.size > MOST_BYTES:
         raise BadImage(TOO_LARGE, f"{item.size / 1e6:,.0f} MB")
     try:
-        with open_raw(item.path) as file:
-            if item.stop < 0:
-                return file.read()
-            file.seek(item.start)
-            return file.read(item.stop - item.start)
+        if item.kind == MEMBER:
+            return read_member(item.path, item.start, item.stop)
+        with open_raw(item.path) as file, read_errors(item.path):
+            return file.read()
     except UnreadableError as error:
         raise BadImage(UNREADABLE, str(error)) from None
 
@@ -181,17 +188,21 @@ def _list_source(text: str) -> Listing:
         listing = _list_file(text)
     if not listing.items:
         others = [f"there is only {summary_of(listing.unread)}"] if listing.unread else []
-        looked_for = f"looked for {', '.join(ENDINGS)}, {TAR} and {PARQUET} in it and its subfolders"
+        looked_for = f"looked for {', '.join((*ENDINGS, *ARCHIVES))} and {PARQUET} in it and its subfolders"
         raise UserError(f'no image in "{one_line(text)}": {"; ".join([looked_for, *others, *listing.notes])}')
     return listing
 
 
 def _links_in(folder: str, name: str) -> Iterator[str]:
     """Yield a sentence for each kind of link in a folder that is not read."""
-    for links, what in ((linked_folders(folder), "linked folder"), (broken_links(folder), "broken link")):
-        if links:
-            several = f"1 {what} is" if len(links) == 1 else f"{len(links):,} {what}s are"
-            yield f'{several} not followed in "{name}": {some_names(links)}'
+    yield from _not_followed(linked_folders(folder), "linked folder", name)
+    yield from _not_followed(broken_links(folder), "broken link", name)
+
+
+def _not_followed(links: Sequence[str], what: str, name: str) -> Iterator[str]:
+    if links:
+        several = f"1 {what} is" if len(links) == 1 else f"{len(links):,} {what}s are"
+        yield f'{several} not followed in "{name}": {some_names(links)}'
 
 
 def _list_file(path: str) -> Listing:
@@ -202,7 +213,7 @@ def _list_file(path: str) -> Listing:
             if is_there
             else f'there is no file or folder "{one_line(path)}"'
         )
-    if path.lower().endswith((".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".rar", ".7z")):
+    if path.lower().endswith(COMPRESSED):
         raise UserError(f'"{one_line(path)}" is compressed, so its images cannot be read at random: unpack it first')
     name, size = one_line(last_name(path)), size_of(path) or 0
     if path.lower().endswith(PARQUET):
@@ -224,7 +235,7 @@ def _list_files(files: Sequence[tuple[str, int]], root: str) -> Listing:
         name = f"{listing.name}/{one_line(relative)}"
         if path.lower().endswith(ENDINGS):
             images.append((PurePosixPath(relative).parts[:-1], ImageItem(FILE, path, name, size)))
-        elif path.lower().endswith((PARQUET, TAR)):
+        elif path.lower().endswith((PARQUET, *ARCHIVES)):
             packed.append((path, name))
         else:
             listing.unread.append(name)
@@ -246,14 +257,22 @@ def _list_files(files: Sequence[tuple[str, int]], root: str) -> Listing:
 def _split_at_archive(text: str) -> tuple[str, str]:
     """Return the archive that a path names or leads into, and the folder in it; "", "" if there is none."""
     for path in (Path(text), *Path(text).parents):
-        if path.suffix.lower() == TAR and path.is_file():
+        if path.suffix.lower() in ARCHIVES and path.is_file():
             return str(path), "/".join(Path(text).relative_to(path).parts)
-    return (text, "") if is_remote(text) and text.lower().endswith(TAR) else ("", "")
+    return (text, "") if is_remote(text) and text.lower().endswith(ARCHIVES) else ("", "")
 
 
 def _list_archive(path: str, inside: str) -> Listing:
     listing = Listing(one_line("/".join(filter(None, (PurePosixPath(last_name(path)).stem, inside)))))
-    members = list(_members(path, listing))
+    archive = list_archive(path)
+    members = sorted(member for member in archive.members if member[1].lower().endswith(ENDINGS))
+    others = (member for member in archive.members if not member[1].lower().endswith(ENDINGS))
+    listing.unread = [f"{listing.name}/{one_line('/'.join((*folders, name)))}" for folders, name, *_ in others]
+    if archive.damage:
+        listing.notes.append(
+            f'"{one_line(last_name(path))}" is damaged ({archive.damage}): {len(members):,} images precede it'
+        )
+    listing.notes += _not_followed(archive.links, "link", listing.name)
     shared = _shared([folders for folders, *_ in members])
     wanted = tuple(PurePosixPath(inside).parts) if inside else ()
     if wanted and not any(folders[: len(wanted)] == wanted for folders, *_ in members):
@@ -268,35 +287,12 @@ def _list_archive(path: str, inside: str) -> Listing:
             + (f": its folders are {', '.join(folders[:20])}" if folders else "")
         )
     items = []
-    for above, name, start, size in chosen:
+    for above, name, start, stop in chosen:
         shown = "/".join((PurePosixPath(last_name(path)).stem, *above[shared:], name))
-        item = ImageItem(MEMBER, path, one_line(shown), size, start=start, stop=start + size)
+        item = ImageItem(MEMBER, path, one_line(shown), stop - start, start=start, stop=stop)
         items.append((above[len(wanted) :], item))
     listing.items = _with_folders(items, listing)
     return listing
-
-
-def _members(path: str, listing: Listing) -> Iterator[tuple[tuple[str, ...], str, int, int]]:
-    """Yield folders, name, offset and size of each image in an archive; other files are added to the listing."""
-    found = []
-    try:
-        with open_raw(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined] # which would grow
-                parts = PurePosixPath(member.name).parts
-                if not member.isfile() or any(part.startswith(".") for part in parts):
-                    continue
-                if parts[-1].lower().endswith(ENDINGS):
-                    found.append((parts[:-1], parts[-1], member.offset_data, member.size))
-                else:
-                    listing.unread.append(f"{listing.name}/{one_line(member.name)}")
-    except UnreadableError as error:
-        raise UserError(f'"{one_line(path)}" {error}: make it readable') from None
-    except (tarfile.TarError, EOFError) as error:
-        if not found:
-            raise UserError(f'"{one_line(path)}" is not a whole .tar ({error}): get an intact copy') from None
-        listing.notes.append(f'"{one_line(last_name(path))}" is damaged ({error}): {len(found):,} images precede it')
-    return iter(sorted(found))
 
 
 def _shared(folders: Sequence[tuple[str, ...]]) -> int:

@@ -82,7 +82,7 @@ def size_of(path: str) -> int | None:
     """Return a file's size in bytes, or None if its server does not say. Raises ``UserError`` if it is missing."""
     if not is_remote(path):
         return Path(path).stat().st_size
-    with _remote_errors(path):
+    with read_errors(path):
         filesystem, inner = _filesystem(path)
         size = filesystem.size(inner)
         return None if size is None else int(size)
@@ -92,7 +92,7 @@ def is_folder(location: str) -> bool:
     """Return whether a location is a folder."""
     if not is_remote(location):
         return Path(location).is_dir()
-    with _remote_errors(location):
+    with read_errors(location):
         filesystem, path = _filesystem(location)
         return bool(filesystem.isdir(path))
 
@@ -144,7 +144,7 @@ def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 def _list_remote(location: str, find: Callable[[Any, str], dict[str, dict[str, Any]]]) -> list[tuple[str, int]]:
     root = root_of_glob(location) if is_glob(location) else location.rstrip("/")
-    with _remote_errors(location):
+    with read_errors(location):
         filesystem, path = _filesystem(location)
         above = len(filesystem._strip_protocol(root).rstrip("/")) + 1
         sizes = {
@@ -162,7 +162,8 @@ def _filesystem(location: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _remote_errors(location: str) -> Iterator[None]:
+def read_errors(location: str) -> Iterator[None]:
+    """Raise ``UserError`` if the disk or network fails while a location is read."""
     try:
         yield
     except FileNotFoundError:
@@ -242,7 +243,7 @@ def open_stream(path: str) -> Iterator[Stream]:
 def open_raw(path: str) -> Iterator[IO[bytes]]:
     """Open a file without decompression, seekable if possible. Raises ``UnreadableError`` if it cannot be opened."""
     if is_remote(path):
-        with _remote_errors(path):
+        with read_errors(path):
             filesystem, inner = _filesystem(path)
             try:
                 remote = filesystem.open(inner, "rb")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     required=True,
     metavar="FILE|DIR|-|hf:NAME[:SPLIT]",
     help="Texts: .jsonl, .json, .csv, .tsv, .parquet, or .txt with one text per line; - reads JSON lines from stdin. "
-    "Images: a folder, a file, a .tar, a .parquet, or a dataset made by data_prep images.",
+    "Images: a folder, a file, a .tar or .zip, a .parquet, or a dataset made by data_prep images.",
 )
 @click.option(
     "--output", required=True, metavar="FILE|-", help="Output file, .npy or .jsonl; - for JSON lines on stdout."

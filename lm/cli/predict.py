@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     required=True,
     metavar="FILE|DIR|-|hf:NAME[:SPLIT]",
     help="Texts, in the columns that RUN was fine-tuned with: .jsonl, .json, .csv, .tsv, .parquet, or .txt, a text per "
-    "line; - reads JSON lines from standard input. Images: a folder, a file, a .tar, a .parquet, or a dataset made by "
-    "data_prep images.",
+    "line; - reads JSON lines from standard input. Images: a folder, a file, a .tar or .zip, a .parquet, or a dataset "
+    "made by data_prep images.",
 )
 @click.option(
     "--output",

@@ -96,6 +96,12 @@ def _inconsistencies_of_images(config: Config) -> Iterator[str]:
             yield "stem convolutional shows each patch its neighbors, which mae hides: choose linear"
         if model.patch_size & (model.patch_size - 1) or model.patch_size < 4:
             yield f"stem convolutional needs a patch_size of 4, 8 or 16, not {model.patch_size}"
+    if config.objective.local_size % model.patch_size:
+        yield f"local_size {config.objective.local_size} is not a multiple of patch_size {model.patch_size}"
+    if config.views.crop_area > config.views.largest_crop:
+        yield f"crop_area {config.views.crop_area} is larger than largest_crop {config.views.largest_crop}"
+    if objective == "dino" and config.objective.local_views and config.objective.local_area > config.views.crop_area:
+        yield f"local_area {config.objective.local_area} is larger than crop_area {config.views.crop_area}"
     if config.objective.decoder_size % 32:
         yield f"decoder_size {config.objective.decoder_size} is not a multiple of 32, the width of its heads"
 

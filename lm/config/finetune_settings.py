@@ -31,7 +31,7 @@ class FinetuneConfig:
     train: str = setting(
         "",
         "training examples: .jsonl, .json, .csv, .tsv, .parquet, or hf:NAME[:SPLIT]; of images: a folder with a folder "
-        "for each class, a .tar of such, .parquet, hf:NAME[:SPLIT], or a dataset made by data_prep images",
+        "for each class, a .tar or .zip of such, .parquet, hf:NAME[:SPLIT], or a dataset made by data_prep images",
         on_resume="free",
         of_task=True,
     )

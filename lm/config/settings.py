@@ -24,10 +24,13 @@ OBJECTIVES = {
     "hybrid": ("text", ("next_token", "masked_next_token")),
     "hybrid_unshifted": ("text", ("next_token", "masked_token")),
     "simclr": ("simclr", ()),
+    "moco": ("moco", ()),
+    "byol": ("byol", ()),
+    "dino": ("dino", ()),
     "mae": ("mae", ()),
 }
 # The objectives that learn from images; the others learn from text.
-IMAGE_OBJECTIVES = ("simclr", "mae")
+IMAGE_OBJECTIVES = ("simclr", "moco", "byol", "dino", "mae")
 # The kinds of files that ``kindling predict`` and ``kindling embed`` write.
 ANSWER_FILES, VECTOR_FILES = (".jsonl", ".csv", ".tsv"), (".jsonl", ".npy")
 
@@ -151,10 +154,51 @@ class ObjectiveConfig:
     )
 
     infonce_temperature: float = setting(
-        0.2, "simclr: cosine similarities are divided by this", minimum=0.001, maximum=100
+        0.2, "simclr, moco: cosine similarities are divided by this", minimum=0.001, maximum=100
     )
-    projection_size: int = setting(128, "simclr: width of the vectors that are compared", minimum=2, on_resume="never")
-    projection_hidden_size: int = setting(512, "simclr: width inside the projection head", minimum=2, on_resume="never")
+    projection_size: int = setting(
+        128, "simclr, moco, byol, dino: width of the vectors that are compared", minimum=2, on_resume="never"
+    )
+    projection_hidden_size: int = setting(
+        512, "simclr, moco, byol, dino: width inside the projection head", minimum=2, on_resume="never"
+    )
+    queue_size: int = setting(
+        0,
+        "moco: the teacher's vectors of earlier steps that are compared too; 0: none (MoCo v3)",
+        minimum=0,
+        on_resume="never",
+    )
+    teacher_momentum: float = setting(
+        0.99,
+        "moco, byol, dino: share of the teacher's weights that a step keeps; it rises to 1 along a cosine",
+        minimum=0,
+        maximum=1,
+    )
+    prototypes: int = setting(1024, "dino: number of prototypes", minimum=2, on_resume="never")
+    student_temperature: float = setting(0.1, "dino: the student's scores are divided by this", minimum=0.001)
+    teacher_temperature: float = setting(0.04, "dino: the teacher's scores are divided by this", minimum=0.001)
+    first_teacher_temperature: float = setting(
+        0.04, "dino: teacher_temperature at the start, from where it rises linearly", minimum=0.001
+    )
+    teacher_warmup: float = setting(
+        0.1, "dino: share of the steps after which teacher_temperature is reached", minimum=0, maximum=1
+    )
+    center_momentum: float = setting(
+        0.9, "dino: share of the center of the teacher's scores that a step keeps", minimum=0, maximum=1
+    )
+    prototypes_frozen: float = setting(
+        0.01, "dino: share of the steps, at the start, in which prototypes do not change", minimum=0, maximum=1
+    )
+    local_views: int = setting(4, "dino: smaller views of each image that only the student sees", minimum=0, maximum=64)
+    local_size: int = setting(
+        0, "dino: side of the smaller views in pixels, a multiple of patch_size; 0: half the image's", minimum=0
+    )
+    local_area: float = setting(
+        0.05,
+        "dino: smallest share of the image's area in a smaller view; the largest is crop_area",
+        minimum=0.01,
+        maximum=1,
+    )
     patch_mask_rate: float = setting(
         0.75, "mae: share of an image's patches that are hidden and predicted", minimum=0.01, maximum=0.99
     )
@@ -175,32 +219,33 @@ class ViewsConfig:
     """How views of an image are drawn; each image and view has draws of its own."""
 
     crop_area: float = setting(
-        0.2, "smallest share of the image's area in a crop; the largest is 1", minimum=0.01, maximum=1, finetuning=0.6
+        0.2, "smallest share of the image's area in a crop", minimum=0.01, maximum=1, finetuning=0.6
     )
+    largest_crop: float = setting(1.0, "largest share of the image's area in a crop", minimum=0.01, maximum=1)
     crop_ratio: float = setting(1.33, "largest ratio of a crop's sides, either way", minimum=1, maximum=10)
     flip: float = setting(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
     color_jitter: float = setting(
         0.5,
         "strength of color changes: brightness, contrast and saturation by up to 0.8 times this, hue by up to 0.2 "
-        "times this (simclr only)",
+        "times this (not mae)",
         minimum=0,
         maximum=1.25,
         finetuning=0.0,
     )
-    color_jitter_rate: float = setting(0.8, "probability of color changes (simclr only)", minimum=0, maximum=1)
+    color_jitter_rate: float = setting(0.8, "probability of color changes (not mae)", minimum=0, maximum=1)
     grayscale: float = setting(
-        0.2, "probability of a view without color (simclr only)", minimum=0, maximum=1, finetuning=0.0
+        0.2, "probability of a view without color (not mae)", minimum=0, maximum=1, finetuning=0.0
     )
     blur: float = setting(
         0.5,
-        "probability of Gaussian blur in views of at least 64 pixels (simclr only)",
+        "probability of Gaussian blur in views of at least 64 pixels (not mae)",
         minimum=0,
         maximum=1,
         finetuning=0.0,
     )
     solarize: float = setting(
         0.0,
-        "probability of inverting the pixels above one half (simclr only)",
+        "probability of inverting the pixels above one half (not mae)",
         minimum=0,
         maximum=1,
         finetuning=0.0,
@@ -226,6 +271,15 @@ class OptimizerConfig:
     beta1: float = setting(0.9, "AdamW: decay of the mean gradient", minimum=0, maximum=0.9999)
     beta2: float = setting(
         0.95, "AdamW: decay of the mean squared gradient", minimum=0, maximum=0.99999, finetuning=0.98
+    )
+    final_weight_decay: float = setting(
+        1.0,
+        "weight decay at the end, as a multiple of weight_decay, reached along a cosine (DINO: 10)",
+        minimum=0,
+        finetuning=1.0,
+    )
+    stem_learning_rate: float = setting(
+        1.0, "learning rate of the embedding, or of the patch embedding, as a multiple of the others'", minimum=0
     )
     momentum: float = setting(0.95, "Muon: decay of the momentum", minimum=0, maximum=0.9999)
     gradient_clip: float = setting(1.0, "largest norm of the whole gradient; 0: off", minimum=0)

@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
+from data_prep.shards.images import ImageDataset
 from data_prep.shards.tokens import Dataset, Split, open_dataset
 from data_prep.tokenizers.loss import counted_bytes
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.corpus_entry import corpus_of
 from lm.config.settings import Config
+
+Kind = TypeVar("Kind", Dataset, ImageDataset)
 
 
 @dataclass(frozen=True)
@@ -68,20 +72,37 @@ class JoinedSplit:
                 yield part, first, last
 
 
-def joint_fingerprint(fingerprints: Sequence[str], weights: Sequence[Fraction]) -> str:
-    """SHA-256 of the fingerprints and the shares of several datasets; a single one keeps its own."""
-    if len(fingerprints) == 1:
-        return fingerprints[0]
-    total = sum(weights)
-    named = [[own, str(weight / total)] for own, weight in zip(fingerprints, weights, strict=True)]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+class Datasets(Generic[Kind]):
+    """The datasets of a run, each with a weight."""
+
+    def __init__(self, datasets: Sequence[Kind], weights: Sequence[Fraction] = (Fraction(1),)) -> None:
+        self.datasets: Sequence[Kind] = datasets
+        self.weights = weights
+
+    @property
+    def name(self) -> str:
+        return " + ".join(str(dataset.directory) for dataset in self.datasets)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 that names the whole content and the weights; with one dataset it is the dataset's own."""
+        if len(self.datasets) == 1:
+            return self.datasets[0].fingerprint
+        total = sum(self.weights)
+        named = [[each.fingerprint, str(w / total)] for each, w in zip(self.datasets, self.weights, strict=True)]
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Read everything; raise a UserError at the first file that has changed since the build."""
+        for dataset in self.datasets:
+            dataset.verify()
 
 
-class Corpora:
+class Corpora(Datasets[Dataset]):
     """Datasets, each with a weight, that were made with one tokenizer; raises UserError if their tokenizers differ."""
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[Fraction] = (Fraction(1),)) -> None:
-        self.datasets, self.weights = datasets, weights
+        super().__init__(datasets, weights)
         first = datasets[0]
         for other in datasets[1:]:
             if other.manifest["tokenizer"]["sha256"] != first.manifest["tokenizer"]["sha256"]:
@@ -96,20 +117,6 @@ class Corpora:
     def processor(self) -> Tokenizer:
         """What makes model inputs of text."""
         return self.tokenizer
-
-    @property
-    def name(self) -> str:
-        return " + ".join(str(dataset.directory) for dataset in self.datasets)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 that names the whole content and the weights; with one dataset it is the dataset's own."""
-        return joint_fingerprint([dataset.fingerprint for dataset in self.datasets], self.weights)
-
-    def verify(self) -> None:
-        """Read everything; raise a UserError at the first file that has changed since the build."""
-        for dataset in self.datasets:
-            dataset.verify()
 
     def split(self, name: str) -> Split | JoinedSplit:
         """The split ``train`` or ``validation``, the datasets one after another."""

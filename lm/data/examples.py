@@ -321,8 +321,9 @@ def numbers_of(examples: Sequence[Example]) -> list[float]:
 
 
 def _constant(examples: Sequence[Example], label: Any) -> UserError:
-    first, last = examples[0].place, examples[-1].place.rpartition(", ")[2]
-    return UserError(f'{first} to {last}: every example has the label "{label}", so there is nothing to learn')
+    first, last = examples[0].place, examples[-1].place
+    where = first if first == last else f"{first} to {last.rpartition(', ')[2]}"
+    return UserError(f'{where}: every example has the label "{label}", so there is nothing to learn')
 
 
 def read_task(task: FinetuneConfig, kept: Collection[str] = ()) -> tuple[list[Example], list[Example]]:

@@ -8,46 +8,30 @@ from fractions import Fraction
 from data_prep.errors import UserError
 from data_prep.shards.images import ImageDataset, ImageFormat, ImageSplit, open_images
 from lm.config.settings import Config
-from lm.data.corpora import joint_fingerprint
+from lm.data.corpora import Datasets
 
 
-class ImageCorpora:
+class ImageCorpora(Datasets[ImageDataset]):
     """Image datasets, each with a weight, of one size and number of channels; raises UserError if they differ.
 
     With several, pixels are normalized by the mean and standard deviation of the first.
     """
 
     def __init__(self, datasets: Sequence[ImageDataset], weights: Sequence[Fraction] = (Fraction(1),)) -> None:
-        self.datasets, self.weights = datasets, weights
+        super().__init__(datasets, weights)
         first = datasets[0]
         self.format: ImageFormat = first.format
         for other in datasets[1:]:
-            shapes = [(each.format.size, each.format.channels) for each in (first, other)]
-            if shapes[0] != shapes[1]:
-                sizes = [f"{size} pixels and {channels} channels" for size, channels in shapes]
+            if other.format.shape != self.format.shape:
                 raise UserError(
-                    f"{other.directory} has images of {sizes[1]}, and {first.directory} of {sizes[0]}: "
-                    "prepare them with the same --size and --channels"
+                    f"{other.directory} has images of {other.format.shape}, and {first.directory} of "
+                    f"{self.format.shape}: prepare them with the same --size and --channels"
                 )
-
-    @property
-    def name(self) -> str:
-        return " + ".join(str(dataset.directory) for dataset in self.datasets)
 
     @property
     def processor(self) -> ImageFormat:
         """What makes model inputs of pictures."""
         return self.format
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 that names the whole content and the weights; with one dataset it is the dataset's own."""
-        return joint_fingerprint([dataset.fingerprint for dataset in self.datasets], self.weights)
-
-    def verify(self) -> None:
-        """Read everything; raise a UserError at the first file that has changed since the build."""
-        for dataset in self.datasets:
-            dataset.verify()
 
     def splits(self, name: str) -> list[ImageSplit]:
         """The split ``train`` or ``validation`` of each dataset."""

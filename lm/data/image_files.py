@@ -106,7 +106,7 @@ def pixels_of(image: Any, form: ImageFormat, name: str) -> Pixels:
         elif not isinstance(image, Image.Image):
             raise UserError(f"{name} is of type {type(image).__name__}: give a path, a Pillow image or a uint8 array")
         return form.pixels(image)
-    except (BadImage, OSError) as error:
+    except (BadImage, OSError, ValueError) as error:  # ValueError: of modes that Pillow does not convert
         raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -169,11 +169,10 @@ def _of_dataset(dataset: ImageDataset, form: ImageFormat, split: str) -> Iterato
 
 def require_format(dataset: ImageDataset, form: ImageFormat) -> None:
     """Raise UserError if a dataset's images are not of the size and channels that a run reads."""
-    there = dataset.format
-    if (there.size, there.channels) != (form.size, form.channels):
+    if dataset.format.shape != form.shape:
         raise UserError(
-            f"{dataset.directory} has images of {there.size} pixels and {there.channels} channels, and the run reads "
-            f"{form.size} and {form.channels}: prepare them with --size {form.size} --channels {form.channels}"
+            f"{dataset.directory} has images of {dataset.format.shape}, and the run reads {form.shape}: prepare them "
+            f"with --size {form.size} --channels {form.channels}"
         )
 
 

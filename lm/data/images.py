@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,18 +77,17 @@ class ImageBatch:
         return self._taken(slice(first, None, step))
 
     def _taken(self, chosen: slice) -> ImageBatch:
-        taken = {name: part[chosen].contiguous() for name, part in self._tensors().items()}
-        parts = dict.fromkeys(self.parts, len(taken["images"]))
-        return replace(replace(self, parts=parts), **taken)  # type: ignore[arg-type]
+        taken = self._each(lambda part: part[chosen].contiguous())
+        return replace(taken, parts=dict.fromkeys(self.parts, len(taken)))
 
     def to(self, device: torch.device) -> ImageBatch:
         """The batch on a device."""
-        moved = {name: part.to(device, non_blocking=True) for name, part in self._tensors().items()}
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return self._each(lambda part: part.to(device, non_blocking=True))
 
-    def _tensors(self) -> dict[str, Tensor]:
-        all_tensors = {name: getattr(self, name) for name in ("images", "draws", "loss_weights", "kept")}
-        return {name: part for name, part in all_tensors.items() if part is not None}
+    def _each(self, change: Callable[[Tensor], Tensor]) -> ImageBatch:
+        """The batch with each of its tensors changed."""
+        changed: dict[str, Any] = {name: change(part) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **changed)
 
 
 class Pictures:
@@ -122,11 +123,6 @@ class TrainingImages(Order):
             if of_split.any():
                 images[of_split] = pictures.split.read(located.places[of_split])
         return ImageRows(images, numbers)
-
-    @property
-    def count(self) -> int:
-        """Training images of all datasets."""
-        return sum(pictures.per_epoch for pictures in self.pictures)
 
     def describe(self) -> str:
         return f"{self.count:,} images"

@@ -33,6 +33,7 @@ class Stream(IntEnum):
     TASK_HEAD = 10
     VIEWS = 11
     HIDDEN_PATCHES = 12
+    LOCAL_VIEWS = 13
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

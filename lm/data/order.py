@@ -85,4 +85,9 @@ class Order:
 
     def epochs(self, steps: int) -> float:
         """Passes over all the data after ``steps`` steps."""
-        return steps * self.batch_rows / sum(corpus.per_epoch for corpus in self.corpora)
+        return steps * self.batch_rows / self.count
+
+    @property
+    def count(self) -> int:
+        """Rows of all corpora in an epoch."""
+        return sum(corpus.per_epoch for corpus in self.corpora)

@@ -51,7 +51,9 @@ def without_color(settings: ViewsConfig) -> ViewsConfig:
     return dataclasses.replace(settings, color_jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
 
 
-def draw_views(seed: int, numbers: NDArray[np.int64], views: int, settings: ViewsConfig) -> Tensor:
+def draw_views(
+    seed: int, numbers: NDArray[np.int64], views: int, settings: ViewsConfig, stream: Stream = Stream.VIEWS
+) -> Tensor:
     """Draw views: float32 (len(numbers), views, COLUMNS) on the CPU, with the columns of ``Draw``.
 
     Each view's draws depend on the seed, on its number in ``numbers`` and on its place among the views only, so they
@@ -59,14 +61,14 @@ def draw_views(seed: int, numbers: NDArray[np.int64], views: int, settings: View
     RandomResizedCrop (Szegedy et al. 2015); the strengths of color changes are SimCLR's (Chen et al. 2020, appendix A).
     """
     count = 14
-    draws = uniform_at(key(seed, Stream.VIEWS), numbers[:, None], np.arange(views * count))
+    draws = uniform_at(key(seed, stream), numbers[:, None], np.arange(views * count))
     draws = draws.reshape(len(numbers), views, count)
     area, ratio, left, top, flip, jitter, brightness, contrast, saturation, hue, gray, blur, sigma, solarize = (
         np.moveaxis(draws, -1, 0)
     )
     strength = settings.color_jitter * (jitter < settings.color_jitter_rate)
     found = np.empty((len(numbers), views, COLUMNS), dtype=np.float32)
-    found[..., Draw.AREA] = settings.crop_area + (1 - settings.crop_area) * area
+    found[..., Draw.AREA] = settings.crop_area + (settings.largest_crop - settings.crop_area) * area
     found[..., Draw.RATIO] = np.exp(math.log(settings.crop_ratio) * (2 * ratio - 1))
     found[..., Draw.LEFT] = left
     found[..., Draw.TOP] = top

@@ -36,7 +36,7 @@ from lm.finetuning.metrics import require_libraries
 from lm.inference.embedding import require_layer
 from lm.model.device import choose_device
 from lm.objectives.images import feature_health
-from lm.objectives.objective import open_objective
+from lm.objectives.objective import open_objective, restore
 from lm.runs.checkpoint import MODEL, Checkpoint
 from lm.runs.directory import RESULT, Run, saved_evaluation
 from lm.runs.run_data import open_data
@@ -197,7 +197,7 @@ def _validation(run: Run, saved: Checkpoint, corpora: ImageCorpora, device: torc
         model = objective.new_model()
     model.load_state_dict(saved.model(), assign=True)
     model.to(device)
-    objective.restore(model, saved.objective())
+    restore(objective, model, saved.objective())
     return validate_readouts(model, corpora, run.config, objective=objective)
 
 

@@ -158,7 +158,7 @@ class Finetuning(TrainModule[Any]):
     def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
         return self.task.validate(model)
 
-    def remark(self, best: Best) -> str:
+    def remark(self, step: int, line: dict[str, Any], best: Best) -> str:
         sentence = f"{best.worse} validations in a row without improvement; step {best.step:,} was the best"
         return f"stopping early: {sentence}" if self.should_stop(best) else ""
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm.config.settings import ModelConfig
@@ -169,19 +168,6 @@ class ImageTransformer(nn.Module):
 
 
 Model = Transformer | ImageTransformer
-
-
-class ProjectionHead(nn.Module):
-    """Norm and two layers (Chen et al. 2020, SimCLR, section 4.2), from features (n, hidden) to (n, size)."""
-
-    def __init__(self, width: int, hidden: int, size: int, epsilon: float) -> None:
-        super().__init__()
-        self.norm = RMSNorm(width, epsilon)
-        self.first = nn.Linear(width, hidden, bias=False)
-        self.second = nn.Linear(hidden, size, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.second(F.relu(self.first(self.norm(features))))
 
 
 class PixelDecoder(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ class ImageObjective(ABC):
     name: str
     views: int  # drawn of each image
     compares = False
+    comparable = True
+    memory: nn.Module | None = None
 
     def __init__(self, config: Config, form: ImageFormat) -> None:
         self.config, self.form, self.seed = config, form, config.training.seed
@@ -78,18 +80,21 @@ class ImageObjective(ABC):
         hidden: Tensor = model(images, layout_of(images, model.config.patch_size))
         return hidden.float().mean(1)
 
+    def begin(self, model: nn.Module) -> None:
+        return
+
     def after_step(self, model: nn.Module, step: int) -> None:
         return
 
-    def state(self) -> dict[str, Tensor]:
-        return {}
+    def warnings(self, rows: int) -> list[str]:
+        return []
 
-    def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        return
+    def collapse(self, found: Mapping[str, dict[str, float]], step: int) -> str:
+        return ""
 
     @abstractmethod
-    def loss_held_out(self, held_out: ImageValidation, numbers: NDArray[np.int64], measure: Measure) -> float:
-        """The loss on these held-out images."""
+    def measured(self, held_out: ImageValidation, numbers: NDArray[np.int64], measure: Measure) -> dict[str, float]:
+        """The ``loss`` on these held-out images, first, and what else the objective measures."""
 
     def validate(
         self, held_out: ImageValidation, measure: Measure, *, rows: int, every_token: bool
@@ -100,7 +105,7 @@ class ImageObjective(ABC):
         classes, is the share of held-out images that the nearest of 2,000 training images classify rightly.
         """
         numbers = held_out.held_out.choose(rows)
-        found = {"loss": self.loss_held_out(held_out, numbers, measure), "images": len(numbers)}
+        found = self.measured(held_out, numbers, measure) | {"images": len(numbers)}
         vectors = measure.vectors("features", numbers, self._plain(held_out.held_out.read)).numpy()
         found |= feature_health(vectors)
         labels = held_out.held_out.labels[numbers]

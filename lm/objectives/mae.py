@@ -96,9 +96,9 @@ class MaskedAutoencoder(ImageObjective):
         variance, mean = torch.var_mean(pixels, dim=2, keepdim=True)
         return (pixels - mean) / (variance + 1e-6).sqrt()
 
-    def loss_held_out(self, held_out: ImageValidation, numbers: NDArray[np.int64], measure: Measure) -> float:
+    def measured(self, held_out: ImageValidation, numbers: NDArray[np.int64], measure: Measure) -> dict[str, float]:
         total, images = measure(numbers, [lambda some: self.whole(held_out.held_out.read(some), some)])
-        return total / max(images, 1)
+        return {"loss": total / max(images, 1)}
 
     def whole(self, images: NDArray[np.uint8], numbers: NDArray[np.int64]) -> ImageBatch:
         """A batch of held-out images as they are, with the same patches hidden in every validation."""

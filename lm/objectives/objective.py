@@ -9,7 +9,7 @@ docs/adding-an-objective.md.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,16 +36,18 @@ class Measure(Protocol):
 class Objective(Protocol):
     """What a model learns: how rows become a batch, and a batch a loss.
 
-    Everything it does depends on the settings, the seed and the step alone. What else it keeps (a teacher, a queue, a
-    center) is its ``state``.
+    Everything it does depends on the settings, the seed and the step alone, and on its ``memory``.
 
     Attributes:
-        compares: its loss compares the rows of a whole step with each other. Then it also has ``vectors(model,
-            batch)``, those of each row, float32 (rows, …), and ``compare(vectors)``, the loss of a whole step from
-            them, so that micro-batches and ranks do not change the result (``lm.training.gradients``).
+        compares: its loss compares the rows of a whole step with each other. Then it is a ``Comparing`` objective.
+        memory: what it keeps from step to step, if anything: a module with a teacher, a queue, a center. Checkpoints
+            have its tensors; the optimizer does not see them.
+        comparable: whether the losses of validations at different steps can be compared. A teacher's targets move.
     """
 
     compares: bool
+    comparable: bool
+    memory: nn.Module | None
 
     def new_model(self) -> Model:
         """The model to train, whose weights are not drawn yet."""
@@ -71,14 +73,17 @@ class Objective(Protocol):
         The losses of a step's micro-batches, and of all ranks, add up to the step's loss.
         """
 
+    def begin(self, model: nn.Module) -> None:
+        """Make the ``memory`` of step 0, for a model with the weights of step 0, on the model's device."""
+
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after optimizer step ``step``, from 0, has changed the weights: a teacher follows, a queue moves."""
 
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps besides weights and optimizer; empty if there is nothing."""
+    def warnings(self, rows: int) -> list[str]:
+        """What experience says against the settings, for data with ``rows`` training rows: a sentence each."""
 
-    def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        """Take up the state of a checkpoint whose weights ``model`` has; empty: that of step 0."""
+    def collapse(self, found: Mapping[str, dict[str, float]], step: int) -> str:
+        """A sentence with what to change if a validation at ``step`` shows that the model has collapsed; or ""."""
 
     def validate(self, held_out: Any, measure: Measure, *, rows: int, every_token: bool) -> dict[str, dict[str, float]]:
         """The numbers of a validation: groups by the name of what was measured, as the log has them.
@@ -91,6 +96,35 @@ class Objective(Protocol):
             rows: how many rows of the split to read; 0: all.
             every_token: predict everything that can be predicted, however long it takes.
         """
+
+
+class Comparing(Objective, Protocol):
+    """An objective whose loss compares the rows of a whole step, whatever its micro-batches and ranks.
+
+    ``lm.training.gradients`` computes vectors and targets micro-batch by micro-batch, and the loss from all of them.
+    """
+
+    def vectors(self, model: nn.Module, batch: Any) -> Tensor:
+        """What is compared of each row, with a gradient: float32 (rows, …)."""
+
+    def targets(self, model: nn.Module, batch: Any) -> Tensor:
+        """What the memory, as a teacher, makes of each row, without a gradient: float32 (rows, …).
+
+        Called only if there is a ``memory``.
+        """
+
+    def compare(self, vectors: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
+        """The loss of a whole step from the vectors and targets of all its rows, as of ``loss``."""
+
+    def observe(self, targets: Tensor) -> None:
+        """Note the targets of all rows of a training step for ``after_step``."""
+
+
+def restore(objective: Objective, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Bring back the memory that a checkpoint with the weights of ``model`` has; empty: that of step 0."""
+    objective.begin(model)
+    if objective.memory is not None and state:
+        objective.memory.load_state_dict(dict(state))
 
 
 def open_objective(config: Config, inputs: Any = None) -> Objective:

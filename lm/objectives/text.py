@@ -22,6 +22,7 @@ hybrid_unshifted is for models that will be exported as both.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
 
@@ -48,7 +49,7 @@ def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_
 class TextObjective:
     """Next-token and masked-token prediction, and their mixtures: an ``lm.objectives.objective.Objective``."""
 
-    compares = False
+    compares, memory, comparable = False, None, True
 
     def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
         self.config, self.vocabulary, self.seed = config.objective, vocabulary, config.training.seed
@@ -138,12 +139,15 @@ class TextObjective:
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return losses(model, batch)
 
+    def begin(self, model: nn.Module) -> None: ...
+
     def after_step(self, model: nn.Module, step: int) -> None: ...
 
-    def state(self) -> dict[str, Tensor]:
-        return {}
+    def warnings(self, rows: int) -> list[str]:
+        return []
 
-    def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None: ...
+    def collapse(self, found: Mapping[str, dict[str, float]], step: int) -> str:
+        return ""
 
     def validate(
         self, held_out: ValidationRows, measure: Measure, *, rows: int, every_token: bool

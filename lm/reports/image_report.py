@@ -15,6 +15,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.shards.images import ImageFormat
+from lm.config.settings import Config
 from lm.data.image_corpora import ImageCorpora
 from lm.data.images import HeldOutImages, ImageValidation, TrainingImages, denormalized
 from lm.data.training_data import validation_rows
@@ -24,6 +25,7 @@ from lm.inference.embedding import Vectors
 from lm.inference.image_embedding import image_vectors
 from lm.model.device import choose_device
 from lm.model.image_transformer import ImageTransformer
+from lm.objectives.image_views import ImageViews
 from lm.objectives.images import ImageObjective
 from lm.objectives.mae import MaskedAutoencoder
 from lm.objectives.objective import open_objective
@@ -110,6 +112,9 @@ def _sheet(objective: ImageObjective, training: TrainingImages) -> dict[str, lis
     originals = [_shown(each, f"training image {number}") for number, each in enumerate(rows.images[:SHEET], 1)]
     several = objective.views > 1
     named = {f"view {number}" if several else "view": view for number, view in enumerate(views, 1)}
+    if isinstance(objective, ImageViews) and (local := objective.method.local_views):
+        smaller = denormalized(objective.local_views_of(batch), objective.form).chunk(local)
+        named |= {f"small view {number}": view for number, view in enumerate(smaller, 1)}
     return {"original": originals} | {name: _pictures(view, f"{name} of image") for name, view in named.items()}
 
 
@@ -257,6 +262,7 @@ def _meaning(run: Run, lines: Sequence[dict[str, Any]]) -> list[str]:
             f"The loss is the cross-entropy of finding a view's partner among the views of {batch:,} images: a model "
             f"that guesses has {at_chance}. The curves compare different numbers of images, so their heights differ."
         )
+    found += _of_teacher(run.config)
     if objective.objective == MaskedAutoencoder.name:
         scaled = ", each patch scaled to mean 0 and variance 1: predicting 0 everywhere has 1"
         found.append(
@@ -282,6 +288,30 @@ def _meaning(run: Run, lines: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
+def _of_teacher(config: Config) -> list[str]:
+    """What the loss of an objective with a teacher is, whose height says little as the teacher moves."""
+    settings, name = config.objective, config.objective.objective
+    if name == "moco":
+        keys = config.data.batch_images + settings.queue_size
+        return [
+            "The loss is the cross-entropy of finding the teacher's vector of the other view among those of "
+            f"{keys:,} views: a model that guesses has {math.log(keys):.2f}."
+        ]
+    if name == "byol":
+        return [
+            "The loss is the squared distance between the prediction and the teacher's vector of the other view, "
+            "both of length 1: 0 if they are equal, 2 if they have nothing in common. It can rise while the features "
+            "get better, as the teacher's vectors spread out."
+        ]
+    if name == "dino":
+        return [
+            "The loss is the cross-entropy of the student's and the teacher's distributions over prototypes, "
+            f"{math.log(settings.prototypes):.2f} if both find all {settings.prototypes:,} alike. The teacher's "
+            "entropy starts near that and falls; if it stays there, or goes to 0, the model has collapsed."
+        ]
+    return []
+
+
 def _curves(lines: list[dict[str, Any]]) -> list[str]:
     """Losses, what the features are like, learning rate, gradient norm and speed by step, as SVG elements."""
     training = [line for line in lines if "loss" in line]
@@ -295,7 +325,7 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
         else {}
     )
     losses = Panel("loss", {"training": series(training, "loss")}, {"validation": series(validated, "loss")}, marks)
-    watched = [key for key in ("knn_accuracy", "spread", "effective_rank") if series(validated, key)]
+    watched = [key for key in ("knn_accuracy", "spread", "effective_rank", "teacher_entropy") if series(validated, key)]
     titles = {"knn_accuracy": "k-NN accuracy, validation"}
     health = [Panel(titles.get(key, key.replace("_", " ")), {}, {"": series(validated, key)}) for key in watched]
     rates = [

@@ -130,8 +130,8 @@ def loss_of_readouts(line: dict[str, Any]) -> float | None:
 
 
 def best_validation(lines: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first validation line with the lowest mean loss over the readouts; None if there is none."""
-    validated = [line for line in lines if line.get("validation")]
+    """The first validation line with the lowest mean loss over the readouts; None if there is none to compare."""
+    validated = [line for line in lines if line.get("validation") and line.get("comparable", True)]
     return min(validated, key=lambda line: loss_of_readouts(line) or 0.0, default=None)
 
 

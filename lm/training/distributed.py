@@ -38,11 +38,14 @@ LOST = ("gloo", "Connection closed", "Connection reset", "Broken pipe")
 
 
 class _Passes(nn.Module):
-    """A model and a method of the objective in one call, which is what DDP and FSDP can wrap."""
+    """A model and a method of the objective in one call, which is what DDP and FSDP can wrap.
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    ``memory`` is the objective's, to be held in slices too; None: whole, or there is none.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, memory: nn.Module | None) -> None:
         super().__init__()
-        self.model, self.objective = model, objective
+        self.model, self.objective, self.memory = model, objective, memory
 
     def forward(self, what: str, batch: Any) -> Any:
         return getattr(self.objective, what)(self.model, batch)
@@ -82,8 +85,13 @@ class Ranks:
         return rows
 
     def spread(self, model: nn.Module, objective: Objective | None) -> None:
-        """Make ``model``, which has the same weights on every rank, ready for ``call``, on this rank's device."""
+        """Make ``model``, which has the same weights on every rank, ready for ``call``, on this rank's device.
+
+        The objective's memory is spread with it.
+        """
         model.to(self.device)
+        if objective is not None and objective.memory is not None:
+            objective.memory.to(self.device)
 
     def call(self, what: str, objective: Objective, model: nn.Module, batch: Any) -> Any:
         """A method of the objective, ``loss`` or one that returns vectors, on this rank's rows.
@@ -161,7 +169,9 @@ class ManyRanks(Ranks):
 
     def spread(self, model: nn.Module, objective: Objective | None) -> None:
         assert objective is not None  # only pretraining runs in several processes
-        passes: nn.Module = _Passes(model, objective)
+        if objective.memory is not None:
+            objective.memory.to(self.device)
+        passes: nn.Module = _Passes(model, objective, objective.memory if self.parallel == "fsdp" else None)
         self._passes = passes
         if self.parallel == "ddp":
             self._passes = nn.parallel.DistributedDataParallel(passes.to(self.device), gradient_as_bucket_view=True)

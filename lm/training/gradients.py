@@ -29,7 +29,7 @@ def step_gradients(
     model.zero_grad()
     rows = len(batch)
     at_once = config.data.micro_batch_rows or rows
-    if objective.compares and (at_once < rows or ranks.world > 1):
+    if objective.compares:
         return _gradients_of_compared(objective, model, batch, at_once, config, step, ranks)
     names: list[str] = []
     sums = torch.zeros((), device=ranks.device)
@@ -61,19 +61,29 @@ def _gradients_of_compared(
     """``step_gradients`` of a loss that compares all rows of a step with each other, in the memory of a micro-batch.
 
     The method is that of ``accumulated_over_vectors``: every rank computes the loss from the vectors of all ranks, and
-    backpropagates its own rows' share.
+    backpropagates its own rows' share. A single pass is enough where one micro-batch is the whole step.
     """
     parts = [slice(first, first + at_once) for first in range(0, len(batch), at_once)]
+    single = len(parts) == 1 and ranks.world == 1
+
+    def of_all(what: str) -> Tensor:
+        found = [_passed(what, objective, model, batch, part, config, step, ranks) for part in parts]
+        return found[0] if single else ranks.rows_of_all(torch.cat(found))
+
     with torch.no_grad():
-        found = [_passed("vectors", objective, model, batch, part, config, step, ranks) for part in parts]
-    vectors = ranks.rows_of_all(torch.cat(found)).requires_grad_()
-    losses = objective.compare(vectors)
-    (gradient,) = torch.autograd.grad(torch.stack(list(losses.values())).sum(), vectors)
+        targets = of_all("targets") if objective.memory is not None else None
+    with torch.set_grad_enabled(single):
+        vectors = of_all("vectors")
+    compared = vectors.detach().requires_grad_()
+    losses = objective.compare(compared, targets)
+    (gradient,) = torch.autograd.grad(torch.stack(list(losses.values())).sum(), compared)
     own = gradient[ranks.rank :: ranks.world]
     for part in parts:
         with ranks.accumulating(last=part is parts[-1]):
-            again = _passed("vectors", objective, model, batch, part, config, step, ranks)
+            again = vectors if single else _passed("vectors", objective, model, batch, part, config, step, ranks)
             again.backward(own[part])
+    if targets is not None:
+        objective.observe(targets)
     return {name: loss.detach() for name, loss in losses.items()}, dict.fromkeys(losses, 1.0)
 
 

@@ -94,6 +94,7 @@ def _simulated(
     objective = open_objective(config)
     with nullcontext() if real else FakeTensorMode(), LiveBytes(device) as live:
         model = objective.new_model()
+        objective.begin(model)
         weights = live.now
         optimizer = Optimizer(model, config.optimizer)
         early = live.now

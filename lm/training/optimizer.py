@@ -8,6 +8,7 @@ together, with a third of the arithmetic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -46,6 +47,12 @@ def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> floa
     final = config.final_learning_rate_fraction
     fall = final + (1 - final) * (steps - step) / decay if decay else 1.0
     return min(1.0, rise, fall)
+
+
+def weight_decay_factor(step: int, steps: int, config: OptimizerConfig) -> float:
+    """The weight decay of step ``step`` (from 0) as a multiple of the first one: half a cosine (Caron et al. 2021)."""
+    final = config.final_weight_decay
+    return final - (final - 1) * (math.cos(math.pi * step / steps) + 1) / 2
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -130,7 +137,8 @@ class Muon:
         }
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, decay: float = 1.0) -> None:
+        """One update, with ``decay`` times the weight decay."""
         for shape, group in self.groups.items():
             gradients = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for _, p in group])
             buffer = self.buffers[shape].lerp_(gradients, 1 - self.momentum)
@@ -139,7 +147,7 @@ class Muon:
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             for (name, parameter), update in zip(group, updates, strict=True):
                 rate = learning_rate * self.lr_multipliers.get(name, 1.0)
-                parameter.mul_(1 - rate * self.weight_decay).add_(update, alpha=-rate * scale)
+                parameter.mul_(1 - rate * decay * self.weight_decay).add_(update, alpha=-rate * scale)
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -162,7 +170,8 @@ class AdamW:
         self.moments: dict[str, dict[str, Tensor]] = {}  # of each parameter that has had a gradient
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, decay: float = 1.0) -> None:
+        """One update, with ``decay`` times the weight decay."""
         for (weight_decay, lr_multiplier), group in self.groups.items():
             named = [(name, parameter) for name, parameter in group if parameter.grad is not None]
             if not named:
@@ -181,7 +190,7 @@ class AdamW:
                 lr=learning_rate * lr_multiplier,
                 beta1=self.beta1,
                 beta2=self.beta2,
-                weight_decay=weight_decay,
+                weight_decay=decay * weight_decay,
                 eps=1e-8,
                 amsgrad=False,
                 maximize=False,
@@ -228,10 +237,10 @@ class Optimizer:
         limit = self.config.gradient_clip or float("inf")
         return self.ranks.whole(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
 
-    def step(self, factor: float) -> None:
-        """Update the weights with ``factor`` times the peak learning rates."""
-        self.adamw.step(factor * self.config.learning_rate)
-        self.muon.step(factor * self.config.muon_learning_rate)
+    def step(self, factor: float, decay: float = 1.0) -> None:
+        """Update the weights with ``factor`` times the peak learning rates and ``decay`` times the weight decay."""
+        self.adamw.step(factor * self.config.learning_rate, decay)
+        self.muon.step(factor * self.config.muon_learning_rate, decay)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor to save, by name, as views of the live state."""

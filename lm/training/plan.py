@@ -418,6 +418,7 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
         model = objective.new_model()
     if fits:
         model.initialize(config.training.seed).to(device)
+        objective.begin(model)
     return make_plan(
         config, model, objective, batch, device, data=data, epochs=epochs, measure=fits, may_shrink=may_shrink
     )

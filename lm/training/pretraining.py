@@ -43,6 +43,7 @@ class Pretraining(TrainModule[Any]):
         self, config: Config, path: Path, corpora: Corpora | ImageCorpora, ranks: Ranks, *, may_shrink: bool = False
     ) -> None:
         self.config, self.path, self.corpora, self.ranks, self.may_shrink = config, path, corpora, ranks, may_shrink
+        self.collapsed = ""  # what to say about a collapse, until the model recovers
         self.start: Path | None = None  # the initial weights, if they are another run's
         self.batches = TrainingBatches(corpora, config)
         self.objective: Objective = self.batches.objective
@@ -100,9 +101,11 @@ class Pretraining(TrainModule[Any]):
             self.ranks.on_main(partial(keep_base, self.start, self.path))
             self.ranks.on_main(partial(copy_companions, Path(training.init_from), self.path))
         one_model = self.ranks.world == 1 or training.parallel == "ddp"
+        model = self.objective.new_model().initialize(training.seed).to(self.ranks.device)
+        self.objective.begin(model)
         self.plan = make_plan(
             self.config,
-            self.objective.new_model().initialize(training.seed).to(self.ranks.device),
+            model,
             self.objective,
             self.batch(done),
             self.ranks.device,
@@ -117,6 +120,7 @@ class Pretraining(TrainModule[Any]):
         if training.compile:
             lines.append("the first step compiles the model, which takes half a minute or so")
         lines += [*self.plan.introduction(self.ranks.describe()), *self.batches.rows.introduction(training.steps)]
+        lines += [f"note: {warning}" for warning in self.objective.warnings(self.batches.rows.count)]
         return lines + ([f"this may not fit: {self.plan.obstacle}"] if self.plan.obstacle else [])
 
     def model(self) -> Model:
@@ -129,6 +133,10 @@ class Pretraining(TrainModule[Any]):
             warnings.filterwarnings("ignore", "TensorFloat32")  # float32 is what the user asked for, or is hardly used
             model.compile_training()
         return model
+
+    def lr_multipliers(self, model: nn.Module) -> dict[str, float]:
+        rate = self.config.optimizer.stem_learning_rate
+        return {name: rate for name, _ in model.named_parameters() if name.startswith("embedding.") and rate != 1}
 
     def batch(self, step: int) -> Any:
         return self.batches.batch(step, self.ranks.rank, self.ranks.world)
@@ -151,9 +159,14 @@ class Pretraining(TrainModule[Any]):
         }
         if line["validation"]:
             line["rows"] = rows_of_validation(self.corpora, self.config)
-        return line, loss_of_readouts(line)
+        if not objective.comparable:
+            line["comparable"] = False
+        return line, loss_of_readouts(line) if objective.comparable else None
 
-    def remark(self, best: Best) -> str:
+    def remark(self, step: int, line: dict[str, Any], best: Best) -> str:
+        before, self.collapsed = self.collapsed, self.objective.collapse(line["validation"], step)
+        if self.collapsed and not before:
+            return self.collapsed
         if best.worse != OVERFITTING:
             return ""
         what = "images" if self.config.reads_images else "text"

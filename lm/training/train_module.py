@@ -57,8 +57,8 @@ class TrainModule(ABC, Generic[Batch]):
     def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:
         """The log's line of a validation, and its score (lower is better; None: there is none)."""
 
-    def remark(self, best: Best) -> str:
-        """A remark for the user after a validation, or ""."""
+    def remark(self, step: int, line: dict[str, Any], best: Best) -> str:
+        """A remark for the user after a validation at ``step``, which has the log's ``line``; or ""."""
         return ""
 
     def should_stop(self, best: Best) -> bool:

@@ -25,6 +25,7 @@ from lm import kernels
 from lm.config.settings import Config, TrainingConfig
 from lm.data.prefetch import prefetch
 from lm.model.device import is_out_of_memory, keep_freed_memory, peak_memory
+from lm.objectives.objective import restore
 from lm.runs import checkpoint
 from lm.runs.checkpoint_writer import CheckpointWriter, load_trained, trained_tensors
 from lm.runs.directory import CHECKPOINTS, METRICS
@@ -32,7 +33,7 @@ from lm.runs.metrics_log import Best, Interval, MetricsLog
 from lm.runs.resume import fingerprints, open_or_create, refuse_other_directories
 from lm.training import trackers
 from lm.training.distributed import Ranks, joined
-from lm.training.optimizer import Optimizer, learning_rate_factor
+from lm.training.optimizer import Optimizer, learning_rate_factor, weight_decay_factor
 from lm.training.reporter import NullReporter, Reporter
 from lm.training.stability import ROLL_BACKS, Ladder, Verdict
 from lm.training.train_module import Batch, TrainModule
@@ -187,13 +188,13 @@ class Trainer(Generic[Batch]):
         self.model = self.module.model()
         if saved is not None:
             load_trained(self.model, saved.model())
+        if objective is not None:
+            restore(objective, self.model, saved.objective() if saved else {})
         self.ranks.spread(self.model, objective)
         multipliers = self.module.lr_multipliers(self.model)
         self.optimizer = Optimizer(self.model, self.config.optimizer, self.ranks, multipliers)
         if saved is not None:
             self.optimizer.load_state(saved.optimizer())
-        if objective is not None:
-            objective.restore(self.model, saved.objective() if saved else {})
         self.state = State.of(saved)
 
     def _train_on(self) -> None:
@@ -222,7 +223,8 @@ class Trainer(Generic[Batch]):
             self._roll_back(verdict)
             return False
         if verdict is Verdict.APPLY:
-            self.optimizer.step(self._rate(state.step))
+            decay = weight_decay_factor(state.step, config.training.steps, config.optimizer)
+            self.optimizer.step(self._rate(state.step), decay)
             if self.module.objective is not None:
                 self.module.objective.after_step(self.model, state.step)
             state.interval.add(losses, shares, gradient_norm)
@@ -291,15 +293,14 @@ class Trainer(Generic[Batch]):
         """Log a validation; return True if it is the best so far."""
         line, score = self.module.validate(self.model)
         self._write({"step": self.state.step, **line})
-        if score is None:
-            return False
-        improved = self.state.best.add(self.state.step, score, line.get("metrics", {}).get("loss"))
-        if remark := self.module.remark(self.state.best):
+        tie = line.get("metrics", {}).get("loss")
+        improved = score is not None and self.state.best.add(self.state.step, score, tie)
+        if remark := self.module.remark(self.state.step, line, self.state.best):
             self.reporter.note(remark)
         return improved
 
     def _save(self, *, scheduled: bool) -> None:
-        objective = self.module.objective
+        memory = self.module.objective.memory if self.module.objective else None
         state = {name: part for name, part in asdict(self.state).items() if name != "step"}
         self.writer.save(
             self.state.step,
@@ -308,7 +309,7 @@ class Trainer(Generic[Batch]):
             {"training": state, **fingerprints(self.config, self.module, self.ranks.device)},
             scheduled=scheduled,
             best_step=self.state.best.step,
-            objective=self.ranks.gathered(objective.state()) if objective else None,
+            objective=self.ranks.gathered(memory.state_dict()) if memory else None,
         )
 
     def _roll_back(self, verdict: Verdict) -> None:

@@ -21,6 +21,7 @@ from data_prep.settings import (
     TOKEN_SETS,
     BuildSettings,
     CleaningSettings,
+    ImageSettings,
     ReadSettings,
     TokenizerSettings,
     available_cores,
@@ -48,6 +49,12 @@ def test_options_fill_the_group_that_has_them(tmp_path: Path) -> None:
     assert made.cleaning == CleaningSettings(language=("en",), decontaminate=("a.txt",))
 
 
+@pytest.mark.parametrize("given", ["a", Path("a"), ["a"], [Path("a")], (Path("a"),)])
+def test_files_may_be_paths(given: Any) -> None:
+    assert BuildSettings.from_options("builtin", "out", decontaminate=given).cleaning.decontaminate == ("a",)
+    assert ImageSettings.from_options("builtin:digits", "out", 8, validation=given).validation == ("a",)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -57,6 +64,7 @@ def test_options_fill_the_group_that_has_them(tmp_path: Path) -> None:
         ({"near_threshold": "high"}, "near_threshold must be a number, not 'high'"),
         ({"quality": "yes"}, "quality must be True or False, not 'yes'"),
         ({"extra_tokens": 3}, "extra_tokens must be a list of texts, not 3"),
+        ({"extra_tokens": ["a", 3]}, "extra_tokens must be a list of texts, not ['a', 3]"),
     ],
 )
 def test_unknown_options_and_wrong_types_are_refused(options: dict[str, Any], message: str) -> None:

@@ -55,7 +55,8 @@ def seeing() -> Config:
     return Config().replace(
         num_layers=2, hidden_size=32, num_heads=2, patch_size=4, norm_epsilon=1e-5, batch_images=12, objective="simclr",
         projection_size=8, projection_hidden_size=16, decoder_layers=1, decoder_size=32, steps=6, device="cpu",
-        checkpoint_every=2, validate_every=3, log_every=2, threads=1, validation_rows=8,
+        checkpoint_every=2, validate_every=3, log_every=2, threads=1, validation_rows=8, prototypes=24, queue_size=30,
+        local_views=2,
     )  # fmt: skip
 
 

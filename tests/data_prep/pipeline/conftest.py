@@ -50,6 +50,30 @@ def build(settings: BuildSettings, notes: list[str] | None = None) -> dict[str, 
     return build_dataset(settings, progress=reporter)
 
 
+class KilledError(BaseException):
+    """Stands for a kill: nothing in the program expects it."""
+
+
+def ends_before_file(count: int, run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Run something that dies just before file number ``count`` gets its name; whether it ended before that."""
+    rename, left = Path.replace, count
+
+    def rename_or_die(path: Path, target: Path) -> Path:
+        nonlocal left
+        if left == 0:
+            raise KilledError
+        left -= 1
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", rename_or_die)
+        try:
+            run()
+        except KilledError:
+            return False
+    return True
+
+
 @pytest.fixture(scope="session")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "out"

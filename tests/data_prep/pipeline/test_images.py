@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -18,20 +20,17 @@ from data_prep.errors import UserError
 from data_prep.pipeline import images as pipeline
 from data_prep.pipeline import resuming, workers
 from data_prep.pipeline.build import build_dataset
-from data_prep.pipeline.images import build_image_dataset
+from data_prep.pipeline.images import build_image_dataset, natural_order
 from data_prep.pipeline.splitting import hash_of
 from data_prep.progress import SilentReporter
 from data_prep.settings import BuildSettings, ImageSettings
 from data_prep.shards.images import ImageDataset, open_images
 from data_prep.sources.decoding import decode, square
 from tests.data_prep.handmade_images import encoded, picture, unusable_images, usable_images, write_tar, write_tree
+from tests.data_prep.pipeline.conftest import ends_before_file
 
 Tree = Callable[[Path], dict[str, bytes]]
 SIZE = 8
-
-
-class KilledError(BaseException):
-    """Stands for a kill: nothing in the program expects it."""
 
 
 def settings_for(source: Path | str, out: Path, **changes: Any) -> ImageSettings:
@@ -47,24 +46,7 @@ def build(settings: ImageSettings, notes: list[str] | None = None) -> dict[str, 
 
 
 def build_until(settings: ImageSettings, count: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Build, and die just before file number ``count`` gets its name; whether the build ended before that."""
-    rename = Path.replace
-    left = count
-
-    def rename_or_die(path: Path, target: Path) -> Path:
-        nonlocal left
-        if left == 0:
-            raise KilledError
-        left -= 1
-        return rename(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", rename_or_die)
-        try:
-            build(settings)
-        except KilledError:
-            return False
-    return True
+    return ends_before_file(count, lambda: build(settings), monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -316,11 +298,34 @@ def test_classes_of_several_sources_are_one_list_in_natural_order(tmp_path: Path
     }
 
 
+def test_numbers_come_by_value_and_very_long_ones_are_names() -> None:
+    long = "9" * 5000  # Python makes no number of so many digits
+    assert sorted(["b", long, "10", "9", "010"], key=natural_order) == ["9", "010", "10", long, "b"]
+
+
 def test_several_flat_folders_may_be_classes_by_mistake(tmp_path: Path) -> None:
     folders = [write_tree(tmp_path / name, {"1.png": encoded(picture(n), "PNG")}) for n, name in enumerate("ab")]
     notes: list[str] = []
     build(ImageSettings.from_options(folders, tmp_path / "out", SIZE, workers=1), notes)
     assert any("these 2 sources have no classes: if each source is one, name the folder" in note for note in notes)
+
+
+def test_files_that_a_shell_names_one_by_one_share_a_shard(tmp_path: Path) -> None:
+    folder = write_tree(tmp_path / "x", {f"{n}.png": encoded(picture(n), "PNG") for n in range(6)})
+    one = write_tree(tmp_path / "one", {"7.png": encoded(picture(7), "PNG")})
+    files, notes = [folder / f"{n}.png" for n in range(6)], list[str]()
+    sources = [*files[:3], one, *files[3:5]]
+    build(ImageSettings.from_options(sources, tmp_path / "out", SIZE, validation=files[5:], workers=1), notes)
+    dataset = open_images(tmp_path / "out")
+    assert [source["name"] for source in dataset.manifest["sources"]] == [
+        "0.png to 2.png",
+        "one",
+        "3.png to 4.png",
+        "5.png",
+    ]
+    assert [record.images for record in dataset.split("train").records] == [3, 1, 2]
+    expected = {f"{n}.png": "train" for n in range(5)} | {"one/7.png": "train", "5.png": "validation"}
+    assert {name: split for name, (split, *_) in content(dataset).items()} == expected
 
 
 @pytest.mark.parametrize(
@@ -345,6 +350,13 @@ def test_what_cannot_be_built_is_refused_and_leaves_nothing(
     with pytest.raises(UserError, match=message):
         build(settings_for(folder, tmp_path / "new" / "out", **changes))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.table({"image": pyarrow.array([], pyarrow.binary())})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="none of the images can be used for training: there are none"):
+        build(settings_for(tmp_path / "x.parquet", tmp_path / "out"))
 
 
 def test_one_image_is_enough_without_validation(tmp_path: Path) -> None:

@@ -21,34 +21,13 @@ from data_prep.settings import BuildSettings
 from data_prep.shards.manifest import split_totals
 from data_prep.shards.tokens import open_dataset
 from data_prep.tokenizers.training import train_tokenizer
-from tests.data_prep.pipeline.conftest import build, settings_for
+from tests.data_prep.pipeline.conftest import build, ends_before_file, settings_for
 
 Tree = Callable[[Path], dict[str, bytes]]
 
 
-class KilledError(BaseException):
-    """Stands for a kill: nothing in the program expects it."""
-
-
 def build_until(settings: BuildSettings, count: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Build, and die just before file number ``count`` gets its name; whether the build ended before that."""
-    rename = Path.replace
-    left = count
-
-    def rename_or_die(path: Path, target: Path) -> Path:
-        nonlocal left
-        if left == 0:
-            raise KilledError
-        left -= 1
-        return rename(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", rename_or_die)
-        try:
-            build(settings)
-        except KilledError:
-            return False
-    return True
+    return ends_before_file(count, lambda: build(settings), monkeypatch)
 
 
 def test_stopped_before_any_file_it_resumes_to_the_same_bytes(

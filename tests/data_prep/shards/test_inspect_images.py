@@ -134,6 +134,19 @@ def test_without_classes_there_is_one_group(tmp_path: Path) -> None:
     assert "8 x 8 pixels, no classes; dataset" in render_images_page(found)
 
 
+def test_the_classes_may_all_be_in_the_other_split(tmp_path: Path) -> None:
+    pets = write_tree(tmp_path / "pets", {f"{name}/1.png": encoded(picture(n), "PNG") for n, name in enumerate("ab")})
+    loose = write_tree(tmp_path / "loose", {"1.png": encoded(picture(9), "PNG")})
+    options = {"validation": [loose], "workers": 1, "progress": SilentReporter()}
+    found = inspect_images(build_images([pets], tmp_path / "out", 8, **options), pictures=1, seed=0, pixels=True)
+    assert found["splits"]["validation"]["classes"] == {"a": 0, "b": 0}
+    _, validation = render_images(found).split("validation: ")
+    assert "a " + " " * 40 + " 0" in validation
+    assert validation.startswith("1 image, 0 with a class")
+    assert "no class, for example loose/1.png" in validation
+    assert "validation: 1 image</h2>" in render_images_page(found)
+
+
 def test_many_classes_are_cut(tmp_path: Path) -> None:
     folder = write_tree(tmp_path / "x", {f"{n}/1.png": encoded(picture(n), "PNG") for n in range(60)})
     options = {"validation_fraction": 0, "workers": 1, "progress": SilentReporter()}

@@ -60,6 +60,31 @@ def test_plain_columns_of_bytes_and_names(tmp_path: Path) -> None:
     assert [label for _, label, _ in found(without, label="size")] == ["7", "3"]
 
 
+def test_numbers_with_gaps_are_classes_though_pandas_makes_them_floats(tmp_path: Path) -> None:
+    values = [7.0, float("nan"), 3.0, None, -1.0, 0.5]
+    table = write(tmp_path / "x.parquet", {"picture": DATA, "label": values})
+    assert [label for _, label, _ in found(table)] == ["7", None, "3", None, None, "0.5"]
+    blank = write(tmp_path / "y.parquet", {"picture": DATA[:2], "label": [" ", "a"]})
+    assert [label for _, label, _ in found(blank)] == [None, "a"]
+
+
+def test_columns_of_lists_or_images_hold_no_class(tmp_path: Path) -> None:
+    columns = {"picture": DATA[:2], "labels": [["a", "b"], ["a"]], "mask": DATA[2:4], "age": [1, 2]}
+    path = write(tmp_path / "x.parquet", columns)
+    assert [label for _, label, _ in found(path, image="picture")] == [None, None]
+    for label in ("labels", "mask"):
+        message = f'has images or lists in "{label}", not a class in each row: choose --label-column from "age"$'
+        with pytest.raises(UserError, match=message):
+            found(path, image="picture", label=label)
+
+
+@pytest.mark.parametrize("metadata", ["not JSON", "[]", "{}", '{"info": null}', '{"info": {"features": {"a": 3}}}'])
+def test_notes_of_the_library_datasets_that_make_no_sense_are_ignored(tmp_path: Path, metadata: str) -> None:
+    table = pyarrow.table({"image": DATA[:2], "label": [0, 1]}).replace_schema_metadata({"huggingface": metadata})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    assert [label for _, label, _ in found(tmp_path / "x.parquet")] == ["0", "1"]
+
+
 def test_an_empty_cell_is_a_bad_image(tmp_path: Path) -> None:
     first, second = find_images([write(tmp_path / "x.parquet", {"image": structs([None, DATA[0]])})])
     with pytest.raises(BadImage, match="empty file"):

@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import tarfile
+import zipfile
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from data_prep.errors import UserError
+from data_prep.sources import archives
 from data_prep.sources import images as module
 from data_prep.sources.images import BadImage, ImageEntry, decode, find_images, list_images
-from tests.data_prep.handmade_images import encoded, picture, write_tar, write_tree
+from tests.data_prep.handmade_images import encoded, picture, write_tar, write_tree, write_zip
 
 DATA = {seed: encoded(picture(seed), "PNG") for seed in range(9)}
 CLASSES = {"cat/1.png": DATA[0], "cat/in/2.png": DATA[1], "dog/1.png": DATA[2]}
@@ -48,9 +53,11 @@ def test_folders_that_all_images_share_are_no_classes(tmp_path: Path) -> None:
     assert [label for _, label, _ in found(only)] == [None, None]
 
 
-def test_an_archive_reads_like_the_folder_in_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [".tar", ".zip", ".ZIP"])
+def test_an_archive_reads_like_the_folder_in_it(kind: str, tmp_path: Path) -> None:
     folder = write_tree(tmp_path / "pets", CLASSES)
-    archive = write_tar(tmp_path / "pets.tar", {f"pets/{name}": data for name, data in CLASSES.items()})
+    write = write_tar if kind == ".tar" else write_zip
+    archive = write(tmp_path / f"pets{kind}", {f"pets/{name}": data for name, data in CLASSES.items()})
     assert found(archive) == found(folder)
     assert [each.read() for each in find_images([archive])] == [each.read() for each in find_images([folder])]
     assert found(archive / "cat") == [("pets/cat/1.png", None, None), ("pets/cat/in/2.png", "in", None)]
@@ -108,7 +115,7 @@ def test_files_and_patterns_and_several_sources(tmp_path: Path) -> None:
 def test_archives_in_a_folder_are_read_if_it_has_no_images(tmp_path: Path) -> None:
     folder = tmp_path / "all"
     folder.mkdir()
-    write_tar(folder / "pets.tar", CLASSES)
+    write_zip(folder / "pets.zip", CLASSES)
     write_tar(folder / "more.tar", {"1.png": DATA[4]})
     assert [(name, label) for name, label, _ in found(folder)] == [
         ("more/1.png", None),
@@ -119,7 +126,7 @@ def test_archives_in_a_folder_are_read_if_it_has_no_images(tmp_path: Path) -> No
     write_tree(folder, {"loose.png": DATA[5]})
     (listing,) = list_images([str(folder)])
     assert [item.name for item in listing.items] == ["all/loose.png"]
-    assert listing.unread == ["all/more.tar", "all/pets.tar"]
+    assert listing.unread == ["all/more.tar", "all/pets.zip"]
 
 
 def test_the_digits_of_scikit_learn() -> None:
@@ -152,7 +159,8 @@ def test_other_files_and_links_are_listed(tmp_path: Path) -> None:
 def test_members_that_are_no_files_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as archive:
-        for name, kind in (("a.png", tarfile.REGTYPE), ("b.png", tarfile.SYMTYPE), ("c.png", tarfile.DIRTYPE)):
+        kinds = {"a": tarfile.REGTYPE, "b": tarfile.SYMTYPE, "c": tarfile.DIRTYPE, "d": tarfile.LNKTYPE}
+        for name, kind in ((f"{name}.png", kind) for name, kind in kinds.items()):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "a.png"
             member.size = len(DATA[0]) if kind == tarfile.REGTYPE else 0
@@ -164,6 +172,54 @@ def test_members_that_are_no_files_are_skipped(tmp_path: Path) -> None:
     (listing,) = list_images([str(path)])
     assert [item.name for item in listing.items] == ["x/a.png"]
     assert listing.unread == ["x/README.md"]
+    assert listing.notes == ['2 links are not followed in "x": b.png, d.png']
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_after_other_bytes_and_with_comments_is_read(method: int, tmp_path: Path) -> None:
+    """As programs that unpack themselves are, and with fields of any length before the data."""
+    path = tmp_path / "x.zip"
+    path.write_bytes(b"#!/bin/sh\n" * 9)
+    with zipfile.ZipFile(path, "a", method) as archive:
+        for name, extra in (("a/1.png", b""), ("b/2.png", b"\xfe\xca\x03\x00abc"), ("b/notes.txt", b"")):
+            member = zipfile.ZipInfo(name)
+            member.extra, member.compress_type, member.comment = extra, method, b"PK"
+            archive.writestr(member, DATA[1 + len(extra)])
+        archive.comment = b"PK\3\4"
+        archive.mkdir("c.png")
+        link = zipfile.ZipInfo("link.png")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "a/1.png")
+        archive.writestr("__MACOSX/a/._1.png", b"x")
+    assert [(each.name, each.label, each.read()) for each in find_images([path])] == [
+        ("x/a/1.png", "a", DATA[1]),
+        ("x/b/2.png", "b", DATA[8]),
+    ]
+    (listing,) = list_images([str(path)])
+    assert listing.unread == ["x/b/notes.txt"]
+    assert listing.notes == ['1 link is not followed in "x": link.png']
+
+
+def test_what_cannot_be_read_in_a_zip_has_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write_zip(tmp_path / "x.zip", {"1.png": DATA[0]})
+    content = bytearray(whole.read_bytes())
+    for first, mend, reason in (
+        (0, b"xx", "damaged"),
+        (6, b"\1", "encrypted"),
+        (8, b"\x0c", "compressed by method 12 of .zip, not by deflate"),
+        (35, b"\xff" * 20, r"damaged or truncated \(Error -3"),
+    ):
+        (tmp_path / "y.zip").write_bytes(content[:first] + mend + content[first + len(mend) :])
+        (entry,) = find_images([tmp_path / "y.zip"])
+        with pytest.raises(BadImage, match=reason):
+            entry.read()
+    (tmp_path / "cut.zip").write_bytes(content[:-30])
+    with pytest.raises(UserError, match=r"is not a whole .zip \(File is not a zip file\): get an intact copy"):
+        found(tmp_path / "cut.zip")
+    (bomb,) = find_images([write_zip(tmp_path / "bomb.zip", {"1.png": bytes(10**6)})])
+    monkeypatch.setattr(archives, "MOST_BYTES", 10**5)
+    with pytest.raises(BadImage, match="more than"):
+        bomb.read()
 
 
 def test_a_cut_archive_gives_what_is_whole(tmp_path: Path) -> None:
@@ -191,8 +247,8 @@ def test_a_cut_archive_gives_what_is_whole(tmp_path: Path) -> None:
         ("linked", r"1 linked folder is not followed in \"linked\": pets"),
         ("x.tar", "is not a whole .tar"),
         ("x.parquet", "is not a whole .parquet file"),
-        ("x.zip", "is compressed, so its images cannot be read at random: unpack it first"),
-        ("x.tar.gz", "unpack it first"),
+        ("x.zip", "is not a whole .zip"),
+        ("x.tar.gz", "is compressed, so its images cannot be read at random: unpack it first"),
         ("builtin", "the built-in images are builtin:digits"),
         ("-", "images cannot come from standard input"),
         ("*.png", r'no image in "\*\.png"'),
@@ -227,6 +283,25 @@ def test_a_file_that_vanishes_or_is_huge_is_a_bad_image(tmp_path: Path, monkeypa
     monkeypatch.setattr(module, "MOST_BYTES", 10)
     with pytest.raises(BadImage, match="more than"):
         second.read()
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_network_that_fails_ends_the_reading(archive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    tar = write_tar(tmp_path / "x.tar", {"1.png": DATA[0]})
+    memory.pipe({"/pets/1.png": DATA[0], "/x.tar": tar.read_bytes()})
+
+    def fail(*_: object) -> bytes:
+        raise RuntimeError("connection lost")
+
+    (entry,) = find_images(["memory://x.tar" if archive else "memory://pets/1.png"])
+    assert entry.read() == DATA[0]
+    monkeypatch.setattr(MemoryFile, "read", fail)
+    with pytest.raises(UserError, match=r'cannot read "memory://.*": connection lost'):
+        entry.read()
+    if archive:
+        with pytest.raises(UserError, match=r'cannot read "memory://x.tar": connection lost'):
+            list_images(["memory://x.tar"])
 
 
 def test_names_are_one_printable_line(tmp_path: Path) -> None:

@@ -72,13 +72,15 @@ NEVER = """num_layers hidden_size num_heads num_key_value_heads head_size feed_f
     tie_embeddings logit_softcap dropout rope_theta norm_epsilon vocab_size context_length batch_tokens packing seed
     optimizer init_from task base weights method lora_rank lora_alpha lora_matrices batch_examples pairs
     template_tokens head_bias patch_size stem image_size image_channels batch_images projection_size
-    projection_hidden_size decoder_layers decoder_size"""
+    projection_hidden_size decoder_layers decoder_size queue_size prototypes"""
 ASK = """objective masked_fraction mask_rate mask_token_share random_token_share validation_mask_rate learning_rate
     muon_learning_rate weight_decay beta1 beta2 momentum gradient_clip spike_threshold warmup_fraction decay_fraction
     final_learning_rate_fraction text_column text_pair_column label_column choices_column words_column tags_column
     prompt_column response_column chat_template reads pooling long_texts judged_by layer_decay class_weights temperature
     label_smoothing infonce_temperature patch_mask_rate normalize_patches crop_area crop_ratio flip color_jitter
-    color_jitter_rate grayscale blur solarize"""
+    color_jitter_rate grayscale blur solarize largest_crop teacher_momentum student_temperature teacher_temperature
+    first_teacher_temperature teacher_warmup center_momentum prototypes_frozen local_views local_size local_area
+    final_weight_decay stem_learning_rate"""
 
 
 @pytest.mark.parametrize(("answer", "names"), [("free", FREE), ("never", NEVER), ("ask", ASK)])
@@ -92,6 +94,7 @@ def test_the_defaults_of_finetuning():
         "learning_rate": 1e-3,
         "muon_learning_rate": 0.002,
         "weight_decay": 0.01,
+        "final_weight_decay": 1.0,
         "beta2": 0.98,
         "warmup_fraction": 0.1,
         "decay_fraction": 0.9,

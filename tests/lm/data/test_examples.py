@@ -208,6 +208,8 @@ def test_a_label_that_was_not_trained_and_constant_labels_are_refused():
         Labels(("a", "b")).indices(labels("c")[0])
     with pytest.raises(UserError, match=r'f\.jsonl, line 1 to line 2: every example has the label "a"'):
         Labels.of(labels("a", "a"))
+    with pytest.raises(UserError, match=r'^data/x, train split: every example has the label "a"'):
+        Labels.of([Example((), "a", "data/x, train split")] * 2)
     with pytest.raises(UserError, match=r'every example has the label "2\.0"'):
         numbers_of(labels(2.0, 2.0))
     assert numbers_of(labels(2.0, 3.0)) == [2.0, 3.0]

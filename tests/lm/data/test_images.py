@@ -9,7 +9,6 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.pipeline.images import build_images
-from data_prep.shards.images import open_images
 from lm.data.datasets import open_training_data, settled
 from lm.data.image_corpora import ImageCorpora, with_images
 from lm.data.images import HeldOutImages, TrainingImages
@@ -83,6 +82,7 @@ def test_text_and_images_are_told_apart(pictures, dataset, seeing, small):
 
 
 def test_datasets_of_several_sizes_are_refused(pictures, tmp_path):
-    build_images([draw_pictures(tmp_path / "files", 2)], tmp_path / "b", 8, validation_fraction=0, workers=1)
-    with pytest.raises(UserError, match="prepare them with the same --size and --channels"):
-        ImageCorpora([pictures, open_images(tmp_path / "b")], [Fraction(1), Fraction(1)])
+    gray = build_images([draw_pictures(tmp_path / "files", 2)], tmp_path / "b", 16, channels=1, workers=1)
+    words = "of 16 pixels and 1 channel, and .* of 16 pixels and 3 channels: prepare them with the same --size and --ch"
+    with pytest.raises(UserError, match=words):
+        ImageCorpora([pictures, gray], [Fraction(1), Fraction(1)])

@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from sklearn.linear_model import LogisticRegression
 
+import lm
 from data_prep.errors import UserError
 from data_prep.pipeline.images import build_images
 from data_prep.shards.images import ImageFormat
@@ -197,6 +198,8 @@ def test_options_for_images_are_refused_by_a_run_on_text(trained):
     told = CliRunner().invoke(main, ["evaluate", str(trained.path), "--test", "x"])
     assert told.exit_code == 2
     assert "reads text, and --test is for a run that reads images" in told.output
+    with pytest.raises(UserError, match="reads text, and train is for a run that reads images: leave it out"):
+        lm.evaluate(trained.path, train="x", test="x")
 
 
 def test_the_verdict_counts_differences_above_two_standard_errors():

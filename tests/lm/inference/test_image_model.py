@@ -48,6 +48,21 @@ def test_a_single_image_must_be_in_a_list(encoder, given):
         encoder.embed(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((0, 5, 3), np.uint8), r"image 0: a side below 4 pixels \(5 x 0\)"),
+        (Image.new("L", (0, 5)), r"image 0: a side below 4 pixels \(0 x 5\)"),
+        (Image.new("La", (5, 5)), "image 0: conversion from La"),
+        (np.zeros((5, 5, 2), np.uint8), r"image 0 is an array of uint8 with the shape \(5, 5, 2\)"),
+        ("no\0file.png", "embedded null byte"),
+    ],
+)
+def test_what_is_no_image_is_refused_by_its_number(encoder, given, message):
+    with pytest.raises(UserError, match=message):
+        encoder.embed([given])
+
+
 def test_an_image_that_cannot_be_read_is_an_error_since_rows_must_match(encoder, folder, tmp_path):
     for name in ("a.png", "c.png"):
         (tmp_path / name).write_bytes((folder / "top" / "000.png").read_bytes())

@@ -1,4 +1,4 @@
-"""An objective with state of its own: saved with each checkpoint, restored with it, moved once a step."""
+"""An objective with a memory of its own: saved with each checkpoint, restored with it, moved once a step."""
 
 from __future__ import annotations
 
@@ -25,18 +25,16 @@ class WithTeacher(TextObjective):
         self.steps: list[int] = []
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        apart = (model.embedding.weight - self.teacher).square().sum() * (len(batch) / 8)
+        apart = (model.embedding.weight - self.memory.weight).square().sum() * (len(batch) / 8)
         return {**super().loss(model, batch), "apart": 1e-3 * apart}
+
+    def begin(self, model: nn.Module) -> None:
+        teacher = model.embedding.weight.detach().clone()
+        self.memory = nn.Embedding.from_pretrained(teacher, freeze=True)
 
     def after_step(self, model: nn.Module, step: int) -> None:
         self.steps.append(step)
-        self.teacher.lerp_(model.embedding.weight.detach(), 0.1)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"teacher": self.teacher}
-
-    def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        self.teacher = state.get("teacher", model.embedding.weight.detach()).clone()
+        self.memory.weight.lerp_(model.embedding.weight.detach(), 0.1)
 
 
 @pytest.fixture
@@ -53,7 +51,7 @@ def opened(monkeypatch):
 
 
 def weights(run) -> dict[str, Tensor]:
-    return run.newest().model() | {"objective": run.newest().objective()["teacher"]}
+    return run.newest().model() | {"objective": run.newest().objective()["weight"]}
 
 
 def test_every_objective_of_the_table_opens_and_has_its_readouts():
@@ -64,11 +62,12 @@ def test_every_objective_of_the_table_opens_and_has_its_readouts():
         objective = open_objective(config)
         assert getattr(objective, "readouts", ()) == readouts
         model, batch = objective.new_model().initialize(0), objective.example(4)
+        objective.begin(model)
         assert all(torch.isfinite(loss) for loss in objective.loss(model, batch).values())
         assert objective.flops_per_token(model, config.data.context_length) > 0
 
 
-def test_state_is_saved_and_a_stopped_run_ends_with_the_same_bits(small, opened, quietly, tmp_path):
+def test_a_memory_is_saved_and_a_stopped_run_ends_with_the_same_bits(small, opened, quietly, tmp_path):
     config = small.replace(objective="next_token", steps=8, checkpoint_every=4, micro_batch_rows=4)
     run = quietly(config.replace(log_every=1), tmp_path / "whole")
     whole = weights(run)
@@ -89,7 +88,7 @@ def test_state_is_saved_and_a_stopped_run_ends_with_the_same_bits(small, opened,
         assert torch.equal(again[name], tensor), name
 
 
-def test_objectives_without_state_write_no_file(small, quietly, tmp_path):
+def test_objectives_without_a_memory_write_no_file(small, quietly, tmp_path):
     run = quietly(small.replace(steps=2), tmp_path / "run")
     files = {path.name for path in run.newest().path.iterdir()}
     assert "objective.safetensors" not in files

@@ -11,6 +11,7 @@ from lm.data.patch_rows import layout_of
 from lm.data.views import make_views
 from lm.objectives.batches import TrainingBatches
 from lm.objectives.contrastive import nt_xent
+from lm.objectives.objective import open_objective
 from lm.training.gradients import step_gradients
 
 
@@ -83,7 +84,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(batches, seeing):
 def test_dropout_is_the_same_in_both_passes_of_a_micro_batch(batches, seeing):
     """So the gradient is that of the loss: moving along it changes the loss as much as its square says."""
     config = batches.objective.config.replace(dropout=0.5, micro_batch_rows=3)
-    objective = type(batches.objective)(config, batches.objective.form)
+    objective = open_objective(config, batches.objective.form)
     model, batch = objective.new_model().initialize(0, identity=False).train(), batches.batch(0)
     before, _ = step_gradients(objective, model, batch, config, 0)
     slope = sum(float(p.grad.square().sum()) for p in model.parameters())

@@ -50,8 +50,9 @@ MODELS = {"tied": {"tie_embeddings": True}, "untied": {}, "adamw": {"optimizer":
 IMAGES = CONFIG.replace(
     num_layers=2, qk_norm=False, hidden_size=32, patch_size=4, batch_images=16, vocab_size=0, projection_size=6,
     projection_hidden_size=10, decoder_layers=1, decoder_size=32, gradient_clip=0.05,
+    prototypes=14, queue_size=40, local_views=2, local_size=8, steps=8, teacher_momentum=0.6,
 )  # fmt: skip
-OBJECTIVES = ("simclr", "mae")
+OBJECTIVES = ("simclr", "moco", "byol", "dino", "mae")
 Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
@@ -70,6 +71,7 @@ def gradients(config: Config, corpora: Corpora | ImageCorpora, ranks: Ranks) -> 
     batches = TrainingBatches(corpora, config)
     model = perturbed(batches.objective)
     batch = batches.batch(1, ranks.rank, ranks.world)
+    batches.objective.begin(model)
     ranks.spread(model, batches.objective)
     losses, shares = step_gradients(batches.objective, model, batch, config, 1, ranks)
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -80,6 +82,7 @@ def trained(config: Config, corpora: Corpora | ImageCorpora, ranks: Ranks) -> Fo
     """Weights and optimizer after some steps, the optimizer saved and loaded half way; norms, losses, validation."""
     batches = TrainingBatches(corpora, config)
     model = perturbed(batches.objective)
+    batches.objective.begin(model)
     ranks.spread(model, batches.objective)
     optimizer = Optimizer(model, config.optimizer, ranks)
     told: dict[str, Any] = {"norms": [], "losses": []}
@@ -93,13 +96,15 @@ def trained(config: Config, corpora: Corpora | ImageCorpora, ranks: Ranks) -> Fo
         told["losses"].append(sum(map(float, losses.values())))
         told["norms"].append(float(optimizer.clip()))
         optimizer.step(1.0)
+        batches.objective.after_step(model, step)
     for rows in (2, 0):
         told[f"validation by {rows}"] = validate_readouts(
             model, corpora, config.replace(micro_batch_rows=rows), objective=batches.objective, ranks=ranks
         )
-    held = {**model.state_dict(), **optimizer.state()}
+    memory = batches.objective.memory or nn.Module()
+    held = {**model.state_dict(), **optimizer.state(), **dict(memory.named_parameters(prefix="memory"))}
     told["numbers held"] = sum(ranks.local(tensor).numel() for tensor in held.values() if tensor.ndim)
-    return ranks.gathered(held), told
+    return ranks.gathered(held | dict(memory.named_buffers(prefix="memory"))), told
 
 
 def given_up(config: Config, corpora: Corpora, ranks: Ranks, path: Path) -> dict[str, Any]:
@@ -257,9 +262,9 @@ def test_ranks_take_the_steps_of_one_process(several, alone, parallel, model):
     _, tensors, told, _ = several
     for name, tensor in alone[0].items():
         if name.startswith(f"{model} "):
-            torch.testing.assert_close(tensors[f"{parallel} {name}"], tensor, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(tensors[f"{parallel} {name}"], tensor, rtol=1e-4, atol=5e-5)
     for part in ("norms", "losses"):
-        assert told[0][f"{parallel} {model}"][part] == pytest.approx(alone[1][model][part], abs=1e-5)
+        assert told[0][f"{parallel} {model}"][part] == pytest.approx(alone[1][model][part], rel=1e-4, abs=1e-5)
     limit = (IMAGES if model in OBJECTIVES else CONFIG).optimizer.gradient_clip
     assert min(alone[1][model]["norms"]) > limit
 

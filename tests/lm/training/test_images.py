@@ -19,10 +19,10 @@ from lm.runs.directory import Run, open_run
 from lm.training.plan import plan_run
 from lm.training.pretraining import train
 from lm.training.reporter import NullReporter
-from tests.conftest import StopAt
+from tests.conftest import Recorder, StopAt
 
 ROOT = Path(__file__).parents[3]
-OBJECTIVES = ("simclr", "mae")
+OBJECTIVES = ("simclr", "moco", "byol", "dino", "mae")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def undisturbed(config, tmp_path_factory) -> dict[str, Run]:
 
 
 def same(one: Run, two: Run) -> bool:
-    pairs = [(run.newest().model(), run.newest().optimizer()) for run in (one, two)]
+    pairs = [(run.newest().model(), run.newest().optimizer(), run.newest().objective()) for run in (one, two)]
     return all(
         a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(*pairs, strict=True)
     )
@@ -48,8 +48,10 @@ def test_a_run_learns_and_is_validated(undisturbed, objective):
     run = undisturbed[objective]
     validations = [line["validation"][objective] for line in run.metrics() if "validation" in line]
     assert len(validations) == 2
-    assert set(validations[0]) == {"loss", "images", "spread", "effective_rank", "knn_accuracy"}
-    assert validations[1]["loss"] < validations[0]["loss"]
+    own = {"teacher_entropy"} if objective == "dino" else set()
+    assert set(validations[0]) == {"loss", "images", "spread", "effective_rank", "knn_accuracy"} | own
+    if objective in ("simclr", "mae"):  # a teacher's targets change while it learns
+        assert validations[1]["loss"] < validations[0]["loss"]
     lines = [line for line in run.metrics() if "loss" in line]
     assert lines[-1]["tokens"] == 6 * 12 * 16
     assert lines[-1]["images_per_second"] > 0
@@ -133,3 +135,15 @@ def test_the_data_of_a_run_is_found_again_and_must_be_the_same(config, undisturb
 def test_a_run_on_images_refuses_to_be_read_as_text(undisturbed):
     with pytest.raises(UserError, match="reads images, not text"):
         undisturbed["mae"].load_model(torch.device("cpu"))
+
+
+def test_a_collapse_is_told_once(config, tmp_path, monkeypatch):
+    """A learning rate of 0 and features that are all alike: from step 100 on, the first time only."""
+    monkeypatch.setattr("lm.objectives.view_method.LEAST_SPREAD", 10.0)
+    recorder = Recorder()
+    changed = config.replace(objective="byol", steps=103, validate_every=1, checkpoint_every=103, validation_rows=2)
+    train(changed, tmp_path / "run", recorder)
+    told = [note for note in recorder.notes if "collapsed" in note]
+    assert len(told) == 1
+    assert told[0].startswith("the model has collapsed at step 100: all images have nearly the same features")
+    assert all(line["comparable"] is False for line in open_run(tmp_path / "run").metrics() if "validation" in line)

@@ -1,0 +1,91 @@
+"""MoCo: find the teacher's vector of the other view among those of the batch, and of a queue of earlier ones.
+
+Without a queue this is MoCo v3 (Chen, Xie and He 2021), with one MoCo v1 and v2 (He et al. 2020) with v3's predictor
+and the batch's vectors as further negatives. There is no norm over the batch, so nothing leaks through it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_prep.shards.images import ImageFormat
+from lm.config.settings import Config
+from lm.model.heads import PredictionHead, ProjectionHead
+from lm.objectives.contrastive import info_nce
+from lm.objectives.image_views import ImageViews
+from lm.objectives.teacher import Teacher
+from lm.objectives.view_method import ViewMethod
+
+
+class Queue(Teacher):
+    """A teacher, and the unit vectors that it had of the latest views: ``keys`` (size, width), ``filled`` of them."""
+
+    def __init__(self, model: nn.Module, student: nn.Module, size: int, width: int) -> None:
+        super().__init__(model, student)
+        self.register_buffer("keys", torch.zeros(size, width, device=self.steps.device))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=self.steps.device))
+        self.keys: Tensor
+        self.filled: Tensor
+
+    def push(self, keys: Tensor) -> None:
+        """Put vectors (n, width) in front; the oldest ones leave."""
+        self.keys.copy_(torch.cat([keys, self.keys])[: len(self.keys)])
+        self.filled.copy_((self.filled + len(keys)).clamp(max=len(self.keys)))
+
+
+class MoCo(ViewMethod):
+    """InfoNCE with a teacher's vectors as keys, in both directions."""
+
+    name, with_teacher = "moco", True
+    against_collapse = "a third of learning_rate and muon_learning_rate, or teacher_momentum 0.996"
+    _seen: Tensor
+
+    def head(self) -> nn.Module:
+        return PredictionHead(*self.head_shape)
+
+    def teacher_head(self) -> nn.Module:
+        return ProjectionHead(*self.head_shape)
+
+    def new_memory(self, teacher: nn.Module, student: nn.Module) -> Teacher:
+        return Queue(teacher, student, self.settings.queue_size, self.settings.projection_size)
+
+    def vectors(self, head: nn.Module, features: Tensor) -> Tensor:
+        predicted: Tensor = head(features)
+        return predicted.float().transpose(0, 1)
+
+    def targets(self, head: nn.Module, features: Tensor) -> Tensor:
+        return F.normalize(head(features).float(), dim=2).transpose(0, 1)
+
+    def compare(self, vectors: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
+        """The mean InfoNCE of both directions (section 3 of the paper of 2021, without its factor of 2 x temperature)."""
+        assert targets is not None
+        assert isinstance(self.memory, Queue)
+        queue = self.memory.keys[: int(self.memory.filled)].to(targets.device)
+        losses = [
+            info_nce(vectors[:, view], torch.cat([targets[:, 1 - view], queue]), self.settings.infonce_temperature)
+            for view in range(2)
+        ]
+        return {self.name: (losses[0] + losses[1]) / 2}
+
+    def observe(self, targets: Tensor) -> None:
+        self._seen = targets
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        super().after_step(model, step)
+        assert isinstance(self.memory, Queue)
+        if self.settings.queue_size:
+            self.memory.push(self._seen.transpose(0, 1).flatten(0, 1).to(self.memory.keys.device))
+
+    def warnings(self, rows: int) -> list[str]:
+        if self.settings.queue_size <= rows // 10:
+            return []
+        return [
+            f"queue_size {self.settings.queue_size:,} is more than a tenth of the {rows:,} images: many negatives will "
+            "be older views of the same images"
+        ]
+
+
+def open_objective(config: Config, form: ImageFormat) -> ImageViews:
+    return ImageViews(config, form, MoCo(config))
