@@ -58,16 +58,16 @@ class Decoded:
     changes: tuple[str, ...]
 
 
-def decode(data: bytes) -> Image:
+def decode(data: bytes, most_pixels: int = MOST_PIXELS) -> Image:
     """Decode the bytes of an image file. Returns a Pillow image, upright by its EXIF tag, of mode L (gray) or RGB.
 
     Raises:
-        BadImage: the bytes are not an image that can be used.
+        BadImage: the bytes are not an image that can be used, or have more than ``most_pixels`` pixels.
     """
-    return decode_noting(data).image
+    return decode_noting(data, most_pixels).image
 
 
-def decode_noting(data: bytes) -> Decoded:
+def decode_noting(data: bytes, most_pixels: int = MOST_PIXELS) -> Decoded:
     """Decode an image as ``decode`` does, and say what was changed."""
     from PIL import Image, UnidentifiedImageError
 
@@ -75,7 +75,7 @@ def decode_noting(data: bytes) -> Decoded:
         raise BadImage(EMPTY)
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
-        _check_size(*image.size)
+        _check_size(*image.size, most_pixels)
         image.load()
         several = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: photos of two lenses
         plain = upright(image)
@@ -85,7 +85,7 @@ def decode_noting(data: bytes) -> Decoded:
         known = data.startswith(MARKS) or data[8:12] in (b"WEBP", b"avif")
         raise BadImage(DAMAGED if known else NOT_AN_IMAGE) from None
     except Image.DecompressionBombError:
-        raise BadImage(TOO_LARGE) from None
+        raise BadImage(_too_large(most_pixels)) from None
     except Exception as error:  # Pillow's plugins raise what they like for broken files
         raise BadImage(DAMAGED, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
     return Decoded(plain.image, (*plain.changes, *([FRAMES] if several else [])))
@@ -173,9 +173,13 @@ def _orientation(image: Image) -> int:
         return 1
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MOST_PIXELS:
-        raise BadImage(TOO_LARGE, f"{width:,} x {height:,}")
+def _too_large(most_pixels: int) -> str:
+    return f"more than {most_pixels // 10**6} megapixels"
+
+
+def _check_size(width: int, height: int, most_pixels: int) -> None:
+    if width * height > most_pixels:
+        raise BadImage(_too_large(most_pixels), f"{width:,} x {height:,}")
     if min(width, height) < SHORTEST_SIDE:
         raise BadImage(TOO_SMALL, f"{width:,} x {height:,}")
     if max(width, height) > LARGEST_ASPECT * min(width, height):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -108,6 +110,14 @@ def pixels_of(image: Any, form: ImageFormat, name: str) -> Pixels:
         raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def pixels_of_file(data: bytes, form: ImageFormat, most_pixels: int) -> Pixels:
+    """The pixels of the bytes of an image file, as above. UserError if it cannot be read or has more pixels."""
+    try:
+        return form.pixels(decode(data, most_pixels))
+    except BadImage as error:
+        raise UserError(f"the image cannot be used: {error}") from None
+
+
 def _checked(image: NDArray[Any], name: str) -> Pixels:
     """An array as Pillow takes it."""
     gray = image.ndim == 3 and image.shape[2] == 1
@@ -116,6 +126,34 @@ def _checked(image: NDArray[Any], name: str) -> Pixels:
             f"{name} is an array of {image.dtype} with the shape {image.shape}: give uint8 (height, width, channels)"
         )
     return np.ascontiguousarray(image[:, :, 0] if gray else image)
+
+
+def drawn_pictures(
+    source: str, form: ImageFormat, most: int, *, split: str = "", label_column: str = ""
+) -> tuple[Iterator[Picture], int | None]:
+    """At most about ``most`` images from all over a source that is no dataset, in random order, the same every time.
+
+    The rest as of ``pictures_of``, but images that cannot be read are left out.
+
+    Returns:
+        The images, and how many the source has; None if it must be read to know.
+
+    Raises:
+        UserError: the source has no images.
+    """
+    items = [item for item in list_images([source])[0].items if not split or item.split in (None, split)]
+    count = sum(item.images for item in items) if all(item.images for item in items) else None
+    draw = np.random.default_rng(0)
+    share = most / count if count else 1.0
+
+    def drawn() -> Iterator[Picture]:
+        for number in draw.permutation(len(items)).tolist():
+            for entry in entries_of(items[number], Columns(label=label_column)):
+                if share >= 1 or draw.random() < share:
+                    with suppress(BadImage):
+                        yield Picture(entry.name, entry.label, form.pixels(decode(entry.read())))
+
+    return islice(drawn(), most), count
 
 
 def _of_dataset(dataset: ImageDataset, form: ImageFormat, split: str) -> Iterator[Picture]:

@@ -20,6 +20,7 @@ from lm.data.image_corpora import ImageCorpora
 from lm.data.images import HeldOutImages, ImageValidation, TrainingImages, denormalized
 from lm.data.training_data import validation_rows
 from lm.evaluation.image_features import MAJORITY, NAMES, verdict
+from lm.inference.attention_maps import attention_maps, overlaid
 from lm.inference.embedding import Vectors
 from lm.inference.image_embedding import image_vectors
 from lm.model.device import choose_device
@@ -37,7 +38,7 @@ from lm.runs.metrics_log import best_validation, overfitting, rows_validated, se
 from lm.runs.run_data import open_data
 from lm.training.plan import format_bytes
 
-SHEET, REBUILT, ASKED, NEAREST = 8, 8, 10, 5  # images in each part of the page
+SHEET, REBUILT, ATTENDED, ASKED, NEAREST = 8, 8, 6, 10, 5  # images in each part of the page
 AMONG, MAPPED, NAMED = 2000, 600, 12  # images that neighbors are sought in, images on the map, classes on it
 PART = 256  # images that are read at a time
 
@@ -74,6 +75,7 @@ def write_image_report(run: Run, evaluation: dict[str, Any] | None, checkpoint: 
         sheet=_sheet(objective, TrainingImages(corpora, run.config)) if corpora else None,
         rebuilt=_rebuilt(objective, model, held_out) if held_out and isinstance(objective, MaskedAutoencoder) else None,
         neighbors=_neighbors(model, run.image_format, held_out) if held_out else None,
+        attention=_attention(model, run.image_format, held_out) if held_out else None,
         map=_map(model, run.image_format, held_out) if held_out else None,
         settings=settings_of(run),
         environment=environment(model, "Pillow"),
@@ -156,6 +158,26 @@ def _neighbors(model: ImageTransformer, form: ImageFormat, held_out: ImageValida
         pixels, source = held_out.held_out.read(np.array([number]))[0], held_out.held_out.source_of(number)
         rows.append({"asked": _shown(pixels, f"held-out image: {source}", own_class), "found": found})
     return {"rows": rows, "among": len(among), "of": held_out.train.count, "right": right, "known": known}
+
+
+def _attention(model: ImageTransformer, form: ImageFormat, held_out: ImageValidation) -> dict[str, Any]:
+    """Held-out images, and over each how much attention its patches receive: of all heads, then of each."""
+    images = held_out.held_out.read(held_out.held_out.choose(ATTENDED))
+    of_heads = attention_maps(model, form, images)
+    patches = of_heads[0, 0].size
+    maps = {"all heads": of_heads.mean(1)}
+    maps |= {f"head {number}": of_heads[:, number - 1] for number in range(1, of_heads.shape[1] + 1)}
+    rows = {"original": [_shown(each, f"held-out image {number}") for number, each in enumerate(images, 1)]}
+    for name, shares in maps.items():
+        rows[name] = [
+            _shown(
+                overlaid(image, share),
+                f"attention of {name} on held-out image {number}, at most {share.max():.1%} on a patch",
+                f"{share.max() * patches:.1f} x",
+            )
+            for number, (image, share) in enumerate(zip(images, shares, strict=True), 1)
+        ]
+    return {"rows": rows, "patches": patches}
 
 
 def _class(split: HeldOutImages, number: int) -> str:

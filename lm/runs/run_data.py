@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.errors import UserError
+from data_prep.shards.images import holds_images
 from lm.config.corpus_entry import corpus_of
+from lm.config.finetune_settings import FinetuneConfig
 from lm.data.corpora import Corpora
 from lm.data.datasets import open_training_data
-from lm.data.image_corpora import ImageCorpora
+from lm.data.image_corpora import ImageCorpora, open_image_corpora
+from lm.data.image_files import TRAIN, VALIDATION, Picture, drawn_pictures, has_validation, require_format
+from lm.data.images import HeldOutImages
 from lm.data.openings import Opening, openings
 from lm.runs.directory import Run, sha256_key
 
+DATA_HINT = ": --data says where it is now"
 WORKING_DIRECTORY = "working_directory"  # key of a checkpoint's state: where relative paths counted from
 
 
@@ -36,7 +44,7 @@ def open_data(run: Run) -> Corpora | ImageCorpora:
         where = f"neither in {here}{elsewhere}, nor, with the same content, in a folder above the run"
         raise UserError(
             f'the data of {run.path} is missing: its config.toml names "{missing[0]}", which is '
-            f"{'not there' if Path(missing[0]).is_absolute() else where}: --data says where it is now"
+            f"{'not there' if Path(missing[0]).is_absolute() else where}{DATA_HINT}"
         ) from None
 
 
@@ -57,6 +65,57 @@ def openings_of(run: Run) -> list[Opening]:
     if isinstance(corpora, ImageCorpora):
         return []
     return openings(corpora.split("validation"), corpora.tokenizer)
+
+
+def training_pictures(run: Run, most: int) -> tuple[Iterator[Picture], int | None]:
+    """At most about ``most`` of the images that a run was trained or fine-tuned on, in random order, with classes.
+
+    Returns:
+        The images, and how many there are; None if all must be read to know.
+
+    Raises:
+        UserError: they are gone.
+    """
+    form = run.image_format
+    if not run.config.is_finetuning:
+        corpora = open_data(run)
+        assert isinstance(corpora, ImageCorpora)
+    elif holds_images(source := _examples_of(run)):
+        corpora = open_image_corpora([source], [Fraction(1)])
+        require_format(corpora.datasets[0], form)
+    else:
+        split = TRAIN if has_validation(source) else ""
+        label = run.config.finetune.label_column
+        return drawn_pictures(
+            source, form, most, split=split, label_column="" if label == FinetuneConfig.label_column else label
+        )
+    images = HeldOutImages(corpora, TRAIN)
+    return drawn_of(images, most), images.count
+
+
+def _examples_of(run: Run) -> str:
+    """The source of a fine-tuned run's examples, if it is relative from where it was fine-tuned, unless it is here."""
+    source, trained = run.config.finetune.train, _state(run).get(WORKING_DIRECTORY, "")
+    there = Path(trained, source)
+    return str(there) if not Path(source).exists() and there.exists() else source
+
+
+def drawn_of(images: HeldOutImages, most: int) -> Iterator[Picture]:
+    """At most ``most`` images of a split in random order, the same every time."""
+    for number in np.random.default_rng(0).permutation(images.count)[:most]:
+        label = int(images.labels[number])
+        pixels = images.read(np.array([number]))[0]
+        yield Picture(images.source_of(int(number)), images.classes[label] if label >= 0 else None, pixels)
+
+
+def held_out_pictures(run: Run, most: int) -> list[Picture]:
+    """Some held-out images of a run's data; none if the data is gone or has none."""
+    try:
+        corpora = open_data(run)
+    except UserError:
+        return []
+    assert isinstance(corpora, ImageCorpora)
+    return list(drawn_of(HeldOutImages(corpora, VALIDATION), most))
 
 
 def located(run: Run) -> Run:

@@ -4,7 +4,8 @@ The web packages are an extra, so ``app``, ``guard`` and ``server``, which need 
 """
 
 from lm.serve.engine import Engine
+from lm.serve.image_service import ImageService
 from lm.serve.schema import ApiError, Limits
 from lm.serve.service import Service
 
-__all__ = ["ApiError", "Engine", "Limits", "Service"]
+__all__ = ["ApiError", "Engine", "ImageService", "Limits", "Service"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,18 +19,25 @@ from data_prep.errors import UserError
 from lm.serve.answers import error_of
 from lm.serve.engine import BusyError, Engine, FailedError, StoppedError
 from lm.serve.guard import AccessPolicy, Guard, error_response
+from lm.serve.image_api import ImageAPI
+from lm.serve.image_service import ImageService
 from lm.serve.kindling_api import KindlingAPI
 from lm.serve.openai_api import OpenAIAPI
+from lm.serve.run_api import RunAPI
 from lm.serve.schema import ApiError
 from lm.serve.service import Service
 
 PAGE = Path(__file__).parent / "static"
+OF_TEXT = ("/v1/completions", "/v1/chat/completions", "/api/fill", "/api/probabilities")
+OF_IMAGES = ("/api/embed", "/api/image")
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def make_app(service: Service, policy: AccessPolicy) -> Starlette:
+def make_app(service: Service | ImageService, policy: AccessPolicy) -> Starlette:
     """The application that serves a run to the clients that ``policy`` admits; ``state.engine`` is its engine."""
     engine = Engine(service.make_writer, service.places)
-    openai, kindling = OpenAIAPI(service, engine), KindlingAPI(service, engine)
+    of_run = RunAPI(service, engine)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -46,15 +53,12 @@ def make_app(service: Service, policy: AccessPolicy) -> Starlette:
     routes = [
         Route("/", page),
         Mount("/static", StaticFiles(directory=PAGE)),
-        Route("/health", kindling.health),
-        Route("/v1/completions", openai.completions, methods=["POST"]),
-        Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
-        Route("/v1/models", openai.models),
-        Route("/v1/models/{name:path}", openai.model),
-        Route("/api/fill", kindling.fill, methods=["POST"]),
-        Route("/api/probabilities", kindling.probabilities, methods=["POST"]),
-        Route("/api/run", kindling.run),
-        Route("/api/metrics", kindling.metrics),
+        Route("/health", of_run.health),
+        Route("/v1/models", of_run.models),
+        Route("/v1/models/{name:path}", of_run.model),
+        Route("/api/run", of_run.run),
+        Route("/api/metrics", of_run.metrics),
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in _endpoints(service, engine).items()),
     ]
     middleware = [Middleware(Guard, policy=policy)]
     if policy.origins:
@@ -73,6 +77,29 @@ def make_app(service: Service, policy: AccessPolicy) -> Starlette:
     )
     app.state.engine = engine
     return app
+
+
+def _endpoints(service: Service | ImageService, engine: Engine) -> dict[str, Endpoint]:
+    """What computes with the model, by path; the paths of the other kind of run are refused in a sentence."""
+    if isinstance(service, ImageService):
+        images = ImageAPI(service, engine)
+        refuse = _refusing(f"{service.name} reads images, not text: use {' or '.join(OF_IMAGES)}")
+        return {**dict.fromkeys(OF_TEXT, refuse), "/api/embed": images.embed, "/api/image": images.look}
+    openai, kindling = OpenAIAPI(service, engine), KindlingAPI(service, engine)
+    return {
+        **dict.fromkeys(OF_IMAGES, _refusing(f"{service.name} reads text, not images")),
+        "/v1/completions": openai.completions,
+        "/v1/chat/completions": openai.chat_completions,
+        "/api/fill": kindling.fill,
+        "/api/probabilities": kindling.probabilities,
+    }
+
+
+def _refusing(sentence: str) -> Endpoint:
+    async def refuse(_: Request) -> Response:
+        raise ApiError(400, sentence, code="unsupported_input")
+
+    return refuse
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:

@@ -62,11 +62,12 @@ class Engine:
     """Generate texts, and do other work with the model, for coroutines of one event loop.
 
     Args:
-        make_writer: makes the generator; called in the thread, and again if the generator fails.
+        make_writer: makes the generator; called in the thread, and again if the generator fails. It returns None if
+            no texts will be generated.
         capacity: the most texts and other jobs that may be active or waiting at a time.
     """
 
-    def __init__(self, make_writer: Callable[[], Generator], capacity: int) -> None:
+    def __init__(self, make_writer: Callable[[], Generator | None], capacity: int) -> None:
         self.capacity = capacity
         self.in_use = 0
         self._make_writer = make_writer
@@ -141,7 +142,7 @@ class Engine:
             self._do_one_piece()
         self._notify([(job, StoppedError()) for job in [*self._texts.values(), *self._others]])
 
-    def _accept(self, writer: Generator) -> bool:
+    def _accept(self, writer: Generator | None) -> bool:
         """Start new requests, waiting for one if there is nothing to do. Return False when the engine stops."""
         idle = not self._texts and not self._others
         while idle or not self._arriving.empty():
@@ -153,6 +154,7 @@ class Engine:
                 continue
             try:
                 if isinstance(job.work, TextRequest):
+                    assert writer
                     self._texts[writer.add(job.work.prompt, job.work.sampling, job.work.ends)] = job
                 else:
                     self._others.append(job)
@@ -160,14 +162,15 @@ class Engine:
                 self._notify([(job, _failure(error))])
         return True
 
-    def _drop_abandoned(self, writer: Generator) -> None:
+    def _drop_abandoned(self, writer: Generator | None) -> None:
         for handle in [handle for handle, job in self._texts.items() if job.abandoned]:
+            assert writer
             writer.cancel(handle)
             del self._texts[handle]
         self._others = deque(job for job in self._others if not job.abandoned)
 
-    def _write(self, writer: Generator) -> None:
-        events = writer.step() if self._texts else []
+    def _write(self, writer: Generator | None) -> None:
+        events = writer.step() if writer and self._texts else []
         self._notify([(self._texts[event.handle], event) for event in events])
         for event in events:
             if event.finish_reason is not None:

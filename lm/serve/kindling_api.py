@@ -1,4 +1,4 @@
-"""``/api``: what OpenAI's API lacks; the web page uses it."""
+"""``/api`` of a language model: what OpenAI's API lacks; the web page uses it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.sampling import MASK_WORD
 from lm.inference.sampling import Sampling
 from lm.inference.scoring import TokenProbability, texts_of_tokens
-from lm.runs.directory import METRICS
 from lm.serve.answers import token_name
 from lm.serve.engine import Engine
 from lm.serve.guard import read_json, unless_disconnected
-from lm.serve.metrics_tail import read_tail
-from lm.serve.schema import LARGEST_SEED, MOST_ALTERNATIVES, MOST_ROUNDS, ApiError, Fields, check_size, encode_prompt
+from lm.serve.schema import LARGEST_SEED, MOST_ALTERNATIVES, MOST_ROUNDS, Fields, check_size, encode_prompt
 from lm.serve.service import Service
 
 
 @dataclass(frozen=True)
 class KindlingAPI:
-    """The endpoints under ``/api``, and ``/health``."""
+    """The endpoints that take a text, beyond OpenAI's."""
 
     service: Service
     engine: Engine
@@ -71,22 +69,6 @@ class KindlingAPI:
             for token, text in zip(tokens, texts_of_tokens(tokenizer, tokens), strict=True)
         ]
         return JSONResponse({"tokens": named, "readouts": found})
-
-    async def run(self, _: Request) -> Response:
-        """The model, and the settings of its run."""
-        return JSONResponse(await asyncio.to_thread(self.service.about))  # the first one opens the run's data
-
-    async def metrics(self, request: Request) -> Response:
-        """The lines of metrics.jsonl from byte ``from`` of ``file`` on; both come from an earlier answer."""
-        start = request.query_params.get("from", "0")
-        if not (start.isascii() and start.isdecimal() and len(start) < 16):
-            raise ApiError(400, '"from" must be the "next" of an earlier answer', param="from")
-        path, file = self.service.run.path / METRICS, request.query_params.get("file", "")
-        return JSONResponse(await asyncio.to_thread(read_tail, path, file, int(start)))
-
-    async def health(self, _: Request) -> Response:
-        """How many requests are active or waiting, and how many may be."""
-        return JSONResponse({"status": "ok", "requests": self.engine.in_use, "places": self.engine.capacity})
 
 
 def _scored(one: TokenProbability, tokenizer: Tokenizer) -> dict[str, Any]:

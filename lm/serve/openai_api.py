@@ -1,4 +1,4 @@
-"""``/v1``: completions, chat completions and models, as in OpenAI's API."""
+"""``/v1``: completions and chat completions, as in OpenAI's API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from lm.serve.answers import ChatShape, CompletionShape, Piece, Pieces, Scored, 
 from lm.serve.engine import Engine, TextRequest
 from lm.serve.guard import read_json, unless_disconnected
 from lm.serve.schema import (
-    ApiError,
     Options,
     choice_sampling,
     encode_messages,
@@ -28,7 +27,7 @@ from lm.serve.service import Service
 
 @dataclass(frozen=True)
 class OpenAIAPI:
-    """The endpoints under ``/v1``."""
+    """The endpoints that generate text."""
 
     service: Service
     engine: Engine
@@ -65,19 +64,6 @@ class OpenAIAPI:
         pieces = self._written([TextRequest(tokens, choice, service.chat.ends) for choice in choices])
         shape = ChatShape(service.model.tokenizer, sampling.logprobs is not None)
         return await self._answer(request, shape, pieces, options.choices, Usage(len(tokens)), options)
-
-    async def models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
-
-    async def model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name != self.service.name:
-            raise ApiError(404, f'there is no model "{name}", only "{self.service.name}"', code="model_not_found")
-        return JSONResponse(self._model())
-
-    def _model(self) -> dict[str, object]:
-        created = int((self.service.checkpoint.path / "state.json").stat().st_mtime)
-        return {"id": self.service.name, "object": "model", "created": created, "owned_by": "kindling"}
 
     def _tokens(self, prompts: Sequence[str | list[int]], param: str) -> list[Sequence[int]]:
         return [encode_prompt(prompt, self.service.model, param) for prompt in prompts]

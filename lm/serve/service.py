@@ -101,6 +101,7 @@ class Service:
         """The body of ``/api/run``: the model, its limits and its settings."""
         return {
             "name": self.name,
+            "reads": "text",
             "description": self.model.model.describe(),
             "parameters": self.model.model.parameter_counts(),
             "step": self.checkpoint.step,

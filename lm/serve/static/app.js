@@ -4,6 +4,7 @@ import { get } from "./api.js";
 import { startChat } from "./chat.js";
 import { $ } from "./dom.js";
 import { startFill } from "./fill.js";
+import { startImage } from "./image.js";
 import { look, startProbabilities } from "./probabilities.js";
 import { startRun } from "./run.js";
 import { startSettings } from "./settings.js";
@@ -41,11 +42,7 @@ function showProbabilities(text) {
   look(text);
 }
 
-try {
-  const run = await get("api/run");
-  document.title = `${run.name} · Kindling`;
-  $("name").textContent = run.name;
-  $("lead").textContent = run.description;
+function startText(run) {
   $("tab-write").hidden = $("tab-chat").hidden = !run.readouts.includes("next_token");
   $("tab-fill").hidden = run.readouts.every((readout) => readout === "next_token");
   const [first, second = first, third = first] = run.openings;
@@ -59,6 +56,18 @@ try {
   startChat(run);
   startFill();
   startProbabilities(run);
+}
+
+try {
+  const run = await get("api/run");
+  document.title = `${run.name} · Kindling`;
+  $("name").textContent = run.name;
+  $("lead").textContent = run.description;
+  const readsImages = run.reads === "images";
+  $("tab-image").hidden = !readsImages;
+  for (const name of ["write", "chat", "fill", "probabilities"]) $(`tab-${name}`).hidden = readsImages;
+  if (readsImages) startImage(run);
+  else startText(run);
   const wanted = available().find((tab) => `#${tab.getAttribute("aria-controls")}` === location.hash);
   open(wanted ?? available()[0]);
   startRun(run);

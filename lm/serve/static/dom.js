@@ -20,7 +20,7 @@ export const percent = (p) =>
 // Show white space with visible characters.
 export const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "·");
 
-// Alternatives with bars; `own` is the actual token. With `choose` each is a button.
+// Alternatives with bars, each a token or a class; `own` is the actual one. With `choose` each is a button.
 export function bars(alternatives, own, choose) {
   const most = Math.max(...alternatives.map((one) => one.probability), 1e-9);
   const list = make("ul", { class: "bars" });
@@ -28,7 +28,7 @@ export function bars(alternatives, own, choose) {
     const bar = make(
       choose ? "button" : "div",
       choose ? { class: "bar", type: "button" } : { class: "bar" },
-      make("span", { class: "word" }, visible(one.token)),
+      make("span", { class: "word" }, one.name ?? visible(one.token)),
       make("span", { class: "number" }, percent(one.probability)),
     );
     bar.style.setProperty("--share", one.probability / most);

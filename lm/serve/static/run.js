@@ -14,17 +14,27 @@ export function startRun(run) {
   const rows = {
     model: run.description,
     "served step": run.step.toLocaleString("en"),
-    objective: run.objective,
-    readouts: run.readouts.join(", "),
-    context: `${run.context_length.toLocaleString("en")} tokens`,
-    vocabulary: `${run.vocabulary.toLocaleString("en")} tokens`,
-    "concurrent texts": `${run.limits.concurrent}, and ${run.limits.waiting} waiting`,
+    [run.task ? "task" : "objective"]: run.task ?? run.objective,
+    ...(run.reads === "images" ? rowsOfImages(run) : rowsOfText(run)),
   };
   const row = ([name, value]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value));
   $("about").append(...Object.entries(rows).map(row));
   $("settings-of-run").append(...Object.entries(run.settings).map(([name, value]) => row([name, JSON.stringify(value)])));
   poll(run);
 }
+
+const rowsOfText = (run) => ({
+  readouts: run.readouts.join(", "),
+  context: `${run.context_length.toLocaleString("en")} tokens`,
+  vocabulary: `${run.vocabulary.toLocaleString("en")} tokens`,
+  "concurrent texts": `${run.limits.concurrent}, and ${run.limits.waiting} waiting`,
+});
+
+const rowsOfImages = (run) => ({
+  images: `${run.image_size} × ${run.image_size} pixels, ${run.channels === 1 ? "gray" : "RGB"}`,
+  neighbors: run.neighbors.note,
+  "largest image": `${run.limits.pixels / 1e6} megapixels; requests up to ${run.limits.body_bytes.toLocaleString("en")} bytes`,
+});
 
 async function poll(run) {
   if (!$("run").hidden && !document.hidden) {
@@ -35,7 +45,7 @@ async function poll(run) {
       position = answer;
       if (answer.lines.length) changed = Date.now();
       if (answer.more) return poll(run);
-      if (answer.lines.length || answer.whole) draw();
+      if (answer.lines.length || answer.whole) draw(run);
       describe(run);
     } catch (error) {
       say("run-status", error.message, true);
@@ -59,7 +69,14 @@ function pointsOf(some, value) {
   return some.map((line) => [line.step, value(line)]).filter(([, y]) => typeof y === "number");
 }
 
-function draw() {
+function draw(run) {
+  const small = { width: 504, height: 220, fromZero: true };
+  const [losses, others] = run.reads === "images" ? curvesOfImages() : curvesOfText();
+  const shown = others.filter(([, one]) => one.points.length);
+  $("curves").replaceChildren(chart(...losses), ...shown.map(([title, one]) => chart(title, [one], small)));
+}
+
+function curvesOfText() {
   const training = lines.filter((line) => typeof line.loss === "number");
   const kinds = [...new Set(training.flatMap((line) => Object.keys(line).filter((key) => key.startsWith("loss_"))))].sort();
   const losses = (kinds.length ? kinds : ["loss"]).map((key) => series(`training, ${key.replace(/^loss_?/, "") || "loss"}`, key, 0));
@@ -75,10 +92,30 @@ function draw() {
     const same = losses.findIndex((other) => other.name.endsWith(`, ${one.name.split(", ")[1]}`));
     one.color = same >= 0 ? same : losses.length === 1 && validations.length === 1 ? 0 : 2;
   });
-  const small = { width: 504, height: 220, fromZero: true };
-  $("curves").replaceChildren(
-    chart("Loss, nats per token", [...losses, ...validations]),
-    chart("Tokens per second", [series("tokens per second", "tokens_per_second", 5)], small),
-    chart("Learning rate", [series("learning rate", "learning_rate", 4)], small),
-  );
+  return [
+    ["Loss, nats per token", [...losses, ...validations]],
+    [
+      ["Tokens per second", series("tokens per second", "tokens_per_second", 5)],
+      ["Learning rate", series("learning rate", "learning_rate", 4)],
+    ],
+  ];
+}
+
+// A validation of pretraining has an objective's name, one of fine-tuning is called metrics.
+const validationOf = (line) => line.metrics ?? Object.values(line.validation ?? {})[0];
+
+function curvesOfImages() {
+  const validated = lines.filter(validationOf);
+  const measured = (name, key, color) => ({ name, color, points: pointsOf(validated, (line) => validationOf(line)[key]) });
+  return [
+    ["Loss", [series("training", "loss", 0), { ...measured("validation", "loss", 0), dashed: true }]],
+    [
+      ["k-NN accuracy", measured("k-NN accuracy", "knn_accuracy", 1)],
+      ["Accuracy", measured("accuracy", "accuracy", 1)],
+      ["Spread", measured("spread", "spread", 2)],
+      ["Effective rank", measured("effective rank", "effective_rank", 3)],
+      ["Images per second", series("images per second", "images_per_second", 5)],
+      ["Learning rate", series("learning rate", "learning_rate", 4)],
+    ],
+  ];
 }

@@ -93,7 +93,7 @@ def test_finetune_trains_on_a_folder_and_says_what_to_do_next(seeing_run, folder
         ("predict {tuned} --input {folder} --with-text", "--with-text is for texts"),
         ("sample {plain} --prompt a", "reads images, not text: kindling embed and kindling evaluate use it"),
         ("sample {tuned} --prompt a", "reads images, not text: kindling predict uses it"),
-        ("serve {plain}", "reads images, not text"),
+        ("serve {plain} --max-tokens 5 --compile", "--max-tokens and --compile are for texts"),
         ("harness {plain} --tasks a", "reads images, not text"),
         ("merge {plain} --out {out}", "is not fine-tuned"),
         ("finetune {plain} --run {out} --task classification --train {text}", "choose image_classification"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from lm import api
 from lm.cli.main import main
 from lm.serve import server
 
@@ -56,6 +57,28 @@ def test_with_a_key_there_is_no_warning(kindling, trained):
     result, apps = kindling(trained.path, "--port", 0, "--host", "0.0.0.0", "--api-key", "k")
     assert "warning" not in result.stderr
     assert policy(apps).key == "k"
+
+
+def test_a_run_that_reads_images_is_served_and_says_where_neighbors_are_sought(kindling, seeing_run):
+    result, apps = kindling(seeing_run.path, "--port", 0, "--max-waiting", 3)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^Neighbors are sought among all \d+ training images", result.stderr)
+    assert re.search(r"^serving run, step 6, at (http://127\.0\.0\.1:\d+) \(API: \1/api\)$", result.stderr, re.M)
+    assert apps[0].state.engine.capacity == 4
+
+
+def test_of_a_fine_tuned_run_on_images_the_best_checkpoint_is_served(kindling, image_classifier, monkeypatch):
+    wanted, load = [], api.load_task_model
+
+    def noted(run, *, checkpoint, device):
+        wanted.append(checkpoint)
+        return load(run, checkpoint=checkpoint, device=device)
+
+    monkeypatch.setattr(api, "load_task_model", noted)
+    for arguments in ((), ("--checkpoint", "newest"), ("--checkpoint", "best")):
+        result, _ = kindling(image_classifier.path, "--port", 0, *arguments)
+        assert result.exit_code == 0, result.output
+    assert wanted == ["best", "newest", "best"]
 
 
 @pytest.mark.parametrize(

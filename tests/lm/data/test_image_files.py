@@ -12,7 +12,16 @@ from PIL import Image
 from data_prep.errors import UserError
 from data_prep.shards.images import ImageFormat
 from lm.config.finetune_settings import FinetuneConfig
-from lm.data.image_files import Unread, has_validation, pictures_of, pixels_of, read_image_task, read_labeled
+from lm.data.image_files import (
+    Unread,
+    drawn_pictures,
+    has_validation,
+    pictures_of,
+    pixels_of,
+    pixels_of_file,
+    read_image_task,
+    read_labeled,
+)
 from tests.lm.conftest import draw_pictures
 
 FORM = ImageFormat(16, 3, (0.5,) * 3, (0.25,) * 3)
@@ -69,6 +78,47 @@ def test_the_content_of_other_images_is_another_one(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "files")
     Image.new("RGB", (16, 16), "red").save(tmp_path / "files" / "top" / "003.png")
     assert read_labeled(str(tmp_path / "files"), FORM).digest != read_labeled(str(folder), FORM).digest
+
+
+def test_drawn_images_come_from_all_over_the_source_the_same_ones_each_time(folder, tmp_path):
+    source = draw_pictures(tmp_path / "many", count=60)
+    (source / "top" / "000.png").write_text("no picture")
+    drawn, count = drawn_pictures(str(source), FORM, 40)
+    found = list(drawn)
+    assert count == 180
+    assert 20 < len(found) <= 40
+    assert {each.label for each in found} == {"left", "none", "top"}
+    assert {each.label for each in found[:12]} == {"left", "none", "top"}  # so that the first ones are a sample too
+    assert len({each.name for each in found}) == len(found)
+    assert [each.name for each in drawn_pictures(str(source), FORM, 40)[0]] == [each.name for each in found]
+    by_name = {each.name: each for each in pictures_of(str(source), FORM, Unread())}
+    assert all((by_name[each.name].pixels == each.pixels).all() for each in found)
+    assert len(list(drawn_pictures(str(source), FORM, 180)[0])) == 179  # but for the one that cannot be read
+
+
+def test_drawn_images_may_be_those_of_a_split_or_of_a_table(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "split" / "train")
+    shutil.copytree(folder, tmp_path / "split" / "val")
+    drawn, count = drawn_pictures(str(tmp_path / "split"), FORM, 100, split="train")
+    names = [each.name for each in drawn]
+    assert count == len(names) == 12
+    assert all(name.startswith("split/train/") for name in names)
+    files = sorted(folder.rglob("*.png"))
+    images = [{"bytes": path.read_bytes(), "path": path.name} for path in files]
+    table = pa.table({"image": images, "label": [path.parent.name for path in files]})
+    pq.write_table(table, tmp_path / "images.parquet", row_group_size=4)
+    drawn, count = drawn_pictures(str(tmp_path / "images.parquet"), FORM, 6)
+    labels = [each.label for each in drawn]
+    assert count == 12
+    assert 1 <= len(labels) <= 6
+    assert set(labels) <= {"left", "none", "top"}
+
+
+def test_an_image_file_with_more_pixels_than_allowed_is_refused(folder):
+    data = (folder / "top" / "000.png").read_bytes()
+    assert (pixels_of_file(data, FORM, 256) == np.asarray(Image.open(folder / "top" / "000.png"))).all()
+    with pytest.raises(UserError, match=r"cannot be used: more than 0 megapixels \(16 x 16\)"):
+        pixels_of_file(data, FORM, 255)
 
 
 def test_validation_images_are_those_named_or_those_the_source_sets_aside(folder, pictures, tmp_path):

@@ -26,6 +26,7 @@ from lm.export.image_model import compare_with_transformers, export_image_model,
 from lm.export.import_huggingface import import_checkpoint
 from lm.export.model_card import NO_FACTS, CardFacts
 from lm.export.task_model import TaskHead
+from lm.inference.attention_maps import attention_maps
 from lm.model.image_transformer import ImageTransformer
 from lm.runs import checkpoint
 from lm.runs.checkpoint_writer import snapshot
@@ -101,6 +102,20 @@ def test_hidden_states_are_those_of_pixtral_for_squares_and_others(make_run, tmp
             states = theirs(images).last_hidden_state
         assert states.std() > 0.5
         torch.testing.assert_close(our_states(run, images).flatten(0, 1), states[0], rtol=0, atol=1e-4)
+
+
+def test_attention_maps_are_those_of_transformers(make_run, tmp_path):
+    run = make_run(num_layers=3, hidden_size=48, num_heads=3)
+    where = exported(run, tmp_path / "out")
+    theirs = transformers.AutoModel.from_pretrained(where, attn_implementation="eager")
+    pixels = np.stack([RED_GREEN_BLUE.pixels(picture(16, 16, seed=seed)) for seed in range(3)])
+    found = attention_maps(run.load_image_model(torch.device("cpu")), RED_GREEN_BLUE, pixels)
+    for image, maps in zip(pixels, found, strict=True):
+        inputs = torch.from_numpy(normalized(RED_GREEN_BLUE, Image.fromarray(image))).float()[None]
+        with torch.no_grad():
+            (attention,) = theirs(inputs, output_attentions=True).attentions[-1]
+        assert attention.std() > 0.01
+        np.testing.assert_allclose(maps, attention.mean(1).unflatten(1, (4, 4)).numpy(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 40), (61, 40), (40, 61), (200, 33), (7, 9), (17, 16)])

@@ -19,6 +19,7 @@ from lm.data.images import denormalized, model_inputs
 from lm.data.patch_rows import layout_of
 from lm.data.training_data import training_rows
 from lm.evaluation.image_features import evaluate_images, verdict
+from lm.inference.attention_maps import attention_maps, overlaid
 from lm.objectives.objective import open_objective
 from lm.reports.image_report import principal_components, write_image_report
 from lm.reports.page import picture
@@ -66,7 +67,7 @@ def test_the_page_is_well_formed_needs_no_network_and_describes_each_picture(htm
     page = read_page(html)
     count = page.tags.count("img")
     assert count == len(re.findall(r'<img src="data:image/png;base64,[^"]+" alt="\w[^"]+" title="\w', html))
-    assert count == (8 * 3 if run.config.objective.objective == "simclr" else 8 * 2 + 8 * 4) + 10 * 6
+    assert count == (8 * 3 if run.config.objective.objective == "simclr" else 8 * 2 + 8 * 4) + 10 * 6 + 6 * 4
     assert run.path.name in page.words()
 
 
@@ -147,6 +148,26 @@ def test_neighbors_are_the_nearest_training_images_with_their_classes(html, run,
     assert words.count("✗") - 1 == 50 - right
 
 
+def test_attention_is_shown_over_held_out_images_for_all_heads_and_each(html, run, pictures, read_page):
+    split, model = pictures.split("validation"), run.load_image_model(torch.device("cpu"))
+    images = split.read(np.arange(6) * split.count // 6)
+    maps, found, words = attention_maps(model, run.image_format, images), images_of(html), read_page(html).words()
+    for number, (image, of_heads) in enumerate(zip(images, maps, strict=True), 1):
+        for name, shares in {"all heads": of_heads.mean(0), "head 1": of_heads[0], "head 2": of_heads[1]}.items():
+            shown = f"attention of {name} on held-out image {number}, at most {shares.max():.1%} on a patch"
+            assert (found[shown] == overlaid(image, shares)).all()
+            assert f"{shares.max() * 16:.1f} x" in words
+    assert "an even share, 1/16" in words
+
+
+def test_names_of_classes_are_not_broken_within_a_word(html):
+    (caption,) = re.findall(r"\.asked figcaption {([^}]+)}", html)
+    assert "overflow-wrap" not in caption
+    assert "word-break" not in caption
+    for columns in re.findall(r"\.asked {[^}]*grid-template-columns: ([^;]+);", html):
+        assert "minmax(min-content," in columns  # at least as wide as the longest word
+
+
 def test_the_evaluation_is_shown_next_to_its_baselines(html, run, read_page):
     words, found = read_page(html).words(), evaluate_images(run)
     assert "accuracy k-NN linear probe this run" in words
@@ -196,6 +217,7 @@ def test_without_the_data_only_the_pictures_are_missing(simclr, tmp_path, read_p
     ).words()
     assert "The pictures are missing because the run's data is not there" in words
     assert "Nearest neighbors" not in words
+    assert "Attention" not in words
     assert "effective rank" in words
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep.errors import UserError
 from lm.data.corpora import open_corpora
 from lm.evaluation.validation_loss import evaluate
+from lm.finetuning.finetune import finetune
 from lm.runs.directory import open_run
-from lm.runs.run_data import located, open_data
+from lm.runs.run_data import held_out_pictures, located, open_data, training_pictures
+from lm.training.reporter import NullReporter
+from tests.lm.conftest import draw_pictures
 
 
 @pytest.fixture
@@ -92,3 +97,47 @@ def test_a_folder_whose_name_ends_like_a_weight_is_that_folder(dataset, tmp_path
     assert (both.datasets[0].directory, [*map(int, both.weights)]) == (Path("v@2"), [3, 2])
     with pytest.raises(UserError, match='there is no folder "w@2", nor "w", with @2 taken as its weight'):
         open_corpora(["w@2"])
+
+
+def test_images_of_a_run_come_from_all_over_its_training_split(seeing_run, pictures, tmp_path):
+    drawn, count = training_pictures(seeing_run, 10)
+    found, split = list(drawn), pictures.split("train")
+    assert (len(found), count) == (10, split.count)
+    numbers = {split.source_of(number): number for number in range(split.count)}
+    chosen = np.array([numbers[each.name] for each in found])
+    assert (np.stack([each.pixels for each in found]) == split.read(chosen)).all()
+    assert [each.label for each in found] == [pictures.classes[split.labels[number]] for number in chosen]
+    assert len({each.label for each in found}) == 3
+    held_out = {pictures.split("validation").source_of(n) for n in range(pictures.split("validation").count)}
+    assert {each.name for each in held_out_pictures(seeing_run, 4)} < held_out
+    gone = replace(seeing_run, config=seeing_run.config.replace(data=(str(tmp_path / "gone"),)))
+    assert held_out_pictures(gone, 4) == []
+    with pytest.raises(UserError, match="is missing"):
+        training_pictures(gone, 10)
+
+
+def test_images_of_a_fine_tuned_run_are_its_examples(image_classifier, pictures, tmp_path):
+    def train_on(source: Path):
+        run = image_classifier
+        return replace(run, config=run.config.replace(train=str(source)))
+
+    drawn, count = training_pictures(image_classifier, 10)
+    assert (len(list(drawn)), count) == (10, pictures.split("train").count)
+    files = draw_pictures(tmp_path / "mine" / "train", count=2)
+    shutil.copytree(files, tmp_path / "mine" / "val")
+    drawn, count = training_pictures(train_on(tmp_path / "mine"), 10)
+    names = {each.name for each in drawn}
+    assert len(names) == count == 6
+    assert all(name.startswith("mine/train/") for name in names)
+    with pytest.raises(UserError, match="there is no file or folder"):
+        training_pictures(train_on(tmp_path / "gone"), 10)
+
+
+def test_examples_of_a_fine_tuned_run_are_found_from_another_working_directory(image_settings, tmp_path, monkeypatch):
+    draw_pictures(tmp_path / "there" / "mine", count=2)
+    monkeypatch.chdir(tmp_path / "there")
+    finetune(image_settings(train="mine", epochs=1), Path("run"), NullReporter())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    drawn, count = training_pictures(open_run("../there/run"), 10)
+    assert len(list(drawn)) == count == 6

@@ -77,7 +77,7 @@ class Answer:
 class Served:
     """A running server, and a plain client of it."""
 
-    service: Service
+    service: Any
     port: int
     stop: Callable[[], None]
 
@@ -123,13 +123,21 @@ class Served:
 def serve_run(run: Run, policy: AccessPolicy = LOCAL, limits: Limits = FEW) -> Iterator[Served]:
     checkpoint = run.newest()
     service = WatchedService.open(run, checkpoint, run.load_model(torch.device("cpu"), checkpoint), limits)
+    with serve_service(service, policy, lambda: "writer" in service.__dict__) as served:
+        yield served
+
+
+@contextmanager
+def serve_service(
+    service: Any, policy: AccessPolicy = LOCAL, is_ready: Callable[[], bool] = lambda: True
+) -> Iterator[Served]:
     listening = listen("127.0.0.1", 0)
     server = make_server(make_app(service, policy))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
         until = time.monotonic() + 120
-        while not (server.started and "writer" in service.__dict__):
+        while not (server.started and is_ready()):
             assert thread.is_alive()
             assert time.monotonic() < until
             time.sleep(0.005)
@@ -147,6 +155,12 @@ def serve_run(run: Run, policy: AccessPolicy = LOCAL, limits: Limits = FEW) -> I
 def serving() -> Callable[..., Any]:
     """Serve a run for a block: ``with serving(run, policy, limits) as served``."""
     return serve_run
+
+
+@pytest.fixture(scope="session")
+def serving_service() -> Callable[..., Any]:
+    """Serve a service for a block: ``with serving_service(service, policy) as served``."""
+    return serve_service
 
 
 @pytest.fixture(scope="session")
