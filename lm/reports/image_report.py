@@ -25,10 +25,11 @@ from lm.inference.embedding import Vectors
 from lm.inference.image_embedding import image_vectors
 from lm.model.device import choose_device
 from lm.model.image_transformer import ImageTransformer
+from lm.objectives.beit import BEiT
 from lm.objectives.image_views import ImageViews
 from lm.objectives.images import ImageObjective
 from lm.objectives.mae import MaskedAutoencoder
-from lm.objectives.objective import open_objective
+from lm.objectives.objective import open_objective, restore
 from lm.objectives.simclr import SimCLR
 from lm.reports.page import Panel, Scatter, draw, picture, render
 from lm.reports.run_report import environment, events_of, lead, settings_of
@@ -58,6 +59,7 @@ def write_image_report(run: Run, evaluation: dict[str, Any] | None, checkpoint: 
     objective = open_objective(run.config, run.image_format)
     assert isinstance(objective, ImageObjective)
     model = run.load_image_model(choose_device("auto"), checkpoint, objective.new_model)
+    restore(objective, model, checkpoint.objective())
     lines = list(run.metrics())
     corpora = _data_of(run)
     held_out = validation_rows(corpora, run.config) if corpora else None
@@ -73,7 +75,9 @@ def write_image_report(run: Run, evaluation: dict[str, Any] | None, checkpoint: 
         summary=_summary(lines),
         events=events_of(lines),
         sheet=_sheet(objective, TrainingImages(corpora, run.config)) if corpora else None,
-        rebuilt=_rebuilt(objective, model, held_out) if held_out and isinstance(objective, MaskedAutoencoder) else None,
+        rebuilt=_rebuilt(objective, model, held_out)
+        if held_out and isinstance(objective, (MaskedAutoencoder, BEiT))
+        else None,
         neighbors=_neighbors(model, run.image_format, held_out) if held_out else None,
         attention=_attention(model, run.image_format, held_out) if held_out else None,
         map=_map(model, run.image_format, held_out) if held_out else None,
@@ -119,17 +123,18 @@ def _sheet(objective: ImageObjective, training: TrainingImages) -> dict[str, lis
 
 
 @torch.no_grad()
-def _rebuilt(objective: MaskedAutoencoder, model: ImageTransformer, held_out: ImageValidation) -> dict[str, Any]:
+def _rebuilt(objective: MaskedAutoencoder | BEiT, model: ImageTransformer, held_out: ImageValidation) -> dict[str, Any]:
     """Held-out images, what the model sees of them, and what it makes of that."""
     numbers = held_out.held_out.choose(REBUILT)
     batch = objective.whole(held_out.held_out.read(numbers), numbers).to(next(model.parameters()).device)
     made = objective.pictures(model, batch)
-    names = {"original": "original", "visible": "visible", "rebuilt": "rebuilt"}
-    if scaled := objective.config.objective.normalize_patches:
-        names["flat"] = "without the model"
+    has_codes = isinstance(objective, BEiT)
+    scaled = objective.config.objective.normalize_patches and not has_codes
+    names = {"original": "original"} | ({"codes": "its codes"} if has_codes else {})
+    names |= {"visible": "visible", "rebuilt": "rebuilt"} | ({"flat": "without the model"} if scaled else {})
     rows = {name: _pictures(made[key], f"{name}, held-out image") for key, name in names.items()}
-    share = 1 - objective.visible / objective.config.model.patches
-    return {"rows": rows, "share": f"{share:.0%}", "scaled": scaled}
+    share = 1 - batch.kept.shape[1] / objective.config.model.patches
+    return {"rows": rows, "share": f"{share:.0%}", "scaled": scaled, "has_codes": has_codes}
 
 
 def _features(model: ImageTransformer, form: ImageFormat, split: HeldOutImages, numbers: NDArray[np.int64]) -> Vectors:
@@ -269,6 +274,13 @@ def _meaning(run: Run, lines: Sequence[dict[str, Any]]) -> list[str]:
             "The loss is the mean squared error of the hidden patches' pixels"
             f"{scaled if objective.normalize_patches else ''}. Training sees crops, validation whole images."
         )
+    if objective.objective == BEiT.name:
+        found.append(
+            "The loss is the cross-entropy of the hidden patches' codes: a model that finds all of them alike has "
+            f"{math.log(objective.visual_codes):.2f}. Code accuracy is the share of hidden patches whose code the "
+            "model finds most likely; a code that looks nearly the same counts as wrong. Training sees crops, "
+            "validation whole images."
+        )
     if validated:
         found.append(
             "Spread is the mean standard deviation of the features after scaling each to length 1, 1 if they point "
@@ -325,8 +337,12 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
         else {}
     )
     losses = Panel("loss", {"training": series(training, "loss")}, {"validation": series(validated, "loss")}, marks)
-    watched = [key for key in ("knn_accuracy", "spread", "effective_rank", "teacher_entropy") if series(validated, key)]
-    titles = {"knn_accuracy": "k-NN accuracy, validation"}
+    watched = [
+        key
+        for key in ("knn_accuracy", "code_accuracy", "spread", "effective_rank", "teacher_entropy")
+        if series(validated, key)
+    ]
+    titles = {"knn_accuracy": "k-NN accuracy, validation", "code_accuracy": "code accuracy, validation"}
     health = [Panel(titles.get(key, key.replace("_", " ")), {}, {"": series(validated, key)}) for key in watched]
     rates = [
         Panel(key.replace("_", " "), {"": series(training, key)})

@@ -111,6 +111,21 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(batches, model, seei
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_the_codes_of_hidden_patches_can_be_learned(batches):
+    objective, batch = batches.objective, batches.batch(0)
+    model = objective.new_model().initialize(0).train()
+    objective.begin(model)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    losses = []
+    for _ in range(30):
+        losses.append(objective.loss(model, batch)["beit"])
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0].item() == pytest.approx(np.log(12), abs=0.5), "as a guess"
+    assert losses[-1].item() < 1.5
+
+
 def test_a_validation_is_the_mean_over_whole_images(batches, model, pictures):
     objective, split = batches.objective, pictures.split("validation")
     config = objective.config.replace(validation_rows=0)

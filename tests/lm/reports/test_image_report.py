@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from data_prep.shards.codebook import load_codebook
 from lm.api import train
 from lm.cli.main import main
 from lm.data.images import denormalized, model_inputs
@@ -29,15 +30,16 @@ from lm.training.reporter import NullReporter
 
 
 @pytest.fixture(scope="module")
-def runs(pictures, seeing, tmp_path_factory) -> dict[str, Run]:
-    folder, config = tmp_path_factory.mktemp("runs"), seeing.replace(data=(str(pictures.directory),))
+def runs(pictures, seeing, visual_tokens, tmp_path_factory) -> dict[str, Run]:
+    folder = tmp_path_factory.mktemp("runs")
+    config = seeing.replace(data=(str(pictures.directory),), visual_tokenizer=str(visual_tokens))
     return {
         name: train(config.replace(objective=name), run=folder / f"{name} <&> one", reporter=NullReporter())
-        for name in ("simclr", "mae")
+        for name in ("simclr", "mae", "beit")
     }
 
 
-@pytest.fixture(scope="module", params=["simclr", "mae"])
+@pytest.fixture(scope="module", params=["simclr", "mae", "beit"])
 def run(request, runs) -> Run:
     return runs[request.param]
 
@@ -73,9 +75,10 @@ def test_the_page_is_well_formed_needs_no_network_and_describes_each_picture(htm
 
 def test_curves_and_what_they_mean_are_there(html, run, read_page):
     words = read_page(html).words()
-    last = [line for line in run.metrics() if "validation" in line][-1]["validation"][run.config.objective.objective]
+    validations = [line["validation"] for line in run.metrics() if "validation" in line]
+    best = min((each[run.config.objective.objective] for each in validations), key=lambda each: each["loss"])
     for name in ("knn accuracy", "spread", "effective rank"):
-        assert f"{name} {last[name.replace(' ', '_')]:.3f}" in words
+        assert f"{name} {best[name.replace(' ', '_')]:.3f}" in words
     for title in ("loss", "k-NN accuracy, validation", "spread", "effective rank", "learning rate"):
         assert f">{title}</text>" in html
     assert ">images per second</text>" in html
@@ -85,8 +88,11 @@ def test_curves_and_what_they_mean_are_there(html, run, read_page):
     assert "Pillow" in words
     if run.config.objective.objective == "simclr":  # -log of 1 in 2n - 1 views, for 12 and for 8 images
         assert f"{np.log(23):.2f}, and {np.log(15):.2f} in validation" in words
-    else:
+    elif run.config.objective.objective == "mae":
         assert "predicting 0 everywhere has 1" in words
+    else:
+        assert f"alike has {np.log(12):.2f}" in words
+        assert ">code accuracy, validation</text>" in html
 
 
 def test_the_sheet_has_the_very_views_of_training(html, run):
@@ -104,22 +110,29 @@ def test_the_sheet_has_the_very_views_of_training(html, run):
             assert np.abs(found[f"{name} of image {number + 1}"] - expected).max() <= 0.51
 
 
-def test_what_is_rebuilt_is_shown_for_mae_only(html, run, pictures):
+def test_what_is_rebuilt_is_shown_where_patches_are_hidden(html, run, pictures, visual_tokens):
     found = images_of(html)
     if run.config.objective.objective == "simclr":
         assert "Hidden and rebuilt" not in html
         return
-    split = pictures.split("validation")
+    split, rows = pictures.split("validation"), ["original", "visible", "rebuilt"]
+    rows += ["its codes"] if run.config.objective.objective == "beit" else []
     chosen = np.arange(8) * split.count // 8
     for number, original in enumerate(split.read(chosen), 1):
-        shown = {name: found[f"{name}, held-out image {number}"] for name in ("original", "visible", "rebuilt")}
+        shown = {name: found[f"{name}, held-out image {number}"] for name in rows}
         assert (shown["original"] == original).all()
         tiles = {name: each.reshape(4, 4, 4, 4, 3).swapaxes(1, 2).reshape(16, -1) for name, each in shown.items()}
         hidden = np.abs(tiles["visible"].astype(int) - 128).max(1) <= 1
         assert hidden.sum() == 12
-        assert (tiles["rebuilt"][~hidden] == tiles["original"][~hidden]).all()
-        assert (tiles["rebuilt"][hidden] != tiles["original"][hidden]).any()
-    assert "without the model, held-out image 1" in found
+        if "its codes" not in rows:
+            assert (tiles["rebuilt"][~hidden] == tiles["original"][~hidden]).all()
+            assert (tiles["rebuilt"][hidden] != tiles["original"][hidden]).any()
+            continue
+        book = load_codebook(visual_tokens)
+        codes, _ = book.encode(tiles["original"])
+        assert (tiles["its codes"] == book.pixels.reshape(12, -1)[codes]).all()
+        assert (tiles["rebuilt"][~hidden] == tiles["its codes"][~hidden]).all()
+    assert ("without the model, held-out image 1" in found) == (run.config.objective.objective == "mae")
 
 
 def test_neighbors_are_the_nearest_training_images_with_their_classes(html, run, pictures, read_page):

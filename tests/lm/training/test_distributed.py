@@ -25,6 +25,7 @@ from lm.config.settings import Config
 from lm.data.batch import Batch
 from lm.data.corpora import Corpora
 from lm.data.image_corpora import ImageCorpora, with_images
+from lm.data.visual_codes import with_codes
 from lm.model.transformer import Transformer
 from lm.objectives.batches import TrainingBatches
 from lm.objectives.objective import Objective
@@ -52,7 +53,7 @@ IMAGES = CONFIG.replace(
     projection_hidden_size=10, decoder_layers=1, decoder_size=32, gradient_clip=0.05,
     prototypes=14, queue_size=40, local_views=2, local_size=8, steps=8, teacher_momentum=0.6,
 )  # fmt: skip
-OBJECTIVES = ("simclr", "moco", "byol", "dino", "dinov2", "mae")
+OBJECTIVES = ("simclr", "moco", "byol", "dino", "dinov2", "mae", "beit")
 Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
@@ -124,11 +125,12 @@ def given_up(config: Config, corpora: Corpora, ranks: Ranks, path: Path) -> dict
     return {"error": str(error.value), "went back": training.state.ladder.roll_backs}
 
 
-def of_images(corpora: ImageCorpora, objective: str) -> Config:
-    return with_images(IMAGES.replace(objective=objective), corpora)
+def of_images(corpora: ImageCorpora, tokens: Path, objective: str) -> Config:
+    config = IMAGES.replace(objective=objective, visual_tokenizer=str(tokens))
+    return with_codes(with_images(config, corpora))
 
 
-def rank_of_several(data: Path, images: Path, out: Path) -> None:
+def rank_of_several(data: Path, images: Path, tokens: Path, out: Path) -> None:
     """What one rank computes; rank 0 writes tensors to ``out``, each rank what else it found to ``out``.RANK."""
     corpora, pictures = Corpora([open_dataset(data)]), ImageCorpora([open_images(images)])
     tensors: dict[str, torch.Tensor] = {}
@@ -151,7 +153,7 @@ def rank_of_several(data: Path, images: Path, out: Path) -> None:
                 found, told[f"{parallel} {name}"] = trained(config, corpora, ranks)
                 tensors |= {f"{parallel} {name} {key}": tensor for key, tensor in found.items()}
             for name in OBJECTIVES:
-                config = of_images(pictures, name)
+                config = of_images(pictures, tokens, name)
                 rows = config.data.batch_rows // ranks.world
                 for micro_batches in (1, 2):
                     changed = config.replace(micro_batch_rows=rows // micro_batches)
@@ -185,10 +187,10 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def several(request, dataset, pictures, tmp_path_factory):
+def several(request, dataset, pictures, visual_tokens, tmp_path_factory):
     """(world, tensors, what each rank found, (exit status, stderr) of each rank) of this file run as ranks."""
     world, out = request.param, tmp_path_factory.mktemp("ranks") / "out"
-    command = [sys.executable, __file__, str(dataset.directory), str(pictures.directory), str(out)]
+    command = [sys.executable, __file__, str(dataset.directory), str(pictures.directory), str(visual_tokens), str(out)]
     # Bound but not listening: no other process is given this port, and rank 0 can listen on it.
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -204,7 +206,7 @@ def several(request, dataset, pictures, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(dataset, pictures) -> Found:
+def alone(dataset, pictures, visual_tokens) -> Found:
     """The same by one process, all rows of a batch at once."""
     corpora, tensors, told = Corpora([dataset]), {}, {}
     found, told["gradient"] = gradients(CONFIG, corpora, Ranks())
@@ -214,7 +216,7 @@ def alone(dataset, pictures) -> Found:
         tensors |= {f"{name} {key}": tensor for key, tensor in found.items()}
     images = ImageCorpora([pictures])
     for name in OBJECTIVES:
-        config = of_images(images, name)
+        config = of_images(images, visual_tokens, name)
         found, told[f"{name} gradient"] = gradients(config, images, Ranks())
         tensors |= {f"gradient of {name} {key}": tensor.clone() for key, tensor in found.items()}
         found, told[name] = trained(config, images, Ranks())
