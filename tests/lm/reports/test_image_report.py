@@ -169,7 +169,9 @@ def test_names_of_classes_break_at_underscores_and_ten_letters_fit(pictures, sim
     assert "left_<wbr>&lt;b&gt;half</b></figcaption>" in html
     (columns,) = re.findall(r"\.asked { display: grid; grid-template-columns: ([^;]+);", html)
     (letters,) = re.findall(r"\.asked figcaption { font-size: ([.\d]+)rem", html)
-    assert min(float(width) for width in re.findall(r"([.\d]+)rem", columns)) > 10 * 0.59 * float(letters)  # of a wide font
+    assert min(float(width) for width in re.findall(r"([.\d]+)rem", columns)) > 10 * 0.59 * float(
+        letters
+    )  # of a wide font
 
 
 def test_the_evaluation_is_shown_next_to_its_baselines(html, run, read_page):
