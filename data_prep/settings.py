@@ -387,6 +387,36 @@ class BuildSettings:
             raise UserError("\n".join(found))
 
 
+@dataclass(frozen=True)
+class VisualTokenSettings:
+    """All settings of a build of visual tokens. ``workers`` does not affect the result."""
+
+    images: str
+    out: Path
+    patch_size: int  # pixels a side
+    codes: int = setting(512, "Number of codes, each standing for patches that look alike.", minimum=2, maximum=2**15)
+    seed: int = setting(0, "Random seed of the patches that the codes are learned from.", minimum=0)
+    shard_tokens: int = setting(
+        DEFAULT_SHARD_TOKENS, "Maximum tokens per shard file.", minimum=1, maximum=LARGEST_SHARD_TOKENS
+    )
+    workers: int = setting(0, "Worker processes; 0: one per available core.", minimum=0)
+
+    @classmethod
+    def from_options(cls, images: str | Path, out: str | Path, patch_size: int, **options: Any) -> VisualTokenSettings:
+        """Make settings from options, each named after a field here; errors as of ``ImageSettings``."""
+        known = {each.name: each.default for each in settings_of(cls)} | {"patch_size": 0}
+        given = {name: _as_given(name, value, known) for name, value in (options | {"patch_size": patch_size}).items()}
+        return cls(str(images), Path(out), **given)
+
+    def check(self) -> None:
+        """Raise ``UserError`` with one line per invalid setting."""
+        found = list(problems(self))
+        if self.patch_size < 1:
+            found.append(f"--patch-size {self.patch_size} must be at least 1 pixel")
+        if found:
+            raise UserError("\n".join(found))
+
+
 def _as_given(name: str, value: Any, known: dict[str, Any]) -> Any:
     if name not in known:
         similar = difflib.get_close_matches(name, known, 1)

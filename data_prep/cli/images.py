@@ -65,6 +65,35 @@ def print_image_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> N
     click.echo(f"next: {command('train')} {recipe} --data {out} --run runs/{out.resolve().name}")
 
 
+def print_visual_tokens(images: Path, out: Path, manifest: dict[str, Any], as_json: bool) -> None:
+    """Print what a build of visual tokens made."""
+    found = manifest["visual_tokenizer"]
+    counts = {name: {key: split[key] for key in ("documents", "tokens")} for name, split in manifest["splits"].items()}
+    if as_json:
+        splits = {name: counts[name] | measured for name, measured in found["splits"].items()}
+        click.echo(json.dumps({"out": str(out), "splits": splits, "visual_tokenizer": found}, indent=2))
+        return
+    rows = [
+        (
+            name,
+            f"{counts[name]['documents']:,}",
+            f"{counts[name]['tokens']:,}",
+            f"{measured['used_codes']:,} of {found['codes']:,}",
+            "–" if measured["perplexity"] is None else f"{measured['perplexity']:,.0f}",
+            "–" if measured["pixel_error"] is None else f"{measured['pixel_error']:.1f}",
+        )
+        for name, measured in found["splits"].items()
+    ]
+    print_table(("split", "images", "tokens", "codes used", "perplexity", "pixel error"), rows)
+    size = found["patch_size"]
+    click.echo(f"codes: of patches of {size} x {size} pixels; the pixel error is the root mean square, of 255")
+    click.echo(f"in: {out}")
+    click.echo(
+        f"next: {command('train')} {example_recipe('images-beit')} --data {images} --visual-tokenizer {out} "
+        f"--run runs/{out.resolve().name}"
+    )
+
+
 def some_classes(names: list[str]) -> str:
     """Return how many classes there are, with the first names."""
     if not names:

@@ -21,6 +21,7 @@ from data_prep.settings import (
     ImageSettings,
     ReadSettings,
     TokenizerSettings,
+    VisualTokenSettings,
 )
 
 DIRECTORY = click.Path(path_type=Path)
@@ -188,6 +189,34 @@ def images(
     print_image_summary(out, manifest, as_json)
     if manifest["left_out"]:
         context.exit(SKIPPED_STATUS)
+
+
+@main.command("visual-tokens", short_help="Turn a dataset of images into visual tokens.")
+@click.argument("images", metavar="IMAGES", type=DIRECTORY)
+@click.option("--out", type=DIRECTORY, required=True, help="Folder for the dataset; created if missing.")
+@click.option("--patch-size", type=int, required=True, help="Side of a patch in pixels, a divisor of the images'.")
+@options_of(VisualTokenSettings)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def visual_tokens(images: Path, out: Path, patch_size: int, as_json: bool, **settings: Any) -> None:
+    """Turn a dataset of images into visual tokens.
+
+    IMAGES is a dataset made by the command images. The patches of its training images are grouped into codes by
+    k-means, and each image becomes a document: the codes of its patches, row by row. The result is a dataset of tokens
+    like one of text, and its codebook.npy is what the objective beit predicts.
+
+    To resume a build that was stopped, run the same command again.
+    """
+    from data_prep.cli.images import print_visual_tokens
+
+    if out == STDOUT:
+        raise UserError("--out names a folder, so it cannot be standard output (-)")
+    import data_prep
+
+    try:
+        manifest = data_prep.build_visual_tokens(images, out, patch_size, **settings).manifest
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; run the same command again to resume") from None
+    print_visual_tokens(images, out, manifest, as_json)
 
 
 @main.command()

@@ -179,7 +179,8 @@ class _ImageBuild:
             return
         settings = self.plan.settings
         split, report, any_entry, any_image = SplitRule(settings.validation_fraction), ImageReport(), False, False
-        by_hash = any(item.split is None for part in self.plan.parts for item in part.items)
+        splits = {item.split for part in self.plan.parts for item in part.items}
+        by_hash = None in splits
         channels = settings.channels or 1
         for entry in self._entries():
             any_entry, settled = True, split.settled or not by_hash
@@ -206,6 +207,7 @@ class _ImageBuild:
             why = "; ".join(f"{cases.images:,} {reason}" for reason, cases in report.left_out.items())
             none = "all are for validation" if any_entry else "there are none"
             raise UserError(f"none of the images can be used for training: {why or none}")
+        by_hash = by_hash and not (split.all_equal and VALIDATION in splits)  # then a single image needs no division
         if by_hash and split.all_equal:
             raise UserError(
                 "there is only one image, or all are the same, too few for a validation split: add images, name others "

@@ -52,8 +52,8 @@ class SplitRule:
 
     @property
     def all_equal(self) -> bool:
-        """Whether a split is wanted but there is nothing to divide: all hashes so far are the same."""
-        return self._threshold > 0 and self._smallest == self._largest
+        """Whether a split is wanted but there is nothing to divide: no hashes yet, or all are the same."""
+        return self._threshold > 0 and self._smallest >= self._largest
 
     def add(self, document_hash: int) -> None:
         """Take the hash of one document into account."""

@@ -352,11 +352,14 @@ class Dataset:
 
     def check_files(self) -> None:
         """Raise ``UserError`` unless every file exists with the right size and header. Reads no tokens."""
-        path = self.directory / TOKENIZER_FILE
-        if not path.is_file() or sha256_of_file(path) != self.manifest["tokenizer"]["sha256"]:
-            raise UserError(
-                f'"{path}" is missing or not the tokenizer that produced these tokens: build the dataset again'
-            )
+        for made_by in ("tokenizer", "visual_tokenizer"):
+            entry = self.manifest.get(made_by)
+            if entry and not (
+                (path := self.directory / entry["file"]).is_file() and sha256_of_file(path) == entry["sha256"]
+            ):
+                raise UserError(
+                    f'"{path}" is missing or not the tokenizer that produced these tokens: build the dataset again'
+                )
         with os.scandir(self.directory) as entries:
             sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         for split in self._splits.values():

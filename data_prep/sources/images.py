@@ -52,7 +52,9 @@ ENDINGS = (
     *(".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2", ".avif"),
 )
 PARQUET = ".parquet"
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".rar", ".7z")  # as a whole, so they are not read
+# Archives that are compressed as a whole, and what makes a .tar of them.
+COMPRESSED = {".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tar.xz": "unxz", ".tar.zst": "unzstd"}
+COMPRESSED |= dict.fromkeys((".rar", ".7z"), "")
 FILE, MEMBER = "file", "member"  # kinds of items; the others are PARQUET, HUGGING_FACE and DIGITS
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # What folders of splits are called.
@@ -213,8 +215,12 @@ def _list_file(path: str) -> Listing:
             if is_there
             else f'there is no file or folder "{one_line(path)}"'
         )
-    if path.lower().endswith(COMPRESSED):
-        raise UserError(f'"{one_line(path)}" is compressed, so its images cannot be read at random: unpack it first')
+    for ending, program in COMPRESSED.items():
+        if path.lower().endswith(ending):
+            how = f"; {program} makes a .tar of it, which can be read" if program else ""
+            raise UserError(
+                f'"{one_line(path)}" is compressed, so its images cannot be read at random: unpack it first{how}'
+            )
     name, size = one_line(last_name(path)), size_of(path) or 0
     if path.lower().endswith(PARQUET):
         return Listing(name, list(_of_parquet(path, name)))

@@ -92,8 +92,8 @@ def _inconsistencies_of_images(config: Config) -> Iterator[str]:
             "or head_size"
         )
     if model.stem == "convolutional":
-        if objective == "mae":
-            yield "stem convolutional shows each patch its neighbors, which mae hides: choose linear"
+        if objective in ("mae", "beit"):
+            yield f"stem convolutional shows each patch its neighbors, which {objective} hides: choose linear"
         if model.patch_size & (model.patch_size - 1) or model.patch_size < 4:
             yield f"stem convolutional needs a patch_size of 4, 8 or 16, not {model.patch_size}"
     if config.objective.local_size % model.patch_size:

@@ -12,6 +12,7 @@ IMAGE_TASKS = ("image_classification",)
 TASKS = (*HEAD_TASKS, "instruction", "contrastive")
 # The methods of fine-tuning, each with AdamW's default learning rate.
 METHODS = {"full": 1e-3, "lora": 5e-3, "probe": 1e-2}
+IMAGE_METHODS = METHODS | {"full": 3e-4}  # on images (docs/lab-notes.md)
 # The matrices of a block that LoRA can adapt, by their names in it.
 ATTENTION_MATRICES, FEED_FORWARD_MATRICES = ("query", "key", "value", "output"), ("gate", "up", "down")
 LORA_MATRICES = ATTENTION_MATRICES + FEED_FORWARD_MATRICES

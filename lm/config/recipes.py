@@ -22,7 +22,7 @@ from data_prep.errors import UserError
 from data_prep.errors.command_names import command, example_recipe
 from data_prep.errors.other_names import other_name
 from lm.config.consistency import inconsistencies
-from lm.config.finetune_settings import METHODS, FinetuneConfig
+from lm.config.finetune_settings import IMAGE_METHODS, METHODS, FinetuneConfig
 from lm.config.setting import Setting
 from lm.config.settings import (
     Config,
@@ -186,7 +186,8 @@ def finetuning_config(
     start = dataclasses.replace(start, views=of_base.views)
     start = start.replace(**finetuning_defaults(images=of_base.reads_images), base=str(base))
     load = partial(load_config, recipe, settings, unknown_options=unknown_options)
-    return load(base=start.replace(learning_rate=METHODS[load(base=start).finetune.method]))
+    rates = IMAGE_METHODS if of_base.reads_images else METHODS
+    return load(base=start.replace(learning_rate=rates[load(base=start).finetune.method]))
 
 
 def pretraining_config(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_atomically
-from lm.config.finetune_settings import HEAD_TASKS, METHODS, FinetuneConfig
+from lm.config.finetune_settings import HEAD_TASKS, IMAGE_METHODS, METHODS, FinetuneConfig
 from lm.config.setting import Setting, setting
 
 # Each objective: the file of lm/objectives that makes it, and the readouts that a model can be asked for afterwards.
@@ -27,10 +27,12 @@ OBJECTIVES = {
     "moco": ("moco", ()),
     "byol": ("byol", ()),
     "dino": ("dino", ()),
+    "dinov2": ("dinov2", ()),
     "mae": ("mae", ()),
+    "beit": ("beit", ()),
 }
 # The objectives that learn from images; the others learn from text.
-IMAGE_OBJECTIVES = ("simclr", "moco", "byol", "dino", "mae")
+IMAGE_OBJECTIVES = ("simclr", "moco", "byol", "dino", "dinov2", "mae", "beit")
 # The kinds of files that ``kindling predict`` and ``kindling embed`` write.
 ANSWER_FILES, VECTOR_FILES = (".jsonl", ".csv", ".tsv"), (".jsonl", ".npy")
 
@@ -157,10 +159,10 @@ class ObjectiveConfig:
         0.2, "simclr, moco: cosine similarities are divided by this", minimum=0.001, maximum=100
     )
     projection_size: int = setting(
-        128, "simclr, moco, byol, dino: width of the vectors that are compared", minimum=2, on_resume="never"
+        128, "simclr, moco, byol, dino, dinov2: width of the vectors that are compared", minimum=2, on_resume="never"
     )
     projection_hidden_size: int = setting(
-        512, "simclr, moco, byol, dino: width inside the projection head", minimum=2, on_resume="never"
+        512, "simclr, moco, byol, dino, dinov2: width inside the projection head", minimum=2, on_resume="never"
     )
     queue_size: int = setting(
         0,
@@ -170,37 +172,58 @@ class ObjectiveConfig:
     )
     teacher_momentum: float = setting(
         0.99,
-        "moco, byol, dino: share of the teacher's weights that a step keeps; it rises to 1 along a cosine",
+        "moco, byol, dino, dinov2: share of the teacher's weights that a step keeps; it rises to 1 along a cosine",
         minimum=0,
         maximum=1,
     )
-    prototypes: int = setting(1024, "dino: number of prototypes", minimum=2, on_resume="never")
-    student_temperature: float = setting(0.1, "dino: the student's scores are divided by this", minimum=0.001)
-    teacher_temperature: float = setting(0.04, "dino: the teacher's scores are divided by this", minimum=0.001)
+    prototypes: int = setting(1024, "dino, dinov2: number of prototypes", minimum=2, on_resume="never")
+    student_temperature: float = setting(0.1, "dino, dinov2: the student's scores are divided by this", minimum=0.001)
+    teacher_temperature: float = setting(0.04, "dino, dinov2: the teacher's scores are divided by this", minimum=0.001)
     first_teacher_temperature: float = setting(
-        0.04, "dino: teacher_temperature at the start, from where it rises linearly", minimum=0.001
+        0.04, "dino, dinov2: teacher_temperature at the start, from where it rises linearly", minimum=0.001
     )
     teacher_warmup: float = setting(
-        0.1, "dino: share of the steps after which teacher_temperature is reached", minimum=0, maximum=1
+        0.1, "dino, dinov2: share of the steps after which teacher_temperature is reached", minimum=0, maximum=1
     )
     center_momentum: float = setting(
-        0.9, "dino: share of the center of the teacher's scores that a step keeps", minimum=0, maximum=1
+        0.9, "dino, dinov2: share of the center of the teacher's scores that a step keeps", minimum=0, maximum=1
     )
     prototypes_frozen: float = setting(
-        0.01, "dino: share of the steps, at the start, in which prototypes do not change", minimum=0, maximum=1
+        0.01, "dino, dinov2: share of the steps, at the start, in which prototypes do not change", minimum=0, maximum=1
     )
-    local_views: int = setting(4, "dino: smaller views of each image that only the student sees", minimum=0, maximum=64)
+    centering: str = setting(
+        "auto",
+        "dino, dinov2: what keeps the teacher from one prototype for all: mean subtracts a moving average, sinkhorn "
+        "balances each batch; auto: mean for dino, sinkhorn for dinov2",
+        choices=("auto", "mean", "sinkhorn"),
+    )
+    ibot_weight: float = setting(
+        1.0, "dinov2: weight of the loss of patches (patch_mask_rate) that are hidden from the student", minimum=0
+    )
+    koleo_weight: float = setting(0.1, "dinov2: weight of the loss that spreads features out", minimum=0)
+    local_views: int = setting(
+        4, "dino, dinov2: smaller views of each image that only the student sees", minimum=0, maximum=64
+    )
     local_size: int = setting(
-        0, "dino: side of the smaller views in pixels, a multiple of patch_size; 0: half the image's", minimum=0
+        0, "dino, dinov2: side of the smaller views in pixels, a multiple of patch_size; 0: half the image's", minimum=0
     )
     local_area: float = setting(
         0.05,
-        "dino: smallest share of the image's area in a smaller view; the largest is crop_area",
+        "dino, dinov2: smallest share of the image's area in a smaller view; the largest is crop_area",
         minimum=0.01,
         maximum=1,
     )
     patch_mask_rate: float = setting(
-        0.75, "mae: share of an image's patches that are hidden and predicted", minimum=0.01, maximum=0.99
+        0.75, "mae, beit: share of an image's patches that are hidden and predicted", minimum=0.01, maximum=0.99
+    )
+    visual_tokenizer: str = setting(
+        "",
+        "beit: folder of visual tokens, or its codebook.npy, whose codes are predicted; made by kindling prep "
+        "visual-tokens",
+        on_resume="never",
+    )
+    visual_codes: int = setting(
+        0, "beit: number of codes; 0: those of visual_tokenizer", minimum=0, maximum=2**15, on_resume="never"
     )
     normalize_patches: bool = setting(
         True, "mae: predict the pixels of a patch after normalizing them by their own mean and variance"
@@ -227,25 +250,25 @@ class ViewsConfig:
     color_jitter: float = setting(
         0.5,
         "strength of color changes: brightness, contrast and saturation by up to 0.8 times this, hue by up to 0.2 "
-        "times this (not mae)",
+        "times this (not mae, beit)",
         minimum=0,
         maximum=1.25,
         finetuning=0.0,
     )
-    color_jitter_rate: float = setting(0.8, "probability of color changes (not mae)", minimum=0, maximum=1)
+    color_jitter_rate: float = setting(0.8, "probability of color changes (not mae, beit)", minimum=0, maximum=1)
     grayscale: float = setting(
-        0.2, "probability of a view without color (not mae)", minimum=0, maximum=1, finetuning=0.0
+        0.2, "probability of a view without color (not mae, beit)", minimum=0, maximum=1, finetuning=0.0
     )
     blur: float = setting(
         0.5,
-        "probability of Gaussian blur in views of at least 64 pixels (not mae)",
+        "probability of Gaussian blur in views of at least 64 pixels (not mae, beit)",
         minimum=0,
         maximum=1,
         finetuning=0.0,
     )
     solarize: float = setting(
         0.0,
-        "probability of inverting the pixels above one half (not mae)",
+        "probability of inverting the pixels above one half (not mae, beit)",
         minimum=0,
         maximum=1,
         finetuning=0.0,
@@ -448,6 +471,7 @@ def finetuning_settings() -> list[Setting]:
     own = [s for s in all_settings() if s.section in sections or s.name == "dropout"]
     own = [s for s in own if s.name != "base" and not s.pretraining_only]
     by_method = f"; the default by method: {', '.join(f'{name} {rate:g}' for name, rate in METHODS.items())}"
+    by_method += f" (full on images: {IMAGE_METHODS['full']:g})"
     return [
         dataclasses.replace(
             s,

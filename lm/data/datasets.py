@@ -9,6 +9,7 @@ from data_prep.shards.images import holds_images
 from lm.config.settings import Config
 from lm.data.corpora import Corpora, check_entries, open_corpora, with_vocabulary
 from lm.data.image_corpora import ImageCorpora, open_image_corpora, with_images
+from lm.data.visual_codes import with_codes
 
 
 def open_training_data(data: Sequence[str]) -> Corpora | ImageCorpora:
@@ -29,8 +30,10 @@ def open_training_data(data: Sequence[str]) -> Corpora | ImageCorpora:
     return open_corpora(data)
 
 
-def settled(config: Config, corpora: Corpora | ImageCorpora) -> Config:
-    """The settings with what the data decides: the vocabulary, or the size of the images.
+def settled(config: Config, corpora: Corpora | ImageCorpora, before: Config | None = None) -> Config:
+    """The settings with what the data decides: the vocabulary, or the size of the images and the number of codes.
+
+    ``before``: the settings of the run as it was begun, if it is resumed.
 
     Raises:
         UserError: settings and data do not fit together.
@@ -39,4 +42,6 @@ def settled(config: Config, corpora: Corpora | ImageCorpora) -> Config:
         there, asked = ("text", "images") if config.reads_images else ("images", "text")
         hint = "set patch_size, or start from a recipe such as images-simclr" if there == "images" else "choose others"
         raise UserError(f"{corpora.name} holds {there}, and these settings are for {asked}: {hint}")
-    return with_images(config, corpora) if isinstance(corpora, ImageCorpora) else with_vocabulary(config, corpora)
+    if isinstance(corpora, ImageCorpora):
+        return with_codes(with_images(config, corpora), before)
+    return with_vocabulary(config, corpora)

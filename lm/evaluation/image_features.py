@@ -21,6 +21,7 @@ from lm.data.examples import Example, Labels
 from lm.data.image_corpora import ImageCorpora
 from lm.data.image_files import TRAIN, VALIDATION, LabeledImages, has_validation, read_labeled, require_format
 from lm.data.images import HeldOutImages
+from lm.data.labels import class_name
 from lm.evaluation.baselines import Progress
 from lm.evaluation.bootstrap import Accuracy
 from lm.evaluation.image_probes import (
@@ -185,7 +186,8 @@ def _labeled(corpora: ImageCorpora, split: str) -> LabeledImages:
             "--train FOLDER --test FOLDER"
         )
     place = f"{corpora.name}, {split} split"
-    examples = [Example((), images.classes[label], place) for label in images.labels[numbers].tolist()]
+    names = [class_name("label", name) for name in images.classes]
+    examples = [Example((), names[label], place) for label in images.labels[numbers].tolist()]
     return LabeledImages(examples, lambda some: images.read(numbers[some]), f"{corpora.fingerprint} {split}", [])
 
 

@@ -1,4 +1,7 @@
-"""Heads on features: what an objective that compares views adds to the trunk. They own the norm of the features."""
+"""Heads on features: what an objective that compares views, or predicts codes, adds to the trunk.
+
+They own the norm of the features.
+"""
 
 from __future__ import annotations
 
@@ -53,3 +56,28 @@ class PrototypeHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             prototypes = self.prototypes.detach() + 0 * self.prototypes if frozen else self.prototypes
             return F.normalize(x, dim=-1) @ F.normalize(prototypes.float(), dim=-1).T
+
+
+class MaskingPrototypeHead(PrototypeHead):
+    """As ``PrototypeHead``, with the vector ``mask`` (1, width) that replaces a hidden patch in front of the trunk."""
+
+    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int, epsilon: float) -> None:
+        super().__init__(width, hidden, bottleneck, prototypes, epsilon)
+        self.mask = nn.Parameter(torch.zeros(1, width))
+
+
+class CodePredictor(nn.Module):
+    """BEiT's head (Bao et al. 2021, section 2.3): a norm, and the matrix ``codes`` that scores codes.
+
+    ``mask``, (1, width), stands for each hidden patch in what the trunk reads.
+    """
+
+    def __init__(self, width: int, codes: int, epsilon: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, epsilon)
+        self.mask = nn.Parameter(torch.zeros(1, width))
+        self.codes = nn.Linear(width, codes, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What ``codes`` scores, (…, width), of hidden states of the same shape."""
+        return self.norm(hidden)

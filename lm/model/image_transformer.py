@@ -110,13 +110,21 @@ class ImageTransformer(nn.Module):
         initialize(self, seed, identity=identity)
         return self
 
-    def forward(self, images: Sequence[Tensor], layout: PatchLayout, kept: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        layout: PatchLayout,
+        kept: Tensor | None = None,
+        masked: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Hidden states of the patches of all images.
 
         Args:
             images: float32 (n, C, H, W), the images of each size.
             layout: where their patches stand in rows, on the same device.
             kept: int64 (n, k), the patches to read of each image, which are all of one size; None: all.
+            masked: bool (n, patches), where each image is a row, and the vector (1, hidden) that stands for the
+                patches where it is true.
 
         Returns:
             (n, patches, hidden) if each image is a row; else (patches, hidden), one image after another.
@@ -127,16 +135,22 @@ class ImageTransformer(nn.Module):
             cut = [whole.gather(1, kept[..., None].expand(-1, -1, whole.shape[2]))]
         if layout.slots is None or layout.places is None:
             (patches,) = cut
-            return self._read(patches, layout)
+            return self._read(patches, layout, masked)
         flat = torch.cat([each.flatten(0, 1) for each in cut])
         return self._read(flat[layout.slots], layout).flatten(0, 1)[layout.places]
 
-    def _read(self, patches: Tensor, layout: PatchLayout) -> Tensor:
+    def _read(self, patches: Tensor, layout: PatchLayout, masked: tuple[Tensor, Tensor] | None = None) -> Tensor:
         through = self._compiled if self._compiled and self.training else self._through_trunk
-        return through(patches, layout.positions, layout.lo, layout.hi)
+        return through(patches, layout.positions, layout.lo, layout.hi, masked)
 
-    def _through_trunk(self, patches: Tensor, positions: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-        return self.blocks(self.embedding(patches), positions, lo, hi, None)
+    def _through_trunk(
+        self, patches: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, masked: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        x = self.embedding(patches)
+        if masked is not None:
+            hidden, mask = masked
+            x = torch.where(hidden[..., None], mask.to(x.dtype), x)
+        return self.blocks(x, positions, lo, hi, None)
 
     def compile_training(self) -> None:
         """Run training passes through ``torch.compile``, at the first one of each shape; others stay eager."""

@@ -21,6 +21,7 @@ from lm.objectives.objective import Measure
 
 # Images that a validation in the middle of a run seeks neighbors among, and the number of neighbors that vote.
 NEIGHBORS_AMONG, NEIGHBORS = 2000, 20
+VOTES_AT_ONCE = 1024  # images whose cosines with those are in memory together
 
 
 class ImageObjective(ABC):
@@ -150,10 +151,12 @@ def nearest_classes(
     Weighted voting as in Wu et al. 2018 (section 3.4); the temperature is lightly's for CIFAR.
     """
     unit, bank = (each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in (vectors, among))
-    cosines = unit @ bank.T
-    count = min(NEIGHBORS, len(among))
-    nearest = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
-    votes = np.zeros((len(vectors), classes))
-    rows = np.arange(len(vectors))[:, None]
-    np.add.at(votes, (rows, labels[nearest]), np.exp(np.take_along_axis(cosines, nearest, axis=1) / 0.1))
-    return votes.argmax(1)
+    count, found = min(NEIGHBORS, len(among)), np.empty(len(vectors), dtype=np.int64)
+    for first in range(0, len(vectors), VOTES_AT_ONCE):
+        cosines = unit[first : first + VOTES_AT_ONCE] @ bank.T
+        nearest = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
+        votes = np.zeros((len(cosines), classes))
+        rows = np.arange(len(cosines))[:, None]
+        np.add.at(votes, (rows, labels[nearest]), np.exp(np.take_along_axis(cosines, nearest, axis=1) / 0.1))
+        found[first : first + VOTES_AT_ONCE] = votes.argmax(1)
+    return found

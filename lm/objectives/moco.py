@@ -59,7 +59,7 @@ class MoCo(ViewMethod):
         return F.normalize(head(features).float(), dim=2).transpose(0, 1)
 
     def compare(self, vectors: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
-        """The mean InfoNCE of both directions (section 3 of the paper of 2021, without its factor of 2 x temperature)."""
+        """The mean InfoNCE of both directions (the paper of 2021, section 3, without its factor 2 x temperature)."""
         assert targets is not None
         assert isinstance(self.memory, Queue)
         queue = self.memory.keys[: int(self.memory.filled)].to(targets.device)

@@ -27,6 +27,7 @@ from lm.data.datasets import open_training_data, settled
 from lm.data.image_corpora import ImageCorpora, sized
 from lm.data.images import ImageRows, TrainingImages
 from lm.data.rows import TrainingRows
+from lm.data.visual_codes import with_codes
 from lm.model.device import (
     available_memory,
     choose_device,
@@ -432,6 +433,8 @@ def _random_rows(config: Config) -> tuple[Config, Rows | ImageRows]:
             raise UserError("a plan needs --data, or --image-size instead of it")
         channels = config.model.image_channels or 3
         config = sized(config, size, channels)
+        if not config.objective.visual_codes:
+            config = with_codes(config)
         drawn = keyed_random.uniform(0, numbers, size * size * channels) * 256
         return config, ImageRows(drawn.astype(np.uint8).reshape(-1, size, size, channels), numbers)
     if not config.model.vocab_size:

@@ -68,8 +68,8 @@ class Pretraining(TrainModule[Any]):
             corpora = open_data(Run(path, config))
         if config.data.verify_data:
             ranks.on_main(corpora.verify)
-        config = ranks.on_main(partial(settled, config, corpora))
         before = load_config(path / "config.toml") if (path / "config.toml").is_file() else None
+        config = ranks.on_main(partial(settled, config, corpora, before))
         may_shrink = not config.data.micro_batch_rows and ranks.world == 1
         module = cls(config, path, corpora, ranks, may_shrink=may_shrink)
         if config.training.init_from:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from data_prep.pipeline.images import build_images
+from data_prep.pipeline.visual_tokens import build_visual_tokens
 from data_prep.shards.images import ImageDataset, open_images
 from data_prep.shards.tokens import Dataset
 from lm.config.recipes import finetuning_config
@@ -47,6 +48,13 @@ def pictures(tmp_path_factory) -> ImageDataset:
     out = folder / "dataset"
     build_images([draw_pictures(folder / "files")], out, 16, validation_fraction=0.2, workers=1)
     return open_images(out)
+
+
+@pytest.fixture(scope="session")
+def visual_tokens(pictures, tmp_path_factory) -> Path:
+    """``pictures`` as a dataset of visual tokens: 12 codes for patches of 4 x 4 pixels."""
+    out = tmp_path_factory.mktemp("visual") / "tokens"
+    return build_visual_tokens(pictures.directory, out, 4, codes=12, workers=1).directory
 
 
 @pytest.fixture(scope="session")

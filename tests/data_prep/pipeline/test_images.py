@@ -276,6 +276,17 @@ def test_validation_images_may_be_named(tmp_path: Path) -> None:
         build(settings_for(splits, tmp_path / "no", validation=[str(others)]))
 
 
+def test_a_single_image_may_join_others_that_have_validation_images(tmp_path: Path) -> None:
+    files = {f"{split}/{n}.png": encoded(picture(n), "PNG") for n, split in enumerate(("train", "val"))}
+    splits, one = write_tree(tmp_path / "x", files), write_tree(tmp_path / "one", {"1.png": encoded(picture(9), "PNG")})
+    build(ImageSettings.from_options([splits, one], tmp_path / "out", SIZE, validation_fraction=0.5, workers=1))
+    found = {name: split for name, (split, *_) in content(open_images(tmp_path / "out")).items()}
+    assert found == {"x/train/0.png": "train", "x/val/1.png": "validation", "one/1.png": "train"}
+    (one / "1.png").write_bytes(b"broken")
+    manifest = build(ImageSettings.from_options([splits, one], tmp_path / "other", SIZE, workers=1))
+    assert manifest["split_rule"]["threshold"] == "0x0000000000000000"
+
+
 def test_identical_images_are_in_the_same_split(tmp_path: Path) -> None:
     files = {f"{n}-{copy}.png": encoded(picture(n), "PNG") for n in range(20) for copy in range(3)}
     build(settings_for(write_tree(tmp_path / "x", files), tmp_path / "out"))

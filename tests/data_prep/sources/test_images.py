@@ -248,7 +248,8 @@ def test_a_cut_archive_gives_what_is_whole(tmp_path: Path) -> None:
         ("x.tar", "is not a whole .tar"),
         ("x.parquet", "is not a whole .parquet file"),
         ("x.zip", "is not a whole .zip"),
-        ("x.tar.gz", "is compressed, so its images cannot be read at random: unpack it first"),
+        ("x.tar.gz", "cannot be read at random: unpack it first; gunzip makes a .tar of it, which can be read$"),
+        ("x.7z", "is compressed, so its images cannot be read at random: unpack it first$"),
         ("builtin", "the built-in images are builtin:digits"),
         ("-", "images cannot come from standard input"),
         ("*.png", r'no image in "\*\.png"'),
@@ -262,7 +263,7 @@ def test_a_source_without_images_is_refused(
     for folder in ("empty", "linked"):
         (tmp_path / folder).mkdir()
     (tmp_path / "linked" / "pets").symlink_to(tmp_path / "pets")
-    for file in ("x.tar", "x.parquet", "x.zip", "x.tar.gz"):
+    for file in ("x.tar", "x.parquet", "x.zip", "x.tar.gz", "x.7z"):
         (tmp_path / file).write_bytes(b"x" * 2000)
     with pytest.raises(UserError, match=message) as error:
         found(name)

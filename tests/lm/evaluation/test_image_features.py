@@ -122,6 +122,14 @@ def test_folders_and_datasets_can_be_judged_on(image_run, pictures, tmp_path, re
         evaluate_images(image_run, data=str(tmp_path / "small"))
 
 
+def test_classes_are_the_same_however_unicode_composes_their_names(image_run, tmp_path):
+    folder = draw_pictures(tmp_path / "files", 8)
+    (folder / "top").rename(folder / "u\u0308ber")  # as macOS names it
+    build_images([folder], tmp_path / "data", 16, validation_fraction=0.4, workers=1)
+    found = evaluate_images(image_run, data=str(tmp_path / "data"), train=str(folder))
+    assert found["classes"] == 3
+
+
 def test_one_training_image_of_each_class_is_enough(image_run, pictures, tmp_path):
     found = evaluate_images(image_run, train=str(draw_pictures(tmp_path, 1)), test=str(pictures.directory))
     assert found["features"]["knn"]["chosen"] == "k 1"

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from data_prep.errors import UserError
+from lm import api
 from lm.inference.image_embedding import image_vectors
 from lm.inference.image_model import ImageEncoder, in_parts, pixels_of_all
 from tests.lm.conftest import draw_pictures
@@ -46,6 +47,16 @@ def test_of_an_image_of_another_size_the_middle_is_scaled(encoder):
 def test_a_single_image_must_be_in_a_list(encoder, given):
     with pytest.raises(UserError, match="even if it is only one"):
         encoder.embed(given)
+
+
+def test_each_method_that_only_models_of_text_have_is_refused(seeing_run):
+    model = api.load(seeing_run, device="cpu")
+    methods = {name for name, method in vars(api.Model).items() if callable(method) and not name.startswith("_")}
+    for name in methods - set(dir(api.ImageModel)):
+        with pytest.raises(UserError, match=f"reads images, so there is no {name}: use embed"):
+            getattr(model, name)
+    with pytest.raises(AttributeError, match="has no attribute 'generated'"):
+        model.generated  # noqa: B018
 
 
 @pytest.mark.parametrize(

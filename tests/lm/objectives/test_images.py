@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -63,6 +64,18 @@ def test_the_nearest_vectors_vote_as_by_brute_force(count):
     expected = [voted(among, labels, vector, 4) for vector in vectors]
     assert len(set(expected)) > 1
     assert nearest_classes(among, labels, vectors, 4).tolist() == expected
+
+
+def test_many_vectors_vote_in_bounded_memory():
+    among, vectors = (DRAW.standard_normal((n, 4)).astype(np.float32) for n in (500, 9000))
+    labels = DRAW.integers(0, 4, 500)
+    tracemalloc.start()
+    found = nearest_classes(among, labels, vectors, 4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 9000 * 500 * 4, "the cosines of all are never in memory"
+    some = [0, 1023, 1024, 8999]
+    assert found[some].tolist() == [voted(among, labels, vectors[n], 4) for n in some]
 
 
 @pytest.mark.parametrize("objective", ["simclr", "mae"])
