@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lm.config.settings import Config, ModelConfig, ViewsConfig
+from lm.config.settings import IMAGE_OBJECTIVES, Config, ModelConfig, ViewsConfig
 from lm.data.corpora import open_corpora
 from lm.data.views import draw_views, make_views
 from lm.evaluation.minimal_pairs import Pairs, evaluate_model
@@ -196,3 +196,26 @@ def test_views_of_images_are_those_of_a_cpu():
     assert torch.allclose(views[0], views[1], rtol=0, atol=2e-5)
     again = make_views(images.to(GPU), draws, 64, settings).cpu()
     assert torch.equal(again, views[1])
+
+
+@pytest.fixture(scope="module")
+def images(pictures, seeing, visual_tokens) -> Config:
+    """Settings of a model of images with heads that the kernels take, in float32."""
+    data = {"data": (str(pictures.directory),), "visual_tokenizer": str(visual_tokens)}
+    return seeing.replace(hidden_size=64, num_heads=2, device="cuda", precision="float32", **data)
+
+
+@pytest.mark.parametrize("objective", IMAGE_OBJECTIVES)
+def test_images_are_learned_as_on_a_cpu_and_a_run_that_was_cut_off_ends_with_the_same_bits(
+    objective, images, tmp_path, quietly
+):
+    config = images.replace(objective=objective)
+    on_gpu, on_cpu = (quietly(each, tmp_path / each.training.device) for each in (config, config.replace(device="cpu")))
+    losses = [[line["loss"] for line in run.metrics() if "loss" in line] for run in (on_gpu, on_cpu)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    with pytest.raises(InterruptedError):
+        train(config, tmp_path / "cut off", StopAt(3))
+    again = quietly(config, tmp_path / "cut off").newest()
+    for mine, whole in ((again.model(), on_gpu.newest().model()), (again.objective(), on_gpu.newest().objective())):
+        assert mine.keys() == whole.keys()
+        assert all(torch.equal(mine[name], whole[name]) for name in mine)
