@@ -55,7 +55,7 @@ from lm.training.terminal import TerminalProgress
 __all__ = ["Config", "Run", "Sampling", "UserError", "evaluate", "finetune", "load", "train"]
 
 ROWS = 16  # texts that are generated at the same time
-TEXT_METHODS = ("generate", "fill", "score", "perplexity", "tokenizer")
+TEXT_METHODS: tuple[str, ...] = ("generate", "fill", "score", "perplexity", "tokenizer")
 TEXT_METHODS += ("save_gguf", "save_sentence_transformer", "save_adapter")
 
 

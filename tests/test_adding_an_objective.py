@@ -42,10 +42,11 @@ def copy(tmp_path_factory) -> Path:
     settings = folder / "lm" / "config" / "settings.py"
     text = settings.read_text(encoding="utf-8")
     assert text.count("OBJECTIVES = {\n") == 1
-    assert text.count('IMAGE_OBJECTIVES = ("simclr", "moco", "byol", "dino", "mae")\n') == 1
+    assert text.count('IMAGE_OBJECTIVES = ("simclr", "moco", "byol", "dino", "dinov2", "mae")\n') == 1
     text = text.replace("OBJECTIVES = {\n", "OBJECTIVES = {\n" + "".join(lines))
     settings.write_text(
-        text.replace('IMAGE_OBJECTIVES = ("simclr", "moco", "byol", "dino", "mae")\n', images), encoding="utf-8"
+        text.replace('IMAGE_OBJECTIVES = ("simclr", "moco", "byol", "dino", "dinov2", "mae")\n', images),
+        encoding="utf-8",
     )
     return folder
 

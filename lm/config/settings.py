@@ -27,11 +27,12 @@ OBJECTIVES = {
     "moco": ("moco", ()),
     "byol": ("byol", ()),
     "dino": ("dino", ()),
+    "dinov2": ("dinov2", ()),
     "mae": ("mae", ()),
     "beit": ("beit", ()),
 }
 # The objectives that learn from images; the others learn from text.
-IMAGE_OBJECTIVES = ("simclr", "moco", "byol", "dino", "mae", "beit")
+IMAGE_OBJECTIVES = ("simclr", "moco", "byol", "dino", "dinov2", "mae", "beit")
 # The kinds of files that ``kindling predict`` and ``kindling embed`` write.
 ANSWER_FILES, VECTOR_FILES = (".jsonl", ".csv", ".tsv"), (".jsonl", ".npy")
 
@@ -158,10 +159,10 @@ class ObjectiveConfig:
         0.2, "simclr, moco: cosine similarities are divided by this", minimum=0.001, maximum=100
     )
     projection_size: int = setting(
-        128, "simclr, moco, byol, dino: width of the vectors that are compared", minimum=2, on_resume="never"
+        128, "simclr, moco, byol, dino, dinov2: width of the vectors that are compared", minimum=2, on_resume="never"
     )
     projection_hidden_size: int = setting(
-        512, "simclr, moco, byol, dino: width inside the projection head", minimum=2, on_resume="never"
+        512, "simclr, moco, byol, dino, dinov2: width inside the projection head", minimum=2, on_resume="never"
     )
     queue_size: int = setting(
         0,
@@ -171,32 +172,44 @@ class ObjectiveConfig:
     )
     teacher_momentum: float = setting(
         0.99,
-        "moco, byol, dino: share of the teacher's weights that a step keeps; it rises to 1 along a cosine",
+        "moco, byol, dino, dinov2: share of the teacher's weights that a step keeps; it rises to 1 along a cosine",
         minimum=0,
         maximum=1,
     )
-    prototypes: int = setting(1024, "dino: number of prototypes", minimum=2, on_resume="never")
-    student_temperature: float = setting(0.1, "dino: the student's scores are divided by this", minimum=0.001)
-    teacher_temperature: float = setting(0.04, "dino: the teacher's scores are divided by this", minimum=0.001)
+    prototypes: int = setting(1024, "dino, dinov2: number of prototypes", minimum=2, on_resume="never")
+    student_temperature: float = setting(0.1, "dino, dinov2: the student's scores are divided by this", minimum=0.001)
+    teacher_temperature: float = setting(0.04, "dino, dinov2: the teacher's scores are divided by this", minimum=0.001)
     first_teacher_temperature: float = setting(
-        0.04, "dino: teacher_temperature at the start, from where it rises linearly", minimum=0.001
+        0.04, "dino, dinov2: teacher_temperature at the start, from where it rises linearly", minimum=0.001
     )
     teacher_warmup: float = setting(
-        0.1, "dino: share of the steps after which teacher_temperature is reached", minimum=0, maximum=1
+        0.1, "dino, dinov2: share of the steps after which teacher_temperature is reached", minimum=0, maximum=1
     )
     center_momentum: float = setting(
-        0.9, "dino: share of the center of the teacher's scores that a step keeps", minimum=0, maximum=1
+        0.9, "dino, dinov2: share of the center of the teacher's scores that a step keeps", minimum=0, maximum=1
     )
     prototypes_frozen: float = setting(
-        0.01, "dino: share of the steps, at the start, in which prototypes do not change", minimum=0, maximum=1
+        0.01, "dino, dinov2: share of the steps, at the start, in which prototypes do not change", minimum=0, maximum=1
     )
-    local_views: int = setting(4, "dino: smaller views of each image that only the student sees", minimum=0, maximum=64)
+    centering: str = setting(
+        "auto",
+        "dino, dinov2: what keeps the teacher from one prototype for all: mean subtracts a moving average, sinkhorn "
+        "balances each batch; auto: mean for dino, sinkhorn for dinov2",
+        choices=("auto", "mean", "sinkhorn"),
+    )
+    ibot_weight: float = setting(
+        1.0, "dinov2: weight of the loss of patches (patch_mask_rate) that are hidden from the student", minimum=0
+    )
+    koleo_weight: float = setting(0.1, "dinov2: weight of the loss that spreads features out", minimum=0)
+    local_views: int = setting(
+        4, "dino, dinov2: smaller views of each image that only the student sees", minimum=0, maximum=64
+    )
     local_size: int = setting(
-        0, "dino: side of the smaller views in pixels, a multiple of patch_size; 0: half the image's", minimum=0
+        0, "dino, dinov2: side of the smaller views in pixels, a multiple of patch_size; 0: half the image's", minimum=0
     )
     local_area: float = setting(
         0.05,
-        "dino: smallest share of the image's area in a smaller view; the largest is crop_area",
+        "dino, dinov2: smallest share of the image's area in a smaller view; the largest is crop_area",
         minimum=0.01,
         maximum=1,
     )

@@ -58,6 +58,14 @@ class PrototypeHead(nn.Module):
             return F.normalize(x, dim=-1) @ F.normalize(prototypes.float(), dim=-1).T
 
 
+class MaskingPrototypeHead(PrototypeHead):
+    """As ``PrototypeHead``, with the vector ``mask`` (1, width) that replaces a hidden patch in front of the trunk."""
+
+    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int, epsilon: float) -> None:
+        super().__init__(width, hidden, bottleneck, prototypes, epsilon)
+        self.mask = nn.Parameter(torch.zeros(1, width))
+
+
 class CodePredictor(nn.Module):
     """BEiT's head (Bao et al. 2021, section 2.3): a norm, and the matrix ``codes`` that scores codes.
 

@@ -73,24 +73,37 @@ class DINO(ViewMethod):
         first = settings.first_teacher_temperature
         return first + (settings.teacher_temperature - first) * risen
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the prototypes do not change yet."""
+        return self._share_done < self.settings.prototypes_frozen
+
     def vectors(self, head: nn.Module, features: Tensor) -> Tensor:
-        scores: Tensor = head(features, frozen=self._share_done < self.settings.prototypes_frozen)
+        scores: Tensor = head(features, frozen=self.frozen)
         return scores.transpose(0, 1)
 
     def targets(self, head: nn.Module, features: Tensor) -> Tensor:
         scores: Tensor = head(features)
         return scores.transpose(0, 1)
 
-    def assignments(self, targets: Tensor) -> Tensor:
-        """The teacher's distribution over prototypes for each of its views, (n, 2, prototypes)."""
-        assert isinstance(self.memory, Centered)
-        return torch.softmax((targets - self.memory.center.to(targets.device)) / self.temperature, dim=2)
+    def assignments(self, scores: Tensor, center: Tensor) -> Tensor:
+        """The teacher's distribution over prototypes for each of its ``scores``, (n, views, prototypes)."""
+        if self.centering == "sinkhorn":
+            return sinkhorn(scores.flatten(0, 1) / self.temperature).view_as(scores)
+        return torch.softmax((scores - center.to(scores.device)) / self.temperature, dim=2)
+
+    @property
+    def centering(self) -> str:
+        """ "mean" or "sinkhorn"."""
+        chosen = self.settings.centering
+        return {"dino": "mean", "dinov2": "sinkhorn"}[self.name] if chosen == "auto" else chosen
 
     def compare(self, vectors: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
         """The mean over all pairs of a teacher's view and another view (equation 3)."""
         assert targets is not None
+        assert isinstance(self.memory, Centered)
         student = F.log_softmax(vectors / self.settings.student_temperature, dim=2)
-        costs = -torch.einsum("ntk,nvk->tv", self.assignments(targets), student) / len(vectors)
+        costs = -torch.einsum("ntk,nvk->tv", self.assignments(targets, self.memory.center), student) / len(vectors)
         others = ~torch.eye(*costs.shape, dtype=torch.bool, device=costs.device)
         return {self.name: costs[others].mean()}
 
@@ -118,7 +131,8 @@ class DINO(ViewMethod):
 
     def measured(self, targets: Tensor) -> dict[str, float]:
         """The mean entropy of the teacher's distributions in nats: 0, or ln of the prototypes, after a collapse."""
-        shares = self.assignments(targets)
+        assert isinstance(self.memory, Centered)
+        shares = self.assignments(targets, self.memory.center)
         return {"teacher_entropy": float(-torch.xlogy(shares, shares).sum(2).mean())}
 
 

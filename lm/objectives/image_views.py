@@ -91,7 +91,7 @@ class ImageViews(ImageObjective):
         views = [self.views_of(batch)]
         if self.method.local_views:
             views.append(self.local_views_of(batch))
-        return self.method.vectors(model.head, _means(model, views, len(batch)))
+        return self.method.vectors(model.head, means_of_views(model, views, len(batch)))
 
     def targets(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         """As of ``ViewMethod``, from the teacher's features of the first two views."""
@@ -100,7 +100,7 @@ class ImageViews(ImageObjective):
         assert isinstance(teacher, ImageTransformer)
         assert teacher.head is not None
         with torch.no_grad():
-            return self.method.targets(teacher.head, _means(teacher, [self.views_of(batch)], len(batch)))
+            return self.method.targets(teacher.head, means_of_views(teacher, [self.views_of(batch)], len(batch)))
 
     def compare(self, vectors: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
         return self.method.compare(vectors, targets)
@@ -116,11 +116,15 @@ class ImageViews(ImageObjective):
         targets = self.targets(model, batch) if self.memory is not None else None
         return self.compare(self.vectors(model, batch), targets)
 
+    def held_out(self, held_out: ImageValidation, numbers: NDArray[np.int64]) -> ImageBatch:
+        """A batch of held-out images."""
+        return self.batch_of(held_out.held_out.read(numbers), self._draws(0, numbers), 1.0)
+
     def measured(self, held_out: ImageValidation, numbers: NDArray[np.int64], measure: Measure) -> dict[str, float]:
         """Among these images; their views are the same in every validation."""
 
         def batch(some: NDArray[np.int64]) -> ImageBatch:
-            return self.batch_of(held_out.held_out.read(some), self._draws(0, some), 1.0)
+            return self.held_out(held_out, some)
 
         vectors = measure.vectors("vectors", numbers, batch)
         targets = measure.vectors("targets", numbers, batch) if self.memory is not None else None
@@ -146,7 +150,7 @@ class ImageViews(ImageObjective):
         return flops
 
 
-def _means(model: ImageTransformer, views: list[Tensor], images: int) -> Tensor:
+def means_of_views(model: ImageTransformer, views: list[Tensor], images: int) -> Tensor:
     """The mean hidden state of each view, (views, images, hidden)."""
     patch = model.config.patch_size
     hidden = model(views, layout_of(views, patch))

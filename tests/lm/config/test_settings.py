@@ -79,7 +79,8 @@ ASK = """objective masked_fraction mask_rate mask_token_share random_token_share
     prompt_column response_column chat_template reads pooling long_texts judged_by layer_decay class_weights temperature
     label_smoothing infonce_temperature patch_mask_rate normalize_patches crop_area crop_ratio flip color_jitter
     color_jitter_rate grayscale blur solarize largest_crop teacher_momentum student_temperature teacher_temperature
-    first_teacher_temperature teacher_warmup center_momentum prototypes_frozen local_views local_size local_area
+    first_teacher_temperature teacher_warmup center_momentum prototypes_frozen centering ibot_weight koleo_weight
+    local_views local_size local_area
     final_weight_decay stem_learning_rate"""
 
 

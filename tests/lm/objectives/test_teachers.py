@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -9,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from lm.config.settings import Config
 from lm.data.image_corpora import ImageCorpora, with_images
 from lm.data.patch_rows import layout_of
 from lm.data.views import Draw
 from lm.objectives.batches import TrainingBatches
 from lm.objectives.dino import sinkhorn
+from lm.objectives.dinov2 import DINOv2, koleo
 from lm.objectives.objective import restore
 from lm.objectives.teacher import Teacher, cosine
 from lm.training.gradients import step_gradients
 from lm.training.optimizer import Optimizer
 
-METHODS = ("moco", "byol", "dino")
+METHODS = ("moco", "byol", "dino", "dinov2")
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +209,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(opened, name):
     for rows in (0, 4, 1):
         config = objective.config.replace(micro_batch_rows=rows)
         losses, _ = step_gradients(objective, model, batches.batch(2), config, 2)
-        found.append((float(losses[name]), [parameter.grad.clone() for parameter in model.parameters()]))
+        found.append((float(sum(losses.values())), [parameter.grad.clone() for parameter in model.parameters()]))
     for loss, gradients in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         for a, b in zip(gradients, found[0][1], strict=True):
@@ -346,3 +349,82 @@ def test_a_collapse_is_told_but_not_at_the_start(opened, name, change, says):
     told = objective.collapse(found, 200)
     assert told.startswith("the model has collapsed at step 200: ")
     assert re.search(says, told)
+
+
+def koleo_by_hand(features: np.ndarray) -> float:
+    """Oquab et al. 2023, section 4."""
+    found = unit(features)
+    distances = np.linalg.norm(found[:, None] - found[None], axis=2) + np.diag(np.full(len(found), np.inf))
+    return float(-np.log(distances.min(1)).mean())
+
+
+def test_koleo_is_the_formula_finite_for_equal_images_and_off_for_few():
+    features = drawn(9, 5)
+    assert koleo(torch.tensor(features)).item() == pytest.approx(koleo_by_hand(features), rel=1e-6)
+    assert torch.isfinite(koleo(torch.ones(6, 5)))
+    assert koleo(torch.tensor(drawn(3, 5))).item() == 0
+
+
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_dinov2_adds_hidden_patches_and_koleo_to_dino(opened, centering):
+    objective, _ = begun(
+        opened("dinov2", prototypes=9, centering=centering, ibot_weight=0.7, koleo_weight=0.3, patch_mask_rate=0.2)
+    )
+    method, memory = objective.method, objective.memory.double()
+    memory.center.copy_(torch.tensor(drawn(9, seed=2)))
+    memory.patch_center.copy_(torch.tensor(drawn(9, seed=3)))
+    assert method.hidden == 3
+    vectors, targets = drawn(5, 4 * 9 + 3 * 9 + 2 * 32), drawn(5, 2 * 9 + 3 * 9, seed=1)
+    losses = objective.compare(torch.tensor(vectors), torch.tensor(targets))
+    views, patches = vectors[:, :36].reshape(5, 4, 9), vectors[:, 36:63].reshape(5, 3, 9)
+    features = vectors[:, 63:].reshape(5, 2, 32)
+    of_views, of_patches = targets[:, :18].reshape(5, 2, 9), targets[:, 18:].reshape(5, 3, 9)
+
+    assert losses["koleo"].item() == pytest.approx(
+        0.3 * (koleo_by_hand(features[:, 0]) + koleo_by_hand(features[:, 1])), rel=1e-6
+    )
+    if centering == "mean":
+        shares = softmax((of_patches - drawn(9, seed=3)) / 0.04)
+        expected = dino_by_hand(views, of_views, drawn(9, seed=2), 0.1, 0.04)
+        assert losses["dino"].item() == pytest.approx(expected, rel=1e-9)
+    else:
+        shares = sinkhorn(torch.tensor(of_patches.reshape(15, 9) / 0.04)).numpy().reshape(5, 3, 9)
+    expected = -(shares * np.log(softmax(patches / 0.1))).sum(-1).mean()
+    assert losses["ibot"].item() == pytest.approx(0.7 * expected, rel=1e-9)
+    off = opened("dinov2", prototypes=9, ibot_weight=0.0, koleo_weight=0.0).objective
+    assert off.method.settings.ibot_weight == 0
+    off.method.memory = memory
+    assert set(off.compare(torch.tensor(vectors), torch.tensor(targets))) == {"dino"}
+
+
+def test_patches_are_hidden_from_the_student_in_one_of_two_views(opened):
+    """And only from the student: a hidden patch does not change its vectors, and changes the teacher's."""
+    batches = opened("dinov2", local_views=0, flip=0.0, crop_area=1.0, color_jitter=0.0, grayscale=0.0)
+    objective, model = begun(batches)
+    batch = batches.batch(0)
+    hidden = objective._hidden(batch).unflatten(1, (2, 16))
+    assert hidden.sum((1, 2)).tolist() == [objective.method.hidden] * 12
+    assert (hidden.sum(2) == 0).sum(1).tolist() == [1] * 12
+    assert 0 < int(hidden[:, 1].any(1).sum()) < 12
+
+    image = next(n for n in range(12) if hidden[n, 0, 0])  # its first patch is hidden in the first view
+    changed = batch.images.clone()
+    changed[image, :4, :4] = 255 - changed[image, :4, :4]
+    other = dataclasses.replace(batch, images=changed)
+    with torch.no_grad():
+        (one, two), (of_one, of_two) = (
+            [objective.method.unpacked(each(model, some)) for some in (batch, other)]
+            for each in (objective.vectors, objective.targets)
+        )
+    torch.testing.assert_close(one.views[image, 0], two.views[image, 0])
+    assert not torch.allclose(one.views[image, 1], two.views[image, 1])
+    assert not torch.allclose(of_one.views[image, 0], of_two.views[image, 0])
+    torch.testing.assert_close(of_one.patches[image - 1], of_two.patches[image - 1])
+    assert not torch.allclose(of_one.patches[image], of_two.patches[image])
+
+
+def test_a_small_batch_is_warned_of():
+    config = Config().replace(objective="dinov2", batch_images=64)
+    (warning,) = DINOv2(config).warnings(10_000)
+    assert warning.startswith("dinov2 with 64 images a step: users of it report")
+    assert DINOv2(config.replace(batch_images=128)).warnings(10_000) == []

@@ -53,7 +53,7 @@ IMAGES = CONFIG.replace(
     projection_hidden_size=10, decoder_layers=1, decoder_size=32, gradient_clip=0.05,
     prototypes=14, queue_size=40, local_views=2, local_size=8, steps=8, teacher_momentum=0.6,
 )  # fmt: skip
-OBJECTIVES = ("simclr", "moco", "byol", "dino", "mae", "beit")
+OBJECTIVES = ("simclr", "moco", "byol", "dino", "dinov2", "mae", "beit")
 Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 

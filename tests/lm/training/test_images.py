@@ -22,7 +22,7 @@ from lm.training.reporter import NullReporter
 from tests.conftest import Recorder, StopAt
 
 ROOT = Path(__file__).parents[3]
-OBJECTIVES = ("simclr", "moco", "byol", "dino", "mae", "beit")
+OBJECTIVES = ("simclr", "moco", "byol", "dino", "dinov2", "mae", "beit")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_run_learns_and_is_validated(undisturbed, objective):
     run = undisturbed[objective]
     validations = [line["validation"][objective] for line in run.metrics() if "validation" in line]
     assert len(validations) == 2
-    own = {"dino": {"teacher_entropy"}, "beit": {"code_accuracy"}}.get(objective, set())
+    own = {"dino": {"teacher_entropy"}, "dinov2": {"teacher_entropy"}, "beit": {"code_accuracy"}}.get(objective, set())
     assert set(validations[0]) == {"loss", "images", "spread", "effective_rank", "knn_accuracy"} | own
     if objective in ("simclr", "mae"):  # a teacher's targets change while it learns
         assert validations[1]["loss"] < validations[0]["loss"]
