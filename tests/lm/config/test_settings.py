@@ -72,7 +72,8 @@ NEVER = """num_layers hidden_size num_heads num_key_value_heads head_size feed_f
     tie_embeddings logit_softcap dropout rope_theta norm_epsilon vocab_size context_length batch_tokens packing seed
     optimizer init_from task base weights method lora_rank lora_alpha lora_matrices batch_examples pairs
     template_tokens head_bias patch_size stem image_size image_channels batch_images projection_size
-    projection_hidden_size decoder_layers decoder_size queue_size prototypes"""
+    projection_hidden_size decoder_layers decoder_size queue_size prototypes
+    visual_tokenizer visual_codes"""
 ASK = """objective masked_fraction mask_rate mask_token_share random_token_share validation_mask_rate learning_rate
     muon_learning_rate weight_decay beta1 beta2 momentum gradient_clip spike_threshold warmup_fraction decay_fraction
     final_learning_rate_fraction text_column text_pair_column label_column choices_column words_column tags_column
