@@ -39,7 +39,7 @@ class VisualTokenizer(nn.Module):
     def codes(self, images: Tensor, size: int) -> Tensor:
         """The code most like each patch, int64 (n, patches), of images (n, C, H, W) in [0, 1].
 
-        The same as ``data_prep.shards.codebook`` finds for these pixels.
+        The same as ``data_prep.shards.codebook`` finds for these pixels, up to rounding in patches of over 341 numbers.
         """
         with torch.autocast(images.device.type, enabled=False):
             patches = patches_of((images.float() * 255).round(), size) - CENTER
