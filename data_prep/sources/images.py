@@ -306,7 +306,7 @@ def _shared(folders: Sequence[tuple[str, ...]]) -> int:
     if not folders:
         return 0
     first, last = min(folders), max(folders)
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
 
 
 def _with_folders(images: Sequence[tuple[tuple[str, ...], ImageItem]], listing: Listing) -> list[ImageItem]:

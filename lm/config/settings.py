@@ -15,6 +15,7 @@ from typing import Any
 from data_prep.files import write_atomically
 from lm.config.finetune_settings import HEAD_TASKS, IMAGE_METHODS, METHODS, FinetuneConfig
 from lm.config.setting import Setting, setting
+from lm.config.view_settings import ViewsConfig
 
 # Each objective: the file of lm/objectives that makes it, and the readouts that a model can be asked for afterwards.
 OBJECTIVES = {
@@ -230,44 +231,6 @@ class ObjectiveConfig:
     def validation_folds(self) -> int:
         """The number of passes in which a masked readout hides every token once."""
         return round(1 / self.validation_mask_rate)
-
-
-@dataclass(frozen=True)
-class ViewsConfig:
-    """How views of an image are drawn; each image and view has draws of its own."""
-
-    crop_area: float = setting(
-        0.2, "smallest share of the image's area in a crop", minimum=0.01, maximum=1, finetuning=0.6
-    )
-    largest_crop: float = setting(1.0, "largest share of the image's area in a crop", minimum=0.01, maximum=1)
-    crop_ratio: float = setting(1.33, "largest ratio of a crop's sides, either way", minimum=1, maximum=10)
-    flip: float = setting(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
-    color_jitter: float = setting(
-        0.5,
-        "strength of color changes: brightness, contrast and saturation by up to 0.8 times this, hue by up to 0.2 "
-        "times this (not mae, beit)",
-        minimum=0,
-        maximum=1.25,
-        finetuning=0.0,
-    )
-    color_jitter_rate: float = setting(0.8, "probability of color changes (not mae, beit)", minimum=0, maximum=1)
-    grayscale: float = setting(
-        0.2, "probability of a view without color (not mae, beit)", minimum=0, maximum=1, finetuning=0.0
-    )
-    blur: float = setting(
-        0.5,
-        "probability of Gaussian blur in views of at least 64 pixels (not mae, beit)",
-        minimum=0,
-        maximum=1,
-        finetuning=0.0,
-    )
-    solarize: float = setting(
-        0.0,
-        "probability of inverting the pixels above one half (not mae, beit)",
-        minimum=0,
-        maximum=1,
-        finetuning=0.0,
-    )
 
 
 @dataclass(frozen=True)

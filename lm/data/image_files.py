@@ -144,12 +144,12 @@ def drawn_pictures(
     items = [item for item in list_images([source])[0].items if not split or item.split in (None, split)]
     count = sum(item.images for item in items) if all(item.images for item in items) else None
     draw = np.random.default_rng(0)
-    share = most / count if count else 1.0
+    share = most / count if count else 1
 
     def drawn() -> Iterator[Picture]:
         for number in draw.permutation(len(items)).tolist():
             for entry in entries_of(items[number], Columns(label=label_column)):
-                if share >= 1 or draw.random() < share:
+                if items[number].images == 1 or draw.random() < share:  # of a table's rows a share
                     with suppress(BadImage):
                         yield Picture(entry.name, entry.label, form.pixels(decode(entry.read())))
 

@@ -21,7 +21,7 @@ class Centered(Teacher):
 
     def __init__(self, model: nn.Module, student: nn.Module, prototypes: int) -> None:
         super().__init__(model, student)
-        self.register_buffer("center", torch.zeros(prototypes, device=self.steps.device))
+        self.register_buffer("center", torch.zeros(prototypes, device=next(student.parameters()).device))
         self.center: Tensor
 
 
@@ -63,7 +63,7 @@ class DINO(ViewMethod):
     def _share_done(self) -> float:
         """Share of the run's steps that the teacher has followed."""
         assert self.memory is not None
-        return int(self.memory.steps) / self.config.training.steps
+        return self.memory.steps / self.config.training.steps
 
     @property
     def temperature(self) -> float:

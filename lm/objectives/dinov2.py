@@ -35,7 +35,7 @@ class PatchCentered(Centered):
 
     def __init__(self, model: nn.Module, student: nn.Module, prototypes: int) -> None:
         super().__init__(model, student, prototypes)
-        self.register_buffer("patch_center", torch.zeros(prototypes, device=self.steps.device))
+        self.register_buffer("patch_center", torch.zeros(prototypes, device=next(student.parameters()).device))
         self.patch_center: Tensor
 
 

@@ -51,6 +51,11 @@ class MaskedAutoencoder(ImageObjective):
         patches = self.config.model.patches
         return min(max(1, round(patches * (1 - self.config.objective.patch_mask_rate))), patches - 1)
 
+    @property
+    def hidden(self) -> int:
+        """The others."""
+        return self.config.model.patches - self.visible
+
     def head(self) -> nn.Module:
         model = self.config.model
         pixels = model.image_channels * model.patch_size**2
@@ -76,7 +81,7 @@ class MaskedAutoencoder(ImageObjective):
         views = self.views_of(batch)
         errors = (self.predictions(model, views, batch.kept).float() - self.targets(views)).square().mean(2)
         hidden = torch.ones_like(errors).scatter(1, batch.kept, 0.0)
-        per_image = (errors * hidden).sum(1) / (errors.shape[1] - self.visible)
+        per_image = (errors * hidden).sum(1) / self.hidden
         return {self.name: per_image @ batch.loss_weights}
 
     def predictions(self, model: nn.Module, views: Tensor, kept: Tensor) -> Tensor:

@@ -20,19 +20,17 @@ from lm.objectives.view_method import ViewMethod
 
 
 class Queue(Teacher):
-    """A teacher, and the unit vectors that it had of the latest views: ``keys`` (size, width), ``filled`` of them."""
+    """A teacher, and the unit vectors that it had of the latest views: ``keys`` (size, width), zero until filled."""
 
     def __init__(self, model: nn.Module, student: nn.Module, size: int, width: int) -> None:
         super().__init__(model, student)
-        self.register_buffer("keys", torch.zeros(size, width, device=self.steps.device))
-        self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=self.steps.device))
+        device = next(student.parameters()).device
+        self.register_buffer("keys", torch.zeros(size, width, device=device))
         self.keys: Tensor
-        self.filled: Tensor
 
     def push(self, keys: Tensor) -> None:
         """Put vectors (n, width) in front; the oldest ones leave."""
         self.keys.copy_(torch.cat([keys, self.keys])[: len(self.keys)])
-        self.filled.copy_((self.filled + len(keys)).clamp(max=len(self.keys)))
 
 
 class MoCo(ViewMethod):
@@ -62,7 +60,8 @@ class MoCo(ViewMethod):
         """The mean InfoNCE of both directions (the paper of 2021, section 3, without its factor 2 x temperature)."""
         assert targets is not None
         assert isinstance(self.memory, Queue)
-        queue = self.memory.keys[: int(self.memory.filled)].to(targets.device)
+        filled = 2 * self.config.data.batch_rows * self.memory.steps
+        queue = self.memory.keys[:filled].to(targets.device)
         losses = [
             info_nce(vectors[:, view], torch.cat([targets[:, 1 - view], queue]), self.settings.infonce_temperature)
             for view in range(2)

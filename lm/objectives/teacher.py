@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +16,20 @@ def cosine(first: float, last: float, step: int, steps: int) -> float:
 
 
 class Teacher(nn.Module):
-    """What an objective with a teacher remembers: the teacher's model, and how many steps it has followed.
+    """What an objective with a teacher remembers.
 
-    ``model`` has the student's trunk, and as much of its head as the teacher needs, by the same names.
+    Attributes:
+        model: the teacher, with the student's trunk, and as much of its head as it needs, by the same names.
+        steps: how many steps it has followed, which checkpoints have as the tensor ``count``.
     """
 
     def __init__(self, model: nn.Module, student: nn.Module) -> None:
         super().__init__()
         device = next(student.parameters()).device
         self.model = model.requires_grad_(requires_grad=False).to(device)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
-        self.steps: Tensor
+        self.steps = 0
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.count: Tensor
         weights = dict(student.named_parameters())
         with torch.no_grad():
             for name, own in self.model.named_parameters():
@@ -38,3 +43,10 @@ class Teacher(nn.Module):
         torch._foreach_mul_(list(own.values()), momentum)
         torch._foreach_add_(list(own.values()), [weights[name].detach() for name in own], alpha=1 - momentum)
         self.steps += 1
+        self.count.fill_(self.steps)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of ``nn.Module``."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        self.steps = int(self.count)
+        return result

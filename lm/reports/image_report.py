@@ -133,8 +133,7 @@ def _rebuilt(objective: MaskedAutoencoder | BEiT, model: ImageTransformer, held_
     names = {"original": "original"} | ({"codes": "its codes"} if has_codes else {})
     names |= {"visible": "visible", "rebuilt": "rebuilt"} | ({"flat": "without the model"} if scaled else {})
     rows = {name: _pictures(made[key], f"{name}, held-out image") for key, name in names.items()}
-    assert batch.kept is not None
-    share = 1 - batch.kept.shape[1] / objective.config.model.patches
+    share = objective.hidden / objective.config.model.patches
     return {"rows": rows, "share": f"{share:.0%}", "scaled": scaled, "has_codes": has_codes}
 
 

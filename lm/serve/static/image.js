@@ -130,6 +130,9 @@ function showClasses(prediction) {
   return $("classes").replaceChildren(bars(classes.slice(0, CLASSES), prediction.label));
 }
 
+// A name whose lines may break after an underscore.
+const breakable = (name) => name.split(/(?<=_)/).flatMap((part, number) => (number ? [make("wbr"), part] : [part]));
+
 function showNeighbors(neighbors) {
   const counts = new Map();
   for (const { class: label } of neighbors) if (label !== null) counts.set(label, (counts.get(label) ?? 0) + 1);
@@ -143,7 +146,7 @@ function showNeighbors(neighbors) {
         "li",
         {},
         picture(each.image, each.name),
-        ...(each.class === null ? [] : [make("span", { class: "label" }, each.class)]),
+        ...(each.class === null ? [] : [make("span", { class: "label" }, ...breakable(each.class))]),
         make("span", { class: "cosine" }, each.cosine.toFixed(3)),
       ),
     ),

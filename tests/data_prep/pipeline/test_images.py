@@ -7,8 +7,10 @@ import os
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow
@@ -20,6 +22,7 @@ from data_prep.errors import UserError
 from data_prep.pipeline import images as pipeline
 from data_prep.pipeline import resuming, workers
 from data_prep.pipeline.build import build_dataset
+from data_prep.pipeline.image_parts import ImageJob, build_image_part
 from data_prep.pipeline.images import build_image_dataset, natural_order
 from data_prep.pipeline.splitting import hash_of
 from data_prep.progress import SilentReporter
@@ -413,6 +416,35 @@ def test_there_are_enough_parts_for_several_workers(tmp_path: Path, monkeypatch:
     plan = pipeline.ImagePlan.of(settings_for(folder, tmp_path / "out"))
     assert len(plan.parts) >= resuming.FEWEST_PARTS
     assert [item.name for part in plan.parts for item in part.items] == [f"x/{n:02}.png" for n in range(40)]
+
+
+def test_progress_is_counted_in_bytes_whether_sizes_are_known_or_not(tmp_path: Path) -> None:
+    folder = write_tree(tmp_path / "x", {f"{n}.png": encoded(picture(n), "PNG") for n in range(3)})
+    settings = settings_for(folder, tmp_path / "out")
+    (part,) = pipeline.ImagePlan.of(settings).parts
+    unknown = replace(part, items=tuple(replace(item, size=0) for item in part.items))
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    for number, each in enumerate((part, unknown, part)):
+        done: list[int] = []
+        build_image_part(ImageJob(settings, channels=3), min(number, 1), each, done.append)
+        assert sum(done) == part.bytes == sum(path.stat().st_size for path in folder.iterdir())
+    assert done == [part.bytes], "a finished part is not read again"
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_few_images_are_decoded_to_settle_split_and_channels(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tree(tmp_path / "x", {f"{n}.png": encoded(picture(n, mode=mode), "PNG") for n in range(9)})
+    watched = {
+        name: Mock(side_effect=getattr(pipeline, name)) for name in ("entries_of", "decode_noting", "looks_gray")
+    }
+    for name, watch in watched.items():
+        monkeypatch.setattr(pipeline, name, watch)
+    build(settings_for(folder, tmp_path / "out", validation_fraction=0))
+    assert watched["entries_of"].call_count == (9 if mode == "L" else 2), "the sources are not read to their end"
+    assert watched["decode_noting"].call_count == 1
+    assert watched["looks_gray"].call_count == (8 if mode == "L" else 0)
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def built(request: pytest.FixtureRequest, photos: Path, tmp_path_factory: pytest
     """Stored as pixels, and as files; several shards."""
     out = tmp_path_factory.mktemp("built") / "out"
     size = request.param
-    build_images([photos], out, size, shard_bytes=900, validation_fraction=0.3, progress=SilentReporter())
+    several = 900 if size == 8 else 2500  # bytes of a few images
+    build_images([photos], out, size, shard_bytes=several, validation_fraction=0.3, progress=SilentReporter())
     return out
 
 
@@ -122,16 +123,23 @@ def test_verify_finds_a_changed_byte(copy: Path, ending: str) -> None:
         open_images(copy).verify()
 
 
-def test_verify_finds_an_index_that_does_not_fit(copy: Path) -> None:
+def test_a_shard_may_be_exactly_full(photos: Path, tmp_path: Path) -> None:
+    options = {"validation_fraction": 0, "workers": 1, "progress": SilentReporter()}
+    split = build_images([photos], tmp_path / "out", 8, shard_bytes=3 * 8 * 8 * 3, **options).split("train")
+    assert [record.images for record in split.records] == [3, 3, 3, 3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("end", ["half", "nothing"])
+def test_verify_finds_an_index_that_does_not_fit(copy: Path, end: str) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     shard = manifest["splits"]["train"]["shards"][0]
     path = copy / f"{shard['name']}.idx"
     index = np.fromfile(path, "<i8").reshape(-1, 4)
-    index[0, 3] //= 2
+    index[0, 3] = index[0, 3] // 2 if end == "half" else 0
     path.write_bytes(index.tobytes())
     shard["idx_sha256"] = hashlib.sha256(index.tobytes()).hexdigest()
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    if manifest["storage"] == "pixels":
+    if manifest["storage"] == "pixels" or end == "nothing":
         with pytest.raises(UserError, match="is inconsistent"):
             open_images(copy).verify()
     else:

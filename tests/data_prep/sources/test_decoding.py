@@ -100,6 +100,12 @@ def test_of_several_frames_the_first_is_used(name: str) -> None:
     assert difference < 8 < np.abs(pixels(found.image) - pixels(picture(1))).mean()
 
 
+def test_a_photo_of_two_lenses_counts_as_one() -> None:
+    found = decode_noting(encoded(picture(0), "MPO", save_all=True, append_images=[picture(1)]))
+    assert found.changes == ()
+    assert np.abs(pixels(found.image) - pixels(picture(0))).mean() < 8
+
+
 def test_cmyk_is_converted() -> None:
     found = decode_noting(USABLE["cmyk.jpg"])
     assert found.changes == (CMYK,)

@@ -100,6 +100,8 @@ def test_folders_of_splits_are_no_classes(tmp_path: Path) -> None:
 def test_a_class_may_be_called_test(tmp_path: Path) -> None:
     folder = write_tree(tmp_path / "x", {"test/1.png": DATA[0], "exam/2.png": DATA[1]})
     assert [(label, split) for _, label, split in found(folder)] == [("exam", None), ("test", None)]
+    untrained = write_tree(tmp_path / "y", {"test/1.png": DATA[0], "val/2.png": DATA[1]})
+    assert [(label, split) for _, label, split in found(untrained)] == [("test", None), ("val", None)]
 
 
 def test_files_and_patterns_and_several_sources(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_drawn_images_come_from_all_over_the_source_the_same_ones_each_time(fold
     drawn, count = drawn_pictures(str(source), FORM, 40)
     found = list(drawn)
     assert count == 180
-    assert 20 < len(found) <= 40
+    assert len(found) == 40
     assert {each.label for each in found} == {"left", "none", "top"}
     assert {each.label for each in found[:12]} == {"left", "none", "top"}  # so that the first ones are a sample too
     assert len({each.name for each in found}) == len(found)
@@ -103,15 +103,15 @@ def test_drawn_images_may_be_those_of_a_split_or_of_a_table(folder, tmp_path):
     names = [each.name for each in drawn]
     assert count == len(names) == 12
     assert all(name.startswith("split/train/") for name in names)
-    files = sorted(folder.rglob("*.png"))
+    files = [path for path in sorted(folder.rglob("*.png")) for _ in range(20)]
     images = [{"bytes": path.read_bytes(), "path": path.name} for path in files]
     table = pa.table({"image": images, "label": [path.parent.name for path in files]})
-    pq.write_table(table, tmp_path / "images.parquet", row_group_size=4)
-    drawn, count = drawn_pictures(str(tmp_path / "images.parquet"), FORM, 6)
-    labels = [each.label for each in drawn]
-    assert count == 12
-    assert 1 <= len(labels) <= 6
-    assert set(labels) <= {"left", "none", "top"}
+    pq.write_table(table, tmp_path / "images.parquet", row_group_size=80)  # a group for each class
+    assert drawn_pictures(str(tmp_path / "images.parquet"), FORM, 60)[1] == 240
+    for most in (60, 120):
+        found = list(drawn_pictures(str(tmp_path / "images.parquet"), FORM, most)[0])
+        assert most * 0.7 < len(found) <= most
+        assert all(sum(each.label == name for each in found) > most / 6 for name in ("left", "none", "top"))
 
 
 def test_an_image_file_with_more_pixels_than_allowed_is_refused(folder):

@@ -59,6 +59,7 @@ def test_every_objective_of_the_table_opens_and_has_its_readouts():
         config = Config().replace(objective=name, vocab_size=50)
         if name in IMAGE_OBJECTIVES:
             config = config.replace(patch_size=4, image_size=8, image_channels=3, batch_images=4, context_length=4)
+            config = config.replace(visual_codes=8)
         objective = open_objective(config)
         assert getattr(objective, "readouts", ()) == readouts
         model, batch = objective.new_model().initialize(0), objective.example(4)

@@ -173,12 +173,18 @@ def test_attention_is_shown_over_held_out_images_for_all_heads_and_each(html, ru
     assert "an even share, 1/16" in words
 
 
-def test_names_of_classes_are_not_broken_within_a_word(html):
-    (caption,) = re.findall(r"\.asked figcaption {([^}]+)}", html)
-    assert "overflow-wrap" not in caption
-    assert "word-break" not in caption
-    for columns in re.findall(r"\.asked {[^}]*grid-template-columns: ([^;]+);", html):
-        assert "minmax(min-content," in columns  # at least as wide as the longest word
+def test_names_of_classes_break_at_underscores_and_ten_letters_fit(pictures, simclr, tmp_path):
+    folder = shutil.copytree(pictures.directory, tmp_path / "named")
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace('"left"', '"left_<b>half"'))
+    named = replace(simclr, config=simclr.config.replace(data=(str(folder),)))
+    html = write_image_report(named, None).read_text()
+    assert "left_<wbr>&lt;b&gt;half</b></figcaption>" in html
+    (columns,) = re.findall(r"\.asked { display: grid; grid-template-columns: ([^;]+);", html)
+    (letters,) = re.findall(r"\.asked figcaption { font-size: ([.\d]+)rem", html)
+    assert min(float(width) for width in re.findall(r"([.\d]+)rem", columns)) > 10 * 0.59 * float(
+        letters
+    )  # of a wide font
 
 
 def test_the_evaluation_is_shown_next_to_its_baselines(html, run, read_page):
