@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from data_prep.errors import UserError
 from lm.config.settings import ViewsConfig
 from lm.data.batch import IGNORED
 from lm.data.images import ImageBatch, ImageRows, ImageValidation, denormalized, normalized
@@ -75,6 +76,11 @@ class BEiT(ImageObjective):
     def begin(self, model: nn.Module) -> None:
         device = next(model.parameters()).device
         self.memory = VisualTokenizer(torch.from_numpy(codebook_of(self.config)).to(device))
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Refuse a run that begins without its codes, as one of several machines may."""
+        if step == 0 and not self.memory.pixels.any():
+            raise UserError(f'there is no visual tokenizer "{self.config.objective.visual_tokenizer}" here')
 
     def prepare(self, rows: ImageRows) -> ImageBatch:
         draws = draw_views(self.seed, rows.numbers, self.views, self.view_settings)
