@@ -136,7 +136,7 @@ def test_a_validation_is_the_mean_over_whole_images(batches, model, pictures):
     assert [found["loss"], found["code_accuracy"]] == pytest.approx(judged.mean(0).tolist(), rel=1e-5)
     held_out = validation_rows(ImageCorpora([pictures]), config)
     again = objective.measured(held_out, np.arange(5), LossMeasure(model, objective, config, Ranks()))
-    assert again["loss"] == pytest.approx(float(judged[:5, 0].mean()), rel=1e-5), "the same patches are hidden"
+    assert again["loss"] == pytest.approx(judged[:5, 0].mean().item(), rel=1e-5), "the same patches are hidden"
 
 
 def test_the_pictures_are_of_codes_and_only_hidden_patches_are_predicted(batches, model, pictures, visual_tokens):
@@ -182,7 +182,7 @@ def test_a_run_cannot_begin_without_codes(batches, model, tmp_path):
     config = batches.objective.config.replace(visual_tokenizer=str(tmp_path / "gone"))
     moved = type(batches.objective)(config, batches.objective.form)
     restore(moved, model, {})
-    with pytest.raises(UserError, match='there is no visual tokenizer ".*gone" here'):
+    with pytest.raises(UserError, match=r'there is no visual tokenizer ".*gone" here'):
         moved.after_step(model, 0)
     batches.objective.after_step(model, 0)
 
