@@ -88,8 +88,8 @@ def _build(settings: VisualTokenSettings, images: ImageDataset, journal: Journal
     out = settings.out
     images.verify()
     if not (out / CODEBOOK_FILE).is_file():
-        with progress.stage("learning codes", None):
-            write_atomically(out / CODEBOOK_FILE, _learned(images, settings).to_bytes())
+        with progress.stage("learning codes", None) as advance:
+            write_atomically(out / CODEBOOK_FILE, _learned(images, settings, advance).to_bytes())
     codebook = load_codebook(out)
     tokenizer = codebook.tokenizer()
     tokenizer.save(out / TOKENIZER_FILE)
@@ -123,7 +123,7 @@ def _build(settings: VisualTokenSettings, images: ImageDataset, journal: Journal
     return manifest
 
 
-def _learned(images: ImageDataset, settings: VisualTokenSettings) -> Codebook:
+def _learned(images: ImageDataset, settings: VisualTokenSettings, advance: Advance) -> Codebook:
     """The codes of random training patches, or of all if they are few."""
     split, channels, patch = images.split("train"), images.format.channels, settings.patch_size
     per_image = (images.format.size // patch) ** 2
@@ -136,6 +136,7 @@ def _learned(images: ImageDataset, settings: VisualTokenSettings) -> Codebook:
         low, high = np.searchsorted(of_image, (start, start + IMAGES_AT_ONCE))
         numbers, local = np.unique(of_image[low:high], return_inverse=True)
         sample[low:high] = patches_of(split.read(numbers), patch)[local * per_image + place[low:high]]
+    advance(sample.nbytes)
     found = fit_codes(sample, settings.codes, settings.seed)
     return Codebook(found.reshape(settings.codes, patch, patch, channels))
 
