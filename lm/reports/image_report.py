@@ -24,6 +24,7 @@ from lm.inference.attention_maps import attention_maps, overlaid
 from lm.inference.embedding import Vectors
 from lm.inference.image_embedding import image_vectors
 from lm.model.device import choose_device
+from lm.model.heads import PrototypeHead
 from lm.model.image_transformer import ImageTransformer
 from lm.objectives.beit import BEiT
 from lm.objectives.image_views import ImageViews
@@ -40,6 +41,7 @@ from lm.runs.run_data import open_data
 from lm.training.plan import format_bytes
 
 SHEET, REBUILT, ATTENDED, ASKED, NEAREST = 8, 8, 6, 10, 5  # images in each part of the page
+PROTOTYPES = 6  # that are shown
 AMONG, MAPPED, NAMED = 2000, 600, 12  # images that neighbors are sought in, images on the map, classes on it
 PART = 256  # images that are read at a time
 
@@ -79,6 +81,7 @@ def write_image_report(run: Run, evaluation: dict[str, Any] | None, checkpoint: 
         if held_out and isinstance(objective, (MaskedAutoencoder, BEiT))
         else None,
         neighbors=_neighbors(model, run.image_format, held_out) if held_out else None,
+        prototypes=_prototypes(model, run.image_format, held_out.train) if held_out else None,
         attention=_attention(model, run.image_format, held_out) if held_out else None,
         map=_map(model, run.image_format, held_out) if held_out else None,
         settings=settings_of(run),
@@ -163,6 +166,27 @@ def _neighbors(model: ImageTransformer, form: ImageFormat, held_out: ImageValida
         pixels, source = held_out.held_out.read(np.array([number]))[0], held_out.held_out.source_of(number)
         rows.append({"asked": _shown(pixels, f"held-out image: {source}", own_class), "found": found})
     return {"rows": rows, "among": len(among), "of": held_out.train.count, "right": right, "known": known}
+
+
+@torch.no_grad()
+def _prototypes(model: ImageTransformer, form: ImageFormat, train: HeldOutImages) -> dict[str, Any] | None:
+    """The prototypes that most training images are nearest to, with the nearest images; None without prototypes."""
+    if not isinstance(model.head, PrototypeHead):
+        return None
+    numbers = train.choose(AMONG)
+    parts = (train.read(numbers[first : first + PART]) for first in range(0, len(numbers), PART))
+    features = torch.from_numpy(image_vectors(model, form, parts)).to(next(model.parameters()).device)
+    cosines = model.head(features).cpu().numpy()
+    counts = np.bincount(cosines.argmax(1), minlength=cosines.shape[1])
+    rows = {}
+    for prototype in np.argsort(-counts, kind="stable")[:PROTOTYPES].tolist():
+        places = np.argsort(-cosines[:, prototype], kind="stable")[:NEAREST]
+        shown = []
+        for number, cosine in zip(numbers[places].tolist(), cosines[places, prototype], strict=True):
+            description = f"prototype {prototype}: cosine {cosine:.3f}, {train.source_of(number)}"
+            shown.append(_shown(train.read(np.array([number]))[0], description, _class(train, number)))
+        rows[f"{prototype}, of {counts[prototype]:,}"] = shown
+    return {"rows": rows, "used": int((counts > 0).sum()), "of": len(counts), "images": len(numbers)}
 
 
 def _attention(model: ImageTransformer, form: ImageFormat, held_out: ImageValidation) -> dict[str, Any]:

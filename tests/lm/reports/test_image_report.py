@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 from PIL import Image
 
@@ -35,7 +36,7 @@ def runs(pictures, seeing, visual_tokens, tmp_path_factory) -> dict[str, Run]:
     config = seeing.replace(data=(str(pictures.directory),), visual_tokenizer=str(visual_tokens))
     return {
         name: train(config.replace(objective=name), run=folder / f"{name} <&> one", reporter=NullReporter())
-        for name in ("simclr", "mae", "beit")
+        for name in ("simclr", "dino", "mae", "beit")
     }
 
 
@@ -133,6 +134,35 @@ def test_what_is_rebuilt_is_shown_where_patches_are_hidden(html, run, pictures, 
         assert (tiles["its codes"] == book.pixels.reshape(12, -1)[codes]).all()
         assert (tiles["rebuilt"][~hidden] == tiles["its codes"][~hidden]).all()
     assert ("without the model, held-out image 1" in found) == (run.config.objective.objective == "mae")
+
+
+def test_prototypes_are_shown_with_the_images_nearest_to_them(runs, pictures, read_page):
+    run = runs["dino"]
+    html = write_image_report(run, None).read_text(encoding="utf-8")
+    objective = open_objective(run.config, run.image_format)
+    model, split = run.load_image_model(torch.device("cpu"), None, objective.new_model), pictures.split("train")
+    images = [model_inputs(torch.from_numpy(split.read(np.arange(split.count))), run.image_format)]
+    with torch.no_grad():
+        states = model(images, layout_of(images, 4)).mean(1)
+        hidden = F.gelu(
+            F.linear(F.gelu(F.linear(model.head.norm(states), model.head.first.weight)), model.head.second.weight)
+        )
+        found = F.normalize(F.linear(hidden, model.head.third.weight), dim=1)
+        cosines = (found @ F.normalize(model.head.prototypes, dim=1).T).numpy()
+    of = cosines.argmax(1)
+    most = int(np.bincount(of, minlength=24).argmax())
+    best = int(cosines[:, most].argmax())
+    words, shown = read_page(html).words(), images_of(html)
+    assert (
+        f"Of 24 prototypes, {len(set(of.tolist()))} are the nearest one of some of {split.count} training images"
+        in words
+    )
+    assert f"{most}, of {(of == most).sum()}" in words
+    name = f"prototype {most}: cosine {cosines[best, most]:.3f}, {split.source_of(best)}"
+    assert (shown[name] == split.read(np.array([best]))[0]).all()
+    assert sum(each.startswith("prototype ") for each in shown) == 6 * 5
+    assert ">small view 2</th>" in html
+    assert "Prototypes" not in (runs["simclr"].path / "report.html").read_text(encoding="utf-8")
 
 
 def test_neighbors_are_the_nearest_training_images_with_their_classes(html, run, pictures, read_page):
