@@ -90,7 +90,7 @@ def print_visual_tokens(images: Path, out: Path, manifest: dict[str, Any], as_js
     click.echo(f"in: {out}")
     click.echo(
         f"next: {command('train')} {example_recipe('images-beit')} --data {images} --visual-tokenizer {out} "
-        f"--run runs/{out.resolve().name}"
+        f"--patch-size {size} --run runs/{out.resolve().name}"
     )
 
 

@@ -23,7 +23,7 @@ from data_prep.pipeline.workers import Advance, run_calls
 from data_prep.progress import ConsoleReporter, Reporter
 from data_prep.settings import VisualTokenSettings, available_cores
 from data_prep.shards.codebook import CODEBOOK_FILE, Codebook, load_codebook, patches_of
-from data_prep.shards.images import ImageDataset, ImageSplit, open_images
+from data_prep.shards.images import ImageDataset, open_images
 from data_prep.shards.manifest import make_manifest
 from data_prep.shards.tokens import SPLITS, TOKENIZER_FILE, Dataset, ShardWriter, open_dataset
 
@@ -88,8 +88,8 @@ def _build(settings: VisualTokenSettings, images: ImageDataset, journal: Journal
     out = settings.out
     images.verify()
     if not (out / CODEBOOK_FILE).is_file():
-        with progress.stage("learning codes", None):
-            write_atomically(out / CODEBOOK_FILE, _learned(images.split("train"), settings).to_bytes())
+        with progress.stage("learning codes", None) as advance:
+            write_atomically(out / CODEBOOK_FILE, _learned(images, settings, advance).to_bytes())
     codebook = load_codebook(out)
     tokenizer = codebook.tokenizer()
     tokenizer.save(out / TOKENIZER_FILE)
@@ -123,12 +123,10 @@ def _build(settings: VisualTokenSettings, images: ImageDataset, journal: Journal
     return manifest
 
 
-def _learned(split: ImageSplit, settings: VisualTokenSettings) -> Codebook:
+def _learned(images: ImageDataset, settings: VisualTokenSettings, advance: Advance) -> Codebook:
     """The codes of random training patches, or of all if they are few."""
-    patch = settings.patch_size
-    first = split.read(np.arange(1))
-    size, channels = first.shape[1], first.shape[3]
-    per_image = (size // patch) ** 2
+    split, channels, patch = images.split("train"), images.format.channels, settings.patch_size
+    per_image = (images.format.size // patch) ** 2
     total = split.count * per_image
     everything = total <= SAMPLE
     chosen = np.arange(total) if everything else np.sort(random_numbers(SAMPLE, settings.seed) % np.uint64(total))
@@ -138,6 +136,7 @@ def _learned(split: ImageSplit, settings: VisualTokenSettings) -> Codebook:
         low, high = np.searchsorted(of_image, (start, start + IMAGES_AT_ONCE))
         numbers, local = np.unique(of_image[low:high], return_inverse=True)
         sample[low:high] = patches_of(split.read(numbers), patch)[local * per_image + place[low:high]]
+    advance(sample.nbytes)
     found = fit_codes(sample, settings.codes, settings.seed)
     return Codebook(found.reshape(settings.codes, patch, patch, channels))
 

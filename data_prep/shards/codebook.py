@@ -79,7 +79,8 @@ def load_codebook(source: str | Path) -> Codebook:
     path = Path(source)
     path = path / CODEBOOK_FILE if path.is_dir() else path
     try:
-        pixels = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            pixels = np.lib.format.read_array(file, allow_pickle=False)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != pixels.shape[2] or not pixels.size:
             raise ValueError
     except OSError:
@@ -87,6 +88,6 @@ def load_codebook(source: str | Path) -> Codebook:
             f'there is no visual tokenizer "{path}": make one with {command("prep visual-tokens")} YOUR_IMAGES '
             "--out FOLDER --patch-size SIZE"
         ) from None
-    except (ValueError, EOFError):
+    except ValueError:
         raise UserError(f'"{path}" is not a visual tokenizer, or damaged: build or copy it again') from None
     return Codebook(pixels)

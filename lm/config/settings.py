@@ -217,12 +217,7 @@ class ObjectiveConfig:
     patch_mask_rate: float = setting(
         0.75, "mae, beit: share of an image's patches that are hidden and predicted", minimum=0.01, maximum=0.99
     )
-    visual_tokenizer: str = setting(
-        "",
-        "beit: folder of visual tokens, or its codebook.npy, whose codes are predicted; made by kindling prep "
-        "visual-tokens",
-        on_resume="never",
-    )
+    visual_tokenizer: str = setting("", "beit: folder of visual tokens whose codes are predicted", on_resume="never")
     visual_codes: int = setting(
         0, "beit: number of codes; 0: those of visual_tokenizer", minimum=0, maximum=2**15, on_resume="never"
     )

@@ -44,12 +44,15 @@ def with_codes(config: Config, before: Config | None = None) -> Config:
 
 
 def codebook_of(config: Config) -> NDArray[np.uint8]:
-    """The pixels of each code, (codes, C · size · size), cut as the model's patches are; zeros if they are not there.
+    """The pixels of each code, (codes, C · size · size), cut as the model's patches are.
 
-    Then a checkpoint has them, or the settings are for a plan.
+    Zeros where the tokenizer is not there, or another one is by now: then a checkpoint has them, or it is for a plan.
     """
-    model, name = config.model, config.objective.visual_tokenizer
-    if not name or not Path(name).exists():
-        return np.zeros((config.objective.visual_codes, model.image_channels * model.patch_size**2), dtype=np.uint8)
-    pixels = load_codebook(name).pixels
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).reshape(len(pixels), -1)
+    model, objective = config.model, config.objective
+    nothing = np.zeros((objective.visual_codes, model.image_channels * model.patch_size**2), dtype=np.uint8)
+    try:
+        pixels = load_codebook(objective.visual_tokenizer).pixels.transpose(0, 3, 1, 2)
+    except UserError:
+        return nothing
+    found = np.ascontiguousarray(pixels).reshape(len(pixels), -1)
+    return found if found.shape == nothing.shape else nothing

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from data_prep.errors import UserError
 from lm.config.settings import ViewsConfig
 from lm.data.batch import IGNORED
 from lm.data.images import ImageBatch, ImageRows, ImageValidation, denormalized, normalized
@@ -39,7 +40,7 @@ class VisualTokenizer(nn.Module):
     def codes(self, images: Tensor, size: int) -> Tensor:
         """The code most like each patch, int64 (n, patches), of images (n, C, H, W) in [0, 1].
 
-        The same as ``data_prep.shards.codebook`` finds for these pixels.
+        The same as ``data_prep.shards.codebook`` finds for these pixels, up to rounding in patches of over 341 numbers.
         """
         with torch.autocast(images.device.type, enabled=False):
             patches = patches_of((images.float() * 255).round(), size) - CENTER
@@ -75,6 +76,11 @@ class BEiT(ImageObjective):
     def begin(self, model: nn.Module) -> None:
         device = next(model.parameters()).device
         self.memory = VisualTokenizer(torch.from_numpy(codebook_of(self.config)).to(device))
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Refuse a run that begins without its codes, as one of several machines may."""
+        if step == 0 and not self.memory.pixels.any():
+            raise UserError(f'there is no visual tokenizer "{self.config.objective.visual_tokenizer}" here')
 
     def prepare(self, rows: ImageRows) -> ImageBatch:
         draws = draw_views(self.seed, rows.numbers, self.views, self.view_settings)

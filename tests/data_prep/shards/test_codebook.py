@@ -23,13 +23,15 @@ def test_a_patch_gets_the_nearest_code(size: int, channels: int) -> None:
     assert np.array_equal(distances, expected.min(1)), "exactly"
 
 
-def test_the_farthest_pixels_are_compared_exactly() -> None:
-    pixels = np.zeros((3, 10, 10, 3), np.uint8)
-    pixels[1] = 255
-    pixels[2, 0, 0, 0] = 1
-    codes, distances = Codebook(pixels).encode(pixels.reshape(3, -1))
-    assert codes.tolist() == [0, 1, 2]
-    assert distances.tolist() == [0, 0, 0]
+@pytest.mark.parametrize("size", [4, 10, 16])
+def test_the_farthest_pixels_are_compared_exactly(size: int) -> None:
+    rng = np.random.default_rng(0)
+    book = Codebook(rng.integers(254, 256, (200, size, size, 3), dtype=np.uint8))
+    patches = rng.integers(0, 2, (50, size * size * 3), dtype=np.uint8)
+    codes, distances = book.encode(patches)
+    expected = ((patches[:, None].astype(np.int64) - book.pixels.reshape(200, -1).astype(np.int64)) ** 2).sum(2)
+    assert np.array_equal(codes, expected.argmin(1))
+    assert np.array_equal(distances, expected.min(1))
 
 
 def test_patches_are_cut_row_by_row() -> None:

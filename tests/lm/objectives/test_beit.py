@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
+from data_prep.pipeline.visual_tokens import build_visual_tokens
 from data_prep.shards.codebook import load_codebook
 from data_prep.shards.codebook import patches_of as cut
 from data_prep.shards.tokens import open_dataset
@@ -135,7 +136,7 @@ def test_a_validation_is_the_mean_over_whole_images(batches, model, pictures):
     assert [found["loss"], found["code_accuracy"]] == pytest.approx(judged.mean(0).tolist(), rel=1e-5)
     held_out = validation_rows(ImageCorpora([pictures]), config)
     again = objective.measured(held_out, np.arange(5), LossMeasure(model, objective, config, Ranks()))
-    assert again["loss"] == pytest.approx(float(judged[:5, 0].mean()), rel=1e-5), "the same patches are hidden"
+    assert again["loss"] == pytest.approx(judged[:5, 0].mean().item(), rel=1e-5), "the same patches are hidden"
 
 
 def test_the_pictures_are_of_codes_and_only_hidden_patches_are_predicted(batches, model, pictures, visual_tokens):
@@ -163,6 +164,27 @@ def test_a_run_brings_its_codes_along(batches, model, tmp_path):
     batch = batches.batch(0)
     assert torch.equal(moved.loss(model, batch)["beit"], batches.objective.loss(model, batch)["beit"])
     assert with_codes(config.replace(visual_codes=0), config).objective.visual_codes == 12
+
+
+def test_a_tokenizer_that_changed_since_the_run_began_is_not_used(batches, model, pictures, tmp_path):
+    state = {name: each.clone() for name, each in batches.objective.memory.state_dict().items()}
+    for codes in (12, 7):
+        out = tmp_path / str(codes)
+        build_visual_tokens(pictures.directory, out, 4, codes=codes, seed=5, workers=1)
+        moved = type(batches.objective)(
+            batches.objective.config.replace(visual_tokenizer=str(out)), batches.objective.form
+        )
+        restore(moved, model, state)
+        assert torch.equal(moved.memory.pixels, batches.objective.memory.pixels)
+
+
+def test_a_run_cannot_begin_without_codes(batches, model, tmp_path):
+    config = batches.objective.config.replace(visual_tokenizer=str(tmp_path / "gone"))
+    moved = type(batches.objective)(config, batches.objective.form)
+    restore(moved, model, {})
+    with pytest.raises(UserError, match=r'there is no visual tokenizer ".*gone" here'):
+        moved.after_step(model, 0)
+    batches.objective.after_step(model, 0)
 
 
 @pytest.mark.parametrize(

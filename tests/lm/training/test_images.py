@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,22 @@ def test_a_run_starts_from_the_trunk_of_another_objective(config, undisturbed, t
     moved = run.newest().model()["blocks.0.attention.query.weight"]
     assert torch.allclose(moved, undisturbed["simclr"].newest().model()["blocks.0.attention.query.weight"], atol=0.05)
     assert "head.mask" in run.newest().model()
+
+
+def test_a_run_on_visual_tokens_keeps_its_codes_when_the_tokenizer_is_gone(
+    config, undisturbed, visual_tokens, tmp_path
+):
+    tokens = shutil.copytree(visual_tokens, tmp_path / "tokens")
+    changed = config.replace(objective="beit", visual_tokenizer=str(tokens))
+    with pytest.raises(InterruptedError):
+        train(changed, tmp_path / "run", StopAt(3))
+    shutil.rmtree(tokens)
+    assert same(train(changed, tmp_path / "run", NullReporter()), undisturbed["beit"])
+    with pytest.raises(UserError, match=f'there is no visual tokenizer "{tokens}"'):
+        train(changed, tmp_path / "new", NullReporter())
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="was started with visual_tokenizer"):
+        train(config.replace(objective="beit"), tmp_path / "run", NullReporter())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -129,11 +129,11 @@ def test_live_bytes_follow_storages_not_tensors():
         assert live.now == 0
 
 
-@pytest.mark.parametrize("objective", ["simclr", "mae"])
+@pytest.mark.parametrize("objective", ["simclr", "mae", "beit"])
 def test_a_step_on_images_is_counted_alike_with_memory_and_without_and_as_real_steps_need(objective, monkeypatch):
     config = Config().replace(
         num_layers=3, hidden_size=64, num_heads=2, objective=objective, patch_size=4, batch_images=8, image_size=16,
-        image_channels=3, context_length=16, batch_tokens=128,
+        image_channels=3, context_length=16, batch_tokens=128, visual_codes=100,
     )  # fmt: skip
     counts = []
     for limit in (1e12, 0):
@@ -145,6 +145,7 @@ def test_a_step_on_images_is_counted_alike_with_memory_and_without_and_as_real_s
     made = open_objective(config)
     with LiveBytes("cpu") as live:
         model = made.new_model()
+        made.begin(model)
         optimizer = Optimizer(model, config.optimizer)
         for _ in range(2):
             model.zero_grad()
