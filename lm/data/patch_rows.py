@@ -50,7 +50,6 @@ def rows_of_images(images: int, height: int, width: int, kept: Tensor | None = N
     return PatchRows(positions, lo, hi)
 
 
-@lru_cache(maxsize=16)
 def packed_rows(sizes: tuple[tuple[int, int, int], ...], length: int = 0) -> PatchRows:
     """Images of several sizes in shared rows, by best-fit decreasing.
 
@@ -58,26 +57,32 @@ def packed_rows(sizes: tuple[tuple[int, int, int], ...], length: int = 0) -> Pat
         sizes: (images, height, width) of each size, in patches.
         length: patches of a row; 0: those of the largest image.
     """
+    return PatchRows(*map(torch.from_numpy, _packed(sizes, length)))
+
+
+@lru_cache(maxsize=16)
+def _packed(sizes: tuple[tuple[int, int, int], ...], length: int) -> tuple[NDArray[np.integer], ...]:
+    """The positions, lo, hi, slots and places of ``packed_rows``, in NumPy: tensors may stand for a counted step."""
     grids = [grid(height, width) for count, height, width in sizes for _ in range(count)]
     lengths = np.array([len(each) for each in grids], dtype=np.int64)
     length = max(length, int(lengths.max()))
     row_of = best_fit(lengths, length)
-    order = np.argsort(row_of, kind="stable")
     rows = int(row_of.max()) + 1
     first_patch = np.cumsum(lengths) - lengths
     slots, places = np.zeros((rows, length), dtype=np.int64), np.empty(int(lengths.sum()), dtype=np.int64)
-    positions, starts = np.zeros((rows, length, 2), dtype=np.int32), np.zeros((rows, length), dtype=bool)
-    filled = np.zeros(rows, dtype=np.int64)
-    for image in order.tolist():
+    positions, filled = np.zeros((rows, length, 2), dtype=np.int32), np.zeros(rows, dtype=np.int64)
+    lo, hi = (np.empty((rows, length), dtype=np.int32) for _ in range(2))
+    for image in np.argsort(row_of, kind="stable").tolist():
         row, count = row_of[image], lengths[image]
         begin, patches = filled[row], np.arange(first_patch[image], first_patch[image] + count)
-        slots[row, begin : begin + count] = patches
+        part = slice(begin, begin + count)
+        slots[row, part], positions[row, part] = patches, grids[image]
+        lo[row, part], hi[row, part] = begin, begin + count
         places[patches] = row * length + begin + np.arange(count)
-        positions[row, begin : begin + count] = grids[image]
-        starts[row, begin] = True
         filled[row] += count
-    lo, hi = masks.packed(torch.from_numpy(starts), torch.ones(rows, dtype=torch.bool), torch.from_numpy(filled))
-    return PatchRows(torch.from_numpy(positions), lo, hi, torch.from_numpy(slots), torch.from_numpy(places))
+    empty = np.arange(length) >= filled[:, None]  # sees nothing and is never seen
+    lo[empty] = hi[empty] = np.broadcast_to(filled[:, None], empty.shape)[empty]
+    return positions, lo, hi, slots, places
 
 
 def layout_of(images: Sequence[Tensor], patch_size: int) -> PatchRows:

@@ -104,8 +104,8 @@ class DINO(ViewMethod):
         assert isinstance(self.memory, Centered)
         student = F.log_softmax(vectors / self.settings.student_temperature, dim=2)
         costs = -torch.einsum("ntk,nvk->tv", self.assignments(targets, self.memory.center), student) / len(vectors)
-        others = ~torch.eye(*costs.shape, dtype=torch.bool, device=costs.device)
-        return {self.name: costs[others].mean()}
+        own = torch.eye(*costs.shape, dtype=torch.bool, device=costs.device)
+        return {self.name: costs.masked_fill(own, 0.0).sum() / (costs.numel() - len(costs))}
 
     def observe(self, targets: Tensor) -> None:
         self._seen = targets.mean((0, 1))

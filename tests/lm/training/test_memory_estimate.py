@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import pytest
 import torch
 
-from lm.config.settings import Config
+from lm.config.settings import IMAGE_OBJECTIVES, Config
 from lm.model.transformer import Transformer
 from lm.objectives.objective import open_objective
 from lm.training import memory_estimate
@@ -129,11 +131,12 @@ def test_live_bytes_follow_storages_not_tensors():
         assert live.now == 0
 
 
-@pytest.mark.parametrize("objective", ["simclr", "mae", "beit"])
+@pytest.mark.parametrize("objective", IMAGE_OBJECTIVES)
 def test_a_step_on_images_is_counted_alike_with_memory_and_without_and_as_real_steps_need(objective, monkeypatch):
     config = Config().replace(
         num_layers=3, hidden_size=64, num_heads=2, objective=objective, patch_size=4, batch_images=8, image_size=16,
         image_channels=3, context_length=16, batch_tokens=128, visual_codes=100,
+        prototypes=100, queue_size=64,
     )  # fmt: skip
     counts = []
     for limit in (1e12, 0):
@@ -141,7 +144,8 @@ def test_a_step_on_images_is_counted_alike_with_memory_and_without_and_as_real_s
         memory_estimate._counted.cache_clear()
         counts.append(step_memory(config, 8, CPU))
     memory_estimate._counted.cache_clear()
-    assert counts[0] == counts[1]
+    apart = 0.01 if objective == "dino" else 0  # where rows are shared, their layout is kept once more without memory
+    assert astuple(counts[0]) == pytest.approx(astuple(counts[1]), rel=apart)
     made = open_objective(config)
     with LiveBytes("cpu") as live:
         model = made.new_model()
