@@ -265,8 +265,8 @@ def test_a_run_stopped_with_weights_that_are_not_finite_saves_nothing_and_says_s
 ):
     step = Optimizer.step
 
-    def breaking(optimizer: Optimizer, factor: float) -> None:
-        step(optimizer, factor)
+    def breaking(optimizer: Optimizer, factor: float, decay: float) -> None:
+        step(optimizer, factor, decay)
         if recorder.began and optimizer.state()["norm.weight.step"] == 5:
             next(iter(optimizer.parameters.values())).data.fill_(math.nan)
             os.kill(os.getpid(), signal.SIGTERM)
