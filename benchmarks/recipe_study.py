@@ -104,8 +104,8 @@ def averaging(decays: tuple[float, ...]) -> Iterator[dict[float, dict[str, Tenso
     step = Optimizer.step
 
     @torch.no_grad()
-    def observed(self: Optimizer, factor: float) -> None:
-        step(self, factor)
+    def observed(self: Optimizer, factor: float, decay: float = 1.0) -> None:
+        step(self, factor, decay)
         for decay in decays:
             average = kept.setdefault(decay, {name: p.detach().clone() for name, p in self.parameters.items()})
             for name, parameter in self.parameters.items():
