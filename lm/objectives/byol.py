@@ -27,14 +27,6 @@ class BYOL(ViewMethod):
     def teacher_head(self) -> nn.Module:
         return ProjectionHead(*self.head_shape)
 
-    def vectors(self, head: nn.Module, features: Tensor) -> Tensor:
-        predicted: Tensor = head(features)
-        return predicted.float().transpose(0, 1)
-
-    def targets(self, head: nn.Module, features: Tensor) -> Tensor:
-        projected: Tensor = head(features)
-        return projected.float().transpose(0, 1)
-
     def compare(self, vectors: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
         """2 - 2 cos of each prediction and the teacher's projection of the other view (equation 2), averaged."""
         assert targets is not None

@@ -10,8 +10,8 @@ from torch import Tensor
 def info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """InfoNCE loss (van den Oord et al. 2018, eq. 4): the cross-entropy of finding each first view's partner.
 
-    ``first`` and ``second`` are vectors (examples, width), ``second`` perhaps with more vectors at its end, which are
-    nobody's partner; the logits are cosines divided by ``temperature``.
+    ``first`` and ``second`` are vectors (examples, width), ``second`` perhaps with more vectors at its end, which
+    match none of ``first``; the logits are cosines divided by ``temperature``.
     """
     cosines = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T
     return F.cross_entropy(cosines / temperature, torch.arange(len(first), device=first.device))

@@ -82,10 +82,6 @@ class DINO(ViewMethod):
         scores: Tensor = head(features, frozen=self.frozen)
         return scores.transpose(0, 1)
 
-    def targets(self, head: nn.Module, features: Tensor) -> Tensor:
-        scores: Tensor = head(features)
-        return scores.transpose(0, 1)
-
     def assignments(self, scores: Tensor, center: Tensor) -> Tensor:
         """The teacher's distribution over prototypes for each of its ``scores``, (n, views, prototypes)."""
         if self.centering == "sinkhorn":

@@ -49,12 +49,8 @@ class MoCo(ViewMethod):
     def new_memory(self, teacher: nn.Module, student: nn.Module) -> Teacher:
         return Queue(teacher, student, self.settings.queue_size, self.settings.projection_size)
 
-    def vectors(self, head: nn.Module, features: Tensor) -> Tensor:
-        predicted: Tensor = head(features)
-        return predicted.float().transpose(0, 1)
-
     def targets(self, head: nn.Module, features: Tensor) -> Tensor:
-        return F.normalize(head(features).float(), dim=2).transpose(0, 1)
+        return F.normalize(super().targets(head, features), dim=2)
 
     def compare(self, vectors: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
         """The mean InfoNCE of both directions (the paper of 2021, section 3, without its factor 2 x temperature)."""

@@ -99,7 +99,7 @@ class Objective(Protocol):
 
 
 class Comparing(Objective, Protocol):
-    """An objective whose loss compares the rows of a whole step, whatever its micro-batches and ranks.
+    """An objective whose loss compares the rows of a whole step, in any number of micro-batches and ranks.
 
     ``lm.training.gradients`` computes vectors and targets micro-batch by micro-batch, and the loss from all of them.
     """

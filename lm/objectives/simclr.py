@@ -21,10 +21,6 @@ class SimCLR(ViewMethod):
     def head(self) -> nn.Module:
         return ProjectionHead(*self.head_shape)
 
-    def vectors(self, head: nn.Module, features: Tensor) -> Tensor:
-        projected: Tensor = head(features)
-        return projected.float().transpose(0, 1)
-
     def compare(self, vectors: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
         return {self.name: nt_xent(vectors[:, 0], vectors[:, 1], self.settings.infonce_temperature)}
 

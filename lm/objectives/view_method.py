@@ -1,4 +1,4 @@
-"""What is learned from several views of the same thing, whatever the thing is: a head, a loss, perhaps a teacher."""
+"""What is learned from several views of one thing, such as an image: a head, a loss, perhaps a teacher."""
 
 from __future__ import annotations
 
@@ -51,13 +51,15 @@ class ViewMethod(ABC):
         """The memory of step 0; ``teacher`` is a model with ``teacher_head``, not initialized."""
         return Teacher(teacher, student)
 
-    @abstractmethod
     def vectors(self, head: nn.Module, features: Tensor) -> Tensor:
         """What is compared, float32 (n, views, size), of the student's features of each view, (views, n, hidden)."""
+        found: Tensor = head(features)
+        return found.float().transpose(0, 1)
 
     def targets(self, head: nn.Module, features: Tensor) -> Tensor:
         """The same of the teacher, float32 (n, 2, size), with its head and its features, (2, n, hidden)."""
-        raise NotImplementedError
+        found: Tensor = head(features)
+        return found.float().transpose(0, 1)
 
     @abstractmethod
     def compare(self, vectors: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
