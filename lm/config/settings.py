@@ -382,6 +382,10 @@ class Config:
         """The readouts of a model with this objective, the causal one first."""
         return tuple(readout for name in self.objective.shares for readout in OBJECTIVES[name][1])
 
+    def predicting(self) -> Config:
+        """These settings, with nothing but the objective that predicts tokens."""
+        return self.replace(objective=next(name for name in self.objective.shares if OBJECTIVES[name][1]))
+
     @property
     def reads_images(self) -> bool:
         """Whether the model reads images instead of text."""

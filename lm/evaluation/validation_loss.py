@@ -12,7 +12,6 @@ from lm.evaluation.baselines import dataset_baselines
 from lm.model.device import choose_device
 from lm.runs.checkpoint import MODEL, Checkpoint
 from lm.runs.directory import RESULT, Run, saved_evaluation
-from lm.runs.metrics_log import of_tokens
 from lm.runs.run_data import open_text
 from lm.training.validation import validate_readouts
 
@@ -39,7 +38,7 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
     if known and known["data_fingerprint"] == dataset.fingerprint:
         return known
     model = run.load_model(choose_device("auto"), checkpoint)
-    readouts = of_tokens(validate_readouts(model, dataset, run.config, rows=0, every_token=True))
+    readouts = validate_readouts(model, dataset, run.config.predicting(), rows=0, every_token=True)
     windows = f"whole validation split in adjacent windows of {run.config.data.context_length} tokens"
     result = {
         "step": checkpoint.step,
