@@ -5,10 +5,11 @@ BIN := .venv/bin
 READY := .venv/.ready
 READY_IMAGES := .venv/.ready-images
 READY_DEV := .venv/.ready-dev
+READY_DOCS := .venv/.ready-docs
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: help setup setup-dev demo demo-images test bench kernels-aot check format clean
+.PHONY: help setup setup-dev demo demo-images test bench kernels-aot docs check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +36,10 @@ $(READY_DEV): $(READY)
 	@$(INSTALL) '.[dev]'
 	@touch $@
 
+$(READY_DOCS): $(READY)
+	@$(INSTALL) '.[docs]'
+	@touch $@
+
 demo: setup ## the whole pipeline: text, tokenizer, shards, training, evaluation, samples, report
 	@$(BIN)/kindling demo
 
@@ -52,6 +57,9 @@ bench: setup-dev ## compare with other programs, on the CPU (python -m benchmark
 
 kernels-aot: setup-dev ## compile every kernel for several GPU architectures, without a GPU; UPDATE=--update accepts changes
 	$(BIN)/python -m lm.kernels.aot $(UPDATE)
+
+docs: $(READY_DOCS) ## build the documentation site in build/docs/html; a warning or a dead link fails
+	$(BIN)/python docs/site/build.py build/docs
 
 check: setup-dev ## check style and types
 	$(BIN)/ruff format --check .

@@ -214,7 +214,7 @@ class TaskModel(Predictor):
 
         Args:
             inputs: texts; (text, text) for a task on pairs, the words of a sentence for tagging words, (question,
-                *answers) for choosing an answer.
+                answer, answer, …) for choosing an answer.
         """
         if isinstance(inputs, str):
             raise UserError('predict takes a list of texts: predict(["..."])')

@@ -113,6 +113,33 @@ def test_every_link_inside_the_documentation_leads_somewhere(page):
             assert (page.parent / link.partition("#")[0]).exists(), f"{relative(page)} links to {link}"
 
 
+def anchors(page: Path) -> set[str]:
+    """What GitHub and the site call the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    found: dict[str, int] = {}
+    names = set()
+    for heading in re.findall(r"^#+ (.+?) *$", text, re.M):
+        name = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)).lower().replace(" ", "-")
+        names.add(f"{name}-{found[name]}" if name in found else name)
+        found[name] = found.get(name, 0) + 1
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_link_to_a_heading_finds_it(page):
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if anchor and "://" not in link and target.suffix == ".md":
+            assert anchor in anchors(target), f"{relative(page)} links to {link}"
+
+
+def test_a_heading_is_called_as_on_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One: a `b`, and [c](d.md)\n```\n# no heading\n```\n## Two\n## Two\n", encoding="utf-8")
+    assert anchors(page) == {"one-a-b-and-c", "two", "two-1"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_every_command_that_a_page_names_exists(page):
     called = re.findall(r"(?:`|^|\$ )kindling ([a-z]+)\b", page.read_text(encoding="utf-8"), re.M)
