@@ -75,7 +75,9 @@ def commands(group: click.Group, name: str) -> Iterator[tuple[str, click.Command
 def help_of(name: str) -> str:
     """What ``--help-all`` of a command prints, or ``--help`` where there is no longer one."""
     arguments = name.split()[1:]
-    printed = [CliRunner().invoke(main, [*arguments, option], prog_name="kindling") for option in ("--help-all", "--help")]
+    printed = [
+        CliRunner().invoke(main, [*arguments, option], prog_name="kindling") for option in ("--help-all", "--help")
+    ]
     return next(result.output for result in printed if result.exit_code == 0)
 
 
@@ -111,7 +113,9 @@ def write_sources(source: Path) -> None:
     listed = {page for section in SECTIONS.values() for page in section}
     others = [str(page.with_suffix("")) for page in pages() if str(page.with_suffix("")) not in {*listed, "README"}]
     sections = SECTIONS | {"Inside": (*SECTIONS["Inside"], *others)}
-    trees = [f"\n```{{toctree}}\n:hidden:\n:caption: {name}\n\n{chr(10).join(its)}\n```\n" for name, its in sections.items()]
+    trees = [
+        f"\n```{{toctree}}\n:hidden:\n:caption: {name}\n\n{chr(10).join(its)}\n```\n" for name, its in sections.items()
+    ]
     with (source / "README.md").open("a", encoding="utf-8") as file:
         file.writelines(trees)
 
