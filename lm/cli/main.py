@@ -20,6 +20,7 @@ from lm.cli.predict import predict
 from lm.cli.report import compare, report
 from lm.cli.sample import sample
 from lm.cli.serve import serve
+from lm.cli.sweep import sweep
 from lm.cli.tasks import tasks
 from lm.cli.train import train
 
@@ -34,6 +35,7 @@ main.add_command(prep, "prep")
 for command in (
     demo,
     train,
+    sweep,
     sample,
     serve,
     finetune,

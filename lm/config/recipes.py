@@ -84,7 +84,7 @@ def load_config(
             problems.append(f'unknown setting "{name}"{suggestion(name, here)}')
             continue
         try:
-            values[name] = _convert(known[name], value)
+            values[name] = convert(known[name], value)
         except ValueError as problem:
             problems.append(f"{f'{name} in {where}' if where else known[name].option} {problem}")
     for option in unknown_options:
@@ -277,7 +277,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return other_name(name, known) or (f': did you mean "{close[0]}"?' if close else "")
 
 
-def _convert(setting: Setting, value: Any) -> Any:
+def convert(setting: Setting, value: Any) -> Any:
     """Convert ``value`` to the setting's type and check its limits; the ValueError says what is expected."""
     wanted = type(setting.default)
     if wanted is tuple:

@@ -67,6 +67,25 @@ class Scatter:
     vertical: str
 
 
+@dataclass(frozen=True)
+class Dots:
+    """One chart: a dot for each (x, y), a thin ``line``, and the ``best`` dot with its name.
+
+    ``ticks`` are the names of positions on the horizontal axis; empty: numbers. ``log``: its numbers vary by factors.
+    """
+
+    title: str
+    points: list[tuple[float, float]]
+    best: tuple[str, float, float]
+    line: list[tuple[float, float]]
+    horizontal: str
+    ticks: dict[float, str]
+    log: bool
+
+
+Chart = Panel | Bars | Scatter | Dots
+
+
 def picture(pixels: NDArray[np.uint8]) -> str:
     """Pixels, uint8 (height, width, 1 or 3), as the address of a PNG that an ``img`` shows, at most 96 pixels wide."""
     from PIL import Image
@@ -85,7 +104,7 @@ def render(template: str, **values: Any) -> str:
     return pages.get_template(template).render(**values)
 
 
-def draw(panels: Sequence[Panel | Bars | Scatter], height: float) -> str:
+def draw(panels: Sequence[Chart], height: float) -> str:
     """Draw panels in a row, ``height`` inches high and 9 inches wide in total, as one SVG element without a date.
 
     Its texts are texts, its colors follow the page's, and a label says what it shows.
@@ -106,6 +125,8 @@ def draw(panels: Sequence[Panel | Bars | Scatter], height: float) -> str:
                     _draw_bars(axes, panel)
                 case Scatter():
                     _draw_scatter(axes, panel)
+                case Dots():
+                    _draw_dots(axes, panel)
                 case Panel():
                     _draw_panel(axes, panel)
             axes.patch.set_alpha(0)
@@ -116,7 +137,7 @@ def draw(panels: Sequence[Panel | Bars | Scatter], height: float) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(_label(panels))}"', 1)
 
 
-def _label(panels: Sequence[Panel | Bars | Scatter]) -> str:
+def _label(panels: Sequence[Chart]) -> str:
     """What panels show, in words."""
     parts = []
     for panel in panels:
@@ -127,6 +148,10 @@ def _label(panels: Sequence[Panel | Bars | Scatter]) -> str:
         if isinstance(panel, Scatter):
             counts = ", ".join(f"{name} {len(points)}" for name, points in panel.points.items() if name)
             parts.append(panel.title + (f", points of each: {counts}" if counts else ""))
+            continue
+        if isinstance(panel, Dots):
+            name, x, y = panel.best
+            parts.append(f"{panel.title} by {panel.horizontal}: {name}, {y:.4f} at {panel.ticks.get(x, f'{x:g}')}")
             continue
         names = [name for name in (*panel.lines, *panel.points, *panel.marks) if name]
         parts.append(f"{panel.title} by {panel.horizontal}" + (f": {', '.join(names)}" if names else ""))
@@ -175,6 +200,25 @@ def _draw_scatter(axes: Any, scatter: Scatter) -> None:
     axes.set_aspect("equal", adjustable="datalim")
     if named:
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _draw_dots(axes: Any, dots: Dots) -> None:
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    name, x, y = dots.best
+    if dots.line:
+        axes.plot(*zip(*dots.line, strict=True), color=SOFT, linewidth=1)
+    axes.plot(*zip(*dots.points, strict=True), color=COLORS[1], marker="o", markersize=5, linestyle="none")
+    axes.plot([x], [y], color=COLORS[0], marker="o", markersize=9, linestyle="none")
+    axes.annotate(_literal(name), (x, y), xytext=(0, 9), textcoords="offset points", ha="center", color=COLORS[0])
+    axes.set(title=_literal(dots.title), xlabel=_literal(dots.horizontal), xscale="log" if dots.log else "linear")
+    if dots.ticks:
+        axes.set_xticks(list(dots.ticks), [_literal(tick) for tick in dots.ticks.values()])
+        axes.xaxis.set_minor_locator(NullLocator())
+    elif dots.log:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    axes.margins(x=0.12, y=0.18)
+    axes.grid(color=LINE, linewidth=0.6)
 
 
 def _literal(text: str) -> str:
