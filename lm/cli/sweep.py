@@ -85,15 +85,14 @@ def sweep(
     numbers = seeds_of(seeds) if seeds else []
     if is_one_of_several():
         raise UserError("a sweep trains in one process: start it without torchrun")
+    if numbers and "seed" in given:
+        raise UserError("--seeds names the seeds of every point: leave out --seed")
     if trials is not None and trials < 1:
         raise UserError(f"--trials must be at least 1, not {trials}")
     from lm.config.sweep_axes import parse_axes
 
-    parsed = parse_axes(axes, searching=trials is not None)
-    fixed = [axis.name for axis in parsed if axis.name in given or (axis.name == "seed" and numbers)]
-    if fixed or ("seed" in given and numbers):
-        option = "--seeds" if numbers and "seed" in [*fixed, *given] else f"--{fixed[0].replace('_', '-')}"
-        raise UserError(f"{option} and another option set the same: leave one of them out")
+    fixed = {name: f"--{name.replace('_', '-')}" for name in given} | ({"seed": "--seeds"} if numbers else {})
+    parsed = parse_axes(axes, fixed, searching=trials is not None)
     from lm.evaluation.sweep import Plan, Sweep, check
     from lm.evaluation.sweep_search import require_optuna
 

@@ -38,57 +38,60 @@ class Axis:
         return self.values or (self.low, self.high)
 
 
-def parse_axes(texts: Sequence[str], *, searching: bool) -> list[Axis]:
+def parse_axes(texts: Sequence[str], fixed: Mapping[str, str], *, searching: bool) -> list[Axis]:
     """Read axes such as ``learning_rate=0.003,0.01`` or, for a search, ``learning_rate=0.001..0.1:log``.
+
+    Args:
+        fixed: settings that are not to be varied, with the options that set them.
 
     Raises:
         UserError: one line per problem.
     """
-    known, axes, problems = {each.name: each for each in pretraining_settings()}, [], []
+    known = {each.name: each for each in pretraining_settings()}
+    axes: list[Axis] = []
+    problems = [] if texts else [f"name a setting to vary and its values, for example {EXAMPLE}"]
     for text in texts:
-        name, _, values = text.partition("=")
-        name = name.strip()
-        try:
-            if not values.strip():
-                raise ValueError(f'"{text}" names no values: write for example {EXAMPLE}')
-            if name not in known:
-                raise ValueError(f'unknown setting "{name}"{suggestion(name, known)}')
-            if name in [axis.name for axis in axes]:
-                raise ValueError(f"{name} is set twice: list all its values after one --set")
-            axes.append(_axis(known[name], values.strip(), searching=searching))
-        except ValueError as problem:
-            problems.append(str(problem))
-    if not texts:
-        problems.append(f"name a setting to vary and its values, for example {EXAMPLE}")
+        name, _, values = (part.strip() for part in text.partition("="))
+        if not values:
+            problems.append(f'"{text}" names no values: write for example {EXAMPLE}')
+        elif name not in known:
+            problems.append(f'unknown setting "{name}"{suggestion(name, known)}')
+        elif name in [axis.name for axis in axes]:
+            problems.append(f"--set {name} is there twice: list all its values after one")
+        else:
+            if name in fixed:
+                problems.append(f"{fixed[name]} fixes what --set {name} varies: leave one of them out")
+            axes.append(_axis(known[name], values, problems, searching=searching))
     if problems:
         raise UserError("\n".join(problems))
     return axes
 
 
-def _axis(setting: Setting, text: str, *, searching: bool) -> Axis:
-    """One axis; the ValueError says what is wrong."""
-    name, is_number = setting.name, setting.kind in ("integer", "number")
-    if is_number and (found := RANGE.fullmatch(text)):
-        low, high = (_value(setting, found[end]) for end in (1, 2))
+def _axis(setting: Setting, text: str, problems: list[str], *, searching: bool) -> Axis:
+    """One axis; what is wrong with it is added to ``problems``."""
+
+    def value(part: str) -> Any:
+        try:
+            converted = convert(setting, part.strip())
+        except ValueError as problem:
+            problems.append(f"--set {setting.name}: each value {problem}")
+            return part
+        return list(converted) if isinstance(converted, tuple) else converted
+
+    before, written = len(problems), f"--set {setting.name}={text}"
+    if setting.kind in ("integer", "number") and (found := RANGE.fullmatch(text)):
+        low, high = value(found[1]), value(found[2])
         if not searching:
-            raise ValueError(f"{name}={text} is a range: add --trials N to search it, or list values")
-        if not low < high:
-            raise ValueError(f"{name}={text} is no range: the second number must be larger")
-        if found[3] and low <= 0:
-            raise ValueError(f"{name}={text}: a logarithmic range starts above 0")
-        return Axis(name, (), low, high, bool(found[3]))
-    values = [_value(setting, part.strip()) for part in COMMA.split(text)]
-    if twice := [value for number, value in enumerate(values) if value in values[:number]]:
-        raise ValueError(f"{name} names {shown(twice[0])} twice")
-    return Axis(name, tuple(values))
-
-
-def _value(setting: Setting, text: str) -> Any:
-    try:
-        value = convert(setting, text)
-    except ValueError as problem:
-        raise ValueError(f"{setting.name} {problem}") from None
-    return list(value) if isinstance(value, tuple) else value
+            problems.append(f"{written} is a range: add --trials N to search it, or list values")
+        elif len(problems) == before and low >= high:
+            problems.append(f"{written} is no range: the second number must be larger")
+        elif len(problems) == before and found[3] and low <= 0:
+            problems.append(f"{written}: a range of factors (:log) starts above 0")
+        return Axis(setting.name, (), low, high, bool(found[3]))
+    values = [value(part) for part in COMMA.split(text)]
+    if len(problems) == before and (twice := [each for n, each in enumerate(values) if each in values[:n]]):
+        problems.append(f"--set {setting.name} names {shown(twice[0])} twice")
+    return Axis(setting.name, tuple(values))
 
 
 def grid(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:

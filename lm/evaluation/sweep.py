@@ -40,13 +40,13 @@ JOURNAL, TABLE, PAGE = "sweep.json", "table.json", "sweep.html"
 FORMAT = 1  # of the journal
 OWN = re.compile(rf"\d{{3,}}(-seed\d+)?|({JOURNAL}|{TABLE}|{PAGE})(\.tmp)?")  # names in the folder of a sweep
 MOST_POINTS = 1000
-# What a run can be judged by, and its unit. A readout's name stands for its bits per byte.
+# What a run can be judged by, in words. Bits per byte are the mean over the readouts, or of the one that is named.
 MEASURES = {
-    "bits_per_byte": "bits per byte, mean over the readouts",
+    "bits_per_byte": "bits per byte",
     "next_token": "bits per byte of next_token",
     "masked_token": "bits per byte of masked_token",
     "masked_next_token": "bits per byte of masked_next_token",
-    "loss": "loss of the objective",
+    "loss": "loss",
     "knn_accuracy": "k-NN accuracy",
 }
 HIGHER_IS_BETTER = ("knn_accuracy",)

@@ -7,6 +7,7 @@ a sweep that was killed finds the same points again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,8 @@ Tried = tuple[dict[str, Any], float | None]  # a point and its result; None: it 
 
 def require_optuna() -> None:
     """Raise UserError if Optuna is not installed."""
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise UserError('--trials needs the package "optuna": pip install "kindling-lm[sweep]"') from None
+    if find_spec("optuna") is None:
+        raise UserError('--trials needs the package "optuna": pip install "kindling-lm[sweep]"')
 
 
 def suggest(

@@ -210,7 +210,9 @@ def _draw_dots(axes: Any, dots: Dots) -> None:
         axes.plot(*zip(*dots.line, strict=True), color=SOFT, linewidth=1)
     axes.plot(*zip(*dots.points, strict=True), color=COLORS[1], marker="o", markersize=5, linestyle="none")
     axes.plot([x], [y], color=COLORS[0], marker="o", markersize=9, linestyle="none")
-    axes.annotate(_literal(name), (x, y), xytext=(0, 9), textcoords="offset points", ha="center", color=COLORS[0])
+    is_lowest = y <= min(height for _, height in dots.points)  # then there is room below
+    place = {"xytext": (0, -9 if is_lowest else 9), "va": "top" if is_lowest else "bottom", "ha": "center"}
+    axes.annotate(_literal(name), (x, y), textcoords="offset points", color=COLORS[0], **place)
     axes.set(title=_literal(dots.title), xlabel=_literal(dots.horizontal), xscale="log" if dots.log else "linear")
     if dots.ticks:
         axes.set_xticks(list(dots.ticks), [_literal(tick) for tick in dots.ticks.values()])

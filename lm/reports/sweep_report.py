@@ -13,6 +13,7 @@ from lm.evaluation.sweep import PAGE, TABLE
 from lm.reports.page import Dots, draw, render
 
 IN_A_ROW = 3  # charts
+FEWEST_VALUES = 3  # of a setting, of which the best is said to be at the edge
 MOST_TICKS = 6  # of a horizontal axis with a tick for each value
 FACTOR = 8  # between the smallest and the largest value, from which an axis is logarithmic
 
@@ -28,7 +29,8 @@ def write_sweep(out: Path, table: dict[str, Any]) -> None:
     page = render(
         "sweep.html",
         name=out.resolve().name,
-        lead=f"{table['recipe']}, {_count(table)}; compared by {table['unit']}, {table['better']} is better.",
+        lead=f"{table['recipe']}, {_count(table)}; compared by {table['unit']} at the last validation: "
+        f"{table['better']} is better.",
         verdict=verdict(table),
         header=header,
         points=points,
@@ -41,7 +43,7 @@ def write_sweep(out: Path, table: dict[str, Any]) -> None:
 def rows(table: Mapping[str, Any]) -> list[list[str]]:
     """The table as texts: a header, then a row for each point, best first."""
     several = any(point["deviation"] is not None for point in table["points"])
-    measure = table["measure"] + (" ± standard deviation" if several else "")
+    measure = table["unit"] + (" ± standard deviation" if several else "")
     lines = [["point", *table["settings"], measure, ""]]
     for point in table["points"]:
         number = "" if point["value"] is None else f"{point['value']:.4f}"
@@ -58,10 +60,12 @@ def verdict(table: Mapping[str, Any]) -> str:
     if not finished:
         return "No point has finished."
     best = finished[0]
-    sentences = [f"Best: point {best['point']:03d} with {describe(best['settings'])}: {best['value']:.4f}."]
+    sentences = [
+        f"Best: point {best['point']:03d} with {describe(best['settings'])}: {table['unit']} {best['value']:.4f}."
+    ]
     for name, value in best["settings"].items():
         tried = [point["settings"][name] for point in finished]
-        if _are_numbers(tried) and value in (min(tried), max(tried)) and min(tried) < max(tried):
+        if _are_numbers(tried) and value in (min(tried), max(tried)) and len(set(tried)) >= FEWEST_VALUES:
             which = ("smallest", "smaller") if value == min(tried) else ("largest", "larger")
             sentences.append(f"Its {name} is the {which[0]} that was tried: {which[1]} ones may be better.")
     return " ".join(sentences)
@@ -86,7 +90,7 @@ def _chart(table: Mapping[str, Any], finished: list[dict[str, Any]], name: str) 
     few = len(values) <= MOST_TICKS or not numeric
     best_of_each = [(x, choose(y for place, y in points if place == x)) for x in sorted(set(places))]
     return Dots(
-        table["measure"],
+        table["unit"],
         points,
         (f"best: {finished[0]['point']:03d}", *points[0]),
         best_of_each if few and numeric else [],

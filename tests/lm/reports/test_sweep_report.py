@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from lm.reports.sweep_report import charts, rows, verdict, write_sweep
+
+
+def point(number: int, value: float | None, status: str = "finished", note: str = "", **settings: Any) -> dict:
+    return {
+        "point": number,
+        "runs": [f"{number:03d}"],
+        "settings": settings,
+        "value": value,
+        "deviation": None,
+        "status": status,
+        "note": note,
+    }
+
+
+def table_of(*points: dict, **changes: Any) -> dict:
+    names = list(points[0]["settings"])
+    usual = {"recipe": "tiny", "measure": "bits_per_byte", "unit": "bits per byte", "better": "lower"}
+    return {**usual, "settings": names, "points": list(points), **changes}
+
+
+TABLE = table_of(
+    point(2, 1.5, learning_rate=0.03, optimizer="muon"),
+    point(1, 2.0, learning_rate=0.01, optimizer="adamw"),
+    point(3, 2.25, learning_rate=0.003, optimizer="muon"),
+    point(4, None, "failed", "the <loss> is not finite", learning_rate=3.0, optimizer="muon"),
+)
+
+
+def test_the_page_has_every_point_the_best_one_first_and_named(tmp_path, read_page):
+    (tmp_path / "002").mkdir()
+    (tmp_path / "002" / "report.html").touch()
+    write_sweep(tmp_path, TABLE)
+    assert json.loads((tmp_path / "table.json").read_text()) == TABLE
+    html = (tmp_path / "sweep.html").read_text(encoding="utf-8")
+    page = read_page(html)
+    words = page.words()
+    assert f"{tmp_path.name}: a sweep" in words
+    assert "tiny, 4 points (1 failed); compared by bits per byte at the last validation: lower is better." in words
+    assert "Best: point 002 with learning_rate 0.03, optimizer muon: bits per byte 1.5000." in words
+    assert words.index("1.5000 ") < words.index("2.0000") < words.index("2.2500") < words.index("failed: the <loss>")
+    assert [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")] == ["002/report.html"]
+    assert page.tags.count("svg") == 1
+    assert 'aria-label="Chart of bits per byte by learning_rate: best: 002, 1.5000 at 0.03; bits per byte by' in html
+    assert re.search(r">best: 002</text>", html)
+    assert re.search(r">adamw</text>.*>muon</text>", html, re.DOTALL)
+
+
+def test_the_table_shows_deviations_over_seeds_and_why_a_point_has_no_value():
+    several = table_of({**point(1, 1.0, data=["a", "b"]), "deviation": 0.125}, point(2, None, "unfinished", data=["c"]))
+    assert rows(several) == [
+        ["point", "data", "bits per byte ± standard deviation", ""],
+        ["001", "a b", "1.0000 ± 0.1250", ""],
+        ["002", "c", "", "unfinished"],
+    ]
+    assert rows(TABLE)[4][-2:] == ["", "failed: the <loss> is not finite"]
+
+
+@pytest.mark.parametrize(
+    ("tried", "sentence"),
+    [
+        ((0.3, 0.1, 0.2), "Its beta1 is the largest that was tried: larger ones may be better."),
+        ((0.1, 0.2, 0.3), "Its beta1 is the smallest that was tried: smaller ones may be better."),
+        ((0.2, 0.1, 0.3), ""),
+        ((0.2, 0.1), ""),
+    ],
+)
+def test_a_best_point_at_the_edge_of_what_was_tried_is_reported(tried, sentence):
+    table = table_of(*(point(n, float(n), beta1=value) for n, value in enumerate(tried, 1)))
+    assert verdict(table) == f"Best: point 001 with beta1 {tried[0]}: bits per byte 1.0000. {sentence}".strip()
+
+
+def test_without_a_point_that_finished_there_is_no_chart(tmp_path, read_page):
+    table = table_of(point(1, None, "failed", "no memory", learning_rate=0.1))
+    assert (charts(table), verdict(table)) == ([], "No point has finished.")
+    write_sweep(tmp_path, table)
+    assert "failed: no memory" in read_page((tmp_path / "sweep.html").read_text(encoding="utf-8")).words()
+
+
+def test_each_setting_has_an_axis_of_its_own_kind():
+    """Values that vary by factors have equal distances, few values a tick each, names in alphabetical order."""
+
+    def dots(svg: str) -> list[float]:
+        body = re.search(r'id="line2d_(?:(?!</g>).)*?clip-path(.*)', svg, re.DOTALL)
+        assert body
+        return [float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"[^>]*fill: var\(--series-1', svg)]
+
+    factors = table_of(*(point(n, n / 2, learning_rate=10.0**-n) for n in (1, 2, 3)))
+    left, middle, right = sorted(dots(charts(factors)[0]))
+    assert middle - left == pytest.approx(right - middle, rel=1e-3)
+    even = table_of(*(point(n, n / 2, learning_rate=value) for n, value in enumerate((0.2, 0.5, 0.4), 1)))
+    left, middle, right = sorted(dots(charts(even)[0]))
+    assert (middle - left) / (right - left) == pytest.approx(2 / 3, rel=1e-3)
+    assert all(f">{value}</text>" in charts(even)[0] for value in (0.2, 0.4, 0.5))
+    many = table_of(
+        *(point(n, n / 2, learning_rate=0.01 * 1.7**n, beta1=0.1, beta2=0.2, momentum=0.3) for n in range(8))
+    )
+    assert len(charts(many)) == 2
+    assert ">0.1</text>" in charts(many)[0]
