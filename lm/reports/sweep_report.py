@@ -83,20 +83,21 @@ def charts(table: Mapping[str, Any]) -> list[str]:
 def _chart(table: Mapping[str, Any], finished: list[dict[str, Any]], name: str) -> Dots:
     given = [point["settings"][name] for point in finished]
     numeric = _are_numbers(given)
-    values = sorted(set(given)) if numeric else sorted({shown(value) for value in given})
-    places = [float(value) if numeric else float(values.index(shown(value))) for value in given]
+    names = sorted({shown(value) for value in given})
+    places = [float(value) if numeric else float(names.index(shown(value))) for value in given]
+    ticks = dict(sorted(zip(places, map(shown, given), strict=True)))
+    few = len(ticks) <= MOST_TICKS or not numeric
     points = list(zip(places, [point["value"] for point in finished], strict=True))
     choose = max if table["better"] == "higher" else min
-    few = len(values) <= MOST_TICKS or not numeric
-    best_of_each = [(x, choose(y for place, y in points if place == x)) for x in sorted(set(places))]
+    best_of_each = [(x, choose(y for place, y in points if place == x)) for x in ticks]
     return Dots(
         table["unit"],
         points,
         (f"best: {finished[0]['point']:03d}", *points[0]),
         best_of_each if few and numeric else [],
         name,
-        dict(zip(sorted(set(places)), map(shown, values), strict=True)) if few else {},
-        numeric and values[0] > 0 and values[-1] / values[0] >= FACTOR,
+        ticks if few else {},
+        numeric and min(places) > 0 and max(places) / min(places) >= FACTOR,
     )
 
 
