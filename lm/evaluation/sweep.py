@@ -221,6 +221,7 @@ class Sweep:
             "measure": self.plan.measure,
             "unit": MEASURES[self.plan.measure],
             "better": "higher" if self.plan.measure in HIGHER_IS_BETTER else "lower",
+            "trials": self.plan.trials,
             "settings": [axis.name for axis in self.plan.axes],
             "points": rows,
         }

@@ -36,6 +36,7 @@ def write_sweep(out: Path, table: dict[str, Any]) -> None:
         points=points,
         charts=charts(table),
         folder=str(out),
+        is_search=table["trials"] > 0,
     )
     write_atomically(out / PAGE, page)
 
@@ -63,7 +64,8 @@ def verdict(table: Mapping[str, Any]) -> str:
     sentences = [
         f"Best: point {best['point']:03d} with {describe(best['settings'])}: {table['unit']} {best['value']:.4f}."
     ]
-    for name, value in best["settings"].items():
+    listed = {} if table["trials"] else best["settings"]  # what a search drew has no edge
+    for name, value in listed.items():
         tried = [point["settings"][name] for point in finished]
         if _are_numbers(tried) and value in (min(tried), max(tried)) and len(set(tried)) >= FEWEST_VALUES:
             which = ("smallest", "smaller") if value == min(tried) else ("largest", "larger")
@@ -94,7 +96,7 @@ def _chart(table: Mapping[str, Any], finished: list[dict[str, Any]], name: str) 
         table["unit"],
         points,
         (f"best: {finished[0]['point']:03d}", *points[0]),
-        best_of_each if few and numeric else [],
+        best_of_each if numeric and not table["trials"] else [],
         name,
         ticks if few else {},
         numeric and min(places) > 0 and max(places) / min(places) >= FACTOR,

@@ -23,7 +23,7 @@ def point(number: int, value: float | None, status: str = "finished", note: str 
 
 def table_of(*points: dict, **changes: Any) -> dict:
     names = list(points[0]["settings"])
-    usual = {"recipe": "tiny", "measure": "bits_per_byte", "unit": "bits per byte", "better": "lower"}
+    usual = {"recipe": "tiny", "measure": "bits_per_byte", "unit": "bits per byte", "better": "lower", "trials": 0}
     return {**usual, "settings": names, "points": list(points), **changes}
 
 
@@ -76,6 +76,7 @@ def test_the_table_shows_deviations_over_seeds_and_why_a_point_has_no_value():
 def test_a_best_point_at_the_edge_of_what_was_tried_is_reported(tried, sentence):
     table = table_of(*(point(n, float(n), beta1=value) for n, value in enumerate(tried, 1)))
     assert verdict(table) == f"Best: point 001 with beta1 {tried[0]}: bits per byte 1.0000. {sentence}".strip()
+    assert verdict(table | {"trials": 3}).endswith("1.0000.")
 
 
 def test_without_a_point_that_finished_there_is_no_chart(tmp_path, read_page):
