@@ -35,7 +35,6 @@ main.add_command(prep, "prep")
 for command in (
     demo,
     train,
-    sweep,
     sample,
     serve,
     finetune,
@@ -46,6 +45,7 @@ for command in (
     harness,
     report,
     compare,
+    sweep,
     export,
     import_run,
     merge_run,
