@@ -1,4 +1,4 @@
-"""The settings of views of images."""
+"""The settings of views of images and of texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lm.config.setting import setting
 
 @dataclass(frozen=True)
 class ViewsConfig:
-    """How views of an image are drawn; each image and view has draws of its own."""
+    """How views are drawn; each image, or piece of text, and each of its views has draws of its own."""
 
     crop_area: float = setting(
         0.2, "smallest share of the image's area in a crop", minimum=0.01, maximum=1, finetuning=0.6
@@ -42,4 +42,21 @@ class ViewsConfig:
         minimum=0,
         maximum=1,
         finetuning=0.0,
+    )
+    view_tokens: int = setting(
+        64,
+        "text: tokens of the pieces that a row is cut into; views are views of a piece",
+        minimum=2,
+        on_resume="never",
+        pretraining_only=True,
+    )
+    span_share: float = setting(
+        0.5,
+        "text: smallest share of a piece's tokens in a view, which is a span of them; 1: all",
+        minimum=0.01,
+        maximum=1,
+        pretraining_only=True,
+    )
+    token_deletion: float = setting(
+        0.1, "text: share of a view's tokens that are left out", minimum=0, maximum=0.9, pretraining_only=True
     )

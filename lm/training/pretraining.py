@@ -125,7 +125,7 @@ class Pretraining(TrainModule[Any]):
 
     def model(self) -> Model:
         model = self.objective.new_model()
-        if not self.config.training.init_from or self.config.reads_images:
+        if not self.config.training.init_from or self.objective.compares or self.config.reads_images:
             model.initialize(self.config.training.seed)
         if self.config.training.init_from:
             load_base(model, self.path)

@@ -73,7 +73,7 @@ NEVER = """num_layers hidden_size num_heads num_key_value_heads head_size feed_f
     optimizer init_from task base weights method lora_rank lora_alpha lora_matrices batch_examples pairs
     template_tokens head_bias patch_size stem image_size image_channels batch_images projection_size
     projection_hidden_size decoder_layers decoder_size queue_size prototypes
-    visual_tokenizer visual_codes"""
+    visual_tokenizer visual_codes view_tokens"""
 ASK = """objective masked_fraction mask_rate mask_token_share random_token_share validation_mask_rate learning_rate
     muon_learning_rate weight_decay beta1 beta2 momentum gradient_clip spike_threshold warmup_fraction decay_fraction
     final_learning_rate_fraction text_column text_pair_column label_column choices_column words_column tags_column
@@ -82,7 +82,7 @@ ASK = """objective masked_fraction mask_rate mask_token_share random_token_share
     color_jitter_rate grayscale blur solarize largest_crop teacher_momentum student_temperature teacher_temperature
     first_teacher_temperature teacher_warmup center_momentum prototypes_frozen centering ibot_weight koleo_weight
     local_views local_size local_area
-    final_weight_decay stem_learning_rate"""
+    final_weight_decay stem_learning_rate span_share token_deletion"""
 
 
 @pytest.mark.parametrize(("answer", "names"), [("free", FREE), ("never", NEVER), ("ask", ASK)])
