@@ -15,7 +15,7 @@ from lm.config.settings import pretraining_settings
 
 EXAMPLE = "--set learning_rate=0.003,0.01"
 RANGE = re.compile(r"([-+0-9._eE]+?)\.\.([-+0-9._eE]+)(:log)?")
-COMMA = re.compile(r",(?![^\[]*\])")  # but not inside a list, which is one value
+COMMA = re.compile(r',(?![^\[]*\])(?=(?:[^"]*"[^"]*")*[^"]*$)')  # but not inside a list or between quotes
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,20 @@ def parse_axes(texts: Sequence[str], fixed: Mapping[str, str], *, searching: boo
     return axes
 
 
-def _axis(setting: Setting, text: str, problems: list[str], *, searching: bool) -> Axis:
+def _axis(setting: Setting, values: str, problems: list[str], *, searching: bool) -> Axis:
     """One axis; what is wrong with it is added to ``problems``."""
 
     def value(part: str) -> Any:
         try:
-            converted = convert(setting, part.strip())
+            text = part.strip()
+            converted = convert(setting, text if setting.kind == "list of texts" else text.strip('"'))
         except ValueError as problem:
             problems.append(f"--set {setting.name}: each value {problem}")
             return part
         return list(converted) if isinstance(converted, tuple) else converted
 
-    before, written = len(problems), f"--set {setting.name}={text}"
-    if setting.kind in ("integer", "number") and (found := RANGE.fullmatch(text)):
+    before, written = len(problems), f"--set {setting.name}={values}"
+    if setting.kind in ("integer", "number") and (found := RANGE.fullmatch(values)):
         low, high = value(found[1]), value(found[2])
         if not searching:
             problems.append(f"{written} is a range: add --trials N to search it, or list values")
@@ -88,10 +89,10 @@ def _axis(setting: Setting, text: str, problems: list[str], *, searching: bool) 
         elif len(problems) == before and found[3] and low <= 0:
             problems.append(f"{written}: a range of factors (:log) starts above 0")
         return Axis(setting.name, (), low, high, bool(found[3]))
-    values = [value(part) for part in COMMA.split(text)]
-    if len(problems) == before and (twice := [each for n, each in enumerate(values) if each in values[:n]]):
+    tried = [value(part) for part in COMMA.split(values)]
+    if len(problems) == before and (twice := [each for n, each in enumerate(tried) if each in tried[:n]]):
         problems.append(f"--set {setting.name} names {shown(twice[0])} twice")
-    return Axis(setting.name, tuple(values))
+    return Axis(setting.name, tuple(tried))
 
 
 def grid(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from data_prep.errors import UserError
 from data_prep.files import names_in, read_json, write_atomically
 from lm.config.recipes import pretraining_config
-from lm.config.settings import Config
+from lm.config.settings import OBJECTIVES, Config
 from lm.config.sweep_axes import Axis, describe, grid
 from lm.data.corpora import Corpora
 from lm.data.datasets import open_training_data, settled
@@ -152,17 +152,16 @@ def _checked(config: Config, corpora: Corpora | ImageCorpora, before: Sequence[C
 
 def _measure(wanted: str, configs: Sequence[Config], data: Sequence[Corpora | ImageCorpora]) -> str:
     """The measure to judge by, if it suits all points."""
-    images = configs[0].reads_images
-    readouts = {config.readouts for config in configs}
-    shared = [name for name in configs[0].readouts if all(name in each for each in readouts)]
-    if images:
-        labeled = all(_has_classes(each, configs[0]) for each in data)
-        fitting = ["knn_accuracy"] * labeled + ["loss"] * (len({each.objective.objective for each in configs}) == 1)
-    else:
-        fitting = ["bits_per_byte"] * (len(readouts) == 1) + shared
+    first, objectives = configs[0], {config.objective.objective for config in configs}
+    labeled = first.reads_images and all(_has_classes(each, first) for each in data)
+    same_readouts = {config.readouts for config in configs} == {first.readouts} and first.readouts
+    shared = [name for name in first.readouts if all(name in config.readouts for config in configs)]
+    compares = not all(OBJECTIVES[name][1] for name in first.objective.shares)  # images, or views of texts
+    fitting = ["knn_accuracy"] if labeled else ["bits_per_byte"] if same_readouts else []
+    fitting += shared + (["loss"] if compares and len(objectives) == 1 else [])
     if not fitting:
         raise UserError("the objectives of these points have no measure in common: sweep each by itself")
-    if not wanted and not images and "bits_per_byte" not in fitting:
+    if not wanted and not same_readouts and shared:
         raise UserError(f"the objectives differ, so name what to compare: --measure {' or '.join(fitting)}")
     if wanted and wanted not in fitting:
         raise UserError(f"--measure {wanted} does not suit these points: choose {' or '.join(fitting)}")
@@ -363,7 +362,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
 
 
 def value_of(validation: Mapping[str, Mapping[str, float]], measure: str) -> float:
-    """The measure of a validation: of the readout that it names, or the mean over all groups."""
+    """The measure of a validation: of the readout that it names, or the mean over the groups that have it."""
     if measure in validation:
         return validation[measure]["bits_per_byte"]
-    return mean(group[measure] for group in validation.values())
+    return mean(group[measure] for group in validation.values() if measure in group)

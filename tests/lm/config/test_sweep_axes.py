@@ -21,6 +21,12 @@ def test_values_have_the_type_of_their_setting():
     assert [type(value) for axis in axes[:3] for value in axis.values] == [float, float, int, int, bool, bool]
 
 
+def test_a_value_with_a_comma_stands_between_quotes():
+    assert parsed('objective=hybrid,"hybrid:0.75,simclr:0.25",simclr')[0].values == (
+        "hybrid", "hybrid:0.75,simclr:0.25", "simclr"
+    )  # fmt: skip
+
+
 def test_a_search_takes_ranges_and_lists():
     axes = parsed("learning_rate=1e-3..0.1:log", "num_layers=2..6", "weight_decay=0..1", "beta1=0.8", searching=True)
     assert axes == [
