@@ -111,10 +111,14 @@ def sweep(
 
 
 def _train_all(sweep: Sweep) -> None:
+    import torch
+
     from lm import api
     from lm.reports.sweep_report import write_sweep
 
     def train(config: Config, path: Path) -> None:
+        if config.training.compile:  # the compiler refuses a ninth model in one process
+            torch.compiler.reset()
         api.train(config, run=path)
 
     def note(text: str) -> None:
