@@ -265,7 +265,7 @@ def _recipe_values(
             for name, value in settings.items():
                 if name not in known:
                     problems.append(f'unknown setting "{name}" in {recipe}{suggestion(name, here)}')
-                elif known[name].section != section:
+                elif section not in (known[name].section, known[name].once_in):
                     problems.append(
                         f'setting "{name}" in {recipe} belongs under [{known[name].section}], not [{section}]'
                     )

@@ -20,6 +20,7 @@ class Setting:
         finetuning: the default in fine-tuning; None: the same.
         pretraining_only: fine-tuning derives it from its own settings, or does without.
         of_task: part of what a task is in a table of tasks, not of how a model is fine-tuned on it.
+        once_in: the section that files of earlier versions have it in.
         mixture: several choices may be joined, each with its share: "one:0.75,another:0.25" (``shares_of``).
     """
 
@@ -34,6 +35,7 @@ class Setting:
     finetuning: Any
     pretraining_only: bool
     of_task: bool
+    once_in: str
     mixture: bool
 
     @property
@@ -59,6 +61,7 @@ def setting(
     finetuning: Any = None,
     pretraining_only: bool = False,
     of_task: bool = False,
+    once_in: str = "",
     mixture: bool = False,
 ) -> Any:
     """A dataclass field that describes a ``Setting``; the arguments are its attributes."""

@@ -275,6 +275,18 @@ class OptimizerConfig:
     stem_learning_rate: float = setting(
         1.0, "learning rate of the embedding, or of the patch embedding, as a multiple of the others'", minimum=0
     )
+    head_learning_rate: float = setting(
+        1.0,
+        "learning rate of the head of an objective on images or views, or of a task, as a multiple of the others'",
+        minimum=0,
+    )
+    layer_decay: float = setting(
+        1.0,
+        "learning rate of each block as a share of that of the block above it",
+        minimum=0.1,
+        maximum=1,
+        once_in="finetune",
+    )
     momentum: float = setting(0.95, "Muon: decay of the momentum", minimum=0, maximum=0.9999)
     gradient_clip: float = setting(1.0, "largest norm of the whole gradient; 0: off", minimum=0)
     spike_threshold: float = setting(

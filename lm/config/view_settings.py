@@ -36,12 +36,21 @@ class ViewsConfig:
         maximum=1,
         finetuning=0.0,
     )
+    first_blur: float = setting(
+        0.0, "probability of blur in the first of two views, added to that of blur", minimum=0, maximum=1
+    )
     solarize: float = setting(
         0.0,
         "probability of inverting the pixels above one half (not mae, beit)",
         minimum=0,
         maximum=1,
         finetuning=0.0,
+    )
+    second_solarize: float = setting(
+        0.0,
+        "probability of solarization in the second of two views, added to that of solarize (BYOL, DINO: 0.2)",
+        minimum=0,
+        maximum=1,
     )
     view_tokens: int = setting(
         64,

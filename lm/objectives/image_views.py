@@ -14,7 +14,7 @@ from lm.config.settings import Config, ViewsConfig
 from lm.data.images import ImageBatch, ImageRows, ImageValidation, normalized
 from lm.data.keyed_random import Stream
 from lm.data.patch_rows import layout_of
-from lm.data.views import COLUMNS, draw_views, make_views
+from lm.data.views import COLUMNS, alike, draw_views, make_views
 from lm.model.image_transformer import ImageTransformer
 from lm.objectives.images import ImageObjective
 from lm.objectives.objective import Measure
@@ -48,7 +48,7 @@ class ImageViews(Views, ImageObjective):
     @property
     def local_settings(self) -> ViewsConfig:
         """How the smaller views are drawn: as the others, of a smaller part of the image."""
-        views = self.view_settings
+        views = alike(self.view_settings)
         return dataclasses.replace(views, crop_area=self.config.objective.local_area, largest_crop=views.crop_area)
 
     def prepare(self, rows: ImageRows) -> ImageBatch:

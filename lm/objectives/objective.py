@@ -140,9 +140,6 @@ def open_objective(config: Config, inputs: Any = None) -> Objective:
         importlib.import_module(f"lm.objectives.{OBJECTIVES[name][0]}").open_objective(config, inputs)
         for name in sorted(config.objective.shares, key=TEXT_VIEW_OBJECTIVES.__contains__)
     ]
-    if len(opened) == 1:
-        (objective,) = opened
-        return cast(Objective, objective)
-    from lm.objectives.mixture import Mixture
-
-    return Mixture(config, *opened)
+    if len(opened) > 1:
+        opened = [importlib.import_module("lm.objectives.mixture").Mixture(config, *opened)]
+    return cast(Objective, opened[0])

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from lm.config.finetune_settings import METHODS
+from lm.config.recipes import load_config
 from lm.config.settings import Config, ModelConfig, all_settings, finetuning_defaults, finetuning_settings
 
 
@@ -82,7 +83,8 @@ ASK = """objective masked_fraction mask_rate mask_token_share random_token_share
     color_jitter_rate grayscale blur solarize largest_crop teacher_momentum student_temperature teacher_temperature
     first_teacher_temperature teacher_warmup center_momentum prototypes_frozen centering ibot_weight koleo_weight
     local_views local_size local_area
-    final_weight_decay stem_learning_rate span_share token_deletion"""
+    final_weight_decay stem_learning_rate span_share token_deletion first_blur
+    second_solarize head_learning_rate"""
 
 
 @pytest.mark.parametrize(("answer", "names"), [("free", FREE), ("never", NEVER), ("ask", ASK)])
@@ -118,3 +120,9 @@ def test_what_a_task_is():
     assert [s.name for s in all_settings() if s.of_task] == (
         ["task", "train", "validation", "text_column", "text_pair_column", "label_column", "judged_by"]
     )
+
+
+def test_a_setting_is_also_read_where_earlier_versions_had_it(tmp_path):
+    for section in ("finetune", "optimizer"):
+        (tmp_path / "config.toml").write_text(f"[{section}]\nlayer_decay = 0.7\n", encoding="utf-8")
+        assert load_config(tmp_path / "config.toml").optimizer.layer_decay == 0.7
