@@ -90,18 +90,19 @@ def sweep(
     if trials is not None and trials < 1:
         raise UserError(f"--trials must be at least 1, not {trials}")
     from lm.config.sweep_axes import parse_axes
+    from lm.config.sweep_plan import Plan, require_optuna
 
     fixed = {name: f"--{name.replace('_', '-')}" for name in given} | ({"seed": "--seeds"} if numbers else {})
     parsed = parse_axes(axes, fixed, searching=trials is not None)
-    from lm.evaluation.sweep import Plan, Sweep, check
-    from lm.evaluation.sweep_search import require_optuna
-
-    if trials is not None:
-        require_optuna()
     place = out or Path("sweeps") / Path(recipe).stem
     if place.is_file():
         raise UserError(f"{place} is a file: choose another --out")
     plan = Plan(recipe, given, parsed, place, numbers, trials or 0, sampler, measure)
+    plan.configs()  # before PyTorch is imported
+    if trials is not None:
+        require_optuna()
+    from lm.evaluation.sweep import Sweep, check
+
     plan = replace(plan, measure=check(plan))
     place.mkdir(parents=True, exist_ok=True)
     with only_writer_of(place / LOCK, f"another process is working on {place}: wait for it, or choose another --out"):

@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 from data_prep.errors import UserError
 from data_prep.files import names_in, read_json, write_atomically
-from lm.config.recipes import pretraining_config
 from lm.config.settings import OBJECTIVES, Config
-from lm.config.sweep_axes import Axis, describe, grid
+from lm.config.sweep_axes import describe, grid
+from lm.config.sweep_plan import Plan
 from lm.data.corpora import Corpora
 from lm.data.datasets import open_training_data, settled
 from lm.data.image_corpora import ImageCorpora
@@ -39,7 +39,6 @@ from lm.training import trackers
 JOURNAL, TABLE, PAGE = "sweep.json", "table.json", "sweep.html"
 FORMAT = 1  # of the journal
 OWN = re.compile(rf"\d{{3,}}(-seed\d+)?|({JOURNAL}|{TABLE}|{PAGE})(\.tmp)?")  # names in the folder of a sweep
-MOST_POINTS = 1000
 # What a run can be judged by, in words. Bits per byte are the mean over the readouts, or of the one that is named.
 MEASURES = {
     "bits_per_byte": "bits per byte",
@@ -74,67 +73,22 @@ class Point:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a sweep is to do.
-
-    Attributes:
-        recipe, settings: what all runs have in common, as ``pretraining_config`` takes it.
-        seeds: of each point's runs; none: the recipe's own, or that of an axis.
-        trials: how many points to search; 0: the grid of all values.
-        measure: one of ``MEASURES``; None until ``checked``.
-    """
-
-    recipe: str
-    settings: dict[str, Any]
-    axes: list[Axis]
-    out: Path
-    seeds: Sequence[int] = ()
-    trials: int = 0
-    sampler: str = "tpe"
-    measure: str = ""
-
-    def config(self, changes: Mapping[str, Any], folder: Path | None = None) -> Config:
-        """The settings of a run with these changes, in its directory (None: a new one)."""
-        name = folder or self.out / "new"  # which no run is called
-        return pretraining_config(self.recipe, name, {**self.settings, **changes})[0]
-
-
 def check(plan: Plan) -> str:
-    """Check the settings of every point, of a search at the ends of each range; return the measure to judge by.
+    """Check the settings of every point against the data; return the measure to judge by.
 
     Raises:
         UserError: one line per problem, with the points that have it.
     """
-    if (count := math.prod(len(axis.ends) for axis in plan.axes)) > MOST_POINTS:
-        hint = "name fewer values" if plan.trials else "name fewer values, or search with --trials N"
-        raise UserError(f"these values make {count:,} combinations, and at most {MOST_POINTS:,} are tried: {hint}")
-    problems: dict[str, list[dict[str, Any]]] = {}
-    configs: list[Config] = []
     opened: dict[Any, Corpora | ImageCorpora] = {}
-    points = list(grid(plan.axes))
-    for point in points:
-        try:
-            config = plan.config(point)
-            if config.data.data not in opened:
-                opened[config.data.data] = open_training_data(config.data.data)
-            configs.append(_checked(config, opened[config.data.data], configs))
-        except UserError as error:
-            for line in str(error).splitlines():
-                problems.setdefault(line, []).append(point)
-    if not problems:
-        try:
-            return _measure(plan.measure, configs, list(opened.values()))
-        except UserError as error:
-            problems[str(error)] = points
-    raise UserError("\n".join(_where(line, having, len(points)) for line, having in problems.items()))
+    checked: list[Config] = []
 
+    def check_one(config: Config) -> None:
+        if config.data.data not in opened:
+            opened[config.data.data] = open_training_data(config.data.data)
+        checked.append(_checked(config, opened[config.data.data], checked))
 
-def _where(problem: str, points: Sequence[dict[str, Any]], of: int) -> str:
-    if len(points) == of:
-        return problem
-    more = f" and {len(points) - 1} other points" if len(points) > 1 else ""
-    return f"{problem} (at {describe(points[0])}{more})"
+    plan.of_all(check_one, plan.configs())
+    return _measure(plan.measure, checked, list(opened.values()))
 
 
 def _checked(config: Config, corpora: Corpora | ImageCorpora, before: Sequence[Config]) -> Config:

@@ -7,12 +7,10 @@ a sweep that was killed finds the same points again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from data_prep.errors import UserError
 from lm.config.sweep_axes import Axis
 
 SAMPLERS = ("tpe", "random")
@@ -20,12 +18,6 @@ TRIES = 100  # to find a point that is new, the last ones at random
 DIGITS = 5  # of a number drawn from a range
 
 Tried = tuple[dict[str, Any], float | None]  # a point and its result; None: it failed or collapsed
-
-
-def require_optuna() -> None:
-    """Raise UserError if Optuna is not installed."""
-    if find_spec("optuna") is None:
-        raise UserError('--trials needs the package "optuna": pip install "kindling-lm[sweep]"')
 
 
 def suggest(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from lm import api
 from lm.cli.main import main
-from lm.evaluation import sweep_search
+from lm.config import sweep_plan
 from lm.runs.directory import open_run
 
 
@@ -81,10 +83,21 @@ def test_a_mistake_is_reported_before_anything_is_written(sweep, tmp_path, argum
 
 
 def test_without_optuna_a_search_says_what_to_install(sweep, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_search, "find_spec", lambda name: None)
+    monkeypatch.setattr(sweep_plan, "find_spec", lambda name: None)
     done = sweep("--set", "beta1=0.1..0.2", "--trials", 2)
     assert done.stderr == 'error: --trials needs the package "optuna": pip install "kindling-lm[sweep]"\n'
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_mistake_in_the_settings_of_a_point_loads_no_torch(sweep, tmp_path):
+    code = "import sys; from lm.cli.main import main; main(sys.argv[1:], standalone_mode=False)"
+    arguments = ["sweep", tmp_path / "small.toml", "--set", "hidden_size=33,35"]
+    program = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert done.stderr.count("is not divisible by num_heads 2") == 2
 
 
 def test_a_sweep_is_refused_where_it_cannot_be(sweep, tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ import pytest
 from data_prep.errors import UserError
 from lm.config.settings import Config
 from lm.config.sweep_axes import Axis, parse_axes
-from lm.evaluation.sweep import JOURNAL, Plan, Sweep, check, value_of
+from lm.config.sweep_plan import Plan
+from lm.evaluation.sweep import JOURNAL, Sweep, check, value_of
 from lm.runs.directory import open_run
 from lm.training.pretraining import train
 from tests.conftest import Recorder, StopAt
@@ -209,26 +210,36 @@ def test_a_lost_journal_is_found_again_from_the_runs_and_a_damaged_one_is_report
         Sweep(plan(out=tmp_path / "other"))
 
 
-def test_every_point_is_checked_before_the_first_one_starts(plan, dataset, byte_dataset):
-    assert check(plan(measure="")) == "bits_per_byte"
+def problems_of(asked: Plan) -> list[str]:
     with pytest.raises(UserError) as error:
-        check(
-            plan("hidden_size=32,33,35", "num_heads=2,4", "context_length=32,48", f"data={dataset.directory},nowhere")
-        )
-    lines = str(error.value).splitlines()
-    data = dataset.directory.as_posix()
-    assert any(
-        line.startswith("hidden_size 33 is not divisible by num_heads 2: ")
-        and line.endswith(f"(at hidden_size 33, num_heads 2, context_length 32, data {data} and 3 other points)")
-        for line in lines
+        check(asked)
+    return str(error.value).splitlines()
+
+
+def test_every_point_is_checked_before_the_first_one_starts(plan, dataset, byte_dataset):
+    data, other = dataset.directory.as_posix(), byte_dataset.directory.as_posix()
+    assert check(plan(f"data={data},{other}", measure="")) == "bits_per_byte"
+    first, second, *_ = problems_of(plan("hidden_size=32,33,35", "num_heads=2,4", "context_length=32,48"))
+    assert first == "batch_tokens 256 is not a multiple of context_length 48: the nearest is 240 (at " + (
+        "hidden_size 32, num_heads 2, context_length 48 and 5 other points)"
     )
-    assert any("batch_tokens 256 is not a multiple of context_length 48" in line for line in lines)
-    assert any("nowhere" in line for line in lines)
-    with pytest.raises(UserError, match="make 1,001 combinations, and at most 1,000"):
-        check(plan("seed=" + ",".join(map(str, range(1001)))))
-    with pytest.raises(UserError, match=r"context_length 65536 is longer than the training text .*\(at context"):
-        check(plan("context_length=32,65536", settings={"batch_tokens": 65536}))
-    assert check(plan(f"data={dataset.directory},{byte_dataset.directory}", measure="")) == "bits_per_byte"
+    assert second == "hidden_size 33 is not divisible by num_heads 2: change one of them, or set head_size (at " + (
+        "hidden_size 33, num_heads 2, context_length 32 and 1 other point)"
+    )
+    assert problems_of(plan("seed=" + ",".join(map(str, range(1001))))) == [
+        "these values make 1,001 combinations, and at most 1,000 are tried: name fewer values, or search with "
+        "--trials N"
+    ]
+
+
+def test_every_point_is_checked_against_its_data(plan, dataset):
+    missing, long = problems_of(
+        plan("context_length=32,65536", f"data={dataset.directory},nowhere", settings={"batch_tokens": 65536})
+    )
+    assert long.startswith("context_length 65536 is longer than the training text")
+    assert long.endswith(f"(at context_length 65536, data {dataset.directory.as_posix()})")
+    assert "nowhere" in missing
+    assert missing.endswith("(at context_length 32, data nowhere and 1 other point)")
 
 
 def test_data_without_a_validation_split_is_refused(plan, text_folder, make_dataset, tmp_path):

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.errors import UserError
 from lm.config.sweep_axes import Axis
-from lm.evaluation import sweep_search
-from lm.evaluation.sweep_search import require_optuna, suggest
+from lm.evaluation.sweep_search import suggest
 
 AXES = [
     Axis("learning_rate", (), 0.001, 0.1, log=True),
@@ -25,12 +23,6 @@ def searched(trials: int, sampler: str = "tpe", seed: int = 0, axes=AXES, higher
         fails = point.get("data") == ["b", "c"] and point["learning_rate"] > 0.05
         tried.append((point, None if fails else -distance if higher else distance))
     return [point for point, _ in tried]
-
-
-def test_without_optuna_the_message_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(sweep_search, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "kindling-lm\[sweep\]"'):
-        require_optuna()
 
 
 class TestSearch:
