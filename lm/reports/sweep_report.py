@@ -78,28 +78,29 @@ def charts(table: Mapping[str, Any]) -> list[str]:
     finished = [point for point in table["points"] if point["status"] == "finished"]
     if not finished:
         return []
-    panels = [_chart(table, finished, name) for name in table["settings"]]
+    varied = [name for name in table["settings"] if len({shown(point["settings"][name]) for point in finished}) > 1]
+    panels = [_chart(table, finished, name) for name in varied or table["settings"][:1]]
     return [draw(panels[first : first + IN_A_ROW], height=3.2) for first in range(0, len(panels), IN_A_ROW)]
 
 
 def _chart(table: Mapping[str, Any], finished: list[dict[str, Any]], name: str) -> Dots:
+    """Few values have equal distances and a tick each; many are numbers on a scale."""
     given = [point["settings"][name] for point in finished]
-    numeric = _are_numbers(given)
-    names = sorted({shown(value) for value in given})
-    places = [float(value) if numeric else float(names.index(shown(value))) for value in given]
-    ticks = dict(sorted(zip(places, map(shown, given), strict=True)))
-    few = len(ticks) <= MOST_TICKS or not numeric
+    values = [shown(value) for value in (sorted(set(given)) if _are_numbers(given) else sorted(given, key=shown))]
+    names = list(dict.fromkeys(values))
+    few = len(names) <= MOST_TICKS or not _are_numbers(given)
+    places = [float(names.index(shown(value)) if few else value) for value in given]
     points = list(zip(places, [point["value"] for point in finished], strict=True))
     choose = max if table["better"] == "higher" else min
-    best_of_each = [(x, choose(y for place, y in points if place == x)) for x in ticks]
+    best_of_each = [(x, choose(y for place, y in points if place == x)) for x in sorted(set(places))]
     return Dots(
         table["unit"],
         points,
         (f"best: {finished[0]['point']:03d}", *points[0]),
-        best_of_each if numeric and not table["trials"] else [],
+        best_of_each if _are_numbers(given) and not table["trials"] else [],
         name,
-        ticks if few else {},
-        numeric and min(places) > 0 and max(places) / min(places) >= FACTOR,
+        dict(zip(map(float, range(len(names))), names, strict=True)) if few else {},
+        not few and min(places) > 0 and max(places) / min(places) >= FACTOR,
     )
 
 

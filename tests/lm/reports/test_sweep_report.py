@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any
@@ -86,23 +87,32 @@ def test_without_a_point_that_finished_there_is_no_chart(tmp_path, read_page):
     assert "failed: no memory" in read_page((tmp_path / "sweep.html").read_text(encoding="utf-8")).words()
 
 
-def test_each_setting_has_an_axis_of_its_own_kind():
-    """Values that vary by factors have equal distances, few values a tick each, names in alphabetical order."""
+def dots(svg: str) -> list[float]:
+    """The horizontal positions of all dots but the best one, in the order in which they are drawn."""
+    return [float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"[^>]*fill: var\(--series-1', svg)]
 
-    def dots(svg: str) -> list[float]:
-        body = re.search(r'id="line2d_(?:(?!</g>).)*?clip-path(.*)', svg, re.DOTALL)
-        assert body
-        return [float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"[^>]*fill: var\(--series-1', svg)]
 
-    factors = table_of(*(point(n, n / 2, learning_rate=10.0**-n) for n in (1, 2, 3)))
-    left, middle, right = sorted(dots(charts(factors)[0]))
+def test_few_values_have_equal_distances_and_a_tick_each():
+    rates = (0.5, 0.1, 0.4)
+    (svg,) = charts(table_of(*(point(n, float(n), learning_rate=rate, beta1=0.9) for n, rate in enumerate(rates, 1))))
+    right, left, middle = dots(svg)
     assert middle - left == pytest.approx(right - middle, rel=1e-3)
-    even = table_of(*(point(n, n / 2, learning_rate=value) for n, value in enumerate((0.2, 0.5, 0.4), 1)))
-    left, middle, right = sorted(dots(charts(even)[0]))
-    assert (middle - left) / (right - left) == pytest.approx(2 / 3, rel=1e-3)
-    assert all(f">{value}</text>" in charts(even)[0] for value in (0.2, 0.4, 0.5))
-    many = table_of(
-        *(point(n, n / 2, learning_rate=0.01 * 1.7**n, beta1=0.1, beta2=0.2, momentum=0.3) for n in range(8))
-    )
-    assert len(charts(many)) == 2
-    assert ">0.1</text>" in charts(many)[0]
+    assert svg.index(">0.1</text>") < svg.index(">0.4</text>") < svg.index(">0.5</text>")
+    assert "beta1" not in svg
+
+
+@pytest.mark.parametrize(("rate", "log"), [(lambda n: 2.0**-n, True), (lambda n: 1 + n / 10, False)])
+def test_many_numbers_are_on_a_scale_by_factors_if_they_vary_by_factors(rate, log):
+    (svg,) = charts(table_of(*(point(n, float(n), learning_rate=rate(n)) for n in range(8)), trials=8))
+    places = dots(svg)
+    gaps = [abs(b - a) for a, b in itertools.pairwise(places)]
+    assert len(gaps) == 7
+    assert gaps == pytest.approx([gaps[0]] * 7, rel=1e-3)
+    ticks = re.findall(r">([\d.]+)</text>", svg)
+    assert ("0.01" in ticks) == log
+
+
+def test_the_charts_of_many_settings_are_in_several_rows():
+    names = ("beta1", "beta2", "momentum", "dropout")
+    drawn = charts(table_of(*(point(n, float(n), **dict.fromkeys(names, n / 10)) for n in (1, 2))))
+    assert [svg.count(">bits per byte</text>") for svg in drawn] == [3, 1]
