@@ -142,3 +142,5 @@ def _print(sweep: Sweep, as_json: bool) -> None:
         header, *lines = rows(table)
         print_table(header, lines, verdict(table))
     click.echo(str(sweep.plan.out / PAGE), err=True)
+    if not any(point["status"] == "finished" for point in table["points"]):
+        raise UserError("no point has finished: the table says why")

@@ -82,6 +82,14 @@ def test_a_mistake_is_reported_before_anything_is_written(sweep, tmp_path, argum
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_sweep_without_any_point_that_finished_fails(sweep, tmp_path):
+    done = sweep("--set", "learning_rate=1e30", "--optimizer", "adamw", "--json")
+    assert done.exit_code == 2
+    assert "its training has diverged" in json.loads(done.stdout)["points"][0]["note"]
+    assert done.stderr.endswith("error: no point has finished: the table says why\n")
+    assert (tmp_path / "sweep" / "sweep.html").is_file()
+
+
 def test_without_optuna_a_search_says_what_to_install(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_plan, "find_spec", lambda name: None)
     done = sweep("--set", "beta1=0.1..0.2", "--trials", 2)
