@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from data_prep.errors import UserError
 from lm.config.settings import Config
 from lm.config.sweep_axes import Axis, parse_axes
 from lm.config.sweep_plan import Plan
+from lm.evaluation import sweep
 from lm.evaluation.sweep import JOURNAL, Sweep, check, value_of
 from lm.runs.directory import open_run
 from lm.training.pretraining import train
@@ -56,10 +58,10 @@ class Pretend:
 
 
 def swept(plan: Plan, train, notes: list[str] | None = None) -> dict:
-    sweep = Sweep(plan)
+    opened = Sweep(plan)
     plan.out.mkdir(exist_ok=True)
-    sweep.run(train, (notes if notes is not None else []).append, lambda: None)
-    return sweep.table()
+    opened.run(train, (notes if notes is not None else []).append, lambda: None)
+    return opened.table()
 
 
 def values(table: dict) -> list[tuple[int, float | None]]:
@@ -242,6 +244,17 @@ def test_every_point_is_checked_against_its_data(plan, dataset):
     assert missing.endswith("(at context_length 32, data nowhere and 1 other point)")
 
 
+def test_every_device_and_tracker_is_checked(plan, monkeypatch):
+    def absent(what: Any) -> None:
+        if what in ("mps", ("wandb",)):
+            raise UserError(f"there is no {what}")
+
+    monkeypatch.setattr(sweep, "choose_device", absent)
+    assert problems_of(plan("device=cpu,mps")) == ["there is no mps (at device mps)"]
+    monkeypatch.setattr(sweep.trackers, "require", absent)
+    assert problems_of(plan("trackers=tensorboard,wandb")) == ["there is no ('wandb',) (at trackers wandb)"]
+
+
 def test_data_without_a_validation_split_is_refused(plan, text_folder, make_dataset, tmp_path):
     data = make_dataset(text_folder, tmp_path / "data", tokenizer_kind="bytes", validation_fraction=0.0)
     with pytest.raises(UserError, match="has no validation split to compare runs by"):
@@ -282,14 +295,16 @@ def test_images_are_judged_by_their_classes_and_a_collapsed_point_comes_last(pla
 
     def pretend(config: Config, path: Path) -> None:
         Pretend()(config, path)
-        alive = config.optimizer.learning_rate == 0.03
+        alive = config.optimizer.learning_rate > 0.02
         found = {"loss": 1.0 if alive else 0.0, "images": 8, "spread": 0.9 if alive else 0.0, "effective_rank": 3.0}
-        line = {"step": 200, "validation": {"simclr": found | {"knn_accuracy": 0.5}}}
+        line = {"step": 200, "validation": {"simclr": found | {"knn_accuracy": config.optimizer.learning_rate}}}
         (path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
     table = swept(replace(images, measure="loss"), pretend)
     assert [(row["point"], row["status"]) for row in table["points"]] == [(2, "finished"), (1, "collapsed")]
     assert "the model has collapsed at step 200" in table["points"][1]["note"]
+    better = swept(replace(images, measure="knn_accuracy", axes=[Axis("learning_rate", (0.03, 0.04))]), pretend)
+    assert [(row["point"], row["value"]) for row in better["points"]] == [(3, 0.04), (2, 0.03), (1, None)]
 
 
 def test_the_value_of_a_validation_is_a_mean_or_that_of_a_readout():

@@ -101,6 +101,17 @@ def test_few_values_have_equal_distances_and_a_tick_each():
     assert "beta1" not in svg
 
 
+@pytest.mark.parametrize("better", ["lower", "higher"])
+def test_a_line_joins_the_best_at_each_value(better):
+    several = [point(n, value, beta1=(0.1, 0.2)[n % 2]) for n, value in enumerate((1.0, 2.0, 4.0, 6.0), 1)]
+    (svg,) = charts(table_of(*sorted(several, key=lambda p: p["value"], reverse=better == "higher"), better=better))
+    heights = [float(y) for y in re.findall(r'<use [^>]*y="([\d.]+)"[^>]*fill: var\(--series-1', svg)]
+    line = re.search(r'd="M [\d.]+ ([\d.]+) \nL [\d.]+ ([\d.]+) \n" clip-path[^>]*stroke: var\(--soft', svg)
+    assert line
+    ends = sorted(heights, reverse=better == "lower")[:2]  # an SVG counts from the top
+    assert sorted(map(float, line.groups())) == pytest.approx(sorted(ends), abs=1e-3)
+
+
 @pytest.mark.parametrize(("rate", "log"), [(lambda n: 2.0**-n, True), (lambda n: 1 + n / 10, False)])
 def test_many_numbers_are_on_a_scale_by_factors_if_they_vary_by_factors(rate, log):
     (svg,) = charts(table_of(*(point(n, float(n), learning_rate=rate(n)) for n in range(8)), trials=8))
