@@ -454,8 +454,7 @@ def evaluate(
             progress=progress,
         )
     if train or test:
-        of_images = "train" if train else "test"
-        raise UserError(f"{opened.path} reads text, and {of_images} is for a run that reads images: leave it out")
+        raise UserError(f"{opened.path} reads text, and train and test are for a run that reads images: leave them out")
     (recipes.require_text_model if similarity else recipes.require_language_model)(opened.path, opened.config)
     reading = reading_of(opened.config, reads, pooling, layer)
     paradigms = minimal_pairs.read_pairs(Path(pairs), sentences) if pairs else []
@@ -478,8 +477,8 @@ def evaluate(
         accuracy, cut = multiple_choice.evaluate_choices(model(), examples, progress=progress)
         return {"questions": len(examples), "cut": cut, "accuracy": _as_dicts(accuracy)}
     rated = read_similar(str(similarity), columns or Columns())
-    floors = {"tfidf": baselines.tfidf_similarity(rated)}
-    return {"pairs": len(rated), **correlations(model(), rated, reading), "baselines": floors}
+    found = correlations(model(), rated, reading)
+    return {"pairs": len(rated), **found, "baselines": {"tfidf": baselines.tfidf_similarity(rated)}}
 
 
 def _as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[str, Any]]:

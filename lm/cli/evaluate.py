@@ -146,8 +146,8 @@ def evaluate(
             (name, *(f"{found[kind]:.4f}" for kind in words))
             for name, found in (("embeddings", result), ("words weighted by TF-IDF (baseline)", words))
         ]
-        told = f"{counted(result['pairs'], 'pair')}: correlation of their similarity with the cosine of their vectors"
-        print_table(("", *words), rows, told)
+        explanation = f"{counted(result['pairs'], 'pair')}: correlation of their similarity with the cosine of their vectors"
+        print_table(("", *words), rows, explanation)
     else:
         _print_losses(result)
 

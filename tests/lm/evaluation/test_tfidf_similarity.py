@@ -36,6 +36,6 @@ def test_the_correlation_is_that_of_the_cosines_of_tf_idf_by_hand():
     ]
     cosines = [cosine(*weighted[n : n + 2]) for n in range(0, len(weighted), 2)]
     labels = [label for *_, label in TEXTS]
-    found = tfidf_similarity([Example((first, second), label) for first, second, label in TEXTS])
+    found = tfidf_similarity([Example((first, second), label, "") for first, second, label in TEXTS])
     assert found["pearson"] == pytest.approx(pearsonr(cosines, labels).statistic)
     assert found["spearman"] == pytest.approx(spearmanr(cosines, labels).statistic)
