@@ -146,8 +146,8 @@ def evaluate(
             (name, *(f"{found[kind]:.4f}" for kind in words))
             for name, found in (("embeddings", result), ("words weighted by TF-IDF (baseline)", words))
         ]
-        explanation = f"{counted(result['pairs'], 'pair')}: correlation of their similarity with the cosine of their vectors"
-        print_table(("", *words), rows, explanation)
+        of = counted(result["pairs"], "pair")
+        print_table(("", *words), rows, f"{of}: correlation of their similarity with the cosine of their vectors")
     else:
         _print_losses(result)
 
