@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
+from data_prep.cli.help import WIDEST, SectionedCommand, is_whole
 from data_prep.errors import INTERRUPTED_STATUS, MACHINE_ERROR_STATUS, USER_ERROR_STATUS, UserError
 from data_prep.errors.other_names import other_name
 from data_prep.files import WINDOWS, is_text
@@ -20,16 +21,13 @@ from data_prep.files import WINDOWS, is_text
 LARGEST_INTEGER = 2**63 - 1
 
 
-class FriendlyCommand(click.Command):
+class FriendlyCommand(SectionedCommand):
     """A command that turns errors into one line on stderr and an exit status.
 
     The status is 2 for errors the user can fix (``UserError``), 1 for errors of the machine (``OSError``), 130 for
     Ctrl-C. A closed pipe (``… | head``) is not reported. Every command refuses arguments that are not UTF-8,
     integers beyond 64 bits and unknown options; for an option of other programs, the message names ours.
     """
-
-    def get_help_option_names(self, ctx: click.Context) -> list[str]:
-        return ["-h", "--help"]
 
     def main(self, *args: Any, **extra: Any) -> Any:
         _open_missing_streams()
@@ -71,6 +69,16 @@ class FriendlyGroup(FriendlyCommand, click.Group):
         """In the order in which they were added, not alphabetically."""
         return list(self.commands)
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        names = [*self.commands, *(_commands_of_groups(self) if is_whole(ctx) else ())]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _command(self, name).get_short_help_str(WIDEST)) for name in names])
+
+    @property
+    def has_more_help(self) -> bool:
+        return any(isinstance(each, click.Group) for each in self.commands.values())
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -82,6 +90,15 @@ class FriendlyGroup(FriendlyCommand, click.Group):
             hint = f': did you mean "{close[0]}"?' if close else f": choose one of {', '.join(self.commands)}"
             raise UserError(f'there is no command "{name}"{other_name(name, known) or hint}')
         return super().resolve_command(ctx, args)
+
+
+def _command(group: click.Group, words: str) -> click.Command:
+    """The command that some words name, such as "prep build"."""
+    found: click.Command = group
+    for word in words.split():
+        assert isinstance(found, click.Group)
+        found = found.commands[word]
+    return found
 
 
 def _commands_of_groups(group: click.Group) -> Iterator[str]:

@@ -9,29 +9,12 @@ from typing import Any
 
 import click
 
+from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import Section
 from data_prep.errors import USER_ERROR_STATUS, UserError
 from data_prep.errors.command_names import command
-from lm.cli.options import SettingsCommand, given_settings, json_option, settings_options
+from lm.cli.options import given_settings, json_option, settings_options
 from lm.config.settings import Config, pretraining_settings
-
-# The settings that --help shows.
-COMMON = (
-    "data",
-    "num_layers",
-    "hidden_size",
-    "num_heads",
-    "context_length",
-    "batch_tokens",
-    "patch_size",
-    "batch_images",
-    "objective",
-    "learning_rate",
-    "steps",
-    "validate_every",
-    "seed",
-    "device",
-    "init_from",
-)
 
 
 def is_one_of_several() -> bool:
@@ -40,33 +23,38 @@ def is_one_of_several() -> bool:
 
 
 @click.command(
-    cls=SettingsCommand,
+    cls=FriendlyCommand,
     short_help="Pretrain a model on a dataset.",
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110},
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    sections=(
+        Section("Run", "data run_path plan_only resume init_from device"),
+        Section("Model", "num_layers hidden_size num_heads context_length objective"),
+        Section("Training", "steps batch_tokens learning_rate validate_every batch_images"),
+    ),
 )
 @click.argument("recipe", metavar="[RECIPE]", required=False)
 @click.option(
     "--run",
     "run_path",
     type=click.Path(path_type=Path),
-    help="Run directory to write. Default: runs/NAME-OF-THE-RECIPE.",
+    help="Run directory to write; the default is runs/NAME-OF-THE-RECIPE.",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Resume the run even if training settings have changed (its shape and data cannot); without a RECIPE, with "
-    "the run's own settings. An unchanged command resumes without this option.",
+    help="Resume the run even if training settings have changed. Without a RECIPE, the run's own settings are used. "
+    "The model's shape and the data cannot change. An unchanged command resumes without this option.",
 )
 @click.option(
     "--plan",
     "plan_only",
     is_flag=True,
-    help="Print what the run would need (parameters, memory by part, speed of a dry step, total time) and write "
-    "nothing. Without --data, give --vocab-size. The speed is also given as a share of the peak: of the rate at which "
-    "this machine multiplies matrices.",
+    help="Print what the run would need, and write nothing. That is parameters, memory by part, speed of a dry step, "
+    "total time. Without --data, give --vocab-size. The speed is also given as a share of the peak: of the rate at "
+    "which this machine multiplies matrices.",
 )
 @json_option
-@settings_options(pretraining_settings(), COMMON)
+@settings_options(pretraining_settings())
 @click.pass_context
 def train(
     context: click.Context,
@@ -81,9 +69,9 @@ def train(
 
     \b
     kindling train tiny --data data/mine --run runs/mine
-    kindling train tiny --data data/mine --plan            # will it fit, and how long will it take?
+    kindling train tiny --data data/mine --plan            # will it fit? how long?
     kindling train --resume --run runs/mine --steps 2000   # more steps
-
+    \f
     Every setting of a recipe is also an option here; the defaults below apply to settings that are not in the recipe.
     The same command resumes a run that was stopped.
     """

@@ -287,12 +287,12 @@ class TrainingConfig:
     )
     init_from: str = setting(
         "",
-        "run whose newest weights to start from, for example to continue with other data; empty: random weights",
+        "run whose newest weights to start from; for example to continue with other data; empty: random weights",
         on_resume="never",
         pretraining_only=True,
     )
     seed: int = setting(
-        0, "random seed of weights, data order, masking and dropout", minimum=0, maximum=2**63 - 1, on_resume="never"
+        0, "random seed; for weights, data order, masking and dropout", minimum=0, maximum=2**63 - 1, on_resume="never"
     )
     log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1, on_resume="free")
     validate_every: int = setting(250, "steps between validations", minimum=1, on_resume="free", pretraining_only=True)

@@ -57,7 +57,7 @@ def test_the_python_face_makes_the_same_bytes(prep: Prep, pets: Path, made: Path
 
 
 def test_help_says_what_a_source_is(prep: Prep) -> None:
-    shown = " ".join(prep("images", "--help").stdout.split())
+    shown = " ".join(prep("images", "--help-all").stdout.split())
     for words in ("builtin:digits", ".parquet", "photos.tar/train", "--size INTEGER", "--channels", "--dry-run"):
         assert words in shown
     assert "Exit status 3" in shown

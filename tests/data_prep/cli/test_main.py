@@ -37,7 +37,7 @@ def novel(make_text: Callable[[int, int], str], tmp_path_factory: pytest.TempPat
 
 def test_help_names_every_command_and_every_option_with_its_default(prep: Prep) -> None:
     assert all(command in prep("--help").stdout for command in ("build", "convert", "inspect", "tokenizer", "verify"))
-    shown = " ".join(prep("build", "--help").stdout.split())
+    shown = " ".join(prep("build", "--help-all").stdout.split())
     for default in ("8192", "bpe", "0.05", "65536", "text", "100000000", "67108864", "skip"):
         assert f"[default: {default}]" in shown
     assert "[required]" in shown
