@@ -52,9 +52,10 @@ CPU_MICRO_BATCH_TOKENS = 4096
 # A dry step that would take longer than the first of these uses fewer rows; a quick one is repeated for the second,
 # since it takes several steps to reach a steady speed.
 DRY_SECONDS, ENOUGH_SECONDS, MOST_PASSES = 5.0, 2.0, 12
-# More passes over the same text than this teach ever less (Muennighoff et al. 2023, "Scaling Data-Constrained Language
-# Models"); a plan that takes longer than this names a shorter run.
-MOST_EPOCHS, LONG_SECONDS = 4, 3600
+# From this many passes over the same text, further ones teach ever less (Muennighoff et al. 2023, "Scaling
+# Data-Constrained Language Models": a repeated token's worth has fallen to 1/e after 15 repetitions); a plan that takes
+# longer than this names a shorter run.
+MOST_EPOCHS, LONG_SECONDS = 16, 3600
 # Shorter runs start without a dry step.
 FEWEST_STEPS = 20
 
