@@ -27,7 +27,13 @@ class FriendlyCommand(SectionedCommand):
     The status is 2 for errors the user can fix (``UserError``), 1 for errors of the machine (``OSError``), 130 for
     Ctrl-C. A closed pipe (``… | head``) is not reported. Every command refuses arguments that are not UTF-8,
     integers beyond 64 bits and unknown options; for an option of other programs, the message names ours.
+
+    ``extra_hint`` says, after a colon, where an argument belongs that the command does not take.
     """
+
+    def __init__(self, *args: Any, extra_hint: str = "", **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.extra_hint = extra_hint
 
     def main(self, *args: Any, **extra: Any) -> Any:
         _open_missing_streams()
@@ -46,11 +52,18 @@ class FriendlyCommand(SectionedCommand):
                 raise UserError(f'the argument "{shown}" is not UTF-8: convert it')
         try:
             return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            options = [name for each in self.params if isinstance(each, click.Option) for name in each.opts]
-            if hint := other_name(error.option_name, options):
-                raise UserError(f"unknown option {error.option_name}{hint}") from None
+        except click.exceptions.NoArgsIsHelpError:
             raise
+        except click.UsageError as error:
+            hint = f" (see {ctx.command_path} --help)"
+            if isinstance(error, click.NoSuchOption):
+                options = [name for each in self.params if isinstance(each, click.Option) for name in each.opts]
+                if ours := other_name(error.option_name, options):
+                    raise UserError(f"unknown option {error.option_name}{ours}") from None
+            elif type(error) is click.UsageError and self.extra_hint:  # an argument too many
+                hint = f": {self.extra_hint}"
+            sentence = " ".join(error.format_message().split()).rstrip(".")
+            raise UserError(f"{sentence[:1].lower()}{sentence[1:]}{hint}") from None
 
     def invoke(self, ctx: click.Context) -> Any:
         with errors_reported():
@@ -88,6 +101,8 @@ class FriendlyGroup(FriendlyCommand, click.Group):
             inner = [words for words in known if words.endswith(f" {name}")]
             close = inner or difflib.get_close_matches(name, known, 1)
             hint = f': did you mean "{close[0]}"?' if close else f": choose one of {', '.join(self.commands)}"
+            if name == "help":
+                hint = f": {ctx.command_path} --help lists the commands"
             raise UserError(f'there is no command "{name}"{other_name(name, known) or hint}')
         return super().resolve_command(ctx, args)
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=FriendlyCommand,
     short_help="Turn texts or images into vectors.",
+    extra_hint="name a file as --input FILE",
     sections=(
         Section("Files", "source output text_column", "text_pair_column"),
         Section("Vectors", "reads pooling layer normalize"),

@@ -88,6 +88,9 @@ def finetune(
         raise UserError(f"unexpected argument {context.args[0]!r}")
     require_examples(config)
     runs = _runs(config, out, seeds)
+    for _, path in runs:
+        if (path / "config.toml").is_file() and not run_config(path).is_finetuning:
+            raise UserError(f"{path} is a pretrained run, not one of fine-tuning: choose another --run")
     _check_files(config)
     from lm import api
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=FriendlyCommand,
     short_help="Predict with a fine-tuned model.",
+    extra_hint="name a file as --input FILE",
     sections=(
         Section("Files", "source output with_text"),
         Section("Columns", "text_column", "text_pair_column choices_column words_column"),

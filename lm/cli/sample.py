@@ -32,6 +32,7 @@ STDIN = STDOUT = Path("-")
 @click.command(
     cls=FriendlyCommand,
     short_help="Generate text, fill masks, or chat.",
+    extra_hint="write a text to continue as --prompt TEXT, in quotes",
     sections=(
         Section("What to write", "prompts fills chat source output", "unmask rounds top rows"),
         Section(

@@ -133,11 +133,13 @@ class Plan:
     def notes(self) -> list[str]:
         """What a user may want to change: many passes over the same text, or a long time."""
         steps, notes = self.config.training.steps, []
-        if self.epochs and round(self.epochs) > MOST_EPOCHS and not self.config.reads_images:  # views differ in each epoch
+        if (
+            self.epochs and round(self.epochs) > MOST_EPOCHS and not self.config.reads_images
+        ):  # views differ in each epoch
             enough = max(1, int(steps * MOST_EPOCHS / self.epochs))
             notes.append(
-                f"{self.epochs:.0f} epochs: after about {MOST_EPOCHS}, more passes over the same text teach little, and "
-                f"the model may overfit; --steps {enough} makes {MOST_EPOCHS}; more text goes further"
+                f"{self.epochs:.0f} epochs: after about {MOST_EPOCHS}, more passes over the same text teach little, "
+                f"and the model may overfit; --steps {enough} makes {MOST_EPOCHS}; more text goes further"
             )
         if self.seconds and self.seconds > LONG_SECONDS:
             enough = max(1, int(steps * LONG_SECONDS / self.seconds))

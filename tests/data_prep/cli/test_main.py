@@ -136,8 +136,8 @@ def test_a_tokenizer_can_be_judged_by_any_text(prep: Prep, novel: Path, tmp_path
 
 
 MISTAKES = {
-    "no source": (["--out", "OUT"], "Missing argument 'SOURCE...'"),
-    "no out": (["TEXT"], "Missing option '--out'"),
+    "no source": (["--out", "OUT"], "missing argument 'SOURCE...'"),
+    "no out": (["TEXT"], "missing option '--out'"),
     "misspelt option": (["TEXT", "--ot", "OUT"], "--out"),
     "unknown kind": (["TEXT", "--out", "OUT", "--tokenizer-kind", "words"], "'words' is not one of"),
     "missing file": (["nothing.txt", "--out", "OUT"], 'there is no file or folder "nothing.txt"'),

@@ -57,7 +57,9 @@ def test_a_vocabulary_that_is_too_large_because_of_cleaning_is_explained(tmp_pat
 def test_a_step_that_removes_most_documents_is_told(make_text: Callable[[int, int], str], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(["word " * 9] * 8 + ["x" * 400] * 2), encoding="utf-8")
     (told,) = notes_of(tmp_path, document_per="paragraph", min_characters=100, validation_fraction=0)
-    assert told == 'note: the step "length" removed 8 of 10 documents, 31% of the text (45 characters < 100, for example)'
+    assert (
+        told == 'note: the step "length" removed 8 of 10 documents, 31% of the text (45 characters < 100, for example)'
+    )
     for name, sentence in (
         ("validation_fraction", 'only one document .the step "length" removed 9 of 10 documents'),
         ("quality", 'contain no text: the step "quality", which is meant for English prose, removed 10 of 10'),

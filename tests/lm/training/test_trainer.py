@@ -121,7 +121,7 @@ def test_the_same_data_may_be_in_another_folder(small, dataset, quietly, tmp_pat
     ("changes", "words"),
     [
         ({"data": ()}, "no data: name a folder"),
-        ({"data": ("nowhere",)}, '"nowhere" is not a directory'),
+        ({"data": ("nowhere",)}, 'there is no folder "nowhere"'),
         ({"vocab_size": 300}, "vocab_size 300 is smaller than the tokenizer of .* which has 400"),
         ({"context_length": 10**6, "batch_tokens": 10**6}, "context_length 1000000 is longer"),
     ],
