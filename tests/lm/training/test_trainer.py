@@ -106,7 +106,7 @@ def test_a_run_does_not_resume_with_other_settings_unless_asked(small, quietly, 
 def test_a_run_does_not_resume_with_other_data(small, quietly, text_folder, make_dataset, tmp_path):
     quietly(small.replace(steps=2), tmp_path / "run")
     other = make_dataset(text_folder, tmp_path / "other", vocab_size=400, validation_fraction=0.2)
-    with pytest.raises(UserError, match="was trained on other data"):
+    with pytest.raises(UserError, match=r"was trained on other data .*, and --init-from .*run to start it"):
         quietly(small.replace(steps=4, data=(str(other.directory),)), tmp_path / "run", accept_changes=True)
 
 
