@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from data_prep.errors import USER_ERROR_STATUS, UserError
 from data_prep.errors.command_names import command
 from lm.cli.options import given_settings, json_option, settings_options
 from lm.config.settings import Config, pretraining_settings
+
+if TYPE_CHECKING:
+    from lm.runs.directory import Run
 
 
 def is_one_of_several() -> bool:
@@ -103,11 +106,28 @@ def train(
     run = api.train(config, run=run_path, resume=resume)
     if is_one_of_several() and os.environ["RANK"] != "0":
         return
+    last = [line for line in run.metrics() if "validation" in line][-1:]
     if as_json:
-        last = [line for line in run.metrics() if "validation" in line][-1:]
         click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
+    if last and not config.reads_images:
+        _compare_with_bz2(run, last[0]["validation"])
     ready = f"{run_path} is ready, with {run_path / 'report.html'}"
     click.echo(f"{ready}; next: {command('evaluate')} {run_path}", err=True)
+
+
+def _compare_with_bz2(run: Run, validation: dict[str, Any]) -> None:
+    """Say which readouts, at the last validation, still predict the text worse than a compressor does."""
+    from lm.evaluation.baselines import compressor_bits
+    from lm.runs.run_data import open_text
+
+    bits = compressor_bits(open_text(run))
+    if worse := [name for name, loss in validation.items() if loss["bits_per_byte"] >= bits]:
+        verb = "are" if worse[1:] else "is"
+        click.echo(
+            f"note: {' and '.join(worse)} {verb} still worse than bz2 -9 ({bits:.3f} bits/byte): train longer, or on "
+            "more text",
+            err=True,
+        )
 
 
 def _print_plan(config: Config, before: Config | None, run_path: Path, as_json: bool) -> None:

@@ -110,6 +110,11 @@ def test_train_trains_reports_and_tells_what_is_next(begin, tmp_path):
     assert answer["validation"].keys() == {"next_token", "masked_next_token"}
     assert f"next: kindling evaluate {run}" in result.stderr
     assert "hybrid on" in result.stderr
+    compressed = re.search(
+        r"next_token and masked_next_token are still worse than bz2 -9 \((.*) bits/byte\)", result.stderr
+    )
+    losses = [loss["bits_per_byte"] for loss in answer["validation"].values()]
+    assert 0 < float(compressed[1]) < min(losses)
     assert "step      3/3  loss" in result.stderr
     config = load_config(run / "config.toml")
     assert (config.training.steps, config.model.hidden_size) == (3, 32)

@@ -13,7 +13,7 @@ from data_prep.errors import UserError
 from data_prep.shards import tokens
 from data_prep.shards.tokens import open_dataset, token_counts
 from lm.evaluation import baselines
-from lm.evaluation.baselines import compressed_bytes, dataset_baselines
+from lm.evaluation.baselines import compressed_bytes, compressor_bits, dataset_baselines
 from lm.evaluation.validation_loss import evaluate, verdict
 from lm.runs.directory import open_run
 from lm.training.validation import validate_readouts
@@ -69,6 +69,9 @@ def test_the_bz2_baseline_is_the_compressed_text(dataset, at_once, monkeypatch):
         "nats_per_token": None,
         "bits_per_byte": 8 * size / split.text_bytes,
     }
+    assert compressor_bits(dataset) == 8 * size / split.text_bytes
+    begin = dataset.tokenizer.decode_bytes(split.read(0, 99).tolist())
+    assert compressor_bits(dataset, 99) == 8 * len(bz2.compress(begin, 9)) / len(begin)
 
 
 @pytest.mark.parametrize("at_once", [1 << 22, 37])
