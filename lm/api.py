@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.settings import ReadSettings
-from lm.config.recipes import finetuning_config, pretraining_config, require_image_model, suggestion
+from lm.config.recipes import (
+    finetuning_config,
+    pretraining_config,
+    require_image_model,
+    require_language_model,
+    require_text_model,
+    suggestion,
+)
 from lm.config.sampling import Sampling, recommended
 from lm.config.settings import Config
 from lm.data.examples import Columns, Example, read_examples, read_similar
@@ -83,7 +90,8 @@ class Model(LanguageModel):
             UserError: a setting is wrong, or the model was trained to fill masks only.
         """
         if "next_token" not in self.readouts:
-            raise UserError(f"{self.run.path} was trained to fill masks only: it cannot continue a prompt")
+            only = "to fill masks" if self.readouts else f"with {self.config.objective.objective}"
+            raise UserError(f"{self.run.path} was trained {only} only: it cannot continue a prompt")
         settings = _sampling(recommended(self.run.path) | sampling)
         if stream:
             if not isinstance(prompts, str):
@@ -191,6 +199,7 @@ class Model(LanguageModel):
         export_adapter(self.run, Path(folder), self.saved, facts=facts)
 
     def _readout(self, wanted: str | None) -> str:
+        require_language_model(self.run.path, self.config)
         if wanted is not None and wanted not in self.readouts:
             raise UserError(f"{self.run.path} was trained for {' and '.join(self.readouts)}, not for {wanted}")
         return wanted or self.readouts[0]
@@ -457,6 +466,7 @@ def evaluate(
     if train or test:
         of_images = "train" if train else "test"
         raise UserError(f"{opened.path} reads text, and {of_images} is for a run that reads images: leave it out")
+    (require_text_model if similarity else require_language_model)(opened.path, opened.config)
     reading = reading_of(opened.config, reads, pooling, layer)
     paradigms = minimal_pairs.read_pairs(Path(pairs), sentences) if pairs else []
     saved = opened.checkpoint(str(checkpoint))

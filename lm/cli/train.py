@@ -13,7 +13,7 @@ from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.help import Section
 from data_prep.errors import USER_ERROR_STATUS, UserError
 from data_prep.errors.command_names import command
-from lm.cli.options import given_settings, json_option, settings_options
+from lm.cli.options import given_settings, json_option, settings_options, usual_command
 from lm.config.settings import Config, pretraining_settings
 
 if TYPE_CHECKING:
@@ -109,10 +109,12 @@ def train(
     last = [line for line in run.metrics() if "validation" in line][-1:]
     if as_json:
         click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
-    if last and not config.reads_images:
+    if last and config.readouts:
         _compare_with_bz2(run, last[0]["validation"])
     ready = f"{run_path} is ready, with {run_path / 'report.html'}"
-    click.echo(f"{ready}; next: {command('evaluate')} {run_path}", err=True)
+    judged = config.readouts or config.reads_images
+    then = f"{command('evaluate')} {run_path}" if judged else usual_command(run_path, config)
+    click.echo(f"{ready}; next: {then}", err=True)
 
 
 def _compare_with_bz2(run: Run, validation: dict[str, Any]) -> None:
@@ -121,7 +123,7 @@ def _compare_with_bz2(run: Run, validation: dict[str, Any]) -> None:
     from lm.runs.run_data import open_text
 
     bits = compressor_bits(open_text(run))
-    if worse := [name for name, loss in validation.items() if loss["bits_per_byte"] >= bits]:
+    if worse := [name for name in run.config.readouts if validation[name]["bits_per_byte"] >= bits]:
         verb = "are" if worse[1:] else "is"
         click.echo(
             f"note: {' and '.join(worse)} {verb} still worse than bz2 -9 ({bits:.3f} bits/byte): train longer, or on "
