@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.files import write_atomically
 from lm.config.finetune_settings import HEAD_TASKS, IMAGE_METHODS, METHODS, FinetuneConfig
 from lm.config.setting import Setting, setting, shares_of
 from lm.config.view_settings import ViewsConfig
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 # Each objective: the file of lm/objectives that makes it, and the readouts that a model can be asked for afterwards.
 OBJECTIVES = {
