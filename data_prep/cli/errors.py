@@ -55,7 +55,8 @@ class FriendlyCommand(SectionedCommand):
         except click.exceptions.NoArgsIsHelpError:
             raise
         except click.UsageError as error:
-            hint = f" (see {ctx.command_path} --help)"
+            python = "python " if ctx.command_path.endswith(".py") else ""
+            hint = f" (see {python}{ctx.command_path} --help)"
             if isinstance(error, click.NoSuchOption):
                 options = [name for each in self.params if isinstance(each, click.Option) for name in each.opts]
                 if ours := other_name(error.option_name, options):
