@@ -171,7 +171,7 @@ def _compute(
     for each, row, seed in itertools.product(examples, rows, seeds):
         cell = maker.cell(each, row, seed)
         result = f"{each.task.judged_by} {cell.metrics[each.task.judged_by]:.3f} in {cell.seconds:.1f} s"
-        click.echo(f"{each.task.name}  {row}  seed {seed}  {result}  {cell.note}", err=True)
+        click.echo(f"{each.task.name}  {row}  seed {seed}  {result}  {cell.note}".rstrip(), err=True)
         cells.append(cell)
     lead = f"{features.model.describe()}; step {saved.step:,}; {read}."
     write_task_report(out / "report.html", run.path.name, lead, examples, cells)

@@ -175,5 +175,8 @@ def test_bytes_that_the_tokenizer_loses_are_not_counted(run, dataset, tmp_path):
 )
 def test_the_verdict_says_which_baselines_are_beaten(bits, sentence):
     floors = {"unigram": {"bits_per_byte": 2.9}, "bz2 -9": {"bits_per_byte": 2.26}}
-    assert verdict({"validation": {"next_token": {"bits_per_byte": bits}}, "floors": floors}) == sentence
-    assert verdict({"validation": {"next_token": {"bits_per_byte": bits}}, "floors": {}}) == ""
+    result = {"validation": {"next_token": {"bits_per_byte": bits}}, "floors": floors, "validation_bytes": 500_000}
+    assert verdict(result) == sentence
+    assert verdict(result | {"floors": {}, "validation_bytes": 1}) == ""
+    short = " bz2 -9 learns from these 99,000 bytes alone; a longer text helps it."
+    assert verdict(result | {"validation_bytes": 99_000}) == sentence + short
