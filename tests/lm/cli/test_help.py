@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 
 import click
 import pytest
@@ -100,6 +103,20 @@ def test_the_settings_of_a_recipe_are_grouped_by_its_sections(shown):
             if isinstance(option, SectionOption):
                 group = whole.partition(f"\n{option.section}:\n")[2].partition("\n\n")[0]
                 assert option.opts[0] in records(group), option.name
+
+
+def test_no_help_waits_for_heavy_imports():
+    program = """
+import json, sys
+from click.testing import CliRunner
+from lm.cli.main import main
+for words in json.loads(sys.argv[1]):
+    assert CliRunner().invoke(main, words).exit_code == 0, words
+print(sorted({"torch", "numpy", "tokenizers", "datasets", "pyarrow", "matplotlib", "rich"} & sys.modules.keys()))
+"""
+    asked = json.dumps([[*words, option] for words in COMMANDS for option in ("-h", "--help-all")])
+    done = subprocess.run([sys.executable, "-c", program, asked], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
 def test_the_whole_help_lists_the_commands_of_commands(shown):
