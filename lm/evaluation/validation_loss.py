@@ -78,7 +78,7 @@ def verdict(result: dict[str, Any]) -> str:
         else:
             sentences.append(f"{who} {'beat' if several else 'beats'} {' and '.join(floors)}.")
     if floors and (size := result["validation_bytes"]) < LITTLE_TO_COMPRESS:
-        sentences.append(f"bz2 -9 learns from these {size:,} bytes alone; a longer text helps it.")
+        return f"{' '.join(sentences)}\nbz2 -9 learns from these {size:,} bytes alone; a longer text helps it."
     return " ".join(sentences)
 
 

@@ -178,5 +178,5 @@ def test_the_verdict_says_which_baselines_are_beaten(bits, sentence):
     result = {"validation": {"next_token": {"bits_per_byte": bits}}, "floors": floors, "validation_bytes": 500_000}
     assert verdict(result) == sentence
     assert verdict(result | {"floors": {}, "validation_bytes": 1}) == ""
-    short = " bz2 -9 learns from these 99,000 bytes alone; a longer text helps it."
+    short = "\nbz2 -9 learns from these 99,000 bytes alone; a longer text helps it."
     assert verdict(result | {"validation_bytes": 99_000}) == sentence + short
