@@ -60,7 +60,9 @@ def test_both_kinds_of_runs_embed_and_are_judged_by_similarity(runs, tmp_path, n
     assert np.load(out).shape == (5, 32)
     done = call("evaluate", runs / name, "--similarity", runs / "rated.jsonl", "--json")
     assert done.exit_code == 0
-    assert set(json.loads(done.stdout)) == {"pairs", "spearman", "pearson"}
+    found = json.loads(done.stdout)
+    assert set(found) == {"pairs", "spearman", "pearson", "baselines"}
+    assert set(found["baselines"]["tfidf"]) == {"spearman", "pearson"}
     assert call("export", runs / name, "--to", "sentence-transformers", "--out", tmp_path / "st").exit_code == 0
     assert call("compare", runs / "mixed", runs / "alone", "--out", tmp_path / "both.html").exit_code == 0
 
