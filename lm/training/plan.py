@@ -178,7 +178,8 @@ class Plan:
     def table(self) -> list[tuple[str, str]]:
         """Name and value of each line that ``--plan`` prints."""
         data = self.config.data
-        processor = f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        processor = f"{self.device.type.upper()}, {threads} thread{'s' * (threads != 1)}"
         if self.device.type == "cuda":
             processor = torch.cuda.get_device_name(self.device)
         products = f"peak: {self.machine_rate / 1e9:,.0f} GFLOP/s in matrix products"
