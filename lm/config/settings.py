@@ -82,6 +82,12 @@ class ModelConfig:
     )
 
     @property
+    def shape(self) -> str:
+        """The blocks in words: "4 layers x 128 wide, 4 heads of 32, swiglu 352"."""
+        layers = f"{self.num_layers} layer{'' if self.num_layers == 1 else 's'} x {self.hidden_size} wide"
+        return f"{layers}, {self.num_heads} heads of {self.head_width}, {self.activation} {self.feed_forward_width}"
+
+    @property
     def patches(self) -> int:
         """Patches of an image of ``image_size``."""
         return (self.image_size // self.patch_size) ** 2
