@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import Section
 from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, compile_option, device_option, run_argument
 
@@ -23,10 +24,20 @@ if TYPE_CHECKING:
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-@click.command(cls=FriendlyCommand, short_help="Serve a model: OpenAI's API and a web page.")
+@click.command(
+    cls=FriendlyCommand,
+    short_help="Serve a model: OpenAI's API and a web page.",
+    sections=(
+        Section("Address", "host port api_key origins"),
+        Section("Limits", "max_concurrent max_waiting max_tokens"),
+        Section("Model", "which device compiled"),
+    ),
+)
 @run_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all addresses.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on; 0: any free one."
+)
 @click.option(
     "--api-key",
     envvar="KINDLING_API_KEY",
@@ -79,6 +90,9 @@ def serve(
 ) -> None:
     """Serve RUN over HTTP, with OpenAI's API (completions, chat, models) and a web page. Ctrl-C stops it.
 
+    \b
+    kindling serve runs/mine
+    \f
     The page generates text, fills masks, shows token probabilities, and follows the run while it trains.
 
     Of a run that reads images, the page shows for a picture its nearest neighbors among the training images, where the

@@ -34,6 +34,13 @@ def dataset_baselines(dataset: Dataset | Corpora) -> Losses:
     return baseline_losses(counts, costs, compressed_bytes(text), validation.counted_bytes)
 
 
+def compressor_bits(dataset: Dataset | Corpora, most_tokens: int = 1 << 20) -> float:
+    """Return the bits per byte of ``bz2 -9`` on the first ``most_tokens`` of the validation split."""
+    validation = dataset.split("validation")
+    text = dataset.tokenizer.decode_bytes(validation.read(0, min(most_tokens, validation.tokens)).tolist())
+    return 8 * compressed_bytes([text]) / len(text)
+
+
 def baseline_losses(
     counts: NDArray[np.int64], costs: NDArray[np.float64] | None, compressed: int, text_bytes: int
 ) -> Losses:

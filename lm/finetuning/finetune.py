@@ -123,9 +123,14 @@ class Finetuning(TrainModule[Any]):
             f"{task.task} from {start}: training {trained / 1e6:.3f}M of {total / 1e6:.2f}M parameters ({task.method})",
             *(self._size(part) for part in ("training", "validation")),
             *self.task.introduction(),
-            f"{training.steps:,} steps x {task.batch_examples} examples = {self.epochs(training.steps):.2f} epochs",
+            f"{training.steps:,} steps x {task.batch_examples} examples = {self._passes()}",
             f"on {self.ranks.device.type.upper()}; {kernels.describe(self.ranks.device)}",
         ]
+
+    def _passes(self) -> str:
+        wanted, passes = self.config.finetune.epochs, self.epochs(self.config.training.steps)
+        rounded = "" if math.isclose(wanted, passes) else f" ({wanted:g}, rounded up to whole steps)"
+        return f"{passes:.2f} epochs{rounded}"
 
     def _size(self, part: str) -> str:
         """How many training or validation examples there are, and how many of them the context does not hold."""

@@ -169,8 +169,7 @@ class ImageTransformer(nn.Module):
         """One line: what this model is."""
         c, counts = self.config, self.parameter_counts()
         return (
-            f"{counts['total'] / 1e6:.2f}M parameters ({counts['head'] / 1e6:.2f}M head): {c.num_layers} layers x "
-            f"{c.hidden_size} wide, {c.num_heads} heads of {c.head_width}, {c.activation} {c.feed_forward_width}, "
+            f"{counts['total'] / 1e6:.2f}M parameters ({counts['head'] / 1e6:.2f}M head): {c.shape}, "
             f"{c.patches} patches of {c.patch_size} x {c.patch_size} pixels, {c.stem} stem"
         )
 
