@@ -14,7 +14,7 @@ from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.files import read_json, write_atomically
 from lm.config.settings import OBJECTIVES
-from lm.reports.page import Panel, Series, draw, render
+from lm.reports.page import Panel, Series, chart, render
 from lm.runs.checkpoint import STATE
 from lm.runs.directory import METRICS, Run, open_run
 from lm.runs.metrics_log import overfitting, rows_validated, summary
@@ -237,7 +237,7 @@ def _curves(entries: Sequence[Entry], comparison: dict[str, Any]) -> list[str]:
             name: [(loss["tokens"], loss[unit]) for loss in found.get(readout, [])] for name, found in losses.items()
         }
         validation.append(Panel(f"validation, {readout}, {UNITS[unit]}", {}, points, horizontal="tokens seen"))
-    return [draw(panels, height=3.2) for panels in (training, validation) if panels]
+    return [chart(panels, height=3.2) for panels in (training, validation) if panels]
 
 
 def _names(runs: Sequence[dict[str, Any]], key: str) -> list[str]:

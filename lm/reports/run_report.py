@@ -23,7 +23,7 @@ from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.model.device import choose_device
 from lm.model.image_transformer import Model
-from lm.reports.page import Panel, Series, draw, render
+from lm.reports.page import Panel, Series, chart, render
 from lm.runs.checkpoint import STATE, Checkpoint
 from lm.runs.directory import Run
 from lm.runs.metrics_log import best_validation, overfitting, rows_validated, series, summary
@@ -93,7 +93,8 @@ def lead(run: Run, checkpoint: Checkpoint, model: Model, lines: Sequence[dict[st
 def environment(model: Model, reader: str = "tokenizers") -> dict[str, str]:
     """The versions and the machine that the report was made with; ``reader`` is the package that reads its inputs."""
     device = next(model.parameters()).device
-    threads = f"{device.type}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    threads = f"{device.type}, {count} thread{'s' if count != 1 else ''}"
     return {
         "Kindling": __version__,
         "Python": platform.python_version(),
@@ -130,7 +131,7 @@ def _evaluation_rows(evaluation: dict[str, Any]) -> dict[str, Any]:
             for name, loss in losses.items()
         ],
         "protocol": evaluation["protocol"].capitalize(),
-        "size": f"{evaluation['validation_tokens']:,} tokens, {evaluation['validation_bytes']:,} bytes",
+        "size": f"{evaluation['validation_tokens']:,} tokens, {format_bytes(evaluation['validation_bytes'])}",
         "step": evaluation["step"],
     }
 
@@ -190,9 +191,9 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
     if peak := series(training, "share_of_peak"):
         speed.append(Panel("fraction of peak", {"": peak}))
     return [
-        draw([Panel("loss, nats per token", curves, points, marks)], height=3.6),
-        draw(rates, height=2.2),
-        draw(speed, height=2.2),
+        chart([Panel("loss, nats per token", curves, points, marks)], height=3.6),
+        chart(rates, height=2.2),
+        chart(speed, height=2.2),
     ]
 
 

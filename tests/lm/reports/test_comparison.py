@@ -141,7 +141,7 @@ def test_the_page_holds_numbers_curves_and_settings_and_needs_no_network(copy, t
     write_comparison(entries, comparison, tmp_path / "compare.html")
     html = (tmp_path / "compare.html").read_text(encoding="utf-8")
     page = read_page(html)
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 4
     assert "i" not in page.tags
     words = page.words()
     for row in [*rows(comparison), *differences(comparison)]:

@@ -50,7 +50,7 @@ def test_hostile_text_is_shown_and_never_obeyed(html, read_page):
 def test_curves_losses_samples_settings_and_environment_are_there(html, run, read_page):
     page = read_page(html)
     words = page.words()
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 6
     for heading in ("Loss on the validation split", "Training", "Samples", "Settings", "Environment"):
         assert heading in words
     for row in ("next_token", "masked_next_token", "unigram (baseline)", "bz2 -9 (baseline)"):
@@ -71,7 +71,7 @@ def test_losses_of_the_page_are_those_of_the_evaluation(html, run, read_page):
     words = read_page(html).words()
     for loss in [*evaluation["validation"].values(), *evaluation["floors"].values()]:
         assert f"{loss['bits_per_byte']:.3f}" in words
-    assert f"{evaluation['validation_bytes']:,} bytes" in words
+    assert f"{evaluation['validation_tokens']:,} tokens, {evaluation['validation_bytes'] / 1000:.0f} kB." in words
 
 
 def test_a_page_without_evaluation_or_samples_leaves_them_out(run, tmp_path, read_page):
