@@ -102,7 +102,8 @@ def draw(panels: Sequence[Panel | Bars | Scatter], height: float, *, stacked: bo
 
     style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
     kind = "narrow" if stacked else "wide"
-    style |= {"svg.hashsalt": f"kindling {kind}", "svg.fonttype": "none", "axes.titlesize": 10}
+    label = _label(panels)
+    style |= {"svg.hashsalt": f"{kind} {label}", "svg.fonttype": "none", "axes.titlesize": 10}
     style |= {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "sans-serif"]}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
     with mpl.rc_context(style | {"axes.edgecolor": SOFT, "axes.prop_cycle": cycler(color=COLORS)}):
@@ -120,12 +121,13 @@ def draw(panels: Sequence[Panel | Bars | Scatter], height: float, *, stacked: bo
                     _draw_panel(axes, panel, stacked)
             axes.patch.set_alpha(0)
             axes.title.set_wrap(True)
+            axes.xaxis.label.set_wrap(True)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
     svg = re.sub("|".join(NAMES), lambda color: f"var(--{NAMES[color[0]]}, {color[0]})", svg)
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # of groups, the same in each chart of a page
-    return svg.replace("<svg", f'<svg class="{kind}" role="img" aria-label="{html.escape(_label(panels))}"', 1)
+    return svg.replace("<svg", f'<svg class="{kind}" role="img" aria-label="{html.escape(label)}"', 1)
 
 
 def _label(panels: Sequence[Panel | Bars | Scatter]) -> str:

@@ -15,7 +15,7 @@ import torch
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from lm import __version__
-from lm.config.settings import all_settings, pretraining_settings
+from lm.config.shown import shown_settings
 from lm.evaluation.validation_loss import verdict
 from lm.inference.fill_mask import fill_masks
 from lm.inference.generator import stream
@@ -145,29 +145,11 @@ def _shown(model: LanguageModel, text: str) -> dict[str, Any]:
     return {"pieces": filled.pieces, "candidates": candidates}
 
 
-def settings_of(run: Run) -> dict[str, list[dict[str, Any]]]:
-    values = run.config.flat()
-    sections: dict[str, list[dict[str, Any]]] = {}
-    model = run.config.model
-    meant = {
-        "num_key_value_heads": model.key_value_heads,
-        "head_size": model.head_width,
-        "feed_forward_size": model.feed_forward_width,
+def settings_of(run: Run) -> dict[str, list[dict[str, str]]]:
+    return {
+        section: [{"name": setting.name, "value": value, "help": setting.help} for setting, value in settings]
+        for section, settings in shown_settings(run.config).items()
     }
-    for setting in all_settings() if run.config.is_finetuning else pretraining_settings():
-        value = _spelled(values[setting.name])
-        if values[setting.name] == 0 and setting.name in meant:
-            value += f" → {meant[setting.name]}"
-        row = {"name": setting.name, "value": value, "help": setting.help}
-        sections.setdefault(setting.section, []).append(row)
-    return sections
-
-
-def _spelled(value: Any) -> str:
-    """The value of a setting as recipes spell it, with nothing for nothing."""
-    if isinstance(value, tuple):
-        return ", ".join(value)
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _curves(lines: list[dict[str, Any]]) -> list[str]:
