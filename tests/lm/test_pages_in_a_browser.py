@@ -21,6 +21,7 @@ from lm.reports.task_report import write_task_report
 from lm.runs.directory import Run, open_run, saved_evaluation
 from lm.serve.image_service import ImageService
 from tests.browser import Browser, started
+from tests.lm.reports.test_comparison import imported
 from tests.lm.reports.test_task_report import cell, examples_of
 from tests.lm.serve.conftest import FEW, serve_run, serve_service
 
@@ -77,7 +78,8 @@ def test_the_page_of_tasks(browser, tmp_path):
 
 
 def test_the_comparison_of_runs(browser, trained, classifier, tmp_path):
-    entries = open_entries([trained.path, classifier.path])
+    again = imported(shutil.copytree(trained.path, tmp_path / "imported"))
+    entries = open_entries([trained.path, classifier.path, again])
     write_comparison(entries, compare(entries), tmp_path / "compare.html")
     browser.open(tmp_path / "compare.html")
     assert not browser.problems()
