@@ -153,7 +153,8 @@ def _draw_panel(axes: Any, panel: Panel, stacked: bool) -> None:
     marked = {"marker": "o", "markersize": 4, "linestyle": "--"}
     for kind, style in ((panel.lines, {"linewidth": 1.2}), (panel.points, marked)):
         for (label, series), color in zip(kind.items(), itertools.cycle(COLORS), strict=False):
-            axes.plot(*zip(*series, strict=True), color=color, label=_literal(label), **style)
+            alone = {"marker": "o", "markersize": 4} if len(series) == 1 else {}  # a line of one point is invisible
+            axes.plot(*zip(*series, strict=True), color=color, label=_literal(label), **style | alone)
     for label, position in panel.marks.items():
         axes.axvline(position, color=SOFT, linewidth=1, linestyle=":", label=_literal(label))
     axes.set(title=_literal(panel.title), xlabel=panel.horizontal)

@@ -86,7 +86,12 @@ def lead(run: Run, checkpoint: Checkpoint, model: Model, lines: Sequence[dict[st
             seconds += (line["tokens"] - seen) / line["tokens_per_second"]
             seen = line["tokens"]
     took = f", which took {format_time(seconds)}" if seconds else ""
-    what = f"{model.describe()}; trained with {run.config.objective.objective} {steps}{took}."
+    task = run.config.finetune
+    how = f"trained with {run.config.objective.objective}"
+    if run.config.is_finetuning:
+        start = Path(task.base).name if task.weights == "pretrained" else "random weights"
+        how = f"fine-tuned from {start} for {task.task.replace('_', ' ')} ({task.method})"
+    what = f"{model.describe()}; {how} {steps}{took}."
     return f"{what} The checkpoint was saved on {saved:%Y-%m-%d at %H:%M}."
 
 

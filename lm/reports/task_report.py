@@ -67,6 +67,16 @@ def _section(examples: Examples, cells: Sequence[Cell]) -> dict[str, Any]:
         "findings": findings(summaries, task.judged_by),
         "chart": chart([_bars(values, task.judged_by, several=len(summaries[0].seeds) > 1)], height=3.0),
         "shown": f"{examples.rows[shown.row]}, seed {shown.seed}",
+        **of_examples(examples, outputs, truth),
+    }
+
+
+def of_examples(examples: Examples, outputs: NDArray[np.float64], truth: NDArray[Any]) -> dict[str, Any]:
+    """The values of ``answers.html``, from the outputs for the test examples and what is right (``Examples.values``).
+
+    ``outputs`` are probabilities (examples, classes), or numbers (examples,).
+    """
+    return {
         "confusion": _confusion(examples, outputs, truth),
         "calibration": chart([_calibration(examples, outputs, truth)], height=3.0),
         "hardest": _hardest(examples, outputs, truth),

@@ -15,6 +15,7 @@ from data_prep.shards.inspect_images import inspect_images
 from data_prep.shards.inspect_page import render_images_page, render_page
 from lm.evaluation.validation_loss import evaluate
 from lm.reports.comparison import compare, open_entries, write_comparison
+from lm.reports.finetune_report import write_finetune_report
 from lm.reports.image_report import write_image_report
 from lm.reports.run_report import write_report
 from lm.reports.task_report import write_task_report
@@ -130,3 +131,9 @@ def test_the_page_of_a_served_run_on_images(browser, seeing_run):
         browser.wait("document.querySelectorAll('#curves svg').length > 3")
         assert not browser.problems()
         browser.driver.get("about:blank")
+
+
+def test_the_report_of_a_fine_tuned_run(browser, classifier, image_classifier, tmp_path):
+    for run in (classifier, image_classifier):
+        browser.open(write_finetune_report(report_of(run, tmp_path / run.path.parent.name)))
+        assert not browser.problems()
