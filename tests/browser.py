@@ -1,4 +1,4 @@
-"""A real browser, Debian's Chromium, that opens the pages and tells what a reader would stumble over."""
+"""A real browser, Debian's Chromium, that opens the pages and reports what a reader would stumble over."""
 
 from __future__ import annotations
 

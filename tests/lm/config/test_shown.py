@@ -9,7 +9,7 @@ from lm.config.shown import shown_settings, shown_values
 TEXT, IMAGES = Config(), Config().replace(patch_size=4, image_size=16, image_channels=3, objective="mae")
 
 
-def test_what_zero_stood_for_is_shown_beside_it():
+def test_what_zero_stood_for_is_shown_next_to_it():
     config = TEXT.replace(hidden_size=64, num_heads=2, num_key_value_heads=1)
     model = shown_values(config)["model"]
     assert model["feed_forward_size"] == f"0 → {config.model.feed_forward_width}"
