@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.settings import ReadSettings
-from lm.config.recipes import finetuning_config, pretraining_config, require_image_model, suggestion
+from lm.config import recipes
 from lm.config.sampling import Sampling, recommended
 from lm.config.settings import Config
 from lm.data.examples import Columns, Example, read_examples, read_similar
@@ -83,19 +83,17 @@ class Model(LanguageModel):
             UserError: a setting is wrong, or the model was trained to fill masks only.
         """
         if "next_token" not in self.readouts:
+            recipes.require_language_model(self.run.path, self.config)
             raise UserError(f"{self.run.path} was trained to fill masks only: it cannot continue a prompt")
         settings = _sampling(recommended(self.run.path) | sampling)
         if stream:
             if not isinstance(prompts, str):
                 raise UserError("stream=True takes one prompt, not a list")
-            return self._pieces(prompts, settings)
+            return (event.text for event in stream_events(self, prompts, settings))
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         generator = Generator(self, max_rows=max(1, min(ROWS, len(texts))))
         found = [each.text for each in continuations(generator, [Prompt(text, settings) for text in texts])]
         return found[0] if isinstance(prompts, str) else found
-
-    def _pieces(self, prompt: str, settings: Sampling) -> Iterator[str]:
-        return (event.text for event in stream_events(self, prompt, settings))
 
     def fill(self, texts: str | Sequence[str], *, top: int = 5, rounds: int = 0, **sampling: Any) -> Any:
         """Fill every ``[MASK]`` of a text: its ``text``, and the ``top`` candidates of each mask with probabilities.
@@ -191,6 +189,7 @@ class Model(LanguageModel):
         export_adapter(self.run, Path(folder), self.saved, facts=facts)
 
     def _readout(self, wanted: str | None) -> str:
+        recipes.require_language_model(self.run.path, self.config)
         if wanted is not None and wanted not in self.readouts:
             raise UserError(f"{self.run.path} was trained for {' and '.join(self.readouts)}, not for {wanted}")
         return wanted or self.readouts[0]
@@ -306,7 +305,7 @@ def load_model(run: str | Path | Run, *, checkpoint: str = "newest", device: str
 def load_image_model(run: str | Path | Run, *, checkpoint: str = "newest", device: str = "auto") -> ImageModel:
     """``load`` of a run that must read images and have no task's head."""
     opened = run if isinstance(run, Run) else open_run(run)
-    require_image_model(opened.path, opened.config)
+    recipes.require_image_model(opened.path, opened.config)
     saved = opened.checkpoint(checkpoint)
     model = opened.load_image_model(choose_device(device), saved)
     return ImageModel(model, opened.image_format, opened.config, opened, saved)
@@ -345,7 +344,7 @@ def train(
     if isinstance(recipe, Config):
         config, path = recipe, Path(run or "")
     else:
-        config, path, _ = pretraining_config(recipe, run, _plain(settings))
+        config, path, _ = recipes.pretraining_config(recipe, run, _plain(settings))
     done = pretraining.train(config, path, reporter or TerminalProgress(), accept_changes=resume)
     if is_main_process():
         _write_report(done)
@@ -390,8 +389,8 @@ def finetune(
     if isinstance(base, Config):
         config = base
     else:
-        opened = base if isinstance(base, Run) else open_run(base)
-        config = finetuning_config(opened.path, opened.config, _plain(settings), Path(recipe) if recipe else None)
+        start, file = base if isinstance(base, Run) else open_run(base), Path(recipe) if recipe else None
+        config = recipes.finetuning_config(start.path, start.config, _plain(settings), file)
     return finetuning.finetune(config, Path(run), reporter or TerminalProgress(), accept_changes=resume)
 
 
@@ -457,6 +456,7 @@ def evaluate(
     if train or test:
         of_images = "train" if train else "test"
         raise UserError(f"{opened.path} reads text, and {of_images} is for a run that reads images: leave it out")
+    (recipes.require_text_model if similarity else recipes.require_language_model)(opened.path, opened.config)
     reading = reading_of(opened.config, reads, pooling, layer)
     paradigms = minimal_pairs.read_pairs(Path(pairs), sentences) if pairs else []
     saved = opened.checkpoint(str(checkpoint))
@@ -471,8 +471,8 @@ def evaluate(
         found = perplexity.evaluate_text(model(), str(text), rules, stride=stride, progress=progress)
         return {"step": saved.step, **found}
     if pairs:
-        by_readout = minimal_pairs.evaluate_model(model(), paradigms, ties=ties, progress=progress)
-        return {"ties": ties, "accuracy": _as_dicts(by_readout)}
+        found = minimal_pairs.evaluate_model(model(), paradigms, ties=ties, progress=progress)
+        return {"ties": ties, "accuracy": _as_dicts(found)}
     if choices:
         examples = read_examples(str(choices), "choice", columns or Columns())
         accuracy, cut = multiple_choice.evaluate_choices(model(), examples, progress=progress)
@@ -488,7 +488,7 @@ def _as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[s
 def _sampling(settings: dict[str, Any]) -> Sampling:
     """Raises a UserError that lists everything that is wrong with the settings."""
     known = [field.name for field in dataclasses.fields(Sampling)]
-    problems = [f'unknown setting "{name}"{suggestion(name, known)}' for name in settings if name not in known]
+    problems = [f'unknown setting "{name}"{recipes.suggestion(name, known)}' for name in settings if name not in known]
     sampling = Sampling(**{name: value for name, value in settings.items() if name in known})
     if problems := problems + sampling.problems():
         raise UserError("\n".join(problems))

@@ -67,7 +67,7 @@ def embed(
     With F.npy comes F.txt, which has the name of each row's image in a line; in a .jsonl, the field "image" has it.
     Images that cannot be read are left out and named at the end.
     """
-    from lm.config.recipes import require_image_model, require_language_model, require_no_text_options, run_config
+    from lm.config.recipes import require_image_model, require_no_text_options, require_text_model, run_config
     from lm.data.examples import check_first_example, stream_examples
 
     config = run_config(run)
@@ -79,7 +79,7 @@ def embed(
         require_no_text_options({"reads": reads, "pooling": pooling, **columns})
         embed_images(run, source, output, layer, normalize, device, which)
         return
-    require_language_model(run, config)
+    require_text_model(run, config)
     check_first_example(source, "classification", columns_of(columns), labeled=False)
     from lm import api
     from lm.inference.embedding import reading_of, vectors_of, write_lines, write_vectors

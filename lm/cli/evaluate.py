@@ -180,7 +180,7 @@ def _check_inputs(
     """Raise UserError for what is wrong with the run or with the beginning of a file, before PyTorch loads."""
     from data_prep.settings import ReadSettings
     from data_prep.sources.listing import STDIN, first_texts
-    from lm.config.recipes import require_language_model, require_stride, run_config
+    from lm.config.recipes import require_language_model, require_stride, require_text_model, run_config
     from lm.data.datasets import open_training_data
     from lm.data.examples import check_first_example
 
@@ -189,7 +189,7 @@ def _check_inputs(
         open_training_data((data,))
     if config.reads_images:
         return
-    require_language_model(run, config)
+    (require_text_model if similarity else require_language_model)(run, config)
     if pairs and not pairs.exists():
         raise UserError(f"there are no pairs at {pairs}")
     if source:

@@ -79,15 +79,17 @@ def export(
         raise UserError("--outtype is for --to gguf; the weights of --to hf are float32")
     if private and not push:
         raise UserError("--private is for --push USER/NAME")
-    from lm.config.recipes import require_language_model, run_config
+    from lm.config.recipes import require_language_model, require_text_model, run_config
 
     config = run_config(run)
     if config.reads_images and kind != "hf":
         raise UserError(f"--to {kind} is for models that read text, and {run} reads images: use --to hf")
     if kind == "peft" and (not config.is_finetuning or config.finetune.method != "lora"):
         raise UserError(f"{run} has no LoRA adapter: fine-tune with --method lora, or export with --to hf")
-    if kind in ("gguf", "sentence-transformers"):
+    if kind == "gguf" or (kind == "hf" and not config.reads_images and not config.has_task_head):
         require_language_model(run, config)
+    elif kind == "sentence-transformers":
+        require_text_model(run, config)
     if kind != "gguf":
         require_new_folder(out)
     elif out.exists():

@@ -184,7 +184,7 @@ def usual_command(path: Path, config: Config) -> str:
         return f"{command('predict')} {path} --input {'DIR' if config.reads_images else 'FILE'} --output FILE"
     if config.reads_images:
         return f"{command('embed')} {path} --input DIR --output FILE"
-    if config.finetune.task == "contrastive":
+    if config.finetune.task == "contrastive" or not config.readouts:
         return f"{command('embed')} {path} --input FILE --output FILE"
     return f"{command('sample')} {path} {'--chat' if config.is_finetuning else '--prompt TEXT'}"
 

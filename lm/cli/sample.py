@@ -180,7 +180,7 @@ def _check_readouts(run: Path, to_continue: object, to_fill: object) -> None:
         raise UserError(
             f"{run} was trained with {objective} only: it can fill masks (--fill, --unmask), but not continue a prompt"
         )
-    if to_fill and config.readouts[-1] == "next_token":
+    if to_fill and config.readouts == ("next_token",):
         raise UserError(
             f"{run} was trained with {objective} only: it can continue a prompt (--prompt), but not fill masks"
         )

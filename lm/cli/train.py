@@ -11,7 +11,7 @@ import click
 
 from data_prep.errors import USER_ERROR_STATUS, UserError
 from data_prep.errors.command_names import command
-from lm.cli.options import SettingsCommand, given_settings, json_option, settings_options
+from lm.cli.options import SettingsCommand, given_settings, json_option, settings_options, usual_command
 from lm.config.settings import Config, pretraining_settings
 
 # The settings that --help shows.
@@ -119,7 +119,9 @@ def train(
         last = [line for line in run.metrics() if "validation" in line][-1:]
         click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
     ready = f"{run_path} is ready, with {run_path / 'report.html'}"
-    click.echo(f"{ready}; next: {command('evaluate')} {run_path}", err=True)
+    judged = config.readouts or config.reads_images
+    then = f"{command('evaluate')} {run_path}" if judged else usual_command(run_path, config)
+    click.echo(f"{ready}; next: {then}", err=True)
 
 
 def _print_plan(config: Config, before: Config | None, run_path: Path, as_json: bool) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from lm.config.corpus_entry import corpus_of
 from lm.config.finetune_settings import IMAGE_TASKS, TASKS, FinetuneConfig
 from lm.config.sampling import problem_of_fill
-from lm.config.settings import IMAGE_OBJECTIVES, Config, ModelConfig
+from lm.config.settings import IMAGE_OBJECTIVES, TEXT_VIEW_OBJECTIVES, Config, ModelConfig
 
 LARGEST_HEAD = 256  # of the attention kernels
 MOST_PARAMETERS = 10**13
+IMAGE_ONLY = set(IMAGE_OBJECTIVES) - set(TEXT_VIEW_OBJECTIVES)
 TEXT_TASKS = [name for name in TASKS if name not in IMAGE_TASKS]
 
 
@@ -39,10 +40,10 @@ def inconsistencies(config: Config) -> Iterator[str]:
         yield from _inconsistencies_of_images(config)
     elif data.batch_images:
         yield "batch_images is for images: set patch_size, or leave batch_images out"
-    elif config.objective.objective in IMAGE_OBJECTIVES and not config.is_finetuning:
+    elif only := [name for name in config.objective.shares if name in IMAGE_ONLY]:
         yield (
-            f"objective {config.objective.objective} learns from images: set patch_size and batch_images, or start "
-            f"from the recipe images-{config.objective.objective}"
+            f"objective {only[0]} learns from images: set patch_size and batch_images, or start from the recipe "
+            f"images-{only[0]}"
         )
     elif data.batch_tokens % data.context_length:
         nearest = max(1, round(data.batch_tokens / data.context_length)) * data.context_length
@@ -52,6 +53,8 @@ def inconsistencies(config: Config) -> Iterator[str]:
         )
     elif data.micro_batch_rows and data.batch_rows % data.micro_batch_rows:
         yield f"micro_batch_rows {data.micro_batch_rows} does not divide the batch's {data.batch_rows} rows"
+    if not config.reads_images and not config.is_finetuning:
+        yield from _inconsistencies_of_views(config)
     if config.training.keep_every % config.training.checkpoint_every:
         yield (
             f"keep_every {config.training.keep_every} is not a multiple of checkpoint_every "
@@ -74,6 +77,33 @@ def inconsistencies(config: Config) -> Iterator[str]:
             f"choose {' or '.join(fitting)}"
         )
     yield from _inconsistencies_of_task(config.finetune)
+
+
+def _inconsistencies_of_views(config: Config) -> Iterator[str]:
+    """Those of an objective that compares views of texts, and of its share of the rows."""
+    shares, views, rows = config.objective.shares, config.views, config.data.batch_rows
+    compared = [name for name in shares if name in TEXT_VIEW_OBJECTIVES]
+    if len(shares) > 1 and (len(shares) > 2 or len(compared) != 1):
+        yield (
+            f"objective {config.objective.objective}: a mixture has one objective that predicts tokens and one that "
+            f"compares views ({', '.join(TEXT_VIEW_OBJECTIVES)})"
+        )
+        return
+    for name, share in shares.items():
+        if (share * rows).denominator > 1:
+            yield (
+                f"objective: {name}'s share of the {rows} rows of a step, {float(share * rows):g}, is no whole number: "
+                "change the shares, or batch_tokens"
+            )
+            return
+    if not compared:
+        return
+    if views.view_tokens > config.data.context_length:
+        yield f"view_tokens {views.view_tokens} is more than context_length {config.data.context_length}"
+    if views.span_share == 1 and not views.token_deletion and not config.model.dropout:
+        yield "the views of a text would be equal: set span_share below 1, token_deletion or dropout above 0"
+    if "dino" in shares and config.objective.local_views and config.objective.local_area > views.span_share:
+        yield f"local_area {config.objective.local_area} is larger than span_share {views.span_share}"
 
 
 def _inconsistencies_of_images(config: Config) -> Iterator[str]:

@@ -120,9 +120,6 @@ class FinetuneConfig:
         choices=("auto", "loss", "accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"),
         of_task=True,
     )
-    layer_decay: float = setting(
-        1.0, "learning rate of each block as a share of that of the block above it", minimum=0.1, maximum=1
-    )
     class_weights: str = setting(
         "none", "weights of the classes in the loss; balanced: all classes count equally", choices=("none", "balanced")
     )

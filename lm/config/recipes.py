@@ -23,7 +23,7 @@ from data_prep.errors.command_names import command, example_recipe
 from data_prep.errors.other_names import other_name
 from lm.config.consistency import inconsistencies
 from lm.config.finetune_settings import IMAGE_METHODS, METHODS, FinetuneConfig
-from lm.config.setting import Setting
+from lm.config.setting import Setting, shares_of
 from lm.config.settings import (
     Config,
     ReportConfig,
@@ -114,6 +114,16 @@ def run_config(path: str | Path) -> Config:
 
 
 def require_language_model(path: Path, config: Config) -> None:
+    """Raise UserError if the run at ``path`` is no ``require_text_model``, or was never trained to predict tokens."""
+    require_text_model(path, config)
+    if not config.readouts:
+        raise UserError(
+            f"{path} was trained with {config.objective.objective} only, which predicts no tokens: kindling embed uses "
+            "it; a mixture such as hybrid:0.75,simclr:0.25 learns both"
+        )
+
+
+def require_text_model(path: Path, config: Config) -> None:
     """Raise UserError if the run at ``path`` reads images, or has a task's head instead of a language model's."""
     if config.reads_images:
         use = "kindling predict uses it" if config.has_task_head else "kindling embed and kindling evaluate use it"
@@ -251,7 +261,7 @@ def _recipe_values(
             for name, value in settings.items():
                 if name not in known:
                     problems.append(f'unknown setting "{name}" in {recipe}{suggestion(name, here)}')
-                elif known[name].section != section:
+                elif section not in (known[name].section, known[name].once_in):
                     problems.append(
                         f'setting "{name}" in {recipe} belongs under [{known[name].section}], not [{section}]'
                     )
@@ -314,10 +324,11 @@ def _convert(setting: Setting, value: Any) -> Any:
 
 
 def _check_choice(setting: Setting, value: Any) -> None:
-    if setting.choices and value not in setting.choices:
-        raise ValueError(
-            f"must be one of {', '.join(setting.choices)}, not {value!r}{suggestion(value, setting.choices)}"
-        )
+    for name in shares_of(value) if setting.mixture else [value]:
+        if setting.choices and name not in setting.choices:
+            raise ValueError(
+                f"must be one of {', '.join(setting.choices)}, not {name!r}{suggestion(name, setting.choices)}"
+            )
 
 
 def _texts(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 
@@ -19,6 +20,8 @@ class Setting:
         finetuning: the default in fine-tuning; None: the same.
         pretraining_only: fine-tuning derives it from its own settings, or does without.
         of_task: part of what a task is in a table of tasks, not of how a model is fine-tuned on it.
+        once_in: the section that files of earlier versions have it in.
+        mixture: several choices may be joined, each with its share: "one:0.75,another:0.25" (``shares_of``).
     """
 
     name: str
@@ -32,6 +35,8 @@ class Setting:
     finetuning: Any
     pretraining_only: bool
     of_task: bool
+    once_in: str
+    mixture: bool
 
     @property
     def kind(self) -> str:
@@ -56,6 +61,32 @@ def setting(
     finetuning: Any = None,
     pretraining_only: bool = False,
     of_task: bool = False,
+    once_in: str = "",
+    mixture: bool = False,
 ) -> Any:
     """A dataclass field that describes a ``Setting``; the arguments are its attributes."""
     return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
+
+
+def shares_of(mixture: str) -> dict[str, Fraction]:
+    """The names in "one:0.75,another:0.25" with their shares, which add up to 1; a single name has the share 1.
+
+    Raises:
+        ValueError: with what is wrong, as the end of a sentence.
+    """
+    if ":" not in mixture and "," not in mixture:
+        return {mixture: Fraction(1)}
+    shares: dict[str, Fraction] = {}
+    for part in mixture.split(","):
+        name, _, share = part.strip().partition(":")
+        if name in shares:
+            raise ValueError(f"names {name} twice")
+        try:
+            shares[name] = Fraction(share.strip())
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"needs a share for {name}, as in {name}:0.25") from None
+        if not 0 < shares[name] < 1:
+            raise ValueError(f"needs a share between 0 and 1 for {name}, not {share.strip()}")
+    if (total := sum(shares.values())) != 1:
+        raise ValueError(f"has shares that add up to {float(total):g} instead of 1")
+    return shares

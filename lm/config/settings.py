@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_atomically
 from lm.config.finetune_settings import HEAD_TASKS, IMAGE_METHODS, METHODS, FinetuneConfig
-from lm.config.setting import Setting, setting
+from lm.config.setting import Setting, setting, shares_of
 from lm.config.view_settings import ViewsConfig
 
 # Each objective: the file of lm/objectives that makes it, and the readouts that a model can be asked for afterwards.
@@ -32,8 +33,9 @@ OBJECTIVES = {
     "mae": ("mae", ()),
     "beit": ("beit", ()),
 }
-# The objectives that learn from images; the others learn from text.
+# The objectives that learn from images, and those of them that learn from views, which text has too.
 IMAGE_OBJECTIVES = ("simclr", "moco", "byol", "dino", "dinov2", "mae", "beit")
+TEXT_VIEW_OBJECTIVES = ("simclr", "moco", "byol", "dino")
 # The kinds of files that ``kindling predict`` and ``kindling embed`` write.
 ANSWER_FILES, VECTOR_FILES = (".jsonl", ".csv", ".tsv"), (".jsonl", ".npy")
 
@@ -143,7 +145,13 @@ class DataConfig:
 class ObjectiveConfig:
     """What the model learns to predict."""
 
-    objective: str = setting("hybrid", "what the model predicts", choices=tuple(OBJECTIVES))
+    objective: str = setting(
+        "hybrid",
+        "what the model learns; on text also one that predicts tokens and one that compares views, each with its share "
+        "of the rows: hybrid:0.75,simclr:0.25",
+        choices=tuple(OBJECTIVES),
+        mixture=True,
+    )
     masked_fraction: float = setting(
         0.5, "hybrid objectives: share of the rows that are masked and read bidirectionally", minimum=0, maximum=1
     )
@@ -228,6 +236,11 @@ class ObjectiveConfig:
     decoder_size: int = setting(96, "mae: width of the decoder, in heads of 32", minimum=32, on_resume="never")
 
     @property
+    def shares(self) -> dict[str, Fraction]:
+        """The objectives that ``objective`` names, with their shares of the rows."""
+        return shares_of(self.objective)
+
+    @property
     def validation_folds(self) -> int:
         """The number of passes in which a masked readout hides every token once."""
         return round(1 / self.validation_mask_rate)
@@ -261,6 +274,18 @@ class OptimizerConfig:
     )
     stem_learning_rate: float = setting(
         1.0, "learning rate of the embedding, or of the patch embedding, as a multiple of the others'", minimum=0
+    )
+    head_learning_rate: float = setting(
+        1.0,
+        "learning rate of the head of an objective on images or views, or of a task, as a multiple of the others'",
+        minimum=0,
+    )
+    layer_decay: float = setting(
+        1.0,
+        "learning rate of each block as a share of that of the block above it",
+        minimum=0.1,
+        maximum=1,
+        once_in="finetune",
     )
     momentum: float = setting(0.95, "Muon: decay of the momentum", minimum=0, maximum=0.9999)
     gradient_clip: float = setting(1.0, "largest norm of the whole gradient; 0: off", minimum=0)
@@ -367,7 +392,11 @@ class Config:
     @property
     def readouts(self) -> tuple[str, ...]:
         """The readouts of a model with this objective, the causal one first."""
-        return OBJECTIVES[self.objective.objective][1]
+        return tuple(readout for name in self.objective.shares for readout in OBJECTIVES[name][1])
+
+    def predicting(self) -> Config:
+        """These settings, with nothing but the objective that predicts tokens."""
+        return self.replace(objective=next(name for name in self.objective.shares if OBJECTIVES[name][1]))
 
     @property
     def reads_images(self) -> bool:

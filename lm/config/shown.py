@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lm.config.setting import Setting
-from lm.config.settings import OBJECTIVES, Config, all_settings
+from lm.config.settings import OBJECTIVES, TEXT_VIEW_OBJECTIVES, Config, all_settings
 
 
 def shown_settings(config: Config) -> dict[str, list[tuple[Setting, str]]]:
@@ -28,14 +28,18 @@ def shown_settings(config: Config) -> dict[str, list[tuple[Setting, str]]]:
 
 
 def _matters(setting: Setting, config: Config) -> bool:
-    """Whether the run can depend on a setting. The help of one for some objectives begins with their names, "mae: "."""
-    if setting.section in ("views", "finetune"):
-        return config.reads_images if setting.section == "views" else config.is_finetuning
+    """Whether the run can depend on a setting.
+
+    The help of one for some objectives, or for images or text alone, begins with these names: "mae: ", "images: ".
+    """
+    reads, objectives = "images" if config.reads_images else "text", set(config.objective.shares)
     names, colon, _ = setting.help.partition(": ")
-    kinds = set(names.split(", "))
-    if not colon or not kinds <= {*OBJECTIVES, "images"}:
-        return True
-    return config.objective.objective in kinds or ("images" in kinds and config.reads_images)
+    kinds = set(names.split(", ")) if colon else set()
+    if kinds and kinds <= {*OBJECTIVES, "images", "text"} and not kinds & {reads, *objectives}:
+        return False
+    if setting.section == "views":
+        return config.reads_images or ("text" in kinds and bool(objectives & set(TEXT_VIEW_OBJECTIVES)))
+    return setting.section != "finetune" or config.is_finetuning
 
 
 def shown_values(config: Config) -> dict[str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The settings of views of images."""
+"""The settings of views of images and of texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lm.config.setting import setting
 
 @dataclass(frozen=True)
 class ViewsConfig:
-    """How views of an image are drawn; each image and view has draws of its own."""
+    """How views are drawn; each image, or piece of text, and each of its views has draws of its own."""
 
     crop_area: float = setting(
         0.2, "smallest share of the image's area in a crop", minimum=0.01, maximum=1, finetuning=0.6
@@ -36,10 +36,36 @@ class ViewsConfig:
         maximum=1,
         finetuning=0.0,
     )
+    first_blur: float = setting(
+        0.0, "probability of blur in the first of two views, added to that of blur", minimum=0, maximum=1
+    )
     solarize: float = setting(
         0.0,
         "probability of inverting the pixels above one half (not mae, beit)",
         minimum=0,
         maximum=1,
         finetuning=0.0,
+    )
+    second_solarize: float = setting(
+        0.0,
+        "probability of solarization in the second of two views, added to that of solarize (BYOL, DINO: 0.2)",
+        minimum=0,
+        maximum=1,
+    )
+    view_tokens: int = setting(
+        64,
+        "text: tokens of the pieces that a row is cut into; views are views of a piece",
+        minimum=2,
+        on_resume="never",
+        pretraining_only=True,
+    )
+    span_share: float = setting(
+        0.5,
+        "text: smallest share of a piece's tokens in a view, which is a span of them; 1: all",
+        minimum=0.01,
+        maximum=1,
+        pretraining_only=True,
+    )
+    token_deletion: float = setting(
+        0.1, "text: share of a view's tokens that are left out", minimum=0, maximum=0.9, pretraining_only=True
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -106,6 +106,14 @@ class Rows:
     lengths: NDArray[np.int64]
     numbers: NDArray[np.int64]
     turns: NDArray[np.int64]
+
+    def chosen(self, rows: NDArray[np.int64]) -> Rows:
+        """Some of the rows."""
+        return Rows(*(getattr(self, part.name)[rows] for part in fields(self)))
+
+    def numbered(self, numbers: NDArray[np.int64]) -> Rows:
+        """The rows with these numbers."""
+        return replace(self, numbers=numbers)
 
 
 def rows_of_windows(windows: NDArray[np.int64], vocabulary: Vocabulary) -> Rows:

@@ -34,6 +34,9 @@ class Stream(IntEnum):
     VIEWS = 11
     HIDDEN_PATCHES = 12
     LOCAL_VIEWS = 13
+    SPANS = 14
+    DELETED_TOKENS = 15
+    MIXTURE = 16
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

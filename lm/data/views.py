@@ -48,7 +48,12 @@ COLUMNS = len(Draw)
 
 def without_color(settings: ViewsConfig) -> ViewsConfig:
     """These settings with crop and flip only, as MAE wants it."""
-    return dataclasses.replace(settings, color_jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
+    return dataclasses.replace(alike(settings), color_jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
+
+
+def alike(settings: ViewsConfig) -> ViewsConfig:
+    """These settings without what sets the first or the second view apart."""
+    return dataclasses.replace(settings, first_blur=0.0, second_solarize=0.0)
 
 
 def draw_views(
@@ -57,8 +62,9 @@ def draw_views(
     """Draw views: float32 (len(numbers), views, COLUMNS) on the CPU, with the columns of ``Draw``.
 
     Each view's draws depend on the seed, on its number in ``numbers`` and on its place among the views only, so they
-    are the same in every batch and on every rank. Areas are uniform and ratios log-uniform, as in torchvision's
-    RandomResizedCrop (Szegedy et al. 2015); the strengths of color changes are SimCLR's (Chen et al. 2020, appendix A).
+    are the same in every batch and on every rank. The first view may have a rate of blur of its own, and the second one
+    of solarization. Areas are uniform and ratios log-uniform, as in torchvision's RandomResizedCrop (Szegedy et al.
+    2015); the strengths of color changes are SimCLR's (Chen et al. 2020, appendix A).
     """
     count = 14
     draws = uniform_at(key(seed, stream), numbers[:, None], np.arange(views * count))
@@ -66,6 +72,9 @@ def draw_views(
     area, ratio, left, top, flip, jitter, brightness, contrast, saturation, hue, gray, blur, sigma, solarize = (
         np.moveaxis(draws, -1, 0)
     )
+    blur_rate, solarize_rate = np.full(views, settings.blur), np.full(views, settings.solarize)
+    blur_rate[:1] += settings.first_blur
+    solarize_rate[1:2] += settings.second_solarize
     strength = settings.color_jitter * (jitter < settings.color_jitter_rate)
     found = np.empty((len(numbers), views, COLUMNS), dtype=np.float32)
     found[..., Draw.AREA] = settings.crop_area + (settings.largest_crop - settings.crop_area) * area
@@ -77,8 +86,8 @@ def draw_views(
     found[..., Draw.CONTRAST] = 1 + 0.8 * strength * (2 * contrast - 1)
     found[..., Draw.SATURATION] = (1 + 0.8 * strength * (2 * saturation - 1)) * (gray >= settings.grayscale)
     found[..., Draw.HUE] = 0.2 * strength * (2 * hue - 1)
-    found[..., Draw.BLUR] = (SMALLEST_SIGMA + (LARGEST_SIGMA - SMALLEST_SIGMA) * sigma) * (blur < settings.blur)
-    found[..., Draw.SOLARIZE] = solarize < settings.solarize
+    found[..., Draw.BLUR] = (SMALLEST_SIGMA + (LARGEST_SIGMA - SMALLEST_SIGMA) * sigma) * (blur < blur_rate)
+    found[..., Draw.SOLARIZE] = solarize < solarize_rate
     return torch.from_numpy(found)
 
 
@@ -105,7 +114,7 @@ def _make(images: Tensor, draws: Tensor, settings: ViewsConfig, out: Tensor) -> 
     count, height, width, channels = images.shape
     size = out.shape[-1]
     rows, columns = _crops(draws, height, width, size)
-    if settings.blur and size >= SMALLEST_BLURRED:
+    if (settings.blur or settings.first_blur) and size >= SMALLEST_BLURRED:
         blurred = draws[:, Draw.BLUR].nonzero()[:, 0]
         blur = _blurs(draws[blurred, Draw.BLUR], size)
         rows[blurred], columns[blurred] = blur @ rows[blurred], blur @ columns[blurred]
@@ -117,7 +126,7 @@ def _make(images: Tensor, draws: Tensor, settings: ViewsConfig, out: Tensor) -> 
         pixels = torch.baddbmm(offset[:, :, None], matrix, pixels)
     pixels = pixels.view_as(out)
     torch.clamp(pixels, 0, 1, out=out)
-    if settings.solarize:
+    if settings.solarize or settings.second_solarize:
         torch.where(draws[:, Draw.SOLARIZE, None, None, None] > 0, torch.minimum(out, 1 - out), out, out=out)
 
 

@@ -39,7 +39,7 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
     if known and known["data_fingerprint"] == dataset.fingerprint:
         return known
     model = run.load_model(choose_device("auto"), checkpoint)
-    readouts = validate_readouts(model, dataset, run.config, rows=0, every_token=True)
+    readouts = validate_readouts(model, dataset, run.config.predicting(), rows=0, every_token=True)
     windows = f"whole validation split in adjacent windows of {run.config.data.context_length} tokens"
     result = {
         "step": checkpoint.step,

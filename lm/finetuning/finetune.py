@@ -34,7 +34,6 @@ from lm.finetuning.contrastive_task import ContrastiveTask
 from lm.finetuning.head_task import HeadTask
 from lm.finetuning.image_task import ImageTask
 from lm.finetuning.instruction_task import InstructionTask, settle_template
-from lm.finetuning.layer_decay import lr_multipliers
 from lm.finetuning.task import Task
 from lm.inference.embedding import reading_of
 from lm.runs.base_weights import keep_base, kept_base, starting_trunk
@@ -43,6 +42,7 @@ from lm.runs.companions import copy_companions
 from lm.runs.directory import PROCESSOR, TOKENIZER, Run, open_run
 from lm.runs.metrics_log import Best
 from lm.training.distributed import Ranks
+from lm.training.learning_rates import lr_multipliers
 from lm.training.reporter import Reporter
 from lm.training.train_module import TrainModule
 from lm.training.trainer import fit

@@ -78,7 +78,7 @@ def tokens_to_fill(tokenizer: Tokenizer, config: Config, text: str) -> list[int]
     Raises:
         UserError: the model cannot fill masks, there is no [MASK] in the text, or the text is too long.
     """
-    if config.readouts[-1] == "next_token":
+    if not set(config.readouts) - {"next_token"}:
         raise UserError("this model was not trained to fill masks")
     if problem := problem_of_fill(text):
         raise UserError(problem)

@@ -34,7 +34,7 @@ class LanguageModel:
     @property
     def masked_readout(self) -> str | None:
         """The readout that fills masks, or None if the model was trained without one."""
-        return self.readouts[-1] if self.readouts[-1] != "next_token" else None
+        return next((name for name in self.readouts if name != "next_token"), None)
 
     @property
     def device(self) -> torch.device:

@@ -179,9 +179,9 @@ class Trunk(nn.ModuleList):
 def initialize(model: nn.Module, seed: int, *, embedding_std: float | None = None, identity: bool = True) -> None:
     """Draw all weights from ``seed``: the same ones on every device and for every number of threads.
 
-    Matrices and convolutions are normal with variance 1 / (3 · inputs), or outside the blocks with ``embedding_std``,
-    if it is given. Those that write into the residual stream are zero, so that every block starts as the identity
-    (Goyal et al. 2017; Zhang et al. 2019, Fixup), unless ``identity`` is False.
+    Matrices and convolutions are normal with variance 1 / (3 · inputs), or those of the embedding and its head with
+    ``embedding_std``, if it is given. Those that write into the residual stream are zero, so that every block starts as
+    the identity (Goyal et al. 2017; Zhang et al. 2019, Fixup), unless ``identity`` is False.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -191,15 +191,18 @@ def initialize(model: nn.Module, seed: int, *, embedding_std: float | None = Non
             nn.init.zeros_(parameter)
         else:
             scaled = (3 * parameter[0].numel()) ** -0.5
-            std = scaled if embedding_std is None or name.startswith("blocks.") else embedding_std
+            std = scaled if embedding_std is None or name.startswith(("blocks.", "projector.")) else embedding_std
             with torch.no_grad():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
 class Transformer(nn.Module):
-    """Token ids in, hidden states out; ``logits`` and ``loss`` are the one head that all of text's objectives share."""
+    """Token ids in, hidden states out; ``logits`` and ``loss`` are the one head that all of text's objectives share.
 
-    def __init__(self, config: ModelConfig) -> None:
+    ``projector`` is the head of an objective that compares views, which only its training uses.
+    """
+
+    def __init__(self, config: ModelConfig, projector: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
         # Not drawn here, which on the meta device would import torch._dynamo (2 s), but initialized or loaded later.
@@ -207,6 +210,7 @@ class Transformer(nn.Module):
         self.blocks = Trunk(config)
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.projector = projector
         self._compiled: Callable[..., Tensor] | None = None
 
     def initialize(self, seed: int) -> Transformer:
@@ -259,9 +263,9 @@ class Transformer(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters in all, in the embedding (and untied head), and in the blocks."""
-        total = sum(p.numel() for p in self.parameters())
         embedding = self.embedding.weight.numel() * (1 if self.head is None else 2)
-        return {"total": total, "embedding": embedding, "blocks": total - embedding - self.norm.weight.numel()}
+        total, blocks = (sum(p.numel() for p in part.parameters()) for part in (self, self.blocks))
+        return {"total": total, "embedding": embedding, "blocks": blocks}
 
     def flops_per_token(self, context_length: int) -> float:
         """Floating-point operations of one training token, by the convention of Chowdhery et al. 2022 (PaLM, app. B).

@@ -16,7 +16,7 @@ class TrainingBatches:
     """One batch per step, by the settings' objective unless another is given; errors as of ``training_rows``."""
 
     def __init__(self, corpora: Corpora | ImageCorpora, config: Config, objective: Objective | None = None) -> None:
-        self.rows = training_rows(corpora, config)
+        self.rows, self.shares = training_rows(corpora, config), config.objective.shares
         self.objective = objective or open_objective(config, self.rows.inputs)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Any:
@@ -32,7 +32,11 @@ class TrainingBatches:
 
     def check_ranks(self, world: int) -> None:
         """Raise a UserError if the rows of a batch do not divide among ``world`` ranks."""
-        if (count := self.rows.batch_rows) % world:
-            raise UserError(
-                f"the batch's {count} rows do not divide among {world} ranks: change batch_tokens or the ranks"
-            )
+        count, shares = self.rows.batch_rows, self.shares
+        for name, share in shares.items():
+            if (count * share) % world:
+                whose = f" of {name}" if len(shares) > 1 else ""
+                raise UserError(
+                    f"the batch's {count * share} rows{whose} do not divide among {world} ranks: change batch_tokens "
+                    "or the ranks"
+                )

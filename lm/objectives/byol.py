@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 from data_prep.shards.images import ImageFormat
 from lm.config.settings import Config
+from lm.data.batch import Vocabulary
 from lm.model.heads import PredictionHead, ProjectionHead
 from lm.objectives.image_views import ImageViews
+from lm.objectives.open_views import open_views
+from lm.objectives.text_views import TextViews
 from lm.objectives.view_method import ViewMethod
 
 
@@ -33,5 +36,5 @@ class BYOL(ViewMethod):
         return {self.name: (2 - 2 * F.cosine_similarity(vectors, targets.flip(1), dim=2)).mean()}
 
 
-def open_objective(config: Config, form: ImageFormat) -> ImageViews:
-    return ImageViews(config, form, BYOL(config))
+def open_objective(config: Config, inputs: ImageFormat | Vocabulary) -> ImageViews | TextViews:
+    return open_views(config, inputs, BYOL(config))

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from data_prep.shards.images import ImageFormat
 from lm.config.settings import Config
+from lm.data.batch import Vocabulary
 from lm.model.heads import PrototypeHead
 from lm.objectives.image_views import ImageViews
+from lm.objectives.open_views import open_views
 from lm.objectives.teacher import Teacher
+from lm.objectives.text_views import TextViews
 from lm.objectives.view_method import ViewMethod
 
 
@@ -132,5 +135,5 @@ class DINO(ViewMethod):
         return {"teacher_entropy": float(-torch.xlogy(shares, shares).sum(2).mean())}
 
 
-def open_objective(config: Config, form: ImageFormat) -> ImageViews:
-    return ImageViews(config, form, DINO(config))
+def open_objective(config: Config, inputs: ImageFormat | Vocabulary) -> ImageViews | TextViews:
+    return open_views(config, inputs, DINO(config))

@@ -181,8 +181,7 @@ class MaskedViews(ImageViews):
         return self.method.packed(Parts(scores, patches, features.float().transpose(0, 1)))
 
     def targets(self, model: nn.Module, batch: ImageBatch) -> Tensor:
-        assert self.memory is not None
-        teacher = self.memory.model
+        teacher = self.teacher
         assert isinstance(teacher, ImageTransformer)
         assert isinstance(teacher.head, PrototypeHead)
         views = [self.views_of(batch)]

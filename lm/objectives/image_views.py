@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,38 +14,30 @@ from lm.config.settings import Config, ViewsConfig
 from lm.data.images import ImageBatch, ImageRows, ImageValidation, normalized
 from lm.data.keyed_random import Stream
 from lm.data.patch_rows import layout_of
-from lm.data.views import COLUMNS, draw_views, make_views
+from lm.data.views import COLUMNS, alike, draw_views, make_views
 from lm.model.image_transformer import ImageTransformer
 from lm.objectives.images import ImageObjective
 from lm.objectives.objective import Measure
-from lm.objectives.teacher import Teacher
-from lm.objectives.view_method import FEWEST_STEPS, ViewMethod
+from lm.objectives.view_method import ViewMethod
+from lm.objectives.views import Views
 
 
-class ImageViews(ImageObjective):
+class ImageViews(Views, ImageObjective):
     """Two views of each image, and as many smaller ones as the method wants, all in one pass."""
 
-    views, compares = 2, True
+    views = 2
 
     def __init__(self, config: Config, form: ImageFormat, method: ViewMethod) -> None:
-        super().__init__(config, form)
-        self.method, self.name = method, method.name
-
-    @property
-    def comparable(self) -> bool:  # type: ignore[override]
-        return not self.method.with_teacher
-
-    @property
-    def memory(self) -> Teacher | None:  # type: ignore[override]
-        return self.method.memory
+        ImageObjective.__init__(self, config, form)
+        Views.__init__(self, method)
+        method.things, method.per_step = "images", config.data.batch_images
 
     def head(self) -> nn.Module:
         return self.method.head()
 
     def begin(self, model: nn.Module) -> None:
         if self.method.with_teacher:
-            teacher = ImageTransformer(self.config.model, self.method.teacher_head())
-            self.method.memory = self.method.new_memory(teacher, model)
+            self.remember(ImageTransformer(self.config.model, self.method.teacher_head()), model)
 
     @property
     def local_size(self) -> int:
@@ -57,7 +48,7 @@ class ImageViews(ImageObjective):
     @property
     def local_settings(self) -> ViewsConfig:
         """How the smaller views are drawn: as the others, of a smaller part of the image."""
-        views = self.view_settings
+        views = alike(self.view_settings)
         return dataclasses.replace(views, crop_area=self.config.objective.local_area, largest_crop=views.crop_area)
 
     def prepare(self, rows: ImageRows) -> ImageBatch:
@@ -95,50 +86,19 @@ class ImageViews(ImageObjective):
 
     def targets(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         """As of ``ViewMethod``, from the teacher's features of the first two views."""
-        assert self.memory is not None
-        teacher = self.memory.model
+        teacher = self.teacher
         assert isinstance(teacher, ImageTransformer)
         assert teacher.head is not None
         with torch.no_grad():
             return self.method.targets(teacher.head, means_of_views(teacher, [self.views_of(batch)], len(batch)))
-
-    def compare(self, vectors: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
-        return self.method.compare(vectors, targets)
-
-    def observe(self, targets: Tensor) -> None:
-        self.method.observe(targets)
-
-    def after_step(self, model: nn.Module, step: int) -> None:
-        self.method.after_step(model, step)
-
-    def loss(self, model: nn.Module, batch: ImageBatch) -> dict[str, Tensor]:
-        """The loss of a batch that is a whole step."""
-        targets = self.targets(model, batch) if self.memory is not None else None
-        return self.compare(self.vectors(model, batch), targets)
 
     def held_out(self, held_out: ImageValidation, numbers: NDArray[np.int64]) -> ImageBatch:
         """A batch of held-out images."""
         return self.batch_of(held_out.held_out.read(numbers), self._draws(0, numbers), 1.0)
 
     def measured(self, held_out: ImageValidation, numbers: NDArray[np.int64], measure: Measure) -> dict[str, float]:
-        """Among these images; their views are the same in every validation."""
-
-        def batch(some: NDArray[np.int64]) -> ImageBatch:
-            return self.held_out(held_out, some)
-
-        vectors = measure.vectors("vectors", numbers, batch)
-        targets = measure.vectors("targets", numbers, batch) if self.memory is not None else None
-        found = {"loss": float(sum(self.compare(vectors, targets).values()))}
-        return found if targets is None else found | self.method.measured(targets)
-
-    def warnings(self, rows: int) -> list[str]:
-        return self.method.warnings(rows)
-
-    def collapse(self, found: Mapping[str, dict[str, float]], step: int) -> str:
-        early = step < max(FEWEST_STEPS, self.method.slow_start * self.config.training.steps)
-        if early or self.name not in found or not (why := self.method.collapse(found[self.name])):
-            return ""
-        return f"the model has collapsed at step {step:,}: {why}; start again with {self.method.against_collapse}"
+        """Among these images."""
+        return self.measured_by(lambda some: self.held_out(held_out, some), numbers, measure)
 
     def flops_per_token(self, model: nn.Module, context_length: int) -> float:
         """All views go through the student, the first two through the teacher, which has no backward pass."""

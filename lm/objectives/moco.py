@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from data_prep.shards.images import ImageFormat
 from lm.config.settings import Config
+from lm.data.batch import Vocabulary
 from lm.model.heads import PredictionHead, ProjectionHead
 from lm.objectives.contrastive import info_nce
 from lm.objectives.image_views import ImageViews
+from lm.objectives.open_views import open_views
 from lm.objectives.teacher import Teacher
+from lm.objectives.text_views import TextViews
 from lm.objectives.view_method import ViewMethod
 
 
@@ -56,7 +59,7 @@ class MoCo(ViewMethod):
         """The mean InfoNCE of both directions (the paper of 2021, section 3, without its factor 2 x temperature)."""
         assert targets is not None
         assert isinstance(self.memory, Queue)
-        filled = 2 * self.config.data.batch_rows * self.memory.steps
+        filled = 2 * self.per_step * self.memory.steps
         queue = self.memory.keys[:filled].to(targets.device)
         losses = [
             info_nce(vectors[:, view], torch.cat([targets[:, 1 - view], queue]), self.settings.infonce_temperature)
@@ -77,10 +80,10 @@ class MoCo(ViewMethod):
         if self.settings.queue_size <= rows // 10:
             return []
         return [
-            f"queue_size {self.settings.queue_size:,} is more than a tenth of the {rows:,} images: many negatives will "
-            "be older views of the same images"
+            f"queue_size {self.settings.queue_size:,} is more than a tenth of the {rows:,} {self.things}: many "
+            f"negatives will be older views of the same {self.things}"
         ]
 
 
-def open_objective(config: Config, form: ImageFormat) -> ImageViews:
-    return ImageViews(config, form, MoCo(config))
+def open_objective(config: Config, inputs: ImageFormat | Vocabulary) -> ImageViews | TextViews:
+    return open_views(config, inputs, MoCo(config))

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lm.config.settings import OBJECTIVES, Config
+from lm.config.settings import OBJECTIVES, TEXT_VIEW_OBJECTIVES, Config
 from lm.data.training_data import stand_in
 from lm.model.image_transformer import Model
 
@@ -134,6 +134,10 @@ def open_objective(config: Config, inputs: Any = None) -> Objective:
     ``data_prep.shards.images.ImageFormat``. None: one that fits the settings, without data.
     """
     inputs = inputs or stand_in(config)
-    file, _ = OBJECTIVES[config.objective.objective]
-    objective: Objective = importlib.import_module(f"lm.objectives.{file}").open_objective(config, inputs)
-    return objective
+    opened = [
+        importlib.import_module(f"lm.objectives.{OBJECTIVES[name][0]}").open_objective(config, inputs)
+        for name in sorted(config.objective.shares, key=TEXT_VIEW_OBJECTIVES.__contains__)
+    ]
+    if len(opened) > 1:
+        opened = [importlib.import_module("lm.objectives.mixture").Mixture(config, *opened)]
+    return cast(Objective, opened[0])

@@ -6,9 +6,12 @@ from torch import Tensor, nn
 
 from data_prep.shards.images import ImageFormat
 from lm.config.settings import Config
+from lm.data.batch import Vocabulary
 from lm.model.heads import ProjectionHead
 from lm.objectives.contrastive import nt_xent
 from lm.objectives.image_views import ImageViews
+from lm.objectives.open_views import open_views
+from lm.objectives.text_views import TextViews
 from lm.objectives.view_method import ViewMethod
 
 
@@ -25,5 +28,5 @@ class SimCLR(ViewMethod):
         return {self.name: nt_xent(vectors[:, 0], vectors[:, 1], self.settings.infonce_temperature)}
 
 
-def open_objective(config: Config, form: ImageFormat) -> ImageViews:
-    return ImageViews(config, form, SimCLR(config))
+def open_objective(config: Config, inputs: ImageFormat | Vocabulary) -> ImageViews | TextViews:
+    return open_views(config, inputs, SimCLR(config))

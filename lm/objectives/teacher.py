@@ -26,7 +26,7 @@ class Teacher(nn.Module):
     def __init__(self, model: nn.Module, student: nn.Module) -> None:
         super().__init__()
         device = next(student.parameters()).device
-        self.model = model.requires_grad_(requires_grad=False).to(device)
+        self.model = model.requires_grad_(requires_grad=False).to(device).eval()  # it sees no dropout
         self.steps = 0
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.count: Tensor

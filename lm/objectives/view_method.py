@@ -22,6 +22,7 @@ class ViewMethod(ABC):
         with_teacher: a teacher looks at the first two views, and its vectors are the targets of ``compare``.
         local_views: how many smaller views only the student sees, besides the first two.
         memory: what is kept from step to step; None without a teacher.
+        things, per_step: what there are views of, in words, and how many of them a step has.
     """
 
     name: ClassVar[str]
@@ -29,6 +30,8 @@ class ViewMethod(ABC):
     against_collapse: ClassVar[str]  # what to change after one
     local_views = 0
     memory: Teacher | None = None
+    things: str
+    per_step: int
 
     def __init__(self, config: Config) -> None:
         self.config, self.settings = config, config.objective
@@ -87,7 +90,7 @@ class ViewMethod(ABC):
     def collapse(self, found: dict[str, float]) -> str:
         """What shows in the numbers of a validation that the method has collapsed, in words; or ""."""
         if found["spread"] < LEAST_SPREAD:
-            return f"all images have nearly the same features (spread {found['spread']:.3f})"
+            return f"all {self.things} have nearly the same features (spread {found['spread']:.3f})"
         if found["effective_rank"] < LEAST_RANK:
             return f"the features differ in one direction only (effective rank {found['effective_rank']:.2f})"
         return ""

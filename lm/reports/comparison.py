@@ -14,14 +14,17 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.files import read_json, write_atomically
-from lm.config.settings import OBJECTIVES
 from lm.reports.page import Panel, Series, chart, render
 from lm.runs.checkpoint import STATE, Checkpoint
 from lm.runs.directory import METRICS, Run, open_run, saved_evaluation
 from lm.runs.metrics_log import overfitting, rows_validated, summary
 from lm.training.plan import format_bytes
 
-UNITS = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "loss": "loss"}  # the last is that of images
+UNITS = {
+    "nats_per_token": "nats/token",
+    "bits_per_byte": "bits/byte",
+    "loss": "loss",
+}  # the last is that of views, or images
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Entry:
 
     def training_losses(self) -> Series:
         """(tokens seen, loss) by objective, in nats per token."""
-        readouts = OBJECTIVES.get(self.objective, ("", (self.objective,)))[1]
-        alone = readouts[0] if len(readouts) == 1 else self.objective
+        config = self.run.config
+        alone = config.readouts[0] if not config.is_finetuning and len(config.readouts) == 1 else self.objective
         found: Series = {}
         for line in self.lines:
             if "loss" in line:
@@ -73,13 +76,14 @@ class Entry:
                     found.setdefault(objective, []).append((line["tokens"], loss))
         return found
 
-    def validations(self) -> dict[str, list[dict[str, Any]]]:
-        """The validation losses by readout, with the step and the tokens seen."""
+    def validations(self, unit: str) -> dict[str, list[dict[str, Any]]]:
+        """The validation losses in this unit by readout, with the step and the tokens seen."""
         found: dict[str, list[dict[str, Any]]] = {}
         for line in self.lines:
             seen = {"step": line["step"], "tokens": line["step"] * self.run.config.data.batch_tokens}
             for readout, loss in line.get("validation", {}).items():
-                found.setdefault(readout, []).append(seen | loss)
+                if unit in loss:
+                    found.setdefault(readout, []).append(seen | loss)
         return found
 
     def data_fingerprint(self) -> str | None:
@@ -109,7 +113,7 @@ def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
 def compare(entries: Sequence[Entry]) -> dict[str, Any]:
     """Compare the runs; the result is ready for JSON.
 
-    ``unit`` is the unit in which losses are comparable, "loss" for images, and ``remarks`` are caveats about the
+    ``unit`` is the unit in which losses are comparable, "loss" for images and views; ``remarks`` are caveats about the
     numbers; ``runs`` has the state of each run and, per readout, its ``final`` and its ``best`` validation and its
     ``evaluation``; a run that was not trained here has an ``origin`` instead of steps; ``settings`` has the values of
     the settings that differ, in the order of the runs.
@@ -117,7 +121,7 @@ def compare(entries: Sequence[Entry]) -> dict[str, Any]:
     flat = [entry.run.config.flat() for entry in entries]
     same_inputs = _alike(entry.run.processor.sha256 for entry in entries)
     unit = "nats_per_token" if same_inputs else "bits_per_byte"
-    if entries[0].run.config.reads_images:
+    if not any(entry.run.config.readouts for entry in entries):
         unit = "loss"
     return {
         "unit": unit,
@@ -137,7 +141,7 @@ def _state_of(entry: Entry, unit: str) -> dict[str, Any]:
         "training_loss": {objective: points[-1][1] for objective, points in entry.training_losses().items()},
         "validation": {
             readout: {"final": losses[-1], "best": min(losses, key=lambda loss: loss[unit])}
-            for readout, losses in entry.validations().items()
+            for readout, losses in entry.validations(unit).items()
         },
         "evaluation": entry.evaluation().get("validation", {}),
     } | ({"origin": entry.origin} if entry.origin else {})
@@ -221,7 +225,9 @@ def rows(comparison: dict[str, Any]) -> list[list[str]]:
             table.append([f"validation, {readout}, {which}", *cells])
     for readout in _names(runs, "evaluation"):
         found = [run["evaluation"].get(readout) for run in runs]
-        table.append([f"evaluation, {readout}", *(f"{loss[unit]:.4f}" if loss else "" for loss in found)])
+        table.append(
+            [f"evaluation, {readout}", *(f"{loss[unit]:.4f}" if loss and unit in loss else "" for loss in found)]
+        )
     return table
 
 
@@ -259,7 +265,7 @@ def _curves(entries: Sequence[Entry], comparison: dict[str, Any]) -> list[str]:
         for objective in _names(runs, "training_loss"):
             lines = {name: losses.get(objective, []) for name, losses in curves.items()}
             training.append(Panel(f"training, {objective}, {UNITS[unit]}", lines, horizontal="tokens seen"))
-    losses = {entry.name: entry.validations() for entry in entries}
+    losses = {entry.name: entry.validations(unit) for entry in entries}
     for readout in _names(runs, "validation"):
         points = {
             name: [(loss["tokens"], loss[unit]) for loss in found.get(readout, [])] for name, found in losses.items()

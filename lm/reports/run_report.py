@@ -15,6 +15,7 @@ import torch
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from lm import __version__
+from lm.config.settings import TEXT_VIEW_OBJECTIVES, Config
 from lm.config.shown import shown_settings
 from lm.evaluation.validation_loss import verdict
 from lm.inference.fill_mask import fill_masks
@@ -26,7 +27,7 @@ from lm.model.image_transformer import Model
 from lm.reports.page import Panel, Series, chart, render
 from lm.runs.checkpoint import STATE, Checkpoint
 from lm.runs.directory import Run
-from lm.runs.metrics_log import best_validation, overfitting, rows_validated, series, summary
+from lm.runs.metrics_log import best_validation, of_tokens, overfitting, rows_validated, series, summary
 from lm.runs.run_data import openings_of
 from lm.training.plan import format_bytes, format_time
 
@@ -59,7 +60,7 @@ def write_report(
         lead=lead(run, checkpoint, trunk, lines),
         evaluation=_evaluation_rows(evaluation) if evaluation else None,
         meaning=_meaning(evaluation or best_validation(lines) or {}),
-        curves=_curves(lines),
+        curves=_curves(lines, run.config),
         remarks=[sentence] if (sentence := overfitting(lines)) else [],
         summary=_summary(lines),
         events=events_of(lines),
@@ -111,7 +112,7 @@ def environment(model: Model, reader: str = "tokenizers") -> dict[str, str]:
 
 def _meaning(measured: dict[str, Any]) -> str:
     """What the first loss of an evaluation or a validation means; "" if it has none."""
-    for name, loss in measured.get("validation", {}).items():
+    for name, loss in of_tokens(measured.get("validation", {})).items():
         nats = loss["nats_per_token"]
         return (
             "The loss is the mean negative logarithm of the right token's probability, in nats: lower is better. "
@@ -157,7 +158,13 @@ def settings_of(run: Run) -> dict[str, list[dict[str, str]]]:
     }
 
 
-def _curves(lines: list[dict[str, Any]]) -> list[str]:
+def _is_of_views(name: str, config: Config) -> bool:
+    """Whether a curve is that of an objective that compares views; a run with one objective has only "loss"."""
+    name = name.removesuffix(", validation")
+    return name in TEXT_VIEW_OBJECTIVES or (name == "loss" and not config.readouts)
+
+
+def _curves(lines: list[dict[str, Any]], config: Config) -> list[str]:
     """Losses, learning rate, gradient norm and speed by step, as SVG elements."""
     training = [line for line in lines if "loss" in line]
     if not training:
@@ -170,15 +177,23 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
     }
     for line in validated:
         for name, loss in line["validation"].items():
-            points[f"{name}, validation"].append((line["step"], loss["nats_per_token"]))
+            points[f"{name}, validation"].append((line["step"], next(iter(loss.values()))))
     best = best_validation(lines)
     marks = {f"best validation, step {best['step']:,}": best["step"]} if best and best is not validated[-1] else {}
     rates = [Panel(key.replace("_", " "), {"": series(training, key)}) for key in ("learning_rate", "gradient_norm")]
     speed = [Panel("tokens per second", {"": series(training, "tokens_per_second")})]
     if peak := series(training, "share_of_peak"):
         speed.append(Panel("fraction of peak", {"": peak}))
+    panels = []
+    for title, of_views in (("loss, nats per token", False), ("loss of views", True)):
+        part, of_part = (
+            {name: found for name, found in each.items() if _is_of_views(name, config) == of_views}
+            for each in (curves, points)
+        )
+        if part or of_part:
+            panels.append(Panel(title, part, of_part, marks))
     return [
-        chart([Panel("loss, nats per token", curves, points, marks)], height=3.6),
+        chart(panels, height=3.6),
         chart(rates, height=2.2),
         chart(speed, height=2.2),
     ]
@@ -197,8 +212,11 @@ def _summary(lines: list[dict[str, Any]]) -> dict[str, str]:
     if "memory_bytes" in found:
         state["peak memory"] = format_bytes(found["memory_bytes"])
     if best := best_validation(lines):
-        losses = ", ".join(f"{name} {loss['nats_per_token']:.3f}" for name, loss in best["validation"].items())
-        state["best validation"] = f"step {best['step']:,}: {losses} nats per token"
+        tokens = of_tokens(best["validation"])
+        losses = ", ".join(
+            f"{name} {next(iter(loss.values())):.3f}" for name, loss in (tokens or best["validation"]).items()
+        )
+        state["best validation"] = f"step {best['step']:,}: {losses}{' nats per token' if tokens else ''}"
         if part := rows_validated(best):
             state["validated on"] = part
     if skipped := sum(line["event"] in ("skip", "lower") for line in lines if "event" in line):

@@ -47,15 +47,15 @@ def keep_base(weights: Path, path: Path) -> None:
 def load_base(model: Model, path: Path) -> None:
     """Load the weights that the run in ``path`` started from; UserError if they are unreadable or do not fit.
 
-    A head for images that another objective trained is left out: the model's own stays as it is.
+    The head of another objective on images, or on views, is left out: the model's own stays as it is.
     """
     try:
         weights, own = checkpoint.load_tensors(path / BASE), model.state_dict()
-        if isinstance(model, ImageTransformer):
-            trained = {name: weight.shape for name, weight in weights.items() if name.startswith("head.")}
-            if trained != {name: weight.shape for name, weight in own.items() if name.startswith("head.")}:
-                weights = {name: weight for name, weight in weights.items() if name not in trained}
-                weights |= {name: weight for name, weight in own.items() if name.startswith("head.")}
+        head = "head." if isinstance(model, ImageTransformer) else "projector."
+        trained = {name: weight.shape for name, weight in weights.items() if name.startswith(head)}
+        if trained != {name: weight.shape for name, weight in own.items() if name.startswith(head)}:
+            weights = {name: weight for name, weight in weights.items() if name not in trained}
+            weights |= {name: weight for name, weight in own.items() if name.startswith(head)}
         model.load_state_dict(weights)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path / BASE} cannot be read: {error}") from None

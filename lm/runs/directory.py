@@ -21,7 +21,7 @@ from data_prep.files import read_json, sha256_of_file
 from data_prep.shards.images import ImageFormat
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.recipes import require_image_model, require_language_model, run_config
+from lm.config.recipes import require_image_model, require_text_model, run_config
 from lm.config.settings import Config, all_settings
 from lm.model.image_transformer import ImageTransformer
 from lm.model.lora import merge_lora
@@ -145,7 +145,7 @@ class Run:
             UserError: the checkpoint does not match the run directory's model or processor, or the run has a task's
                 head instead of a language model's.
         """
-        require_language_model(self.path, self.config)
+        require_text_model(self.path, self.config)
         saved = saved or self.newest()
         self.refuse_another(saved)
         try:
@@ -156,7 +156,8 @@ class Run:
             else:
                 with torch.device("meta"):
                     model = Transformer(self.config.model)
-                model.load_state_dict(saved.model(), assign=True)
+                weights = saved.model()
+                model.load_state_dict({k: weights[k] for k in weights if not k.startswith("projector.")}, assign=True)
         except RuntimeError as error:
             raise UserError(f"checkpoint {saved.path} does not fit config.toml: {error}".split("\n")[0]) from None
         return model.to(device).eval()

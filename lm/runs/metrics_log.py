@@ -123,9 +123,18 @@ def series(lines: Iterable[dict[str, Any]], name: str) -> list[tuple[float, floa
     return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 
+def of_tokens(validation: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The groups of a validation that are losses per token, without those of objectives that compare views."""
+    return {name: found for name, found in validation.items() if "nats_per_token" in found}
+
+
 def loss_of_readouts(line: dict[str, Any]) -> float | None:
-    """The score of a validation line: the mean of its groups' first numbers, for text nats per token. None: no text."""
-    losses = [next(iter(group.values())) for group in line["validation"].values()]
+    """The score of a validation line: the mean of its groups' first numbers; None: there are none.
+
+    For text these are nats per token, and groups without them do not count if others have them.
+    """
+    groups = of_tokens(line["validation"]) or line["validation"]
+    losses = [next(iter(group.values())) for group in groups.values()]
     return sum(losses) / len(losses) if losses else None
 
 

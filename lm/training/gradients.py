@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lm.config.settings import Config
 from lm.data.keyed_random import Stream, key
 from lm.model.device import autocast
+from lm.objectives.mixture import MixedBatch
 from lm.objectives.objective import Objective
 from lm.training.distributed import Ranks
 
@@ -27,15 +29,51 @@ def step_gradients(
     """
     ranks = ranks or Ranks(next(model.parameters()).device)
     model.zero_grad()
-    rows = len(batch)
-    at_once = config.data.micro_batch_rows or rows
-    if objective.compares:
-        return _gradients_of_compared(objective, model, batch, at_once, config, step, ranks)
+    part = Pass(objective, model, batch, config, step, ranks)
+    if isinstance(batch, MixedBatch):
+        predicted, compared = batch.predicted, batch.compared
+        losses, shares = _gradients_of_predicted(replace(part, batch=predicted, before=len(compared)))
+        found, _ = _gradients_of_compared(replace(part, batch=compared))
+        return losses | found, shares | dict.fromkeys(found, len(compared) / len(batch))
+    return _gradients_of_compared(part) if objective.compares else _gradients_of_predicted(part)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the passes of a step need to know; ``before`` rows of the step that are not in ``batch`` come later."""
+
+    objective: Any
+    model: nn.Module
+    batch: Any
+    config: Config
+    step: int
+    ranks: Ranks
+    before: int = 0
+
+    @property
+    def micro_batches(self) -> list[slice]:
+        at_once = self.config.data.micro_batch_rows or len(self.batch)
+        return [slice(first, first + at_once) for first in range(0, len(self.batch), at_once)]
+
+    def through(self, what: str, rows: slice) -> Any:
+        """A method of the objective on a micro-batch, with the dropout of its step and its first row."""
+        config, ranks = self.config, self.ranks
+        if config.model.dropout:
+            in_batch = ranks.rank + (self.before + rows.start) * ranks.world  # its number among those of all ranks
+            torch.manual_seed(key(config.training.seed, Stream.DROPOUT, self.step, in_batch) >> 1)
+        with autocast(ranks.device, config.training.precision):
+            return ranks.call(what, self.objective, self.model, self.batch.rows(rows.start, rows.stop).to(ranks.device))
+
+
+def _gradients_of_predicted(step: Pass) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """``step_gradients`` of a loss that is a sum over rows; the last pass of the step is its own unless ``before``."""
+    ranks, batch = step.ranks, step.batch
+    rows = len(batch) + step.before
     names: list[str] = []
     sums = torch.zeros((), device=ranks.device)
-    for first in range(0, rows, at_once):
-        with ranks.accumulating(last=first + at_once >= rows):
-            by_name = _passed("loss", objective, model, batch, slice(first, first + at_once), config, step, ranks)
+    for part in step.micro_batches:
+        with ranks.accumulating(last=part.stop >= len(batch) and not step.before):
+            by_name = step.through("loss", part)
             names, losses = list(by_name), torch.stack(list(by_name.values()))
             losses.sum().backward()
         sums = sums + losses.detach()
@@ -44,30 +82,17 @@ def step_gradients(
     return {name: loss for name, loss in zip(names, sums, strict=True) if name in shares}, shares
 
 
-def _passed(
-    what: str, objective: Objective, model: nn.Module, batch: Any, rows: slice, config: Config, step: int, ranks: Ranks
-) -> Any:
-    """A method of the objective on a micro-batch, with the dropout of its step and its first row."""
-    if config.model.dropout:
-        in_batch = ranks.rank + rows.start * ranks.world  # the row's number among those of all ranks
-        torch.manual_seed(key(config.training.seed, Stream.DROPOUT, step, in_batch) >> 1)
-    with autocast(ranks.device, config.training.precision):
-        return ranks.call(what, objective, model, batch.rows(rows.start, rows.stop).to(ranks.device))
-
-
-def _gradients_of_compared(
-    objective: Any, model: nn.Module, batch: Any, at_once: int, config: Config, step: int, ranks: Ranks
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _gradients_of_compared(step: Pass) -> tuple[dict[str, Tensor], dict[str, float]]:
     """``step_gradients`` of a loss that compares all rows of a step with each other, in the memory of a micro-batch.
 
     The method is that of ``accumulated_over_vectors``: every rank computes the loss from the vectors of all ranks, and
     backpropagates its own rows' share. A single pass is enough where one micro-batch is the whole step.
     """
-    parts = [slice(first, first + at_once) for first in range(0, len(batch), at_once)]
+    objective, parts, ranks = step.objective, step.micro_batches, step.ranks
     single = len(parts) == 1 and ranks.world == 1
 
     def of_all(what: str) -> Tensor:
-        found = [_passed(what, objective, model, batch, part, config, step, ranks) for part in parts]
+        found = [step.through(what, part) for part in parts]
         return found[0] if single else ranks.rows_of_all(torch.cat(found))
 
     with torch.no_grad():
@@ -80,7 +105,7 @@ def _gradients_of_compared(
     own = gradient[ranks.rank :: ranks.world]
     for part in parts:
         with ranks.accumulating(last=part is parts[-1]):
-            again = vectors if single else _passed("vectors", objective, model, batch, part, config, step, ranks)
+            again = vectors if single else step.through("vectors", part)
             again.backward(own[part])
     if targets is not None:
         objective.observe(targets)

@@ -58,7 +58,7 @@ def step_memory(config: Config, rows: int, device: torch.device) -> StepMemory:
         context_length=data.context_length, batch_tokens=data.batch_tokens, batch_images=data.batch_images
     )
     kind = OptimizerConfig(optimizer=config.optimizer.optimizer)
-    counted = Config(config.model, shape, config.objective, optimizer=kind)
+    counted = Config(config.model, shape, config.objective, config.views, kind)
     return _counted(counted, rows, device.type, low_precision)
 
 

@@ -26,6 +26,7 @@ from lm.runs.metrics_log import OVERFITTING, Best, loss_of_readouts
 from lm.runs.run_data import open_data
 from lm.training.distributed import Ranks
 from lm.training.gradients import step_gradients
+from lm.training.learning_rates import lr_multipliers
 from lm.training.plan import FEWEST_STEPS, describe_data, make_plan, settle_micro_batch
 from lm.training.reporter import Reporter
 from lm.training.train_module import TrainModule
@@ -125,7 +126,7 @@ class Pretraining(TrainModule[Any]):
 
     def model(self) -> Model:
         model = self.objective.new_model()
-        if not self.config.training.init_from or self.config.reads_images:
+        if not self.config.training.init_from or self.objective.compares or self.config.reads_images:
             model.initialize(self.config.training.seed)
         if self.config.training.init_from:
             load_base(model, self.path)
@@ -135,8 +136,7 @@ class Pretraining(TrainModule[Any]):
         return model
 
     def lr_multipliers(self, model: nn.Module) -> dict[str, float]:
-        rate = self.config.optimizer.stem_learning_rate
-        return {name: rate for name, _ in model.named_parameters() if name.startswith("embedding.") and rate != 1}
+        return lr_multipliers(self.config, (name for name, _ in model.named_parameters()))
 
     def batch(self, step: int) -> Any:
         return self.batches.batch(step, self.ranks.rank, self.ranks.world)

@@ -158,7 +158,7 @@ def values_of(line: dict[str, Any]) -> dict[str, float | str]:
             f"validation/{name}/{unit}": value
             for name, found in line["validation"].items()
             for unit, value in found.items()
-            if unit not in ("predicted", "images")  # how many were measured
+            if unit not in ("predicted", "images", "pieces")  # how many were measured
         }
     if "metrics" in line:
         return {f"validation/{name}": value for name, value in line["metrics"].items()}

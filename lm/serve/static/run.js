@@ -82,14 +82,18 @@ function draw(run) {
   $("curves").replaceChildren(chart(...losses, { width, height: 320 }), ...shown.map(([title, one]) => chart(title, [one], small)));
 }
 
+// The loss of an objective that compares views is in no nats per token.
+const VIEWS = ["simclr", "moco", "byol", "dino"];
+const isOfTokens = (key) => !VIEWS.includes(key.replace(/^loss_/, ""));
+
 const nameOf = (readout) => READOUTS[readout] ?? readout.replaceAll("_", " ");
 
 function curvesOfText() {
   const training = lines.filter((line) => typeof line.loss === "number");
   const kinds = [...new Set(training.flatMap((line) => Object.keys(line).filter((key) => key.startsWith("loss_"))))].sort();
-  const losses = (kinds.length ? kinds : ["loss"]).map((key) => series(`training, ${nameOf(key.replace(/^loss_?/, "") || "loss")}`, key, 0));
+  const losses = (kinds.length ? kinds.filter(isOfTokens) : ["loss"]).map((key) => series(`training, ${nameOf(key.replace(/^loss_?/, "") || "loss")}`, key, 0));
   const validated = lines.filter((line) => line.validation);
-  const readouts = [...new Set(validated.flatMap((line) => Object.keys(line.validation)))].sort();
+  const readouts = [...new Set(validated.flatMap((line) => Object.keys(line.validation)))].filter(isOfTokens).sort();
   const validations = readouts.map((readout) => ({
     name: `validation, ${nameOf(readout)}`,
     dashed: true,
@@ -103,6 +107,7 @@ function curvesOfText() {
   return [
     ["Loss, nats per token", [...losses, ...validations]],
     [
+      ...kinds.filter((key) => !isOfTokens(key)).map((key) => ["Loss of views", series(nameOf(key.replace(/^loss_/, "")), key, 3)]),
       ["Tokens per second", series("tokens per second", "tokens_per_second", 5)],
       ["Learning rate", series("learning rate", "learning_rate", 4)],
     ],

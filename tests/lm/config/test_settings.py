@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from lm.config.finetune_settings import METHODS
+from lm.config.recipes import load_config
 from lm.config.settings import Config, ModelConfig, all_settings, finetuning_defaults, finetuning_settings
 
 
@@ -73,7 +74,7 @@ NEVER = """num_layers hidden_size num_heads num_key_value_heads head_size feed_f
     optimizer init_from task base weights method lora_rank lora_alpha lora_matrices batch_examples pairs
     template_tokens head_bias patch_size stem image_size image_channels batch_images projection_size
     projection_hidden_size decoder_layers decoder_size queue_size prototypes
-    visual_tokenizer visual_codes"""
+    visual_tokenizer visual_codes view_tokens"""
 ASK = """objective masked_fraction mask_rate mask_token_share random_token_share validation_mask_rate learning_rate
     muon_learning_rate weight_decay beta1 beta2 momentum gradient_clip spike_threshold warmup_fraction decay_fraction
     final_learning_rate_fraction text_column text_pair_column label_column choices_column words_column tags_column
@@ -82,7 +83,8 @@ ASK = """objective masked_fraction mask_rate mask_token_share random_token_share
     color_jitter_rate grayscale blur solarize largest_crop teacher_momentum student_temperature teacher_temperature
     first_teacher_temperature teacher_warmup center_momentum prototypes_frozen centering ibot_weight koleo_weight
     local_views local_size local_area
-    final_weight_decay stem_learning_rate"""
+    final_weight_decay stem_learning_rate span_share token_deletion first_blur
+    second_solarize head_learning_rate"""
 
 
 @pytest.mark.parametrize(("answer", "names"), [("free", FREE), ("never", NEVER), ("ask", ASK)])
@@ -118,3 +120,9 @@ def test_what_a_task_is():
     assert [s.name for s in all_settings() if s.of_task] == (
         ["task", "train", "validation", "text_column", "text_pair_column", "label_column", "judged_by"]
     )
+
+
+def test_a_setting_is_also_read_where_earlier_versions_had_it(tmp_path):
+    for section in ("finetune", "optimizer"):
+        (tmp_path / "config.toml").write_text(f"[{section}]\nlayer_decay = 0.7\n", encoding="utf-8")
+        assert load_config(tmp_path / "config.toml").optimizer.layer_decay == 0.7

@@ -36,10 +36,20 @@ def test_settings_of_other_objectives_and_of_images_are_left_out():
     assert "views" in images
 
 
+def test_of_the_settings_of_views_text_has_its_own():
+    views = shown_values(TEXT.replace(objective="hybrid:0.75,simclr:0.25"))
+    assert set(views["views"]) == {"view_tokens", "span_share", "token_deletion"}
+    assert {"masked_fraction", "projection_size"} <= set(views["objective"])
+    assert "decoder_size" not in views["objective"]
+    assert {"crop_area", "flip"} <= set(shown_values(IMAGES)["views"])
+    assert "view_tokens" not in shown_values(IMAGES)["views"]
+
+
 def test_each_setting_is_shown_by_some_run():
     tuned = replace(IMAGES, finetune=FinetuneConfig(task="image_classification"))
     runs = [
         TEXT,
+        TEXT.replace(objective="moco"),
         tuned,
         *(IMAGES.replace(objective=name) for name in ("simclr", "moco", "byol", "dino", "dinov2", "beit")),
     ]

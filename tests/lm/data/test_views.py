@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from lm.config.settings import ViewsConfig
-from lm.data.views import COLUMNS, Draw, contact_sheet, draw_views, make_views, without_color
+from lm.data.views import COLUMNS, Draw, alike, contact_sheet, draw_views, make_views, without_color
 
 EVERYTHING = ViewsConfig(solarize=0.3)
 LEVEL = 1 / 255  # of Pillow's whole numbers
@@ -295,3 +295,16 @@ def test_a_contact_sheet_has_each_image_and_its_views(channels):
             found = sheet[row * 34 : row * 34 + 32, column * 34 : column * 34 + 32].reshape(32, 32, channels)
             assert farthest(found / 255, (tile[0].permute(1, 2, 0) * 255).squeeze().numpy()) <= 0.51
     assert (sheet[32:34] == 255).all()
+
+
+def test_the_first_view_may_be_blurred_and_the_second_solarized_more_often():
+    settings = ViewsConfig(blur=0.1, first_blur=0.9, solarize=0.0, second_solarize=0.4)
+    drawn = draw_views(0, np.arange(500), 3, settings)
+    blurred, solarized = ((drawn[..., column] > 0).float().mean(0).tolist() for column in (Draw.BLUR, Draw.SOLARIZE))
+    assert blurred == [1.0, pytest.approx(0.1, abs=0.05), pytest.approx(0.1, abs=0.05)]
+    assert solarized == [0.0, pytest.approx(0.4, abs=0.07), 0.0]
+    plain = draw_views(0, np.arange(500), 3, alike(settings))
+    assert torch.equal(plain[:, 2], drawn[:, 2])
+    white = torch.full((1, 16, 16, 3), 255, dtype=torch.uint8)
+    of_white = drawn[drawn[:, 1, Draw.SOLARIZE] > 0, 1][:1]
+    assert float(make_views(white, of_white, 16, settings).mean()) < 0.5

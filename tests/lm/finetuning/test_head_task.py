@@ -12,9 +12,9 @@ import torch
 from data_prep.errors import UserError
 from lm.finetuning.finetune import Finetuning, finetune, settle_reading
 from lm.finetuning.head_task import HEADS, HeadTask
-from lm.finetuning.layer_decay import lr_multipliers
 from lm.runs.base_weights import BASE, keep_base, starting_trunk
 from lm.training.distributed import Ranks
+from lm.training.learning_rates import lr_multipliers
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ from click.testing import CliRunner
 
 from data_prep.errors import UserError
 from lm.cli.main import main
+from lm.config.settings import Config
 from lm.runs.base_weights import BASE
 from lm.runs.directory import open_run
 from lm.training import pretraining
 from lm.training.distributed import Ranks
+from lm.training.learning_rates import lr_multipliers
 from lm.training.pretraining import Pretraining, train
 from tests.conftest import StopAt
 
@@ -95,3 +97,11 @@ def test_several_processes_are_not_compiled(small, tmp_path):
     ranks.world = 2
     with pytest.raises(UserError, match="leave out --compile"):
         Pretraining.open(small.replace(compile=True), tmp_path / "run", ranks)
+
+
+def test_embedding_head_and_lower_blocks_may_learn_at_rates_of_their_own():
+    config = Config().replace(stem_learning_rate=0.5, head_learning_rate=3.0, layer_decay=0.5, num_layers=2)
+    names = ["embedding.weight", "blocks.0.x", "blocks.1.x", "norm.weight", "projector.first.weight", "head.blocks.0.x"]
+    found = lr_multipliers(config, names)
+    assert found == {names[0]: 0.0625, names[1]: 0.25, names[2]: 0.5, names[4]: 3.0, names[5]: 3.0}
+    assert lr_multipliers(Config(), names) == {}
