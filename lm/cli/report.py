@@ -38,7 +38,6 @@ def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: s
     map of its features. For a run that was fine-tuned on a task, they are its answers to the validation examples.
     """
     from lm.config.recipes import run_config
-    from lm.runs.directory import Run, saved_evaluation
 
     if problems := [problem for text in fills if (problem := problem_of_fill(text))]:
         raise UserError("\n".join(problems))
@@ -46,6 +45,8 @@ def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: s
     if (prompts or fills) and (config.reads_images or config.has_task_head):
         why = "reads images" if config.reads_images else f"is fine-tuned for {config.finetune.task}"
         raise UserError(f"{run} {why}: leave out --prompt and --fill")
+    from lm.runs.directory import Run, saved_evaluation
+
     if config.has_task_head:
         from lm.reports.finetune_report import write_finetune_report
 
