@@ -19,7 +19,7 @@ from lm.config import recipes
 from lm.config.sampling import Sampling, recommended
 from lm.config.settings import Config
 from lm.data.examples import Columns, Example, read_examples, read_similar
-from lm.evaluation import image_features, minimal_pairs, multiple_choice, perplexity, validation_loss
+from lm.evaluation import baselines, image_features, minimal_pairs, multiple_choice, perplexity, validation_loss
 from lm.evaluation.bootstrap import Accuracy
 from lm.export.gguf import export_gguf
 from lm.export.huggingface import choose_readout, export_huggingface
@@ -436,8 +436,8 @@ def evaluate(
     Raises:
         UserError: two measures are named, or a file is missing or wrong.
     """
-    given = {"data": data, "text": text, "pairs": pairs, "choices": choices, "similarity": similarity}
-    if len(named := [name for name, value in given.items() if value]) > 1:
+    measures = {"data": data, "text": text, "pairs": pairs, "choices": choices, "similarity": similarity}
+    if len(named := [name for name, value in measures.items() if value]) > 1:
         raise UserError(f"{' and '.join(named)} cannot be combined: choose one of them")
     opened = run if isinstance(run, Run) else open_run(run)
     if opened.config.reads_images:
@@ -454,8 +454,7 @@ def evaluate(
             progress=progress,
         )
     if train or test:
-        of_images = "train" if train else "test"
-        raise UserError(f"{opened.path} reads text, and {of_images} is for a run that reads images: leave it out")
+        raise UserError(f"{opened.path} reads text, and train and test are for a run that reads images: leave them out")
     (recipes.require_text_model if similarity else recipes.require_language_model)(opened.path, opened.config)
     reading = reading_of(opened.config, reads, pooling, layer)
     paradigms = minimal_pairs.read_pairs(Path(pairs), sentences) if pairs else []
@@ -478,7 +477,8 @@ def evaluate(
         accuracy, cut = multiple_choice.evaluate_choices(model(), examples, progress=progress)
         return {"questions": len(examples), "cut": cut, "accuracy": _as_dicts(accuracy)}
     rated = read_similar(str(similarity), columns or Columns())
-    return {"pairs": len(rated), **correlations(model(), rated, reading)}
+    found = correlations(model(), rated, reading)
+    return {"pairs": len(rated), **found, "baselines": {"tfidf": baselines.tfidf_similarity(rated)}}
 
 
 def _as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[str, Any]]:

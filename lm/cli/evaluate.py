@@ -141,10 +141,13 @@ def evaluate(
     elif choices is not None:
         _print_choices(result)
     elif similarity is not None:
-        click.echo("  ".join(f"{name} {value:.4f}" for name, value in result.items() if name != "pairs"))
-        click.echo(
-            f"{counted(result['pairs'], 'pair')}: correlation of their similarity with the cosine of their embeddings"
-        )
+        words = result["baselines"]["tfidf"]
+        rows = [
+            (name, *(f"{found[kind]:.4f}" for kind in words))
+            for name, found in (("embeddings", result), ("words weighted by TF-IDF (baseline)", words))
+        ]
+        of = counted(result["pairs"], "pair")
+        print_table(("", *words), rows, f"{of}: correlation of their similarity with the cosine of their vectors")
     else:
         _print_losses(result)
 
