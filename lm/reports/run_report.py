@@ -147,8 +147,13 @@ def _shown(model: LanguageModel, text: str) -> dict[str, Any]:
         filled = fill_masks(model, text)
     except UserError as problem:  # one text that cannot be filled must not prevent the report
         return {"pieces": [(f"{text} ({problem})", False)], "candidates": []}
-    candidates = [[(repr(token), f"{probability:.0%}") for token, probability in each] for each in filled.candidates]
+    candidates = [[(repr(token), _percent(probability)) for token, probability in each] for each in filled.candidates]
     return {"pieces": filled.pieces, "candidates": candidates}
+
+
+def _percent(probability: float) -> str:
+    """A probability with two digits: ``34%``, ``0.12%``."""
+    return f"{probability:.0%}" if probability >= 0.1 else f"{100 * probability:.2g}%"
 
 
 def settings_of(run: Run) -> dict[str, list[dict[str, str]]]:

@@ -12,7 +12,7 @@ import pytest
 from data_prep.errors import UserError
 from lm.config.shown import shown_values
 from lm.evaluation.validation_loss import evaluate
-from lm.inference.fill_mask import fill_masks
+from lm.inference.fill_mask import Filled, fill_masks
 from lm.reports.run_report import write_report
 from lm.runs.directory import open_run
 from lm.runs.run_data import openings_of
@@ -183,3 +183,12 @@ def test_a_run_without_spikes_does_not_mention_them(html, read_page):
     words = read_page(html).words()
     assert "Loss spikes" not in words
     assert "overfitting" not in words
+
+
+def test_small_probabilities_keep_their_digits(run, monkeypatch, read_page):
+    """And a filled blank is marked, so that a space can be seen."""
+    filled = Filled("a  b", [("a", False), (" ", True), (" b", False)], [[(" ", 0.344), ("x", 0.00123)]])
+    monkeypatch.setattr("lm.reports.run_report.fill_masks", lambda *_: filled)
+    page = write_report(run, None, [], ["a [MASK] b"]).read_text(encoding="utf-8")
+    assert "' ' 34% · 'x' 0.12%" in read_page(page).words()
+    assert '<b class="filled"> </b>' in page
