@@ -36,7 +36,7 @@ class TextViews(Views):
 
     @property
     def pieces(self) -> int:
-        """How many pieces a row has."""
+        """How many pieces of a row are compared: as many as a full one has at least."""
         return -(-self.config.data.context_length // self.config.views.view_tokens)
 
     def new_model(self) -> Transformer:
@@ -62,7 +62,7 @@ class TextViews(Views):
     def _spans(
         self, rows: Rows, seed: int, views: range, shares: tuple[float, float] = (1.0, 1.0), deletion: float = 0.0
     ) -> Spans:
-        pieces = pieces_of(rows, self.config.views.view_tokens, self.vocabulary.end_of_text)
+        pieces = pieces_of(rows, self.pieces, self.config.views.view_tokens, self.vocabulary.end_of_text, seed)
         return draw_spans(
             pieces,
             rows.numbers,
