@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from data_prep.cli.help import SectionOption
 from data_prep.errors import UserError
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from lm.data.image_files import Picture
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def is_given(parameter: str) -> bool:
+    """Whether the user typed an option of the running command."""
+    return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
 
 
 def run_argument(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,8 @@ LITTLE_TO_COMPRESS = 500_000  # bytes
 def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     """Evaluate a checkpoint (None: the newest) on the validation split of ``data`` ("": the training data).
 
-    The result on the training data is saved in ``evaluation.json`` and read from there the next time. ``validation``
+    The result on the training data is saved in ``evaluation.json`` and read from there the next time; so is that of an
+    imported or merged run, which has no data of its own, on any. ``validation``
     maps each readout to its loss, ``floors`` each baseline to its own (``baseline_losses``); ``protocol`` describes the
     measurement in words; the other keys say what was evaluated, and on what. Raise UserError if the data is missing,
     was made with another tokenizer, or has no validation text.
@@ -56,7 +57,7 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
             f"{windows}, documents separated", run.config.objective.validation_folds, validation.lost_bytes
         ),
     }
-    if not data:
+    if not data or not checkpoint.state.get("data_fingerprint"):
         write_atomically(run.path / RESULT, json.dumps(result, indent=1) + "\n")
     return result
 

@@ -143,13 +143,17 @@ def test_a_run_of_another_shape_is_refused_with_the_command_that_trains_it_on(be
     assert open_run(run).latest().step == 3
 
 
-def test_what_was_imported_or_merged_has_no_curves_to_compare(run, tmp_path):
-    """But a sentence about where it comes from, and what measures it."""
+def test_what_was_imported_or_merged_is_compared_with_where_it_comes_from(run, tmp_path):
+    """And with what measures it, since it has no curves."""
     exported = kindling("export", run, "--to", "hf", "--readout", "next_token", "--out", tmp_path / "hf")
     assert exported.exit_code == 0, exported.output
     assert kindling("import", tmp_path / "hf", "--run", tmp_path / "again").exit_code == 0
-    result = kindling("compare", run, tmp_path / "again")
-    assert_refused(result, f"{tmp_path / 'again'} was imported from {tmp_path / 'hf'}", "kindling evaluate")
+    result = kindling("compare", run, tmp_path / "again", "--out", tmp_path / "page.html", "--json")
+    assert result.exit_code == 0, result.output
+    compared = json.loads(result.stdout)
+    assert compared["runs"][1]["origin"] == f"imported from {tmp_path / 'hf'}"
+    assert compared["remarks"][-1].endswith(f"kindling evaluate {tmp_path / 'again'} --data FOLDER measures it.")
+    assert (tmp_path / "page.html").is_file()
     assert_refused(kindling("compare", run), "name at least two runs to compare")
 
 
