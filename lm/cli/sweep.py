@@ -9,23 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import Section
 from data_prep.errors import UserError
 from data_prep.files import LOCK, only_writer_of
-from lm.cli.options import SettingsCommand, given_settings, json_option, seeds_of, settings_options
+from lm.cli.options import given_settings, json_option, seeds_of, settings_options
 from lm.cli.train import is_one_of_several
 from lm.config.settings import Config, pretraining_settings
 
 if TYPE_CHECKING:
     from lm.evaluation.sweep import Sweep
 
-# The settings that --help shows.
-COMMON = ("data", "context_length", "batch_tokens", "steps", "seed", "device")
-
 
 @click.command(
-    cls=SettingsCommand,
+    cls=FriendlyCommand,
     short_help="Try several values of settings, in a run each.",
-    context_settings={"max_content_width": 110},
+    sections=(
+        Section("Sweep", "axes out trials sampler seeds measure as_json"),
+        Section("Settings of all points", "data context_length batch_tokens steps seed device"),
+    ),
 )
 @click.argument("recipe", metavar="RECIPE")
 @click.option(
@@ -60,7 +62,7 @@ COMMON = ("data", "context_length", "batch_tokens", "steps", "seed", "device")
     "a readout such as next_token, for its bits per byte; for images knn_accuracy (the default with classes) or loss.",
 )
 @json_option
-@settings_options(pretraining_settings(), COMMON)
+@settings_options(pretraining_settings())
 def sweep(
     recipe: str,
     axes: tuple[str, ...],

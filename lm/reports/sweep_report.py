@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.files import write_atomically
 from lm.config.sweep_axes import describe, shown
 from lm.evaluation.sweep import PAGE, TABLE
-from lm.reports.page import Dots, draw, render
+from lm.reports.page import Dots, chart, render
 
 IN_A_ROW = 3  # charts
 FEWEST_VALUES = 3  # of a setting, of which the best is said to be at the edge
@@ -80,7 +80,7 @@ def charts(table: Mapping[str, Any]) -> list[str]:
         return []
     varied = [name for name in table["settings"] if len({shown(point["settings"][name]) for point in finished}) > 1]
     panels = [_chart(table, finished, name) for name in varied or table["settings"][:1]]
-    return [draw(panels[first : first + IN_A_ROW], height=3.2) for first in range(0, len(panels), IN_A_ROW)]
+    return [chart(panels[first : first + IN_A_ROW], height=3.2) for first in range(0, len(panels), IN_A_ROW)]
 
 
 def _chart(table: Mapping[str, Any], finished: list[dict[str, Any]], name: str) -> Dots:
