@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     cls=FriendlyCommand,
     short_help="Try several values of settings, in a run each.",
     sections=(
-        Section("Sweep", "axes out trials sampler seeds measure as_json"),
-        Section("Settings of all points", "data context_length batch_tokens steps seed device"),
+        Section("Sweep", "axes out trials seeds measure", "sampler as_json"),
+        Section("Settings of all points", "data context_length batch_tokens steps device"),
     ),
 )
 @click.argument("recipe", metavar="RECIPE")

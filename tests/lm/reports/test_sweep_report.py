@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lm.reports.sweep_report import charts, rows, verdict, write_sweep
+from lm.reports import sweep_report
+from lm.reports.sweep_report import rows, verdict, write_sweep
 
 
 def point(number: int, value: float | None, status: str = "finished", note: str = "", **settings: Any) -> dict:
@@ -36,6 +37,11 @@ TABLE = table_of(
 )
 
 
+def charts(table) -> list[str]:
+    """The charts for wide screens, without those for phones."""
+    return [drawn[: drawn.index("<svg", 1)] for drawn in sweep_report.charts(table)]
+
+
 def test_the_page_has_every_point_the_best_one_first_and_named(tmp_path, read_page):
     (tmp_path / "002").mkdir()
     (tmp_path / "002" / "report.html").touch()
@@ -49,7 +55,7 @@ def test_the_page_has_every_point_the_best_one_first_and_named(tmp_path, read_pa
     assert "Best: point 002 with learning_rate 0.03, optimizer muon: bits per byte 1.5000." in words
     assert words.index("1.5000 ") < words.index("2.0000") < words.index("2.2500") < words.index("failed: the <loss>")
     assert [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")] == ["002/report.html"]
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("svg") == 2
     assert 'aria-label="Chart of bits per byte by learning_rate: best: 002, 1.5000 at 0.03; bits per byte by' in html
     assert re.search(r">best: 002</text>", html)
     assert re.search(r">adamw</text>.*>muon</text>", html, re.DOTALL)
