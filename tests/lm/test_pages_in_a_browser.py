@@ -18,11 +18,13 @@ from lm.reports.comparison import compare, open_entries, write_comparison
 from lm.reports.finetune_report import write_finetune_report
 from lm.reports.image_report import write_image_report
 from lm.reports.run_report import write_report
+from lm.reports.sweep_report import write_sweep
 from lm.reports.task_report import write_task_report
 from lm.runs.directory import Run, open_run, saved_evaluation
 from lm.serve.image_service import ImageService
 from tests.browser import Browser, started
 from tests.lm.reports.test_comparison import imported
+from tests.lm.reports.test_sweep_report import TABLE
 from tests.lm.reports.test_task_report import cell, examples_of
 from tests.lm.serve.conftest import FEW, serve_run, serve_service
 
@@ -70,6 +72,12 @@ def test_the_page_of_tasks(browser, tmp_path):
     cells = [cell(examples, row, seed, outputs) for row in rows for seed in (0, 1)]
     write_task_report(tmp_path / "report.html", "run", "A model.", [examples], cells)
     browser.open(tmp_path / "report.html")
+    assert not browser.problems()
+
+
+def test_the_page_of_a_sweep(browser, tmp_path):
+    write_sweep(tmp_path, TABLE)
+    browser.open(tmp_path / "sweep.html")
     assert not browser.problems()
 
 
