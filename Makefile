@@ -71,4 +71,4 @@ format: setup-dev ## format the code
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and everything that was built, data and runs included
-	rm -rf .venv data runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv data runs sweeps build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -130,15 +130,16 @@ class ReadSettings:
 
     max_document_bytes: int = setting(
         65536,
-        "Split longer texts into documents of at most this many bytes, at blank lines where possible.",
+        "Most bytes of a document. Longer texts are split, at blank lines where possible.",
         minimum=SMALLEST_MAX_DOCUMENT_BYTES,
         maximum=2**31 - 1,
     )
     document_per: str = setting(
         "size",
-        'What counts as one document in a text file: "size" splits long files at blank lines, "file" takes each file, '
-        '"paragraph" each paragraph (between blank lines), "line" each line; any other text, in which \\n is a newline '
-        "and \\t a tab, separates documents and is dropped. Documents above --max-document-bytes are always split.",
+        "What is one document in a text file: size, file, paragraph, line, or the text between documents. "
+        '"size" splits long files at blank lines, "file" takes each file, "paragraph" each paragraph (between blank '
+        'lines), "line" each line; any other text, in which \\n is a newline and \\t a tab, separates documents and is '
+        "dropped. Documents above --max-document-bytes are always split.",
     )
     text_field: str = setting("text", "Column that holds the text, for sources with columns.")
     errors: str = setting(
@@ -177,7 +178,7 @@ class CleaningSettings:
     max_characters: int = setting(0, "Drop documents longer than this; 0: no limit.", minimum=0)
     repetition: bool = setting(False, "Drop repetitive documents (Gopher's rules).")
     quality: bool = setting(False, "Drop documents that do not read like English prose (Gopher's rules).")
-    language: tuple[str, ...] = setting((), "Keep only documents in this language, for example en; may be repeated.")
+    language: tuple[str, ...] = setting((), "Keep only this language, such as en; may be repeated.")
     duplicates: str = setting(
         KEEP, "Drop documents that repeat an earlier one exactly or nearly.", choices=(KEEP, EXACT, NEAR)
     )
@@ -328,7 +329,10 @@ class TokenizerSettings:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """All settings of a build. ``workers``, ``engine`` and ``encoder`` do not affect the result."""
+    """How to write the dataset, and all other settings of a build.
+
+    ``workers``, ``engine`` and ``encoder`` do not affect the result.
+    """
 
     sources: tuple[str, ...]
     out: Path
@@ -337,8 +341,8 @@ class BuildSettings:
     training: TokenizerSettings = field(default_factory=TokenizerSettings)
     tokenizer: str | None = setting(
         None,
-        "Existing tokenizer to use instead of training one: a tokenizer.json, a sentencepiece .model, a folder with "
-        "either, or a name on the Hugging Face Hub.",
+        "Existing tokenizer, instead of training one. It is a tokenizer.json, a sentencepiece .model, a folder "
+        "with either, or a name on the Hugging Face Hub.",
     )
     validation_fraction: float = setting(0.05, "Fraction of documents held out for validation, from 0 to below 1.")
     shard_tokens: int = setting(
@@ -436,7 +440,7 @@ def _as_given(name: str, value: Any, known: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """All settings of a build of images. ``workers`` does not affect the result."""
+    """How to read and store images, and all other settings of their build. ``workers`` does not affect the result."""
 
     sources: tuple[str, ...]
     out: Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,11 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.settings import ReadSettings
-from lm.config.recipes import (
-    finetuning_config,
-    pretraining_config,
-    require_image_model,
-    require_language_model,
-    require_text_model,
-    suggestion,
-)
+from lm.config import recipes
 from lm.config.sampling import Sampling, recommended
 from lm.config.settings import Config
 from lm.data.examples import Columns, Example, read_examples, read_similar
-from lm.evaluation import image_features, minimal_pairs, multiple_choice, perplexity, validation_loss
+from lm.evaluation import baselines, image_features, minimal_pairs, multiple_choice, perplexity, validation_loss
 from lm.evaluation.bootstrap import Accuracy
 from lm.export.gguf import export_gguf
 from lm.export.huggingface import choose_readout, export_huggingface
@@ -90,20 +83,17 @@ class Model(LanguageModel):
             UserError: a setting is wrong, or the model was trained to fill masks only.
         """
         if "next_token" not in self.readouts:
-            only = "to fill masks" if self.readouts else f"with {self.config.objective.objective}"
-            raise UserError(f"{self.run.path} was trained {only} only: it cannot continue a prompt")
+            recipes.require_language_model(self.run.path, self.config)
+            raise UserError(f"{self.run.path} was trained to fill masks only: it cannot continue a prompt")
         settings = _sampling(recommended(self.run.path) | sampling)
         if stream:
             if not isinstance(prompts, str):
                 raise UserError("stream=True takes one prompt, not a list")
-            return self._pieces(prompts, settings)
+            return (event.text for event in stream_events(self, prompts, settings))
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         generator = Generator(self, max_rows=max(1, min(ROWS, len(texts))))
         found = [each.text for each in continuations(generator, [Prompt(text, settings) for text in texts])]
         return found[0] if isinstance(prompts, str) else found
-
-    def _pieces(self, prompt: str, settings: Sampling) -> Iterator[str]:
-        return (event.text for event in stream_events(self, prompt, settings))
 
     def fill(self, texts: str | Sequence[str], *, top: int = 5, rounds: int = 0, **sampling: Any) -> Any:
         """Fill every ``[MASK]`` of a text: its ``text``, and the ``top`` candidates of each mask with probabilities.
@@ -199,7 +189,7 @@ class Model(LanguageModel):
         export_adapter(self.run, Path(folder), self.saved, facts=facts)
 
     def _readout(self, wanted: str | None) -> str:
-        require_language_model(self.run.path, self.config)
+        recipes.require_language_model(self.run.path, self.config)
         if wanted is not None and wanted not in self.readouts:
             raise UserError(f"{self.run.path} was trained for {' and '.join(self.readouts)}, not for {wanted}")
         return wanted or self.readouts[0]
@@ -315,7 +305,7 @@ def load_model(run: str | Path | Run, *, checkpoint: str = "newest", device: str
 def load_image_model(run: str | Path | Run, *, checkpoint: str = "newest", device: str = "auto") -> ImageModel:
     """``load`` of a run that must read images and have no task's head."""
     opened = run if isinstance(run, Run) else open_run(run)
-    require_image_model(opened.path, opened.config)
+    recipes.require_image_model(opened.path, opened.config)
     saved = opened.checkpoint(checkpoint)
     model = opened.load_image_model(choose_device(device), saved)
     return ImageModel(model, opened.image_format, opened.config, opened, saved)
@@ -354,7 +344,7 @@ def train(
     if isinstance(recipe, Config):
         config, path = recipe, Path(run or "")
     else:
-        config, path, _ = pretraining_config(recipe, run, _plain(settings))
+        config, path, _ = recipes.pretraining_config(recipe, run, _plain(settings))
     done = pretraining.train(config, path, reporter or TerminalProgress(), accept_changes=resume)
     if is_main_process():
         _write_report(done)
@@ -399,8 +389,8 @@ def finetune(
     if isinstance(base, Config):
         config = base
     else:
-        opened = base if isinstance(base, Run) else open_run(base)
-        config = finetuning_config(opened.path, opened.config, _plain(settings), Path(recipe) if recipe else None)
+        start, file = base if isinstance(base, Run) else open_run(base), Path(recipe) if recipe else None
+        config = recipes.finetuning_config(start.path, start.config, _plain(settings), file)
     return finetuning.finetune(config, Path(run), reporter or TerminalProgress(), accept_changes=resume)
 
 
@@ -446,8 +436,8 @@ def evaluate(
     Raises:
         UserError: two measures are named, or a file is missing or wrong.
     """
-    given = {"data": data, "text": text, "pairs": pairs, "choices": choices, "similarity": similarity}
-    if len(named := [name for name, value in given.items() if value]) > 1:
+    measures = {"data": data, "text": text, "pairs": pairs, "choices": choices, "similarity": similarity}
+    if len(named := [name for name, value in measures.items() if value]) > 1:
         raise UserError(f"{' and '.join(named)} cannot be combined: choose one of them")
     opened = run if isinstance(run, Run) else open_run(run)
     if opened.config.reads_images:
@@ -464,9 +454,8 @@ def evaluate(
             progress=progress,
         )
     if train or test:
-        of_images = "train" if train else "test"
-        raise UserError(f"{opened.path} reads text, and {of_images} is for a run that reads images: leave it out")
-    (require_text_model if similarity else require_language_model)(opened.path, opened.config)
+        raise UserError(f"{opened.path} reads text, and train and test are for a run that reads images: leave them out")
+    (recipes.require_text_model if similarity else recipes.require_language_model)(opened.path, opened.config)
     reading = reading_of(opened.config, reads, pooling, layer)
     paradigms = minimal_pairs.read_pairs(Path(pairs), sentences) if pairs else []
     saved = opened.checkpoint(str(checkpoint))
@@ -481,14 +470,15 @@ def evaluate(
         found = perplexity.evaluate_text(model(), str(text), rules, stride=stride, progress=progress)
         return {"step": saved.step, **found}
     if pairs:
-        by_readout = minimal_pairs.evaluate_model(model(), paradigms, ties=ties, progress=progress)
-        return {"ties": ties, "accuracy": _as_dicts(by_readout)}
+        found = minimal_pairs.evaluate_model(model(), paradigms, ties=ties, progress=progress)
+        return {"ties": ties, "accuracy": _as_dicts(found)}
     if choices:
         examples = read_examples(str(choices), "choice", columns or Columns())
         accuracy, cut = multiple_choice.evaluate_choices(model(), examples, progress=progress)
         return {"questions": len(examples), "cut": cut, "accuracy": _as_dicts(accuracy)}
     rated = read_similar(str(similarity), columns or Columns())
-    return {"pairs": len(rated), **correlations(model(), rated, reading)}
+    found = correlations(model(), rated, reading)
+    return {"pairs": len(rated), **found, "baselines": {"tfidf": baselines.tfidf_similarity(rated)}}
 
 
 def _as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[str, Any]]:
@@ -498,7 +488,7 @@ def _as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[s
 def _sampling(settings: dict[str, Any]) -> Sampling:
     """Raises a UserError that lists everything that is wrong with the settings."""
     known = [field.name for field in dataclasses.fields(Sampling)]
-    problems = [f'unknown setting "{name}"{suggestion(name, known)}' for name in settings if name not in known]
+    problems = [f'unknown setting "{name}"{recipes.suggestion(name, known)}' for name in settings if name not in known]
     sampling = Sampling(**{name: value for name, value in settings.items() if name in known})
     if problems := problems + sampling.problems():
         raise UserError("\n".join(problems))

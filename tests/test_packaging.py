@@ -95,6 +95,35 @@ def test_data_files_that_are_packaged_exist():
             assert list(ROOT.glob(pattern)), pattern
 
 
+def packaged() -> set[Path]:
+    """The files that setuptools puts into the wheel, by what setup.cfg says."""
+    data = [pattern for patterns in SETUP["options.data_files"].values() for pattern in lines_of(patterns)]
+    found = {path for pattern in data for path in ROOT.glob(pattern)}
+    for package, patterns in SETUP["options.package_data"].items():
+        found |= {path for pattern in patterns.split(",") for path in (ROOT / package).glob(pattern.strip())}
+        for start in (ROOT / package).rglob("__init__.py"):
+            above = [folder for folder in start.relative_to(ROOT).parents if folder != Path()]
+            if all((ROOT / folder / "__init__.py").is_file() for folder in above):
+                found |= set(start.parent.glob("*.py"))
+    return found
+
+
+def test_every_file_of_the_packages_and_every_recipe_is_in_the_wheel():
+    wanted = set(ROOT.glob("configs/*"))
+    for package in ("lm", "data_prep"):
+        files = (path for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        wanted |= {path for path in files if not path.name.startswith(".")}
+    assert not sorted(map(relative, wanted - packaged()))
+    assert {ROOT / "lm" / "cli" / "main.py", ROOT / "configs" / "tiny.toml"} <= packaged()
+
+
+def test_the_citation_names_this_version_and_license():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {lm.__version__}\n" in citation
+    assert f"\nlicense: {SETUP['metadata']['license']}\n" in citation
+    assert f"\n## {lm.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_no_file_is_too_long_to_read_in_one_sitting(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
+from data_prep.cli.help import WIDEST, SectionedCommand, is_whole
 from data_prep.errors import INTERRUPTED_STATUS, MACHINE_ERROR_STATUS, USER_ERROR_STATUS, UserError
 from data_prep.errors.other_names import other_name
 from data_prep.files import WINDOWS, is_text
@@ -20,16 +21,19 @@ from data_prep.files import WINDOWS, is_text
 LARGEST_INTEGER = 2**63 - 1
 
 
-class FriendlyCommand(click.Command):
+class FriendlyCommand(SectionedCommand):
     """A command that turns errors into one line on stderr and an exit status.
 
     The status is 2 for errors the user can fix (``UserError``), 1 for errors of the machine (``OSError``), 130 for
     Ctrl-C. A closed pipe (``… | head``) is not reported. Every command refuses arguments that are not UTF-8,
     integers beyond 64 bits and unknown options; for an option of other programs, the message names ours.
+
+    ``extra_hint`` says, after a colon, where an argument belongs that the command does not take.
     """
 
-    def get_help_option_names(self, ctx: click.Context) -> list[str]:
-        return ["-h", "--help"]
+    def __init__(self, *args: Any, extra_hint: str = "", **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.extra_hint = extra_hint
 
     def main(self, *args: Any, **extra: Any) -> Any:
         _open_missing_streams()
@@ -48,11 +52,19 @@ class FriendlyCommand(click.Command):
                 raise UserError(f'the argument "{shown}" is not UTF-8: convert it')
         try:
             return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            options = [name for each in self.params if isinstance(each, click.Option) for name in each.opts]
-            if hint := other_name(error.option_name, options):
-                raise UserError(f"unknown option {error.option_name}{hint}") from None
+        except click.exceptions.NoArgsIsHelpError:
             raise
+        except click.UsageError as error:
+            python = "python " if ctx.command_path.endswith(".py") else ""
+            hint = f" (see {python}{ctx.command_path} --help)"
+            if isinstance(error, click.NoSuchOption):
+                options = [name for each in self.params if isinstance(each, click.Option) for name in each.opts]
+                if ours := other_name(error.option_name, options):
+                    raise UserError(f"unknown option {error.option_name}{ours}") from None
+            elif type(error) is click.UsageError and self.extra_hint:  # an argument too many
+                hint = f": {self.extra_hint}"
+            sentence = " ".join(error.format_message().split()).rstrip(".")
+            raise UserError(f"{sentence[:1].lower()}{sentence[1:]}{hint}") from None
 
     def invoke(self, ctx: click.Context) -> Any:
         with errors_reported():
@@ -71,6 +83,16 @@ class FriendlyGroup(FriendlyCommand, click.Group):
         """In the order in which they were added, not alphabetically."""
         return list(self.commands)
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        names = [*self.commands, *(_commands_of_groups(self) if is_whole(ctx) else ())]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _command(self, name).get_short_help_str(WIDEST)) for name in names])
+
+    @property
+    def has_more_help(self) -> bool:
+        return any(isinstance(each, click.Group) for each in self.commands.values())
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -80,8 +102,19 @@ class FriendlyGroup(FriendlyCommand, click.Group):
             inner = [words for words in known if words.endswith(f" {name}")]
             close = inner or difflib.get_close_matches(name, known, 1)
             hint = f': did you mean "{close[0]}"?' if close else f": choose one of {', '.join(self.commands)}"
+            if name == "help":
+                hint = f": {ctx.command_path} --help lists the commands"
             raise UserError(f'there is no command "{name}"{other_name(name, known) or hint}')
         return super().resolve_command(ctx, args)
+
+
+def _command(group: click.Group, words: str) -> click.Command:
+    """The command that some words name, such as "prep build"."""
+    found: click.Command = group
+    for word in words.split():
+        assert isinstance(found, click.Group)
+        found = found.commands[word]
+    return found
 
 
 def _commands_of_groups(group: click.Group) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from data_prep.cli.errors import FriendlyGroup
+from data_prep.cli.help import Section
 from data_prep.cli.options import options_of
 from data_prep.cli.tables import counted, print_table
 from data_prep.errors import UserError
@@ -35,13 +36,20 @@ IMPORTED = (*EXPORTED, "megatron")
 @click.group(
     cls=FriendlyGroup,
     short_help="Turn text or images into a dataset.",
-    context_settings={"max_content_width": 100},
 )
 def main() -> None:
     """Turn text into token shards, or images into image shards, and inspect the result."""
 
 
-@main.command()
+@main.command(
+    short_help="Build a dataset from text.",
+    sections=(
+        Section("Dataset", "out validation_fraction dry_run as_json"),
+        Section("Text", "document_per max_document_bytes text_field"),
+        Section("Tokenizer", "vocab_size tokenizer_kind tokenizer"),
+        Section("Cleaning", "language quality duplicates"),
+    ),
+)
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @click.option("--out", type=DIRECTORY, required=True, help="Folder for the dataset; created if missing.")
 @options_of(ReadSettings, CleaningSettings, TokenizerSettings, BuildSettings)
@@ -51,8 +59,11 @@ def main() -> None:
 def build(
     context: click.Context, sources: tuple[str, ...], out: Path, dry_run: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Build a dataset from text.
+    """Build a dataset from text: files, folders, "builtin" (the documentation of Python), hf:NAME, - or a URL.
 
+    \b
+    kindling prep build my_texts/ --out data/mine --vocab-size 8192
+    \f
     A SOURCE is a file (.txt, .md, .jsonl, .ndjson, .json, .csv, .tsv or .parquet; all but .parquet may be compressed
     as .gz, .zst, .bz2 or .xz; any other name is read as text), a folder of such files, a pattern ("texts/**/*.md"),
     - for standard input, "builtin" for the documentation in Python and installed packages, hf:NAME[:SPLIT] for a
@@ -143,7 +154,13 @@ def _print_summary(out: Path, manifest: dict[str, Any], as_json: bool) -> None:
     click.echo(f"next: {command('train')} {example_recipe()} --data {out} --run runs/{out.resolve().name}")
 
 
-@main.command(short_help="Build a dataset from images.")
+@main.command(
+    short_help="Build a dataset from images.",
+    sections=(
+        Section("Dataset", "out size channels validation_fraction validation dry_run as_json"),
+        Section("Columns", "image_column label_column"),
+    ),
+)
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 @click.option("--out", type=DIRECTORY, required=True, help="Folder for the dataset; created if missing.")
 @click.option("--size", type=int, required=True, help="Pixels a side of the stored images, which are square.")
@@ -160,8 +177,11 @@ def images(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Build a dataset from images.
+    """Build a dataset from images: folders, flat or with a folder for each class, archives, hf:NAME, builtin:digits.
 
+    \b
+    kindling prep images my_photos/ --out data/photos --size 32
+    \f
     A SOURCE is a folder of images (.jpg, .png, .webp, .gif, .tif and so on), flat or with a folder for each class; a
     .tar or .zip of such a folder, or a folder in it (photos.tar/train); a .parquet file; a pattern ("photos/**/*.jpg");
     hf:NAME[:SPLIT] for a Hugging Face dataset or a local folder with one; or "builtin:digits" for scikit-learn's

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import click
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -42,6 +44,9 @@ def print_table(header: Iterable[str], rows: Iterable[Iterable[str]], explanatio
     for row in cells:
         table.add_row(*map(Text, row))
     out = console()
-    out.print(table)
+    with out.capture() as printed:
+        out.print(table)
+    for line in printed.get().splitlines():
+        click.echo(line.rstrip())
     if explanation:
         out.print(explanation, markup=False)

@@ -33,7 +33,9 @@ def example_recipe(name: str = "tiny") -> str:
 
 
 def text_and_out(directory: Path) -> str:
-    """Return arguments of a build for a folder that is not a dataset, but may contain the text for one."""
+    """Return arguments of a build for a file, or a folder that is not a dataset, but may contain the text for one."""
+    if directory.is_file():
+        return f"{shlex.quote(str(directory))} --out {shlex.quote(str(Path('data') / directory.stem))}"
     if all(path.name == ".lock" for path in directory.iterdir()):  # what a killed build leaves
         return f"YOUR_TEXT --out {shlex.quote(str(directory))}"
     out = Path("data") / directory.resolve().name

@@ -84,8 +84,11 @@ OTHER_NAMES = (
     ("text_column", "text_field text_key", ""),
     ("label_column", "label_field label_key target_column labels_column", ""),
     ("checkpoint", "ckpt step", ""),
+    ("trials", "n_trials num_trials max_trials run_cap", ""),
+    ("measure", "metric monitor objective_metric", ""),
     # commands
     ("train", "pretrain fit", ""),
+    ("sweep", "hpo search grid_search multirun optuna", ""),
     ("sample", "generate gen complete chat write fill", ""),
     ("evaluate", "eval test score perplexity", ""),
     ("predict", "classify infer inference tag", ""),

@@ -21,13 +21,14 @@ def advice(settings: ReadSettings, reading: ReadReport, cleaning: CleaningReport
 
 
 def removals(reading: ReadReport, cleaning: CleaningReport, scale: float = 1.0) -> Iterator[str]:
-    """Yield one sentence per cleaning step that removed more than half of the documents."""
+    """Yield one sentence per cleaning step that removed more than half of the documents, or of their bytes."""
     for name, step in cleaning.steps.items():
-        if 2 * step.removed_documents > reading.documents:
+        if 2 * step.removed_documents > reading.documents or 2 * step.removed_bytes > reading.text_bytes:
             why = f" ({step.examples[0]['reason']}, for example)" if step.examples else ""
             meant_for = ", which is meant for English prose," if name == "quality" else ""
             removed, there = _count(step.removed_documents, scale), _count(reading.documents, scale)
-            yield f'the step "{name}"{meant_for} removed {removed} of {there} documents{why}'
+            share = "" if not reading.text_bytes else f", {step.removed_bytes / reading.text_bytes:.0%} of the text"
+            yield f'the step "{name}"{meant_for} removed {removed} of {there} documents{share}{why}'
 
 
 def why_empty(reading: ReadReport, cleaning: CleaningReport) -> str:

@@ -199,9 +199,11 @@ class _Build:
             for document in kept_documents(job, number, part, lambda size: None, reading, cleaner):
                 yield document.text
 
-    def _training_texts(self, advance: Advance = lambda size: None) -> Iterator[str]:
+    def _training_texts(
+        self, advance: Advance = lambda size: None, reading: ReadReport | None = None, cleaner: Cleaner | None = None
+    ) -> Iterator[str]:
         assert self.journal.threshold is not None
-        for text in self._texts(ReadReport(), Cleaner(self.plan.settings.cleaning)):
+        for text in self._texts(reading or ReadReport(), cleaner or Cleaner(self.plan.settings.cleaning)):
             content = text.encode("utf-8")
             if hash_of(content) >= self.journal.threshold:
                 yield text
@@ -235,8 +237,13 @@ class _Build:
             tokenizer = train_tokenizer(iter(()), self.plan.settings.training)
         elif tokenizer is None:
             # The stage covers reading the texts; the training itself follows and is short in comparison.
+            reading, cleaner = ReadReport(), Cleaner(self.plan.settings.cleaning)
             with self.progress.stage("training tokenizer", None) as advance:
-                tokenizer = train_tokenizer(self._training_texts(advance), self.plan.settings.training)
+                try:
+                    texts = self._training_texts(advance, reading, cleaner)
+                    tokenizer = train_tokenizer(texts, self.plan.settings.training)
+                except UserError as error:  # perhaps because cleaning left too little text
+                    raise UserError("; ".join([str(error), *removals(reading, cleaner.report)])) from None
         tokenizer.save(path)
         return tokenizer
 

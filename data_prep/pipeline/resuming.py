@@ -119,7 +119,9 @@ def _refuse_other_settings(out: Path, existing: dict[str, Any], requested: dict[
         raise UserError(f'"{out}" has a build of {"images" if "format" in existing else "text"}: choose another --out')
     changes = "; ".join(differences(existing, requested))
     if changes:
-        raise UserError(f'"{out}" contains a build with different settings ({changes}): choose another --out')
+        raise UserError(
+            f'"{out}" contains a build with different settings ({changes}): choose another --out, or remove the folder'
+        )
 
 
 def refuse_changed_sources(out: Path, stamp: str, journal: Journal) -> None:

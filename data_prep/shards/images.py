@@ -393,7 +393,9 @@ def open_images(directory: str | Path) -> ImageDataset:
     directory = Path(directory)
     path = directory / MANIFEST
     if not directory.is_dir():
-        raise UserError(f'"{directory}" is not a directory')
+        raise UserError(
+            f'"{directory}" is a file, not a dataset' if directory.is_file() else f'there is no folder "{directory}"'
+        )
     if not path.is_file() and (directory / JOURNAL).is_file():
         raise UserError(f'the build of "{directory}" is not finished: run the same command again to resume it')
     if not path.is_file():

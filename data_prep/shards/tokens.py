@@ -432,8 +432,11 @@ def open_dataset(directory: str | Path) -> Dataset:
     Raises ``UserError`` if the directory is not a finished dataset, or if a file is missing or has the wrong size.
     """
     directory = Path(directory)
+    if directory.is_file():
+        made = f"{command('prep build')} {text_and_out(directory)}"
+        raise UserError(f'"{directory}" is a file, not a Kindling dataset; make one with: {made}')
     if not directory.is_dir():
-        raise UserError(f'"{directory}" is not a directory')
+        raise UserError(f'there is no folder "{directory}"')
     path = directory / MANIFEST
     if not path.is_file() and (directory / JOURNAL).is_file():
         raise UserError(f'the build of "{directory}" is not finished: run the same build command again to resume it')

@@ -23,7 +23,7 @@ LINK = re.compile(r"\]\(([^)\s#]+)")
 SECTIONS = {
     "Start here": ("docs/tutorial", "docs/languages"),
     "Data": ("docs/data", "docs/cleaning", "docs/shard-format"),
-    "Train and use": ("docs/training", "docs/images", "docs/sampling", "docs/serving", "docs/export"),
+    "Train and use": ("docs/training", "docs/sweeps", "docs/images", "docs/sampling", "docs/serving", "docs/export"),
     "Tasks and evaluation": ("docs/finetuning", "docs/tasks", "docs/evaluation", "docs/blimp", "docs/babylm"),
     "Reference": ("docs/python", "docs/api", "docs/commands/index"),
     "Inside": ("docs/design", "docs/performance", "docs/lab-notes", "CONTRIBUTING", "CHANGELOG"),

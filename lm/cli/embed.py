@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import Section
 from data_prep.cli.tables import counted
 from data_prep.files import output_ending, require_new_file
 from lm.cli.options import (
@@ -28,15 +29,24 @@ if TYPE_CHECKING:
     from lm.inference.embedding import Vectors
 
 
-@click.command(cls=FriendlyCommand, short_help="Turn texts or images into vectors.")
+@click.command(
+    cls=FriendlyCommand,
+    short_help="Turn texts or images into vectors.",
+    extra_hint="name a file as --input FILE",
+    sections=(
+        Section("Files", "source output text_column", "text_pair_column"),
+        Section("Vectors", "reads pooling layer normalize"),
+        Section("Model", "which device"),
+    ),
+)
 @run_argument
 @click.option(
     "--input",
     "source",
     required=True,
     metavar="FILE|DIR|-|hf:NAME[:SPLIT]",
-    help="Texts: .jsonl, .json, .csv, .tsv, .parquet, or .txt with one text per line; - reads JSON lines from stdin. "
-    "Images: a folder, a file, a .tar or .zip, a .parquet, or a dataset made by data_prep images.",
+    help="Texts or images. Texts: .jsonl, .json, .csv, .tsv, .parquet, or .txt with one text per line; - reads JSON "
+    "lines from stdin. Images: a folder, a file, a .tar or .zip, a .parquet, or a dataset made by data_prep images.",
 )
 @click.option(
     "--output", required=True, metavar="FILE|-", help="Output file, .npy or .jsonl; - for JSON lines on stdout."
@@ -60,6 +70,9 @@ def embed(
 ) -> None:
     """Embed each text of a file: write the hidden states of RUN, pooled over the text, as a vector.
 
+    \b
+    kindling embed runs/mine --input texts.txt --output vectors.npy
+    \f
     Input is streamed, so files of any size work. Texts longer than the model's context are cut; their number is
     printed at the end.
 

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import Section
 from data_prep.cli.tables import counted, print_table
 from data_prep.errors import UserError
 from lm.cli.options import checkpoint_option, columns_of, columns_options, json_option, reading_options, run_argument
@@ -18,24 +19,33 @@ from lm.cli.options import checkpoint_option, columns_of, columns_options, json_
 if TYPE_CHECKING:
     from lm.data.examples import Columns
 
-IMAGES = "a folder with a folder for each class, or another source or dataset of images,"
+IMAGES = "a folder with a folder for each class, or another source or dataset of images"
 OF_RUN = "Default: the training data's"
 # The options for runs on images, and for all runs; the others are for text.
 OF_IMAGES, OF_BOTH = ("train", "test"), ("run", "data", "layer", "which", "as_json")
 
 
-@click.command(cls=FriendlyCommand, short_help="Measure a model next to baselines.")
+@click.command(
+    cls=FriendlyCommand,
+    short_help="Measure a model next to baselines.",
+    sections=(
+        Section("On what", "data source pairs choices similarity", "text_field stride columns ties"),
+        Section("Columns", "text_column label_column", "text_pair_column choices_column"),
+        Section("Images", "train test"),
+        Section("Model", "which", "reads pooling layer"),
+    ),
+)
 @run_argument
 @click.option("--data", default="", help="Folder of token shards to evaluate on. Default: the training data.")
 @click.option(
     "--pairs",
     type=click.Path(path_type=Path),
-    help="Evaluate on minimal pairs: a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them (BLiMP).",
+    help="Evaluate on minimal pairs, such as BLiMP; a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them.",
 )
 @click.option(
     "--text",
     "source",
-    help="Evaluate on any text: a file, folder, pattern or other source that data preparation can read.",
+    help="Evaluate on any text; a file, folder, pattern or other source that data preparation can read.",
 )
 @click.option(
     "--text-field", default="text", show_default=True, help="--text: the field of records that contains the text."
@@ -48,17 +58,15 @@ OF_IMAGES, OF_BOTH = ("train", "test"), ("run", "data", "layer", "which", "as_js
 )
 @click.option(
     "--choices",
-    help="Evaluate on multiple-choice questions: .jsonl, .json, .csv, .tsv, .parquet or hf:NAME[:SPLIT].",
+    help="Evaluate on multiple-choice questions; .jsonl, .json, .csv, .tsv, .parquet or hf:NAME[:SPLIT].",
 )
 @click.option(
     "--similarity",
-    help="Evaluate embeddings on pairs of texts with a similarity: its rank correlation with their cosine.",
+    help="Evaluate embeddings on pairs of texts with a similarity; its rank correlation with their cosine.",
 )
 @columns_options("text", "text_pair", "choices", "label", also=False)  # --text-field is for --text
-@click.option(
-    "--train", default="", help=f"RUN reads images: {IMAGES} to fit k-NN and linear probe on. {OF_RUN} train split."
-)
-@click.option("--test", default="", help=f"RUN reads images: {IMAGES} to test them on. {OF_RUN} validation split.")
+@click.option("--train", default="", help=f"Images to fit k-NN and linear probe on; {IMAGES}. {OF_RUN} train split.")
+@click.option("--test", default="", help=f"Images to test them on; {IMAGES}. {OF_RUN} validation split.")
 @reading_options
 @click.option(
     "--columns",
@@ -98,6 +106,10 @@ def evaluate(
 ) -> None:
     """Evaluate RUN: the loss of each readout on the whole validation split, in nats per token and bits per byte.
 
+    \b
+    kindling evaluate runs/mine
+    kindling evaluate runs/mine --pairs blimp/
+    \f
     Baselines are shown for comparison: token frequencies (unigram) and bz2 -9 on the same text. With --text: the same
     on any text. With --pairs: how often the acceptable one of two sentences is more likely. With --choices: how often
     the right answer to a question is the most likely. With --similarity: how well embeddings rank pairs of texts.
@@ -141,10 +153,13 @@ def evaluate(
     elif choices is not None:
         _print_choices(result)
     elif similarity is not None:
-        click.echo("  ".join(f"{name} {value:.4f}" for name, value in result.items() if name != "pairs"))
-        click.echo(
-            f"{counted(result['pairs'], 'pair')}: correlation of their similarity with the cosine of their embeddings"
-        )
+        words = result["baselines"]["tfidf"]
+        rows = [
+            (name, *(f"{found[kind]:.4f}" for kind in words))
+            for name, found in (("embeddings", result), ("words weighted by TF-IDF (baseline)", words))
+        ]
+        of = counted(result["pairs"], "pair")
+        print_table(("", *words), rows, f"{of}: correlation of their similarity with the cosine of their vectors")
     else:
         _print_losses(result)
 

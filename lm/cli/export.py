@@ -7,13 +7,23 @@ from pathlib import Path
 import click
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import Section
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.files import require_new_folder
 from lm.cli.options import best_checkpoint_option, run_argument, usual_command
 
 
-@click.command(cls=FriendlyCommand, short_help="Export a model for transformers or llama.cpp.")
+@click.command(
+    cls=FriendlyCommand,
+    short_help="Export a model for transformers or llama.cpp.",
+    sections=(
+        Section("Export", "kind out readout outtype which"),
+        Section("sentence-transformers", "", "reads pooling normalize"),
+        Section("Model card", "license language base_model"),
+        Section("Hugging Face hub", "push private"),
+    ),
+)
 @run_argument
 @click.option(
     "--to",
@@ -72,7 +82,12 @@ def export(
     private: bool,
     which: str | None,
 ) -> None:
-    """Export the model of RUN for transformers, llama.cpp, sentence-transformers or PEFT, which need no Kindling."""
+    """Export the model of RUN for transformers, llama.cpp, sentence-transformers or PEFT, which need no Kindling.
+
+    \b
+    kindling export runs/mine --to hf --out exported/mine
+    kindling export runs/mine --to gguf --out mine.gguf
+    """
     if (reads or pooling or normalize) and kind != "sentence-transformers":
         raise UserError("--reads, --pooling and --normalize are for --to sentence-transformers")
     if outtype and kind != "gguf":

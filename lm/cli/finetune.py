@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import Section
 from data_prep.errors import UserError
 from lm.cli.options import (
-    SettingsCommand,
     given_settings,
     json_option,
     run_argument,
@@ -24,28 +25,16 @@ if TYPE_CHECKING:
     from lm.config.settings import Config
     from lm.finetuning.finetune import Finetuned
 
-# The settings that --help shows.
-COMMON = (
-    "task",
-    "train",
-    "validation",
-    "text_column",
-    "label_column",
-    "method",
-    "epochs",
-    "batch_examples",
-    "learning_rate",
-    "patience",
-    "judged_by",
-    "seed",
-    "device",
-)
-
 
 @click.command(
-    cls=SettingsCommand,
+    cls=FriendlyCommand,
     short_help="Fine-tune a model on a task.",
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110},
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    sections=(
+        Section("Task", "task train validation text_column label_column"),
+        Section("Run", "out resume device", "recipe seeds"),
+        Section("Training", "method epochs batch_examples learning_rate patience"),
+    ),
 )
 @run_argument
 @click.option(
@@ -53,7 +42,7 @@ COMMON = (
     "out",
     type=click.Path(path_type=Path),
     required=True,
-    help="Run directory to write; with --seeds, the folder for one run per seed.",
+    help="Run directory to write. With --seeds, the folder for one run per seed.",
 )
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="TOML file with settings, in the format of config.toml."
@@ -69,7 +58,7 @@ COMMON = (
     help="Resume the run even if settings of its training have changed. An unchanged command always resumes.",
 )
 @json_option
-@settings_options(finetuning_settings(), COMMON)
+@settings_options(finetuning_settings())
 @click.pass_context
 def finetune(
     context: click.Context,
@@ -87,7 +76,7 @@ def finetune(
     \b
     kindling finetune runs/mine --task classification \\
       --train train.jsonl --validation validation.jsonl --run runs/task
-
+    \f
     The same command resumes a run that was stopped. The checkpoint with the best validation is kept, and predict uses
     it.
     """
@@ -99,6 +88,9 @@ def finetune(
         raise UserError(f"unexpected argument {context.args[0]!r}")
     require_examples(config)
     runs = _runs(config, out, seeds)
+    for _, path in runs:
+        if (path / "config.toml").is_file() and not run_config(path).is_finetuning:
+            raise UserError(f"{path} is a pretrained run, not one of fine-tuning: choose another --run")
     _check_files(config)
     from lm import api
 

@@ -9,7 +9,7 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
-from lm.cli.options import device_option, json_option, run_argument
+from lm.cli.options import checkpoint_option, device_option, json_option, run_argument
 
 
 @click.command(cls=FriendlyCommand, short_help="Evaluate with lm-evaluation-harness.")
@@ -25,7 +25,7 @@ from lm.cli.options import device_option, json_option, run_argument
 )
 @click.option("--num-fewshot", type=int, default=None, help="Solved examples before each question.")
 @click.option("--limit", type=int, default=None, help="Evaluate only this many examples per task, for a quick test.")
-@click.option("--checkpoint", default="newest", show_default=True, metavar="newest|best|STEP")
+@checkpoint_option
 @device_option
 @json_option
 def harness(
@@ -35,7 +35,7 @@ def harness(
     readout: str,
     num_fewshot: int | None,
     limit: int | None,
-    checkpoint: str,
+    which: str,
     device: str,
     as_json: bool,
 ) -> None:
@@ -54,7 +54,7 @@ def harness(
         raise UserError('the harness needs the package "lm-eval": pip install "kindling-lm[harness]"') from None
     from lm.evaluation.lm_eval_harness import KindlingLM
 
-    model = KindlingLM(str(run), readout, checkpoint, device)
+    model = KindlingLM(str(run), readout, which, device)
     manager = TaskManager(include_path=include_path)
     names = tasks.split(",")
     if unknown := [name for name in names if not manager.match_tasks([name])]:

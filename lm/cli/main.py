@@ -20,6 +20,7 @@ from lm.cli.predict import predict
 from lm.cli.report import compare, report
 from lm.cli.sample import sample
 from lm.cli.serve import serve
+from lm.cli.sweep import sweep
 from lm.cli.tasks import tasks
 from lm.cli.train import train
 
@@ -44,6 +45,7 @@ for command in (
     harness,
     report,
     compare,
+    sweep,
     export,
     import_run,
     merge_run,

@@ -6,14 +6,15 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import SectionOption
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from lm.config.finetune_settings import FinetuneConfig
@@ -22,10 +23,17 @@ from lm.config.setting import Setting
 from lm.config.settings import Config, all_settings
 
 if TYPE_CHECKING:
+    from click.types import OptionHelpExtra
+
     from lm.data.examples import Columns
     from lm.data.image_files import Picture
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def is_given(parameter: str) -> bool:
+    """Whether the user typed an option of the running command."""
+    return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
 
 
 def run_argument(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,7 +56,7 @@ checkpoint_option, best_checkpoint_option = (
         default=default,
         show_default=True,
         metavar="newest|best|STEP",
-        help="Checkpoint to use: the newest, the one with the best validation, or the one of a step.",
+        help="Checkpoint to use. It is the newest, the one with the best validation, or the one of a step.",
     )
     for default in ("newest", "best")
 )
@@ -81,86 +89,48 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-class SettingOption(click.Option):
-    """An option that is a setting: of which section of a recipe, and whether the short help shows it."""
+class SettingOption(SectionOption):
+    """An option for a setting of a recipe, explained by the dataclass that defines it."""
 
-    def __init__(self, *names: Any, section: str, is_common: bool, **attributes: Any) -> None:
-        super().__init__(*names, **attributes)
-        self.section, self.is_common = section, is_common
+    def __init__(self, names: Sequence[str], setting: Setting) -> None:
+        self.setting = setting
+        repeated = setting.kind == "list of texts"
+        super().__init__(
+            names,
+            section=SECTIONS[setting.section],
+            metavar="TEXT" if repeated else setting.kind.upper(),
+            default=None,
+            multiple=repeated,
+            help=f"{setting.help[0].upper()}{setting.help[1:]}{'; may be repeated' if repeated else ''}.",
+        )
 
-
-class SettingsCommand(FriendlyCommand):
-    """A command with settings: ``--help`` shows the common ones, ``--help-all`` all, by their sections in a recipe."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
-        for each in self.get_params(ctx):
-            title = "Options"
-            if isinstance(each, SettingOption):
-                if not (each.is_common or ctx.meta.get(HELP_ALL)):
-                    continue
-                title = SECTIONS[each.section] if ctx.meta.get(HELP_ALL) else "Common settings"
-            record = each.get_help_record(ctx)
-            if record and isinstance(each, click.Option):
-                groups.setdefault(title, []).append(record)
-        for title, records in groups.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
+    def get_help_extra(self, ctx: click.Context) -> OptionHelpExtra:
+        default = self.setting.default
+        extra: OptionHelpExtra = {}
+        if default not in ("", ()):
+            extra["default"] = default if isinstance(default, str) else json.dumps(default)
+        if self.setting.choices:
+            extra["range"] = f"one of {', '.join(self.setting.choices)}"
+        return extra
 
 
 ALSO = {"text_column": ("--text-field",)}  # what prep build calls it
-HELP_ALL = "lm.help_all"  # key of a context's meta
 SECTIONS = {
     section.name: f"[{section.name}] {section.default_factory.__doc__.partition('.')[0]}"  # type: ignore[union-attr]
     for section in dataclasses.fields(Config)
 }
 
 
-def _show_all(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        context.meta[HELP_ALL] = True
-        click.echo(context.get_help())
-        context.exit()
-
-
-def settings_options(settings: Iterable[Setting], common: Collection[str]) -> Decorator:
-    """An option for each of these settings, explained by the dataclass that defines it, and ``--help-all``.
-
-    The short help of a ``SettingsCommand`` shows those named in ``common``.
-    """
+def settings_options(settings: Iterable[Setting]) -> Decorator:
+    """An option for each of these settings; ``--help-all`` shows them by their section in a recipe."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for setting in reversed(list(settings)):
-            function = _setting_option(setting, setting.name in common)(function)
-        return click.option(
-            "--help-all",
-            is_flag=True,
-            is_eager=True,
-            expose_value=False,
-            callback=_show_all,
-            help="Show every setting, by its section in a recipe.",
-        )(function)
+            names = (setting.option, *ALSO.get(setting.name, ()), setting.name)
+            function = click.option(*names, cls=SettingOption, setting=setting)(function)
+        return function
 
     return decorate
-
-
-def _setting_option(setting: Setting, is_common: bool) -> Decorator:
-    limits = f"; one of {', '.join(setting.choices)}" if setting.choices else ""
-    default = json.dumps(setting.default) if setting.default not in ("", ()) else "none"
-    text = f"{setting.help[0].upper()}{setting.help[1:]}{limits}. [default: {default}]"
-    repeated = " May be repeated." if setting.kind == "list of texts" else ""
-    return click.option(
-        setting.option,
-        *ALSO.get(setting.name, ()),
-        setting.name,
-        cls=SettingOption,
-        section=setting.section,
-        is_common=is_common,
-        metavar=setting.kind.upper(),
-        default=None,
-        multiple=bool(repeated),
-        help=text + repeated,
-    )
 
 
 def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:

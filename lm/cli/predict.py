@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import Section
 from data_prep.cli.tables import counted
 from data_prep.files import output_ending, require_new_file
 from lm.cli.options import (
@@ -27,24 +28,33 @@ if TYPE_CHECKING:
     from lm.data.image_files import Picture
 
 
-@click.command(cls=FriendlyCommand, short_help="Predict with a fine-tuned model.")
+@click.command(
+    cls=FriendlyCommand,
+    short_help="Predict with a fine-tuned model.",
+    extra_hint="name a file as --input FILE",
+    sections=(
+        Section("Files", "source output with_text"),
+        Section("Columns", "text_column", "text_pair_column choices_column words_column"),
+        Section("Model", "which device"),
+    ),
+)
 @run_argument
 @click.option(
     "--input",
     "source",
     required=True,
     metavar="FILE|DIR|-|hf:NAME[:SPLIT]",
-    help="Texts, in the columns that RUN was fine-tuned with: .jsonl, .json, .csv, .tsv, .parquet, or .txt, a text per "
-    "line; - reads JSON lines from standard input. Images: a folder, a file, a .tar or .zip, a .parquet, or a dataset "
-    "made by data_prep images.",
+    help="Texts or images. Texts, in the columns that RUN was fine-tuned with: .jsonl, .json, .csv, .tsv, .parquet, or "
+    ".txt, a text per line; - reads JSON lines from standard input. Images: a folder, a file, a .tar or .zip, a "
+    ".parquet, or a dataset made by data_prep images.",
 )
 @click.option(
     "--output",
     default="-",
     show_default=True,
     metavar="FILE|-",
-    help="File for the answers, one per text or image and in order: .jsonl, .csv or .tsv; - writes JSON lines to "
-    "stdout.",
+    help="File for the answers: .jsonl, .csv or .tsv; - writes JSON lines to stdout. There is one answer per text or "
+    "image, in order.",
 )
 @click.option("--with-text", is_flag=True, help="Repeat each text in its answer.")
 @columns_options("text", "text_pair", "choices", "words", default="as in fine-tuning")
@@ -55,6 +65,9 @@ def predict(
 ) -> None:
     """Predict for each text of a file what RUN was fine-tuned on: its label with all probabilities, or a number.
 
+    \b
+    kindling predict runs/task --input new.jsonl --output answers.csv
+    \f
     There is one answer for each text, in the same order; the probabilities are in the order of the labels, which are
     sorted. Input is streamed, so files of any size work.
 

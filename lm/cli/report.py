@@ -10,7 +10,7 @@ import click
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.errors import UserError
 from data_prep.files import require_new_file
-from lm.cli.options import checkpoint_option, json_option, run_argument
+from lm.cli.options import checkpoint_option, is_given, json_option, run_argument
 from lm.config.sampling import problem_of_fill
 
 
@@ -35,19 +35,27 @@ def report(run: Path, prompts: tuple[str, ...], fills: tuple[str, ...], which: s
     """Write RUN/report.html with losses, curves, samples, settings and environment, as one self-contained file.
 
     For a run on images the samples are pictures: the views it learned from, what it rebuilds, nearest neighbors and a
-    map of its features.
+    map of its features. For a run that was fine-tuned on a task, they are its answers to the validation examples.
     """
     from lm.config.recipes import run_config
 
     if problems := [problem for text in fills if (problem := problem_of_fill(text))]:
         raise UserError("\n".join(problems))
-    if (prompts or fills) and run_config(run).reads_images:
-        raise UserError(f"{run} reads images: leave out --prompt and --fill")
+    config = run_config(run)
+    if (prompts or fills) and (config.reads_images or config.has_task_head):
+        why = "reads images" if config.reads_images else f"is fine-tuned for {config.finetune.task}"
+        raise UserError(f"{run} {why}: leave out --prompt and --fill")
+    from lm.runs.directory import Run, saved_evaluation
+
+    if config.has_task_head:
+        from lm.reports.finetune_report import write_finetune_report
+
+        click.echo(str(write_finetune_report(Run(run, config), which if is_given("which") else "best")))
+        return
     from lm.reports.image_report import write_image_report
     from lm.reports.run_report import write_report
-    from lm.runs.directory import open_run, saved_evaluation
 
-    opened = open_run(run)
+    opened = Run(run, config)
     defaults, saved = opened.config.report, opened.checkpoint(which)
     evaluation = saved_evaluation(opened, saved)
     if opened.config.reads_images:

@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import Section
 from data_prep.cli.tables import counted
 from data_prep.errors import UserError
 from data_prep.files import rename, require_new_file
@@ -28,9 +29,22 @@ if TYPE_CHECKING:
 STDIN = STDOUT = Path("-")
 
 
-@click.command(cls=FriendlyCommand, short_help="Generate text, fill masks, or chat.")
+@click.command(
+    cls=FriendlyCommand,
+    short_help="Generate text, fill masks, or chat.",
+    extra_hint="write a text to continue as --prompt TEXT, in quotes",
+    sections=(
+        Section("What to write", "prompts fills chat source output", "unmask rounds top rows"),
+        Section(
+            "Sampling",
+            "max_new_tokens temperature top_p repetition_penalty stop seed",
+            "top_k min_p typical_p presence_penalty frequency_penalty logprobs",
+        ),
+        Section("Model", "which device", "compiled"),
+    ),
+)
 @run_argument
-@click.option("--prompt", "prompts", multiple=True, help='Text to continue; may be repeated. "" begins a new text.')
+@click.option("--prompt", "prompts", multiple=True, help='Text to continue. "" begins a new text. May be repeated.')
 @click.option(
     "--fill",
     "fills",
@@ -87,7 +101,12 @@ def sample(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Generate text with the model of RUN: continue prompts, fill masks, chat. Only the text goes to stdout."""
+    """Generate text with the model of RUN: continue prompts, fill masks, chat. Only the text goes to stdout.
+
+    \b
+    kindling sample runs/mine --prompt "Once upon a time" --temperature 0.7
+    kindling sample runs/mine --fill "The [MASK] sat on the mat."
+    """
     source_of = click.get_current_context().get_parameter_source
     chosen = {name: value for name, value in sampling.items() if source_of(name) is not ParameterSource.DEFAULT}
     settings = Sampling(**sampling | recommended(run) | chosen)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import Section
 from data_prep.errors import UserError
-from lm.cli.options import checkpoint_option, compile_option, device_option, run_argument
+from lm.cli.options import checkpoint_option, compile_option, device_option, is_given, run_argument
 
 if TYPE_CHECKING:
     from lm.data.image_files import Pixels
@@ -23,10 +23,20 @@ if TYPE_CHECKING:
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-@click.command(cls=FriendlyCommand, short_help="Serve a model: OpenAI's API and a web page.")
+@click.command(
+    cls=FriendlyCommand,
+    short_help="Serve a model: OpenAI's API and a web page.",
+    sections=(
+        Section("Address", "host port api_key origins"),
+        Section("Limits", "max_concurrent max_waiting max_tokens"),
+        Section("Model", "which device compiled"),
+    ),
+)
 @run_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all addresses.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on; 0: any free one."
+)
 @click.option(
     "--api-key",
     envvar="KINDLING_API_KEY",
@@ -79,6 +89,9 @@ def serve(
 ) -> None:
     """Serve RUN over HTTP, with OpenAI's API (completions, chat, models) and a web page. Ctrl-C stops it.
 
+    \b
+    kindling serve runs/mine
+    \f
     The page generates text, fills masks, shows token probabilities, and follows the run while it trains.
 
     Of a run that reads images, the page shows for a picture its nearest neighbors among the training images, where the
@@ -89,8 +102,8 @@ def serve(
     config = run_config(run)
     if config.reads_images:
         of_texts = {"max_concurrent": "max_concurrent", "max_tokens": "max_tokens", "compile": "compiled"}
-        require_no_text_options({option: _is_given(name) for option, name in of_texts.items()})
-        if config.has_task_head and not _is_given("which"):
+        require_no_text_options({option: is_given(name) for option, name in of_texts.items()})
+        if config.has_task_head and not is_given("which"):
             which = "best"
     else:
         require_language_model(run, config)
@@ -126,11 +139,6 @@ def serve(
         api = f"{url}/{'api' if config.reads_images else 'v1'}"
         click.echo(f"serving {service.name}, step {service.checkpoint.step:,}, at {url} (API: {api})", err=True)
         serve(app, listening)
-
-
-def _is_given(parameter: str) -> bool:
-    """Whether the user typed an option."""
-    return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
 
 
 def text_service(run: Run, which: str, device: str, limits: Limits, compiled: bool) -> Service:

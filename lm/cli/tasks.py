@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import Section
 from data_prep.errors import UserError
-from lm.cli.finetune import COMMON
 from lm.cli.options import (
-    SettingsCommand,
     device_option,
     given_settings,
     json_option,
@@ -38,9 +38,13 @@ SETTINGS = [setting for setting in finetuning_settings() if setting.name not in 
 
 
 @click.command(
-    cls=SettingsCommand,
+    cls=FriendlyCommand,
     short_help="Measure what pretraining bought, task by task.",
-    context_settings={"max_content_width": 110},
+    sections=(
+        Section("Task", "task train validation test text_column label_column", "labels file"),
+        Section("Table", "out rows seeds", "keep_runs reads pooling layer"),
+        Section("Fine-tuned rows", "epochs batch_examples learning_rate"),
+    ),
 )
 @run_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the tables; it is created.")
@@ -50,7 +54,7 @@ SETTINGS = [setting for setting in finetuning_settings() if setting.name not in 
     type=click.Path(path_type=Path),
     help="TOML file with several tasks (docs/tasks.md), instead of --task, --train and --test.",
 )
-@click.option("--test", default="", help="Examples that the table reports on; --validation only chooses the best step.")
+@click.option("--test", default="", help="Examples that the table reports on. --validation only chooses the best step.")
 @click.option(
     "--labels",
     type=float,
@@ -63,7 +67,7 @@ SETTINGS = [setting for setting in finetuning_settings() if setting.name not in 
 @reading_options
 @device_option
 @json_option
-@settings_options(SETTINGS, COMMON)
+@settings_options(SETTINGS)
 def tasks(
     run: Path,
     out: Path,
@@ -83,8 +87,9 @@ def tasks(
     """What did pretraining buy? A table per task: baselines without RUN, probes of frozen RUN, and fine-tuned RUN.
 
     \b
-    kindling tasks runs/mine --task classification --train train.jsonl --test test.jsonl --out tables
-
+    kindling tasks runs/mine --task classification \\
+      --train train.jsonl --test test.jsonl --out tables
+    \f
     The same command resumes where it was stopped, and computes again only what has changed. OUT/report.html shows the
     tables with charts, confusion matrices and the worst errors. The settings below apply to the fine-tuned rows.
 
@@ -166,7 +171,7 @@ def _compute(
     for each, row, seed in itertools.product(examples, rows, seeds):
         cell = maker.cell(each, row, seed)
         result = f"{each.task.judged_by} {cell.metrics[each.task.judged_by]:.3f} in {cell.seconds:.1f} s"
-        click.echo(f"{each.task.name}  {row}  seed {seed}  {result}  {cell.note}", err=True)
+        click.echo(f"{each.task.name}  {row}  seed {seed}  {result}  {cell.note}".rstrip(), err=True)
         cells.append(cell)
     lead = f"{features.model.describe()}; step {saved.step:,}; {read}."
     write_task_report(out / "report.html", run.path.name, lead, examples, cells)

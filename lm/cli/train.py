@@ -5,33 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from data_prep.cli.errors import FriendlyCommand
+from data_prep.cli.help import Section
 from data_prep.errors import USER_ERROR_STATUS, UserError
 from data_prep.errors.command_names import command
-from lm.cli.options import SettingsCommand, given_settings, json_option, settings_options, usual_command
+from lm.cli.options import given_settings, json_option, settings_options, usual_command
 from lm.config.settings import Config, pretraining_settings
 
-# The settings that --help shows.
-COMMON = (
-    "data",
-    "num_layers",
-    "hidden_size",
-    "num_heads",
-    "context_length",
-    "batch_tokens",
-    "patch_size",
-    "batch_images",
-    "objective",
-    "learning_rate",
-    "steps",
-    "validate_every",
-    "seed",
-    "device",
-    "init_from",
-)
+if TYPE_CHECKING:
+    from lm.runs.directory import Run
 
 
 def is_one_of_several() -> bool:
@@ -40,33 +26,38 @@ def is_one_of_several() -> bool:
 
 
 @click.command(
-    cls=SettingsCommand,
+    cls=FriendlyCommand,
     short_help="Pretrain a model on a dataset.",
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110},
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    sections=(
+        Section("Run", "data run_path plan_only resume init_from device"),
+        Section("Model", "num_layers hidden_size num_heads context_length objective"),
+        Section("Training", "steps batch_tokens learning_rate validate_every batch_images"),
+    ),
 )
 @click.argument("recipe", metavar="[RECIPE]", required=False)
 @click.option(
     "--run",
     "run_path",
     type=click.Path(path_type=Path),
-    help="Run directory to write. Default: runs/NAME-OF-THE-RECIPE.",
+    help="Run directory to write; the default is runs/NAME-OF-THE-RECIPE.",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Resume the run even if training settings have changed (its shape and data cannot); without a RECIPE, with "
-    "the run's own settings. An unchanged command resumes without this option.",
+    help="Resume the run even if training settings have changed. Without a RECIPE, the run's own settings are used. "
+    "The model's shape and the data cannot change. An unchanged command resumes without this option.",
 )
 @click.option(
     "--plan",
     "plan_only",
     is_flag=True,
-    help="Print what the run would need (parameters, memory by part, speed of a dry step, total time) and write "
-    "nothing. Without --data, give --vocab-size. The speed is also given as a share of the peak: of the rate at which "
-    "this machine multiplies matrices.",
+    help="Print what the run would need, and write nothing. That is parameters, memory by part, speed of a dry step, "
+    "total time. Without --data, give --vocab-size. The speed is also given as a share of the peak: of the rate at "
+    "which this machine multiplies matrices.",
 )
 @json_option
-@settings_options(pretraining_settings(), COMMON)
+@settings_options(pretraining_settings())
 @click.pass_context
 def train(
     context: click.Context,
@@ -81,9 +72,9 @@ def train(
 
     \b
     kindling train tiny --data data/mine --run runs/mine
-    kindling train tiny --data data/mine --plan            # will it fit, and how long will it take?
+    kindling train tiny --data data/mine --plan            # will it fit? how long?
     kindling train --resume --run runs/mine --steps 2000   # more steps
-
+    \f
     Every setting of a recipe is also an option here; the defaults below apply to settings that are not in the recipe.
     The same command resumes a run that was stopped.
     """
@@ -115,13 +106,30 @@ def train(
     run = api.train(config, run=run_path, resume=resume)
     if is_one_of_several() and os.environ["RANK"] != "0":
         return
+    last = [line for line in run.metrics() if "validation" in line][-1:]
     if as_json:
-        last = [line for line in run.metrics() if "validation" in line][-1:]
         click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))
+    if last and config.readouts:
+        _compare_with_bz2(run, last[0]["validation"])
     ready = f"{run_path} is ready, with {run_path / 'report.html'}"
     judged = config.readouts or config.reads_images
     then = f"{command('evaluate')} {run_path}" if judged else usual_command(run_path, config)
     click.echo(f"{ready}; next: {then}", err=True)
+
+
+def _compare_with_bz2(run: Run, validation: dict[str, Any]) -> None:
+    """Say which readouts, at the last validation, still predict the text worse than a compressor does."""
+    from lm.evaluation.baselines import compressor_bits
+    from lm.runs.run_data import open_text
+
+    bits = compressor_bits(open_text(run))
+    if worse := [name for name in run.config.readouts if validation[name]["bits_per_byte"] >= bits]:
+        verb = "are" if worse[1:] else "is"
+        click.echo(
+            f"note: {' and '.join(worse)} {verb} still worse than bz2 -9 ({bits:.3f} bits/byte): train longer, or on "
+            "more text",
+            err=True,
+        )
 
 
 def _print_plan(config: Config, before: Config | None, run_path: Path, as_json: bool) -> None:

@@ -92,7 +92,7 @@ class FinetuneConfig:
     )
     method: str = setting(
         "full",
-        "what is trained: full: all weights; lora: low-rank additions to matrices; probe: only the head",
+        "what is trained; full: all weights; lora: low-rank additions to matrices; probe: only the head",
         choices=tuple(METHODS),
         on_resume="never",
     )

@@ -11,7 +11,9 @@ import difflib
 import math
 import os
 import re
+import site
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -43,8 +45,10 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shelves = (Path(__file__).parents[2] / "configs", Path(sys.prefix) / "share" / "kindling" / "configs")
-    known = {recipe.stem: recipe for shelf in shelves for recipe in sorted(shelf.glob("*.toml"))}
+    # A checkout; an environment; and where "pip install --user" and the pip of Debian put a package's data.
+    prefixes = (sys.prefix, site.getuserbase(), sysconfig.get_path("data"))
+    shelves = [Path(__file__).parents[2], *(Path(prefix) / "share" / "kindling" for prefix in prefixes)]
+    known = {recipe.stem: recipe for shelf in shelves for recipe in sorted((shelf / "configs").glob("*.toml"))}
     if name in known:
         return known[name]
     if path.stem in known and path.suffix == ".toml":
@@ -84,7 +88,7 @@ def load_config(
             problems.append(f'unknown setting "{name}"{suggestion(name, here)}')
             continue
         try:
-            values[name] = _convert(known[name], value)
+            values[name] = convert(known[name], value)
         except ValueError as problem:
             problems.append(f"{f'{name} in {where}' if where else known[name].option} {problem}")
     for option in unknown_options:
@@ -287,7 +291,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return other_name(name, known) or (f': did you mean "{close[0]}"?' if close else "")
 
 
-def _convert(setting: Setting, value: Any) -> Any:
+def convert(setting: Setting, value: Any) -> Any:
     """Convert ``value`` to the setting's type and check its limits; the ValueError says what is expected."""
     wanted = type(setting.default)
     if wanted is tuple:

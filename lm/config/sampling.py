@@ -35,7 +35,8 @@ class Sampling:
     """How to continue a text. The filters apply in the order of their fields, after the temperature."""
 
     temperature: float = setting(
-        0.8, "below 1: safer; above 1: more varied; below 0.01: always take the most likely token"
+        0.8,
+        "how random the choice is; below 1: safer; above 1: more varied; below 0.01: always take the most likely token",
     )
     top_k: int = setting(0, "draw from the k most likely tokens; 0: from all")
     top_p: float = setting(1.0, "draw from the most likely tokens that together reach this probability")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def shares_of(mixture: str) -> dict[str, Fraction]:
     Raises:
         ValueError: with what is wrong, as the end of a sentence.
     """
+    from fractions import Fraction  # here, because --help should be quick
+
     if ":" not in mixture and "," not in mixture:
         return {mixture: Fraction(1)}
     shares: dict[str, Fraction] = {}

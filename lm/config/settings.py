@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.files import write_atomically
 from lm.config.finetune_settings import HEAD_TASKS, IMAGE_METHODS, METHODS, FinetuneConfig
 from lm.config.setting import Setting, setting, shares_of
 from lm.config.view_settings import ViewsConfig
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 # Each objective: the file of lm/objectives that makes it, and the readouts that a model can be asked for afterwards.
 OBJECTIVES = {
@@ -78,6 +80,12 @@ class ModelConfig:
     image_channels: int = setting(
         0, "images: color channels, 1 or 3; 0: those of the data", minimum=0, maximum=3, on_resume="never"
     )
+
+    @property
+    def shape(self) -> str:
+        """The blocks in words: "4 layers x 128 wide, 4 heads of 32, swiglu 352"."""
+        layers = f"{self.num_layers} layer{'' if self.num_layers == 1 else 's'} x {self.hidden_size} wide"
+        return f"{layers}, {self.num_heads} heads of {self.head_width}, {self.activation} {self.feed_forward_width}"
 
     @property
     def patches(self) -> int:
@@ -312,12 +320,12 @@ class TrainingConfig:
     )
     init_from: str = setting(
         "",
-        "run whose newest weights to start from, for example to continue with other data; empty: random weights",
+        "run whose newest weights to start from; for example to continue with other data; empty: random weights",
         on_resume="never",
         pretraining_only=True,
     )
     seed: int = setting(
-        0, "random seed of weights, data order, masking and dropout", minimum=0, maximum=2**63 - 1, on_resume="never"
+        0, "random seed; for weights, data order, masking and dropout", minimum=0, maximum=2**63 - 1, on_resume="never"
     )
     log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1, on_resume="free")
     validate_every: int = setting(250, "steps between validations", minimum=1, on_resume="free", pretraining_only=True)

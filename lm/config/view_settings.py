@@ -54,7 +54,8 @@ class ViewsConfig:
     )
     view_tokens: int = setting(
         64,
-        "text: tokens of the pieces that a row is cut into; views are views of a piece",
+        "text: largest number of tokens of a piece; views are views of a piece, which is a document or an equal part "
+        "of one",
         minimum=2,
         on_resume="never",
         pretraining_only=True,

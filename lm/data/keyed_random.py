@@ -37,6 +37,7 @@ class Stream(IntEnum):
     SPANS = 14
     DELETED_TOKENS = 15
     MIXTURE = 16
+    PIECES = 17
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

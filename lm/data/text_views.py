@@ -84,24 +84,24 @@ class TextViewBatch:
         return replace(self, large=self.large.each(change), small=small, loss_weights=change(self.loss_weights))
 
 
-def pieces_of(rows: Rows, length: int, end_of_text: int) -> list[list[Piece]]:
-    """The pieces of each row: of every ``length`` tokens the longest part that is of one document.
+def pieces_of(rows: Rows, count: int, length: int, end_of_text: int, seed: int) -> list[list[Piece]]:
+    """``count`` pieces of each row: its documents, those longer than ``length`` tokens in equal parts.
 
-    Where there is none, as behind the last document of a row that is not full, the row's longest piece stands in.
+    Of more pieces than ``count`` some are drawn, by the seed and the row's number. A row with fewer, which is not full,
+    has some of them again.
     """
-    found = []
-    for row in rows.targets:
-        parts = (row[first : first + length] for first in range(0, len(row), length))
-        pieces = [max(_documents(part, end_of_text), key=len) for part in parts]
-        longest = max(pieces, key=len)
-        found.append([piece if len(piece) else longest for piece in pieces])
+    drawn, found = uniform(key(seed, Stream.PIECES), rows.numbers, rows.targets.shape[1]), []
+    for row, chance in zip(rows.targets, drawn, strict=True):
+        pieces = [part for part in _parts(row, length, end_of_text) if len(part)] or [row[:0]]
+        kept = np.sort(np.argsort(chance[: len(pieces)], kind="stable")[:count])
+        found.append([pieces[kept[number % len(kept)]] for number in range(count)])
     return found
 
 
-def _documents(tokens: Piece, end_of_text: int) -> Iterator[Piece]:
+def _parts(tokens: Piece, length: int, end_of_text: int) -> Iterator[Piece]:
     first = 0
     for end in [*np.flatnonzero(tokens == end_of_text).tolist(), len(tokens)]:
-        yield tokens[first:end]
+        yield from np.array_split(tokens[first:end], -(-(end - first) // length) or 1)
         first = end + 1
 
 

@@ -14,6 +14,8 @@ from data_prep.errors import UserError
 from data_prep.shards.tokens import Dataset, token_counts
 from lm.config.settings import Config
 from lm.data.corpora import Corpora, open_corpora
+from lm.data.examples import Example
+from lm.finetuning.metrics import regression_metrics
 from lm.objectives.text import bits_per_byte
 
 READ_AT_ONCE = 1 << 22
@@ -30,6 +32,13 @@ def dataset_baselines(dataset: Dataset | Corpora) -> Losses:
     blocks = pairwise([*range(0, validation.tokens, READ_AT_ONCE), validation.tokens])
     text = (dataset.tokenizer.decode_bytes(validation.read(*block).tolist()) for block in blocks)
     return baseline_losses(counts, costs, compressed_bytes(text), validation.counted_bytes)
+
+
+def compressor_bits(dataset: Dataset | Corpora, most_tokens: int = 1 << 20) -> float:
+    """Return the bits per byte of ``bz2 -9`` on the first ``most_tokens`` of the validation split."""
+    validation = dataset.split("validation")
+    text = dataset.tokenizer.decode_bytes(validation.read(0, min(most_tokens, validation.tokens)).tolist())
+    return 8 * compressed_bytes([text]) / len(text)
 
 
 def baseline_losses(
@@ -75,3 +84,17 @@ def compressed_bytes(text: Iterable[bytes]) -> int:
     """Return the size of a text, given in parts, after ``bz2 -9``."""
     compressor = bz2.BZ2Compressor(9)
     return sum(len(compressor.compress(part)) for part in text) + len(compressor.flush())
+
+
+def tfidf_similarity(pairs: Sequence[Example]) -> dict[str, float]:
+    """As of ``lm.finetuning.contrastive_task.similarity``, with the cosine of counted words in place of embeddings.
+
+    Words are weighted by how few of these texts have them (TF-IDF).
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    counting = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]")
+    counting.fit(text for pair in pairs for text in pair.texts)
+    first, second = (counting.transform(texts) for texts in zip(*(pair.texts for pair in pairs), strict=True))
+    cosines = np.asarray(first.multiply(second).sum(1)).ravel()
+    return regression_metrics(np.array([pair.label for pair in pairs]), cosines)

@@ -170,6 +170,8 @@ def evaluate_text(
         "validation": validation,
         "floors": baseline_losses(size.counts, costs, size.compressed, size.text_bytes),
         "protocol": protocol(
-            f"{size.documents:,} documents, each in {how}", model.config.objective.validation_folds, size.lost_bytes
+            f"{size.documents:,} document{'s' * (size.documents != 1)}, each in {how}",
+            model.config.objective.validation_folds,
+            size.lost_bytes,
         ),
     }

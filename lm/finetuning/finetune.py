@@ -93,7 +93,7 @@ class Finetuning(TrainModule[Any]):
             raise UserError(f"fine-tuning runs in one process: start {command('finetune')} without torchrun")
         weights, own = kept_base(path), path / (PROCESSOR if config.reads_images else TOKENIZER)
         start = Run(path, config) if weights and own.is_file() else open_run(config.finetune.base)
-        train, validation = _examples(config, start, labels_of(path))
+        train, validation = examples_of(config, start, labels_of(path))
         weights = weights or start.plain_weights()
         processor = start.image_format if config.reads_images else start.tokenizer
         if (path / "config.toml").exists() and (run := open_run(path)).latest(lambda _: None):
@@ -123,9 +123,14 @@ class Finetuning(TrainModule[Any]):
             f"{task.task} from {start}: training {trained / 1e6:.3f}M of {total / 1e6:.2f}M parameters ({task.method})",
             *(self._size(part) for part in ("training", "validation")),
             *self.task.introduction(),
-            f"{training.steps:,} steps x {task.batch_examples} examples = {self.epochs(training.steps):.2f} epochs",
+            f"{training.steps:,} steps x {task.batch_examples} examples = {self._passes()}",
             f"on {self.ranks.device.type.upper()}; {kernels.describe(self.ranks.device)}",
         ]
+
+    def _passes(self) -> str:
+        wanted, passes = self.config.finetune.epochs, self.epochs(self.config.training.steps)
+        rounded = "" if math.isclose(wanted, passes) else f" ({wanted:g}, rounded up to whole steps)"
+        return f"{passes:.2f} epochs{rounded}"
 
     def _size(self, part: str) -> str:
         """How many training or validation examples there are, and how many of them the context does not hold."""
@@ -176,7 +181,7 @@ class Finetuning(TrainModule[Any]):
         return {"tokens_per_second": round(self.epochs(1) * self.tokens / seconds_per_step, 1)}
 
 
-def _examples(config: Config, base: Run, kept: Collection[str]) -> tuple[Sequence[Example], Sequence[Example]]:
+def examples_of(config: Config, base: Run, kept: Collection[str]) -> tuple[Sequence[Example], Sequence[Example]]:
     """The training and validation examples of the settings, of texts or images, as the run ``base`` reads them."""
     if config.reads_images:
         return read_image_task(config.finetune, base.image_format, kept)

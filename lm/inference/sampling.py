@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.sampling import Sampling
 
@@ -70,10 +71,16 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
     It is the token at which the cumulative probability, in order of the ids, exceeds that number. Logits that differ
     by a rounding error shift the sums by as little, so they rarely give another token.
+
+    Raises:
+        UserError: a row has logits that are not numbers, as of a model whose training has diverged.
     """
     sums = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     threshold = uniforms.clamp(max=LARGEST_UNIFORM)[:, None] * sums[:, -1:]
-    return torch.searchsorted(sums, threshold, right=True)[:, 0]
+    drawn = torch.searchsorted(sums, threshold, right=True)[:, 0]
+    if (drawn == logits.shape[-1]).any():
+        raise UserError("the model's output is not a number: its training has diverged, try a lower learning_rate")
+    return drawn
 
 
 def log_probabilities(logits: Tensor, top: int) -> tuple[Tensor, list[tuple[int, float]]]:

@@ -168,9 +168,9 @@ class ImageTransformer(nn.Module):
     def describe(self) -> str:
         """One line: what this model is."""
         c, counts = self.config, self.parameter_counts()
+        head = f" ({counts['head'] / 1e6:.2f}M head)" if counts["head"] else ""
         return (
-            f"{counts['total'] / 1e6:.2f}M parameters ({counts['head'] / 1e6:.2f}M head): {c.num_layers} layers x "
-            f"{c.hidden_size} wide, {c.num_heads} heads of {c.head_width}, {c.activation} {c.feed_forward_width}, "
+            f"{counts['total'] / 1e6:.2f}M parameters{head}: {c.shape}, "
             f"{c.patches} patches of {c.patch_size} x {c.patch_size} pixels, {c.stem} stem"
         )
 

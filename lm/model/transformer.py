@@ -282,6 +282,5 @@ class Transformer(nn.Module):
         c, counts = self.config, self.parameter_counts()
         return (
             f"{counts['total'] / 1e6:.2f}M parameters ({counts['embedding'] / 1e6:.2f}M embedding): "
-            f"{c.num_layers} layers x {c.hidden_size} wide, {c.num_heads} heads of {c.head_width}, "
-            f"{c.activation} {c.feed_forward_width}, vocabulary {c.vocab_size:,}"
+            f"{c.shape}, vocabulary {c.vocab_size:,}"
         )

@@ -56,15 +56,11 @@ class Mixture:
     """An ``lm.objectives.objective.Comparing`` of two: the loss is the mean of theirs, weighted by their shares."""
 
     compares, comparable = True, True
+    memory: nn.Module | None = None  # that of the views
 
     def __init__(self, config: Config, text: TextObjective, views: TextViews) -> None:
         self.text, self.views, self.seed = text, views, config.training.seed
         self.share = float(config.objective.shares[views.name])  # of the rows that are compared
-
-    @property
-    def memory(self) -> nn.Module | None:
-        """The teacher of the views."""
-        return self.views.memory
 
     def new_model(self) -> Transformer:
         return self.views.new_model()
@@ -113,6 +109,7 @@ class Mixture:
 
     def begin(self, model: nn.Module) -> None:
         self.views.begin(model)
+        self.memory = self.views.memory
 
     def after_step(self, model: nn.Module, step: int) -> None:
         self.views.after_step(model, step)

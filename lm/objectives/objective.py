@@ -47,9 +47,7 @@ class Objective(Protocol):
 
     compares: bool
     comparable: bool
-
-    @property
-    def memory(self) -> nn.Module | None: ...
+    memory: nn.Module | None
 
     def new_model(self) -> Model:
         """The model to train, whose weights are not drawn yet."""

@@ -36,7 +36,7 @@ class TextViews(Views):
 
     @property
     def pieces(self) -> int:
-        """How many pieces a row has."""
+        """How many pieces of a row are compared: as many as a full one has at least."""
         return -(-self.config.data.context_length // self.config.views.view_tokens)
 
     def new_model(self) -> Transformer:
@@ -62,7 +62,7 @@ class TextViews(Views):
     def _spans(
         self, rows: Rows, seed: int, views: range, shares: tuple[float, float] = (1.0, 1.0), deletion: float = 0.0
     ) -> Spans:
-        pieces = pieces_of(rows, self.config.views.view_tokens, self.vocabulary.end_of_text)
+        pieces = pieces_of(rows, self.pieces, self.config.views.view_tokens, self.vocabulary.end_of_text, seed)
         return draw_spans(
             pieces,
             rows.numbers,
@@ -75,8 +75,15 @@ class TextViews(Views):
         )
 
     def example(self, rows: int) -> TextViewBatch:
-        windows = np.full((rows, self.config.data.context_length + 1), self.vocabulary.end_of_text + 1, dtype=np.int64)
-        return self._batch(rows_of_windows(windows, self.vocabulary), 0)
+        def spans(views: int, share: float) -> Spans:
+            length = int(share * self.config.views.view_tokens) + 1
+            inputs = torch.zeros(rows, views, self.pieces * length, dtype=torch.int64)
+            positions, borders = torch.zeros_like(inputs, dtype=torch.int32), torch.zeros(rows, views, self.pieces, 2)
+            return Spans(inputs, positions, positions, positions + 1, borders.to(torch.int64))
+
+        local = self.method.local_views
+        small = spans(local, self.config.views.span_share) if local else None
+        return TextViewBatch(spans(2, 1.0), small, torch.zeros(rows), {self.name: rows})
 
     def features_of(self, model: nn.Module, spans: Spans) -> Tensor:
         """The vectors of spans: (rows, pieces, views, hidden)."""

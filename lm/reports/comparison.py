@@ -1,21 +1,22 @@
 """Compare runs: their different settings, their losses, and their curves in one chart.
 
-Only files that are written during training are read, so unfinished runs can be compared too.
+Only files that training and evaluation write are read, so unfinished runs can be compared too, and imported ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.files import read_json, write_atomically
-from lm.reports.page import Panel, Series, draw, render
-from lm.runs.checkpoint import STATE
-from lm.runs.directory import METRICS, Run, open_run
+from lm.reports.page import Panel, Series, chart, render
+from lm.runs.checkpoint import STATE, Checkpoint
+from lm.runs.directory import METRICS, Run, open_run, saved_evaluation
 from lm.runs.metrics_log import overfitting, rows_validated, summary
 from lm.training.plan import format_bytes
 
@@ -33,6 +34,29 @@ class Entry:
     name: str
     run: Run
     lines: list[dict[str, Any]]
+
+    @cached_property
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint whose state can be read, unverified; None if there is none."""
+        for state in sorted(self.run.path.glob(f"checkpoints/step_*/{STATE}"), reverse=True):
+            try:
+                content = read_json(state)
+                return Checkpoint(state.parent, content["step"], content)
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return None
+
+    @property
+    def origin(self) -> str:
+        """Where a run comes from that has not been trained here; "" for others."""
+        state = self.newest.state if self.newest and not summary(self.lines) else {}
+        keys = {"imported_from": "imported", "merged_from": "merged"}
+        return next((f"{done} from {state[key]}" for key, done in keys.items() if key in state), "")
+
+    def evaluation(self) -> dict[str, Any]:
+        """The last evaluation of the newest checkpoint, of a run on text; {} without one."""
+        known = saved_evaluation(self.run, self.newest) if self.newest and not self.run.config.reads_images else None
+        return known or {}
 
     @property
     def objective(self) -> str:
@@ -63,19 +87,15 @@ class Entry:
         return found
 
     def data_fingerprint(self) -> str | None:
-        """The hash of the data's content, from the newest checkpoint that has it."""
-        for state in sorted(self.run.path.glob(f"checkpoints/step_*/{STATE}"), reverse=True):
-            try:
-                return str(read_json(state)["data_fingerprint"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-        return None
+        """The hash of the data's content, from the newest checkpoint."""
+        return self.newest.state.get("data_fingerprint") if self.newest else None
 
 
 def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
     """Open the runs to compare, named by their directories, or by their paths if names repeat.
 
-    Raise UserError if one is not a run, or has logged nothing yet, or if some read text and others images.
+    Raise UserError if one is not a run, or is to be trained here and has logged nothing yet, or if some read text and
+    others images.
     """
     names = [Path(path).resolve().name for path in paths]
     names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
@@ -85,29 +105,18 @@ def open_entries(paths: Sequence[str | Path]) -> list[Entry]:
         raise UserError(f"{images} reads images, and {text} reads text: compare runs of one kind")
     entries = [Entry(name, run, list(run.metrics())) for name, run in zip(names, runs, strict=True)]
     for entry in entries:
-        if not summary(entry.lines):
-            raise UserError(_why_no_metrics(entry.run))
+        if not summary(entry.lines) and not entry.origin:
+            raise UserError(f"{entry.run.path} has no metrics in {METRICS} yet: train it first")
     return entries
-
-
-def _why_no_metrics(run: Run) -> str:
-    """Why a run has no line of training, and what to do instead."""
-    newest = run.latest(lambda _: None)
-    for key, done in (("imported_from", "imported"), ("merged_from", "merged")):
-        if newest and key in newest.state:
-            how = f"was {done} from {newest.state[key]} and has not been trained here, so it has no curves to compare"
-            options = "" if run.config.reads_images else " --text FILE"
-            measure = "" if run.config.has_task_head else f": {command('evaluate')} {run.path}{options} measures it"
-            return f"{run.path} {how}{measure}"
-    return f"{run.path} has no metrics in {METRICS} yet: train it first"
 
 
 def compare(entries: Sequence[Entry]) -> dict[str, Any]:
     """Compare the runs; the result is ready for JSON.
 
     ``unit`` is the unit in which losses are comparable, "loss" for images and views; ``remarks`` are caveats about the
-    numbers; ``runs`` has the state of each run and, per readout, its ``final`` and its ``best`` validation;
-    ``settings`` has the values of the settings that differ, in the order of the runs.
+    numbers; ``runs`` has the state of each run and, per readout, its ``final`` and its ``best`` validation and its
+    ``evaluation``; a run that was not trained here has an ``origin`` instead of steps; ``settings`` has the values of
+    the settings that differ, in the order of the runs.
     """
     flat = [entry.run.config.flat() for entry in entries]
     same_inputs = _alike(entry.run.processor.sha256 for entry in entries)
@@ -134,7 +143,8 @@ def _state_of(entry: Entry, unit: str) -> dict[str, Any]:
             readout: {"final": losses[-1], "best": min(losses, key=lambda loss: loss[unit])}
             for readout, losses in entry.validations(unit).items()
         },
-    }
+        "evaluation": entry.evaluation().get("validation", {}),
+    } | ({"origin": entry.origin} if entry.origin else {})
 
 
 def _remarks(entries: Sequence[Entry], *, same_inputs: bool) -> list[str]:
@@ -150,19 +160,34 @@ def _remarks(entries: Sequence[Entry], *, same_inputs: bool) -> list[str]:
         )
     elif not _alike(entry.run.config.model.vocab_size for entry in entries):
         remarks.append(f"The vocabularies differ in size: {sizes} tokens.")
-    fingerprints = [entry.data_fingerprint() for entry in entries]
-    if not _alike([entry.run.config.data.data for entry in entries] if None in fingerprints else fingerprints):
+    trained = [entry for entry in entries if not entry.origin]
+    fingerprints = [entry.data_fingerprint() for entry in trained]
+    if not _alike([entry.run.config.data.data for entry in trained] if None in fingerprints else fingerprints):
         remarks.append("The data differ, so the losses may be on different texts.")
-    parts = [[rows_validated(line) for line in entry.lines if line.get("validation")][-1:] for entry in entries]
+    parts = [[rows_validated(line) for line in entry.lines if line.get("validation")][-1:] for entry in trained]
     if not _alike(parts):
-        named = [f"{e.name} {''.join(part) or 'unknown'}" for e, part in zip(entries, parts, strict=True)]
+        named = [f"{e.name} {''.join(part) or 'unknown'}" for e, part in zip(trained, parts, strict=True)]
         remarks.append(f"The validations use different parts of the split: {', '.join(named)}.")
+    evaluated = [entry.evaluation() for entry in entries if entry.evaluation()]
+    if not _alike(known["data_fingerprint"] for known in evaluated):
+        remarks.append(f"The evaluations are of different texts: {', '.join(known['data'] for known in evaluated)}.")
+    remarks += [_not_trained(entry) for entry in entries if entry.origin]
     return remarks + [f"{entry.name}: {sentence}" for entry in entries if (sentence := overfitting(entry.lines))]
 
 
-def _alike(values: Any) -> bool:
-    first, *others = values
-    return all(other == first for other in others)
+def _not_trained(entry: Entry) -> str:
+    """That a run has not been trained here, and what would measure it."""
+    run = entry.run
+    sentence = f"{entry.name} was {entry.origin} and has not been trained here, so it has no curves"
+    if entry.evaluation() or run.config.has_task_head:
+        return f"{sentence}."
+    data = "" if run.config.reads_images else " --data FOLDER"
+    return f"{sentence}: {command('evaluate')} {run.path}{data} measures it."
+
+
+def _alike(values: Iterable[Any]) -> bool:
+    values = list(values)
+    return all(value == values[0] for value in values)
 
 
 def rows(comparison: dict[str, Any]) -> list[list[str]]:
@@ -173,12 +198,12 @@ def rows(comparison: dict[str, Any]) -> list[list[str]]:
     runs, unit = comparison["runs"], comparison["unit"]
     table = [
         ["losses" if unit == "loss" else f"losses in {UNITS[unit]}", *(run["name"] for run in runs)],
-        ["steps", *(f"{run['step']:,} of {run['steps']:,}" for run in runs)],
-        ["tokens seen", *(f"{run['tokens']:,}" for run in runs)],
-        ["epochs seen", *(f"{run['epoch']:.2f}" for run in runs)],
-        ["tokens/s, median", *(f"{run['tokens_per_second']:,.0f}" for run in runs)],
+        ["steps", *(run.get("origin") or f"{run['step']:,} of {run['steps']:,}" for run in runs)],
     ]
     known = {
+        "tokens": ("tokens seen", "{:,}".format),
+        "epoch": ("epochs seen", "{:.2f}".format),
+        "tokens_per_second": ("tokens/s, median", "{:,.0f}".format),
         "share_of_peak": ("fraction of peak, median", "{:.1%}".format),
         "memory_bytes": ("peak memory", format_bytes),
     }
@@ -198,6 +223,11 @@ def rows(comparison: dict[str, Any]) -> list[list[str]]:
                 for loss in found
             )
             table.append([f"validation, {readout}, {which}", *cells])
+    for readout in _names(runs, "evaluation"):
+        found = [run["evaluation"].get(readout) for run in runs]
+        table.append(
+            [f"evaluation, {readout}", *(f"{loss[unit]:.4f}" if loss and unit in loss else "" for loss in found)]
+        )
     return table
 
 
@@ -241,7 +271,7 @@ def _curves(entries: Sequence[Entry], comparison: dict[str, Any]) -> list[str]:
             name: [(loss["tokens"], loss[unit]) for loss in found.get(readout, [])] for name, found in losses.items()
         }
         validation.append(Panel(f"validation, {readout}, {UNITS[unit]}", {}, points, horizontal="tokens seen"))
-    return [draw(panels, height=3.2) for panels in (training, validation) if panels]
+    return [chart(panels, height=3.2) for panels in (training, validation) if panels]
 
 
 def _names(runs: Sequence[dict[str, Any]], key: str) -> list[str]:

@@ -32,7 +32,7 @@ from lm.objectives.images import ImageObjective
 from lm.objectives.mae import MaskedAutoencoder
 from lm.objectives.objective import open_objective, restore
 from lm.objectives.simclr import SimCLR
-from lm.reports.page import Panel, Scatter, draw, picture, render
+from lm.reports.page import Panel, Scatter, chart, picture, render
 from lm.reports.run_report import environment, events_of, lead, settings_of
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run
@@ -229,9 +229,9 @@ def _map(model: ImageTransformer, form: ImageFormat, held_out: ImageValidation) 
     points = {"": places[~np.isin(labels, shown)].tolist()}
     points |= {split.classes[label]: places[labels == label].tolist() for label in shown if counts[label]}
     axes = [f"component {number}: {share:.0%} of the variance" for number, share in enumerate(shares, 1)]
-    chart = Scatter("", {name: [(x, y) for x, y in each] for name, each in points.items()}, *axes)
+    scatter = Scatter("", {name: [(x, y) for x, y in each] for name, each in points.items()}, *axes)
     return {
-        "chart": draw([chart], height=5),
+        "chart": chart([scatter], height=5),
         "images": len(numbers),
         "share": f"{shares.sum():.0%}",
         "others": int(max(0, (counts > 0).sum() - NAMED)),
@@ -372,7 +372,7 @@ def _curves(lines: list[dict[str, Any]]) -> list[str]:
         Panel(key.replace("_", " "), {"": series(training, key)})
         for key in ("learning_rate", "gradient_norm", "images_per_second")
     ]
-    return [draw([losses], height=3.6), *([draw(health, height=2.2)] if health else []), draw(rates, height=2.2)]
+    return [chart([losses], height=3.6), *([chart(health, height=2.2)] if health else []), chart(rates, height=2.2)]
 
 
 def _summary(lines: list[dict[str, Any]]) -> dict[str, str]:

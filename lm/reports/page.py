@@ -67,6 +67,25 @@ class Scatter:
     vertical: str
 
 
+@dataclass(frozen=True)
+class Dots:
+    """One chart: a dot for each (x, y), a thin ``line``, and the ``best`` dot with its name.
+
+    ``ticks`` are the names of positions on the horizontal axis; empty: numbers. ``log``: its numbers vary by factors.
+    """
+
+    title: str
+    points: list[tuple[float, float]]
+    best: tuple[str, float, float]
+    line: list[tuple[float, float]]
+    horizontal: str
+    ticks: dict[float, str]
+    log: bool
+
+
+Chart = Panel | Bars | Scatter | Dots
+
+
 def picture(pixels: NDArray[np.uint8]) -> str:
     """Pixels, uint8 (height, width, 1 or 3), as the address of a PNG that an ``img`` shows, at most 96 pixels wide."""
     from PIL import Image
@@ -85,38 +104,54 @@ def render(template: str, **values: Any) -> str:
     return pages.get_template(template).render(**values)
 
 
-def draw(panels: Sequence[Panel | Bars | Scatter], height: float) -> str:
+def chart(panels: Sequence[Chart], height: float) -> str:
+    """Draw panels twice, in a row for wide screens and stacked for phones; the page's style shows one of the two."""
+    return draw(panels, height) + draw(panels, height, stacked=True)
+
+
+def draw(panels: Sequence[Chart], height: float, *, stacked: bool = False) -> str:
     """Draw panels in a row, ``height`` inches high and 9 inches wide in total, as one SVG element without a date.
 
-    Its texts are texts, its colors follow the page's, and a label says what it shows.
+    Its texts are texts, its colors follow the page's, and a label says what it shows. ``stacked`` panels are below one
+    another, 4.2 inches wide, with their legends below them.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.rcsetup import cycler
 
     style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
-    style |= {"svg.hashsalt": "kindling", "svg.fonttype": "none", "axes.titlesize": 10}
+    kind = "narrow" if stacked else "wide"
+    label = _label(panels)
+    style |= {"svg.hashsalt": f"{kind} {label}", "svg.fonttype": "none", "axes.titlesize": 10}
+    style |= {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "sans-serif"]}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
     with mpl.rc_context(style | {"axes.edgecolor": SOFT, "axes.prop_cycle": cycler(color=COLORS)}):
-        figure = Figure(figsize=(9, height), layout="constrained")
+        across = (len(panels), 1) if stacked else (1, len(panels))
+        size = (4.2, min(height, 3.6) * len(panels)) if stacked else (9, height)
+        figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for axes, panel in zip(figure.subplots(*across, squeeze=False).flat, panels, strict=True):
             match panel:
                 case Bars():
                     _draw_bars(axes, panel)
                 case Scatter():
-                    _draw_scatter(axes, panel)
+                    _draw_scatter(axes, panel, stacked)
+                case Dots():
+                    _draw_dots(axes, panel)
                 case Panel():
-                    _draw_panel(axes, panel)
+                    _draw_panel(axes, panel, stacked)
             axes.patch.set_alpha(0)
+            axes.title.set_wrap(True)
+            axes.xaxis.label.set_wrap(True)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
     svg = re.sub("|".join(NAMES), lambda color: f"var(--{NAMES[color[0]]}, {color[0]})", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(_label(panels))}"', 1)
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # of groups, the same in each chart of a page
+    return svg.replace("<svg", f'<svg class="{kind}" role="img" aria-label="{html.escape(label)}"', 1)
 
 
-def _label(panels: Sequence[Panel | Bars | Scatter]) -> str:
+def _label(panels: Sequence[Chart]) -> str:
     """What panels show, in words."""
     parts = []
     for panel in panels:
@@ -128,18 +163,23 @@ def _label(panels: Sequence[Panel | Bars | Scatter]) -> str:
             counts = ", ".join(f"{name} {len(points)}" for name, points in panel.points.items() if name)
             parts.append(panel.title + (f", points of each: {counts}" if counts else ""))
             continue
+        if isinstance(panel, Dots):
+            name, x, y = panel.best
+            parts.append(f"{panel.title} by {panel.horizontal}: {name}, {y:.4f} at {panel.ticks.get(x, f'{x:g}')}")
+            continue
         names = [name for name in (*panel.lines, *panel.points, *panel.marks) if name]
         parts.append(f"{panel.title} by {panel.horizontal}" + (f": {', '.join(names)}" if names else ""))
     return "Chart of " + "; ".join(parts)
 
 
-def _draw_panel(axes: Any, panel: Panel) -> None:
+def _draw_panel(axes: Any, panel: Panel, stacked: bool) -> None:
     from matplotlib.ticker import EngFormatter
 
     marked = {"marker": "o", "markersize": 4, "linestyle": "--"}
     for kind, style in ((panel.lines, {"linewidth": 1.2}), (panel.points, marked)):
         for (label, series), color in zip(kind.items(), itertools.cycle(COLORS), strict=False):
-            axes.plot(*zip(*series, strict=True), color=color, label=_literal(label), **style)
+            alone = {"marker": "o", "markersize": 4} if len(series) == 1 else {}  # a line of one point is invisible
+            axes.plot(*zip(*series, strict=True), color=color, label=_literal(label), **style | alone)
     for label, position in panel.marks.items():
         axes.axvline(position, color=SOFT, linewidth=1, linestyle=":", label=_literal(label))
     axes.set(title=_literal(panel.title), xlabel=panel.horizontal)
@@ -147,7 +187,8 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color=LINE, linewidth=0.6)
     if len(panel.lines) + len(panel.points) + len(panel.marks) > 1:
-        axes.legend(frameon=False)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)} if stacked else {"loc": "best"}
+        axes.legend(frameon=False, **place)
 
 
 def _draw_bars(axes: Any, bars: Bars) -> None:
@@ -163,7 +204,7 @@ def _draw_bars(axes: Any, bars: Bars) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_scatter(axes: Any, scatter: Scatter) -> None:
+def _draw_scatter(axes: Any, scatter: Scatter, stacked: bool) -> None:
     style = {"linestyle": "none", "markersize": 5, "markeredgewidth": 0, "alpha": 0.85}
     if others := scatter.points.get(""):
         axes.plot(*zip(*others, strict=True), color=SOFT, marker=".", **style)
@@ -174,7 +215,29 @@ def _draw_scatter(axes: Any, scatter: Scatter) -> None:
     axes.set(title=_literal(scatter.title), xlabel=scatter.horizontal, ylabel=scatter.vertical, xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
     if named:
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 3, "columnspacing": 1}
+        axes.legend(frameon=False, **(below if stacked else {"loc": "center left", "bbox_to_anchor": (1, 0.5)}))
+
+
+def _draw_dots(axes: Any, dots: Dots) -> None:
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    name, x, y = dots.best
+    if dots.line:
+        axes.plot(*zip(*dots.line, strict=True), color=SOFT, linewidth=1)
+    axes.plot(*zip(*dots.points, strict=True), color=COLORS[1], marker="o", markersize=5, linestyle="none")
+    axes.plot([x], [y], color=COLORS[0], marker="o", markersize=9, linestyle="none")
+    is_lowest = y <= min(height for _, height in dots.points)  # then there is room below
+    place = {"xytext": (0, -9 if is_lowest else 9), "va": "top" if is_lowest else "bottom", "ha": "center"}
+    axes.annotate(_literal(name), (x, y), textcoords="offset points", color=COLORS[0], **place)
+    axes.set(title=_literal(dots.title), xlabel=_literal(dots.horizontal), xscale="log" if dots.log else "linear")
+    if dots.ticks:
+        axes.set_xticks(list(dots.ticks), [_literal(tick) for tick in dots.ticks.values()])
+        axes.xaxis.set_minor_locator(NullLocator())
+    elif dots.log:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    axes.margins(x=0.12, y=0.18)
+    axes.grid(color=LINE, linewidth=0.6)
 
 
 def _literal(text: str) -> str:

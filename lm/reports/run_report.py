@@ -15,7 +15,8 @@ import torch
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from lm import __version__
-from lm.config.settings import TEXT_VIEW_OBJECTIVES, Config, all_settings, pretraining_settings
+from lm.config.settings import TEXT_VIEW_OBJECTIVES, Config
+from lm.config.shown import shown_settings
 from lm.evaluation.validation_loss import verdict
 from lm.inference.fill_mask import fill_masks
 from lm.inference.generator import stream
@@ -23,7 +24,7 @@ from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.model.device import choose_device
 from lm.model.image_transformer import Model
-from lm.reports.page import Panel, Series, draw, render
+from lm.reports.page import Panel, Series, chart, render
 from lm.runs.checkpoint import STATE, Checkpoint
 from lm.runs.directory import Run
 from lm.runs.metrics_log import best_validation, of_tokens, overfitting, rows_validated, series, summary
@@ -86,14 +87,20 @@ def lead(run: Run, checkpoint: Checkpoint, model: Model, lines: Sequence[dict[st
             seconds += (line["tokens"] - seen) / line["tokens_per_second"]
             seen = line["tokens"]
     took = f", which took {format_time(seconds)}" if seconds else ""
-    what = f"{model.describe()}; trained with {run.config.objective.objective} {steps}{took}."
+    task = run.config.finetune
+    how = f"trained with {run.config.objective.objective}"
+    if run.config.is_finetuning:
+        start = Path(task.base).name if task.weights == "pretrained" else "random weights"
+        how = f"fine-tuned from {start} for {task.task.replace('_', ' ')} ({task.method})"
+    what = f"{model.describe()}; {how} {steps}{took}."
     return f"{what} The checkpoint was saved on {saved:%Y-%m-%d at %H:%M}."
 
 
 def environment(model: Model, reader: str = "tokenizers") -> dict[str, str]:
     """The versions and the machine that the report was made with; ``reader`` is the package that reads its inputs."""
     device = next(model.parameters()).device
-    threads = f"{device.type}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    threads = f"{device.type}, {count} thread{'s' if count != 1 else ''}"
     return {
         "Kindling": __version__,
         "Python": platform.python_version(),
@@ -130,7 +137,7 @@ def _evaluation_rows(evaluation: dict[str, Any]) -> dict[str, Any]:
             for name, loss in losses.items()
         ],
         "protocol": evaluation["protocol"].capitalize(),
-        "size": f"{evaluation['validation_tokens']:,} tokens, {evaluation['validation_bytes']:,} bytes",
+        "size": f"{evaluation['validation_tokens']:,} tokens, {format_bytes(evaluation['validation_bytes'])}",
         "step": evaluation["step"],
     }
 
@@ -140,33 +147,20 @@ def _shown(model: LanguageModel, text: str) -> dict[str, Any]:
         filled = fill_masks(model, text)
     except UserError as problem:  # one text that cannot be filled must not prevent the report
         return {"pieces": [(f"{text} ({problem})", False)], "candidates": []}
-    candidates = [[(repr(token), f"{probability:.0%}") for token, probability in each] for each in filled.candidates]
+    candidates = [[(repr(token), _percent(probability)) for token, probability in each] for each in filled.candidates]
     return {"pieces": filled.pieces, "candidates": candidates}
 
 
-def settings_of(run: Run) -> dict[str, list[dict[str, Any]]]:
-    values = run.config.flat()
-    sections: dict[str, list[dict[str, Any]]] = {}
-    model = run.config.model
-    meant = {
-        "num_key_value_heads": model.key_value_heads,
-        "head_size": model.head_width,
-        "feed_forward_size": model.feed_forward_width,
+def _percent(probability: float) -> str:
+    """A probability with two digits: ``34%``, ``0.12%``."""
+    return f"{probability:.0%}" if probability >= 0.1 else f"{100 * probability:.2g}%"
+
+
+def settings_of(run: Run) -> dict[str, list[dict[str, str]]]:
+    return {
+        section: [{"name": setting.name, "value": value, "help": setting.help} for setting, value in settings]
+        for section, settings in shown_settings(run.config).items()
     }
-    for setting in all_settings() if run.config.is_finetuning else pretraining_settings():
-        value = _spelled(values[setting.name])
-        if values[setting.name] == 0 and setting.name in meant:
-            value += f" → {meant[setting.name]}"
-        row = {"name": setting.name, "value": value, "help": setting.help}
-        sections.setdefault(setting.section, []).append(row)
-    return sections
-
-
-def _spelled(value: Any) -> str:
-    """The value of a setting as recipes spell it, with nothing for nothing."""
-    if isinstance(value, tuple):
-        return ", ".join(value)
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _is_of_views(name: str, config: Config) -> bool:
@@ -204,9 +198,9 @@ def _curves(lines: list[dict[str, Any]], config: Config) -> list[str]:
         if part or of_part:
             panels.append(Panel(title, part, of_part, marks))
     return [
-        draw(panels, height=3.6),
-        draw(rates, height=2.2),
-        draw(speed, height=2.2),
+        chart(panels, height=3.6),
+        chart(rates, height=2.2),
+        chart(speed, height=2.2),
     ]
 
 

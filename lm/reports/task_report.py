@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data_prep.files import write_atomically
 from lm.evaluation.task_table import Cell, Examples, Summary, findings, summarize
 from lm.finetuning.metrics import CALIBRATION_BINS, calibration, confusion_matrix
-from lm.reports.page import Bars, Panel, draw, render
+from lm.reports.page import Bars, Panel, chart, render
 
 HARDEST = 10
 # These know nothing of the pretraining.
@@ -65,10 +65,20 @@ def _section(examples: Examples, cells: Sequence[Cell]) -> dict[str, Any]:
         "header": header,
         "rows": rows,
         "findings": findings(summaries, task.judged_by),
-        "chart": draw([_bars(values, task.judged_by, several=len(summaries[0].seeds) > 1)], height=3.0),
+        "chart": chart([_bars(values, task.judged_by, several=len(summaries[0].seeds) > 1)], height=3.0),
         "shown": f"{examples.rows[shown.row]}, seed {shown.seed}",
+        **of_examples(examples, outputs, truth),
+    }
+
+
+def of_examples(examples: Examples, outputs: NDArray[np.float64], truth: NDArray[Any]) -> dict[str, Any]:
+    """The values of ``answers.html``, from the outputs for the test examples and what is right (``Examples.values``).
+
+    ``outputs`` are probabilities (examples, classes), or numbers (examples,).
+    """
+    return {
         "confusion": _confusion(examples, outputs, truth),
-        "calibration": draw([_calibration(examples, outputs, truth)], height=3.0),
+        "calibration": chart([_calibration(examples, outputs, truth)], height=3.0),
         "hardest": _hardest(examples, outputs, truth),
     }
 

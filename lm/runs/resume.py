@@ -95,9 +95,10 @@ def _check(run: Run, newest: Checkpoint, config: Config, source: TrainingSource,
     """Raise UserError if ``newest`` was trained with other data, another processor or other settings."""
     path = run.path
     if newest.state["data_fingerprint"] != source.fingerprint:
-        raise UserError(
-            f"{path} was trained on other data than {source.name} holds now: choose another --run, or restore the data"
-        )
+        then = "or restore the data"
+        if not config.is_finetuning and config.data.data != run.config.data.data:
+            then = f"and --init-from {path} to start it from these weights"
+        raise UserError(f"{path} was trained on other data than {source.name} holds now: choose another --run, {then}")
     kept = path / source.processor.file_name
     if kept.exists() and run.processor.sha256 != newest.state.get(sha256_key(kept.name)):
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import UserError
+from lm.config.shown import shown_values
 from lm.data.image_files import Picture, Pixels, pixels_of_file
 from lm.inference.attention_maps import attention_maps
 from lm.inference.embedding import require_layer
@@ -135,6 +136,7 @@ class ImageService:
             "samples": [_shown(picture) for picture in self.samples],
             "limits": {"waiting": self.limits.waiting, "body_bytes": self.limits.body_bytes, "pixels": MOST_PIXELS},
             "settings": plain_settings(config),
+            "sections": shown_values(config),
         }
 
 

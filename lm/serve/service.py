@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from lm.config.sampling import recommended
+from lm.config.shown import shown_values
 from lm.data.openings import Opening
 from lm.inference.chat_template import ChatFormat, chat_format
 from lm.inference.fill_mask import Filled, fill_masks
@@ -113,4 +114,5 @@ class Service:
             "openings": [opening._asdict() for opening in self.openings],
             "limits": vars(self.limits),
             "settings": plain_settings(self.run.config),
+            "sections": shown_values(self.run.config),
         }

@@ -52,9 +52,10 @@ CPU_MICRO_BATCH_TOKENS = 4096
 # A dry step that would take longer than the first of these uses fewer rows; a quick one is repeated for the second,
 # since it takes several steps to reach a steady speed.
 DRY_SECONDS, ENOUGH_SECONDS, MOST_PASSES = 5.0, 2.0, 12
-# More passes over the same text than this teach ever less (Muennighoff et al. 2023, "Scaling Data-Constrained Language
-# Models"); a plan that takes longer than this names a shorter run.
-MOST_EPOCHS, LONG_SECONDS = 4, 3600
+# From this many passes over the same text, further ones teach ever less (Muennighoff et al. 2023, "Scaling
+# Data-Constrained Language Models": a repeated token's worth has fallen to 1/e after 15 repetitions); a plan that takes
+# longer than this names a shorter run.
+MOST_EPOCHS, LONG_SECONDS = 16, 3600
 # Shorter runs start without a dry step.
 FEWEST_STEPS = 20
 
@@ -132,11 +133,13 @@ class Plan:
     def notes(self) -> list[str]:
         """What a user may want to change: many passes over the same text, or a long time."""
         steps, notes = self.config.training.steps, []
-        if self.epochs and self.epochs > MOST_EPOCHS and not self.config.reads_images:  # views differ in each epoch
+        if (
+            self.epochs and round(self.epochs) > MOST_EPOCHS and not self.config.reads_images
+        ):  # views differ in each epoch
             enough = max(1, int(steps * MOST_EPOCHS / self.epochs))
             notes.append(
-                f"{self.epochs:.0f} epochs: after about {MOST_EPOCHS}, each pass over the same text teaches less, and "
-                f"the model may overfit; --steps {enough} stops there, and more text or a smaller model goes further"
+                f"{self.epochs:.0f} epochs: after about {MOST_EPOCHS}, more passes over the same text teach little, "
+                f"and the model may overfit; --steps {enough} makes {MOST_EPOCHS}; more text goes further"
             )
         if self.seconds and self.seconds > LONG_SECONDS:
             enough = max(1, int(steps * LONG_SECONDS / self.seconds))
@@ -175,10 +178,11 @@ class Plan:
     def table(self) -> list[tuple[str, str]]:
         """Name and value of each line that ``--plan`` prints."""
         data = self.config.data
-        processor = f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        processor = f"{self.device.type.upper()}, {threads} thread{'s' * (threads != 1)}"
         if self.device.type == "cuda":
             processor = torch.cuda.get_device_name(self.device)
-        products = f"{self.machine_rate / 1e9:,.0f} GFLOP/s in matrix products"
+        products = f"peak: {self.machine_rate / 1e9:,.0f} GFLOP/s in matrix products"
         rows = [
             ("model", self.model),
             ("objective", f"{self.config.objective.objective} on {self.data}"),

@@ -2,7 +2,7 @@
 
 import { make } from "./dom.js";
 
-const [LEFT, RIGHT, TOP, BOTTOM] = [56, 12, 10, 28];
+const [LEFT, RIGHT, TOP, BOTTOM] = [56, 20, 10, 28];
 const MOST_POINTS = 1200;
 
 function svg(tag, attributes, text) {
@@ -35,7 +35,7 @@ function thinned(points) {
 }
 
 // series: [{name, color (0 to 5), dashed, points: [[x, y], …]}]; the key shows the values at the pointer.
-export function chart(title, series, { width = 1040, height = 320, fromZero = false } = {}) {
+export function chart(title, series, { width, height, fromZero = false }) {
   const drawn = series.filter((one) => one.points.length);
   const key = make("ul", { class: "keys-of-chart" });
   const last = (one) => one.points[one.points.length - 1];
@@ -54,11 +54,11 @@ export function chart(title, series, { width = 1040, height = 320, fromZero = fa
   const px = (x) => LEFT + ((x - x0) / (x1 - x0)) * (width - LEFT - RIGHT);
   const py = (y) => height - BOTTOM - ((y - y0) / (y1 - y0)) * (height - TOP - BOTTOM);
 
-  for (const y of ticks(y0, y1, 5)) {
+  for (const y of ticks(y0, y1, height / 40)) {
     picture.append(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: py(y), y2: py(y) }));
     picture.append(svg("text", { x: LEFT - 8, y: py(y) + 4, "text-anchor": "end" }, short(y)));
   }
-  for (const x of ticks(x0, x1, width / 110)) {
+  for (const x of ticks(x0, x1, width / 90)) {
     picture.append(svg("text", { x: px(x), y: height - 8, "text-anchor": "middle" }, short(x)));
   }
   const items = drawn.map((one) => {

@@ -17,6 +17,9 @@ export function say(id, text, wrong = false) {
 export const percent = (p) =>
   p >= 0.1 ? `${(100 * p).toFixed(0)}%` : p >= 0.0001 ? `${Number((100 * p).toPrecision(2))}%` : `${p.toExponential(0)}`;
 
+// What a readout predicts.
+export const READOUTS = { next_token: "next token", masked_next_token: "masked token", masked_token: "masked token" };
+
 // Show white space with visible characters.
 export const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "·");
 

@@ -55,6 +55,6 @@ function show({ pieces, candidates }) {
     draw(piece.text);
     cards.push(card);
   }
-  paper.hidden = false;
+  paper.hidden = $("fill-hint").hidden = false;
   $("candidates").replaceChildren(...cards);
 }

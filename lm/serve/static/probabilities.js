@@ -64,7 +64,7 @@ function show() {
     return span;
   });
   $("tokens").replaceChildren(...spans);
-  $("tokens").hidden = $("legend").hidden = spans.length === 0;
+  $("tokens").hidden = $("legend").hidden = $("look-hint").hidden = spans.length === 0;
   $("token").replaceChildren();
   if (spans.length) choose(Math.min(chosen, spans.length - 1), false);
   const nats = found.reduce((sum, one) => sum - Math.log(one.probability), 0) / (found.length || 1);

@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { chart } from "./chart.js";
-import { $, make, say } from "./dom.js";
+import { $, READOUTS, make, say } from "./dom.js";
 
 const SECONDS = 2;
 
@@ -19,13 +19,17 @@ export function startRun(run) {
   };
   const row = ([name, value]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value));
   $("about").append(...Object.entries(rows).map(row));
-  $("settings-of-run").append(...Object.entries(run.settings).map(([name, value]) => row([name, JSON.stringify(value)])));
+  for (const [section, values] of Object.entries(run.sections)) {
+    const title = make("th", { colspan: 2, scope: "rowgroup", class: "section" }, section);
+    $("settings-of-run").append(make("tbody", {}, make("tr", {}, title), ...Object.entries(values).map(row)));
+  }
+  addEventListener("resize", () => lines.length && draw(run));
   poll(run);
 }
 
 const rowsOfText = (run) => ({
-  readouts: run.readouts.join(", "),
-  context: `${run.context_length.toLocaleString("en")} tokens`,
+  predicts: run.readouts.map((readout) => READOUTS[readout]).join(", "),
+  "context length": `${run.context_length.toLocaleString("en")} tokens`,
   vocabulary: `${run.vocabulary.toLocaleString("en")} tokens`,
   "concurrent texts": `${run.limits.concurrent}, and ${run.limits.waiting} waiting`,
 });
@@ -33,7 +37,7 @@ const rowsOfText = (run) => ({
 const rowsOfImages = (run) => ({
   images: `${run.image_size} × ${run.image_size} pixels, ${run.channels === 1 ? "gray" : "RGB"}`,
   neighbors: run.neighbors.note,
-  "largest image": `${run.limits.pixels / 1e6} megapixels; requests up to ${run.limits.body_bytes.toLocaleString("en")} bytes`,
+  "largest image": `${run.limits.pixels / 1e6} megapixels, in a request of at most ${Math.round(run.limits.body_bytes / 1e6)} MB`,
 });
 
 async function poll(run) {
@@ -70,20 +74,28 @@ function pointsOf(some, value) {
 }
 
 function draw(run) {
-  const small = { width: 504, height: 220, fromZero: true };
+  const width = $("curves").clientWidth;
+  if (!width) return; // hidden: the next poll draws
+  const small = { width: width > 700 ? (width - 32) / 2 : width, height: 220, fromZero: true };
   const [losses, others] = run.reads === "images" ? curvesOfImages() : curvesOfText();
   const shown = others.filter(([, one]) => one.points.length);
-  $("curves").replaceChildren(chart(...losses), ...shown.map(([title, one]) => chart(title, [one], small)));
+  $("curves").replaceChildren(chart(...losses, { width, height: 320 }), ...shown.map(([title, one]) => chart(title, [one], small)));
 }
+
+// The loss of an objective that compares views is in no nats per token.
+const VIEWS = ["simclr", "moco", "byol", "dino"];
+const isOfTokens = (key) => !VIEWS.includes(key.replace(/^loss_/, ""));
+
+const nameOf = (readout) => READOUTS[readout] ?? readout.replaceAll("_", " ");
 
 function curvesOfText() {
   const training = lines.filter((line) => typeof line.loss === "number");
   const kinds = [...new Set(training.flatMap((line) => Object.keys(line).filter((key) => key.startsWith("loss_"))))].sort();
-  const losses = (kinds.length ? kinds : ["loss"]).map((key) => series(`training, ${key.replace(/^loss_?/, "") || "loss"}`, key, 0));
+  const losses = (kinds.length ? kinds.filter(isOfTokens) : ["loss"]).map((key) => series(`training, ${nameOf(key.replace(/^loss_?/, "") || "loss")}`, key, 0));
   const validated = lines.filter((line) => line.validation);
-  const readouts = [...new Set(validated.flatMap((line) => Object.keys(line.validation)))].sort();
+  const readouts = [...new Set(validated.flatMap((line) => Object.keys(line.validation)))].filter(isOfTokens).sort();
   const validations = readouts.map((readout) => ({
-    name: `validation, ${readout}`,
+    name: `validation, ${nameOf(readout)}`,
     dashed: true,
     points: pointsOf(validated, (line) => line.validation[readout]?.nats_per_token),
   }));
@@ -95,6 +107,7 @@ function curvesOfText() {
   return [
     ["Loss, nats per token", [...losses, ...validations]],
     [
+      ...kinds.filter((key) => !isOfTokens(key)).map((key) => ["Loss of views", series(nameOf(key.replace(/^loss_/, "")), key, 3)]),
       ["Tokens per second", series("tokens per second", "tokens_per_second", 5)],
       ["Learning rate", series("learning rate", "learning_rate", 4)],
     ],

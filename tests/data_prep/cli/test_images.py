@@ -57,7 +57,7 @@ def test_the_python_face_makes_the_same_bytes(prep: Prep, pets: Path, made: Path
 
 
 def test_help_says_what_a_source_is(prep: Prep) -> None:
-    shown = " ".join(prep("images", "--help").stdout.split())
+    shown = " ".join(prep("images", "--help-all").stdout.split())
     for words in ("builtin:digits", ".parquet", "photos.tar/train", "--size INTEGER", "--channels", "--dry-run"):
         assert words in shown
     assert "Exit status 3" in shown
@@ -95,15 +95,15 @@ def test_verify_counts_images(prep: Prep, made: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("images", "PETS", "--out", "OUT"), "Missing option '--size'"),
-        (("images", "--out", "OUT", "--size", "8"), "Missing argument 'SOURCE...'"),
+        (("images", "PETS", "--out", "OUT"), "missing option '--size'"),
+        (("images", "--out", "OUT", "--size", "8"), "missing argument 'SOURCE...'"),
         (("images", "PETS", "--out", "-", "--size", "8"), "--out names a folder"),
         (("images", "PETS", "--out", "OUT", "--size", "8x8"), "'8x8' is not a valid integer"),
         (("images", "PETS", "--out", "OUT", "--size", "0"), "--size 0 must be from 4 to 2,048 pixels"),
         (("images", "PETS", "--out", "OUT", "--size", "8", "--channels", "4"), "--channels 4 must be 3"),
         (("images", "nothing", "--out", "OUT", "--size", "8"), 'there is no file or folder "nothing"'),
         (("images", "PETS", "--out", "OUT", "--image-size", "8"), 'did you mean "--size"?'),
-        (("images", "PETS", "--out", "OUT", "--size", "8", "--tokenizer", "x"), "No such option"),
+        (("images", "PETS", "--out", "OUT", "--size", "8", "--tokenizer", "x"), "no such option"),
         (("convert", "MADE", "--to", "nanogpt", "--out", "OUT"), "is a dataset of images, not of text"),
         (("build", "PETS", "--out", "OUT"), 'no text in "'),
         (("build", "MADE", "--out", "OUT"), "is a dataset of images, which has no text"),

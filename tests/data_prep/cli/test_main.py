@@ -37,7 +37,7 @@ def novel(make_text: Callable[[int, int], str], tmp_path_factory: pytest.TempPat
 
 def test_help_names_every_command_and_every_option_with_its_default(prep: Prep) -> None:
     assert all(command in prep("--help").stdout for command in ("build", "convert", "inspect", "tokenizer", "verify"))
-    shown = " ".join(prep("build", "--help").stdout.split())
+    shown = " ".join(prep("build", "--help-all").stdout.split())
     for default in ("8192", "bpe", "0.05", "65536", "text", "100000000", "67108864", "skip"):
         assert f"[default: {default}]" in shown
     assert "[required]" in shown
@@ -136,8 +136,8 @@ def test_a_tokenizer_can_be_judged_by_any_text(prep: Prep, novel: Path, tmp_path
 
 
 MISTAKES = {
-    "no source": (["--out", "OUT"], "Missing argument 'SOURCE...'"),
-    "no out": (["TEXT"], "Missing option '--out'"),
+    "no source": (["--out", "OUT"], "missing argument 'SOURCE...'"),
+    "no out": (["TEXT"], "missing option '--out'"),
     "misspelt option": (["TEXT", "--ot", "OUT"], "--out"),
     "unknown kind": (["TEXT", "--out", "OUT", "--tokenizer-kind", "words"], "'words' is not one of"),
     "missing file": (["nothing.txt", "--out", "OUT"], 'there is no file or folder "nothing.txt"'),

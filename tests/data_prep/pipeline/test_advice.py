@@ -41,10 +41,25 @@ def test_few_long_documents_and_separators_that_never_occur_are_told(
     ]
 
 
+def test_a_step_that_removes_few_documents_but_most_of_the_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(["word " * 9] * 8 + ["x" * 400] * 2), encoding="utf-8")
+    (told,) = notes_of(tmp_path, document_per="paragraph", max_characters=100, validation_fraction=0)
+    assert told.startswith('note: the step "length" removed 2 of 10 documents, 69% of the text (400 characters > 100')
+
+
+def test_a_vocabulary_that_is_too_large_because_of_cleaning_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(["the a1 b2 c3"] * 12 + [f"x{n} of words" * 9 for n in range(9)]))
+    settings = settings_for(tmp_path / "a.txt", tmp_path / "out", document_per="paragraph", min_characters=50)
+    with pytest.raises(UserError, match=r"yields only .* or add text; the step \"length\" removed 12 of 21 documents"):
+        build(settings)
+
+
 def test_a_step_that_removes_most_documents_is_told(make_text: Callable[[int, int], str], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(["word " * 9] * 8 + ["x" * 400] * 2), encoding="utf-8")
     (told,) = notes_of(tmp_path, document_per="paragraph", min_characters=100, validation_fraction=0)
-    assert told == 'note: the step "length" removed 8 of 10 documents (45 characters < 100, for example)'
+    assert (
+        told == 'note: the step "length" removed 8 of 10 documents, 31% of the text (45 characters < 100, for example)'
+    )
     for name, sentence in (
         ("validation_fraction", 'only one document .the step "length" removed 9 of 10 documents'),
         ("quality", 'contain no text: the step "quality", which is meant for English prose, removed 10 of 10'),

@@ -185,7 +185,7 @@ def test_datasets_of_images_and_of_text_are_told_apart(built: Path, tmp_path: Pa
         assert not holds_images(path)
     (tmp_path / "manifest.json").write_text("[")
     assert not holds_images(tmp_path)
-    with pytest.raises(UserError, match="is not a directory"):
+    with pytest.raises(UserError, match="there is no folder"):
         open_images(tmp_path / "nothing")
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"has no manifest\.json.*prep images"):

@@ -97,3 +97,25 @@ def test_the_page_asks_nothing_of_a_network_and_is_the_same_again(prep: Prep, tm
     assert "url(" not in html and "@import" not in html and "http" not in html
     prep("inspect", tmp_path / "out", "--page", tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == html
+
+
+def test_a_long_text_is_folded_and_loses_no_token(prep: Prep, tmp_path: Path) -> None:
+    reader, html, found = page_of(prep, tmp_path, ["a" * 250, "b" * 100], "--validation-fraction", "0")
+    assert html.count("<details>") == html.count("100 more tokens</summary>") == 1
+    shown = [token for sample in found["splits"]["train"]["samples"] for token in sample["ids"]]
+    assert [token for token, _ in reader.tokens][: len(shown)] == shown
+
+
+def test_the_chart_has_its_numbers_as_text_and_says_what_it_shows(prep: Prep, tmp_path: Path) -> None:
+    reader, html, _ = page_of(prep, tmp_path, ["a" * 120 + "bc"], "--validation-fraction", "0")
+    (label,) = (value for name, value in reader.attributes if name == "aria-label")
+    assert label.startswith("Token count by rank, with logarithmic axes: the most common token occurs 120 times")
+    for mark in ("100", "10", "1"):
+        assert re.search(rf'<span class="count" style="top: [\d.]+%">{mark}</span>', html)
+
+
+def test_bytes_that_are_no_text_are_explained_where_they_are_shown(prep: Prep, tmp_path: Path) -> None:
+    explained = "digits stand for one byte"
+    assert explained in page_of(prep, tmp_path, ["ä"], "--validation-fraction", "0")[1]
+    words = ["--tokenizer-kind", "characters", "--validation-fraction", "0"]
+    assert explained not in page_of(prep, tmp_path, ["ä"], *words, out="other")[1]

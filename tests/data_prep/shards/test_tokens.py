@@ -241,7 +241,7 @@ def test_a_damaged_dataset_is_not_opened(tmp_path: Path, damage: Callable[[Path]
 
 
 def test_what_is_no_dataset_is_not_opened(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a directory"):
+    with pytest.raises(UserError, match="there is no folder"):
         open_dataset(tmp_path / "nothing")
     (tmp_path / "build.json").write_text("{}")
     with pytest.raises(UserError, match="is not finished"):

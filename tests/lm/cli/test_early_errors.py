@@ -18,7 +18,7 @@ import json, sys
 from click.testing import CliRunner
 from lm.cli.main import main
 for arguments in json.loads(sys.argv[1]):
-    told = CliRunner().invoke(main, arguments)
+    told = CliRunner().invoke(main, arguments, prog_name="kindling")
     print(json.dumps([told.exit_code, told.stderr, sorted({"torch", "datasets", "matplotlib"} & set(sys.modules))]))
 """
 CASES = [
@@ -32,7 +32,11 @@ CASES = [
     ("compare plain", "name at least two runs to compare"),
     ("compare plain none", "there is no run directory none"),
     ("train tiny", "no data: name a folder of token shards with --data"),
-    ("train tiny --data texts", "is not a directory"),
+    ("train tiny --data texts", 'there is no folder "texts"'),
+    (
+        "train tiny --data other.jsonl",
+        '"other.jsonl" is a file, not a Kindling dataset; make one with: kindling prep build other',
+    ),
     ("train tiny --data plain", "is not a Kindling dataset"),
     ("embed plain --input a.txt --output v.csv", "cannot write to v.csv: name a file that ends in .jsonl or .npy"),
     ("predict task --input a.txt --output v.npy", "cannot write to v.npy: name a file that ends in .jsonl or .csv"),
@@ -43,6 +47,17 @@ CASES = [
     ("sample plain --prompt a --fill <mask>", "write [MASK] for <mask>"),
     ("sample plain --fill b", 'nothing to fill in "b": write [MASK] where a word is missing'),
     ("sample plain", "nothing to do"),
+    ("sample plain a", "got unexpected extra argument (a): write a text to continue as --prompt TEXT, in quotes"),
+    ("predict plain", "missing option '--input' (see kindling predict --help)"),
+    ("predict plain --input a.txt b", "got unexpected extra argument (b): name a file as --input FILE"),
+    (
+        "export plain --out new",
+        "missing option '--to'. Choose from: hf, gguf, sentence-transformers, peft (see kindling",
+    ),
+    ("export plain --to x --out new", "invalid value for '--to': 'x' is not one of 'hf', 'gguf'"),
+    ("serve plain --nonsense", "no such option '--nonsense' (see kindling serve --help)"),
+    ("help", 'there is no command "help": kindling --help lists the commands'),
+    ("finetune plain --run plain --task classification --train a.jsonl", "plain is a pretrained run, not one of"),
     ("sample plain --input none.jsonl", "cannot read none.jsonl: there is no such file"),
     ("sample plain --input other.jsonl --output no/a.jsonl", "cannot write to no/a.jsonl: there is no folder no"),
     ("predict task --input none.jsonl", "there is no file none.jsonl"),
@@ -53,7 +68,7 @@ CASES = [
     ("embed plain --input other.jsonl --output no/v.npy", "cannot write to no/v.npy: there is no folder no"),
     ("embed task --input other.jsonl --output v.npy", "task is fine-tuned for classification"),
     ("evaluate task", "task is fine-tuned for classification"),
-    ("evaluate plain --data none", "is not a directory"),
+    ("evaluate plain --data none", 'there is no folder "none"'),
     ("evaluate plain --text none.txt", 'there is no file or folder "none.txt"'),
     ("evaluate plain --text other.jsonl", 'has no text in the field "text"'),
     ("evaluate plain --text other.jsonl --stride 9999", "--stride must be between 1 and the context length"),

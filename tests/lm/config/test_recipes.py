@@ -97,6 +97,16 @@ def test_a_file_is_found_by_its_path_and_a_recipe_by_its_name(recipe):
     assert find_recipe("tiny").name == "tiny.toml"
 
 
+def test_a_recipe_is_found_where_pip_put_it_for_one_user_or_on_debian(tmp_path, monkeypatch):
+    for name in ("user", "local"):
+        (tmp_path / name / "share" / "kindling" / "configs").mkdir(parents=True)
+        (tmp_path / name / "share" / "kindling" / "configs" / f"of-{name}.toml").touch()
+    monkeypatch.setattr(recipes, "site", SimpleNamespace(getuserbase=lambda: str(tmp_path / "user")))
+    monkeypatch.setattr(recipes, "sysconfig", SimpleNamespace(get_path=lambda name: str(tmp_path / "local")))
+    assert find_recipe("of-user").parents[3] == tmp_path / "user"
+    assert find_recipe("of-local").parents[3] == tmp_path / "local"
+
+
 def test_an_unknown_recipe_is_answered_with_the_nearest_or_with_all():
     with pytest.raises(UserError, match=r'no recipe "tinny".*did you mean "tiny"'):
         find_recipe("tinny")

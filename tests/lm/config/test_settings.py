@@ -126,3 +126,8 @@ def test_a_setting_is_also_read_where_earlier_versions_had_it(tmp_path):
     for section in ("finetune", "optimizer"):
         (tmp_path / "config.toml").write_text(f"[{section}]\nlayer_decay = 0.7\n", encoding="utf-8")
         assert load_config(tmp_path / "config.toml").optimizer.layer_decay == 0.7
+
+
+def test_the_blocks_are_described_in_words():
+    assert ModelConfig(4, 128, 4).shape == "4 layers x 128 wide, 4 heads of 32, swiglu 352"
+    assert ModelConfig(1, 32, 2).shape.startswith("1 layer x 32 wide")

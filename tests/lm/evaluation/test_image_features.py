@@ -206,7 +206,7 @@ def test_options_for_images_are_refused_by_a_run_on_text(trained):
     told = CliRunner().invoke(main, ["evaluate", str(trained.path), "--test", "x"])
     assert told.exit_code == 2
     assert "reads text, and --test is for a run that reads images" in told.output
-    with pytest.raises(UserError, match="reads text, and train is for a run that reads images: leave it out"):
+    with pytest.raises(UserError, match="reads text, and train and test are for a run that reads images"):
         lm.evaluate(trained.path, train="x", test="x")
 
 

@@ -13,7 +13,7 @@ from data_prep.errors import UserError
 from data_prep.shards import tokens
 from data_prep.shards.tokens import open_dataset, token_counts
 from lm.evaluation import baselines
-from lm.evaluation.baselines import compressed_bytes, dataset_baselines
+from lm.evaluation.baselines import compressed_bytes, compressor_bits, dataset_baselines
 from lm.evaluation.validation_loss import evaluate, verdict
 from lm.runs.directory import open_run
 from lm.training.validation import validate_readouts
@@ -69,6 +69,9 @@ def test_the_bz2_baseline_is_the_compressed_text(dataset, at_once, monkeypatch):
         "nats_per_token": None,
         "bits_per_byte": 8 * size / split.text_bytes,
     }
+    assert compressor_bits(dataset) == 8 * size / split.text_bytes
+    begin = dataset.tokenizer.decode_bytes(split.read(0, 99).tolist())
+    assert compressor_bits(dataset, 99) == 8 * len(bz2.compress(begin, 9)) / len(begin)
 
 
 @pytest.mark.parametrize("at_once", [1 << 22, 37])
@@ -172,5 +175,8 @@ def test_bytes_that_the_tokenizer_loses_are_not_counted(run, dataset, tmp_path):
 )
 def test_the_verdict_says_which_baselines_are_beaten(bits, sentence):
     floors = {"unigram": {"bits_per_byte": 2.9}, "bz2 -9": {"bits_per_byte": 2.26}}
-    assert verdict({"validation": {"next_token": {"bits_per_byte": bits}}, "floors": floors}) == sentence
-    assert verdict({"validation": {"next_token": {"bits_per_byte": bits}}, "floors": {}}) == ""
+    result = {"validation": {"next_token": {"bits_per_byte": bits}}, "floors": floors, "validation_bytes": 500_000}
+    assert verdict(result) == sentence
+    assert verdict(result | {"floors": {}, "validation_bytes": 1}) == ""
+    short = "\nbz2 -9 learns from these 99,000 bytes alone; a longer text helps it."
+    assert verdict(result | {"validation_bytes": 99_000}) == sentence + short

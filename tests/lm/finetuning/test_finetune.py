@@ -226,7 +226,7 @@ def test_seeds_are_runs_of_their_own_with_mean_and_deviation(trained, task_files
 def test_the_final_numbers_say_which_step_they_are_of(validates, trained, task_files, tmp_path):
     train, validation = task_files["classification"]
     more = ["--validation", validation] if validates else []
-    arguments = ["--task", "classification", "--train", train, *more, "--epochs", "1", "--threads", "1"]
+    arguments = ["--task", "classification", "--train", train, *more, "--epochs", "0.9", "--threads", "1"]
     result = CliRunner().invoke(main, ["finetune", str(trained.path), *arguments, "--run", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.stdout.splitlines()]
@@ -235,6 +235,7 @@ def test_the_final_numbers_say_which_step_they_are_of(validates, trained, task_f
     which = "best step: 6" if validates else "last step: 6"
     following = f"next: kindling predict {tmp_path / 'out'} --input FILE --output FILE"
     assert f"{which}; {following}\n" in result.stderr
+    assert "6 steps x 32 examples = 1.00 epochs (0.9, rounded up to whole steps)" in result.stderr
 
 
 def test_the_help_explains_every_setting_of_a_fine_tuning():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -48,13 +48,32 @@ def some_rows(rows: int, length: int, seed: int = 0, ends: float = 0.1) -> Rows:
 
 
 @given(seed=st.integers(0, 99), length=st.integers(2, 12), ends=st.sampled_from([0.0, 0.1, 0.9]))
-def test_a_piece_is_the_longest_part_of_a_document_in_its_place(seed, length, ends):
+def test_pieces_are_documents_or_equal_parts_of_long_ones(seed, length, ends):
     rows = some_rows(3, 20, seed, ends)
-    for row, pieces in zip(rows.targets.tolist(), pieces_of(rows, length, END), strict=True):
-        places = [row[first : first + length] for first in range(0, 20, length)]
-        longest = [max(re.findall(r"[^\0]*", "".join(map(chr, place))), key=len) for place in places]
-        expected = [part or max(longest, key=len) for part in longest]
-        assert ["".join(map(chr, piece.tolist())) for piece in pieces] == expected
+    for row, pieces in zip(rows.targets.tolist(), pieces_of(rows, 40, length, END, seed), strict=True):
+        documents = [[*map(ord, text)] for text in "".join(map(chr, row)).split(chr(END)) if text]
+        expected = []
+        for document in documents:
+            count = math.ceil(len(document) / length)
+            sizes = [len(document) // count + (n < len(document) % count) for n in range(count)]
+            left = iter(document)
+            expected += [[next(left) for _ in range(size)] for size in sizes]
+        expected = expected or [[]]
+        assert [piece.tolist() for piece in pieces] == [expected[n % len(expected)] for n in range(40)]
+
+
+def test_of_many_pieces_some_are_drawn_by_the_number_of_the_row():
+    rows = some_rows(4, 30, ends=0.3)
+    everything = [{*map(bytes, row)} for row in pieces_of(rows, 30, 4, END, 1)]
+    found = []
+    for seed in (1, 2):
+        pieces = pieces_of(rows, 3, 4, END, seed)
+        assert all({*map(bytes, row)} <= whole for row, whole in zip(pieces, everything, strict=True))
+        assert all(len({*map(bytes, row)}) > 1 for row in pieces)
+        found.append([[piece.tolist() for piece in row] for row in pieces])
+        alone = pieces_of(rows.chosen(np.array([2])), 3, 4, END, seed)
+        assert [piece.tolist() for piece in alone[0]] == found[-1][2]
+    assert found[0] != found[1]
 
 
 def spans_as_lists(spans) -> list[list[list[list[int]]]]:
@@ -68,7 +87,7 @@ def spans_as_lists(spans) -> list[list[list[list[int]]]]:
 @given(seed=st.integers(0, 20), share=st.sampled_from([0.1, 0.5, 1.0]), deletion=st.sampled_from([0.0, 0.3]), both=...)
 def test_a_view_is_a_span_of_its_piece_less_some_tokens(seed, share, deletion, both: bool):
     rows = some_rows(3, 24, seed)
-    pieces = pieces_of(rows, 8, END)
+    pieces = pieces_of(rows, 3, 8, END, seed)
     spans = draw_spans(
         pieces, rows.numbers, seed, VOCABULARY, range(2), shares=(share, 1.0), deletion=deletion, bidirectional=both
     )
@@ -95,7 +114,7 @@ def test_a_view_is_a_span_of_its_piece_less_some_tokens(seed, share, deletion, b
 
 def test_views_depend_on_the_seed_and_the_number_of_their_row_alone():
     rows = some_rows(6, 24, ends=0.0)
-    pieces = pieces_of(rows, 8, END)
+    pieces = pieces_of(rows, 3, 8, END, 0)
 
     def drawn(some: list[int], seed: int = 1) -> list:
         return spans_as_lists(
@@ -122,7 +141,7 @@ def test_views_depend_on_the_seed_and_the_number_of_their_row_alone():
 def test_a_tokenizer_without_a_beginning_gives_views_without_one():
     rows = some_rows(2, 16, ends=0.0)
     spans = draw_spans(
-        pieces_of(rows, 8, END), rows.numbers, 0, replace(VOCABULARY, begin=None), range(1), bidirectional=False
+        pieces_of(rows, 2, 8, END, 0), rows.numbers, 0, replace(VOCABULARY, begin=None), range(1), bidirectional=False
     )
     assert spans_as_lists(spans) == [[[row[:8], row[8:]]] for row in rows.targets.tolist()]
 
@@ -176,8 +195,8 @@ def test_simclr_on_text_compares_the_two_views_of_each_piece_with_those_of_all_o
                 inputs, positions = torch.tensor([tokens]), torch.arange(len(tokens), dtype=torch.int32)[None]
                 hidden = model(inputs, positions, torch.zeros_like(positions), torch.full_like(positions, len(tokens)))
                 vectors[view, row * 4 + piece] = model.projector(hidden.mean(1))[0]
-    expected = float(nt_xent(*vectors, config.objective.infonce_temperature))
-    assert float(batches.objective.loss(model, batch)["simclr"]) == pytest.approx(expected, rel=1e-5)
+    expected = float(nt_xent(*vectors.detach(), config.objective.infonce_temperature))
+    assert float(batches.objective.loss(model, batch)["simclr"].detach()) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", [*METHODS, "hybrid:0.75,dino:0.25", MIXED["objective"]])

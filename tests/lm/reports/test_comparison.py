@@ -9,7 +9,10 @@ import pytest
 
 from data_prep.errors import UserError
 from lm.config.recipes import load_config
+from lm.evaluation.validation_loss import evaluate
 from lm.reports.comparison import compare, differences, open_entries, rows, write_comparison
+from lm.runs import checkpoint
+from lm.runs.directory import CHECKPOINTS, open_run
 
 
 @pytest.fixture
@@ -141,7 +144,7 @@ def test_the_page_holds_numbers_curves_and_settings_and_needs_no_network(copy, t
     write_comparison(entries, comparison, tmp_path / "compare.html")
     html = (tmp_path / "compare.html").read_text(encoding="utf-8")
     page = read_page(html)
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 4
     assert "i" not in page.tags
     words = page.words()
     for row in [*rows(comparison), *differences(comparison)]:
@@ -207,3 +210,48 @@ def test_runs_on_images_are_compared_by_their_losses(seeing_run, image_classifie
     assert "validation, simclr, loss" in (tmp_path / "page.html").read_text()
     with pytest.raises(UserError, match=r"reads images, and .* reads text: compare runs of one kind"):
         open_entries([trained.path, seeing_run.path])
+
+
+def imported(path: Path) -> Path:
+    """The run as an import leaves it: without a log, and without data of its own."""
+    (path / "metrics.jsonl").write_text("")
+    newest = open_run(path).newest()
+    kept = {name: newest.state[name] for name in ("tokenizer_sha256", "config")}
+    weights = newest.model()
+    shutil.rmtree(path / CHECKPOINTS)
+    checkpoint.save(path / CHECKPOINTS, 0, weights, {}, kept | {"imported_from": "a/model", "data_fingerprint": ""})
+    return path
+
+
+def test_a_run_that_was_imported_is_compared_by_its_settings_and_evaluation(copy, dataset, tmp_path, read_page):
+    a, b = copy("a"), imported(copy("b", learning_rate=0.5))
+    comparison = told(a, b)
+    assert table(comparison)["steps"] == ["100 of 100", "imported from a/model"]
+    assert table(comparison)["tokens seen"] == ["25,600", ""]
+    assert comparison["settings"] == {"learning_rate": [0.01, 0.5]}
+    (remark,) = comparison["remarks"]
+    assert remark.startswith("b was imported from a/model and has not been trained here, so it has no curves: ")
+    assert remark.endswith(f"evaluate {b} --data FOLDER measures it.")
+
+    results = [evaluate(open_run(a)), evaluate(open_run(b), str(dataset.directory))]
+    entries = open_entries([a, b])
+    comparison = compare(entries)
+    assert comparison["remarks"] == ["b was imported from a/model and has not been trained here, so it has no curves."]
+    losses = [f"{result['validation']['next_token']['nats_per_token']:.4f}" for result in results]
+    assert table(comparison)["evaluation, next_token"] == losses
+    write_comparison(entries, comparison, tmp_path / "compare.html")
+    page = read_page((tmp_path / "compare.html").read_text())
+    assert " ".join(losses) in page.words()
+    assert "Curves" in page.words()
+
+    only = open_entries([b, b])
+    write_comparison(only, compare(only), tmp_path / "only.html")
+    assert "Curves" not in read_page((tmp_path / "only.html").read_text()).words()
+
+
+def test_evaluations_of_different_texts_are_told(copy, dataset, other_dataset):
+    a, b = imported(copy("a")), imported(copy("b"))
+    evaluate(open_run(a), str(dataset.directory))
+    evaluate(open_run(b), str(other_dataset.directory))
+    remark = f"The evaluations are of different texts: {dataset.directory}, {other_dataset.directory}."
+    assert remark in told(a, b)["remarks"]

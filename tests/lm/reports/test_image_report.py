@@ -283,10 +283,14 @@ def test_the_command_writes_the_page_of_a_checkpoint_and_refuses_text(simclr):
     assert "reads images: leave out --prompt and --fill" in refused.output
 
 
-def test_a_classifier_has_no_such_page(image_classifier):
-    refused = CliRunner().invoke(main, ["report", str(image_classifier.path)])
+def test_a_classifier_has_a_page_of_its_own(image_classifier, tmp_path):
+    path = shutil.copytree(image_classifier.path, tmp_path / "run")
+    made = CliRunner().invoke(main, ["report", str(path)])
+    assert made.exit_code == 0, made.stderr
+    assert "Example by example" in (path / "report.html").read_text(encoding="utf-8")
+    refused = CliRunner().invoke(main, ["report", str(path), "--prompt", "text"])
     assert refused.exit_code == 2
-    assert "is fine-tuned for image_classification" in refused.output
+    assert "reads images: leave out --prompt and --fill" in refused.stderr
 
 
 def test_a_run_without_any_logged_step_says_so(simclr, tmp_path):

@@ -6,18 +6,43 @@ import re
 import jinja2
 import pytest
 
-from lm.reports.page import COLORS, MARKERS, Bars, Panel, Scatter, draw, render
+from lm.reports.page import COLORS, MARKERS, Bars, Panel, Scatter, chart, draw, render
 
 
 def test_a_drawing_has_its_titles_labels_and_no_date(read_page):
     panels = [Panel("a loss", {"one": [(1, 2.0), (2, 1.0)]}, {"two": [(2, 1.5)]}, {"best": 2})]
     svg = draw(panels, height=2)
-    assert svg.startswith("<svg")
+    assert svg.startswith('<svg class="wide" ')
     assert svg == draw(panels, height=2)
     read_page(svg)
     for text in ("a loss", "one", "two", "best", "step"):
         assert f">{text}</text>" in svg
     assert 'role="img" aria-label="Chart of a loss by step: one, two, best"' in svg
+
+
+def test_a_chart_is_drawn_once_in_a_row_and_once_stacked_for_phones(read_page):
+    """The page shows one of the two; on a phone the second has text of the size of the page's small print."""
+    panels = [
+        Panel("first", {"one": [(1, 2.0)], "two": [(1, 1.0)]}),
+        Panel("a second title, longer than a line " * 2, {}),
+    ]
+    wide, narrow = (f"<svg{part}" for part in chart(panels, height=2).split("<svg")[1:])
+    assert wide == draw(panels, height=2)
+    sizes = [[float(n) for n in re.search(r'viewBox="0 0 (\S+) (\S+)"', svg).groups()] for svg in (wide, narrow)]
+    assert (sizes[0][0], sizes[0][1]) == (648, 144)
+    assert sizes[1][0] < 350
+    assert sizes[1][1] == 2 * sizes[0][1]
+    ids = [re.findall(r'\bid="([^"]+)"', svg) for svg in (wide, narrow)]
+    assert not set(ids[0]) & set(ids[1])
+    assert 'class="narrow" role="img" aria-label="Chart of first by step: one, two; a second' in narrow
+    ends = [float(n) for n in re.findall(r'<text [^>]*\bx="([\d.]+)"', narrow)]
+    assert max(ends) < sizes[1][0]
+    style = " ".join(render("page.html").split())
+    assert "figure svg.narrow { display: none;" in style
+    assert (
+        "figure svg.wide { display: none; } figure svg.narrow { display: block; }"
+        in style.partition("@media (max-width")[2]
+    )
 
 
 def test_a_drawing_takes_every_color_from_the_page():
@@ -53,8 +78,8 @@ def test_baselines_have_another_color_and_single_values_no_error_bars():
     assert COLORS[0] in svg
     assert COLORS[1] in svg
     assert ">1.0</text>" in svg
-    assert "LineCollection" not in svg
-    assert "LineCollection" in draw([Bars("", {**values, "full": (0.9, 0.01)}, "accuracy")], height=2)
+    with_error = draw([Bars("", {**values, "full": (0.9, 0.01)}, "accuracy", ("majority",), limit=1.0)], height=2)
+    assert with_error.count("<path") > svg.count("<path")
 
 
 def test_points_are_told_apart_by_color_and_by_shape(read_page):

@@ -10,9 +10,9 @@ from html import escape
 import pytest
 
 from data_prep.errors import UserError
-from lm.config.settings import pretraining_settings
+from lm.config.shown import shown_values
 from lm.evaluation.validation_loss import evaluate
-from lm.inference.fill_mask import fill_masks
+from lm.inference.fill_mask import Filled, fill_masks
 from lm.reports.run_report import write_report
 from lm.runs.directory import open_run
 from lm.runs.run_data import openings_of
@@ -50,16 +50,14 @@ def test_hostile_text_is_shown_and_never_obeyed(html, read_page):
 def test_curves_losses_samples_settings_and_environment_are_there(html, run, read_page):
     page = read_page(html)
     words = page.words()
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 6
     for heading in ("Loss on the validation split", "Training", "Samples", "Settings", "Environment"):
         assert heading in words
     for row in ("next_token", "masked_next_token", "unigram (baseline)", "bz2 -9 (baseline)"):
         assert row in words
-    for setting in pretraining_settings():
-        assert setting.name in words
-        value = run.config.flat()[setting.name]
-        for part in value if isinstance(value, tuple) else [value]:
-            assert str(part).removesuffix(".0").lower() in words.lower()
+    for settings in shown_values(run.config).values():
+        for name, value in settings.items():
+            assert f"{name} {' '.join(value.split())}".strip() in words
     assert f"feed_forward_size 0 → {run.config.model.feed_forward_width} width" in words
     assert "torch" in words
     assert "trained with hybrid to step 100 of 100" in words
@@ -71,7 +69,7 @@ def test_losses_of_the_page_are_those_of_the_evaluation(html, run, read_page):
     words = read_page(html).words()
     for loss in [*evaluation["validation"].values(), *evaluation["floors"].values()]:
         assert f"{loss['bits_per_byte']:.3f}" in words
-    assert f"{evaluation['validation_bytes']:,} bytes" in words
+    assert f"{evaluation['validation_tokens']:,} tokens, {evaluation['validation_bytes'] / 1000:.0f} kB." in words
 
 
 def test_a_page_without_evaluation_or_samples_leaves_them_out(run, tmp_path, read_page):
@@ -185,3 +183,12 @@ def test_a_run_without_spikes_does_not_mention_them(html, read_page):
     words = read_page(html).words()
     assert "Loss spikes" not in words
     assert "overfitting" not in words
+
+
+def test_small_probabilities_keep_their_digits(run, monkeypatch, read_page):
+    """And a filled blank is marked, so that a space can be seen."""
+    filled = Filled("a  b", [("a", False), (" ", True), (" b", False)], [[(" ", 0.344), ("x", 0.00123)]])
+    monkeypatch.setattr("lm.reports.run_report.fill_masks", lambda *_: filled)
+    page = write_report(run, None, [], ["a [MASK] b"]).read_text(encoding="utf-8")
+    assert "' ' 34% · 'x' 0.12%" in read_page(page).words()
+    assert '<b class="filled"> </b>' in page

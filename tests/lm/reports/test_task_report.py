@@ -51,12 +51,12 @@ def test_the_page_shows_charts_confusions_and_the_worst_errors_with_everything_e
     page = read_page((tmp_path / "report.html").read_text())
     words = page.words()
     assert not {"b", "i"} & set(page.tags)
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 8
     assert "<i>run</i>: what did pretraining buy?" in words
     assert "Example by example: fine-tuned in full, seed 0" in words
     assert "bad 1 1 good 0 2" in words  # one bad text was taken for a good one
-    assert "text 4 <b> test.jsonl, line 4 good bad 95%" in words
-    assert "text 4 <b> test.jsonl, line 4 1.00 4 3.00 off" in words
+    assert "text 4 <b> test.jsonl, line 4 good 95% bad" in words
+    assert "text 4 <b> test.jsonl, line 4 1.00 3.00 off 4" in words
     assert words.index("text 4 <b> test.jsonl, line 4 1.00") < words.index("text 2 <b> test.jsonl, line 2 2.50")
 
 

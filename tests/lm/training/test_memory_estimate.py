@@ -5,7 +5,7 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from lm.config.settings import IMAGE_OBJECTIVES, Config
+from lm.config.settings import IMAGE_OBJECTIVES, TEXT_VIEW_OBJECTIVES, Config
 from lm.model.transformer import Transformer
 from lm.objectives.objective import open_objective
 from lm.training import memory_estimate
@@ -131,12 +131,20 @@ def test_live_bytes_follow_storages_not_tensors():
         assert live.now == 0
 
 
-@pytest.mark.parametrize("objective", IMAGE_OBJECTIVES)
-def test_a_step_on_images_is_counted_alike_with_memory_and_without_and_as_real_steps_need(objective, monkeypatch):
+OF_IMAGES = {"patch_size": 4, "batch_images": 8, "image_size": 16, "image_channels": 3, "visual_codes": 100}
+OF_TEXT = {"vocab_size": 100, "view_tokens": 8}
+MIXED = ("hybrid:0.75,simclr:0.25", "next_token:0.5,dino:0.5")
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes"),
+    [*((name, OF_IMAGES) for name in IMAGE_OBJECTIVES), *((name, OF_TEXT) for name in (*TEXT_VIEW_OBJECTIVES, *MIXED))],
+    ids=lambda each: each if isinstance(each, str) else "images" if "patch_size" in each else "text",
+)
+def test_a_step_is_counted_alike_with_memory_and_without_and_as_real_steps_need(objective, changes, monkeypatch):
     config = Config().replace(
-        num_layers=3, hidden_size=64, num_heads=2, objective=objective, patch_size=4, batch_images=8, image_size=16,
-        image_channels=3, context_length=16, batch_tokens=128, visual_codes=100,
-        prototypes=100, queue_size=64,
+        num_layers=3, hidden_size=64, num_heads=2, objective=objective, context_length=16, batch_tokens=128,
+        prototypes=100, queue_size=64, **changes,
     )  # fmt: skip
     counts = []
     for limit in (1e12, 0):
