@@ -55,8 +55,9 @@ def _distribution(axis: Axis) -> Any:
 
     if axis.values:
         return CategoricalDistribution(range(len(axis.values)))
-    kind = IntDistribution if isinstance(axis.low, int) else FloatDistribution
-    return kind(axis.low, axis.high, log=axis.log)
+    if isinstance(axis.low, int) and isinstance(axis.high, int):
+        return IntDistribution(axis.low, axis.high, log=axis.log)
+    return FloatDistribution(axis.low, axis.high, log=axis.log)
 
 
 def _coordinate(axis: Axis, value: Any) -> Any:
