@@ -107,6 +107,7 @@ def _parts(tokens: Piece, length: int, end_of_text: int) -> Iterator[Piece]:
 
 def draw_spans(
     pieces: list[list[Piece]],
+    length: int,
     numbers: NDArray[np.int64],
     seed: int,
     vocabulary: Vocabulary,
@@ -119,27 +120,27 @@ def draw_spans(
     """Some views of each piece; they depend on ``seed``, a row's number, the piece and the view's number alone.
 
     Args:
-        pieces: of each row, as of ``pieces_of``.
+        pieces: of each row, as of ``pieces_of``; none is longer than ``length``.
         numbers: int64 (rows,), the rows' numbers.
         views: the views' numbers.
         shares: the smallest and largest share of a piece's tokens in a span; the share is drawn evenly between them.
         deletion: how likely it is that a token of a span is left out; one always stays.
         bidirectional: how a span is read.
     """
-    count, longest = len(pieces[0]), max(len(piece) for row in pieces for piece in row)
+    count = len(pieces[0])
     begin = [] if vocabulary.begin is None else [vocabulary.begin]
     texts: list[list[NDArray[np.int64]]] = []
     for view in views:
         draws = uniform(key(seed, Stream.SPANS, view), numbers, 2 * count).reshape(-1, count, 2)
-        lost = uniform(key(seed, Stream.DELETED_TOKENS, view), numbers, count * longest).reshape(-1, count, longest)
+        lost = uniform(key(seed, Stream.DELETED_TOKENS, view), numbers, count * length).reshape(-1, count, length)
         for row, (of_row, drawn) in enumerate(zip(pieces, draws, strict=True)):
             spans = []
             for number, (piece, (share, place)) in enumerate(zip(of_row, drawn.tolist(), strict=True)):
-                length = max(1, round(len(piece) * (shares[0] + (shares[1] - shares[0]) * share)))
-                first = int(place * (len(piece) - length + 1))
-                chance = lost[row, number, :length]
+                size = min(len(piece), max(1, round(len(piece) * (shares[0] + (shares[1] - shares[0]) * share))))
+                first = int(place * (len(piece) - size + 1))
+                chance = lost[row, number, :size]
                 stays = (chance >= deletion) | (chance == chance.max(initial=0.0))
-                spans.append(np.array([*begin, *piece[first : first + length][stays]], dtype=np.int64))
+                spans.append(np.array([*begin, *piece[first : first + size][stays]], dtype=np.int64))
             texts.append(spans)
     lengths = np.array([[max(1, len(span)) for span in spans] for spans in texts])
     ends = lengths.cumsum(1)

@@ -62,9 +62,11 @@ class TextViews(Views):
     def _spans(
         self, rows: Rows, seed: int, views: range, shares: tuple[float, float] = (1.0, 1.0), deletion: float = 0.0
     ) -> Spans:
-        pieces = pieces_of(rows, self.pieces, self.config.views.view_tokens, self.vocabulary.end_of_text, seed)
+        length = self.config.views.view_tokens
+        pieces = pieces_of(rows, self.pieces, length, self.vocabulary.end_of_text, seed)
         return draw_spans(
             pieces,
+            length,
             rows.numbers,
             seed,
             self.vocabulary,
