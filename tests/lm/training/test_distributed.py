@@ -53,7 +53,8 @@ OF_VIEWS = {
     "projection_hidden_size": 10,
     "prototypes": 14,
     "steps": 8,
-    "learning_rate": 0.003,
+    "learning_rate": 0.001,
+    "muon_learning_rate": 0.005,
 }
 MODELS = {
     "tied": {"tie_embeddings": True},
