@@ -45,7 +45,7 @@ class Browser:
 
     def open(self, address: str | Path) -> None:
         """Load a page: a file or a URL."""
-        self.driver.get("about:blank")  # so that an address that differs only after # loads anew
+        self.driver.get("about:blank")  # or an address that differs only after # is not loaded again
         self.driver.get(address.as_uri() if isinstance(address, Path) else address)
         self.run("document.querySelectorAll('details').forEach((each) => (each.open = true))")
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from data_prep.cli.tables import counted, print_table
+from data_prep.cli.tables import print_table
 from data_prep.errors.command_names import command, example_recipe
+from data_prep.errors.wording import counted
 from data_prep.settings import ImageSettings
 
 MOST_NAMES = 10

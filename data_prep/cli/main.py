@@ -12,9 +12,10 @@ import click
 from data_prep.cli.errors import FriendlyGroup
 from data_prep.cli.help import Section
 from data_prep.cli.options import options_of
-from data_prep.cli.tables import counted, print_table
+from data_prep.cli.tables import print_table
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command, example_recipe
+from data_prep.errors.wording import counted
 from data_prep.settings import (
     DEFAULT_SHARD_TOKENS,
     BuildSettings,

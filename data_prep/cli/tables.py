@@ -13,11 +13,6 @@ if TYPE_CHECKING:
 WIDE = 1000
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is 1."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
 def console() -> Console:
     """Return a console as wide as the terminal; files and other programs get full width, with nothing cut off."""
     from rich.console import Console  # a third of the time of a small command

@@ -26,6 +26,7 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
+from data_prep.errors.wording import counted
 from data_prep.files import atomic_file, parse_json, sha256_of_file, write_atomically
 from data_prep.shards.tokens import IMAGES_FORMAT, JOURNAL, MANIFEST, MOST_OPEN_SHARDS, SPLITS
 from data_prep.shards.writing import PartWriter
@@ -58,7 +59,7 @@ class ImageFormat:
     @property
     def shape(self) -> str:
         """Size and channels, in words."""
-        return f"{self.size} pixels and {self.channels} channel{'s' if self.channels > 1 else ''}"
+        return f"{self.size} pixels and {counted(self.channels, 'channel')}"
 
     @property
     def sha256(self) -> str:

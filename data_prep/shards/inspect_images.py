@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.errors.wording import counted
 from data_prep.shards.images import ImageDataset, ImageSplit
 from data_prep.shards.tokens import SPLITS
 
@@ -146,7 +147,7 @@ def _split_lines(split: dict[str, Any]) -> Iterator[str]:
 
 def counted_images(number: int) -> str:
     """Return how many images there are, in words."""
-    return "1 image" if number == 1 else f"{number:,} images"
+    return counted(number, "image")
 
 
 def counted_classes(number: int) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from data_prep.errors import UserError
+from data_prep.errors.wording import counted
 from data_prep.settings import ReadSettings
 from data_prep.sources.documents import CorpusPart, FileRange, ReadReport, Source, one_line
 from data_prep.sources.formats import (
@@ -243,7 +244,7 @@ def unread_files(sources: Sequence[Source], reading_rules: int) -> str:
         files = "1 file whose name ends" if len(unread) == 1 else f"{len(unread):,} files whose names end"
         found.append(f"{files} in nothing that is read: {summary_of(unread)}")
     if linked:
-        found.append(f"{len(linked):,} linked folder{'s' if len(linked) > 1 else ''} ({some_names(linked)})")
+        found.append(f"{counted(len(linked), 'linked folder')} ({some_names(linked)})")
     return "; ".join(found)
 
 

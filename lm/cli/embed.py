@@ -11,7 +11,7 @@ import click
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.help import Section
-from data_prep.cli.tables import counted
+from data_prep.errors.wording import counted
 from data_prep.files import output_ending, require_new_file
 from lm.cli.options import (
     checkpoint_option,

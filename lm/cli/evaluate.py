@@ -12,8 +12,9 @@ from click.core import ParameterSource
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.help import Section
-from data_prep.cli.tables import counted, print_table
+from data_prep.cli.tables import print_table
 from data_prep.errors import UserError
+from data_prep.errors.wording import counted
 from lm.cli.options import checkpoint_option, columns_of, columns_options, json_option, reading_options, run_argument
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from click.core import ParameterSource
 
 from data_prep.cli.errors import FriendlyCommand
 from data_prep.cli.help import Section
-from data_prep.cli.tables import counted
 from data_prep.errors import UserError
+from data_prep.errors.wording import counted
 from data_prep.files import rename, require_new_file
 from lm.cli.options import checkpoint_option, compile_option, device_option, json_option, run_argument, sampling_options
 from lm.config.sampling import Sampling, problem_of_fill, recommended

@@ -94,3 +94,12 @@ def shares_of(mixture: str) -> dict[str, Fraction]:
     if (total := sum(shares.values())) != 1:
         raise ValueError(f"has shares that add up to {float(total):g} instead of 1")
     return shares
+
+
+def spelled(value: Any) -> str:
+    """The value of a setting as a reader wants it: an empty list as nothing, a number in the shortest exact way."""
+    if isinstance(value, (tuple, list)):
+        return ", ".join(value)
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)

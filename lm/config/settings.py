@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.errors.wording import counted
 from data_prep.files import write_atomically
 from lm.config.finetune_settings import HEAD_TASKS, IMAGE_METHODS, METHODS, FinetuneConfig
 from lm.config.setting import Setting, setting, shares_of
@@ -84,7 +85,7 @@ class ModelConfig:
     @property
     def shape(self) -> str:
         """The blocks in words: "4 layers x 128 wide, 4 heads of 32, swiglu 352"."""
-        layers = f"{self.num_layers} layer{'' if self.num_layers == 1 else 's'} x {self.hidden_size} wide"
+        layers = f"{counted(self.num_layers, 'layer')} x {self.hidden_size} wide"
         return f"{layers}, {self.num_heads} heads of {self.head_width}, {self.activation} {self.feed_forward_width}"
 
     @property

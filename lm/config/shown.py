@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from lm.config.setting import Setting
+from lm.config.setting import Setting, spelled
 from lm.config.settings import OBJECTIVES, TEXT_VIEW_OBJECTIVES, Config, all_settings
 
 
@@ -20,7 +18,7 @@ def shown_settings(config: Config) -> dict[str, list[tuple[Setting, str]]]:
     sections: dict[str, list[tuple[Setting, str]]] = {}
     for setting in all_settings():
         if _matters(setting, config):
-            text = _spelled(values[setting.name])
+            text = spelled(values[setting.name])
             if values[setting.name] == 0 and setting.name in derived:
                 text += f" → {derived[setting.name]}"
             sections.setdefault(setting.section, []).append((setting, text))
@@ -48,10 +46,3 @@ def shown_values(config: Config) -> dict[str, dict[str, str]]:
         section: {setting.name: value for setting, value in settings}
         for section, settings in shown_settings(config).items()
     }
-
-
-def _spelled(value: Any) -> str:
-    """A value as recipes spell it, with nothing for nothing."""
-    if isinstance(value, tuple):
-        return ", ".join(value)
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

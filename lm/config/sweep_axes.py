@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from lm.config.recipes import convert, suggestion
-from lm.config.setting import Setting
+from lm.config.setting import Setting, spelled
 from lm.config.settings import pretraining_settings
 
 EXAMPLE = "--set learning_rate=0.003,0.01"
@@ -91,7 +91,7 @@ def _axis(setting: Setting, values: str, problems: list[str], *, searching: bool
         return Axis(setting.name, (), low, high, bool(found[3]))
     tried = [value(part) for part in COMMA.split(values)]
     if len(problems) == before and (twice := [each for n, each in enumerate(tried) if each in tried[:n]]):
-        problems.append(f"--set {setting.name} names {shown(twice[0])} twice")
+        problems.append(f"--set {setting.name} names {spelled(twice[0])} twice")
     return Axis(setting.name, tuple(tried))
 
 
@@ -103,11 +103,4 @@ def grid(axes: Sequence[Axis]) -> Iterator[dict[str, Any]]:
 
 def describe(settings: Mapping[str, Any]) -> str:
     """The settings of a point in words: "learning_rate 0.01, weight_decay 0.3"."""
-    return ", ".join(f"{name} {shown(value)}" for name, value in settings.items())
-
-
-def shown(value: Any) -> str:
-    """A value of a setting in words."""
-    if isinstance(value, list):
-        return " ".join(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return ", ".join(f"{name} {spelled(value)}" for name, value in settings.items())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.errors import UserError
+from data_prep.errors.wording import counted
 from lm.config.recipes import pretraining_config
 from lm.config.settings import Config
 from lm.config.sweep_axes import Axis, describe, grid
@@ -75,7 +76,7 @@ def _where(problem: str, points: Sequence[dict[str, Any]], of: int) -> str:
     if len(points) == of:
         return problem
     others = len(points) - 1
-    more = f" and {others} other point{'s' if others > 1 else ''}" if others else ""
+    more = f" and {counted(others, 'other point')}" if others else ""
     return f"{problem} (at {describe(points[0])}{more})"
 
 

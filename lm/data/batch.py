@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -87,6 +90,37 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS})
 
 
+class TensorBatch(ABC):
+    """A batch whose tensors are all cut by rows; each row is about all ``parts`` of the loss, as of ``Batch``."""
+
+    parts: dict[str, int]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of rows."""
+
+    @abstractmethod
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The batch with each of its tensors changed."""
+
+    def rows(self, start: int, stop: int) -> Self:
+        """A micro-batch: the rows from ``start`` to ``stop``."""
+        return self._taken(slice(start, stop))
+
+    def every(self, first: int, step: int) -> Self:
+        """One rank's share: every ``step``-th row from ``first`` on."""
+        return self._taken(slice(first, None, step))
+
+    def _taken(self, chosen: slice) -> Self:
+        taken = self.each(lambda part: part[chosen].contiguous())
+        changes: Any = {"parts": dict.fromkeys(self.parts, len(taken))}
+        return replace(taken, **changes)  # type: ignore[type-var]
+
+    def to(self, device: torch.device) -> Self:
+        """The batch on a device."""
+        return self.each(lambda part: part.to(device, non_blocking=True))
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of tokens before an objective prepares them; T positions, each with its target.
@@ -110,10 +144,6 @@ class Rows:
     def chosen(self, rows: NDArray[np.int64]) -> Rows:
         """Some of the rows."""
         return Rows(*(getattr(self, part.name)[rows] for part in fields(self)))
-
-    def numbered(self, numbers: NDArray[np.int64]) -> Rows:
-        """The rows with these numbers."""
-        return replace(self, numbers=numbers)
 
 
 def rows_of_windows(windows: NDArray[np.int64], vocabulary: Vocabulary) -> Rows:

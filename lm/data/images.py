@@ -14,6 +14,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.shards.images import ImageFormat, ImageSplit
 from lm.config.settings import Config
+from lm.data.batch import TensorBatch
 from lm.data.image_corpora import ImageCorpora
 from lm.data.order import Order
 
@@ -47,7 +48,7 @@ class ImageRows:
 
 
 @dataclass(frozen=True)
-class ImageBatch:
+class ImageBatch(TensorBatch):
     """Images for one forward pass.
 
     Attributes:
@@ -68,24 +69,8 @@ class ImageBatch:
         """The number of images."""
         return len(self.images)
 
-    def rows(self, start: int, stop: int) -> ImageBatch:
-        """A micro-batch: the images from ``start`` to ``stop``."""
-        return self._taken(slice(start, stop))
-
-    def every(self, first: int, step: int) -> ImageBatch:
-        """One rank's share: every ``step``-th image from ``first`` on."""
-        return self._taken(slice(first, None, step))
-
-    def _taken(self, chosen: slice) -> ImageBatch:
-        taken = self._each(lambda part: part[chosen].contiguous())
-        return replace(taken, parts=dict.fromkeys(self.parts, len(taken)))
-
-    def to(self, device: torch.device) -> ImageBatch:
-        """The batch on a device."""
-        return self._each(lambda part: part.to(device, non_blocking=True))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> ImageBatch:
-        """The batch with each of its tensors changed."""
+    def each(self, change: Callable[[Tensor], Tensor]) -> ImageBatch:
+        """As of ``TensorBatch``."""
         changed: dict[str, Any] = {name: change(part) for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **changed)
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lm.data.batch import Rows, Vocabulary, assemble
+from lm.data.batch import Rows, TensorBatch, Vocabulary, assemble
 from lm.data.keyed_random import Stream, key, uniform
 
 Piece = NDArray[np.int64]
@@ -48,7 +48,7 @@ class Spans:
 
 
 @dataclass(frozen=True)
-class TextViewBatch:
+class TextViewBatch(TensorBatch):
     """Views of the pieces of some rows: the first two, or only one, in ``large``, shorter ones in ``small``.
 
     ``loss_weights``, float32 (rows,), and ``parts`` are as of ``lm.data.batch.Batch``.
@@ -63,23 +63,8 @@ class TextViewBatch:
         """The number of rows."""
         return len(self.loss_weights)
 
-    def rows(self, start: int, stop: int) -> TextViewBatch:
-        """A micro-batch: the rows from ``start`` to ``stop``."""
-        return self._taken(slice(start, stop))
-
-    def every(self, first: int, step: int) -> TextViewBatch:
-        """One rank's share: every ``step``-th row from ``first`` on."""
-        return self._taken(slice(first, None, step))
-
-    def _taken(self, chosen: slice) -> TextViewBatch:
-        taken = self._each(lambda part: part[chosen].contiguous())
-        return replace(taken, parts=dict.fromkeys(self.parts, len(taken)))
-
-    def to(self, device: torch.device) -> TextViewBatch:
-        """The batch on a device."""
-        return self._each(lambda part: part.to(device, non_blocking=True))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> TextViewBatch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> TextViewBatch:
+        """As of ``TensorBatch``."""
         small = self.small.each(change) if self.small else None
         return replace(self, large=self.large.each(change), small=small, loss_weights=change(self.loss_weights))
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
+from data_prep.errors.wording import counted
 from data_prep.sources.listing import STDIN, ReadReport, ReadSettings, parse_sources, parts_of, read_part
 from data_prep.tokenizers.loss import counted_bytes, loss_of
 from lm.config.recipes import require_stride
@@ -111,7 +112,7 @@ class _TextSize:
 def _measure(model: LanguageModel, documents: Iterator[str]) -> _TextSize:
     size = _TextSize(np.zeros(model.config.model.vocab_size, dtype=np.int64))
 
-    def counted() -> Iterator[bytes]:
+    def measured() -> Iterator[bytes]:
         for text in documents:
             tokens = model.tokenizer.encode(text)
             size.documents += 1
@@ -120,7 +121,7 @@ def _measure(model: LanguageModel, documents: Iterator[str]) -> _TextSize:
             size.counts += np.bincount([*tokens, model.tokenizer.end_of_text_id], minlength=len(size.counts))
             yield model.tokenizer.decode_bytes(tokens)  # without what is lost
 
-    size.compressed = compressed_bytes(counted())
+    size.compressed = compressed_bytes(measured())
     size.text_bytes = counted_bytes(size.text_bytes, size.lost_bytes)
     return size
 
@@ -170,7 +171,7 @@ def evaluate_text(
         "validation": validation,
         "floors": baseline_losses(size.counts, costs, size.compressed, size.text_bytes),
         "protocol": protocol(
-            f"{size.documents:,} document{'s' * (size.documents != 1)}, each in {how}",
+            f"{counted(size.documents, 'document')}, each in {how}",
             model.config.objective.validation_folds,
             size.lost_bytes,
         ),

@@ -12,7 +12,7 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.sampling import MASKS, problem_of_fill
 from lm.config.settings import Config
 from lm.inference.language_model import LanguageModel
-from lm.inference.sampling import Sampling, draw, filtered, writable
+from lm.inference.sampling import Sampling, draw, filtered, require_tokens, writable
 from lm.kernels import masks
 
 
@@ -60,6 +60,7 @@ def fill_masks(
         logits = _mask_logits(model, tokens, open_masks)
         uniforms = torch.rand(len(open_masks), generator=generator, dtype=torch.float64)
         drawn = draw(filtered(logits, sampling), uniforms)
+        require_tokens(drawn.tolist(), logits.shape[-1])
         probabilities = logits.softmax(-1)
         certainty = probabilities.gather(1, drawn[:, None])[:, 0]
         kept = certainty.argsort(descending=True, stable=True)[: -(-len(open_masks) // rounds_left)]

@@ -16,7 +16,7 @@ from lm.inference.decoding import decoder
 from lm.inference.detokenizer import Detokenizer
 from lm.inference.kv_cache import KVCache, ReadingPrompt
 from lm.inference.language_model import LanguageModel
-from lm.inference.sampling import Sampling, draw, filtered, log_probabilities, penalized, writable
+from lm.inference.sampling import Sampling, draw, filtered, log_probabilities, penalized, require_tokens, writable
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Generator:
             else:
                 uniforms = torch.cat([self._live[row].uniform() for row in rows])
                 tokens = draw(filtered(of_group, sampling), uniforms)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
+            for row, token in zip(rows, require_tokens(tokens.tolist(), logits.shape[-1]), strict=True):
                 chosen[row] = token
         return chosen
 

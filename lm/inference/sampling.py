@@ -71,14 +71,16 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 
     It is the token at which the cumulative probability, in order of the ids, exceeds that number. Logits that differ
     by a rounding error shift the sums by as little, so they rarely give another token.
-
-    Raises:
-        UserError: a row has logits that are not numbers, as of a model whose training has diverged.
+    A row whose logits are not numbers gives the size of the vocabulary (``require_tokens``).
     """
     sums = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     threshold = uniforms.clamp(max=LARGEST_UNIFORM)[:, None] * sums[:, -1:]
-    drawn = torch.searchsorted(sums, threshold, right=True)[:, 0]
-    if (drawn == logits.shape[-1]).any():
+    return torch.searchsorted(sums, threshold, right=True)[:, 0]
+
+
+def require_tokens(drawn: list[int], vocabulary: int) -> list[int]:
+    """What ``draw`` gave. UserError if it is not of the ``vocabulary``, as with a model whose training has diverged."""
+    if vocabulary in drawn:
         raise UserError("the model's output is not a number: its training has diverged, try a lower learning_rate")
     return drawn
 

@@ -39,7 +39,8 @@ class Objective(Protocol):
     Everything it does depends on the settings, the seed and the step alone, and on its ``memory``.
 
     Attributes:
-        compares: its loss compares the rows of a whole step with each other. Then it is a ``Comparing`` objective.
+        compares: its loss compares the rows of a whole step with each other. Then it is a ``Comparing`` objective. The
+            batches of a mixture (``lm.objectives.mixture``) also have rows that are predicted one by one.
         memory: what it keeps from step to step, if anything: a module with a teacher, a queue, a center. Checkpoints
             have its tensors; the optimizer does not see them.
         comparable: whether the losses of validations at different steps can be compared. A teacher's targets move.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -132,7 +134,7 @@ class TextViews(Views):
 
         def of(some: NDArray[np.int64]) -> Rows:
             windows, _ = held_out.windows(some)
-            return rows_of_windows(windows, self.vocabulary).numbered(some)
+            return replace(rows_of_windows(windows, self.vocabulary), numbers=some)
 
         def plain(some: NDArray[np.int64]) -> TextViewBatch:
             return TextViewBatch(self._spans(of(some), 0, range(1)), None, torch.zeros(len(some)))

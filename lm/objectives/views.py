@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +15,7 @@ from lm.objectives.objective import BatchOf, Measure
 from lm.objectives.view_method import FEWEST_STEPS, ViewMethod
 
 
-class Views:
+class Views(ABC):
     """A ``Comparing`` objective (``lm.objectives.objective``) that learns by a ``ViewMethod``."""
 
     compares = True

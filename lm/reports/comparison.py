@@ -20,11 +20,8 @@ from lm.runs.directory import METRICS, Run, open_run, saved_evaluation
 from lm.runs.metrics_log import overfitting, rows_validated, summary
 from lm.training.plan import format_bytes
 
-UNITS = {
-    "nats_per_token": "nats/token",
-    "bits_per_byte": "bits/byte",
-    "loss": "loss",
-}  # the last is that of views, or images
+# The last is that of images, and of views of texts.
+UNITS = {"nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "loss": "loss"}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from data_prep.errors import UserError
+from data_prep.errors.wording import counted
 from data_prep.files import write_atomically
 from lm import __version__
 from lm.config.settings import TEXT_VIEW_OBJECTIVES, Config
@@ -99,8 +100,7 @@ def lead(run: Run, checkpoint: Checkpoint, model: Model, lines: Sequence[dict[st
 def environment(model: Model, reader: str = "tokenizers") -> dict[str, str]:
     """The versions and the machine that the report was made with; ``reader`` is the package that reads its inputs."""
     device = next(model.parameters()).device
-    count = torch.get_num_threads()
-    threads = f"{device.type}, {count} thread{'s' if count != 1 else ''}"
+    threads = f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
     return {
         "Kindling": __version__,
         "Python": platform.python_version(),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import write_atomically
-from lm.config.sweep_axes import describe, shown
+from lm.config.setting import spelled
+from lm.config.sweep_axes import describe
 from lm.evaluation.sweep import PAGE, TABLE
 from lm.reports.page import Dots, chart, render
 
@@ -51,7 +52,7 @@ def rows(table: Mapping[str, Any]) -> list[list[str]]:
         number += "" if point["deviation"] is None else f" ± {point['deviation']:.4f}"
         remark = "" if point["status"] == "finished" else point["status"]
         remark += f": {point['note']}" if point["note"] else ""
-        lines.append([f"{point['point']:03d}", *map(shown, point["settings"].values()), number, remark])
+        lines.append([f"{point['point']:03d}", *map(spelled, point["settings"].values()), number, remark])
     return lines
 
 
@@ -78,7 +79,7 @@ def charts(table: Mapping[str, Any]) -> list[str]:
     finished = [point for point in table["points"] if point["status"] == "finished"]
     if not finished:
         return []
-    varied = [name for name in table["settings"] if len({shown(point["settings"][name]) for point in finished}) > 1]
+    varied = [name for name in table["settings"] if len({spelled(point["settings"][name]) for point in finished}) > 1]
     panels = [_chart(table, finished, name) for name in varied or table["settings"][:1]]
     return [chart(panels[first : first + IN_A_ROW], height=3.2) for first in range(0, len(panels), IN_A_ROW)]
 
@@ -86,10 +87,10 @@ def charts(table: Mapping[str, Any]) -> list[str]:
 def _chart(table: Mapping[str, Any], finished: list[dict[str, Any]], name: str) -> Dots:
     """Few values have equal distances and a tick each; many are numbers on a scale."""
     given = [point["settings"][name] for point in finished]
-    values = [shown(value) for value in (sorted(set(given)) if _are_numbers(given) else sorted(given, key=shown))]
+    values = [spelled(value) for value in (sorted(set(given)) if _are_numbers(given) else sorted(given, key=spelled))]
     names = list(dict.fromkeys(values))
     few = len(names) <= MOST_TICKS or not _are_numbers(given)
-    places = [float(names.index(shown(value)) if few else value) for value in given]
+    places = [float(names.index(spelled(value)) if few else value) for value in given]
     points = list(zip(places, [point["value"] for point in finished], strict=True))
     choose = max if table["better"] == "higher" else min
     best_of_each = [(x, choose(y for place, y in points if place == x)) for x in sorted(set(places))]

@@ -32,7 +32,7 @@ def step_gradients(
     part = Pass(objective, model, batch, config, step, ranks)
     if isinstance(batch, MixedBatch):
         predicted, compared = batch.predicted, batch.compared
-        losses, shares = _gradients_of_predicted(replace(part, batch=predicted, before=len(compared)))
+        losses, shares = _gradients_of_predicted(replace(part, batch=predicted, later=len(compared)))
         found, _ = _gradients_of_compared(replace(part, batch=compared))
         return losses | found, shares | dict.fromkeys(found, len(compared) / len(batch))
     return _gradients_of_compared(part) if objective.compares else _gradients_of_predicted(part)
@@ -40,7 +40,7 @@ def step_gradients(
 
 @dataclass(frozen=True)
 class Pass:
-    """What the passes of a step need to know; ``before`` rows of the step that are not in ``batch`` come later."""
+    """What the passes of a step need to know; ``later`` rows of the step, not in ``batch``, have their passes after."""
 
     objective: Any
     model: nn.Module
@@ -48,7 +48,7 @@ class Pass:
     config: Config
     step: int
     ranks: Ranks
-    before: int = 0
+    later: int = 0
 
     @property
     def micro_batches(self) -> list[slice]:
@@ -59,20 +59,20 @@ class Pass:
         """A method of the objective on a micro-batch, with the dropout of its step and its first row."""
         config, ranks = self.config, self.ranks
         if config.model.dropout:
-            in_batch = ranks.rank + (self.before + rows.start) * ranks.world  # its number among those of all ranks
+            in_batch = ranks.rank + (self.later + rows.start) * ranks.world  # its number among those of all ranks
             torch.manual_seed(key(config.training.seed, Stream.DROPOUT, self.step, in_batch) >> 1)
         with autocast(ranks.device, config.training.precision):
             return ranks.call(what, self.objective, self.model, self.batch.rows(rows.start, rows.stop).to(ranks.device))
 
 
 def _gradients_of_predicted(step: Pass) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """``step_gradients`` of a loss that is a sum over rows; the last pass of the step is its own unless ``before``."""
+    """``step_gradients`` of a loss that is a sum over rows."""
     ranks, batch = step.ranks, step.batch
-    rows = len(batch) + step.before
+    rows = len(batch) + step.later
     names: list[str] = []
     sums = torch.zeros((), device=ranks.device)
     for part in step.micro_batches:
-        with ranks.accumulating(last=part.stop >= len(batch) and not step.before):
+        with ranks.accumulating(last=part.stop >= len(batch) and not step.later):
             by_name = step.through("loss", part)
             names, losses = list(by_name), torch.stack(list(by_name.values()))
             losses.sum().backward()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from data_prep.errors import UserError
+from data_prep.errors.wording import counted
 from lm import kernels
 from lm.config.scaling import rule_for
 from lm.config.settings import Config
@@ -133,9 +134,7 @@ class Plan:
     def notes(self) -> list[str]:
         """What a user may want to change: many passes over the same text, or a long time."""
         steps, notes = self.config.training.steps, []
-        if (
-            self.epochs and round(self.epochs) > MOST_EPOCHS and not self.config.reads_images
-        ):  # views differ in each epoch
+        if self.epochs and round(self.epochs) > MOST_EPOCHS and not self.config.reads_images:  # whose views differ
             enough = max(1, int(steps * MOST_EPOCHS / self.epochs))
             notes.append(
                 f"{self.epochs:.0f} epochs: after about {MOST_EPOCHS}, more passes over the same text teach little, "
@@ -178,8 +177,7 @@ class Plan:
     def table(self) -> list[tuple[str, str]]:
         """Name and value of each line that ``--plan`` prints."""
         data = self.config.data
-        threads = torch.get_num_threads()
-        processor = f"{self.device.type.upper()}, {threads} thread{'s' * (threads != 1)}"
+        processor = f"{self.device.type.upper()}, {counted(torch.get_num_threads(), 'thread')}"
         if self.device.type == "cuda":
             processor = torch.cuda.get_device_name(self.device)
         products = f"peak: {self.machine_rate / 1e9:,.0f} GFLOP/s in matrix products"

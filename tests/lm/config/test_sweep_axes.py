@@ -45,7 +45,7 @@ def test_the_grid_has_every_combination_once():
     assert len(points) == len({tuple(point.values()) for point in points}) == 6
     assert points[:2] == [{"learning_rate": 0.1, "optimizer": each} for each in ("muon", "adamw")]
     assert describe(points[0] | {"qk_norm": True, "data": ["a", "b"]}) == (
-        "learning_rate 0.1, optimizer muon, qk_norm true, data a b"
+        "learning_rate 0.1, optimizer muon, qk_norm true, data a, b"
     )
 
 

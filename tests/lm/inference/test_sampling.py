@@ -9,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from lm.inference.sampling import Sampling, draw, filtered, log_probabilities, penalized
+from lm.inference.sampling import Sampling, draw, filtered, log_probabilities, penalized, require_tokens
 
 # Scores apart from each other, so that every rank is clear.
 SCORES = st.permutations(range(12)).flatmap(
@@ -114,8 +114,10 @@ def test_the_draw_follows_the_probabilities_and_never_takes_what_was_left_out():
     torch.testing.assert_close(shares, logits.softmax(-1), rtol=0, atol=2e-4)
     ends = draw(logits.expand(2, -1), torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
     assert ends.tolist() == [1, 4]
+    drawn = draw(torch.stack([logits, logits * math.nan]), torch.tensor([0.5, 0.5], dtype=torch.float64)).tolist()
+    assert require_tokens(drawn[:1], 6) == drawn[:1]
     with pytest.raises(UserError, match="is not a number: its training has diverged"):
-        draw(torch.stack([logits, logits * math.nan]), torch.tensor([0.5, 0.5], dtype=torch.float64))
+        require_tokens(drawn, 6)
 
 
 def test_penalties_are_those_of_their_definitions():

@@ -65,7 +65,7 @@ def test_the_table_shows_deviations_over_seeds_and_why_a_point_has_no_value():
     several = table_of({**point(1, 1.0, data=["a", "b"]), "deviation": 0.125}, point(2, None, "unfinished", data=["c"]))
     assert rows(several) == [
         ["point", "data", "bits per byte ± standard deviation", ""],
-        ["001", "a b", "1.0000 ± 0.1250", ""],
+        ["001", "a, b", "1.0000 ± 0.1250", ""],
         ["002", "c", "", "unfinished"],
     ]
     assert rows(TABLE)[4][-2:] == ["", "failed: the <loss> is not finite"]
