@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import in_turn, table
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.training import optimizer
 
 CASES = ((128, 4), (256, 2), (384, 2), (768, 1))  # width, layers

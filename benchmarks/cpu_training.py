@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 from benchmarks.side_by_side import apart_in_turn
-from lm.config.settings import Config, ModelConfig
+from lm.config.model_settings import ModelConfig
+from lm.config.settings import Config
 from lm.data.batch import Vocabulary, rows_of_windows
 from lm.model.device import keep_freed_memory, machine_rate
 from lm.model.transformer import Transformer

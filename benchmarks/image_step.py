@@ -35,7 +35,7 @@ from benchmarks.side_by_side import apart_in_turn
 from benchmarks.views import pillow_view
 from data_prep.shards.images import ImageFormat
 from lm.config.recipes import find_recipe, load_config
-from lm.config.settings import ViewsConfig
+from lm.config.view_settings import ViewsConfig
 from lm.data.image_corpora import sized
 from lm.data.images import ImageRows
 from lm.data.views import draw_views, make_views, without_color

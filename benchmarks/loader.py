@@ -33,7 +33,8 @@ from data_prep.shards.tokens import (
     index_bytes,
     open_dataset,
 )
-from lm.config.settings import OBJECTIVES, Config
+from lm.config.objective_settings import OBJECTIVES
+from lm.config.settings import Config
 from lm.data.corpora import Corpora
 from lm.data.packing import plan_rows
 from lm.objectives.batches import TrainingBatches

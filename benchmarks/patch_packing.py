@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import in_turn, table
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.data.patch_rows import PatchRows, layout_of, packed_rows, rows_of_images
 from lm.kernels import masks
 from lm.model.image_transformer import ImageTransformer

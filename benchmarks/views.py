@@ -22,7 +22,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
 from benchmarks.side_by_side import in_turn
-from lm.config.settings import ViewsConfig
+from lm.config.view_settings import ViewsConfig
 from lm.data.views import LARGEST_SIGMA, SMALLEST_BLURRED, SMALLEST_SIGMA, draw_views, make_views, without_color
 from lm.model.device import keep_freed_memory
 

@@ -39,7 +39,7 @@ def copy(tmp_path_factory) -> Path:
     lines = re.findall(r"```python\n(    \"\w+\": \(.*?\),\n)```", PAGE)
     (images,) = re.findall(r"```python\n(IMAGE_OBJECTIVES = .*\n)```", PAGE)
     assert len(lines) == 2
-    settings = folder / "lm" / "config" / "settings.py"
+    settings = folder / "lm" / "config" / "objective_settings.py"
     text = settings.read_text(encoding="utf-8")
     assert text.count("OBJECTIVES = {\n") == 1
     (before,) = [line for line in text.splitlines(keepends=True) if line.startswith("IMAGE_OBJECTIVES = ")]

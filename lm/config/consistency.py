@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 from lm.config.corpus_entry import corpus_of
 from lm.config.finetune_settings import IMAGE_TASKS, TASKS, FinetuneConfig
+from lm.config.model_settings import ModelConfig
+from lm.config.objective_settings import IMAGE_OBJECTIVES, TEXT_VIEW_OBJECTIVES
 from lm.config.sampling import problem_of_fill
-from lm.config.settings import IMAGE_OBJECTIVES, TEXT_VIEW_OBJECTIVES, Config, ModelConfig
+from lm.config.settings import Config
 
 LARGEST_HEAD = 256  # of the attention kernels
 MOST_PARAMETERS = 10**13

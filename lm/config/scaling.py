@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lm.config.settings import Config, ModelConfig
+from lm.config.model_settings import ModelConfig
+from lm.config.settings import Config
 
 
 @dataclass(frozen=True)

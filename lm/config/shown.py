@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lm.config.objective_settings import OBJECTIVES, TEXT_VIEW_OBJECTIVES
 from lm.config.setting import Setting, spelled
-from lm.config.settings import OBJECTIVES, TEXT_VIEW_OBJECTIVES, Config, all_settings
+from lm.config.settings import Config, all_settings
 
 
 def shown_settings(config: Config) -> dict[str, list[tuple[Setting, str]]]:

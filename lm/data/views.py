@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lm.config.settings import ViewsConfig
+from lm.config.view_settings import ViewsConfig
 from lm.data.keyed_random import Stream, key, uniform_at
 
 SMALLEST_BLURRED = 64  # pixels; blur in smaller views costs accuracy (SimCLR's own recipe for CIFAR-10 has none)

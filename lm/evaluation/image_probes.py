@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from data_prep.shards.images import ImageFormat
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.data.image_files import LabeledImages
 from lm.data.images import model_inputs
 from lm.evaluation.probes import Predictions, Target, linear_of_many, nearest

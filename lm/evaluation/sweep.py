@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 from data_prep.errors import UserError
 from data_prep.files import names_in, read_json, write_atomically
-from lm.config.settings import OBJECTIVES, Config
+from lm.config.objective_settings import OBJECTIVES
+from lm.config.settings import Config
 from lm.config.sweep_axes import describe, grid
 from lm.config.sweep_plan import Plan
 from lm.data.corpora import Corpora

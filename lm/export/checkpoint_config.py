@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from data_prep.errors import UserError
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.export.stock_architectures import STOCK_CLASSES, StockClass
 
 # Each model_type that can be imported, with the one whose function it computes.

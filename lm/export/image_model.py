@@ -18,7 +18,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.files import new_folder
 from data_prep.shards.images import ImageFormat
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.data.patch_rows import layout_of
 from lm.export.huggingface import write_card, write_json
 from lm.export.model_card import NO_FACTS, CardFacts, model_card

@@ -19,8 +19,9 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.files import new_folder
 from lm.config.finetune_settings import FinetuneConfig
+from lm.config.model_settings import ModelConfig
 from lm.config.recipes import load_config
-from lm.config.settings import Config, ModelConfig
+from lm.config.settings import Config
 from lm.export.checkpoint_config import read_config, with_defaults
 from lm.export.import_tokenizer import chat_template, import_tokenizer, read_object
 from lm.export.model_card import OUR_CONFIG

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.settings import Config, ModelConfig
+from lm.config.model_settings import ModelConfig
+from lm.config.settings import Config
 
 
 @dataclass(frozen=True)

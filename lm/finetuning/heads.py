@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.shards.images import ImageFormat
-from lm.config.settings import ViewsConfig
+from lm.config.view_settings import ViewsConfig
 from lm.data.batch import Batch
 from lm.data.images import model_inputs, normalized
 from lm.data.packed_sequences import packed

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.files import atomic_file, output_ending
-from lm.config.settings import VECTOR_FILES, Config, ModelConfig, usual_pooling, usual_reading
+from lm.config.model_settings import ModelConfig
+from lm.config.settings import VECTOR_FILES, Config, usual_pooling, usual_reading
 from lm.data.packed_sequences import packed, pooled, sequence_of
 from lm.inference.language_model import LanguageModel
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.kernels import masks
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.model.transformer import RMSNorm, Transformer, Trunk, initialize
 
 # Channels of the first convolution of a convolutional stem; each halving of the resolution doubles them.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm import kernels
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 
 
 class Readable(Protocol):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from lm.config.settings import ViewsConfig
+from lm.config.view_settings import ViewsConfig
 from lm.data.batch import IGNORED
 from lm.data.images import ImageBatch, ImageRows, ImageValidation, denormalized, normalized
 from lm.data.keyed_random import Stream, key

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_prep.shards.images import ImageFormat
-from lm.config.settings import Config, ViewsConfig
+from lm.config.settings import Config
+from lm.config.view_settings import ViewsConfig
 from lm.data.images import ImageBatch, ImageRows, ImageValidation, normalized
 from lm.data.keyed_random import Stream
 from lm.data.patch_rows import layout_of

@@ -9,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lm.config.settings import Config, ModelConfig, ViewsConfig
+from lm.config.model_settings import ModelConfig
+from lm.config.settings import Config
+from lm.config.view_settings import ViewsConfig
 from lm.data.images import ImageBatch, ImageRows, ImageValidation, denormalized
 from lm.data.keyed_random import Stream, key, uniform
 from lm.data.patch_rows import rows_of_images

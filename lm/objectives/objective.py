@@ -2,8 +2,8 @@
 
     rows of the data -> prepare -> a batch -> loss(model, batch) -> named parts, which add up -> gradient -> after_step
 
-``lm.config.settings.OBJECTIVES`` lists the objectives, each with the file of this room that makes it. To add one, see
-docs/adding-an-objective.md.
+``lm.config.objective_settings.OBJECTIVES`` lists the objectives, each with the file of this room that makes it. To add
+one, see docs/adding-an-objective.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lm.config.settings import OBJECTIVES, TEXT_VIEW_OBJECTIVES, Config
+from lm.config.objective_settings import OBJECTIVES, TEXT_VIEW_OBJECTIVES
+from lm.config.settings import Config
 from lm.data.training_data import stand_in
 from lm.model.image_transformer import Model
 

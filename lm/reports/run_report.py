@@ -16,7 +16,8 @@ from data_prep.errors import UserError
 from data_prep.errors.wording import counted
 from data_prep.files import write_atomically
 from lm import __version__
-from lm.config.settings import TEXT_VIEW_OBJECTIVES, Config
+from lm.config.objective_settings import TEXT_VIEW_OBJECTIVES
+from lm.config.settings import Config
 from lm.config.shown import shown_settings
 from lm.evaluation.validation_loss import verdict
 from lm.inference.fill_mask import fill_masks

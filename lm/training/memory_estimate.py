@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lm.config.settings import Config, DataConfig, OptimizerConfig
+from lm.config.optimizer_settings import OptimizerConfig
+from lm.config.settings import Config, DataConfig
 from lm.kernels.cross_entropy import CHUNK_LOGITS, CHUNK_TOKENS
 from lm.model.device import autocast, available_memory
 from lm.objectives.objective import open_objective

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lm.config.settings import OptimizerConfig
+from lm.config.optimizer_settings import OptimizerConfig
 from lm.training.distributed import Ranks
 
 # The quintic of Jordan et al. 2024: its slope at zero is steep, so that five rounds bring small singular values to

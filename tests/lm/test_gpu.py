@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lm.config.settings import IMAGE_OBJECTIVES, Config, ModelConfig, ViewsConfig
+from lm.config.model_settings import ModelConfig
+from lm.config.objective_settings import IMAGE_OBJECTIVES
+from lm.config.settings import Config
+from lm.config.view_settings import ViewsConfig
 from lm.data.corpora import open_corpora
 from lm.data.views import draw_views, make_views
 from lm.evaluation.minimal_pairs import Pairs, evaluate_model

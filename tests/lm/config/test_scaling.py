@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from lm.config.model_settings import ModelConfig
 from lm.config.recipes import load_config
 from lm.config.scaling import block_weights, rule_for
-from lm.config.settings import Config, ModelConfig
+from lm.config.settings import Config
 from lm.model.transformer import Transformer
 
 RECIPES = Path(__file__).parents[3] / "configs"

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from lm.config.finetune_settings import METHODS
+from lm.config.model_settings import ModelConfig
 from lm.config.recipes import load_config
-from lm.config.settings import Config, ModelConfig, all_settings, finetuning_defaults, finetuning_settings
+from lm.config.settings import Config, all_settings, finetuning_defaults, finetuning_settings
 
 
 def test_setting_names_are_unique_over_all_sections():

@@ -13,7 +13,7 @@ from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from lm.config.settings import ViewsConfig
+from lm.config.view_settings import ViewsConfig
 from lm.data.views import COLUMNS, Draw, alike, contact_sheet, draw_views, make_views, without_color
 
 EVERYTHING = ViewsConfig(solarize=0.3)

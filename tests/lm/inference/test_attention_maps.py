@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data_prep.shards.images import ImageFormat
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.inference.attention_maps import STRONGEST, TINT, attention_maps, overlaid
 from lm.model.image_transformer import ImageTransformer
 from lm.model.transformer import rotary_table

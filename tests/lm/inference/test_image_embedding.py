@@ -6,7 +6,7 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.shards.images import ImageFormat
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.inference.image_embedding import image_vectors
 from lm.model.image_transformer import ImageTransformer
 

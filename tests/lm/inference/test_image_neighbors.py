@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_prep.shards.images import ImageFormat
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.data.image_files import Picture
 from lm.inference import image_neighbors
 from lm.inference.image_embedding import image_vectors

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.kernels import attention, masks, reference
 from lm.model.transformer import Transformer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.data.patch_rows import layout_of, rows_of_images
 from lm.model.image_transformer import ImageTransformer, PatchEmbedding, PixelDecoder, patches_of
 from lm.model.transformer import rotary_table

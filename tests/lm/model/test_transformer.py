@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from lm.config.settings import ModelConfig
+from lm.config.model_settings import ModelConfig
 from lm.kernels import dispatch, masks, rotary
 from lm.model.transformer import Block, Transformer, rotary_table
 

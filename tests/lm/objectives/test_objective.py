@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lm.config.settings import IMAGE_OBJECTIVES, OBJECTIVES, Config
+from lm.config.objective_settings import IMAGE_OBJECTIVES, OBJECTIVES
+from lm.config.settings import Config
 from lm.data.batch import Batch, Vocabulary
 from lm.objectives import batches
 from lm.objectives.objective import open_objective

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.config.settings import IMAGE_OBJECTIVES, OBJECTIVES, Config
+from lm.config.objective_settings import IMAGE_OBJECTIVES, OBJECTIVES
+from lm.config.settings import Config
 from lm.data.batch import IGNORED, TENSORS, Batch, Vocabulary, rows_of_windows
 from lm.kernels import masks
 from lm.objectives.text import TextObjective, masked_rows, validation_batch

@@ -5,7 +5,8 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from lm.config.settings import IMAGE_OBJECTIVES, TEXT_VIEW_OBJECTIVES, Config
+from lm.config.objective_settings import IMAGE_OBJECTIVES, TEXT_VIEW_OBJECTIVES
+from lm.config.settings import Config
 from lm.model.transformer import Transformer
 from lm.objectives.objective import open_objective
 from lm.training import memory_estimate

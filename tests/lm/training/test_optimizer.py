@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lm.config.settings import ModelConfig, OptimizerConfig
+from lm.config.model_settings import ModelConfig
+from lm.config.optimizer_settings import OptimizerConfig
 from lm.model.transformer import Transformer
 from lm.training import optimizer
 from lm.training.optimizer import LOWEST, Muon, Optimizer, halley, inverse, learning_rate_factor, orthogonalize
