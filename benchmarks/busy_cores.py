@@ -1,4 +1,4 @@
-"""Training, decoding and preparing data while other programs want the cores, compared with nanoGPT and transformers.
+"""Training, decoding, serving and preparing data while other programs want the cores, compared with two peers.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m benchmarks.busy_cores nanoGPT TEXT_FOLDER [--rounds 5] [--only "train 0.8M"] [--instructions avx512 avx2]
@@ -11,6 +11,8 @@ candidate has a process of its own and its default number of threads; they work 
 - decode: texts one after another, each a prompt of 128 tokens and 256 more by greedy decoding, with the model of
   ``benchmarks.generate`` (nanoGPT: random weights of the same shape, and 64 more for one prompt, because it computes
   the whole text again for each token);
+- serve: eight clients at the same time ask ``kindling serve`` for 64 tokens each, by HTTP; transformers, without a
+  server, generates the same eight texts as one batch;
 - prepare: ``kindling prep build`` of a text into shards as one command, and the same with ``datasets`` and a tokenizer
   of transformers in two processes.
 
@@ -30,7 +32,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +54,7 @@ TEXT_MEGABYTES = 8
 # A few seconds of steady work: turns of cpu_training in one of these, and texts.
 TURNS = {"0.8M": 10, "10M": 4}
 TEXTS = 6
+CLIENTS, ANSWER = 8, 64  # of serve: requests at the same time, and the tokens of each
 PEER = """
 import sys
 import datasets, numpy, transformers
@@ -166,6 +172,33 @@ def transformers_decode(work: Path) -> Callable[[], object]:
     return cpu_training.several(lambda: write([prompt()]), TEXTS)
 
 
+def kindling_serve(work: Path) -> Callable[[], object]:
+    from lm.cli.serve import text_service
+    from lm.serve.app import make_app
+    from lm.serve.guard import AccessPolicy
+    from lm.serve.schema import Limits
+    from lm.serve.server import listen, make_server
+
+    run, listening = open_run(work / "run"), listen("127.0.0.1", 0)
+    app = make_app(text_service(run, "newest", "cpu", Limits(concurrent=CLIENTS), False), AccessPolicy())
+    threading.Thread(target=make_server(app).run, args=([listening],), daemon=True).start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
+    body = {"prompt": "the cat sat on the mat " * 16, "max_tokens": ANSWER, "temperature": 0}
+
+    def ask(_: int) -> None:
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == ANSWER
+
+    clients = ThreadPoolExecutor(CLIENTS)
+    return lambda: list(clients.map(ask, range(CLIENTS)))
+
+
+def transformers_serve(work: Path) -> Callable[[], object]:
+    write = generate.of_transformers(work / "hf", ANSWER)
+    return lambda: write([prompt()] * CLIENTS)
+
+
 def nanogpt_decode(checkout: Path) -> Callable[[], object]:
     module, shape = cpu_training.nanogpt_module(checkout), generate.SHAPE
     settings = module.GPTConfig(
@@ -227,6 +260,8 @@ def works(checkout: Path, work: Path) -> dict[str, tuple[dict[str, Maker], dict[
     }
     tokens = TEXTS * generate.WRITTEN
     found["decode"] = makers, {"kindling": tokens, "nanoGPT": tokens // TEXTS // 4, "transformers": tokens}
+    makers = {"kindling": partial(kindling_serve, work), "transformers": partial(transformers_serve, work)}
+    found["serve"] = makers, dict.fromkeys(makers, CLIENTS * ANSWER)
     return found
 
 

@@ -85,7 +85,7 @@ def ours(run: Run, rows: int, *, compiled: bool = False) -> Writer:
     return write
 
 
-def of_transformers(folder: Path) -> Writer:
+def of_transformers(folder: Path, tokens: int = WRITTEN) -> Writer:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def write(prompts: list[list[int]]) -> list[list[int]]:
@@ -95,8 +95,8 @@ def of_transformers(folder: Path) -> Writer:
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 do_sample=False,
-                min_new_tokens=WRITTEN,
-                max_new_tokens=WRITTEN,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
             )
         return [[int(token) for token in row[PROMPT:]] for row in made]
 
