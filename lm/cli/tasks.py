@@ -155,7 +155,6 @@ def _compute(
     from lm.evaluation.task_table import CellMaker
     from lm.evaluation.tuned_rows import Tuner
     from lm.reports.task_report import write_task_report
-    from lm.runs.checkpoint import MODEL
 
     saved = run.newest()
     features: ImageFeatures | TextFeatures
@@ -166,7 +165,7 @@ def _compute(
     else:
         features = TextFeatures(run, run.load_model(device, saved), reading)
         read = f"texts read {reading.reads}, pooled by {reading.pooling}"
-    maker = CellMaker(features, saved.state["sha256"][MODEL], Tuner(run, device), out, keep_runs=keep_runs)
+    maker = CellMaker(features, saved.weights_sha256, Tuner(run, device), out, keep_runs=keep_runs)
     cells = []
     for each, row, seed in itertools.product(examples, rows, seeds):
         cell = maker.cell(each, row, seed)

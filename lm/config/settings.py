@@ -124,6 +124,22 @@ class TrainingConfig:
         on_resume="free",
         pretraining_only=True,
     )
+    fsdp_reshard: str = setting(
+        "auto",
+        "with fsdp, free gathered weights after each pass of a block (pass), or after each optimizer step (step): that "
+        "exchanges less and takes 8 bytes per parameter more; auto: step if these are at most a fifth of the memory",
+        choices=("auto", "pass", "step"),
+        on_resume="free",
+        pretraining_only=True,
+    )
+    sharded_checkpoints: str = setting(
+        "auto",
+        "with fsdp, each process writes its own slices of a checkpoint; auto: if the first one has too little memory "
+        "to put it together",
+        choices=("auto", "always", "never"),
+        on_resume="free",
+        pretraining_only=True,
+    )
     trackers: tuple[str, ...] = setting(
         (), "send each line of metrics.jsonl here too", choices=("tensorboard", "wandb", "trackio"), on_resume="free"
     )

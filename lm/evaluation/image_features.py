@@ -38,7 +38,7 @@ from lm.inference.embedding import require_layer
 from lm.model.device import choose_device
 from lm.objectives.images import feature_health
 from lm.objectives.objective import open_objective, restore
-from lm.runs.checkpoint import MODEL, Checkpoint
+from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import RESULT, Run, saved_evaluation
 from lm.runs.run_data import open_data
 from lm.training.validation import validate_readouts
@@ -120,7 +120,7 @@ def evaluate_images(
         progress(f"{run.config.objective.objective}: loss on the validation split")
     result: dict[str, Any] = {
         "step": saved.step,
-        "checkpoint": saved.state["sha256"][MODEL],
+        "checkpoint": saved.weights_sha256,
         "objective": run.config.objective.objective,
         "data": corpora.name if corpora else "",
         "data_fingerprint": corpora.fingerprint if corpora else "",

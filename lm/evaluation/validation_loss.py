@@ -10,7 +10,7 @@ from data_prep.files import write_atomically
 from lm.data.corpora import open_corpora
 from lm.evaluation.baselines import dataset_baselines
 from lm.model.device import choose_device
-from lm.runs.checkpoint import MODEL, Checkpoint
+from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import RESULT, Run, saved_evaluation
 from lm.runs.run_data import open_text
 from lm.training.validation import validate_readouts
@@ -46,7 +46,7 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
     windows = f"whole validation split in adjacent windows of {run.config.data.context_length} tokens"
     result = {
         "step": checkpoint.step,
-        "checkpoint": checkpoint.state["sha256"][MODEL],
+        "checkpoint": checkpoint.weights_sha256,
         "data": str(dataset.name),
         "data_fingerprint": dataset.fingerprint,
         "validation_tokens": validation.tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def export_adapter(
         write_card(run, folder, _card(run, checkpoint, kind, facts))
 
 
-def _matrices(run: Run, saved: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _matrices(run: Run, saved: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The low-rank matrices of a checkpoint by PEFT's names, of modules whose names begin with ``prefix``."""
     names = weight_names(run.config.model)
     found = {}

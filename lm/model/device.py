@@ -68,12 +68,24 @@ def available_memory(device: torch.device) -> int:
     return min([psutil.virtual_memory().available, *_group_headrooms(control_groups("memory"))])
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that ``device``, a CUDA GPU or the CPU, has; on a CPU not more than a control group allows."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return min([psutil.virtual_memory().total, *(most for most, _ in _group_limits(control_groups("memory")))])
+
+
 def _group_headrooms(groups: Iterable[tuple[Path, int]]) -> list[int]:
-    """The bytes that each memory limit of these control groups (Linux, with their versions, 1 or 2) leaves.
+    """The bytes that each memory limit of these control groups leaves."""
+    return [max(0, most - used) for most, used in _group_limits(groups)]
+
+
+def _group_limits(groups: Iterable[tuple[Path, int]]) -> list[tuple[int, int]]:
+    """Each memory limit of these control groups (Linux, with their versions, 1 or 2), and the bytes used of it.
 
     Cached files can be dropped, so the inactive part of the cache does not count as used.
     """
-    headrooms = []
+    limits = []
     for group, version in groups:
         if version == 2:
             limit, usage, cache = "memory.max", "memory.current", "inactive_file"
@@ -85,8 +97,8 @@ def _group_headrooms(groups: Iterable[tuple[Path, int]]) -> list[int]:
         except (OSError, ValueError):
             continue  # the root has no limit, and a container may hide the groups above its own
         if most != "max":
-            headrooms.append(max(0, int(most) - used))
-    return headrooms
+            limits.append((int(most), used))
+    return limits
 
 
 def resident_memory() -> int:

@@ -4,6 +4,10 @@
 objective has a state, and ``state.json``, which has the SHA-256 of the other files and of its own content. The folder
 is written under another name, flushed to the disk, and renamed. None of the formats can contain code.
 
+Where a model is too large for one process, each of n processes writes its slices: ``model-00001-of-00004.safetensors``
+in the place of ``model.safetensors``, and so on (``lm.runs.slice_writer``). The rows of a tensor in these files, in
+their order, are the tensor; what has no rows is in the first file.
+
 A checkpoint is *scheduled* if the settings asked for it. One that only a stop signal asked for can be resumed from, but
 an uninterrupted run would not have it, so nothing else may depend on it: it is ignored by retention and removed by the
 next save.
@@ -16,21 +20,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.files import WINDOWS, read_json, rename, sha256_of_file, sync_directory, sync_file
 
-FORMAT = 2
+FORMAT, SLICED_FORMAT = 2, 3
 MODEL, OPTIMIZER, OBJECTIVE = "model.safetensors", "optimizer.safetensors", "objective.safetensors"
 STATE = "state.json"
 
@@ -48,15 +53,65 @@ class Checkpoint:
         """The step of the best validation up to this checkpoint; 0: there was none."""
         return int(self.state["best_step"])
 
-    def model(self) -> dict[str, Tensor]:
-        return load_tensors(self.path / MODEL)
+    @property
+    def weights_sha256(self) -> str:
+        """What identifies the weights: the hash of their file, or that of the hashes of its slices."""
+        hashes = [self.state["sha256"][name] for name in file_names(MODEL, self.state.get("slices", 0))]
+        return str(hashes[0]) if "slices" not in self.state else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
-    def optimizer(self) -> dict[str, Tensor]:
-        return load_tensors(self.path / OPTIMIZER)
+    def model(self) -> Mapping[str, Tensor]:
+        return self._tensors(MODEL)
 
-    def objective(self) -> dict[str, Tensor]:
+    def optimizer(self) -> Mapping[str, Tensor]:
+        return self._tensors(OPTIMIZER)
+
+    def objective(self) -> Mapping[str, Tensor]:
         """The objective's state; empty if it has none."""
-        return load_tensors(self.path / OBJECTIVE) if OBJECTIVE in self.state["sha256"] else {}
+        there = file_names(OBJECTIVE, self.state.get("slices", 0))[0] in self.state["sha256"]
+        return self._tensors(OBJECTIVE) if there else {}
+
+    def weights_file(self) -> Path:
+        """One file with all weights, which slices are first put together in, each time that it is asked for."""
+        whole = self.path / MODEL
+        if "slices" in self.state:
+            joined = whole.with_suffix(".tmp")
+            save_tensors(self.model(), joined)
+            sync_file(joined)
+            rename(joined, whole)
+        return whole
+
+    def _tensors(self, name: str) -> Mapping[str, Tensor]:
+        if "slices" not in self.state:
+            return load_tensors(self.path / name)
+        return SlicedTensors([self.path / each for each in file_names(name, self.state["slices"])])
+
+
+class SlicedTensors(Mapping[str, Tensor]):
+    """The tensors of several files, each put together when it is asked for, so that few are in memory at once."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._files = [load_tensors(path) for path in paths]
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [tensors[name] for tensors in self._files if name in tensors]
+        if not parts:
+            raise KeyError(name)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files[0])
+
+    def __len__(self) -> int:
+        return len(self._files[0])
+
+
+def file_names(name: str, slices: int) -> list[str]:
+    """The files that hold what ``name`` stands for: its slices, or if there are none (0) itself."""
+    stem, _, ending = name.partition(".")
+    return [f"{stem}-{number:05d}-of-{slices:05d}.{ending}" for number in range(1, slices + 1)] or [name]
 
 
 @dataclass(frozen=True)
@@ -90,27 +145,58 @@ def save(
     Raises:
         OSError: it could not be written (for example, the disk is full); the earlier checkpoints are unchanged.
     """
-    final = folder / _folder_name(step)
-    temporary = final.with_suffix(".tmp")
-    marks = {"format": FORMAT, "step": step, "scheduled": scheduled, "best_step": best_step}
     files = {MODEL: model, OPTIMIZER: optimizer} | ({OBJECTIVE: objective} if objective else {})
+    marks = {"format": FORMAT, "step": step, "scheduled": scheduled, "best_step": best_step}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in [*folder.glob("step_*.tmp"), *folder.glob("step_*.old")]:  # by a killed process
-            shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir()
-        for name, tensors in files.items():
-            save_tensors(tensors, temporary / name)
-            sync_file(temporary / name)
-        content = {**marks, "sha256": {name: sha256_of_file(temporary / name) for name in files}, **state}
-        sealed = {**content, "state_sha256": _seal(content)}
-        (temporary / STATE).write_text(json.dumps(sealed, indent=1), encoding="utf-8", newline="\n")
-        sync_file(temporary / STATE)
-        sync_directory(temporary)
-        if final.exists():
-            _remove(final)  # a damaged one from before the run was resumed
-        rename(temporary, final)
-        sync_directory(folder)
+        with explained(folder, step):
+            temporary = begin(folder, step)
+            return finish(temporary, {**marks, "sha256": write(temporary, files), **state})
+    finally:
+        shutil.rmtree(temporary_folder(folder, step), ignore_errors=True)
+
+
+def temporary_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is written before it is renamed."""
+    return folder / f"{_folder_name(step)}.tmp"
+
+
+def begin(folder: Path, step: int) -> Path:
+    """Make the temporary folder of a checkpoint, and remove what killed processes left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in [*folder.glob("step_*.tmp"), *folder.glob("step_*.old")]:
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = temporary_folder(folder, step)
+    temporary.mkdir()
+    return temporary
+
+
+def write(temporary: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """Write tensors, by the name of their file, into a temporary folder and to the disk; return each file's SHA-256."""
+    for name, tensors in files.items():
+        save_tensors(tensors, temporary / name)
+        sync_file(temporary / name)
+    return {name: sha256_of_file(temporary / name) for name in files}
+
+
+def finish(temporary: Path, content: Mapping[str, Any]) -> Path:
+    """Write the state file of a checkpoint whose other files are there, and rename its folder; return its path."""
+    final = temporary.with_suffix("")
+    sealed = {**content, "state_sha256": _seal(content)}
+    (temporary / STATE).write_text(json.dumps(sealed, indent=1), encoding="utf-8", newline="\n")
+    sync_file(temporary / STATE)
+    sync_directory(temporary)
+    if final.exists():
+        _remove(final)  # a damaged one from before the run was resumed
+    rename(temporary, final)
+    sync_directory(final.parent)
+    return final
+
+
+@contextmanager
+def explained(folder: Path, step: int) -> Iterator[None]:
+    """Turn what can go wrong while a checkpoint is written into an OSError with one sentence."""
+    try:
+        yield
     except (OSError, safetensors.SafetensorError) as error:
         hidden = re.search(r"os error (\d+)", str(error))  # in the message of a SafetensorError
         number = int(hidden[1]) if hidden else getattr(error, "errno", None)
@@ -120,9 +206,6 @@ def save(
             "finished ones are unchanged, and the same command resumes from the newest",
             str(folder),
         ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -190,14 +273,18 @@ def read(path: Path) -> Checkpoint:
     """Open and verify a checkpoint, rereading only files that changed since; the UserError names a damaged file."""
     try:
         state = read_json(path / STATE)
-        if state["format"] != FORMAT:
-            raise UserError(f"checkpoint {path} has format {state['format']}; this Kindling reads {FORMAT}")
+        if state["format"] not in (FORMAT, SLICED_FORMAT):
+            raise UserError(
+                f"checkpoint {path} has format {state['format']}; this Kindling reads {FORMAT} and {SLICED_FORMAT}"
+            )
         if state.pop("state_sha256") != _seal(state) or path.name != _folder_name(state["step"]):
             raise UserError(f"damaged checkpoint {path}: {STATE} does not match its checksum")
-        for name in (MODEL, OPTIMIZER, *([OBJECTIVE] if OBJECTIVE in state["sha256"] else [])):
+        parts, slices = state["sha256"], state["slices"] if state["format"] == SLICED_FORMAT else 0
+        optional = [OBJECTIVE] if file_names(OBJECTIVE, slices)[0] in parts else []
+        for name in [file for kind in (MODEL, OPTIMIZER, *optional) for file in file_names(kind, slices)]:
             status = (path / name).stat()
             stamp = status.st_ino, status.st_size, status.st_mtime_ns
-            if _sha256(path / name, stamp) != state["sha256"][name]:
+            if _sha256(path / name, stamp) != parts[name]:
                 raise UserError(f"damaged checkpoint {path}: {name} does not match its checksum")
         return Checkpoint(path, state["step"], state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

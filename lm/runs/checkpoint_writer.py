@@ -37,10 +37,12 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     wanted = trained_tensors(model)
     if unmatched := sorted(tensors.keys() ^ wanted.keys()):
         raise RuntimeError(f"{unmatched[0]} is only in one of them")
-    for name, tensor in wanted.items():
-        if tensors[name].shape != tensor.shape:
-            raise RuntimeError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
-    model.load_state_dict(dict(tensors), strict=False)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            saved = tensors[name]  # one at a time: slices are put together when they are asked for
+            if saved.shape != tensor.shape:
+                raise RuntimeError(f"{name} is {tuple(saved.shape)}, not {tuple(tensor.shape)}")
+            tensor.copy_(saved)
 
 
 class CheckpointWriter:

@@ -28,7 +28,7 @@ from lm.model.lora import merge_lora
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint, metrics_log
 from lm.runs.base_weights import starting_trunk
-from lm.runs.checkpoint import MODEL, Checkpoint
+from lm.runs.checkpoint import Checkpoint
 from lm.runs.checkpoint_writer import load_trained
 
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
@@ -188,7 +188,7 @@ class Run:
         """The file with all of the newest weights; UserError if the run has a task's head, LoRA or no checkpoint."""
         if self.config.has_task_head or (self.config.is_finetuning and self.config.finetune.method != "full"):
             raise UserError(f"{self.path} is itself fine-tuned: make it a plain run with kindling merge")
-        return self.newest().path / checkpoint.MODEL
+        return self.newest().weights_file()
 
     def refuse_another(self, saved: Checkpoint) -> None:
         """Raise UserError if a checkpoint does not match the run directory's model or processor."""
@@ -228,6 +228,6 @@ def saved_evaluation(run: Run, checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The result of the last ``evaluate``, if it is of this checkpoint and the file is intact."""
     try:
         known: dict[str, Any] = read_json(run.path / RESULT)
-        return known if known["checkpoint"] == checkpoint.state["sha256"][MODEL] else None
+        return known if known["checkpoint"] == checkpoint.weights_sha256 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -8,6 +8,7 @@ processes takes a ``Ranks``, which in a single process does nothing. ``joined`` 
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,16 +23,20 @@ from data_prep.errors import MACHINE_ERROR_STATUS, USER_ERROR_STATUS, UserError
 from data_prep.errors.command_names import command
 from data_prep.settings import available_cores
 from lm.config.settings import TrainingConfig
-from lm.model.device import choose_device
+from lm.model.device import choose_device, total_memory
 from lm.model.transformer import Trunk
 from lm.objectives.objective import Objective
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Placement
 
 Result = TypeVar("Result")
 
 CPU = torch.device("cpu")
+
+# The part of a device's memory that FSDP may fill with whole weights and a whole gradient (``fsdp_reshard`` "auto").
+HELD_SHARE = 0.2
 
 # Messages of gloo and the store when another process is gone; they come as plain RuntimeErrors.
 LOST = ("gloo", "Connection closed", "Connection reset", "Broken pipe")
@@ -120,19 +125,34 @@ class Ranks:
         """Whole tensors for saving on rank 0, nothing on the others; all ranks must call it."""
         return dict(tensors)
 
+    def slices(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The rows of each split tensor that this rank holds, and on rank 0 also what is not split."""
+        return dict(tensors)
+
+    def exchanged(self, value: Result) -> list[Result]:
+        """The values of all ranks, in their order."""
+        return [value]
+
+    def reshard(self) -> None:
+        """Free gathered weights after passes without a gradient; parameters are slices again."""
+
     def map_matrices(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
         """``function`` of a stack of matrices (n, rows, columns), each matrix computed by one of the ranks."""
         return function(stack)
 
 
 class ManyRanks(Ranks):
-    """One of several processes. With ``parallel`` "ddp" each holds all weights, with "fsdp" a slice of each."""
+    """One of several processes.
 
-    def __init__(self, device: torch.device, rank: int, world: int, parallel: str) -> None:
+    With ``parallel`` "ddp" each holds all weights, with "fsdp" a slice of each, of which ``fsdp_reshard`` says how long
+    they stay gathered (settings of the same names).
+    """
+
+    def __init__(self, device: torch.device, rank: int, world: int, settings: TrainingConfig) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
         super().__init__(device)
-        self.rank, self.world, self.parallel = rank, world, parallel
+        self.rank, self.world, self.parallel, self.fsdp_reshard = rank, world, settings.parallel, settings.fsdp_reshard
         self._mesh = init_device_mesh(device.type, (world,))
 
     def describe(self) -> str:
@@ -178,26 +198,42 @@ class ManyRanks(Ranks):
             # Gradients are sums, while DDP averages; a lambda, since DDP refuses string annotations.
             self._passes.register_comm_hook(None, lambda _, bucket: _sum(bucket.buffer()))
             return
-        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.fsdp import fully_shard
 
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of outputs that nothing changes in place
+        self._once_a_step = self.fsdp_reshard == "step" or (self.fsdp_reshard == "auto" and self._may_hold(passes))
+        after_forward = False if self._once_a_step else None  # None: all but the outermost module
         for trunk in [module for module in passes.modules() if isinstance(module, Trunk)]:
             for block in trunk:
-                fully_shard(block, mesh=self._mesh)
-        fully_shard(passes, mesh=self._mesh)
-        for module in passes.modules():
-            if isinstance(module, FSDPModule):  # it would average, too
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+                fully_shard(block, mesh=self._mesh, reshard_after_forward=after_forward)
+        fully_shard(passes, mesh=self._mesh, reshard_after_forward=after_forward)
+        for module in self._sharded():  # it would average, too
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+    def _sharded(self) -> list[FSDPModule]:
+        """The modules whose weights FSDP gathers together."""
+        from torch.distributed.fsdp import FSDPModule
+
+        return [module for module in self._passes.modules() if isinstance(module, FSDPModule)]
+
+    def _may_hold(self, passes: nn.Module) -> bool:
+        """Whether whole weights and a whole gradient are a small part of each rank's memory; the same on all ranks."""
+        needed = 2 * sum(tensor.numel() * tensor.element_size() for tensor in passes.parameters())
+        sharing = _processes_here(self.world) if self.device.type == "cpu" else 1
+        return not self.highest(needed * sharing > HELD_SHARE * total_memory(self.device))
 
     def call(self, what: str, objective: Objective, model: nn.Module, batch: Any) -> Any:
         return self._passes(what, batch)
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
-        """DDP exchanges once a step. FSDP does so for each micro-batch, or every rank would hold a whole gradient."""
-        if last or not isinstance(self._passes, nn.parallel.DistributedDataParallel):
-            return nullcontext()
-        return self._passes.no_sync()
+        """DDP exchanges once a step, and so does FSDP where each rank may hold whole weights and a whole gradient."""
+        if isinstance(self._passes, nn.parallel.DistributedDataParallel):
+            return nullcontext() if last else self._passes.no_sync()
+        for module in self._sharded() if self._once_a_step else []:
+            module.set_requires_gradient_sync(last, recurse=False)
+            module.set_reshard_after_backward(last, recurse=False)
+        return nullcontext()
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if _is_split(tensor) else tensor
@@ -219,6 +255,18 @@ class ManyRanks(Ranks):
             if self.is_main:
                 found[name] = whole.cpu()
         return found
+
+    def slices(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.local(tensor) for name, tensor in tensors.items() if self.is_main or _is_split(tensor)}
+
+    def exchanged(self, value: Result) -> list[Result]:
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
+
+    def reshard(self) -> None:
+        for module in self._sharded():
+            module.reshard()
 
     def map_matrices(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -269,20 +317,22 @@ def joined(settings: TrainingConfig) -> Iterator[Ranks]:
             torch.set_num_threads(settings.threads)
         yield Ranks(device)
         return
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    here = _processes_here(world)
     torch.set_num_threads(settings.threads or max(1, available_cores() // here))
     store, rank = _meeting_place()
     try:
         device = _device_of_rank(settings.device, here)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-        yield ManyRanks(device, rank, world, settings.parallel)
+        yield ManyRanks(device, rank, world, settings)
         dist.destroy_process_group()
     except SystemExit:  # all ranks were asked to stop together
         dist.destroy_process_group()
         raise
     except (UserError, OSError) as error:
         _leave_unless_first(store, rank, USER_ERROR_STATUS if isinstance(error, UserError) else MACHINE_ERROR_STATUS)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(word in str(error) for word in LOST):
@@ -301,6 +351,11 @@ def is_main_process() -> bool:
 def leave_unless_first(status: int) -> None:
     """Handle an error before ``joined``: return on the first rank that has it, exit with ``status`` on the others."""
     _leave_unless_first(*_meeting_place(), status)
+
+
+def _processes_here(world: int) -> int:
+    """How many of the ``world`` processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
 def _meeting_place() -> tuple[dist.Store, int]:
@@ -329,7 +384,11 @@ def _device_of_rank(name: str, here: int) -> torch.device:
 
 
 def _leave_unless_first(store: dist.Store, rank: int, status: int) -> None:
-    """Return on the first rank that calls it; raise SystemExit with that rank's status on the others."""
+    """Return on the first rank that calls it; end the others with that rank's status.
+
+    In a process group they end without Python's shutdown, during which gloo's threads may still wait for its lock: that
+    aborts the process.
+    """
     own = f"{rank} {status}"
     try:
         first = store.compare_set("ended", "", own).decode()
@@ -337,4 +396,8 @@ def _leave_unless_first(store: dist.Store, rank: int, status: int) -> None:
         return
     if first != own:
         time.sleep(1.0)  # torchrun ends all ranks as soon as one has ended: let the first one report
+        if dist.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(first.split()[1]))
         raise SystemExit(int(first.split()[1])) from None

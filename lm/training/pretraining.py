@@ -102,7 +102,9 @@ class Pretraining(TrainModule[Any]):
             self.ranks.on_main(partial(keep_base, self.start, self.path))
             self.ranks.on_main(partial(copy_companions, Path(training.init_from), self.path))
         one_model = self.ranks.world == 1 or training.parallel == "ddp"
-        model = self.objective.new_model().initialize(training.seed).to(self.ranks.device)
+        model = self.objective.new_model().initialize(training.seed)
+        if one_model:  # otherwise it may be too large for the device
+            model.to(self.ranks.device)
         self.objective.begin(model)
         self.plan = make_plan(
             self.config,

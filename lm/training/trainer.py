@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,22 +17,23 @@ from types import FrameType
 from typing import Any, Generic
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from data_prep.files import LOCK, only_writer_of
 from lm import kernels
 from lm.config.settings import Config, TrainingConfig
 from lm.data.prefetch import prefetch
-from lm.model.device import is_out_of_memory, keep_freed_memory, peak_memory
+from lm.model.device import available_memory, is_out_of_memory, keep_freed_memory, peak_memory
 from lm.objectives.objective import restore
 from lm.runs import checkpoint
 from lm.runs.checkpoint_writer import CheckpointWriter, load_trained, trained_tensors
 from lm.runs.directory import CHECKPOINTS, METRICS
 from lm.runs.metrics_log import Best, Interval, MetricsLog
 from lm.runs.resume import fingerprints, open_or_create, refuse_other_directories
+from lm.runs.slice_writer import SliceWriter
 from lm.training import trackers
-from lm.training.distributed import Ranks, joined
+from lm.training.distributed import CPU, Ranks, joined
 from lm.training.optimizer import Optimizer, learning_rate_factor, weight_decay_factor
 from lm.training.reporter import NullReporter, Reporter
 from lm.training.stability import ROLL_BACKS, Ladder, Verdict
@@ -40,10 +41,15 @@ from lm.training.train_module import Batch, TrainModule
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a flag, so that the step is finished and saved; the second one kills."""
+    """Turns the first SIGINT or SIGTERM into a flag, so that the step is finished and saved; the second one kills.
 
-    def __init__(self) -> None:
+    ``once``: it kills only a process that nothing else looks after. torchrun passes on a signal that its processes may
+    have had already (from SLURM), and kills them itself if they take too long.
+    """
+
+    def __init__(self, *, once: bool = True) -> None:
         self.received: int | None = None
+        self.once = once
 
     def __enter__(self) -> StopSignal:
         try:
@@ -58,6 +64,8 @@ class StopSignal:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.received = number
+        if not self.once:
+            return
         for s, handler in self.previous.items():
             signal.signal(s, handler)
 
@@ -133,6 +141,7 @@ class Trainer(Generic[Batch]):
     Attributes:
         model, optimizer, state: what a checkpoint saves, along with the objective's state; set by ``_restore``.
         log, stop, writer: open while the run trains; set by ``run``.
+        gathered: what the writer takes of tensors, whole or in slices (``Ranks.gathered``, ``Ranks.slices``).
         seconds: how long each step took since the last line of the log, without the time between the steps.
     """
 
@@ -142,6 +151,7 @@ class Trainer(Generic[Batch]):
     log: MetricsLog
     stop: StopSignal
     writer: CheckpointWriter
+    gathered: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
     def __init__(self, module: TrainModule[Batch], path: Path, ranks: Ranks, reporter: Reporter) -> None:
         self.module, self.path, self.ranks, self.reporter = module, path, ranks, reporter
@@ -170,17 +180,30 @@ class Trainer(Generic[Batch]):
         if main:
             followers = trackers.open_trackers(self.config, self.path, self.state.step, self.reporter.note)
         self.reporter.begin(self.state.step, steps)
-        keep = checkpoint.Retention(self.config.training.keep_checkpoints, self.config.training.keep_every)
         try:
             with (
                 MetricsLog(self.path / METRICS if main else None, self.state.step, followers) as self.log,
-                StopSignal() as self.stop,
-                CheckpointWriter(self.folder if main else None, keep, self.state.step, self.log.sync) as self.writer,
+                StopSignal(once=self.ranks.world == 1) as self.stop,
+                self._checkpoint_writer() as self.writer,
             ):
                 while not self.ended:
                     self._train_on()
         finally:
             self.reporter.end()
+
+    def _checkpoint_writer(self) -> CheckpointWriter:
+        """Where FSDP is used, one that writes slices if ``sharded_checkpoints`` says so; the same kind on all ranks."""
+        training, ranks = self.config.training, self.ranks
+        keep = checkpoint.Retention(training.keep_checkpoints, training.keep_every)
+        sliced = training.sharded_checkpoints == "always"
+        if training.sharded_checkpoints == "auto":  # weights and two moments, once gathered and once copied
+            whole = 6 * sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+            sliced = ranks.on_main(lambda: whole > available_memory(CPU) / 2)
+        if sliced and ranks.world > 1 and training.parallel == "fsdp":
+            self.gathered = ranks.slices
+            return SliceWriter(self.folder, keep, self.state.step, self.log.sync, ranks)
+        self.gathered = ranks.gathered
+        return CheckpointWriter(self.folder if ranks.is_main else None, keep, self.state.step, self.log.sync)
 
     def _restore(self, saved: checkpoint.Checkpoint | None) -> None:
         """Take weights, optimizer and state from a checkpoint; None: those of step 0, which follow from the seed."""
@@ -292,6 +315,7 @@ class Trainer(Generic[Batch]):
     def _validate(self) -> bool:
         """Log a validation; return True if it is the best so far."""
         line, score = self.module.validate(self.model)
+        self.ranks.reshard()
         self._write({"step": self.state.step, **line})
         tie = line.get("metrics", {}).get("loss")
         improved = score is not None and self.state.best.add(self.state.step, score, tie)
@@ -304,12 +328,12 @@ class Trainer(Generic[Batch]):
         state = {name: part for name, part in asdict(self.state).items() if name != "step"}
         self.writer.save(
             self.state.step,
-            self.ranks.gathered(trained_tensors(self.model)),
-            self.ranks.gathered(self.optimizer.state()),
+            self.gathered(trained_tensors(self.model)),
+            self.gathered(self.optimizer.state()),
             {"training": state, **fingerprints(self.config, self.module, self.ranks.device)},
             scheduled=scheduled,
             best_step=self.state.best.step,
-            objective=self.ranks.gathered(memory.state_dict()) if memory else None,
+            objective=self.gathered(memory.state_dict()) if memory else None,
         )
 
     def _roll_back(self, verdict: Verdict) -> None:

@@ -69,7 +69,7 @@ def test_head_sizes_and_counts_have_their_usual_values_unless_set():
 # What a run of version 0.1 could be resumed with.
 FREE = """steps log_every validate_every validation_rows checkpoint_every keep_checkpoints keep_every device precision
     compile threads parallel micro_batch_rows prompts fills data verify_data trackers train validation epochs
-    validations_per_epoch patience micro_batch_tokens"""
+    fsdp_reshard sharded_checkpoints validations_per_epoch patience micro_batch_tokens"""
 NEVER = """num_layers hidden_size num_heads num_key_value_heads head_size feed_forward_size activation qk_norm
     tie_embeddings logit_softcap dropout rope_theta norm_epsilon vocab_size context_length batch_tokens packing seed
     optimizer init_from task base weights method lora_rank lora_alpha lora_matrices batch_examples pairs
@@ -112,7 +112,10 @@ def test_the_defaults_of_finetuning():
     assert METHODS == {"full": 1e-3, "lora": 5e-3, "probe": 1e-2}
     shown = {s.name: s.default for s in finetuning_settings()}
     assert shown.items() >= finetuning_defaults().items()
-    left_out = {"steps", "validate_every", "validation_rows", "parallel", "init_from", "compile", "base"}
+    left_out = {
+        "steps", "validate_every", "validation_rows", "parallel", "fsdp_reshard", "sharded_checkpoints", "init_from",
+        "compile", "base",
+    }  # fmt: skip
     assert not shown.keys() & left_out
     assert {s.name for s in all_settings() if s.section in ("training", "finetune")} <= shown.keys() | left_out
 

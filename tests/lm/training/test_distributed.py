@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.errors import UserError
 from data_prep.shards.images import open_images
@@ -72,6 +74,16 @@ OBJECTIVES = ("simclr", "moco", "byol", "dino", "dinov2", "mae", "beit")
 Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
+def relative(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The norm of the difference of all tensors together, as a share of the norm of ``expected``."""
+    squares = [
+        ((found[name].double() - tensor.double()).square().sum(), tensor.double().square().sum())
+        for name, tensor in expected.items()
+    ]
+    different, whole = (float(sum(column)) for column in zip(*squares, strict=True))
+    return (different / whole) ** 0.5
+
+
 def perturbed(objective: Objective) -> nn.Module:
     """A model whose every matrix has a gradient (some begin as zeros)."""
     model = objective.new_model().initialize(0)
@@ -121,6 +133,38 @@ def trained(config: Config, corpora: Corpora | ImageCorpora, ranks: Ranks) -> Fo
     held = {**model.state_dict(), **optimizer.state(), **dict(memory.named_parameters(prefix="memory"))}
     told["numbers held"] = sum(ranks.local(tensor).numel() for tensor in held.values() if tensor.ndim)
     return ranks.gathered(held | dict(memory.named_buffers(prefix="memory"))), told
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts the collective operations of FSDP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathers = self.reductions = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        self.gathers += name.startswith("c10d._allgather_base_")
+        self.reductions += name.startswith("c10d._reduce_scatter_base_")
+        return func(*args, **(kwargs or {}))
+
+
+def resharded(corpora: Corpora, ranks: Ranks, how: str) -> Found:
+    """Gradient of a step in four micro-batches with ``fsdp_reshard`` ``how``, and what was exchanged for it."""
+    ranks.parallel, ranks.fsdp_reshard = "fsdp", how
+    config = CONFIG.replace(micro_batch_rows=CONFIG.data.batch_rows // ranks.world // 4)
+    batches = TrainingBatches(corpora, config)
+    model = perturbed(batches.objective)
+    ranks.spread(model, batches.objective)
+    batch = batches.batch(1, ranks.rank, ranks.world)
+    with Exchanges() as exchanges:
+        step_gradients(batches.objective, model, batch, config, 1, ranks)
+    found = ranks.gathered({name: parameter.grad for name, parameter in model.named_parameters()})
+    validate_readouts(model, corpora, config, objective=batches.objective, ranks=ranks)
+    ranks.reshard()
+    held = sum(ranks.local(parameter).numel() for parameter in model.parameters())
+    ranks.fsdp_reshard = "auto"
+    return found, {"gathers": exchanges.gathers, "reductions": exchanges.reductions, "held": held}
 
 
 def given_up(config: Config, corpora: Corpora, ranks: Ranks, path: Path) -> dict[str, Any]:
@@ -176,6 +220,10 @@ def rank_of_several(data: Path, images: Path, tokens: Path, out: Path) -> None:
                     tensors |= {f"{parallel} {name} {micro_batches} {key}": tensor for key, tensor in found.items()}
                 found, told[f"{parallel} {name}"] = trained(config.replace(micro_batch_rows=2), pictures, ranks)
                 tensors |= {f"{parallel} {name} {key}": tensor for key, tensor in found.items()}
+            if parallel == "fsdp":
+                for how in ("pass", "step"):
+                    found, told[f"reshard {how}"] = resharded(corpora, ranks, how)
+                    tensors |= {f"reshard {how} {key}": tensor for key, tensor in found.items()}
             told[f"{parallel} given up"] = given_up(CONFIG, corpora, ranks, out.with_name(parallel))
         told["highest"] = ranks.highest(ranks.rank * 10)
         told["from main"] = ranks.on_main(lambda: ranks.rank + 5)
@@ -215,7 +263,7 @@ def several(request, dataset, pictures, visual_tokens, tmp_path_factory):
             subprocess.Popen(command, env=environment(RANK=str(rank), **meeting), stderr=subprocess.PIPE, text=True)
             for rank in range(world)
         ]
-        ends = [(process.communicate(timeout=300)[1], process.returncode) for process in processes]
+        ends = [(process.communicate(timeout=580)[1], process.returncode) for process in processes]
     assert out.exists(), ends
     return world, load_file(out), [json.loads(Path(f"{out}.{r}").read_text()) for r in range(world)], ends
 
@@ -244,9 +292,7 @@ def alone(dataset, pictures, visual_tokens) -> Found:
 def test_ranks_and_micro_batches_give_the_gradient_of_the_whole_batch(several, alone, parallel, micro_batches):
     """Although each part has another number of hidden tokens."""
     _, tensors, told, _ = several
-    expected = {
-        name: tensor for name, tensor in alone[0].items() if name.startswith("gradient ") and " of " not in name
-    }
+    expected = {name: tensor for name, tensor in alone[0].items() if re.match("gradient (?!of )", name)}
     assert max(float(tensor.abs().max()) for tensor in expected.values()) > 0.01
     for name, tensor in expected.items():
         ours = tensors[name.replace("gradient", f"{parallel} {micro_batches}")]
@@ -257,19 +303,35 @@ def test_ranks_and_micro_batches_give_the_gradient_of_the_whole_batch(several, a
         assert found["shares"] == alone[1]["gradient"]["shares"]
 
 
+def test_fsdp_gathers_and_reduces_once_a_step_where_whole_weights_may_be_held(several, alone):
+    """Three blocks and the rest of the model are four groups of weights; a step has four micro-batches."""
+    _, tensors, told, _ = several
+    expected = {name: tensor for name, tensor in alone[0].items() if re.match("gradient (?!of )", name)}
+    for how in ("pass", "step"):
+        ours = {name: tensors[name.replace("gradient", f"reshard {how}")] for name in expected}
+        assert relative(ours, expected) < 2e-6
+    for of_rank in told:
+        by_pass, by_step = (of_rank[f"reshard {how}"] for how in ("pass", "step"))
+        assert (by_pass["gathers"], by_pass["reductions"]) == (4 * (2 * 3 + 1), 4 * 4)
+        assert (by_step["gathers"], by_step["reductions"]) == (4, 4)
+        assert by_step["held"] == by_pass["held"]
+    numbers = sum(tensor.numel() for tensor in expected.values())
+    assert sum(of_rank["reshard step"]["held"] for of_rank in told) == numbers
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_ranks_give_the_gradient_of_all_images(several, alone, parallel, micro_batches, objective):
     """In SimCLR an image's negatives are the other images of the whole step, on all ranks."""
     _, tensors, told, _ = several
-    for name, tensor in alone[0].items():
-        if name.startswith(f"gradient of {objective} "):
-            ours = tensors[name.replace("gradient of", parallel).replace(objective, f"{objective} {micro_batches}")]
-            torch.testing.assert_close(ours, tensor, rtol=1e-4, atol=1e-6)
-    expected = alone[1][f"{objective} gradient"]["losses"]
+    expected = {name: tensor for name, tensor in alone[0].items() if name.startswith(f"gradient of {objective} ")}
+    prefix = f"{parallel} {objective} {micro_batches} "
+    ours = {name: tensors[name.replace(f"gradient of {objective} ", prefix)] for name in expected}
+    assert relative(ours, expected) < 2e-6
+    losses = alone[1][f"{objective} gradient"]["losses"]
     for of_rank in told:
-        assert of_rank[f"{parallel} {objective} {micro_batches}"]["losses"] == pytest.approx(expected, abs=1e-5)
+        assert of_rank[f"{parallel} {objective} {micro_batches}"]["losses"] == pytest.approx(losses, abs=1e-5)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -280,6 +342,10 @@ def test_ranks_take_the_steps_of_one_process(several, alone, parallel, model):
     for name, tensor in alone[0].items():
         if name.startswith(f"{model} "):
             torch.testing.assert_close(tensors[f"{parallel} {name}"], tensor, rtol=1e-4, atol=5e-5)
+    state = (".momentum", ".exp_avg", ".exp_avg_sq", ".step")
+    found = {name: tensor for name, tensor in alone[0].items() if name.startswith(f"{model} ")}
+    weights = {name: tensor for name, tensor in found.items() if not name.endswith(state)}
+    assert relative({name: tensors[f"{parallel} {name}"] for name in weights}, weights) < 1e-5
     for part in ("norms", "losses"):
         assert told[0][f"{parallel} {model}"][part] == pytest.approx(alone[1][model][part], rel=1e-4, abs=1e-5)
     config = IMAGES if model in OBJECTIVES else CONFIG.replace(**MODELS[model])
@@ -307,7 +373,8 @@ def test_all_ranks_find_the_same_to_the_last_bit(several):
     for of_rank in told:
         for name, found in of_rank.items():
             mine, first = (dict(f) if isinstance(f, dict) else {"": f} for f in (found, told[0][name]))
-            mine.pop("numbers held", None), first.pop("numbers held", None)
+            for own in ("numbers held", "held"):
+                mine.pop(own, None), first.pop(own, None)
             assert mine == first
     for parallel in ("ddp", "fsdp"):
         assert told[0][f"{parallel} given up"]["error"].startswith("the loss is not finite")
