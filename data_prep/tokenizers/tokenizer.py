@@ -247,6 +247,11 @@ class Tokenizer:
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
     @cached_property
+    def words_have_spaces(self) -> bool:
+        """Whether there are tokens of a space and the letters after it, in any script."""
+        return any(re.match(r" \w", self.token_text(token)) for token in range(self.vocab_size))
+
+    @cached_property
     def is_lossless(self) -> bool:
         """Whether decoding restores all ``PROBES``, as with every tokenizer trained here."""
         return all(self.decode_bytes(ids_or_none(self.encode, text)) == text.encode("utf-8") for text in PROBES)

@@ -114,10 +114,9 @@ def _encode_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
 
     If words include the space before them, so does a mask.
     """
-    takes_space = len(tokenizer.encode(" a")) == 1
     *parts, last = MASKS.split(text)  # text and number of masks alternate
     tokens = [tokenizer.start_id]
     for part, count in zip(parts[::2], parts[1::2], strict=True):
-        tokens += tokenizer.encode(part.removesuffix(" ") if takes_space else part)
+        tokens += tokenizer.encode(part.removesuffix(" ") if tokenizer.words_have_spaces else part)
         tokens += [tokenizer.mask_id] * (int(count) if count else 1)
     return tokens + tokenizer.encode(last)

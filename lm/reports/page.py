@@ -143,6 +143,7 @@ def draw(panels: Sequence[Chart], height: float, *, stacked: bool = False) -> st
             axes.patch.set_alpha(0)
             axes.title.set_wrap(True)
             axes.xaxis.label.set_wrap(True)
+        figure.draw_without_rendering()  # ticks follow the size, so the first layout measured others than it drew
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)

@@ -122,6 +122,8 @@ def test_the_page_of_a_served_run_on_text(browser, served, tab):
     if button:
         browser.run(f"id('{button}').click()")
     browser.wait(answered)
+    if tab == "probabilities":
+        browser.run("id('tokens').children[1].style.setProperty('--surprise', 1)")  # the strongest color of a token
     assert not browser.problems()
     browser.driver.get("about:blank")
 

@@ -9,7 +9,7 @@ from data_prep.errors import UserError
 from data_prep.settings import TokenizerSettings
 from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.tokenizers.training import train_tokenizer
-from lm.inference.fill_mask import fill_masks
+from lm.inference.fill_mask import fill_masks, tokens_to_fill
 from lm.inference.sampling import Sampling
 from lm.kernels import masks
 from tests.conftest import loaded
@@ -73,6 +73,16 @@ def test_text_around_masks_is_kept_whatever_the_tokenizer(byte_tokenizer):
     pieces = [candidates[0][0] for candidates in filled.candidates]
     if not any("\ufffd" in piece for piece in pieces):
         assert filled.text == f"{pieces[0]}b {pieces[1]} d{pieces[2]}"
+
+
+def test_a_mask_takes_the_space_before_it_in_every_script(dataset):
+    hindi = train_tokenizer(iter(["किताब मेज पर है", "मेज पर किताब है"] * 20), TokenizerSettings(vocab_size=280))
+    assert len(hindi.encode(" a")) == 2
+    assert len(hindi.encode(" पर")) == 1
+    for tokenizer, text in ((hindi, "किताब [MASK] है"), (dataset.tokenizer, "The [MASK] found")):
+        before, after = map(tokenizer.encode, text.split(" [MASK]"))
+        tokens = tokens_to_fill(tokenizer, restless_model(tokenizer).config, text)
+        assert tokens == [tokenizer.start_id, *before, tokenizer.mask_id, *after]
 
 
 def test_a_text_that_cannot_be_filled_is_an_error(dataset):

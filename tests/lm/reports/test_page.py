@@ -5,6 +5,7 @@ import re
 
 import jinja2
 import pytest
+from matplotlib.textpath import TextPath
 
 from lm.reports.page import COLORS, MARKERS, Bars, Panel, Scatter, chart, draw, render
 
@@ -115,3 +116,13 @@ def test_steps_are_told_in_thousands_and_shares_as_they_are():
     assert "k</text>" in ticks(4000.0)
     assert "m</text>" not in ticks(1.0)
     assert ">0.4</text>" in ticks(1.0)
+
+
+def test_the_ticks_of_a_chart_fit_beside_its_axis():
+    series = [(10, 6.87), (30, 5.78), (50, 5.11), (70, 4.88), (90, 4.53), (120, 4.31)]
+    panel = Panel("loss, nats per token", {"next_token": series}, {"validation": [(60, 4.737), (120, 4.308)]})
+    svg = draw([panel], 3.6, stacked=True)
+    ticks = re.findall(r'text-anchor: end[^>]*x="([\d.]+)"[^>]*>([\d.]+)<', svg)
+    assert any("." in name for _, name in ticks)
+    for right, name in ticks:
+        assert float(right) >= TextPath((0, 0), name, size=10).get_extents().x1 - 1
