@@ -119,9 +119,9 @@ def test_steps_are_told_in_thousands_and_shares_as_they_are():
 
 
 def test_the_ticks_of_a_chart_fit_beside_its_axis():
-    series = [(10, 6.87), (30, 5.78), (50, 5.11), (70, 4.88), (90, 4.53), (120, 4.31)]
-    panel = Panel("loss, nats per token", {"next_token": series}, {"validation": [(60, 4.737), (120, 4.308)]})
-    svg = draw([panel], 3.6, stacked=True)
+    lines = {name: [(10, 7.0 + up), (60, 5.5 + up), (120, 4.0 + up)] for name, up in (("a", 0.0), ("b", 0.1))}
+    points = {name: [(60, 4.5 + up), (120, 4.0 + up)] for name, up in (("c", 0.0), ("d", 0.1))}
+    svg = draw([Panel("loss, nats per token", lines, points)], 3.6, stacked=True)
     ticks = re.findall(r'text-anchor: end[^>]*x="([\d.]+)"[^>]*>([\d.]+)<', svg)
     assert any("." in name for _, name in ticks)
     for right, name in ticks:
