@@ -70,6 +70,9 @@ def inconsistencies(config: Config) -> Iterator[str]:
             yield f"fills: {problem}"
     if config.objective.mask_token_share + config.objective.random_token_share > 1:
         yield "mask_token_share and random_token_share add up to more than 1"
+    for name, lowest in (("final_masked_fraction", 0), ("final_mask_rate", 0.01)):
+        if (value := getattr(config.objective, name)) != -1 and value < lowest:
+            yield f"{name} {value:g} is neither -1 nor at least {lowest}"
     if optimizer.warmup_fraction + optimizer.decay_fraction > 1:
         yield "warmup_fraction and decay_fraction add up to more than 1"
     if config.is_finetuning and config.reads_images != (config.finetune.task in IMAGE_TASKS):

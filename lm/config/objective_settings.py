@@ -44,7 +44,16 @@ class ObjectiveConfig:
     masked_fraction: float = setting(
         0.5, "hybrid objectives: share of the rows that are masked and read bidirectionally", minimum=0, maximum=1
     )
+    final_masked_fraction: float = setting(
+        -1.0,
+        "masked_fraction in the last step, reached linearly; -1: masked_fraction",
+        minimum=-1,
+        maximum=1,
+    )
     mask_rate: float = setting(0.3, "share of a masked row's tokens to predict", minimum=0.01, maximum=1)
+    final_mask_rate: float = setting(
+        -1.0, "mask_rate in the last step, reached linearly; -1: mask_rate", minimum=-1, maximum=1
+    )
     mask_token_share: float = setting(0.8, "share of predicted tokens that become the mask token", minimum=0, maximum=1)
     random_token_share: float = setting(
         0.1, "share of predicted tokens that become a random token; the rest is unchanged", minimum=0, maximum=1
@@ -128,6 +137,13 @@ class ObjectiveConfig:
     def shares(self) -> dict[str, Fraction]:
         """The objectives that ``objective`` names, with their shares of the rows."""
         return shares_of(self.objective)
+
+    def masking_at(self, step: int, steps: int) -> tuple[float, float]:
+        """``masked_fraction`` and ``mask_rate`` in step ``step`` (from 0) of ``steps``."""
+        passed = min(step, steps - 1) / max(1, steps - 1)
+        pairs = ((self.masked_fraction, self.final_masked_fraction), (self.mask_rate, self.final_mask_rate))
+        fraction, rate = (first if last < 0 else (1 - passed) * first + passed * last for first, last in pairs)
+        return fraction, rate
 
     @property
     def validation_folds(self) -> int:

@@ -34,6 +34,16 @@ class OptimizerConfig:
         minimum=0,
         finetuning=1.0,
     )
+    embedding_weight_decay: float = setting(
+        0.0,
+        "decoupled weight decay of the token embedding and of its head, multiplied by the learning rate of AdamW; it "
+        "follows final_weight_decay too",
+        minimum=0,
+        pretraining_only=True,
+    )
+    cautious_weight_decay: bool = setting(
+        False, "decay only weights that the update brings closer to zero (Chen et al. 2025, cautious weight decay)"
+    )
     stem_learning_rate: float = setting(
         1.0, "learning rate of the embedding, or of the patch embedding, as a multiple of the others'", minimum=0
     )
@@ -50,6 +60,19 @@ class OptimizerConfig:
         once_in="finetune",
     )
     momentum: float = setting(0.95, "Muon: decay of the momentum", minimum=0, maximum=0.9999)
+    first_momentum: float = setting(
+        0.85, "Muon: momentum at the start, from where it rises linearly", minimum=0, maximum=0.9999
+    )
+    momentum_warmup: float = setting(
+        0.0, "Muon: share of the steps after which momentum is reached; 0: from the first step", minimum=0, maximum=1
+    )
+    muon_beta2: float = setting(
+        0.0,
+        "Muon: decay of the mean squared update of each row, by whose root the row is divided (NorMuon: 0.95); 0: off",
+        minimum=0,
+        maximum=0.9999,
+        on_resume="never",
+    )
     gradient_clip: float = setting(1.0, "largest norm of the whole gradient; 0: off", minimum=0)
     spike_threshold: float = setting(
         8.0, "skip a step whose loss is this many standard deviations above the running mean; 0: off", minimum=0

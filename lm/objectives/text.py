@@ -53,7 +53,7 @@ class TextObjective:
 
     def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
         self.config, self.vocabulary, self.seed = config.objective, vocabulary, config.training.seed
-        self.shape, self.data = config.model, config.data
+        self.shape, self.data, self.steps = config.model, config.data, config.training.steps
         self.readouts = config.readouts
         if vocabulary.mask < 0 and self.readouts != ("next_token",):
             raise UserError(
@@ -76,7 +76,8 @@ class TextObjective:
         if len(self.readouts) == 1:
             return {self.readouts[0]: rows}
         whole = self.data.batch_rows
-        causal = (whole - int(whole * self.config.masked_fraction)) % rows
+        ends = (self.config.masking_at(step, self.steps)[0] for step in (0, self.steps - 1))
+        causal = (whole - int(whole * min(ends))) % rows
         return dict(zip(self.readouts, (causal, rows - causal), strict=True))
 
     def flops_per_token(self, model: nn.Module, context_length: int) -> float:
@@ -90,7 +91,9 @@ class TextObjective:
         their share of the rows: a masked row predicts fewer tokens, but counts as much as a causal one.
         """
         causal, masked_readout = "next_token" in self.readouts, self.readouts[-1]
-        fraction = (self.config.masked_fraction if masked_readout != "next_token" else 0.0) if causal else 1.0
+        step = int(rows.numbers[0]) // self.data.batch_rows
+        masked_fraction, mask_rate = self.config.masking_at(step, self.steps)
+        fraction = (masked_fraction if masked_readout != "next_token" else 0.0) if causal else 1.0
         masked = masked_rows(rows.turns, fraction)
         order = np.argsort(masked, kind="stable")
         inputs, targets, starts = rows.inputs[order], rows.targets[order], rows.starts[order]
@@ -101,7 +104,9 @@ class TextObjective:
             targets[np.arange(inputs.shape[1]) >= lengths[:, None]] = IGNORED
         if first_masked < len(masked):
             shifted, some = masked_readout == "masked_next_token", slice(first_masked, None)
-            inputs[some], targets[some] = self._hide(inputs[some], starts[some], numbers[some], shifted=shifted)
+            inputs[some], targets[some] = self._hide(
+                inputs[some], starts[some], numbers[some], mask_rate, shifted=shifted
+            )
         weights = np.zeros(targets.shape, dtype=np.float32)
         for some in (slice(0, first_masked), slice(first_masked, None)):
             predicted = targets[some] != IGNORED
@@ -112,7 +117,13 @@ class TextObjective:
         return assemble(inputs, targets, weights, starts, masked, lengths if padded else None, parts)
 
     def _hide(
-        self, inputs: NDArray[np.int64], starts: NDArray[np.bool_], numbers: NDArray[np.int64], *, shifted: bool
+        self,
+        inputs: NDArray[np.int64],
+        starts: NDArray[np.bool_],
+        numbers: NDArray[np.int64],
+        mask_rate: float,
+        *,
+        shifted: bool,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Hide tokens as BERT does (Devlin et al. 2019, section 3.1): (inputs with tokens hidden, targets).
 
@@ -124,7 +135,7 @@ class TextObjective:
         kept = self.vocabulary.borders(inputs)
         chance[kept | starts if shifted else kept] = 2.0
         # At least one token a row, so that no row is idle: the one with the smallest number.
-        chosen = (chance < config.mask_rate) | ((chance == chance.min(axis=1, keepdims=True)) & (chance < 1))
+        chosen = (chance < mask_rate) | ((chance == chance.min(axis=1, keepdims=True)) & (chance < 1))
         at = np.flatnonzero(chosen)
         row, column = np.divmod(at, inputs.shape[1])
         fate = uniform_at(key(self.seed, Stream.FATE_OF_HIDDEN_TOKENS), numbers[row], column)

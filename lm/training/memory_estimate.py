@@ -58,7 +58,10 @@ def step_memory(config: Config, rows: int, device: torch.device) -> StepMemory:
     shape = DataConfig(
         context_length=data.context_length, batch_tokens=data.batch_tokens, batch_images=data.batch_images
     )
-    kind = OptimizerConfig(optimizer=config.optimizer.optimizer)
+    chosen = config.optimizer
+    kind = OptimizerConfig(
+        optimizer=chosen.optimizer, muon_beta2=chosen.muon_beta2, cautious_weight_decay=chosen.cautious_weight_decay
+    )
     counted = Config(config.model, shape, config.objective, config.views, kind)
     return _counted(counted, rows, device.type, low_precision)
 

@@ -1,9 +1,10 @@
 """The optimizers and their learning rate schedule.
 
 Muon (Jordan et al. 2024) updates the matrices inside the blocks by their momentum, with all singular values brought
-near one. AdamW (Loshchilov and Hutter 2019) updates the rest. ``torch.optim.Muon`` computes in bfloat16, which takes 30
-times as long on a CPU without it (docs/lab-notes.md); this one computes in float32 on a CPU, all matrices of one shape
-together, with a third of the arithmetic.
+near one; with ``muon_beta2`` the rows of an update get about the same size (Li et al. 2025, NorMuon). AdamW (Loshchilov
+and Hutter 2019) updates the rest. ``torch.optim.Muon`` computes in bfloat16, which takes 30 times as long on a CPU
+without it (docs/lab-notes.md); this one computes in float32 on a CPU, all matrices of one shape together, with a third
+of the arithmetic.
 """
 
 from __future__ import annotations
@@ -53,6 +54,22 @@ def weight_decay_factor(step: int, steps: int, config: OptimizerConfig) -> float
     """The weight decay of step ``step`` (from 0) as a multiple of the first one: half a cosine (Caron et al. 2021)."""
     final = config.final_weight_decay
     return final - (final - 1) * (math.cos(math.pi * step / steps) + 1) / 2
+
+
+def momentum_at(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Muon's momentum in step ``step`` (from 0): a linear rise from ``first_momentum`` to ``momentum``."""
+    rising = config.momentum_warmup * steps
+    if step >= rising:
+        return config.momentum
+    return config.first_momentum + (config.momentum - config.first_momentum) * step / rising
+
+
+def shrinking(parameter: Tensor, update: Tensor) -> Tensor:
+    """The weights whose absolute value falls when ``update`` is subtracted, and zero in place of the others.
+
+    Cautious weight decay (Chen et al. 2025) applies to these only.
+    """
+    return parameter * (parameter * update > 0)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -116,7 +133,11 @@ def _by_products(x: Tensor) -> Tensor:
 
 
 class Muon:
-    """Orthogonalized momentum, computed for all matrices of a shape together; arguments as for ``Optimizer``."""
+    """Orthogonalized momentum, computed for all matrices of a shape together.
+
+    ``beta2`` and ``cautious`` are the settings ``muon_beta2`` and ``cautious_weight_decay``; the others are as for
+    ``Optimizer``.
+    """
 
     def __init__(
         self,
@@ -125,8 +146,12 @@ class Muon:
         weight_decay: float,
         ranks: Ranks | None = None,
         lr_multipliers: Mapping[str, float] | None = None,
+        *,
+        beta2: float = 0.0,
+        cautious: bool = False,
     ) -> None:
         self.momentum, self.weight_decay, self.ranks = momentum, weight_decay, ranks or Ranks()
+        self.beta2, self.cautious = beta2, cautious
         self.lr_multipliers = lr_multipliers or {}
         self.groups: dict[torch.Size, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in named_parameters.items():
@@ -135,25 +160,52 @@ class Muon:
             shape: torch.stack([torch.zeros_like(parameter, requires_grad=False) for _, parameter in group])
             for shape, group in self.groups.items()
         }
+        # One number a row, (matrices, rows, 1): so few that each rank holds them all.
+        self.row_moments = {
+            shape: torch.zeros(len(group), shape[0], 1, device=group[0][1].device)
+            for shape, group in self.groups.items()
+            if beta2
+        }
 
     @torch.no_grad()
-    def step(self, learning_rate: float, decay: float = 1.0) -> None:
-        """One update, with ``decay`` times the weight decay."""
+    def step(self, learning_rate: float, decay: float = 1.0, momentum: float | None = None) -> None:
+        """One update, with ``decay`` times the weight decay; None: the momentum of the settings."""
+        momentum = self.momentum if momentum is None else momentum
         for shape, group in self.groups.items():
             gradients = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for _, p in group])
-            buffer = self.buffers[shape].lerp_(gradients, 1 - self.momentum)
-            looking_ahead = gradients.lerp_(buffer, self.momentum)  # Nesterov
+            buffer = self.buffers[shape].lerp_(gradients, 1 - momentum)
+            looking_ahead = gradients.lerp_(buffer, momentum)  # Nesterov
             updates = self.ranks.map_matrices(orthogonalize, looking_ahead)
+            if self.beta2:
+                updates = self._with_even_rows(updates, self.row_moments[shape])
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             for (name, parameter), update in zip(group, updates, strict=True):
                 rate = learning_rate * self.lr_multipliers.get(name, 1.0)
-                parameter.mul_(1 - rate * decay * self.weight_decay).add_(update, alpha=-rate * scale)
+                if self.cautious:
+                    parameter.sub_(shrinking(parameter, update), alpha=rate * decay * self.weight_decay)
+                    parameter.add_(update, alpha=-rate * scale)
+                else:
+                    parameter.mul_(1 - rate * decay * self.weight_decay).add_(update, alpha=-rate * scale)
+
+    def _with_even_rows(self, updates: Tensor, moments: Tensor) -> Tensor:
+        """Divide each row by the root of its moment, and keep the norm of each matrix.
+
+        Matrices behind a projection that starts at zero have no gradient in the first step: their update stays zero.
+        """
+        squares = self.ranks.whole(updates.square().sum(2, keepdim=True))
+        moments.lerp_(squares / updates.shape[2], 1 - self.beta2)
+        scale = moments.clamp(min=1e-12).rsqrt()
+        before, after = squares.sum(1, keepdim=True), (squares * scale.square()).sum(1, keepdim=True)
+        scale = scale * (before / after.clamp(min=1e-12)).sqrt()
+        return updates * self.ranks.cut(scale, updates)
 
     def state(self) -> dict[str, Tensor]:
+        kinds = {"momentum": self.buffers, "row_moment": self.row_moments}
         return {
-            f"{name}.momentum": self.buffers[shape][i]
-            for shape, group in self.groups.items()
-            for i, (name, _) in enumerate(group)
+            f"{name}.{kind}": stacks[shape][i]
+            for kind, stacks in kinds.items()
+            for shape in stacks
+            for i, (name, _) in enumerate(self.groups[shape])
         }
 
 
@@ -164,9 +216,14 @@ class AdamW:
     """
 
     def __init__(
-        self, groups: Mapping[tuple[float, float], list[tuple[str, nn.Parameter]]], beta1: float, beta2: float
+        self,
+        groups: Mapping[tuple[float, float], list[tuple[str, nn.Parameter]]],
+        beta1: float,
+        beta2: float,
+        *,
+        cautious: bool = False,
     ) -> None:
-        self.groups, self.beta1, self.beta2 = groups, beta1, beta2
+        self.groups, self.beta1, self.beta2, self.cautious = groups, beta1, beta2, cautious
         self.moments: dict[str, dict[str, Tensor]] = {}  # of each parameter that has had a gradient
 
     @torch.no_grad()
@@ -180,6 +237,11 @@ class AdamW:
             moments = [self._moments_of(name, parameter) for name, parameter in named]
             steps = [each["step"] for each in moments]
             torch._foreach_add_(steps, 1)
+            rate, cautious = learning_rate * lr_multiplier, self.cautious and weight_decay > 0
+            if cautious:  # the update has the sign of the mean gradient
+                for (_, parameter), gradient, each in zip(named, gradients, moments, strict=True):
+                    coming = each["exp_avg"].lerp(gradient, 1 - self.beta1)
+                    parameter.sub_(shrinking(parameter, coming), alpha=rate * decay * weight_decay)
             torch._fused_adamw_(
                 [parameter for _, parameter in named],
                 gradients,
@@ -187,10 +249,10 @@ class AdamW:
                 [each["exp_avg_sq"] for each in moments],
                 [],
                 steps,
-                lr=learning_rate * lr_multiplier,
+                lr=rate,
                 beta1=self.beta1,
                 beta2=self.beta2,
-                weight_decay=decay * weight_decay,
+                weight_decay=0.0 if cautious else decay * weight_decay,
                 eps=1e-8,
                 amsgrad=False,
                 maximize=False,
@@ -208,8 +270,9 @@ class AdamW:
 
 
 class Optimizer:
-    """Muon and AdamW together, for parameters that require a gradient; only the matrices of blocks have weight decay.
+    """Muon and AdamW together, for parameters that require a gradient.
 
+    The matrices of blocks have ``weight_decay``, the token embedding and its head ``embedding_weight_decay``.
     ``lr_multipliers`` has learning-rate multipliers by parameter name; all others have 1.
     """
 
@@ -224,23 +287,36 @@ class Optimizer:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         matrices = {n: p for n, p in self.parameters.items() if p.ndim == 2 and "blocks" in n.split(".")}
         by_muon = matrices if config.optimizer == "muon" else {}
-        self.muon = Muon(by_muon, config.momentum, config.weight_decay, self.ranks, lr_multipliers)
+        cautious = config.cautious_weight_decay
+        self.muon = Muon(
+            by_muon,
+            config.momentum,
+            config.weight_decay,
+            self.ranks,
+            lr_multipliers,
+            beta2=config.muon_beta2,
+            cautious=cautious,
+        )
         groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self.parameters.items():
             if name not in by_muon:
-                decay = config.weight_decay if name in matrices else 0.0
+                of_tokens = name in ("embedding.weight", "head.weight")
+                decay = config.weight_decay if name in matrices else config.embedding_weight_decay * of_tokens
                 groups.setdefault((decay, lr_multipliers.get(name, 1.0)), []).append((name, parameter))
-        self.adamw = AdamW(groups, config.beta1, config.beta2)
+        self.adamw = AdamW(groups, config.beta1, config.beta2, cautious=cautious)
 
     def clip(self) -> Tensor:
         """Clip the norm of the whole gradient to ``gradient_clip``; return the norm before clipping."""
         limit = self.config.gradient_clip or float("inf")
         return self.ranks.whole(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
 
-    def step(self, factor: float, decay: float = 1.0) -> None:
-        """Update the weights with ``factor`` times the peak learning rates and ``decay`` times the weight decay."""
+    def step(self, factor: float, decay: float = 1.0, momentum: float | None = None) -> None:
+        """Update the weights with ``factor`` times the peak learning rates and ``decay`` times the weight decay.
+
+        ``momentum`` is Muon's in this step; None: that of the settings.
+        """
         self.adamw.step(factor * self.config.learning_rate, decay)
-        self.muon.step(factor * self.config.muon_learning_rate, decay)
+        self.muon.step(factor * self.config.muon_learning_rate, decay, momentum)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor to save, by name, as views of the live state."""

@@ -213,7 +213,7 @@ class Plan:
             ]
         return [
             ("tokens", f"{steps:,} steps x {data.batch_tokens:,} tokens = {format_tokens(self.tokens)}{passes}"),
-            ("scaling rule", rule_for(self.config).describe(self.config)),
+            ("scaling rule", rule_for(self.config, self.epochs).describe(self.config)),
             ("FLOPs per token", f"{self.flops_per_token / 1e6:.1f}M, {total} in total"),
         ]
 

@@ -34,7 +34,7 @@ from lm.runs.resume import fingerprints, open_or_create, refuse_other_directorie
 from lm.runs.slice_writer import SliceWriter
 from lm.training import trackers
 from lm.training.distributed import CPU, Ranks, joined
-from lm.training.optimizer import Optimizer, learning_rate_factor, weight_decay_factor
+from lm.training.optimizer import Optimizer, learning_rate_factor, momentum_at, weight_decay_factor
 from lm.training.reporter import NullReporter, Reporter
 from lm.training.stability import ROLL_BACKS, Ladder, Verdict
 from lm.training.train_module import Batch, TrainModule
@@ -246,8 +246,9 @@ class Trainer(Generic[Batch]):
             self._roll_back(verdict)
             return False
         if verdict is Verdict.APPLY:
-            decay = weight_decay_factor(state.step, config.training.steps, config.optimizer)
-            self.optimizer.step(self._rate(state.step), decay)
+            position = (state.step, config.training.steps, config.optimizer)
+            decay, momentum = weight_decay_factor(*position), momentum_at(*position)
+            self.optimizer.step(self._rate(state.step), decay, momentum)
             if self.module.objective is not None:
                 self.module.objective.after_step(self.model, state.step)
             state.interval.add(losses, shares, gradient_norm)

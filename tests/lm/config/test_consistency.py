@@ -37,6 +37,8 @@ def test_the_defaults_fit_together():
         ({"task": "choice", "label_smoothing": 0.1}, ["label_smoothing", "choice has none"]),
         ({"task": "regression", "class_weights": "balanced"}, ["class_weights", "regression has none"]),
         ({"task": "classification", "method": "lora", "lora_matrices": ()}, ["lora_matrices is empty"]),
+        ({"final_masked_fraction": -0.5}, ["final_masked_fraction -0.5", "-1", "at least 0"]),
+        ({"final_mask_rate": 0.0}, ["final_mask_rate 0", "-1", "at least 0.01"]),
     ],
 )
 def test_what_cannot_be_together_is_told_with_its_values(changes, words):

@@ -75,8 +75,9 @@ NEVER = """num_layers hidden_size num_heads num_key_value_heads head_size feed_f
     optimizer init_from task base weights method lora_rank lora_alpha lora_matrices batch_examples pairs
     template_tokens head_bias patch_size stem image_size image_channels batch_images projection_size
     projection_hidden_size decoder_layers decoder_size queue_size prototypes
-    visual_tokenizer visual_codes view_tokens"""
-ASK = """objective masked_fraction mask_rate mask_token_share random_token_share validation_mask_rate learning_rate
+    visual_tokenizer visual_codes view_tokens muon_beta2"""
+ASK = """objective masked_fraction final_masked_fraction mask_rate final_mask_rate
+    mask_token_share random_token_share validation_mask_rate learning_rate
     muon_learning_rate weight_decay beta1 beta2 momentum gradient_clip spike_threshold warmup_fraction decay_fraction
     final_learning_rate_fraction text_column text_pair_column label_column choices_column words_column tags_column
     prompt_column response_column chat_template reads pooling long_texts judged_by layer_decay class_weights temperature
@@ -85,7 +86,7 @@ ASK = """objective masked_fraction mask_rate mask_token_share random_token_share
     first_teacher_temperature teacher_warmup center_momentum prototypes_frozen centering ibot_weight koleo_weight
     local_views local_size local_area
     final_weight_decay stem_learning_rate span_share token_deletion first_blur
-    second_solarize head_learning_rate"""
+    second_solarize head_learning_rate embedding_weight_decay cautious_weight_decay first_momentum momentum_warmup"""
 
 
 @pytest.mark.parametrize(("answer", "names"), [("free", FREE), ("never", NEVER), ("ask", ASK)])
@@ -114,7 +115,7 @@ def test_the_defaults_of_finetuning():
     assert shown.items() >= finetuning_defaults().items()
     left_out = {
         "steps", "validate_every", "validation_rows", "parallel", "fsdp_reshard", "sharded_checkpoints", "init_from",
-        "compile", "base",
+        "compile", "base", "embedding_weight_decay",
     }  # fmt: skip
     assert not shown.keys() & left_out
     assert {s.name for s in all_settings() if s.section in ("training", "finetune")} <= shown.keys() | left_out

@@ -65,6 +65,21 @@ def test_which_rows_are_masked_depends_on_their_numbers_alone(fraction, first, r
     assert together.tolist() == masked_rows(np.arange(first, first + rows), fraction).tolist()
 
 
+def test_the_masked_share_and_the_mask_rate_move_linearly_over_the_run():
+    """Each step has the share of its own step, up to one row, and its batch follows from the step alone."""
+    changes = {"batch_tokens": 32 * 40, "context_length": 40, "steps": 5, "masked_fraction": 0.25, "mask_rate": 0.5}
+    moving = changes | {"final_masked_fraction": 0.75, "final_mask_rate": 0.1}
+    windows = windows_of(32, 40, ends=0)
+    for step, (share, rate) in enumerate([(0.25, 0.5), (0.375, 0.4), (0.5, 0.3), (0.625, 0.2), (0.75, 0.1)]):
+        batch = batch_of(windows, "hybrid", first=32 * step, **moving)
+        masked = masked_rows_of(batch)
+        assert int(masked.sum()) == 32 * share
+        hidden = float((batch.targets[masked] != IGNORED).float().mean())
+        assert hidden == pytest.approx(rate, abs=0.06)
+        like = changes | {"masked_fraction": share, "mask_rate": rate}
+        assert_same(batch, batch_of(windows, "hybrid", first=32 * step, **like))
+
+
 def test_a_hybrid_batch_has_its_causal_rows_first():
     batch = batch_of(windows_of(8, 16), "hybrid", masked_fraction=0.25)
     assert masked_rows_of(batch).tolist() == [False] * 6 + [True] * 2

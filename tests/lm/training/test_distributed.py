@@ -62,6 +62,7 @@ MODELS = {
     "tied": {"tie_embeddings": True},
     "untied": {},
     "adamw": {"optimizer": "adamw"},
+    "normuon": {"muon_beta2": 0.9, "cautious_weight_decay": True, "embedding_weight_decay": 0.2},
     "views": {"objective": "dino", "local_views": 2, "teacher_momentum": 0.6, "gradient_clip": 0.05, **OF_VIEWS},
     "mixed": {"objective": "hybrid:0.75,moco:0.25", "queue_size": 40, "teacher_momentum": 0.6, **OF_VIEWS},
 }
@@ -131,7 +132,8 @@ def trained(config: Config, corpora: Corpora | ImageCorpora, ranks: Ranks) -> Fo
         )
     memory = batches.objective.memory or nn.Module()
     held = {**model.state_dict(), **optimizer.state(), **dict(memory.named_parameters(prefix="memory"))}
-    told["numbers held"] = sum(ranks.local(tensor).numel() for tensor in held.values() if tensor.ndim)
+    split = [tensor for name, tensor in held.items() if tensor.ndim and not name.endswith(".row_moment")]
+    told["numbers held"] = sum(ranks.local(tensor).numel() for tensor in split)  # row moments are held whole
     return ranks.gathered(held | dict(memory.named_buffers(prefix="memory"))), told
 
 

@@ -23,6 +23,7 @@ SHAPES = [
     {"num_key_value_heads": 2, "activation": "relu2", "tie_embeddings": False},
     {"qk_norm": True, "dropout": 0.1, "masked_fraction": 0.3},
     {"precision": "bfloat16"},
+    {"muon_beta2": 0.95, "cautious_weight_decay": True},
 ]
 
 

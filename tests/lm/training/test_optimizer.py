@@ -11,7 +11,16 @@ from lm.config.model_settings import ModelConfig
 from lm.config.optimizer_settings import OptimizerConfig
 from lm.model.transformer import Transformer
 from lm.training import optimizer
-from lm.training.optimizer import LOWEST, Muon, Optimizer, halley, inverse, learning_rate_factor, orthogonalize
+from lm.training.optimizer import (
+    LOWEST,
+    Muon,
+    Optimizer,
+    halley,
+    inverse,
+    learning_rate_factor,
+    momentum_at,
+    orthogonalize,
+)
 
 
 def test_the_schedule_rises_stays_and_falls():
@@ -145,6 +154,112 @@ def test_muon_moves_like_torchs_own_if_it_orthogonalizes_by_products(shape, monk
         assert float((moved - expected).detach().norm() / expected.detach().norm()) < 0.02
 
 
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
+def test_normuon_divides_each_row_by_the_root_of_its_moment_and_keeps_the_norm(shape):
+    """Against float64, one row after another; the first gradients are zero, those of one row always."""
+    torch.manual_seed(0)
+    start, other = torch.randn(shape), torch.nn.Parameter(torch.randn(shape))
+    ours = torch.nn.Parameter(start.clone())
+    muon = Muon({"other": other, "w": ours}, momentum=0.9, weight_decay=0.2, beta2=0.7)
+    expected, mean, moments = start.double(), torch.zeros(shape).double(), [0.0] * shape[0]
+    for step in range(5):
+        gradient = torch.randn(shape) * (step > 0)
+        gradient[2] = 0
+        ours.grad, other.grad = gradient.clone(), torch.randn(shape)
+        muon.step(0.05)
+        mean = 0.9 * mean + 0.1 * gradient.double()
+        update = orthogonalize((0.1 * gradient.double() + 0.9 * mean)[None])[0]
+        made = torch.zeros_like(update)
+        for row in range(shape[0]):
+            moments[row] = 0.7 * moments[row] + 0.3 * float((update[row] ** 2).mean())
+            if moments[row]:
+                made[row] = update[row] / moments[row] ** 0.5
+        if step:
+            made *= update.norm() / made.norm()
+        expected = expected * (1 - 0.05 * 0.2) - 0.05 * max(1.0, shape[0] / shape[1]) ** 0.5 * made
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-5)
+    assert muon.state()["w.row_moment"].flatten().tolist() == pytest.approx(moments, rel=1e-4)
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.9])
+def test_cautious_decay_is_of_the_weights_that_muons_update_brings_closer_to_zero(beta2):
+    torch.manual_seed(0)
+    start, gradient = torch.randn(6, 9), torch.randn(6, 9)
+    moved = {}
+    for decay in (0.0, 0.5):
+        weight = torch.nn.Parameter(start.clone())
+        weight.grad = gradient.clone()
+        Muon({"w": weight}, 0.9, decay, beta2=beta2, cautious=True).step(0.1, 0.8)
+        moved[decay] = weight.detach()
+    closer = (start - moved[0.0]) * start > 0
+    assert 0 < int(closer.sum()) < closer.numel()
+    torch.testing.assert_close(moved[0.0] - moved[0.5], 0.1 * 0.8 * 0.5 * start * closer)
+
+
+def test_cautious_adamw_and_the_decay_of_the_embedding_are_those_of_a_loop_over_the_formula():
+    """Chen et al. 2025, algorithm 1, with Adam's update, in float64."""
+    model = tiny_model()
+    decays = dict.fromkeys(("embedding.weight", "head.weight"), 0.4)
+    decays |= {n: 0.3 for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
+    config = OptimizerConfig(
+        optimizer="adamw",
+        learning_rate=0.01,
+        weight_decay=0.3,
+        embedding_weight_decay=0.4,
+        cautious_weight_decay=True,
+        beta1=0.8,
+        beta2=0.9,
+    )
+    found = Optimizer(model, config)
+    expected = {n: p.detach().double() for n, p in model.named_parameters()}
+    first = {n: torch.zeros_like(p) for n, p in expected.items()}
+    second = {n: torch.zeros_like(p) for n, p in expected.items()}
+    for step in range(4):
+        give_gradients(model, step)
+        for name, parameter in model.named_parameters():
+            gradient, x = parameter.grad.double(), expected[name]
+            first[name] = 0.8 * first[name] + 0.2 * gradient
+            second[name] = 0.9 * second[name] + 0.1 * gradient**2
+            mean, square = first[name] / (1 - 0.8 ** (step + 1)), second[name] / (1 - 0.9 ** (step + 1))
+            update = mean / (square.sqrt() + 1e-8)
+            expected[name] = x - 0.01 * (update + decays.get(name, 0.0) * 0.5 * x * (update * x > 0))
+        found.step(1.0, 0.5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_embedding_decays_without_caution_as_torchs_adamw_does():
+    ours, theirs = tiny_model(), tiny_model()
+    optimizer = Optimizer(ours, OptimizerConfig(learning_rate=0.01, embedding_weight_decay=0.4, muon_learning_rate=0))
+    peer = torch.optim.AdamW([theirs.embedding.weight], lr=0.01, betas=(0.9, 0.95), weight_decay=0.4)
+    for step in range(3):
+        for model in (ours, theirs):
+            give_gradients(model, step)
+        optimizer.step(1.0)
+        peer.step()
+    torch.testing.assert_close(ours.embedding.weight, theirs.embedding.weight, rtol=1e-5, atol=1e-7)
+
+
+def test_momentum_rises_linearly_and_then_stays():
+    config = OptimizerConfig(first_momentum=0.8, momentum=0.9, momentum_warmup=0.5)
+    expected = [0.8, 0.82, 0.84, 0.86, 0.88, *[0.9] * 5]
+    assert [momentum_at(step, 10, config) for step in range(10)] == pytest.approx(expected)
+    assert {momentum_at(step, 10, OptimizerConfig(first_momentum=0.1)) for step in range(10)} == {0.95}
+
+
+def test_a_step_uses_the_momentum_that_it_is_given():
+    moved = []
+    for of_settings, of_step in ((0.8, None), (0.95, 0.8)):
+        model = tiny_model()
+        optimizer = Optimizer(model, OptimizerConfig(momentum=of_settings))
+        for step in range(2):
+            give_gradients(model, step)
+            optimizer.step(1.0, 1.0, of_step)
+        moved.append(model)
+    for a, b in zip(*(model.parameters() for model in moved), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_muon_takes_matrices_of_different_shapes_each_by_its_own_gradient():
     torch.manual_seed(0)
     parameters = {
@@ -213,9 +328,9 @@ def test_with_muon_the_blocks_matrices_are_muons_and_the_rest_adamws():
         assert torch.equal(parameter, before[name]) != of_muon
 
 
-@pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_an_optimizer_restored_from_its_state_makes_the_same_next_steps(kind):
-    config = OptimizerConfig(optimizer=kind)
+@pytest.mark.parametrize("changes", [{}, {"muon_beta2": 0.95, "cautious_weight_decay": True}, {"optimizer": "adamw"}])
+def test_an_optimizer_restored_from_its_state_makes_the_same_next_steps(changes):
+    config = OptimizerConfig(**changes)
     model, restored = tiny_model(), tiny_model()
     optimizer = Optimizer(model, config)
     for step in range(3):
