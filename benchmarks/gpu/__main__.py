@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import attention, head_and_rotary, training
+from benchmarks.gpu import attention, decoding, head_and_rotary, training
 from benchmarks.gpu.timing import environment
 
 PARTS = {
@@ -22,6 +22,7 @@ PARTS = {
     "linear_cross_entropy": "milliseconds and peak bytes of the head and its loss",
     "rotary": "milliseconds of QK-norm and rotary positions",
     "training": "a step at the shape of GPT-2 small",
+    "decoding": "tokens per second of generation at that shape, with and without a CUDA graph",
 }
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,6 +44,7 @@ def main() -> None:
         "linear_cross_entropy": lambda: head_and_rotary.heads_of_losses(device),
         "rotary": lambda: head_and_rotary.rotary_speeds(device),
         "training": lambda: training.speeds(device, options.nanogpt),
+        "decoding": lambda: decoding.speeds(device),
     }
     result: dict[str, object] = {"environment": environment(device), "date": datetime.date.today().isoformat()}
     print(result["environment"], flush=True)

@@ -85,9 +85,13 @@ class Batch:
             parts[name], begin = to_end - before, begin + rows
         return replace(self, parts=parts, **{name: getattr(self, name)[chosen].contiguous() for name in TENSORS})
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with each of its tensors changed."""
+        return replace(self, **{name: change(getattr(self, name)) for name in TENSORS})
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS})
+        return self.each(lambda part: part.to(device, non_blocking=True))
 
 
 class TensorBatch(ABC):

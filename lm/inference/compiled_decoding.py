@@ -14,7 +14,9 @@ import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm.inference.cuda_graph import capture
 from lm.inference.decoding import Step, decoder, folded, folded_head
+from lm.inference.graph_decoding import GraphDecoder
 from lm.inference.kv_cache import KVCache
 from lm.kernels import eager_on_cpu
 from lm.model.transformer import Block, Transformer, rotary_table
@@ -31,16 +33,16 @@ OPTIONS: dict[str, str | int | bool] = {
 def compiled_decoder(model: Transformer, cache: KVCache) -> tuple[Step, str]:
     """Return a compiled ``decoding.decoder`` and a note on how long compiling took; if it fails, ``decoder`` and why.
 
-    Rows are computed one after the other, so that each has the same bits alone and among others; for many rows,
-    ``decoder`` is faster.
+    On a CPU, rows are computed one after the other, so that each has the same bits alone and among others; for many
+    rows, ``decoder`` is faster. On a GPU, a step is recorded as a CUDA graph, and its logits stay on the device.
     """
     weight = model.embedding.weight
-    if not eager_on_cpu(weight) or weight.dtype != torch.float32 or cache.capacity < 2:
-        return decoder(model, cache), "the step is not compiled: only float32 on a CPU is supported"
+    if not weight.is_cuda and (not eager_on_cpu(weight) or weight.dtype != torch.float32 or cache.capacity < 2):
+        return decoder(model, cache), "the step is not compiled: only a GPU, or float32 on a CPU, is supported"
     start = time.perf_counter()
     try:
-        step = CompiledDecoder(model, cache).step
-    except RuntimeError as problem:  # all that torch.compile raises
+        step = GraphDecoder(model, cache, capture).step if weight.is_cuda else CompiledDecoder(model, cache).step
+    except RuntimeError as problem:  # all that torch.compile and a capture raise
         reason = str(problem).strip().partition("\n")[0]
         return decoder(model, cache), f"the step could not be compiled and runs uncompiled: {reason}"
     return step, f"compiled the step in {time.perf_counter() - start:.1f} s"

@@ -63,7 +63,7 @@ class _Request:
     def penalized(self, logits: Tensor) -> Tensor:
         """Return logits (vocabulary,) after this request's penalties."""
         if self._read is None or self._counts is None:
-            prompt = torch.tensor(self._prompt, dtype=torch.int64)
+            prompt = torch.tensor(self._prompt, dtype=torch.int64, device=logits.device)
             self._read, self._counts = prompt.bincount(minlength=len(logits)).float(), torch.zeros_like(logits)
         return penalized(logits, self.sampling, self._read, self._counts)
 
@@ -93,8 +93,8 @@ class Generator:
     Args:
         reuse: when a prompt begins like the last text of its row, read only what is new, as in a chat. The keys and
             values then come from other forward passes and may differ by rounding errors.
-        compiled: compile the step first (``lm.inference.compiled_decoding``), for one text at a time; ``compiling``
-            then says how long that took, or why it failed.
+        compiled: compile the step first (``lm.inference.compiled_decoding``), on a CPU for one text at a time;
+            ``compiling`` then says how long that took, or why it failed.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Generator:
             self._join(self._waiting.popleft())
         if not self._live:
             return []
-        # (rows, vocabulary), on the CPU, in float32
+        # (rows, vocabulary), in float32, where the step left them: only the tokens drawn go to the CPU
         logits = writable(self._next([request.tokens[-1] for request in self._live]), self._tokenizer)
         chosen = self._choose(logits)
         events = [self._event(*each) for each in zip(self._live, chosen, logits, strict=True)]
@@ -209,7 +209,7 @@ class Generator:
             if sampling.is_greedy:
                 tokens = of_group.argmax(-1)
             else:
-                uniforms = torch.cat([self._live[row].uniform() for row in rows])
+                uniforms = torch.cat([self._live[row].uniform() for row in rows]).to(logits.device)
                 tokens = draw(filtered(of_group, sampling), uniforms)
             for row, token in zip(rows, require_tokens(tokens.tolist(), logits.shape[-1]), strict=True):
                 chosen[row] = token

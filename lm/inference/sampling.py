@@ -99,4 +99,5 @@ def writable(logits: Tensor, tokenizer: Tokenizer) -> Tensor:
     These are the tokenizer's ``unwritable_ids`` (padding and mask) and the rows of the embeddings without a token.
     """
     logits[..., tokenizer.vocab_size :] = float("-inf")
-    return logits.index_fill_(-1, torch.tensor(tokenizer.unwritable_ids, dtype=torch.int64), float("-inf"))
+    unwritable = torch.tensor(tokenizer.unwritable_ids, dtype=torch.int64, device=logits.device)
+    return logits.index_fill_(-1, unwritable, float("-inf"))

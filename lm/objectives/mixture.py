@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,10 @@ class MixedBatch:
     def every(self, first: int, step: int) -> MixedBatch:
         """One rank's share: every ``step``-th row of both kinds from ``first`` on."""
         return MixedBatch(self.predicted.every(first, step), self.compared.every(first, step))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> MixedBatch:
+        """The batch with each of its tensors changed."""
+        return MixedBatch(self.predicted.each(change), self.compared.each(change))
 
     def to(self, device: torch.device) -> MixedBatch:
         """The batch on a device."""

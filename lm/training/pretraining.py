@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
@@ -141,7 +142,11 @@ class Pretraining(TrainModule[Any]):
         return lr_multipliers(self.config, (name for name, _ in model.named_parameters()))
 
     def batch(self, step: int) -> Any:
-        return self.batches.batch(step, self.ranks.rank, self.ranks.world)
+        batch = self.batches.batch(step, self.ranks.rank, self.ranks.world)
+        if self.ranks.device.type != "cuda":
+            return batch
+        with torch.cuda.device(self.ranks.device):  # a thread of its own begins with the first GPU
+            return batch.each(Tensor.pin_memory)  # so that its copy to the GPU need not wait for the GPU
 
     def gradients(self, model: nn.Module, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         if not self.config.training.compile:

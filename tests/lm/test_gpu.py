@@ -17,15 +17,17 @@ from lm.finetuning.finetune import finetune
 from lm.finetuning.predict import open_predictor, predict, read_inputs
 from lm.inference.decoding import decoder
 from lm.inference.embedding import Reading, all_vectors
-from lm.inference.generator import stream
+from lm.inference.generator import Generator, stream
 from lm.inference.kv_cache import KVCache, ReadingPrompt
+from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.kernels import linear_cross_entropy, masks
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint
 from lm.runs.directory import Run
+from lm.training.distributed import Ranks
 from lm.training.optimizer import orthogonalize
-from lm.training.pretraining import train
+from lm.training.pretraining import Pretraining, train
 from lm.training.validation import validate_readouts
 from tests.conftest import StopAt, loaded
 
@@ -222,3 +224,28 @@ def test_images_are_learned_as_on_a_cpu_and_a_run_that_was_cut_off_ends_with_the
     for mine, whole in ((again.model(), on_gpu.newest().model()), (again.objective(), on_gpu.newest().objective())):
         assert mine.keys() == whole.keys()
         assert all(torch.equal(mine[name], whole[name]) for name in mine)
+
+
+def test_batches_are_pinned_when_they_are_prepared_and_their_micro_batches_too(config, tmp_path):
+    module = Pretraining.open(config, tmp_path, Ranks(GPU))
+    batch = module.batch(0)
+    micro_batch = batch.rows(1, 3)
+    assert batch.inputs.is_pinned()
+    assert micro_batch.inputs.is_pinned()
+    assert torch.equal(micro_batch.to(GPU).inputs.cpu(), module.batches.batch(0).inputs[1:3])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.7, top_p=0.9, seed=1)])
+def test_steps_replayed_by_a_graph_write_the_usual_text_alone_and_in_a_batch(sampling, run):
+    model = LanguageModel(run.load_model(GPU), run.tokenizer, run.config)
+    texts = {}
+    for rows, compiled in ((1, False), (1, True), (4, True)):
+        generator = Generator(model, max_rows=rows, compiled=compiled)
+        assert generator.compiling.startswith("compiled") == compiled, generator.compiling
+        handles = [generator.add(prompt, sampling) for prompt in ("Once", "The old man", "A", "He")[: max(rows, 3)]]
+        found = dict.fromkeys(handles, "")
+        while generator.busy:
+            for event in generator.step():
+                found[event.handle] += event.text
+        texts[rows, compiled] = list(found.values())[:3]
+    assert texts[1, False] == texts[1, True] == texts[4, True]

@@ -99,4 +99,4 @@ def test_without_a_compiler_the_steps_run_uncompiled(monkeypatch):
 def test_in_float64_nothing_is_compiled():
     model = model_of(num_layers=1)
     cache = KVCache.empty(model.config, 1, 8, model.embedding.weight)
-    assert "only float32 on a CPU" in compiled_decoder(model, cache)[1]
+    assert "only a GPU, or float32 on a CPU" in compiled_decoder(model, cache)[1]
