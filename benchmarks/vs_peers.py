@@ -128,7 +128,7 @@ def template(peer: str, corpora: Corpora, config: Config, folder: Path) -> Any:
     run = random_run(corpora, config.replace(objective=PEERS[peer]), folder / "random")
     if peer == "modernbert":
         shape = config.model
-        none = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
+        none: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
         settings = transformers.ModernBertConfig(
             vocab_size=run.config.model.vocab_size, hidden_size=shape.hidden_size,
             intermediate_size=shape.feed_forward_width, num_hidden_layers=shape.num_layers,

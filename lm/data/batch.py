@@ -87,7 +87,8 @@ class Batch:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with each of its tensors changed."""
-        return replace(self, **{name: change(getattr(self, name)) for name in TENSORS})
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in TENSORS}
+        return replace(self, **changed)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""

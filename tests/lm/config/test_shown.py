@@ -26,7 +26,7 @@ def test_values_are_spelled_as_in_recipes():
 
 def test_settings_of_other_objectives_and_of_images_are_left_out():
     text, images = shown_values(TEXT), shown_values(IMAGES)
-    assert list(text["objective"])[:3] == ["objective", "masked_fraction", "mask_rate"]
+    assert list(text["objective"])[:3] == ["objective", "masked_fraction", "final_masked_fraction"]
     assert not {"views", "finetune"} & set(text)
     assert not {"patch_size", "stem"} & set(text["model"])
     assert not {"decoder_size", "projection_size", "prototypes"} & set(text["objective"])
