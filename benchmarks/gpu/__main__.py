@@ -1,6 +1,7 @@
 """Run all parts, or some, and write the results to a JSON file.
 
 python -m benchmarks.gpu [--out FILE] [--quick] [--only PART] [--nanogpt CHECKOUT]
+python -m benchmarks.gpu --agenda [--out FILE] [--only PART] [--minutes N]
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import attention, decoding, head_and_rotary, training
+from benchmarks.gpu import agenda, attention, decoding, head_and_rotary, training
 from benchmarks.gpu.timing import environment
+from data_prep.errors import UserError
 
 PARTS = {
     "errors": "attention's largest errors against float64, as multiples of PyTorch's in bfloat16",
@@ -27,13 +31,37 @@ PARTS = {
 RESULTS = Path(__file__).parent / "results"
 
 
+def follow_agenda(only: list[str] | None, out: Path | None, minutes: float) -> None:
+    """Run the parts of the agenda, or some, and print what became of each; exit status 1 if one is not done."""
+    parts = [part for part in agenda.PARTS if only is None or part.name in only]
+    machine = agenda.describe_machine()
+    name = "-".join(["agenda", str(machine["device"]).replace(" ", "-"), f"triton-{machine['triton']}"])
+    out = out or RESULTS / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the part that runs, too
+    found = agenda.run(parts, out, machine, 60 * minutes)
+    print(agenda.summary(parts, found), out, sep="\n")
+    sys.exit(any(found["parts"].get(part.name, {}).get("status") != "done" for part in parts))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--agenda", action="store_true", help="what a card must decide, each part in its own process")
+    parser.add_argument("--minutes", type=float, default=28.0, help="the time for the agenda (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/gpu/results/DEVICE-DATE.json")
     parser.add_argument("--quick", action="store_true", help="two lengths instead of six")
-    parser.add_argument("--only", action="append", choices=PARTS, help="run only this part; may be repeated")
+    parser.add_argument("--only", action="append", metavar="PART", help="run only this part; may be repeated")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to compare with")
     options = parser.parse_args()
+    known = [part.name for part in agenda.PARTS] if options.agenda else list(PARTS)
+    for name in options.only or ():
+        if name not in known:
+            parser.error(f'there is no part "{name}": choose from {", ".join(known)}')
+    if options.agenda:
+        try:
+            follow_agenda(options.only, options.out, options.minutes)
+        except UserError as error:
+            parser.error(str(error))
     if not torch.cuda.is_available():
         parser.error("no CUDA device was found; without one, use make kernels-aot and make test")
     device = torch.device("cuda")

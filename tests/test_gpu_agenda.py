@@ -1,0 +1,101 @@
+"""The agenda of ``benchmarks.gpu``, on parts that need no GPU: some succeed, fail, hang, or are resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import agenda
+from benchmarks.gpu.agenda import Part
+from data_prep.errors import UserError
+
+MACHINE = {"device": "a card", "triton": "3.6.0"}
+
+
+def part(name: str, code: str, seconds: int = 60) -> Part:
+    return Part(name, seconds, f"decides {name}", ("-c", code, "{out}"))
+
+
+def writing(what: str, then: str = "") -> str:
+    return f"import sys, pathlib, time\npathlib.Path(sys.argv[1]).write_text({what!r})\n{then}"
+
+
+def statuses(out: Path) -> dict[str, str]:
+    return {name: outcome["status"] for name, outcome in json.loads(out.read_text())["parts"].items()}
+
+
+def test_a_part_that_fails_or_hangs_does_not_keep_the_next_from_running(tmp_path):
+    children = tmp_path / "child"
+    hang = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(children)!r}, 'w').write(str(child.pid))\n"
+    )
+    parts = [
+        part("fails", "print('no kernel image'); raise SystemExit(3)"),
+        part("hangs", writing('{"half": 1}', hang + "time.sleep(600)"), seconds=5),
+        part("works", writing('{"tflops": 400}')),
+    ]
+    out = tmp_path / "out.json"
+    found = agenda.run(parts, out, MACHINE, 600)
+    assert json.loads(out.read_text()) == found
+    assert found["machine"] == MACHINE
+    fails, hangs, works = (found["parts"][name] for name in ("fails", "hangs", "works"))
+    assert (fails["status"], fails["exit_status"], fails["result"]) == ("failed", 3, None)
+    assert "no kernel image" in fails["output"]
+    assert (hangs["status"], hangs["result"]) == ("timed out", {"half": 1})
+    assert (works["status"], works["result"]) == ("done", {"tflops": 400})
+    with pytest.raises(ProcessLookupError):  # its child is gone, too
+        for _ in range(200):
+            os.kill(int(children.read_text()), 0)
+            if Path(f"/proc/{children.read_text()}/stat").read_text().split()[2] == "Z":
+                raise ProcessLookupError
+            time.sleep(0.05)
+
+
+def test_the_same_command_resumes_and_tries_what_failed_last(tmp_path):
+    ran = tmp_path / "ran"
+    note = f"import sys; open({str(ran)!r}, 'a').write({{!r}}); sys.exit({{}})"
+    first, second, third = (part(name, note.format(name, code)) for name, code in (("a", 0), ("b", 1), ("c", 0)))
+    out = tmp_path / "out.json"
+    agenda.run([first, second], out, MACHINE, 600)
+    assert statuses(out) == {"a": "done", "b": "failed"}
+    agenda.run([first, second, third], out, MACHINE, 600)
+    assert ran.read_text() == "abcb"
+    assert statuses(out) == {"a": "done", "b": "failed", "c": "done"}
+    found = json.loads(out.read_text())
+    assert agenda.summary([first, second, part("d", "")], found).splitlines() == [
+        "done      a: decides a",
+        "failed    b: decides b",
+        "not run   d: decides d",
+    ]
+
+
+def test_results_are_written_after_each_part(tmp_path):
+    out = tmp_path / "out.json"
+    copy = f"import shutil; shutil.copy({str(out)!r}, {str(tmp_path / 'seen')!r})"
+    agenda.run([part("first", writing("1")), part("second", copy)], out, MACHINE, 600)
+    assert statuses(tmp_path / "seen") == {"first": "done"}
+
+
+def test_nothing_starts_when_no_time_is_left(tmp_path):
+    out = tmp_path / "out.json"
+    assert agenda.run([part("a", "")], out, MACHINE, 1)["parts"] == {}
+    assert not out.exists()
+
+
+def test_results_of_two_machines_are_not_mixed(tmp_path):
+    out = tmp_path / "out.json"
+    agenda.run([part("a", "")], out, MACHINE, 600)
+    with pytest.raises(UserError, match="another machine"):
+        agenda.run([part("a", "")], out, MACHINE | {"triton": "3.7.1"}, 600)
+
+
+def test_the_parts_have_different_names_and_fit_the_time_of_a_card():
+    names = [part.name for part in agenda.PARTS]
+    assert len(set(names)) == len(names)
+    assert all(0 < part.seconds <= 600 for part in agenda.PARTS)
