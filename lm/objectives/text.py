@@ -53,7 +53,7 @@ class TextObjective:
 
     def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
         self.config, self.vocabulary, self.seed = config.objective, vocabulary, config.training.seed
-        self.shape, self.data, self.steps = config.model, config.data, config.training.steps
+        self.shape, self.data, self.total_steps = config.model, config.data, config.training.steps
         self.readouts = config.readouts
         if vocabulary.mask < 0 and self.readouts != ("next_token",):
             raise UserError(
@@ -76,7 +76,7 @@ class TextObjective:
         if len(self.readouts) == 1:
             return {self.readouts[0]: rows}
         whole = self.data.batch_rows
-        ends = (self.config.masking_at(step, self.steps)[0] for step in (0, self.steps - 1))
+        ends = (self.config.masking_at(step, self.total_steps)[0] for step in (0, self.total_steps - 1))
         causal = (whole - int(whole * min(ends))) % rows
         return dict(zip(self.readouts, (causal, rows - causal), strict=True))
 
@@ -92,7 +92,7 @@ class TextObjective:
         """
         causal, masked_readout = "next_token" in self.readouts, self.readouts[-1]
         step = int(rows.numbers[0]) // self.data.batch_rows
-        masked_fraction, mask_rate = self.config.masking_at(step, self.steps)
+        masked_fraction, mask_rate = self.config.masking_at(step, self.total_steps)
         fraction = (masked_fraction if masked_readout != "next_token" else 0.0) if causal else 1.0
         masked = masked_rows(rows.turns, fraction)
         order = np.argsort(masked, kind="stable")

@@ -265,8 +265,8 @@ def test_a_run_stopped_with_weights_that_are_not_finite_saves_nothing_and_says_s
 ):
     step = Optimizer.step
 
-    def breaking(optimizer: Optimizer, factor: float, decay: float = 1.0) -> None:
-        step(optimizer, factor, decay)
+    def breaking(optimizer: Optimizer, *arguments: float) -> None:
+        step(optimizer, *arguments)
         if recorder.began and optimizer.state()["norm.weight.step"] == 5:
             next(iter(optimizer.parameters.values())).data.fill_(math.nan)
             os.kill(os.getpid(), signal.SIGTERM)
