@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.gpu import agenda
+from benchmarks.gpu import agenda, candidate_speeds
 from benchmarks.gpu.agenda import Part
 from data_prep.errors import UserError
 
@@ -99,3 +101,25 @@ def test_the_parts_have_different_names_and_fit_the_time_of_a_card():
     names = [part.name for part in agenda.PARTS]
     assert len(set(names)) == len(names)
     assert all(0 < part.seconds <= 600 for part in agenda.PARTS)
+
+
+def test_a_candidate_is_right_if_its_errors_and_bits_are():
+    exact = (torch.arange(4.0, dtype=torch.float64),)
+
+    def calls(*added: float):
+        """A function that adds the next number at each call."""
+        numbers = iter(added)
+        return lambda: ((exact[0] + next(numbers)).float(),)
+
+    def right(*added: float) -> bool:
+        return candidate_speeds.verdict(calls(*added), exact, [0.25])["right"]
+
+    assert right(0.5, 0.5)
+    assert not right(0.75, 0.75)
+    assert not right(0.5, 0.25)  # other bits
+    assert not right(math.nan, math.nan)
+
+    def fail():
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    assert candidate_speeds.verdict(fail, exact, [0.25]) == {"right": False, "failed": "out of resource: shared memory"}

@@ -11,12 +11,12 @@ import datetime
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import agenda, attention, decoding, head_and_rotary, training
+from benchmarks.gpu import agenda, attention, candidate_speeds, decoding, head_and_rotary, training
 from benchmarks.gpu.timing import environment
 from data_prep.errors import UserError
 
@@ -26,6 +26,9 @@ PARTS = {
     "linear_cross_entropy": "milliseconds and peak bytes of the head and its loss",
     "rotary": "milliseconds of QK-norm and rotary positions",
     "training": "a step at the shape of GPT-2 small",
+    "candidate_errors": "whether the candidate attention kernels are right, and give the same bits twice",
+    "candidate_forward": "TFLOP/s of the candidates next to the library's and PyTorch's, forward",
+    "candidate_backward": "the same, backward",
     "decoding": "tokens per second of generation at that shape, with and without a CUDA graph",
 }
 RESULTS = Path(__file__).parent / "results"
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/gpu/results/DEVICE-DATE.json")
     parser.add_argument("--quick", action="store_true", help="two lengths instead of six")
     parser.add_argument("--only", action="append", metavar="PART", help="run only this part; may be repeated")
+    parser.add_argument("--candidate", action="append", default=[], help="only candidates named so, V1 to V5, B1, B2")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to compare with")
     options = parser.parse_args()
     known = [part.name for part in agenda.PARTS] if options.agenda else list(PARTS)
@@ -65,6 +69,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no CUDA device was found; without one, use make kernels-aot and make test")
     device = torch.device("cuda")
+    candidates = tuple(options.candidate)
     lengths = (1024, 4096) if options.quick else (512, 1024, 2048, 4096, 8192, 16384)
     measure: dict[str, Callable[[], object]] = {
         "errors": lambda: attention.worst_errors(device),
@@ -72,6 +77,9 @@ def main() -> None:
         "linear_cross_entropy": lambda: head_and_rotary.heads_of_losses(device),
         "rotary": lambda: head_and_rotary.rotary_speeds(device),
         "training": lambda: training.speeds(device, options.nanogpt),
+        "candidate_errors": lambda: candidate_speeds.verdicts(device, candidates),
+        "candidate_forward": lambda: candidate_speeds.forward_speeds(device, candidates),
+        "candidate_backward": lambda: candidate_speeds.backward_speeds(device, candidates),
         "decoding": lambda: decoding.speeds(device),
     }
     result: dict[str, object] = {"environment": environment(device), "date": datetime.date.today().isoformat()}
@@ -81,7 +89,15 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     for part in options.only or PARTS:
         print(f"{part}: {PARTS[part]}", flush=True)
-        result[part] = measure[part]()
+        found = measure[part]()
+        if isinstance(found, Iterator):  # it gives line after line: each is kept, even if a later one hangs
+            lines: list[object] = []
+            for line in found:
+                print(f"  {line}", flush=True)
+                result[part] = lines = [*lines, line]
+                out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        else:
+            result[part] = found
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(out)
 

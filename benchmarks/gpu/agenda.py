@@ -48,9 +48,23 @@ def of_benchmark(name: str, seconds: int, decides: str, *options: str) -> Part:
     return Part(name, seconds, decides, ("-m", "benchmarks.gpu", "--only", name, "--out", "{out}", *options))
 
 
+CANDIDATES = ("V1", "V2", "V3", "V4", "V5", "B1", "B2")
+
+
+def of_candidate(what: str, seconds: int, decides: str, *names: str) -> Part:
+    """A part for the candidates whose names begin so."""
+    options = [word for name in names for word in ("--candidate", name)]
+    command = ("-m", "benchmarks.gpu", "--only", f"candidate_{what}", "--out", "{out}", *options)
+    return Part(f"{what} of {' '.join(names)}", seconds, decides, command)
+
+
 # The order is the order of value: what is first is known even if the card is gone after five minutes.
 PARTS: tuple[Part, ...] = (
     of_benchmark("errors", 120, "whether the library's attention is right on this card and gives the same bits twice"),
+    *(of_candidate("errors", 60, f"whether {name} is right", name) for name in CANDIDATES),
+    of_candidate("forward", 180, "which forward pass is the fastest, for long and for packed rows", *CANDIDATES[:4]),
+    of_candidate("forward", 120, "whether a program that divides its own work is faster still", CANDIDATES[4]),
+    of_candidate("backward", 180, "which backward pass is the fastest", *CANDIDATES[5:]),
     Part("triton tests", 300, "whether all kernels are right here", ("-m", "pytest", "-x", "tests/triton")),
     of_benchmark("attention", 300, "TFLOP/s of attention compared with cuDNN, flash and flex", "--quick"),
     of_benchmark("training", 300, "tokens/s of a step at the shape of GPT-2 small"),
@@ -58,6 +72,23 @@ PARTS: tuple[Part, ...] = (
     of_benchmark("decoding", 300, "tokens/s of generation, with and without a graph"),
     of_benchmark("linear_cross_entropy", 120, "milliseconds and memory of the head and its loss"),
     of_benchmark("rotary", 60, "milliseconds of QK-norm and rotary positions"),
+    Part(
+        "compute-sanitizer",
+        600,
+        "whether a kernel reads or writes outside its tensors",
+        (
+            "-c",
+            "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))",
+            "compute-sanitizer",
+            "--error-exitcode",
+            "1",
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "tests/triton",
+        ),
+    ),
 )
 
 

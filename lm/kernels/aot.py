@@ -2,8 +2,11 @@
 
 The real launchers are called on small CPU tensors, with a driver that claims to be the GPU and with launches replaced
 by compilations. So this compiles what a real call would, with the same specializations, for every entry of the table of
-tile sizes. The result is compared with ``aot.json``, which ``--update`` rewrites: a change of registers or tensor-core
-instructions then shows as a line in a diff instead of surprising someone on a GPU.
+tile sizes. The result is compared with what ``aot.json`` has for this version of Triton, which ``--update`` rewrites: a
+change of registers or tensor-core instructions then shows as a line in a diff instead of surprising someone on a GPU.
+
+This is a gate as well: code that spills, needs more shared memory than the chip has, or, on Hopper, waits for each
+product before the next (ptxas reports such serialized ``wgmma`` as C7510) is refused without being timed.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
@@ -30,16 +33,25 @@ from lm.kernels import dispatch, masks
 SNAPSHOT = Path(__file__).with_name("aot.json")
 ARCHITECTURES = (80, 90, 120)
 # The most shared memory a block may use. Triton compiles kernels that exceed it, whose launch then fails.
-SHARED_MEMORY_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}
+SHARED_MEMORY_BYTES = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 # What most models use: these must not spill, and must use the tensor cores (on Hopper, its wgmma instructions).
 MAIN_WIDTHS, MAIN_KERNELS = (64, 128), ("attention_forward", "attention_query_gradient", "attention_key_gradient")
 # The exception: on an H200 it was faster with some bytes spilled than with any tile sizes that spill none.
 MAY_SPILL = {("sm_90", "attention_key_gradient"): 256}
 
+TENSOR_OPCODE = re.compile(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b")
+# A loop ends with a conditional jump; where a kernel has waited for a load, it returns to its loop by a plain one.
+LOOP_END = re.compile(r"@!?U?P\w+\s+BRA\b.*?(\.L_\w+)")
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled kernel: registers per thread, bytes, and counts of instructions in the machine code."""
+    """One compiled kernel: registers per thread, bytes, and counts of instructions in the machine code.
+
+    ``loop`` is the number of instructions of the hot loop, with products of tensor cores and no mask (0: none found);
+    ``serialized`` counts the loops in which each ``wgmma`` waits for the one before.
+    """
 
     registers: int
     spilled_bytes: int
@@ -48,6 +60,8 @@ class Compiled:
     wgmma: int
     mma: int
     tma: int
+    loop: int
+    serialized: int
 
 
 def fake_driver(architecture: int) -> Any:
@@ -102,8 +116,38 @@ def inspect_kernel(kernel: Any) -> Compiled:
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
     registers, stack = map(int, found.groups())
-    counts = (len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "UTMALDG"))
-    return Compiled(registers, stack, kernel.metadata.shared, kernel.metadata.num_warps, *counts)
+    wgmma, mma, tma = (len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", r"(?:HMMA|UTC\w*MMA)", "UTMALDG"))
+    loops = tensor_loops(code)
+    return Compiled(
+        registers, stack, kernel.metadata.shared, kernel.metadata.num_warps, wgmma, mma, tma,
+        loop=min(map(len, loops), default=0), serialized=sum(map(is_serialized, loops)),
+    )  # fmt: skip
+
+
+def tensor_loops(code: str) -> list[list[str]]:
+    """The opcodes of each innermost loop that uses the tensor cores, from a disassembly."""
+    lines = code.splitlines()
+    labels = {line.strip().removesuffix(":"): i for i, line in enumerate(lines) if re.match(r"\s*\.L_\w+:", line)}
+    spans = []
+    for end, line in enumerate(lines):
+        jump = LOOP_END.search(line)
+        if jump and labels.get(jump[1], end) < end and TENSOR_OPCODE.search("\n".join(lines[labels[jump[1]] : end])):
+            spans.append((labels[jump[1]], end))
+    innermost = [
+        (start, end)
+        for start, end in spans
+        if not any((s, e) != (start, end) and start <= s and e <= end for s, e in spans)
+    ]
+    return [
+        [found[1] for line in lines[start : end + 1] if (found := INSTRUCTION.match(line))] for start, end in innermost
+    ]
+
+
+def is_serialized(opcodes: list[str]) -> bool:
+    """Whether each ``wgmma`` of a loop stands between a fence and a wait of its own."""
+    products = sum(opcode.startswith("HGMMA") for opcode in opcodes)
+    fences = sum(opcode.startswith("WARPGROUP") for opcode in opcodes)
+    return products > 0 and fences >= 2 * products
 
 
 def attention_case(dtype: torch.dtype, width: int, heads: int, kv_heads: int, softcap: float) -> None:
@@ -179,6 +223,8 @@ def problems(result: dict[str, Compiled]) -> list[str]:
         limit = SHARED_MEMORY_BYTES[int(architecture.removeprefix("sm_"))]
         if compiled.shared_bytes > limit:
             found.append(f"{name} needs {compiled.shared_bytes:,} bytes of shared memory; a block has {limit:,}")
+        if compiled.serialized:
+            found.append(f"{name} waits for each product of the tensor cores in {compiled.serialized} loops")
         if kernel in MAIN_KERNELS and dtype != "float32" and int(width) in MAIN_WIDTHS and not variant:
             if compiled.spilled_bytes > MAY_SPILL.get((architecture, kernel), 0):
                 found.append(f"{name} spills {compiled.spilled_bytes} bytes of registers")
@@ -188,12 +234,12 @@ def problems(result: dict[str, Compiled]) -> list[str]:
 
 
 def changes(result: dict[str, Compiled], snapshot: dict[str, Any]) -> list[str]:
-    """How the result differs from the snapshot, one line each; none if the versions of Triton differ."""
+    """How the result differs from the snapshot of this version of Triton, one line each; none if it has none."""
     import triton
 
-    if snapshot["triton"] != triton.__version__:
+    if triton.__version__ not in snapshot["versions"]:
         return []
-    before = {name: Compiled(*numbers) for name, numbers in snapshot["kernels"].items()}
+    before = {name: Compiled(*numbers) for name, numbers in snapshot["versions"][triton.__version__].items()}
     lines = [f"{name} is new" for name in sorted(result.keys() - before.keys())]
     lines += [f"{name} is gone" for name in sorted(before.keys() - result.keys())]
     for name in sorted(result.keys() & before.keys()):
@@ -212,41 +258,63 @@ def table(result: dict[str, Compiled]) -> str:
     return "\n".join(lines)
 
 
-def to_json(result: dict[str, Compiled]) -> str:
-    """The text of ``aot.json``, one line per kernel, so that a change shows as one line."""
-    import triton
+def to_json(versions: dict[str, dict[str, list[int]]]) -> str:
+    """The text of a snapshot: Triton's version → kernel → its numbers, one line per kernel, so that a change shows as
+    one line. Of each minor version only the newest is kept."""
+    newest = {version.rpartition(".")[0]: version for version in sorted(versions, key=lambda v: v.split("."))}
+    parts = []
+    for version in sorted(newest.values()):
+        lines = ",\n".join(f"   {json.dumps(name)}: {json.dumps(n)}" for name, n in versions[version].items())
+        parts.append(f"  {json.dumps(version)}: {{\n{lines}\n  }}")
+    joined = ",\n".join(parts)
+    columns = json.dumps([f.name for f in fields(Compiled)])
+    return f'{{"columns": {columns},\n "versions": {{\n{joined}\n }}\n}}\n'
 
-    head = json.dumps({"triton": triton.__version__, "columns": [f.name for f in fields(Compiled)]})
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(astuple(compiled))}" for name, compiled in result.items())
-    return f'{head[:-1]},\n "kernels": {{\n{lines}\n }}\n}}\n'
 
-
-@click.command()
-@click.option("--update", is_flag=True, help="Write the result to the snapshot instead of comparing it.")
-@click.option("--arch", "architectures", multiple=True, type=click.Choice([str(a) for a in ARCHITECTURES]))
-@click.option("--only", default="", help="Only cases whose name begins with this; nothing is compared.")
-def main(update: bool, architectures: tuple[str, ...], only: str) -> None:
-    """Compile every kernel for sm_80, sm_90 and sm_120, without a GPU."""
-    import triton
-
-    if dispatch.interpreted():
-        raise click.UsageError("unset TRITON_INTERPRET: the interpreter compiles no kernels")
-    chosen = [case for case in cases() if case[0].startswith(only)]
-    tasks = itertools.product(map(int, architectures or ARCHITECTURES), chosen)
+def compile_all(tasks: Iterable[tuple[int, Case]]) -> dict[str, Compiled]:
+    """Compile cases, each for an architecture, in a process for each core."""
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        result = {name: made for part in pool.starmap(compile_case, tasks, chunksize=1) for name, made in part.items()}
+        return {name: made for part in pool.starmap(compile_case, tasks, chunksize=1) for name, made in part.items()}
+
+
+def settle(result: dict[str, Compiled], wrong: list[str], snapshot: Path, *, update: bool, whole: bool) -> None:
+    """Print the result and what is wrong with it, and update its version in the snapshot or compare with it.
+
+    If the result is not the ``whole`` one, an update leaves the other kernels as they are, and nothing is compared.
+
+    Raises:
+        SystemExit: there are problems, or differences from the snapshot.
+    """
+    import triton
+
     click.echo(f"triton {triton.__version__}")
     click.echo(table(result))
-    wrong = problems(result)
+    recorded = json.loads(snapshot.read_text(encoding="utf-8")) if snapshot.exists() else {"versions": {}}
     if update and not wrong:
-        SNAPSHOT.write_text(to_json(result), encoding="utf-8", newline="\n")
-    elif not (update or only or architectures):
-        wrong += changes(result, json.loads(SNAPSHOT.read_text(encoding="utf-8")))
+        mine = {} if whole else recorded["versions"].get(triton.__version__, {})
+        mine |= {name: list(astuple(compiled)) for name, compiled in result.items()}
+        text = to_json(recorded["versions"] | {triton.__version__: mine})
+        snapshot.write_text(text, encoding="utf-8", newline="\n")
+    elif whole and not update:
+        wrong = wrong + changes(result, recorded)
     for sentence in wrong:
         click.echo(sentence, err=True)
     if wrong:
         raise SystemExit("the kernels have problems or differ from the snapshot (see above); --update accepts changes")
     click.echo(f"{len(result)} kernels compiled")
+
+
+@click.command()
+@click.option("--update", is_flag=True, help="Write the result to the snapshot instead of comparing it.")
+@click.option("--arch", "architectures", multiple=True, type=click.Choice([str(a) for a in SHARED_MEMORY_BYTES]))
+@click.option("--only", default="", help="Only cases whose name begins with this; not compared.")
+def main(update: bool, architectures: tuple[str, ...], only: str) -> None:
+    """Compile every kernel for sm_80, sm_90 and sm_120, without a GPU."""
+    if dispatch.interpreted():
+        raise click.UsageError("unset TRITON_INTERPRET: the interpreter compiles no kernels")
+    chosen = [case for case in cases() if case[0].startswith(only)]
+    result = compile_all(itertools.product(map(int, architectures or ARCHITECTURES), chosen))
+    settle(result, problems(result), SNAPSHOT, update=update, whole=not (only or architectures))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -12,8 +12,14 @@ from click.testing import CliRunner
 from lm.kernels import aot, attention_triton, masks
 from lm.kernels.aot import Compiled
 
-GOOD = Compiled(registers=128, spilled_bytes=0, shared_bytes=65536, warps=8, wgmma=24, mma=0, tma=0)
+GOOD = Compiled(
+    registers=128, spilled_bytes=0, shared_bytes=65536, warps=8, wgmma=24, mma=0, tma=0, loop=300, serialized=0
+)
 MAIN = "sm_90 bfloat16 64 attention_forward"
+
+
+def snapshot_of(result: dict[str, Compiled]) -> dict:
+    return json.loads(aot.to_json({triton.__version__: {name: list(astuple(c)) for name, c in result.items()}}))
 
 
 @triton.jit
@@ -63,13 +69,13 @@ def test_main_kernels_must_not_spill_and_must_use_the_tensor_cores():
     assert "does not use the tensor cores" in aot.problems({MAIN: replace(GOOD, wgmma=0, mma=64)})[0]
     on_ampere = MAIN.replace("sm_90", "sm_80")
     assert aot.problems({on_ampere: replace(GOOD, wgmma=0, mma=64)}) == []
-    assert aot.problems({on_ampere: GOOD.__class__(128, 0, 1, 8, 0, 0, 0)}) != []
+    assert aot.problems({on_ampere: replace(GOOD, wgmma=0)}) != []
     for other in ("sm_90 float32 64 attention_forward", "sm_90 bfloat16 256 attention_forward", "sm_90 x loss row"):
         assert aot.problems({other: replace(GOOD, spilled_bytes=8, wgmma=0)}) == []
 
 
 def test_changes_from_the_snapshot_are_listed_line_by_line():
-    snapshot = json.loads(aot.to_json({MAIN: GOOD, "sm_80 old kernel": GOOD}))
+    snapshot = snapshot_of({MAIN: GOOD, "sm_80 old kernel": GOOD})
     lines = aot.changes({MAIN: replace(GOOD, registers=200, wgmma=0), "sm_80 new kernel": GOOD}, snapshot)
     assert lines == [
         "sm_80 new kernel is new",
@@ -77,19 +83,57 @@ def test_changes_from_the_snapshot_are_listed_line_by_line():
         f"{MAIN}: registers 128 → 200",
         f"{MAIN}: wgmma 24 → 0",
     ]
-    assert aot.changes({}, snapshot | {"triton": "2.0.0"}) == []
+    assert aot.changes({}, {"versions": {"2.0.0": snapshot["versions"][triton.__version__]}}) == []
+
+
+def test_the_snapshot_keeps_the_newest_of_each_minor_version():
+    versions = {version: {MAIN: [version]} for version in ("3.7.1", "3.6.0", "3.7.0")}
+    assert json.loads(aot.to_json(versions))["versions"] == {"3.6.0": {MAIN: ["3.6.0"]}, "3.7.1": {MAIN: ["3.7.1"]}}
+
+
+def test_an_update_of_some_kernels_leaves_the_others(tmp_path):
+    file, other = tmp_path / "aot.json", MAIN.replace("64", "128")
+    aot.settle({MAIN: GOOD, other: GOOD}, [], file, update=True, whole=True)
+    aot.settle({MAIN: replace(GOOD, loop=200)}, [], file, update=True, whole=False)
+    recorded = json.loads(file.read_text())["versions"][triton.__version__]
+    assert [Compiled(*recorded[name]).loop for name in (MAIN, other)] == [200, 300]
+    with pytest.raises(SystemExit):
+        aot.settle({MAIN: GOOD}, ["it spills"], file, update=True, whole=True)
+    assert json.loads(file.read_text())["versions"][triton.__version__] == recorded
+
+
+def disassembly(loop: list[str]) -> str:
+    """Code like nvdisasm's: some instructions, a loop, and a return to the one around it, from where it waited."""
+    body = ["S2R R0, SR_TID.X", ".L_x_9:", "FADD R1, R1, R2", ".L_x_1:", *loop, "@!P0 BRA `(.L_x_1)", "BRA `(.L_x_9)"]
+    return "\n".join(
+        line if line.startswith(".") else f"        /*{i:04x}*/    {line} ;" for i, line in enumerate(body)
+    )
+
+
+def test_the_hot_loop_is_the_innermost_with_products_and_serialized_ones_are_found():
+    product = ["WARPGROUP.ARRIVE", "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24", "HGMMA.64x64x16 R24, R24"]
+    alone = ["WARPGROUP.ARRIVE", "HGMMA.64x64x16 R24, R24", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "@P1 FMUL R1, R1, R2"]
+    for loop, serialized in (([*product, "FMUL R1, R1, R2"], False), (alone * 2, True)):
+        (found,) = aot.tensor_loops(disassembly(loop))
+        assert found == [line.removeprefix("@P1 ").split()[0] for line in loop] + ["BRA"]
+        assert aot.is_serialized(found) == serialized
+    assert aot.tensor_loops(disassembly(["FMUL R1, R1, R2"])) == []
+    assert "waits for each product" in aot.problems({MAIN: replace(GOOD, serialized=1)})[0]
+
+
+RECORDED = json.loads(aot.SNAPSHOT.read_text(encoding="utf-8"))["versions"]
 
 
 def test_the_snapshot_names_every_case():
-    kernels = json.loads(aot.SNAPSHOT.read_text(encoding="utf-8"))["kernels"]
     for name, _, _ in aot.cases():
         for architecture in aot.ARCHITECTURES:
-            assert any(kernel.rsplit(" ", 1)[0] == f"sm_{architecture} {name}" for kernel in kernels)
+            case = f"sm_{architecture} {name}"
+            assert any(kernel.rsplit(" ", 1)[0] == case for kernel in RECORDED[max(RECORDED)])
 
 
-def test_the_snapshot_itself_has_no_problems():
-    kernels = json.loads(aot.SNAPSHOT.read_text(encoding="utf-8"))["kernels"]
-    assert aot.problems({name: Compiled(*numbers) for name, numbers in kernels.items()}) == []
+@pytest.mark.parametrize("version", RECORDED)
+def test_the_snapshot_itself_has_no_problems(version):
+    assert aot.problems({name: Compiled(*numbers) for name, numbers in RECORDED[version].items()}) == []
 
 
 def test_the_command_prints_a_table_and_refuses_the_interpreter(monkeypatch):

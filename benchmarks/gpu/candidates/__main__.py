@@ -1,0 +1,3 @@
+from benchmarks.gpu.candidates.gate import main
+
+main()
