@@ -29,6 +29,7 @@ import torch
 import transformers
 
 from benchmarks.side_by_side import in_turn
+from benchmarks.written_run import written_run
 from data_prep.settings import TokenizerSettings
 from data_prep.sources.builtin_corpus import builtin_documents
 from data_prep.tokenizers.training import train_tokenizer
@@ -39,8 +40,7 @@ from lm.inference.generator import Generator
 from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling
 from lm.model.transformer import Transformer
-from lm.runs import checkpoint
-from lm.runs.directory import Run, open_run, plain_settings
+from lm.runs.directory import Run
 
 PROMPT, WRITTEN = 128, 256
 SHAPE = {"num_layers": 8, "hidden_size": 256, "num_heads": 8, "vocab_size": 8192, "context_length": 512}
@@ -59,12 +59,7 @@ def random_run(folder: Path) -> Run:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
         model.embedding.weight[tokenizer.end_of_text_id] = 0.0  # its score, 0, is below that of the most likely token
-    folder.mkdir()
-    tokenizer.save(folder / "tokenizer.json")
-    config.save(folder / "config.toml")
-    state = {"tokenizer_sha256": tokenizer.sha256, "config": plain_settings(config)}
-    checkpoint.save(folder / "checkpoints", 1, model.state_dict(), {}, state)
-    return open_run(folder)
+    return written_run(folder, tokenizer, config, model.state_dict())
 
 
 def ours(run: Run, rows: int, *, compiled: bool = False) -> Writer:

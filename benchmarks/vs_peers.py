@@ -25,7 +25,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.written_run import written_run
 from lm.config.recipes import find_recipe, load_config
 from lm.config.settings import Config
 from lm.data.corpora import Corpora, open_corpora
@@ -46,8 +47,7 @@ from lm.export.huggingface import export_huggingface
 from lm.export.stock_architectures import weight_names
 from lm.inference.language_model import LanguageModel
 from lm.model.transformer import Transformer
-from lm.runs import checkpoint
-from lm.runs.directory import Run, open_run, plain_settings
+from lm.runs.directory import Run, open_run
 from lm.training.pretraining import train
 from lm.training.reporter import NullReporter
 
@@ -121,11 +121,25 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * ((step + 1) / (warmup + 1) if step < warmup else (steps - step) / (steps - warmup))
 
 
+def shaped(peer: str, corpora: Corpora, config: Config) -> Config:
+    """The settings of the peer's run: its objective and its vocabulary."""
+    return config.replace(objective=PEERS[peer], vocab_size=corpora.processor.vocab_size)
+
+
+def with_weights(folder: Path, peer: str, corpora: Corpora, config: Config, weights: Mapping[str, Tensor]) -> Run:
+    """A run with the weights of a stock class in its shape."""
+    config = shaped(peer, corpora, config)
+    own = {ours: weights[theirs].contiguous() for ours, theirs in weight_names(config.model).items()}
+    return written_run(folder, corpora.processor, config, own)
+
+
 def template(peer: str, corpora: Corpora, config: Config, folder: Path) -> Any:
     """The peer's model with random weights, in the shape of ``config``."""
     import transformers
 
-    run = random_run(corpora, config.replace(objective=PEERS[peer]), folder / "random")
+    config = shaped(peer, corpora, config)
+    weights = Transformer(config.model).initialize(0).state_dict()
+    run = written_run(folder / "random", corpora.processor, config, weights)
     if peer == "modernbert":
         shape = config.model
         none: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
@@ -139,27 +153,6 @@ def template(peer: str, corpora: Corpora, config: Config, folder: Path) -> Any:
     export_huggingface(run, folder / "peer", run.newest(), PEERS[peer])
     kind = transformers.AutoModelForCausalLM if peer == "llama" else transformers.AutoModelForMaskedLM
     return kind.from_config(transformers.AutoConfig.from_pretrained(folder / "peer"))
-
-
-def random_run(corpora: Corpora, config: Config, folder: Path) -> Run:
-    tokenizer = corpora.processor
-    config = config.replace(vocab_size=tokenizer.vocab_size)
-    folder.mkdir()
-    tokenizer.save(folder / "tokenizer.json")
-    config.save(folder / "config.toml")
-    state = {"tokenizer_sha256": tokenizer.sha256, "config": plain_settings(config), "data_fingerprint": ""}
-    weights = Transformer(config.model).initialize(0).state_dict()
-    checkpoint.save(folder / "checkpoints", 0, weights, {}, state)
-    (folder / "metrics.jsonl").touch()
-    return open_run(folder)
-
-
-def with_weights(run: Run, weights: dict[str, Tensor]) -> Run:
-    """The run with the weights of a stock class in its shape as step 1."""
-    own = {ours: weights[theirs].contiguous() for ours, theirs in weight_names(run.config.model).items()}
-    state = {key: run.newest().state[key] for key in ("tokenizer_sha256", "config", "data_fingerprint")}
-    checkpoint.save(run.path / "checkpoints", 1, own, {}, state)
-    return open_run(run.path)
 
 
 def train_peer(model: Any, peer: str, corpora: Corpora, config: Config, rate: float, seed: int, steps: int) -> Clock:
@@ -242,7 +235,7 @@ def compete(arguments: argparse.Namespace, folder: Path) -> Result:
         if peer == "modernbert":
             bits = {"masked_token": masked_bits(model, corpora, config)}
         else:
-            run = with_weights(open_run(folder / "random"), model.state_dict())
+            run = with_weights(folder / "run", peer, corpora, config, model.state_dict())
             bits, pairs = measured(run, arguments.pairs, str(arguments.data))
     return Result(
         peer,

@@ -14,7 +14,6 @@ from benchmarks import vs_nanogpt, vs_peers
 from benchmarks.vs_nanogpt import Curve, Point
 from lm.config.settings import Config
 from lm.data.corpora import open_corpora
-from lm.runs.directory import open_run
 from tests.conftest import sentences
 
 # What the benchmark uses of nanoGPT's model.py.
@@ -85,7 +84,7 @@ def test_a_peers_weights_in_a_run_have_the_loss_that_its_own_class_has(make_data
         model = vs_peers.template(peer, corpora, config, folder)
         clock = vs_peers.train_peer(model, peer, corpora, config, 0.01, seed=0, steps=3)
         assert clock.times == sorted(clock.times) and len(clock.times) == 4
-        run = vs_peers.with_weights(open_run(folder / "random"), model.state_dict())
+        run = vs_peers.with_weights(folder / "run", peer, corpora, config, model.state_dict())
         bits, _ = vs_peers.measured(run, None, str(tmp_path / "data"))
         split = corpora.split("validation")
         tokens = split.read(0, split.tokens).astype(np.int64)
