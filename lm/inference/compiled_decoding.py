@@ -36,7 +36,7 @@ def compiled_decoder(model: Transformer, cache: KVCache) -> tuple[Step, str]:
     On a CPU, rows are computed one after the other, so that each has the same bits alone and among others; for many
     rows, ``decoder`` is faster. On a GPU, a step is recorded as a CUDA graph, and its logits stay on the device.
     """
-    weight = model.embedding.weight
+    weight = model.head_weight
     if not weight.is_cuda and (not eager_on_cpu(weight) or weight.dtype != torch.float32 or cache.capacity < 2):
         return decoder(model, cache), "the step is not compiled: only a GPU, or float32 on a CPU, is supported"
     start = time.perf_counter()
