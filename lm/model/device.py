@@ -175,5 +175,5 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def staged(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU, from where a copy to ``device`` with ``non_blocking=True`` waits for no other work of a GPU."""
+    """A tensor of the CPU, to copy to ``device`` with ``non_blocking=True`` while a GPU there is still working."""
     return x.pin_memory() if device.type == "cuda" else x
