@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import agenda, candidate_speeds
+from benchmarks.gpu import agenda, candidate_speeds, decoding
 from benchmarks.gpu.agenda import Part
 from data_prep.errors import UserError
+from lm.inference.decoding import decoder
+from lm.inference.kv_cache import KVCache
+from lm.kernels import few_rows_product
 
 MACHINE = {"device": "a card", "triton": "3.6.0"}
 
@@ -123,3 +126,23 @@ def test_a_candidate_is_right_if_its_errors_and_bits_are():
         raise RuntimeError("out of resource: shared memory\nmore")
 
     assert candidate_speeds.verdict(fail, exact, [0.25]) == {"right": False, "failed": "out of resource: shared memory"}
+
+
+@torch.inference_mode()
+def test_generation_is_timed_with_the_weights_of_a_gpu_and_its_products_are_compared_with_the_same_formula():
+    shape = {"num_layers": 1, "num_heads": 2, "hidden_size": 16, "vocab_size": 50}
+    model = decoding.new_model(torch.device("cpu"), "bfloat16", shape)
+    cache = KVCache.empty(model.config, 2, decoding.PROMPT, model.head_weight)
+    assert cache.stored.dtype == model.head_weight.dtype == torch.bfloat16
+    assert decoding.timed(decoder(model, cache), cache, steps=3) > 0
+    assert cache.lengths == [decoding.PROMPT + 4] * 2
+    x, weight, norm = torch.randn(3, 16), torch.randn(8, 16).bfloat16(), torch.rand(16)
+    for each, activation, residual in (
+        (norm, "swiglu", None),
+        (norm, "", None),
+        (None, "", torch.randn(3, 8)),
+    ):
+        a = x if each is not None else x.bfloat16()
+        plain = decoding.plain_product(a, weight, each, activation, None if residual is None else residual.clone())
+        ours = few_rows_product(a, weight, norm=each, epsilon=1e-6, activation=activation, residual=residual)
+        torch.testing.assert_close(plain.float(), ours.float(), rtol=0.05, atol=0.05)

@@ -30,6 +30,7 @@ PARTS = {
     "candidate_forward": "TFLOP/s of the candidates next to the library's and PyTorch's, forward",
     "candidate_backward": "the same, backward",
     "decoding": "tokens per second of generation at that shape, with and without a CUDA graph",
+    "decoding_products": "microseconds of the products of a step of few rows, next to PyTorch's",
 }
 RESULTS = Path(__file__).parent / "results"
 
@@ -81,6 +82,7 @@ def main() -> None:
         "candidate_forward": lambda: candidate_speeds.forward_speeds(device, candidates),
         "candidate_backward": lambda: candidate_speeds.backward_speeds(device, candidates),
         "decoding": lambda: decoding.speeds(device),
+        "decoding_products": lambda: decoding.products(device),
     }
     result: dict[str, object] = {"environment": environment(device), "date": datetime.date.today().isoformat()}
     print(result["environment"], flush=True)

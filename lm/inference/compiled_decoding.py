@@ -36,13 +36,13 @@ def compiled_decoder(model: Transformer, cache: KVCache) -> tuple[Step, str]:
     On a CPU, rows are computed one after the other, so that each has the same bits alone and among others; for many
     rows, ``decoder`` is faster. On a GPU, a step is recorded as a CUDA graph, and its logits stay on the device.
     """
-    weight = model.embedding.weight
+    weight = model.head_weight
     if not weight.is_cuda and (not eager_on_cpu(weight) or weight.dtype != torch.float32 or cache.capacity < 2):
         return decoder(model, cache), "the step is not compiled: only a GPU, or float32 on a CPU, is supported"
     start = time.perf_counter()
     try:
         step = GraphDecoder(model, cache, capture).step if weight.is_cuda else CompiledDecoder(model, cache).step
-    except RuntimeError as problem:  # all that torch.compile and a capture raise
+    except Exception as problem:  # torch.compile, Triton and a capture have errors of many kinds
         reason = str(problem).strip().partition("\n")[0]
         return decoder(model, cache), f"the step could not be compiled and runs uncompiled: {reason}"
     return step, f"compiled the step in {time.perf_counter() - start:.1f} s"

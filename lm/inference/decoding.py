@@ -41,7 +41,7 @@ def decoder(model: Transformer, cache: KVCache) -> Step:
 
     The logits are (rows, vocabulary), float32, on the CPU; the caller may overwrite them.
     """
-    weight = model.embedding.weight
+    weight = model.head_weight
     if eager_on_cpu(weight) and weight.dtype == torch.float32 and has_onednn():
         packed = PackedDecoder(model, cache)
 

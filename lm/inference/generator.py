@@ -17,6 +17,7 @@ from lm.inference.detokenizer import Detokenizer
 from lm.inference.kv_cache import KVCache, ReadingPrompt
 from lm.inference.language_model import LanguageModel
 from lm.inference.sampling import Sampling, draw, filtered, log_probabilities, penalized, require_tokens, writable
+from lm.model.device import staged
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,9 @@ class Generator:
     def __init__(
         self, model: LanguageModel, *, max_rows: int = 16, reuse: bool = False, compiled: bool = False
     ) -> None:
-        self._model, self._tokenizer, self._device = model.model.eval(), model.tokenizer, model.device
+        self._model, self._tokenizer, self._device = model.writer.eval(), model.tokenizer, model.device
         self.max_rows, self._reuse = max_rows, reuse
-        weight = self._model.embedding.weight
-        self._cache = KVCache.empty(self._model.config, max_rows, model.context_length, weight)
+        self._cache = KVCache.empty(self._model.config, max_rows, model.context_length, self._model.head_weight)
         self.compiling = ""
         if compiled:
             from lm.inference.compiled_decoding import compiled_decoder  # the compiler takes a second to import
@@ -209,7 +209,8 @@ class Generator:
             if sampling.is_greedy:
                 tokens = of_group.argmax(-1)
             else:
-                uniforms = torch.cat([self._live[row].uniform() for row in rows]).to(logits.device)
+                uniforms = staged(torch.cat([self._live[row].uniform() for row in rows]), logits.device)
+                uniforms = uniforms.to(logits.device, non_blocking=True)
                 tokens = draw(filtered(of_group, sampling), uniforms)
             for row, token in zip(rows, require_tokens(tokens.tolist(), logits.shape[-1]), strict=True):
                 chosen[row] = token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.settings import Config
 from lm.data.batch import Batch
+from lm.inference.low_precision import LowPrecisionTransformer
+from lm.model.device import uses_bfloat16
 from lm.model.transformer import Transformer
 
 
@@ -40,6 +43,13 @@ class LanguageModel:
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(self.model.parameters()).device
+
+    @cached_property
+    def writer(self) -> Transformer:
+        """The model that generates: on a GPU with weights in bfloat16, if the run was trained with that precision."""
+        if self.device.type == "cuda" and uses_bfloat16(self.device, self.config.training.precision):
+            return LowPrecisionTransformer(self.model)
+        return self.model
 
     def hidden_states(self, batch: Batch, layer: int = -1) -> Tensor:
         """Hidden states (rows, T, hidden) of a batch from any device, on the model's.

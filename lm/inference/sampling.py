@@ -10,6 +10,7 @@ from torch import Tensor
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.config.sampling import Sampling
+from lm.model.device import staged
 
 LARGEST_UNIFORM = 1 - 2.0**-52  # its product with a sum is less than the sum, however it is rounded
 
@@ -99,5 +100,5 @@ def writable(logits: Tensor, tokenizer: Tokenizer) -> Tensor:
     These are the tokenizer's ``unwritable_ids`` (padding and mask) and the rows of the embeddings without a token.
     """
     logits[..., tokenizer.vocab_size :] = float("-inf")
-    unwritable = torch.tensor(tokenizer.unwritable_ids, dtype=torch.int64, device=logits.device)
-    return logits.index_fill_(-1, unwritable, float("-inf"))
+    unwritable = staged(torch.tensor(tokenizer.unwritable_ids, dtype=torch.int64), logits.device)
+    return logits.index_fill_(-1, unwritable.to(logits.device, non_blocking=True), float("-inf"))

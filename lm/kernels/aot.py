@@ -179,6 +179,26 @@ def rotary_case(dtype: torch.dtype, width: int, normed: bool) -> None:
     rotary_triton.backward(x, x, table, table, weight, 1e-6)
 
 
+def product_case(
+    dtype: torch.dtype, outputs: int, activation: str, normed: bool, added: bool, result: torch.dtype
+) -> None:
+    """Compile a product of a decoding step, of 768 inputs."""
+    from lm.kernels import decoding_step_triton
+
+    x, weight = torch.zeros(4, 768, dtype=torch.float32 if normed else dtype), torch.zeros(outputs, 768, dtype=dtype)
+    norm, residual = torch.ones(768) if normed else None, torch.zeros(4, outputs) if added else None
+    decoding_step_triton.product(x, weight, norm, 1e-6, activation, residual, result)
+
+
+def storing_case(dtype: torch.dtype, width: int, normed: bool) -> None:
+    from lm.kernels import decoding_step_triton
+
+    qkv, cache = torch.zeros(4, 12, width, dtype=dtype), torch.zeros(2, 4, 2, 1024, width, dtype=dtype)
+    table, numbers = torch.zeros(4, 1, width // 2), torch.zeros(4, dtype=torch.int32)
+    norms = (torch.ones(width), torch.ones(width)) if normed else None
+    decoding_step_triton.rotate_and_store(qkv, table, table, numbers, numbers, cache, norms, 1e-6)
+
+
 Case = tuple[str, Callable[..., None], tuple[Any, ...]]
 
 
@@ -204,6 +224,17 @@ def cases() -> list[Case]:
         ("bfloat16 64 normed", rotary_case, (torch.bfloat16, 64, True)),
         ("bfloat16 256 normed", rotary_case, (torch.bfloat16, 256, True)),
         ("float32 64 normed", rotary_case, (torch.float32, 64, True)),
+        ("bfloat16 product normed", product_case, (torch.bfloat16, 1536, "", True, False, torch.bfloat16)),
+        ("bfloat16 product swiglu", product_case, (torch.bfloat16, 1536, "swiglu", True, False, torch.bfloat16)),
+        ("bfloat16 product relu2", product_case, (torch.bfloat16, 1536, "relu2", True, False, torch.bfloat16)),
+        ("bfloat16 product added", product_case, (torch.bfloat16, 1536, "", False, True, torch.bfloat16)),
+        ("bfloat16 product head", product_case, (torch.bfloat16, 50304, "", True, False, torch.float32)),
+        ("float32 product swiglu", product_case, (torch.float32, 1536, "swiglu", True, False, torch.float32)),
+        ("float32 product added", product_case, (torch.float32, 1536, "", False, True, torch.float32)),
+        ("bfloat16 64 stored", storing_case, (torch.bfloat16, 64, False)),
+        ("bfloat16 64 stored normed", storing_case, (torch.bfloat16, 64, True)),
+        ("bfloat16 80 stored normed", storing_case, (torch.bfloat16, 80, True)),
+        ("float32 128 stored", storing_case, (torch.float32, 128, False)),
     ]
 
 

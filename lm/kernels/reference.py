@@ -54,3 +54,35 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, ep
         x = F.rms_norm(x, weight.shape, weight.to(x.dtype), epsilon)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+def few_rows_product(
+    x: Tensor, weight: Tensor, norm: Tensor | None, epsilon: float, activation: str, residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """A product with what a decoding step has around it; arguments and result as in ``lm.kernels.few_rows_product``."""
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    wide = x.to(precise)
+    inverse = 1.0 if norm is None else (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    factor = x if norm is None else wide * norm.to(precise)
+    out = factor.to(weight.dtype).to(precise) @ weight.to(precise).T * inverse
+    if activation == "swiglu":
+        gate, up = out.chunk(2, dim=-1)
+        out = F.silu(gate) * up
+    elif activation == "relu2":
+        out = F.relu(out).square()
+    return out.to(dtype) if residual is None else residual.add_(out)
+
+
+def rotate_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, hi: Tensor, cache: Tensor,
+    norms: tuple[Tensor, Tensor] | None, epsilon: float,
+) -> Tensor:  # fmt: skip
+    """Rotary positions and a write to the cache; arguments and result as in ``lm.kernels.rotate_and_store``."""
+    kv_heads, capacity = cache.shape[2:4]
+    q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    q, k = (rotary(x, cos, sin, norm, epsilon) for x, norm in zip((q, k), norms or (None, None), strict=True))
+    rows, slots = torch.arange(len(qkv), device=qkv.device), positions.long() % capacity
+    before = cache[:, rows, :, slots]  # (rows, 2, Hkv, D)
+    cache[:, rows, :, slots] = torch.where((hi > 0)[:, None, None, None], torch.stack((k, v), dim=1), before)
+    return q

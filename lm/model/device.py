@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.settings import control_groups
@@ -163,8 +164,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def uses_bfloat16(device: torch.device, precision: str) -> bool:
+    """Whether products are in bfloat16: if that is requested, or for "auto" on a GPU that supports it."""
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """A context in which products are in bfloat16 if that is requested, or for "auto" on a GPU that supports it."""
-    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    """A context in which products are in bfloat16 if ``uses_bfloat16``."""
+    return torch.autocast(device.type, torch.bfloat16) if uses_bfloat16(device, precision) else nullcontext()
+
+
+def staged(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU, to copy to ``device`` with ``non_blocking=True`` while a GPU there is still working."""
+    return x.pin_memory() if device.type == "cuda" else x

@@ -53,6 +53,11 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.epsilon)
 
 
+def rotary_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+    """The angle by which each pair of a head's numbers turns from one position to the next, float32 (width / 2,)."""
+    return theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+
+
 def rotary_table(positions: Tensor, width: int, theta: float) -> Pair:
     """Cosines and sines (rows, T, 1, width / 2) of the rotary embedding (Su et al. 2021, eq. 34).
 
@@ -60,7 +65,7 @@ def rotary_table(positions: Tensor, width: int, theta: float) -> Pair:
     even number then turn with the row, the others with the column, as in Pixtral (Agrawal et al. 2024). In float32, as
     in other libraries' models: exact to 2e-5 at position 2,000, to 1e-3 at 100,000.
     """
-    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width)
+    frequencies = rotary_frequencies(width, theta, positions.device)
     if positions.ndim == 3:
         by_axis = [positions[..., axis, None, None] * frequencies[axis::2] for axis in range(2)]
         angles = torch.cat(by_axis, dim=-1)
@@ -249,7 +254,10 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (…, vocab_size) of hidden states (…, hidden). For generation; training uses ``loss``."""
-        logits = (hidden @ self.head_weight.T).float()
+        return self.softcapped((hidden @ self.head_weight.T).float())
+
+    def softcapped(self, logits: Tensor) -> Tensor:
+        """``logits`` limited by the model's softcap, if it has one."""
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 

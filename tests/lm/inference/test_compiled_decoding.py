@@ -6,10 +6,12 @@ import torch._dynamo
 import torch._inductor.cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 
+from lm.inference import compiled_decoding
 from lm.inference.compiled_decoding import CompiledDecoder, compiled_decoder
 from lm.inference.generator import Generator
 from lm.inference.kv_cache import KVCache
 from lm.inference.sampling import Sampling
+from lm.model.transformer import Transformer
 from tests.lm.inference.test_decoding import drawn_texts
 from tests.lm.inference.test_generator import restless_model
 from tests.lm.inference.test_kv_cache import read_anew
@@ -80,6 +82,22 @@ def test_the_same_seed_writes_the_same_text_alone_and_among_others(dataset):
     alone, together = (Generator(model, max_rows=rows, compiled=True) for rows in (1, 3))
     assert alone.compiling.startswith("compiled the step in ")
     assert written(alone) == written(together)
+
+
+@torch.inference_mode()
+def test_an_error_of_any_kind_while_compiling_leaves_the_usual_step(monkeypatch):
+    class OutOfResourcesError(Exception):
+        """Triton's, too, is no RuntimeError."""
+
+    def fail(model: Transformer, cache: KVCache) -> CompiledDecoder:
+        raise OutOfResourcesError("shared memory")
+
+    monkeypatch.setattr(compiled_decoding, "CompiledDecoder", fail)
+    model = model_of(dtype=torch.float32, num_layers=1)
+    cache = KVCache.empty(model.config, 1, 8, model.embedding.weight)
+    step, note = compiled_decoder(model, cache)
+    assert note.startswith("the step could not be compiled and runs uncompiled: shared memory")
+    torch.testing.assert_close(step([3]), model.logits(read_anew(model, torch.tensor([3]), 8)))
 
 
 @torch.inference_mode()

@@ -1,21 +1,23 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import count
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lm.inference import compiled_decoding
-from lm.inference.decoding import decoder
+from lm.inference.decoding import Step, decoder
 from lm.inference.generator import Generator
-from lm.inference.graph_decoding import UNUSED, GraphDecoder
+from lm.inference.graph_decoding import GraphDecoder
 from lm.inference.kv_cache import KVCache, ReadingPrompt
 from lm.inference.sampling import Sampling
+from lm.model.transformer import Transformer
 from tests.lm.inference.test_decoding import drawn_texts
 from tests.lm.inference.test_generator import restless_model
 from tests.lm.inference.test_kv_cache import read_anew
@@ -74,7 +76,7 @@ def test_unused_rows_and_the_recording_change_nothing_in_the_cache():
     graphs.step([1, 2, 3])
     changed = (cache.stored != before).any(0).any(0).any(1).any(-1)  # (rows, capacity)
     assert changed.nonzero().tolist() == [[0, 5], [1, 2], [2, 0]]
-    assert graphs._inputs[4].tolist() == [[1, 2, 3, UNUSED], [5, 2, 8, UNUSED]]
+    assert graphs._inputs[4].tolist() == [[1, 2, 3, 0], [5, 2, 8, 0], [6, 3, 8, 0]]
 
 
 @given(rows=st.integers(1, 70))
@@ -88,14 +90,19 @@ def test_every_number_of_rows_has_a_graph_of_less_than_twice_its_rows(rows):
         assert each <= min(size for size in sizes if size >= each) < 2 * each
 
 
-def texts_of(model, prompts: dict[str, Sampling], max_rows: int) -> dict[str, str]:
+def texts_of(model, prompts: dict[str, Sampling], max_rows: int, arrivals: Sequence[int] = ()) -> dict[str, str]:
+    """The text of each prompt; ``arrivals`` are the steps before which the prompts come, at first by default."""
     generator = Generator(model, max_rows=max_rows, compiled=True)
-    handles = {generator.add(prompt, sampling): prompt for prompt, sampling in prompts.items()}
-    texts = dict.fromkeys(prompts, "")
-    while generator.busy:
+    coming = sorted(zip(arrivals or [0] * len(prompts), prompts, strict=True))
+    texts, handles = dict.fromkeys(prompts, ""), {}
+    for step in count():
+        for _, prompt in (each for each in coming if each[0] == step):
+            handles[generator.add(prompt, prompts[prompt])] = prompt
         for event in generator.step():
             texts[handles[event.handle]] += event.text
-    return texts
+        if not generator.busy and len(handles) == len(prompts):
+            return texts
+    raise AssertionError
 
 
 def test_a_generator_with_graphs_writes_what_the_usual_step_writes_alone_and_in_a_batch(dataset, monkeypatch):
@@ -110,9 +117,43 @@ def test_a_generator_with_graphs_writes_what_the_usual_step_writes_alone_and_in_
     monkeypatch.setattr(compiled_decoding, "compiled_decoder", lambda *arguments: (decoder(*arguments), ""))
     usual = texts_of(model, prompts, 3)
 
-    def with_graphs(model, cache):
-        return GraphDecoder(model, cache, capture_on_a_cpu).step, ""
-
     monkeypatch.setattr(compiled_decoding, "compiled_decoder", with_graphs)
     with torch.inference_mode():
         assert texts_of(model, prompts, 3) == texts_of(model, prompts, 1) == usual
+
+
+def with_graphs(model: Transformer, cache: KVCache) -> tuple[Step, str]:
+    """In the place of ``compiled_decoder``, as on a GPU."""
+    return GraphDecoder(model, cache, capture_on_a_cpu).step, ""
+
+
+@given(data=st.data(), max_rows=st.integers(2, 5))
+@hypothesis_settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_text_does_not_depend_on_those_that_are_written_with_it(dataset, monkeypatch, data, max_rows):
+    """Whichever come before or join later, and however long each is: rows are freed, and graphs of all sizes used."""
+    model = restless_model(dataset.tokenizer, 6, num_layers=1)
+    model.model.double()
+    prompts = {
+        prompt: Sampling(seed=seed, temperature=1.5, max_new_tokens=data.draw(st.integers(1, 9)))
+        for seed, prompt in enumerate(["The old miller", "Once", "A dog", "In the morning", "She", "It was a"])
+    }
+    arrivals = [data.draw(st.integers(0, 6)) for _ in prompts]
+    monkeypatch.setattr(compiled_decoding, "compiled_decoder", with_graphs)
+    together = texts_of(model, prompts, max_rows, arrivals)
+    for prompt, sampling in prompts.items():
+        assert texts_of(model, {prompt: sampling}, 1) == {prompt: together[prompt]}
+
+
+@torch.inference_mode()
+def test_matrices_that_share_their_input_are_joined_without_a_copy_and_the_model_stays_as_it_is():
+    model = model_of(num_layers=1, num_key_value_heads=2)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    graphs = GraphDecoder(model, KVCache.empty(model.config, 1, 4, model.embedding.weight), lambda run: run)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name])
+    attention = model.blocks[0].attention
+    parts = [attention.query.weight, attention.key.weight, attention.value.weight]
+    assert torch.equal(graphs._layers[0].heads, torch.cat(parts))
+    assert {part.untyped_storage().data_ptr() for part in parts} == {
+        graphs._layers[0].heads.untyped_storage().data_ptr()
+    }

@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor
 
-from lm.serve.schema import ApiError
+from lm.inference import compiled_decoding
+from lm.inference.decoding import Step
+from lm.inference.graph_decoding import GraphDecoder
+from lm.inference.kv_cache import KVCache
+from lm.inference.sampling import Sampling
+from lm.model.transformer import Transformer
+from lm.serve.engine import Engine, TextRequest
+from lm.serve.schema import ApiError, Limits
+from lm.serve.service import Service
+from tests.lm.inference.test_graph_decoding import capture_on_a_cpu
 
 HELLO = [{"role": "user", "content": "the old miller"}]
 
@@ -63,3 +75,48 @@ def test_the_page_begins_with_texts_of_the_run_if_its_data_is_there(served, trai
     gone = replace(trained, config=trained.config.replace(data=(str(tmp_path / "gone"),)))
     with serving(gone) as other:
         assert other.ask("/api/run").json["openings"] == []
+
+
+def test_a_compiled_service_writes_many_texts_at_once_as_each_alone(trained, monkeypatch):
+    """Replayed steps, with a trace in the place of a CUDA graph: texts wait, join and end at different times."""
+    monkeypatch.setenv("KINDLING_KERNELS", "reference")
+    rows: list[int] = []
+
+    def with_graphs(model: Transformer, cache: KVCache) -> tuple[Step, str]:
+        graphs = GraphDecoder(model, cache, capture_on_a_cpu)
+
+        def step(tokens: list[int]) -> Tensor:
+            rows.append(len(tokens))
+            return graphs.step(tokens)
+
+        return step, "recorded"
+
+    monkeypatch.setattr(compiled_decoding, "compiled_decoder", with_graphs)
+    checkpoint = trained.newest()
+    model = trained.load_model(torch.device("cpu"), checkpoint).double()
+    service = Service.open(trained, checkpoint, model, Limits(concurrent=3), compiled=True)
+    requests = [
+        TextRequest(service.model.tokenizer.encode("the captain"), Sampling(seed=n, max_new_tokens=4 + 3 * n))
+        for n in range(6)
+    ]
+
+    async def written(engine: Engine, requests: list[TextRequest]) -> list[str]:
+        texts = [""] * len(requests)
+        async with engine.write(requests) as events:
+            async for index, event in events:
+                texts[index] += event.text
+        return texts
+
+    async def body() -> None:
+        engine = Engine(service.make_writer, service.places)
+        engine.start()
+        try:
+            alone = [text for each in requests for text in await written(engine, [each])]
+            assert set(rows) == {1}
+            together = await asyncio.gather(written(engine, requests[:4]), written(engine, requests[4:]))
+            assert [text for texts in together for text in texts] == alone
+            assert set(rows) == {1, 2, 3}
+        finally:
+            await engine.close()
+
+    asyncio.run(body())
