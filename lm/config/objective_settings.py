@@ -36,8 +36,8 @@ class ObjectiveConfig:
 
     objective: str = setting(
         "hybrid",
-        "what the model learns; on text also one that predicts tokens and one that compares views, each with its share "
-        "of the rows: hybrid:0.75,simclr:0.25",
+        "what the model learns; on text also several objectives, each with its share of a step's rows, at most one of "
+        "which compares views: next_token:0.5,masked_next_token:0.25,simclr:0.25",
         choices=tuple(OBJECTIVES),
         mixture=True,
     )

@@ -171,11 +171,15 @@ class Config:
     @property
     def readouts(self) -> tuple[str, ...]:
         """The readouts of a model with this objective, the causal one first."""
-        return tuple(readout for name in self.objective.shares for readout in OBJECTIVES[name][1])
+        found = dict.fromkeys(readout for name in self.objective.shares for readout in OBJECTIVES[name][1])
+        return tuple(sorted(found, key=lambda readout: readout != "next_token"))
 
     def predicting(self) -> Config:
-        """These settings, with nothing but the objective that predicts tokens."""
-        return self.replace(objective=next(name for name in self.objective.shares if OBJECTIVES[name][1]))
+        """These settings, with nothing but the objectives that predict tokens."""
+        shares = {name: share for name, share in self.objective.shares.items() if OBJECTIVES[name][1]}
+        whole = sum(shares.values())
+        mixed = ",".join(f"{name}:{share / whole}" for name, share in shares.items())
+        return self.replace(objective=mixed if len(shares) > 1 else next(iter(shares)))
 
     @property
     def reads_images(self) -> bool:

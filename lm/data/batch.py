@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -93,6 +93,12 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         return self.each(lambda part: part.to(device, non_blocking=True))
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of all ``batches``, one after another; no two have parts of the same name."""
+    tensors = [torch.cat([getattr(batch, name) for batch in batches]) for name in TENSORS]
+    return Batch(*tensors, {name: rows for batch in batches for name, rows in batch.parts.items()})
 
 
 class TensorBatch(ABC):

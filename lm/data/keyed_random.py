@@ -38,6 +38,7 @@ class Stream(IntEnum):
     DELETED_TOKENS = 15
     MIXTURE = 16
     PIECES = 17
+    TEXT_MIXTURE = 18
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

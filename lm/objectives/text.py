@@ -47,17 +47,23 @@ def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_
 
 
 class TextObjective:
-    """Next-token and masked-token prediction, and their mixtures: an ``lm.objectives.objective.Objective``."""
+    """Next-token and masked-token prediction, and both: an ``lm.objectives.objective.Objective``.
+
+    Attributes:
+        readouts: what the model can be asked for afterwards.
+        parts: the names of the loss's parts: the readouts, if there are several, else that of the objective.
+    """
 
     compares, memory, comparable = False, None, True
 
     def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
         self.config, self.vocabulary, self.seed = config.objective, vocabulary, config.training.seed
         self.shape, self.data, self.total_steps = config.model, config.data, config.training.steps
-        self.readouts = config.readouts
+        self.name, self.readouts = config.objective.objective, config.readouts
+        self.parts = self.readouts if len(self.readouts) > 1 else (self.name,)
         if vocabulary.mask < 0 and self.readouts != ("next_token",):
             raise UserError(
-                f"the tokenizer has no mask token, which {self.config.objective} needs: train with --objective "
+                f"the tokenizer has no mask token, which {self.name} needs: train with --objective "
                 "next_token, or import the checkpoint again with --add-mask"
             )
 
@@ -73,12 +79,12 @@ class TextObjective:
 
     def _parts(self, rows: int) -> dict[str, int]:
         """Rows of each part in the largest micro-batch: one with both kinds of rows, if there is one."""
-        if len(self.readouts) == 1:
-            return {self.readouts[0]: rows}
+        if len(self.parts) == 1:
+            return {self.parts[0]: rows}
         whole = self.data.batch_rows
         ends = (self.config.masking_at(step, self.total_steps)[0] for step in (0, self.total_steps - 1))
         causal = (whole - int(whole * min(ends))) % rows
-        return dict(zip(self.readouts, (causal, rows - causal), strict=True))
+        return dict(zip(self.parts, (causal, rows - causal), strict=True))
 
     def flops_per_token(self, model: nn.Module, context_length: int) -> float:
         assert isinstance(model, Transformer)
@@ -112,8 +118,8 @@ class TextObjective:
             predicted = targets[some] != IGNORED
             if predicted.any():
                 weights[some] = predicted * np.float32(len(predicted) / len(masked) / np.count_nonzero(predicted))
-        counts = (first_masked, len(masked) - first_masked) if len(self.readouts) > 1 else (len(masked),)
-        parts = dict(zip(self.readouts, counts, strict=True))
+        counts = (first_masked, len(masked) - first_masked) if len(self.parts) > 1 else (len(masked),)
+        parts = dict(zip(self.parts, counts, strict=True))
         return assemble(inputs, targets, weights, starts, masked, lengths if padded else None, parts)
 
     def _hide(
@@ -184,7 +190,13 @@ class TextObjective:
             # Not ``bits_per_byte``: its order of divisions would change the last bit of what earlier runs have saved.
             bits = per_token * predictable / split.counted_bytes / math.log(2)
             found[readout] = loss_on_text(per_token, int(predicted), bits)
-        return found
+        return found | self.measured(held_out, numbers, measure, every_token=every_token)
+
+    def measured(
+        self, held_out: ValidationRows, numbers: NDArray[np.int64], measure: Measure, *, every_token: bool
+    ) -> dict[str, dict[str, float]]:
+        """What a validation says of the windows ``numbers`` besides the loss of each readout."""
+        return {}
 
 
 open_objective = TextObjective

@@ -63,13 +63,11 @@ class Entry:
 
     def training_losses(self) -> Series:
         """(tokens seen, loss) by objective, in nats per token."""
-        config = self.run.config
-        alone = config.readouts[0] if not config.is_finetuning and len(config.readouts) == 1 else self.objective
         found: Series = {}
         for line in self.lines:
             if "loss" in line:
                 losses = {key.removeprefix("loss_"): line[key] for key in line if key.startswith("loss_")}
-                for objective, loss in (losses or {alone: line["loss"]}).items():
+                for objective, loss in (losses or {self.objective: line["loss"]}).items():
                     found.setdefault(objective, []).append((line["tokens"], loss))
         return found
 
