@@ -17,6 +17,7 @@ OBJECTIVES = {
     "masked_next_token": ("text", ("masked_next_token",)),
     "hybrid": ("text", ("next_token", "masked_next_token")),
     "hybrid_unshifted": ("text", ("next_token", "masked_token")),
+    "prefix_lm": ("prefix_lm", ("next_token",)),
     "simclr": ("simclr", ()),
     "moco": ("moco", ()),
     "byol": ("byol", ()),
@@ -60,6 +61,13 @@ class ObjectiveConfig:
     )
     validation_mask_rate: float = setting(
         0.15, "share of the tokens hidden at once when validating the masked readout", minimum=0.01, maximum=1
+    )
+
+    longest_prefix: float = setting(
+        1.0,
+        "prefix_lm: the prefix of a document is drawn evenly between nothing and this share of it",
+        minimum=0,
+        maximum=1,
     )
 
     infonce_temperature: float = setting(

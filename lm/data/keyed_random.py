@@ -39,6 +39,7 @@ class Stream(IntEnum):
     MIXTURE = 16
     PIECES = 17
     TEXT_MIXTURE = 18
+    PREFIXES = 19
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
