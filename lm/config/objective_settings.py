@@ -18,6 +18,7 @@ OBJECTIVES = {
     "hybrid": ("text", ("next_token", "masked_next_token")),
     "hybrid_unshifted": ("text", ("next_token", "masked_token")),
     "prefix_lm": ("prefix_lm", ("next_token",)),
+    "fill_in_the_middle": ("fill_in_the_middle", ("next_token",)),
     "simclr": ("simclr", ()),
     "moco": ("moco", ()),
     "byol": ("byol", ()),
@@ -68,6 +69,12 @@ class ObjectiveConfig:
         "prefix_lm: the prefix of a document is drawn evenly between nothing and this share of it",
         minimum=0,
         maximum=1,
+    )
+    infill_rate: float = setting(
+        0.5, "fill_in_the_middle: share of the documents that are cut in three and rearranged", minimum=0, maximum=1
+    )
+    suffix_first_rate: float = setting(
+        0.5, "fill_in_the_middle: share of these that begin with the end of the document", minimum=0, maximum=1
     )
 
     infonce_temperature: float = setting(

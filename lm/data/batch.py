@@ -23,13 +23,15 @@ class Vocabulary:
     """The token ids that objectives need to know.
 
     A document is read from ``begin`` on, which stands in the place of the end of text before it; None leaves that end
-    of text there. ``mask`` is -1 in a vocabulary without one.
+    of text there. ``mask`` is -1 in a vocabulary without one. ``infill`` introduces the prefix, the suffix and the
+    middle of a document that is rearranged.
     """
 
     size: int
     end_of_text: int
     mask: int
     begin: int | None = None
+    infill: tuple[int, int, int] | None = None
 
     def with_beginnings(self, inputs: NDArray[np.int64]) -> NDArray[np.int64]:
         """Inputs of any shape, with ``begin`` in the places of ends of text."""

@@ -40,6 +40,7 @@ class Stream(IntEnum):
     PIECES = 17
     TEXT_MIXTURE = 18
     PREFIXES = 19
+    INFILL = 20
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

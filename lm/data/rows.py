@@ -24,8 +24,9 @@ from lm.data.packing import plan_rows
 
 def vocabulary_of(dataset: Dataset | Corpora) -> Vocabulary:
     """The token ids of a dataset that objectives need to know."""
-    size, special = dataset.tokenizer.vocab_size, dataset.tokenizer.special
-    return Vocabulary(size, special.end_of_text, -1 if special.mask is None else special.mask, special.begin)
+    tokenizer, special = dataset.tokenizer, dataset.tokenizer.special
+    mask = -1 if special.mask is None else special.mask
+    return Vocabulary(tokenizer.vocab_size, special.end_of_text, mask, special.begin, tokenizer.infill_ids)
 
 
 class Ring:
