@@ -19,6 +19,7 @@ OBJECTIVES = {
     "hybrid_unshifted": ("text", ("next_token", "masked_token")),
     "prefix_lm": ("prefix_lm", ("next_token",)),
     "fill_in_the_middle": ("fill_in_the_middle", ("next_token",)),
+    "span_corruption": ("span_corruption", ()),
     "simclr": ("simclr", ()),
     "moco": ("moco", ()),
     "byol": ("byol", ()),
@@ -75,6 +76,15 @@ class ObjectiveConfig:
     )
     suffix_first_rate: float = setting(
         0.5, "fill_in_the_middle: share of these that begin with the end of the document", minimum=0, maximum=1
+    )
+    span_corruption_rate: float = setting(
+        0.15, "span_corruption: share of a document's tokens that are hidden", minimum=0.01, maximum=0.5
+    )
+    mean_span_length: float = setting(3.0, "span_corruption: mean number of tokens in a hidden span", minimum=1)
+    span_attention: str = setting(
+        "bidirectional",
+        "span_corruption: how the text with gaps is read; the spans are always read causally",
+        choices=("bidirectional", "causal"),
     )
 
     infonce_temperature: float = setting(

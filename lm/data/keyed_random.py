@@ -41,6 +41,7 @@ class Stream(IntEnum):
     TEXT_MIXTURE = 18
     PREFIXES = 19
     INFILL = 20
+    CORRUPTED_SPANS = 21
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

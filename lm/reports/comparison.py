@@ -116,7 +116,7 @@ def compare(entries: Sequence[Entry]) -> dict[str, Any]:
     flat = [entry.run.config.flat() for entry in entries]
     same_inputs = _alike(entry.run.processor.sha256 for entry in entries)
     unit = "nats_per_token" if same_inputs else "bits_per_byte"
-    if not any(entry.run.config.readouts for entry in entries):
+    if not any(entry.run.config.predicts_tokens for entry in entries):
         unit = "loss"
     return {
         "unit": unit,
