@@ -257,6 +257,10 @@ class Tokenizer:
         text = self.decode_bytes([token_id]).decode("utf-8", "backslashreplace")
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
+    def piece(self, token_id: int) -> str:
+        """Return one token as the file spells it; "" if there is none with this id."""
+        return str(self._backend.id_to_token(token_id) or "")
+
     @cached_property
     def words_have_spaces(self) -> bool:
         """Whether there are tokens of a space and the letters after it, in any script."""
@@ -300,7 +304,7 @@ class Tokenizer:
         added = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
         table = []
         for token_id in range(self.vocab_size):
-            token = self._backend.id_to_token(token_id) or ""
+            token = self.piece(token_id)
             if token_id in self._special_names:
                 table.append(b"")
             elif token_id in added:

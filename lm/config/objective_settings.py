@@ -57,6 +57,9 @@ class ObjectiveConfig:
     final_mask_rate: float = setting(
         -1.0, "mask_rate in the last step, reached linearly; -1: mask_rate", minimum=-1, maximum=1
     )
+    mask_whole_words: bool = setting(
+        False, "masked objectives: predict all tokens of a word or none of them; each token still with mask_rate"
+    )
     mask_token_share: float = setting(0.8, "share of predicted tokens that become the mask token", minimum=0, maximum=1)
     random_token_share: float = setting(
         0.1, "share of predicted tokens that become a random token; the rest is unchanged", minimum=0, maximum=1

@@ -24,7 +24,8 @@ class Vocabulary:
 
     A document is read from ``begin`` on, which stands in the place of the end of text before it; None leaves that end
     of text there. ``mask`` is -1 in a vocabulary without one. ``infill`` introduces the prefix, the suffix and the
-    middle of a document that is rearranged.
+    middle of a document that is rearranged. ``joints`` finds which tokens make a word
+    (``data_prep.tokenizers.words.word_joints``).
     """
 
     size: int
@@ -32,6 +33,7 @@ class Vocabulary:
     mask: int
     begin: int | None = None
     infill: tuple[int, int, int] | None = None
+    joints: Callable[[], NDArray[np.bool_]] | None = field(default=None, compare=False)
 
     def with_beginnings(self, inputs: NDArray[np.int64]) -> NDArray[np.int64]:
         """Inputs of any shape, with ``begin`` in the places of ends of text."""

@@ -67,6 +67,9 @@ class TextObjective:
                 "next_token, or import the checkpoint again with --add-mask"
             )
 
+        hides_words = self.config.mask_whole_words and self.readouts != ("next_token",)
+        self.joints = vocabulary.joints() if hides_words and vocabulary.joints else None
+
     def new_model(self) -> Transformer:
         return Transformer(self.shape)
 
@@ -138,6 +141,8 @@ class TextObjective:
         """
         config = self.config
         chance = uniform(key(self.seed, Stream.HIDDEN_TOKENS), numbers, inputs.shape[1])
+        if self.config.mask_whole_words:  # all tokens of a word have the number of its first
+            chance = np.take_along_axis(chance, self._firsts_of_words(inputs, starts), axis=1)
         kept = self.vocabulary.borders(inputs)
         chance[kept | starts if shifted else kept] = 2.0
         # At least one token a row, so that no row is idle: the one with the smallest number.
@@ -152,6 +157,13 @@ class TextObjective:
         shown = np.where(fate < random_limit, (other * self.vocabulary.size).astype(np.int64), shown)
         corrupted.ravel()[at] = np.where(fate < config.mask_token_share, self.vocabulary.mask, shown)
         return corrupted, _targets_of_hidden(inputs, chosen, shifted=shifted)
+
+    def _firsts_of_words(self, inputs: NDArray[np.int64], starts: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The position in its row of the first token of each token's word, int64 (rows, T)."""
+        assert self.joints is not None
+        begins = np.ones(inputs.shape, dtype=bool)
+        begins[:, 1:] = starts[:, 1:] | ~(self.joints[0][inputs[:, 1:]] & self.joints[1][inputs[:, :-1]])
+        return np.maximum.accumulate(np.where(begins, np.arange(inputs.shape[1]), 0), axis=1)
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return losses(model, batch)
