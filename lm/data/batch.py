@@ -101,8 +101,8 @@ class Batch:
 
 def joined(batches: Sequence[Batch]) -> Batch:
     """The rows of all ``batches``, one after another; no two have parts of the same name."""
-    tensors = [torch.cat([getattr(batch, name) for batch in batches]) for name in TENSORS]
-    return Batch(*tensors, {name: rows for batch in batches for name, rows in batch.parts.items()})
+    tensors: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in TENSORS}
+    return Batch(**tensors, parts={name: rows for batch in batches for name, rows in batch.parts.items()})
 
 
 class TensorBatch(ABC):

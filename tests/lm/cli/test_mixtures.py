@@ -1,4 +1,4 @@
-"""The commands on a run that learned several objectives at once."""
+"""The commands on a run that learned several objectives at once, and on one without a readout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lm import api
 from lm.cli.main import main
 from lm.training.reporter import NullReporter
 
-OBJECTIVE = "masked_next_token:0.25,next_token:0.5,masked_token:0.25"
+OBJECTIVE = "masked_next_token:0.25,next_token:0.25,masked_token:0.125,prefix_lm:0.25,span_corruption:0.125"
 READOUTS = ["next_token", "masked_next_token", "masked_token"]
 
 
@@ -38,9 +38,11 @@ def test_it_generates_fills_and_is_evaluated_by_every_readout(run):
 def test_its_report_and_comparisons_show_every_part(run, trained, tmp_path):
     call("report", run.path)
     page = (run.path / "report.html").read_text(encoding="utf-8")
-    assert all(name in page for name in READOUTS)
+    parts = [*READOUTS, "prefix_lm", "span_corruption"]
+    assert all(name in page for name in parts)
+    assert "loss of views" not in page
     table = call("compare", run.path, trained.path, "--out", tmp_path / "both.html").stdout
-    assert all(f"training, {name}" in table and f"validation, {name}" in table for name in READOUTS)
+    assert all(f"training, {name}" in table and f"validation, {name}" in table for name in parts)
 
 
 def test_it_is_planned_exported_and_fine_tuned(run, small, tmp_path):
@@ -53,3 +55,18 @@ def test_it_is_planned_exported_and_fine_tuned(run, small, tmp_path):
     examples.write_text("\n".join(lines), encoding="utf-8")
     call("finetune", run.path, "--run", tmp_path / "task", "--task", "classification", "--train", examples,
          "--epochs", 1, "--device", "cpu")  # fmt: skip
+
+
+def test_a_run_that_predicts_spans_only_embeds_and_says_what_it_cannot_do(small, trained, tmp_path):
+    config = small.replace(objective="span_corruption", steps=4, validate_every=2)
+    run = api.train(config, run=tmp_path / "spans", reporter=NullReporter())
+    for asked in (["sample", run.path, "--prompt", "a"], ["evaluate", run.path]):
+        done = CliRunner().invoke(main, [*map(str, asked)])
+        assert done.exit_code == 2
+        assert "trained with span_corruption only, which predicts hidden spans: kindling embed uses it" in done.stderr
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "a fox"}\n', encoding="utf-8")
+    call("embed", run.path, "--input", texts, "--output", tmp_path / "vectors.npy")
+    table = call("compare", run.path, trained.path, "--out", tmp_path / "both.html").stdout
+    assert "validation, span_corruption" in table
+    assert "nats/token" in table
