@@ -38,6 +38,7 @@ from lm.inference.fill_mask import GREEDY, Filled, fill_masks
 from lm.inference.generator import Generator
 from lm.inference.generator import stream as stream_events
 from lm.inference.image_model import ImageEncoder, pixels_of_all
+from lm.inference.infill import infill_prompt
 from lm.inference.language_model import LanguageModel
 from lm.inference.scoring import log_likelihoods
 from lm.model.device import choose_device
@@ -55,7 +56,7 @@ from lm.training.terminal import TerminalProgress
 __all__ = ["Config", "Run", "Sampling", "UserError", "evaluate", "finetune", "load", "train"]
 
 ROWS = 16  # texts that are generated at the same time
-TEXT_METHODS: tuple[str, ...] = ("generate", "fill", "score", "perplexity", "tokenizer")
+TEXT_METHODS: tuple[str, ...] = ("generate", "fill", "infill", "score", "perplexity", "tokenizer")
 TEXT_METHODS += ("save_gguf", "save_sentence_transformer", "save_adapter")
 
 
@@ -90,10 +91,19 @@ class Model(LanguageModel):
             if not isinstance(prompts, str):
                 raise UserError("stream=True takes one prompt, not a list")
             return (event.text for event in stream_events(self, prompts, settings))
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        generator = Generator(self, max_rows=max(1, min(ROWS, len(texts))))
-        found = [each.text for each in continuations(generator, [Prompt(text, settings) for text in texts])]
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        found = self._continued([Prompt(text, settings) for text in texts])
         return found[0] if isinstance(prompts, str) else found
+
+    def infill(self, texts: str | Sequence[str], **sampling: Any) -> Any:
+        """What to write in the ``[GAP]`` of each text; sampling as of ``generate``, errors as of ``infill_prompt``."""
+        settings, given = _sampling(recommended(self.run.path) | sampling), [texts] if isinstance(texts, str) else texts
+        found = self._continued([infill_prompt(self.tokenizer, self.config, text, settings) for text in given])
+        return found[0] if isinstance(texts, str) else found
+
+    def _continued(self, prompts: Sequence[Prompt]) -> list[str]:
+        generator = Generator(self, max_rows=max(1, min(ROWS, len(prompts))))
+        return [each.text for each in continuations(generator, prompts)]
 
     def fill(self, texts: str | Sequence[str], *, top: int = 5, rounds: int = 0, **sampling: Any) -> Any:
         """Fill every ``[MASK]`` of a text: its ``text``, and the ``top`` candidates of each mask with probabilities.
@@ -213,14 +223,7 @@ class TaskModel(Predictor):
         return [answer for answer, _ in predict(self, examples)]
 
     def save_pretrained(self, folder: str | Path, *, facts: CardFacts = NO_FACTS) -> None:
-        """Write a folder that ``transformers`` loads with its own classes and pipelines.
-
-        Args:
-            facts: license, languages and base model for the model card.
-
-        Raises:
-            UserError: no class computes what this model does, for the reason given.
-        """
+        """As of ``Model.save_pretrained``; raise UserError if no class computes what this model does."""
         state = self.model.trunk.state_dict()
         export_task_model(self.run, Path(folder), self.saved, state, self.exportable_head, facts)
 
@@ -240,11 +243,7 @@ class ImageModel(ImageEncoder):
     saved: Checkpoint
 
     def save_pretrained(self, folder: str | Path, *, facts: CardFacts = NO_FACTS) -> None:
-        """Write a folder that ``transformers`` loads with its own classes; errors as of ``export_image_model``.
-
-        Args:
-            facts: license, languages and base model for the model card.
-        """
+        """As of ``Model.save_pretrained``; errors as of ``export_image_model``."""
         export_image_model(self.run, Path(folder), self.saved, facts, self.model)
 
     def __getattr__(self, name: str) -> Any:

@@ -98,6 +98,10 @@ def test_a_command_and_its_function_give_the_same(played):
         (lambda model, _: model.generate(["a"], stream=True), "stream=True takes one prompt"),
         (lambda model, _: model.score("a", readout="masked_token"), "not for masked_token"),
         (lambda model, _: model.fill("nothing to fill"), r"write \[MASK\]"),
+        (
+            lambda model, _: model.infill("a [GAP]"),
+            "not to fill gaps: train it with --objective next_token:0.5,fill_in",
+        ),
         (lambda _, task: task.predict("one text"), "predict takes a list"),
         (lambda *_: lm.load("runs/digits").generate("a"), "reads images, so there is no generate: use embed"),
         (lambda *_: lm.load("runs/digits").perplexity("texts"), "there is no perplexity"),
@@ -117,9 +121,9 @@ def test_mistakes_raise_one_clear_sentence(played, monkeypatch, call, words):
 def test_the_page_lists_the_public_names():
     listed = set(re.findall(r"`(?:lm)?\.(\w+)`", PAGE.partition("## Build a dataset")[0]))
     methods = {name for name in listed if hasattr(api.Model, name) or hasattr(api.TaskModel, name)}
-    assert methods == {"generate", "fill", "embed", "score", "perplexity", "save_pretrained", "predict"}
+    assert methods == {"generate", "fill", "infill", "embed", "score", "perplexity", "save_pretrained", "predict"}
     assert listed - methods - {"load"} == set(lm.__all__) - {"load"}
-    assert len(listed) == 15
+    assert len(listed) == 16
     assert set(data_prep.__all__) == set(re.findall(r"`data_prep\.(\w+)`", PAGE))
     assert all(getattr(lm, name) for name in lm.__all__)
 

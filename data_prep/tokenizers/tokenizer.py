@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Backend
 
 from data_prep.errors import UserError
 from data_prep.files import parse_json, write_atomically
-from data_prep.settings import END_OF_TEXT, MASK, PADDING
+from data_prep.settings import END_OF_TEXT, MASK, PADDING, TOKEN_SETS
 from data_prep.tokenizers.encoder_probes import PROBES
 from data_prep.tokenizers.special_tokens import SpecialTokens, recorded
 from data_prep.tokenizers.spelled_names import ids_or_none, keep_spelled_names, unknown_id
@@ -31,6 +31,8 @@ from data_prep.tokenizers.spelled_names import ids_or_none, keep_spelled_names, 
 END_OF_TEXT_SPELLINGS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 PADDING_SPELLINGS = (PADDING, "[PAD]", "<pad>")
 MASK_SPELLINGS = (MASK, "[MASK]", "<mask>")
+# Of the tokens that introduce the prefix, the suffix and the middle of a text whose middle is to be written.
+INFILL_SPELLINGS = (TOKEN_SETS["infill"], ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
 
 # The visible characters that stand for the bytes 0 to 255 in byte-level tokenizers.
 BYTE_CHARACTERS = tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))
@@ -136,6 +138,15 @@ class Tokenizer:
                 "with --add-mask"
             )
         return self.special.mask
+
+    @cached_property
+    def infill_ids(self) -> tuple[int, int, int] | None:
+        """What introduces the prefix, the suffix and the middle of a text to infill; None without such tokens."""
+        for names in INFILL_SPELLINGS:
+            if set(names) <= self.special_tokens.keys():
+                prefix, suffix, middle = (self.special_tokens[name] for name in names)
+                return prefix, suffix, middle
+        return None
 
     def begun(self, ids: Iterable[int]) -> list[int]:
         """Return the ids of a text after what begins it, or an end of text if there would be no ids.
@@ -246,6 +257,10 @@ class Tokenizer:
         text = self.decode_bytes([token_id]).decode("utf-8", "backslashreplace")
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
+    def piece(self, token_id: int) -> str:
+        """Return one token as the file spells it; "" if there is none with this id."""
+        return str(self._backend.id_to_token(token_id) or "")
+
     @cached_property
     def words_have_spaces(self) -> bool:
         """Whether there are tokens of a space and the letters after it, in any script."""
@@ -289,7 +304,7 @@ class Tokenizer:
         added = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
         table = []
         for token_id in range(self.vocab_size):
-            token = self._backend.id_to_token(token_id) or ""
+            token = self.piece(token_id)
             if token_id in self._special_names:
                 table.append(b"")
             elif token_id in added:

@@ -19,7 +19,7 @@ from data_prep.errors import UserError
 from data_prep.errors.wording import counted
 from data_prep.files import rename, require_new_file
 from lm.cli.options import checkpoint_option, compile_option, device_option, json_option, run_argument, sampling_options
-from lm.config.sampling import Sampling, problem_of_fill, recommended
+from lm.config.sampling import Sampling, problem_of_fill, problem_of_infill, recommended
 
 if TYPE_CHECKING:
     from lm.inference.batch_generation import Prompt
@@ -34,7 +34,7 @@ STDIN = STDOUT = Path("-")
     short_help="Generate text, fill masks, or chat.",
     extra_hint="write a text to continue as --prompt TEXT, in quotes",
     sections=(
-        Section("What to write", "prompts fills chat source output", "unmask rounds top rows"),
+        Section("What to write", "prompts fills infills chat source output", "unmask rounds top rows"),
         Section(
             "Sampling",
             "max_new_tokens temperature top_p repetition_penalty stop seed",
@@ -50,6 +50,13 @@ STDIN = STDOUT = Path("-")
     "fills",
     multiple=True,
     help="Text in which to fill each [MASK] with one token, and [MASK:5] with five; may be repeated.",
+)
+@click.option(
+    "--infill",
+    "infills",
+    multiple=True,
+    help="Text with one [GAP], in which to write what fits; for runs with the objective fill_in_the_middle. May be "
+    "repeated.",
 )
 @click.option(
     "--unmask",
@@ -88,6 +95,7 @@ def sample(
     run: Path,
     prompts: tuple[str, ...],
     fills: tuple[str, ...],
+    infills: tuple[str, ...],
     unmask: int,
     rounds: int,
     top: int,
@@ -111,8 +119,9 @@ def sample(
     chosen = {name: value for name, value in sampling.items() if source_of(name) is not ParameterSource.DEFAULT}
     settings = Sampling(**sampling | recommended(run) | chosen)
     problems = settings.problems()
-    problems += _conflicts(prompts, fills, unmask, source, output, chat, as_json, settings)
+    problems += _conflicts(prompts, (*fills, *infills), unmask, source, output, chat, as_json, settings)
     problems += [problem for text in fills if (problem := problem_of_fill(text))]
+    problems += [problem for text in infills if (problem := problem_of_infill(text))]
     problems += [
         f"--{name} must be at least {least}, not {value}"
         for name, value, least in (("unmask", unmask, 0), ("rounds", rounds, 0), ("top", top, 1), ("rows", rows, 1))
@@ -123,7 +132,7 @@ def sample(
     if unmask:
         fills, prompts = (*(f"{prompt}[MASK:{unmask}]" for prompt in prompts), *fills), ()
         rounds = rounds or unmask
-    _check_readouts(run, prompts or source or chat, fills)
+    _check_readouts(run, prompts or infills or source or chat, fills)
     output = None if output == STDOUT else output
     if output is not None and output.exists():
         raise UserError(f"{output} already exists: choose another --output")
@@ -135,11 +144,13 @@ def sample(
     from lm.inference.batch_generation import Prompt, check_prompts, read_prompts
     from lm.inference.chat_template import chat_format
     from lm.inference.fill_mask import tokens_to_fill
+    from lm.inference.infill import infill_prompt
     from lm.runs.directory import open_run
 
     opened = open_run(run)
     chat_of_run = chat_format(run, opened.tokenizer, opened.config)
     given = [Prompt(prompt, settings) for prompt in prompts]
+    given += [infill_prompt(opened.tokenizer, opened.config, text, settings) for text in infills]
     if source == STDIN:  # cannot be read twice
         given = list(read_prompts(source, settings, chat_of_run))
     count = len(given) if source in (None, STDIN) else check_prompts(source, settings, chat_of_run)
@@ -149,7 +160,7 @@ def sample(
     if source is not None:
         generator = _generator(model, min(rows, count), compiled)
         _continue_file(model, generator, given or read_prompts(source, settings, chat_of_run), output, count)
-    if prompts:
+    if prompts or infills:
         generator = _generator(model, min(rows, count), compiled)
         if as_json:
             _print_lines(model, generator, given)
@@ -180,7 +191,10 @@ def _conflicts(
             any(modes),
             'nothing to do: give --prompt "Once upon a time", --fill "The [MASK] sat on the mat.", --chat, or --input',
         ),
-        (sum(modes) <= 1, "--input and --chat cannot be combined with each other, or with --prompt and --fill"),
+        (
+            sum(modes) <= 1,
+            "--input and --chat cannot be combined with each other, or with --prompt, --fill and --infill",
+        ),
         (output is None or source is not None, "--output is the file for the continuations of --input: give --input"),
         (not unmask or bool(prompts), "--unmask continues prompts: give --prompt"),
         (not (chat and as_json), "--chat cannot print JSON"),
@@ -223,7 +237,7 @@ def _continue_on_screen(generator: Generator, prompts: list[Prompt]) -> None:
         if prompt is not current:
             sys.stdout.write(prompt.text if current is None else "\n" + prompt.text)
             current = prompt
-        sys.stdout.write(event.text + ("" if event.finish_reason is None else "\n"))
+        sys.stdout.write(event.text + ("" if event.finish_reason is None else prompt.suffix + "\n"))
         sys.stdout.flush()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lm.config.corpus_entry import corpus_of
 from lm.config.finetune_settings import IMAGE_TASKS, TASKS, FinetuneConfig
 from lm.config.model_settings import ModelConfig
-from lm.config.objective_settings import IMAGE_OBJECTIVES, TEXT_VIEW_OBJECTIVES
+from lm.config.objective_settings import IMAGE_OBJECTIVES, OBJECTIVES, TEXT_VIEW_OBJECTIVES
 from lm.config.sampling import problem_of_fill
 from lm.config.settings import Config
 
@@ -85,15 +85,20 @@ def inconsistencies(config: Config) -> Iterator[str]:
 
 
 def _inconsistencies_of_views(config: Config) -> Iterator[str]:
-    """Those of an objective that compares views of texts, and of its share of the rows."""
+    """Those of a mixture's shares of the rows, and of an objective that compares views of texts."""
     shares, views, rows = config.objective.shares, config.views, config.data.batch_rows
     compared = [name for name in shares if name in TEXT_VIEW_OBJECTIVES]
-    if len(shares) > 1 and (len(shares) > 2 or len(compared) != 1):
-        yield (
-            f"objective {config.objective.objective}: a mixture has one objective that predicts tokens and one that "
-            f"compares views ({', '.join(TEXT_VIEW_OBJECTIVES)})"
-        )
+    if len(compared) > 1:
+        yield f"objective {config.objective.objective}: a mixture has at most one of {', '.join(TEXT_VIEW_OBJECTIVES)}"
         return
+    plain = [name for name in shares if OBJECTIVES[name][0] == "text"]
+    for readout in dict.fromkeys(readout for name in plain for readout in OBJECTIVES[name][1]):
+        if len(both := [name for name in plain if readout in OBJECTIVES[name][1]]) > 1:
+            yield (
+                f"objective {config.objective.objective}: {' and '.join(both)} both have rows of {readout}; choose one "
+                "of them, and set the shares accordingly"
+            )
+            return
     for name, share in shares.items():
         if (share * rows).denominator > 1:
             yield (

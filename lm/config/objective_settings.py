@@ -17,6 +17,9 @@ OBJECTIVES = {
     "masked_next_token": ("text", ("masked_next_token",)),
     "hybrid": ("text", ("next_token", "masked_next_token")),
     "hybrid_unshifted": ("text", ("next_token", "masked_token")),
+    "prefix_lm": ("prefix_lm", ("next_token",)),
+    "fill_in_the_middle": ("fill_in_the_middle", ("next_token",)),
+    "span_corruption": ("span_corruption", ()),
     "simclr": ("simclr", ()),
     "moco": ("moco", ()),
     "byol": ("byol", ()),
@@ -36,8 +39,8 @@ class ObjectiveConfig:
 
     objective: str = setting(
         "hybrid",
-        "what the model learns; on text also one that predicts tokens and one that compares views, each with its share "
-        "of the rows: hybrid:0.75,simclr:0.25",
+        "what the model learns; on text also several objectives, each with its share of a step's rows, at most one of "
+        "which compares views: next_token:0.5,masked_next_token:0.25,simclr:0.25",
         choices=tuple(OBJECTIVES),
         mixture=True,
     )
@@ -54,12 +57,37 @@ class ObjectiveConfig:
     final_mask_rate: float = setting(
         -1.0, "mask_rate in the last step, reached linearly; -1: mask_rate", minimum=-1, maximum=1
     )
+    mask_whole_words: bool = setting(
+        False, "masked objectives: predict all tokens of a word or none of them; each token still with mask_rate"
+    )
     mask_token_share: float = setting(0.8, "share of predicted tokens that become the mask token", minimum=0, maximum=1)
     random_token_share: float = setting(
         0.1, "share of predicted tokens that become a random token; the rest is unchanged", minimum=0, maximum=1
     )
     validation_mask_rate: float = setting(
         0.15, "share of the tokens hidden at once when validating the masked readout", minimum=0.01, maximum=1
+    )
+
+    longest_prefix: float = setting(
+        1.0,
+        "prefix_lm: the prefix of a document is drawn evenly between nothing and this share of it",
+        minimum=0,
+        maximum=1,
+    )
+    infill_rate: float = setting(
+        0.5, "fill_in_the_middle: share of the documents that are cut in three and rearranged", minimum=0, maximum=1
+    )
+    suffix_first_rate: float = setting(
+        0.5, "fill_in_the_middle: share of these that begin with the end of the document", minimum=0, maximum=1
+    )
+    span_corruption_rate: float = setting(
+        0.15, "span_corruption: share of a document's tokens that are hidden", minimum=0.01, maximum=0.5
+    )
+    mean_span_length: float = setting(3.0, "span_corruption: mean number of tokens in a hidden span", minimum=1)
+    span_attention: str = setting(
+        "bidirectional",
+        "span_corruption: how the text with gaps is read; the spans are always read causally",
+        choices=("bidirectional", "causal"),
     )
 
     infonce_temperature: float = setting(

@@ -118,12 +118,13 @@ def run_config(path: str | Path) -> Config:
 
 
 def require_language_model(path: Path, config: Config) -> None:
-    """Raise UserError if the run at ``path`` is no ``require_text_model``, or was never trained to predict tokens."""
+    """Raise UserError if the run at ``path`` is no ``require_text_model``, or has no readout."""
     require_text_model(path, config)
     if not config.readouts:
+        learns = "predicts hidden spans" if config.predicts_tokens else "predicts no tokens"
         raise UserError(
-            f"{path} was trained with {config.objective.objective} only, which predicts no tokens: kindling embed uses "
-            "it; a mixture such as hybrid:0.75,simclr:0.25 learns both"
+            f"{path} was trained with {config.objective.objective} only, which {learns}: kindling embed uses it; a "
+            f"mixture such as hybrid:0.75,{next(iter(config.objective.shares))}:0.25 learns both"
         )
 
 

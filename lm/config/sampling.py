@@ -16,7 +16,7 @@ from lm.config.setting import setting
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 MOST_LOGPROBS = 20
 GREEDY_BELOW = 0.01  # such temperatures stand for 0, which some servers refuse
-MASK_WORD = "[MASK]"
+MASK_WORD, GAP = "[MASK]", "[GAP]"
 MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")
 
 
@@ -28,6 +28,12 @@ def problem_of_fill(text: str) -> str:
     if other := re.search(r"[\[<]mask(:[1-9]\d{0,6})?[\]>]", text, re.IGNORECASE):
         return f'nothing to fill in "{shown}": write [MASK{other[1] or ""}] for {other[0]}'
     return f'nothing to fill in "{shown}": write {MASK_WORD} where a word is missing'
+
+
+def problem_of_infill(text: str) -> str:
+    """Why there is no gap to write in; "" if there is one."""
+    shown, gaps = text if len(text) < 60 else f"{text[:56]} …", text.count(GAP)
+    return "" if gaps == 1 else f'"{shown}" has {gaps or "no"} gaps: write {GAP} once, where text is missing'
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.files import write_atomically
 from lm.config.finetune_settings import HEAD_TASKS, IMAGE_METHODS, METHODS, FinetuneConfig
 from lm.config.model_settings import ModelConfig
-from lm.config.objective_settings import OBJECTIVES, ObjectiveConfig
+from lm.config.objective_settings import IMAGE_OBJECTIVES, OBJECTIVES, ObjectiveConfig
 from lm.config.optimizer_settings import OptimizerConfig
 from lm.config.setting import Setting, setting
 from lm.config.view_settings import ViewsConfig
@@ -171,11 +171,20 @@ class Config:
     @property
     def readouts(self) -> tuple[str, ...]:
         """The readouts of a model with this objective, the causal one first."""
-        return tuple(readout for name in self.objective.shares for readout in OBJECTIVES[name][1])
+        found = dict.fromkeys(readout for name in self.objective.shares for readout in OBJECTIVES[name][1])
+        return tuple(sorted(found, key=lambda readout: readout != "next_token"))
 
     def predicting(self) -> Config:
-        """These settings, with nothing but the objective that predicts tokens."""
-        return self.replace(objective=next(name for name in self.objective.shares if OBJECTIVES[name][1]))
+        """These settings, with nothing but the objectives that predict tokens."""
+        shares = {name: share for name, share in self.objective.shares.items() if OBJECTIVES[name][1]}
+        whole = sum(shares.values())
+        mixed = ",".join(f"{name}:{share / whole}" for name, share in shares.items())
+        return self.replace(objective=mixed if len(shares) > 1 else next(iter(shares)))
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether an objective predicts tokens, instead of comparing views or reading images."""
+        return not set(self.objective.shares) <= set(IMAGE_OBJECTIVES)
 
     @property
     def reads_images(self) -> bool:

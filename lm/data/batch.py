@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -23,13 +23,17 @@ class Vocabulary:
     """The token ids that objectives need to know.
 
     A document is read from ``begin`` on, which stands in the place of the end of text before it; None leaves that end
-    of text there. ``mask`` is -1 in a vocabulary without one.
+    of text there. ``mask`` is -1 in a vocabulary without one. ``infill`` introduces the prefix, the suffix and the
+    middle of a document that is rearranged. ``joints`` finds which tokens make a word
+    (``data_prep.tokenizers.words.word_joints``).
     """
 
     size: int
     end_of_text: int
     mask: int
     begin: int | None = None
+    infill: tuple[int, int, int] | None = None
+    joints: Callable[[], NDArray[np.bool_]] | None = field(default=None, compare=False)
 
     def with_beginnings(self, inputs: NDArray[np.int64]) -> NDArray[np.int64]:
         """Inputs of any shape, with ``begin`` in the places of ends of text."""
@@ -93,6 +97,12 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         return self.each(lambda part: part.to(device, non_blocking=True))
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of all ``batches``, one after another; no two have parts of the same name."""
+    tensors: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in TENSORS}
+    return Batch(**tensors, parts={name: rows for batch in batches for name, rows in batch.parts.items()})
 
 
 class TensorBatch(ABC):

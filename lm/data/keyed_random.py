@@ -38,6 +38,10 @@ class Stream(IntEnum):
     DELETED_TOKENS = 15
     MIXTURE = 16
     PIECES = 17
+    TEXT_MIXTURE = 18
+    PREFIXES = 19
+    INFILL = 20
+    CORRUPTED_SPANS = 21
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.shards.tokens import Dataset, Split
+from data_prep.tokenizers.words import word_joints
 from lm.config.settings import Config
 from lm.data.batch import Rows, Vocabulary, rows_of_windows
 from lm.data.corpora import Corpora, JoinedSplit, Text
@@ -24,8 +26,10 @@ from lm.data.packing import plan_rows
 
 def vocabulary_of(dataset: Dataset | Corpora) -> Vocabulary:
     """The token ids of a dataset that objectives need to know."""
-    size, special = dataset.tokenizer.vocab_size, dataset.tokenizer.special
-    return Vocabulary(size, special.end_of_text, -1 if special.mask is None else special.mask, special.begin)
+    tokenizer, special = dataset.tokenizer, dataset.tokenizer.special
+    mask = -1 if special.mask is None else special.mask
+    joints = partial(word_joints, tokenizer)
+    return Vocabulary(tokenizer.vocab_size, special.end_of_text, mask, special.begin, tokenizer.infill_ids, joints)
 
 
 class Ring:

@@ -19,7 +19,7 @@ def training_inputs(corpora: Corpora | ImageCorpora) -> Vocabulary | ImageFormat
 def stand_in(config: Config) -> Vocabulary | ImageFormat:
     """What an objective needs to know of a model's inputs, as far as the settings tell, for a plan without data."""
     if not config.reads_images:
-        return Vocabulary(config.model.vocab_size, 0, 1)
+        return Vocabulary(config.model.vocab_size, 0, 1, infill=(1, 1, 1))
     channels = config.model.image_channels
     return ImageFormat(config.model.image_size, channels, (0.5,) * channels, (0.25,) * channels)
 

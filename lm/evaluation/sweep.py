@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from data_prep.errors import UserError
 from data_prep.files import names_in, read_json, write_atomically
-from lm.config.objective_settings import OBJECTIVES
+from lm.config.objective_settings import IMAGE_OBJECTIVES
 from lm.config.settings import Config
 from lm.config.sweep_axes import describe, grid
 from lm.config.sweep_plan import Plan
@@ -111,7 +111,7 @@ def _measure(wanted: str, configs: Sequence[Config], data: Sequence[Corpora | Im
     labeled = first.reads_images and all(_has_classes(each, first) for each in data)
     same_readouts = {config.readouts for config in configs} == {first.readouts} and first.readouts
     shared = [name for name in first.readouts if all(name in config.readouts for config in configs)]
-    compares = not all(OBJECTIVES[name][1] for name in first.objective.shares)  # images, or views of texts
+    compares = any(name in IMAGE_OBJECTIVES for name in first.objective.shares)  # images, or views of texts
     fitting = ["knn_accuracy"] if labeled else ["bits_per_byte"] if same_readouts else []
     fitting += shared + (["loss"] if compares and len(objectives) == 1 else [])
     if not fitting:

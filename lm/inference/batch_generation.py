@@ -27,13 +27,17 @@ MOST_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, and how; or the ``messages`` of a chat, their tokens, and those that end its answer."""
+    """A text to continue, and how; or the ``messages`` of a chat, their tokens, and those that end its answer.
+
+    What is written may have its place before a ``suffix`` (``lm.inference.infill``).
+    """
 
     text: str
     sampling: Sampling
     messages: Sequence[Message] = ()
     tokens: Sequence[int] = ()
     ends: Sequence[int] = ()
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Continuation:
         """Return prompt, continuation and finish reason, and the log-probabilities of tokens if requested."""
         said = self.prompt.messages
         content: dict[str, Any] = {"messages": said} if said else {"prompt": self.prompt.text}
+        content |= {"suffix": self.prompt.suffix} if self.prompt.suffix else {}
         content |= {"continuation": self.text, "finish_reason": self.finish_reason}
         if self.prompt.sampling.logprobs is not None:
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from data_prep.errors import UserError
+from lm.config.objective_settings import TEXT_VIEW_OBJECTIVES
 from lm.config.settings import Config
 from lm.data.corpora import Corpora
 from lm.data.image_corpora import ImageCorpora
@@ -31,12 +32,14 @@ class TrainingBatches:
         return batch if world == 1 else batch.every(rank, world)
 
     def check_ranks(self, world: int) -> None:
-        """Raise a UserError if the rows of a batch do not divide among ``world`` ranks."""
-        count, shares = self.rows.batch_rows, self.shares
-        for name, share in shares.items():
-            if (count * share) % world:
-                whose = f" of {name}" if len(shares) > 1 else ""
+        """Raise a UserError if the rows of a batch that are predicted, or compared, do not divide among ``world``."""
+        kinds: dict[bool, list[str]] = {}
+        for name in self.shares:
+            kinds.setdefault(name in TEXT_VIEW_OBJECTIVES, []).append(name)
+        for names in kinds.values():
+            if (rows := self.rows.batch_rows * sum(self.shares[name] for name in names)) % world:
+                whose = f" of {' and '.join(names)}" if len(kinds) > 1 else ""
                 raise UserError(
-                    f"the batch's {count * share} rows{whose} do not divide among {world} ranks: change batch_tokens "
-                    "or the ranks"
+                    f"the batch's {rows} rows{whose} do not divide among {world} ranks: change batch_tokens or the "
+                    "ranks"
                 )

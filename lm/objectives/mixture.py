@@ -1,17 +1,23 @@
-"""Predict the tokens of some rows and compare views of others: each objective has its share of a step's rows."""
+"""Several objectives at once: each has its share of a step's rows.
+
+A ``TextMixture`` is of objectives that predict tokens; a ``Mixture`` is of one of these, or of a single such objective,
+and one that compares views.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm.config.settings import Config
-from lm.data.batch import Batch, Rows
+from lm.data.batch import Batch, Rows, Vocabulary, joined
 from lm.data.keyed_random import Stream, key, uniform
 from lm.data.rows import ValidationRows
 from lm.data.text_views import TextViewBatch
@@ -19,6 +25,59 @@ from lm.model.transformer import Transformer
 from lm.objectives.objective import Measure
 from lm.objectives.text import TextObjective
 from lm.objectives.text_views import TextViews
+
+
+class TextMixture(TextObjective):
+    """The rows of a step are drawn for several objectives; the loss is the mean of theirs, weighted by their shares.
+
+    A batch has the rows of the first objective, then those of the second, …, and the parts of all of them.
+    """
+
+    def __init__(self, config: Config, vocabulary: Vocabulary, objectives: Sequence[TextObjective]) -> None:
+        super().__init__(config, vocabulary)
+        self.objectives = objectives
+        shares = [config.objective.shares[each.name] for each in objectives]
+        self.shares = [share / sum(shares) for share in shares]
+
+    def _counts(self, rows: int) -> list[int]:
+        """How many of ``rows`` rows each objective has; exactly its share, if that is a whole number."""
+        ends = [int(sum(self.shares[:number]) * rows) for number in range(len(self.shares) + 1)]
+        return [end - start for start, end in pairwise(ends)]
+
+    def example(self, rows: int) -> Batch:
+        return joined([each.example(n) for each, n in zip(self.objectives, self._counts(rows), strict=True) if n])
+
+    def flops_per_token(self, model: nn.Module, context_length: int) -> float:
+        pairs = zip(self.shares, self.objectives, strict=True)
+        return sum(float(share) * each.flops_per_token(model, context_length) for share, each in pairs)
+
+    def prepare(self, rows: Rows) -> Batch:
+        counts = self._counts(len(rows.numbers))
+        chosen = np.split(drawn_order(self.seed, Stream.TEXT_MIXTURE, rows), np.cumsum(counts)[:-1])
+        step, batches = int(rows.numbers[0]) // self.data.batch_rows, []
+        for objective, share, some in zip(self.objectives, self.shares, chosen, strict=True):
+            batch = objective.prepare(share_of(rows, some, step))
+            batches.append(replace(batch, loss_weights=batch.loss_weights * float(share)))
+        return joined(batches)
+
+    def measured(
+        self, held_out: ValidationRows, numbers: NDArray[np.int64], measure: Measure, *, every_token: bool
+    ) -> dict[str, dict[str, float]]:
+        found = {}
+        for each in self.objectives:
+            found |= each.measured(held_out, numbers, measure, every_token=every_token)
+        return found
+
+
+def drawn_order(seed: int, stream: Stream, rows: Rows) -> NDArray[np.int64]:
+    """The rows of a step in an order that is drawn for each step, so that a schedule of corpora cannot decide it."""
+    return np.argsort(uniform(key(seed, stream), rows.numbers, 1)[:, 0], kind="stable")
+
+
+def share_of(rows: Rows, chosen: NDArray[np.int64], step: int) -> Rows:
+    """An objective's rows of a step, in the order of the step, their turns being those among all rows it has had."""
+    turns = step * len(chosen) + np.arange(len(chosen), dtype=np.int64)
+    return replace(rows.chosen(np.sort(chosen)), turns=turns)
 
 
 @dataclass(frozen=True)
@@ -77,15 +136,12 @@ class Mixture:
         return (1 - self.share) * predicted + self.share * compared
 
     def prepare(self, rows: Rows) -> MixedBatch:
-        """Which rows are compared is drawn for each step, so that a schedule of several corpora cannot decide it."""
         count = len(rows.numbers)
-        drawn = np.argsort(uniform(key(self.seed, Stream.MIXTURE), rows.numbers, 1)[:, 0], kind="stable")
-        compared, predicted = (np.sort(some) for some in np.split(drawn, [round(self.share * count)]))
-        first = int(rows.numbers[0]) // count * len(predicted)
-        turns = first + np.arange(len(predicted), dtype=np.int64)
-        batch = self.text.prepare(replace(rows.chosen(predicted), turns=turns))
+        drawn = drawn_order(self.seed, Stream.MIXTURE, rows)
+        compared, predicted = np.split(drawn, [round(self.share * count)])
+        batch = self.text.prepare(share_of(rows, predicted, int(rows.numbers[0]) // count))
         weighted = replace(batch, loss_weights=batch.loss_weights * (1 - self.share))
-        return MixedBatch(weighted, self.views.prepare(rows.chosen(compared)))
+        return MixedBatch(weighted, self.views.prepare(rows.chosen(np.sort(compared))))
 
     def loss(self, model: nn.Module, batch: Batch | MixedBatch) -> dict[str, Tensor]:
         """Of rows that are predicted, or of a whole step with both kinds."""

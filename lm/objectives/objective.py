@@ -41,7 +41,7 @@ class Objective(Protocol):
 
     Attributes:
         compares: its loss compares the rows of a whole step with each other. Then it is a ``Comparing`` objective. The
-            batches of a mixture (``lm.objectives.mixture``) also have rows that are predicted one by one.
+            batches of a ``Mixture`` (``lm.objectives.mixture``) also have rows that are predicted one by one.
         memory: what it keeps from step to step, if anything: a module with a teacher, a queue, a center. Checkpoints
             have its tensors; the optimizer does not see them.
         comparable: whether the losses of validations at different steps can be compared. A teacher's targets move.
@@ -135,11 +135,15 @@ def open_objective(config: Config, inputs: Any = None) -> Objective:
     ``inputs`` is what it needs to know of the model's inputs: ``lm.data.batch.Vocabulary`` for text, for images
     ``data_prep.shards.images.ImageFormat``. None: one that fits the settings, without data.
     """
-    inputs = inputs or stand_in(config)
-    opened = [
-        importlib.import_module(f"lm.objectives.{OBJECTIVES[name][0]}").open_objective(config, inputs)
-        for name in sorted(config.objective.shares, key=TEXT_VIEW_OBJECTIVES.__contains__)
-    ]
-    if len(opened) > 1:
-        opened = [importlib.import_module("lm.objectives.mixture").Mixture(config, *opened)]
-    return cast(Objective, opened[0])
+    inputs, shares = inputs or stand_in(config), config.objective.shares
+
+    def opened(name: str, config: Config) -> Any:
+        return importlib.import_module(f"lm.objectives.{OBJECTIVES[name][0]}").open_objective(config, inputs)
+
+    if len(shares) == 1:
+        return cast(Objective, opened(next(iter(shares)), config))
+    mixture = importlib.import_module("lm.objectives.mixture")
+    text = [opened(name, config.replace(objective=name)) for name in shares if name not in TEXT_VIEW_OBJECTIVES]
+    predicting = mixture.TextMixture(config, inputs, text) if len(text) > 1 else text[0]
+    views = [opened(name, config) for name in shares if name in TEXT_VIEW_OBJECTIVES]
+    return cast(Objective, mixture.Mixture(config, predicting, *views) if views else predicting)

@@ -47,19 +47,28 @@ def masked_rows(numbers: NDArray[np.int64], fraction: float) -> NDArray[np.bool_
 
 
 class TextObjective:
-    """Next-token and masked-token prediction, and their mixtures: an ``lm.objectives.objective.Objective``."""
+    """Next-token and masked-token prediction, and both: an ``lm.objectives.objective.Objective``.
+
+    Attributes:
+        readouts: what the model can be asked for afterwards.
+        parts: the names of the loss's parts: the readouts, if there are several, else that of the objective.
+    """
 
     compares, memory, comparable = False, None, True
 
     def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
         self.config, self.vocabulary, self.seed = config.objective, vocabulary, config.training.seed
         self.shape, self.data, self.total_steps = config.model, config.data, config.training.steps
-        self.readouts = config.readouts
+        self.name, self.readouts = config.objective.objective, config.readouts
+        self.parts = self.readouts if len(self.readouts) > 1 else (self.name,)
         if vocabulary.mask < 0 and self.readouts != ("next_token",):
             raise UserError(
-                f"the tokenizer has no mask token, which {self.config.objective} needs: train with --objective "
+                f"the tokenizer has no mask token, which {self.name} needs: train with --objective "
                 "next_token, or import the checkpoint again with --add-mask"
             )
+
+        hides_words = self.config.mask_whole_words and self.readouts != ("next_token",)
+        self.joints = vocabulary.joints() if hides_words and vocabulary.joints else None
 
     def new_model(self) -> Transformer:
         return Transformer(self.shape)
@@ -73,12 +82,12 @@ class TextObjective:
 
     def _parts(self, rows: int) -> dict[str, int]:
         """Rows of each part in the largest micro-batch: one with both kinds of rows, if there is one."""
-        if len(self.readouts) == 1:
-            return {self.readouts[0]: rows}
+        if len(self.parts) == 1:
+            return {self.parts[0]: rows}
         whole = self.data.batch_rows
         ends = (self.config.masking_at(step, self.total_steps)[0] for step in (0, self.total_steps - 1))
         causal = (whole - int(whole * min(ends))) % rows
-        return dict(zip(self.readouts, (causal, rows - causal), strict=True))
+        return dict(zip(self.parts, (causal, rows - causal), strict=True))
 
     def flops_per_token(self, model: nn.Module, context_length: int) -> float:
         assert isinstance(model, Transformer)
@@ -112,8 +121,8 @@ class TextObjective:
             predicted = targets[some] != IGNORED
             if predicted.any():
                 weights[some] = predicted * np.float32(len(predicted) / len(masked) / np.count_nonzero(predicted))
-        counts = (first_masked, len(masked) - first_masked) if len(self.readouts) > 1 else (len(masked),)
-        parts = dict(zip(self.readouts, counts, strict=True))
+        counts = (first_masked, len(masked) - first_masked) if len(self.parts) > 1 else (len(masked),)
+        parts = dict(zip(self.parts, counts, strict=True))
         return assemble(inputs, targets, weights, starts, masked, lengths if padded else None, parts)
 
     def _hide(
@@ -132,6 +141,8 @@ class TextObjective:
         """
         config = self.config
         chance = uniform(key(self.seed, Stream.HIDDEN_TOKENS), numbers, inputs.shape[1])
+        if self.config.mask_whole_words:  # all tokens of a word have the number of its first
+            chance = np.take_along_axis(chance, self._firsts_of_words(inputs, starts), axis=1)
         kept = self.vocabulary.borders(inputs)
         chance[kept | starts if shifted else kept] = 2.0
         # At least one token a row, so that no row is idle: the one with the smallest number.
@@ -146,6 +157,13 @@ class TextObjective:
         shown = np.where(fate < random_limit, (other * self.vocabulary.size).astype(np.int64), shown)
         corrupted.ravel()[at] = np.where(fate < config.mask_token_share, self.vocabulary.mask, shown)
         return corrupted, _targets_of_hidden(inputs, chosen, shifted=shifted)
+
+    def _firsts_of_words(self, inputs: NDArray[np.int64], starts: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The position in its row of the first token of each token's word, int64 (rows, T)."""
+        assert self.joints is not None
+        begins = np.ones(inputs.shape, dtype=bool)
+        begins[:, 1:] = starts[:, 1:] | ~(self.joints[0][inputs[:, 1:]] & self.joints[1][inputs[:, :-1]])
+        return np.maximum.accumulate(np.where(begins, np.arange(inputs.shape[1]), 0), axis=1)
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return losses(model, batch)
@@ -184,7 +202,13 @@ class TextObjective:
             # Not ``bits_per_byte``: its order of divisions would change the last bit of what earlier runs have saved.
             bits = per_token * predictable / split.counted_bytes / math.log(2)
             found[readout] = loss_on_text(per_token, int(predicted), bits)
-        return found
+        return found | self.measured(held_out, numbers, measure, every_token=every_token)
+
+    def measured(
+        self, held_out: ValidationRows, numbers: NDArray[np.int64], measure: Measure, *, every_token: bool
+    ) -> dict[str, dict[str, float]]:
+        """What a validation says of the windows ``numbers`` besides the loss of each readout."""
+        return {}
 
 
 open_objective = TextObjective

@@ -63,13 +63,11 @@ class Entry:
 
     def training_losses(self) -> Series:
         """(tokens seen, loss) by objective, in nats per token."""
-        config = self.run.config
-        alone = config.readouts[0] if not config.is_finetuning and len(config.readouts) == 1 else self.objective
         found: Series = {}
         for line in self.lines:
             if "loss" in line:
                 losses = {key.removeprefix("loss_"): line[key] for key in line if key.startswith("loss_")}
-                for objective, loss in (losses or {alone: line["loss"]}).items():
+                for objective, loss in (losses or {self.objective: line["loss"]}).items():
                     found.setdefault(objective, []).append((line["tokens"], loss))
         return found
 
@@ -118,7 +116,7 @@ def compare(entries: Sequence[Entry]) -> dict[str, Any]:
     flat = [entry.run.config.flat() for entry in entries]
     same_inputs = _alike(entry.run.processor.sha256 for entry in entries)
     unit = "nats_per_token" if same_inputs else "bits_per_byte"
-    if not any(entry.run.config.readouts for entry in entries):
+    if not any(entry.run.config.predicts_tokens for entry in entries):
         unit = "loss"
     return {
         "unit": unit,

@@ -167,7 +167,7 @@ def settings_of(run: Run) -> dict[str, list[dict[str, str]]]:
 def _is_of_views(name: str, config: Config) -> bool:
     """Whether a curve is that of an objective that compares views; a run with one objective has only "loss"."""
     name = name.removesuffix(", validation")
-    return name in TEXT_VIEW_OBJECTIVES or (name == "loss" and not config.readouts)
+    return name in TEXT_VIEW_OBJECTIVES or (name == "loss" and not config.predicts_tokens)
 
 
 def _curves(lines: list[dict[str, Any]], config: Config) -> list[str]:

@@ -89,6 +89,7 @@ def _validation(line: dict[str, Any]) -> str:
 def _measured(name: str, found: dict[str, float]) -> str:
     """What a validation found, for a readout or an objective on images or views."""
     if "nats_per_token" in found:
-        return f"{name} {found['nats_per_token']:.3f} nats/token ({found['bits_per_byte']:.3f} bits/byte)"
+        bits = f" ({found['bits_per_byte']:.3f} bits/byte)" if "bits_per_byte" in found else ""
+        return f"{name} {found['nats_per_token']:.3f} nats/token{bits}"
     words = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in found.items() if key not in ("images", "pieces")]
     return f"{name} {', '.join(words)}"

@@ -159,7 +159,9 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 @pytest.mark.parametrize("packing", ["windows", "documents"])
-@pytest.mark.parametrize("objective", ["next_token", "hybrid"])
+@pytest.mark.parametrize(
+    "objective", ["next_token", "hybrid", "next_token:0.5,masked_token:0.25,masked_next_token:0.25"]
+)
 def test_the_parts_of_all_ranks_are_the_batch_of_one(dataset, small, packing, objective):
     config = small.replace(objective=objective, packing=packing, batch_tokens=24 * 32)
     whole = TrainingBatches(Corpora([dataset]), config).batch(5)

@@ -61,7 +61,7 @@ OF_VIEWS = {
 MODELS = {
     "tied": {"tie_embeddings": True},
     "untied": {},
-    "adamw": {"optimizer": "adamw"},
+    "adamw": {"optimizer": "adamw", "objective": "masked_token:0.25,next_token:0.5,masked_next_token:0.25"},
     "normuon": {"muon_beta2": 0.9, "cautious_weight_decay": True, "embedding_weight_decay": 0.2},
     "views": {"objective": "dino", "local_views": 2, "teacher_momentum": 0.6, "gradient_clip": 0.05, **OF_VIEWS},
     "mixed": {"objective": "hybrid:0.75,moco:0.25", "queue_size": 40, "teacher_momentum": 0.6, **OF_VIEWS},

@@ -13,7 +13,10 @@ from lm.training.gradients import step_gradients
 from tests.conftest import masked_rows_of
 
 
-@pytest.mark.parametrize("objective", ["next_token", "masked_token", "masked_next_token", "hybrid"])
+@pytest.mark.parametrize(
+    "objective",
+    ["next_token", "masked_token", "masked_next_token", "hybrid", "next_token:0.5,masked_next_token:0.5"],
+)
 def test_micro_batches_give_the_gradient_of_the_whole_batch(dataset, small, objective):
     """Although each has another number of hidden tokens, and one may be causal and the next masked."""
     config = small.replace(objective=objective, masked_fraction=0.3, vocab_size=400)

@@ -136,7 +136,7 @@ def test_live_bytes_follow_storages_not_tensors():
 
 OF_IMAGES = {"patch_size": 4, "batch_images": 8, "image_size": 16, "image_channels": 3, "visual_codes": 100}
 OF_TEXT = {"vocab_size": 100, "view_tokens": 8}
-MIXED = ("hybrid:0.75,simclr:0.25", "next_token:0.5,dino:0.5")
+MIXED = ("hybrid:0.75,simclr:0.25", "next_token:0.5,dino:0.5", "next_token:0.5,masked_token:0.25,simclr:0.25")
 
 
 @pytest.mark.parametrize(
