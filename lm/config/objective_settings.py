@@ -20,6 +20,7 @@ OBJECTIVES = {
     "prefix_lm": ("prefix_lm", ("next_token",)),
     "fill_in_the_middle": ("fill_in_the_middle", ("next_token",)),
     "span_corruption": ("span_corruption", ()),
+    "diffusion": ("diffusion", ("masked_next_token",)),
     "simclr": ("simclr", ()),
     "moco": ("moco", ()),
     "byol": ("byol", ()),
@@ -88,6 +89,19 @@ class ObjectiveConfig:
         "bidirectional",
         "span_corruption: how the text with gaps is read; the spans are always read causally",
         choices=("bidirectional", "causal"),
+    )
+    lowest_diffusion_rate: float = setting(
+        0.001,
+        "diffusion: the share of a row's tokens that is hidden is drawn evenly between this and 1",
+        minimum=1e-6,
+        maximum=1,
+    )
+    diffusion_passes: int = setting(
+        8,
+        "diffusion: how often kindling evaluate reads each row, at evenly spread rates, for the likelihood's bound",
+        minimum=1,
+        maximum=1000,
+        on_resume="free",
     )
 
     infonce_temperature: float = setting(

@@ -156,7 +156,7 @@ class TextObjective:
         random_limit = config.mask_token_share + config.random_token_share
         shown = np.where(fate < random_limit, (other * self.vocabulary.size).astype(np.int64), shown)
         corrupted.ravel()[at] = np.where(fate < config.mask_token_share, self.vocabulary.mask, shown)
-        return corrupted, _targets_of_hidden(inputs, chosen, shifted=shifted)
+        return corrupted, targets_of_hidden(inputs, chosen, shifted=shifted)
 
     def _firsts_of_words(self, inputs: NDArray[np.int64], starts: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The position in its row of the first token of each token's word, int64 (rows, T)."""
@@ -239,7 +239,8 @@ def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return found
 
 
-def _targets_of_hidden(tokens: NDArray[np.int64], chosen: NDArray[np.bool_], *, shifted: bool) -> NDArray[np.int64]:
+def targets_of_hidden(tokens: NDArray[np.int64], chosen: NDArray[np.bool_], *, shifted: bool) -> NDArray[np.int64]:
+    """The ``chosen`` tokens, each at its own position or, ``shifted``, at the one to the left."""
     targets = np.where(chosen, tokens, IGNORED)
     if shifted:
         targets = np.concatenate([targets[:, 1:], np.full_like(targets[:, :1], IGNORED)], axis=1)
@@ -270,7 +271,7 @@ def validation_batch(
         chosen = (fold_of == fold) & within & (windows != vocabulary.end_of_text)
         chosen[:, 0] = False
         inputs = np.where(chosen, vocabulary.mask, windows)
-        targets = _targets_of_hidden(windows, chosen, shifted=readout == "masked_next_token")
+        targets = targets_of_hidden(windows, chosen, shifted=readout == "masked_next_token")
     starts = windows[:, : inputs.shape[1]] == vocabulary.end_of_text
     inputs = vocabulary.with_beginnings(inputs)
     masked = np.full(len(windows), readout != "next_token")
