@@ -4,8 +4,8 @@
 
 BOOK is a text file, whose paragraphs are made into documents, a tenth of them for validation; or a folder of shards.
 For each number of passes a run of its own learns each objective, with the same model, the same tokens and a whole
-schedule: equal compute at each number of passes. FOLDER gets results.json, passes.png and passes.svg, with the bits per byte of
-the whole validation split: of next_token the likelihood, of diffusion its bound. "Best" is the lowest of the
+schedule: equal compute at each number of passes. FOLDER gets results.json, passes.png and passes.svg, with the bits per
+byte of the whole validation split: of next_token the likelihood, of diffusion its bound. "Best" is the lowest of the
 validations during the run, as of a run that is stopped in time. The command resumes where it was stopped.
 """
 
