@@ -39,7 +39,7 @@ class Diffusion(TextObjective):
             uniform(key(self.seed, Stream.DIFFUSED_TOKENS), rows.numbers, inputs.shape[1]) < rates[:, None]
         )
         padded = bool((rows.lengths < inputs.shape[1]).any())
-        weights = 1 / (rates * max(1, np.count_nonzero(can_be_hidden)))
+        weights = 1 / (rates * max(1, int(can_be_hidden.sum())))
         return self.hiding(inputs, rows.starts, hidden, weights, rows.lengths if padded else None)
 
     def rates(self, rows: Rows) -> NDArray[np.float64]:
