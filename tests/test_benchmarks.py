@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import vs_nanogpt, vs_peers
+from benchmarks import passes, vs_nanogpt, vs_peers
 from benchmarks.vs_nanogpt import Curve, Point
 from lm.config.settings import Config
 from lm.data.corpora import open_corpora
@@ -124,3 +124,36 @@ def test_blocks_are_all_seen_once_in_each_epoch():
 def test_the_steps_follow_from_the_median_of_the_timed_ones():
     times = [0.0, 9.0, 18.0, 27.0, *(27.0 + 2.0 * i for i in range(1, 9))]
     assert vs_peers.steps_within(100.0, lambda steps: times) == 50
+
+
+def test_passes_are_measured_once_drawn_and_resumed(tmp_path, capsys, monkeypatch):
+    book = tmp_path / "book.txt"
+    book.write_text("\n\n".join(sentences(8, number) for number in range(90)), encoding="utf-8")
+    monkeypatch.setattr(passes, "DOCUMENT", 1000)
+    shape = ["num_layers=1", "hidden_size=16", "num_heads=1", "context_length=32", "batch_tokens=1024"]
+    options = [str(book), "--out", str(tmp_path / "out"), "--passes", "1,2", "--vocab-size", "300"]
+    options += [part for each in shape for part in ("--set", each)]
+    passes.main(options)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results) == {f"{name}-{n}-0" for name in ("next_token", "diffusion") for n in (1, 2)}
+    steps = {(each["passes"], each["steps"]) for each in results.values()}
+    assert len(steps) == 2  # equal compute at each number of passes
+    assert abs(dict(steps)[2] - 2 * dict(steps)[1]) <= 1
+    assert all(0 < each["best"] <= each["last"] < 9 for each in results.values())
+    assert all((tmp_path / "out" / f"passes.{kind}").stat().st_size > 1000 for kind in ("png", "svg"))
+    monkeypatch.setattr(passes, "measured", lambda *_: pytest.fail("measured again"))
+    passes.main(options)
+    assert "next_token" in capsys.readouterr().out
+
+
+def test_the_crossing_is_where_diffusion_stays_below():
+    def results(causal: list[float], diffusion: list[float]):
+        both = {"next_token": causal, "diffusion": diffusion}
+        return {
+            f"{name}{n}": {"objective": name, "passes": 4**n, "last": value}
+            for name, values in both.items()
+            for n, value in enumerate(values)
+        }
+
+    assert passes.crossing(results([3, 2, 2, 4], [2, 3, 2, 2]), "last").endswith("from 16 passes on")
+    assert "above next_token at 64 passes" in passes.crossing(results([3, 2, 2, 1], [2, 3, 2, 2]), "last")

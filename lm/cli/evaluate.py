@@ -220,12 +220,14 @@ def _check_inputs(
 
 def _print_losses(result: dict[str, Any]) -> None:
     from lm.evaluation.validation_loss import verdict
+    from lm.objectives.diffusion import BOUND
 
     rows = []
     for losses, kind in ((result["validation"], ""), (result["floors"], " (baseline)")):
         for name, loss in losses.items():
             nats = "" if loss["nats_per_token"] is None else f"{loss['nats_per_token']:.4f}"
-            rows.append((name + kind, nats, f"{loss['bits_per_byte']:.4f}"))
+            shown = f"{name} (at most)" if name == BOUND else name + kind
+            rows.append((shown, nats, f"{loss['bits_per_byte']:.4f}"))
     print_table(
         ("", "nats per token", "bits per byte"),
         rows,

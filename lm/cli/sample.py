@@ -19,9 +19,11 @@ from data_prep.errors import UserError
 from data_prep.errors.wording import counted
 from data_prep.files import rename, require_new_file
 from lm.cli.options import checkpoint_option, compile_option, device_option, json_option, run_argument, sampling_options
-from lm.config.sampling import Sampling, problem_of_fill, problem_of_infill, recommended
+from lm.config.recipes import run_config
+from lm.config.sampling import ORDERS, Sampling, problem_of_fill, problem_of_infill, recommended
 
 if TYPE_CHECKING:
+    from lm.config.settings import Config
     from lm.inference.batch_generation import Prompt
     from lm.inference.generator import Generator
     from lm.inference.language_model import LanguageModel
@@ -34,7 +36,7 @@ STDIN = STDOUT = Path("-")
     short_help="Generate text, fill masks, or chat.",
     extra_hint="write a text to continue as --prompt TEXT, in quotes",
     sections=(
-        Section("What to write", "prompts fills infills chat source output", "unmask rounds top rows"),
+        Section("What to write", "prompts fills infills chat source output", "unmask rounds order top rows"),
         Section(
             "Sampling",
             "max_new_tokens temperature top_p repetition_penalty stop seed",
@@ -71,6 +73,13 @@ STDIN = STDOUT = Path("-")
     help="Fill masks in K rounds with sampled tokens, keeping the most certain ones of each round. Default: --fill "
     "takes the most likely token and --unmask samples, both one mask at a time.",
 )
+@click.option(
+    "--order",
+    type=click.Choice(ORDERS),
+    default="confidence",
+    show_default=True,
+    help="Masks that a round fills: those whose tokens are the most probable, or any.",
+)
 @click.option("--top", default=5, show_default=True, metavar="N", help="Candidates to show for each filled mask.")
 @click.option(
     "--input",
@@ -98,6 +107,7 @@ def sample(
     infills: tuple[str, ...],
     unmask: int,
     rounds: int,
+    order: str,
     top: int,
     source: Path | None,
     output: Path | None,
@@ -129,10 +139,14 @@ def sample(
     ]
     if problems:
         raise UserError("\n".join(problems))
+    config = run_config(run)
+    if unmasking := prompts if config.writes_by_unmasking and not unmask else ():
+        _refuse_unused(run, [*chosen, *(["compile"] if compiled else [])])
+        prompts = ()
     if unmask:
         fills, prompts = (*(f"{prompt}[MASK:{unmask}]" for prompt in prompts), *fills), ()
         rounds = rounds or unmask
-    _check_readouts(run, prompts or infills or source or chat, fills)
+    _check_readouts(run, config, prompts or infills or source or chat, fills)
     output = None if output == STDOUT else output
     if output is not None and output.exists():
         raise UserError(f"{output} already exists: choose another --output")
@@ -143,7 +157,7 @@ def sample(
     from lm import api
     from lm.inference.batch_generation import Prompt, check_prompts, read_prompts
     from lm.inference.chat_template import chat_format
-    from lm.inference.fill_mask import tokens_to_fill
+    from lm.inference.fill_mask import masks_after, tokens_to_fill
     from lm.inference.infill import infill_prompt
     from lm.runs.directory import open_run
 
@@ -154,6 +168,7 @@ def sample(
     if source == STDIN:  # cannot be read twice
         given = list(read_prompts(source, settings, chat_of_run))
     count = len(given) if source in (None, STDIN) else check_prompts(source, settings, chat_of_run)
+    written = [masks_after(opened.tokenizer, opened.config, text, settings.max_new_tokens) for text in unmasking]
     for text in fills:
         tokens_to_fill(opened.tokenizer, opened.config, text)
     model = api.load_model(opened, checkpoint=which, device=device)
@@ -166,8 +181,10 @@ def sample(
             _print_lines(model, generator, given)
         else:
             _continue_on_screen(generator, given)
+    for text in written:
+        _fill(model, text, settings, rounds, order, top, as_json)
     for text in fills:
-        _fill(model, text, settings if rounds else None, rounds, top, as_json)
+        _fill(model, text, settings if rounds else None, rounds, order, top, as_json)
     if chat:
         from lm.cli.chat import converse
 
@@ -203,12 +220,26 @@ def _conflicts(
     return [sentence for holds, sentence in rules if not holds]
 
 
-def _check_readouts(run: Path, to_continue: object, to_fill: object) -> None:
-    from lm.config.recipes import require_language_model, run_config
+def _refuse_unused(run: Path, chosen: Iterable[str]) -> None:
+    """Raise UserError for chosen settings that have no effect on a text that is written by filling masks."""
+    used = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
+    if unused := [f"--{name.replace('_', '-')}" for name in chosen if name not in used]:
+        raise UserError(
+            f"{run} writes by filling masks in rounds, which has no {' and no '.join(unused)}: leave "
+            f"{'them' if unused[1:] else 'it'} out"
+        )
 
-    config = run_config(run)
+
+def _check_readouts(run: Path, config: Config, to_continue: object, to_fill: object) -> None:
+    from lm.config.recipes import require_language_model
+
     require_language_model(run, config)
     objective = config.objective.objective
+    if to_continue and config.writes_by_unmasking:
+        raise UserError(
+            f"{run} was trained with {objective} and writes by filling masks (--prompt, --fill, --unmask); --input, "
+            "--infill and --chat need next_token, as in a mixture such as next_token:0.5,diffusion:0.5"
+        )
     if to_continue and "next_token" not in config.readouts:
         raise UserError(
             f"{run} was trained with {objective} only: it can fill masks (--fill, --unmask), but not continue a prompt"
@@ -271,11 +302,13 @@ def _print_lines(
     return tokens
 
 
-def _fill(model: LanguageModel, text: str, sampling: Sampling | None, rounds: int, top: int, as_json: bool) -> None:
+def _fill(
+    model: LanguageModel, text: str, sampling: Sampling | None, rounds: int, order: str, top: int, as_json: bool
+) -> None:
     """Fill one text and print it; ``sampling`` None takes the most likely tokens."""
     from lm.inference.fill_mask import GREEDY, fill_masks
 
-    filled = fill_masks(model, text, top=top, rounds=rounds, sampling=sampling or GREEDY)
+    filled = fill_masks(model, text, top=top, rounds=rounds, order=order, sampling=sampling or GREEDY)
     if as_json:
         shown = [[{"token": t, "probability": round(p, 6)} for t, p in mask] for mask in filled.candidates]
         click.echo(json.dumps({"fill": text, "filled": filled.text, "candidates": shown}, ensure_ascii=False))

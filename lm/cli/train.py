@@ -32,7 +32,7 @@ def is_one_of_several() -> bool:
     sections=(
         Section("Run", "data run_path plan_only resume init_from device"),
         Section("Model", "num_layers hidden_size num_heads context_length objective"),
-        Section("Training", "steps batch_tokens learning_rate validate_every batch_images"),
+        Section("Training", "steps batch_tokens learning_rate validate_every"),
     ),
 )
 @click.argument("recipe", metavar="[RECIPE]", required=False)

@@ -70,6 +70,9 @@ def inconsistencies(config: Config) -> Iterator[str]:
             yield f"fills: {problem}"
     if config.objective.mask_token_share + config.objective.random_token_share > 1:
         yield "mask_token_share and random_token_share add up to more than 1"
+    kinds = [OBJECTIVES[name] for name in config.objective.shares]
+    if config.objective.predict_ahead > 1 and not any(file == "text" and "next_token" in own for file, own in kinds):
+        yield f"predict_ahead is for next_token and hybrid objectives, not {config.objective.objective}: leave it out"
     for name, lowest in (("final_masked_fraction", 0), ("final_mask_rate", 0.01)):
         if (value := getattr(config.objective, name)) != -1 and value < lowest:
             yield f"{name} {value:g} is neither -1 nor at least {lowest}"

@@ -20,6 +20,7 @@ OBJECTIVES = {
     "prefix_lm": ("prefix_lm", ("next_token",)),
     "fill_in_the_middle": ("fill_in_the_middle", ("next_token",)),
     "span_corruption": ("span_corruption", ()),
+    "diffusion": ("diffusion", ("masked_next_token",)),
     "simclr": ("simclr", ()),
     "moco": ("moco", ()),
     "byol": ("byol", ()),
@@ -88,6 +89,38 @@ class ObjectiveConfig:
         "bidirectional",
         "span_corruption: how the text with gaps is read; the spans are always read causally",
         choices=("bidirectional", "causal"),
+    )
+    predict_ahead: int = setting(
+        1,
+        "next_token, hybrid objectives: how many of the next tokens each position of a causal row predicts, from the "
+        "same hidden state by the same head",
+        minimum=1,
+        maximum=16,
+    )
+    ahead_weight: float = setting(
+        0.5,
+        "predict_ahead: weight of each token relative to the one before it, in the first step",
+        minimum=0,
+        maximum=1,
+    )
+    ahead_until: float = setting(
+        0.667,
+        "predict_ahead: share of the steps in which the weights of the tokens after the next one fall linearly to 0",
+        minimum=0.001,
+        maximum=1,
+    )
+    lowest_diffusion_rate: float = setting(
+        0.001,
+        "diffusion: the share of a row's tokens that is hidden is drawn evenly between this and 1",
+        minimum=1e-6,
+        maximum=1,
+    )
+    diffusion_passes: int = setting(
+        8,
+        "diffusion: how often kindling evaluate reads each row, at evenly spread rates, for the likelihood's bound",
+        minimum=1,
+        maximum=1000,
+        on_resume="free",
     )
 
     infonce_temperature: float = setting(
@@ -172,6 +205,12 @@ class ObjectiveConfig:
         pairs = ((self.masked_fraction, self.final_masked_fraction), (self.mask_rate, self.final_mask_rate))
         fraction, rate = (first if last < 0 else (1 - passed) * first + passed * last for first, last in pairs)
         return fraction, rate
+
+    def ahead_at(self, step: int, steps: int) -> tuple[float, ...]:
+        """The weights of the tokens after the next one in step ``step`` (from 0) of ``steps``; () if all are 0."""
+        left = 1 - step / (self.ahead_until * steps)
+        weights = (max(0.0, left) * self.ahead_weight**number for number in range(1, self.predict_ahead))
+        return tuple(weight for weight in weights if weight)
 
     @property
     def validation_folds(self) -> int:

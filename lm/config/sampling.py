@@ -16,6 +16,7 @@ from lm.config.setting import setting
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 MOST_LOGPROBS = 20
 GREEDY_BELOW = 0.01  # such temperatures stand for 0, which some servers refuse
+ORDERS = ("confidence", "random")  # in which masks are filled
 MASK_WORD, GAP = "[MASK]", "[GAP]"
 MASKS = re.compile(r"\[MASK(?::([1-9]\d{0,6}))?\]")
 

@@ -187,6 +187,11 @@ class Config:
         return not set(self.objective.shares) <= set(IMAGE_OBJECTIVES)
 
     @property
+    def writes_by_unmasking(self) -> bool:
+        """Whether the model continues a text by filling masks in rounds, having no other readout to do so."""
+        return "diffusion" in self.objective.shares and "next_token" not in self.readouts
+
+    @property
     def reads_images(self) -> bool:
         """Whether the model reads images instead of text."""
         return self.model.patch_size > 0

@@ -59,6 +59,7 @@ class Batch:
         positions: int32, the rotary positions.
         lo, hi: int32, the key intervals (``lm.kernels.masks``).
         parts: the named parts of the loss, with the number of rows that each is about, in the order of the rows.
+        ahead: the weights of the tokens after the next one in rows of next_token (``lm.objectives.ahead``); (): none.
     """
 
     inputs: Tensor
@@ -68,6 +69,7 @@ class Batch:
     lo: Tensor
     hi: Tensor
     parts: dict[str, int] = field(default_factory=dict)
+    ahead: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -102,7 +104,8 @@ class Batch:
 def joined(batches: Sequence[Batch]) -> Batch:
     """The rows of all ``batches``, one after another; no two have parts of the same name."""
     tensors: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in TENSORS}
-    return Batch(**tensors, parts={name: rows for batch in batches for name, rows in batch.parts.items()})
+    parts = {name: rows for batch in batches for name, rows in batch.parts.items()}
+    return Batch(**tensors, parts=parts, ahead=next((batch.ahead for batch in batches if batch.ahead), ()))
 
 
 class TensorBatch(ABC):

@@ -42,6 +42,9 @@ class Stream(IntEnum):
     PREFIXES = 19
     INFILL = 20
     CORRUPTED_SPANS = 21
+    DIFFUSION_RATES = 24
+    DIFFUSED_TOKENS = 25
+    DIFFUSION_BOUND = 26
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -34,17 +34,25 @@ GREEDY = Sampling(temperature=0)
 
 @torch.inference_mode()
 def fill_masks(
-    model: LanguageModel, text: str, *, top: int = 5, rounds: int = 0, sampling: Sampling = GREEDY
+    model: LanguageModel,
+    text: str,
+    *,
+    top: int = 5,
+    rounds: int = 0,
+    order: str = "confidence",
+    sampling: Sampling = GREEDY,
 ) -> Filled:
     """Replace each ``[MASK]`` with one token, reading the text bidirectionally; ``[MASK:5]`` stands for five masks.
 
     Each round draws a token for every remaining mask and keeps those with the highest probability, equally many per
     round; the other masks are predicted again with these in place (Ghazvininejad et al. 2019, Mask-Predict; Chang et
-    al. 2022, MaskGIT).
+    al. 2022, MaskGIT). In the ``order`` "random", masks are kept that are drawn at random; with one mask a round that
+    draws from the distribution whose likelihood masked diffusion bounds (``lm.objectives.diffusion``).
 
     Args:
         top: the number of candidates per mask, by the model's own probabilities when the mask was filled.
         rounds: at most one per mask; 0 means one per mask, so that the most certain mask is filled at a time.
+        order: which masks a round keeps, one of ``lm.config.sampling.ORDERS``.
         sampling: temperature, filters and seed of the draws; its other settings are ignored.
 
     Raises:
@@ -63,6 +71,8 @@ def fill_masks(
         require_tokens(drawn.tolist(), logits.shape[-1])
         probabilities = logits.softmax(-1)
         certainty = probabilities.gather(1, drawn[:, None])[:, 0]
+        if order == "random":
+            certainty = torch.rand(len(open_masks), generator=generator)
         kept = certainty.argsort(descending=True, stable=True)[: -(-len(open_masks) // rounds_left)]
         best = probabilities[kept].topk(min(top, probabilities.shape[1]))
         for n, values, ids in zip(kept.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
@@ -87,6 +97,12 @@ def tokens_to_fill(tokenizer: Tokenizer, config: Config, text: str) -> list[int]
     if len(tokens) > most:
         raise UserError(f"the text to fill has {len(tokens)} tokens; this model reads at most {most} at once")
     return tokens
+
+
+def masks_after(tokenizer: Tokenizer, config: Config, prompt: str, most: int) -> str:
+    """The prompt followed by ``most`` masks, or by as many as the model can read; UserError if that is none."""
+    room = config.data.context_length - len(tokens_to_fill(tokenizer, config, f"{prompt}[MASK]")) + 1
+    return f"{prompt}[MASK:{min(most, room)}]"
 
 
 def _mask_logits(model: LanguageModel, tokens: list[int], positions: list[int]) -> Tensor:

@@ -269,6 +269,12 @@ class Transformer(nn.Module):
             hidden, self.head_weight, targets, loss_weights=loss_weights, softcap=softcap
         )
 
+    def logits_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The scores of some ``tokens`` (…, n) alone, float32 (…, n), of hidden states (…, hidden)."""
+        logits = (F.embedding(tokens, self.head_weight).float() * hidden.float().unsqueeze(-2)).sum(-1)
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
     def parameter_counts(self) -> dict[str, int]:
         """Parameters in all, in the embedding (and untied head), and in the blocks."""
         embedding = self.embedding.weight.numel() * (1 if self.head is None else 2)

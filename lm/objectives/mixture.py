@@ -63,7 +63,7 @@ class TextMixture(TextObjective):
     def measured(
         self, held_out: ValidationRows, numbers: NDArray[np.int64], measure: Measure, *, every_token: bool
     ) -> dict[str, dict[str, float]]:
-        found = {}
+        found: dict[str, dict[str, float]] = {}
         for each in self.objectives:
             found |= each.measured(held_out, numbers, measure, every_token=every_token)
         return found

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
@@ -37,6 +38,7 @@ from lm.data.batch import IGNORED, Batch, Rows, Vocabulary, assemble
 from lm.data.keyed_random import Stream, key, uniform, uniform_at, validation_fold
 from lm.data.rows import ValidationRows
 from lm.model.transformer import Transformer
+from lm.objectives.ahead import loss_of_next_tokens
 from lm.objectives.objective import Measure
 
 
@@ -78,7 +80,12 @@ class TextObjective:
         inputs = torch.zeros(rows, context, dtype=torch.int64)
         positions = torch.zeros(rows, context, dtype=torch.int32)
         hi = torch.full_like(positions, context)
-        return Batch(inputs, inputs, torch.zeros(rows, context), positions, positions, hi, self._parts(rows))
+        return Batch(
+            inputs, inputs, torch.zeros(rows, context), positions, positions, hi, self._parts(rows), self._ahead(0)
+        )
+
+    def _ahead(self, step: int) -> tuple[float, ...]:
+        return self.config.ahead_at(step, self.total_steps) if "next_token" in self.parts else ()
 
     def _parts(self, rows: int) -> dict[str, int]:
         """Rows of each part in the largest micro-batch: one with both kinds of rows, if there is one."""
@@ -123,7 +130,8 @@ class TextObjective:
                 weights[some] = predicted * np.float32(len(predicted) / len(masked) / np.count_nonzero(predicted))
         counts = (first_masked, len(masked) - first_masked) if len(self.parts) > 1 else (len(masked),)
         parts = dict(zip(self.parts, counts, strict=True))
-        return assemble(inputs, targets, weights, starts, masked, lengths if padded else None, parts)
+        batch = assemble(inputs, targets, weights, starts, masked, lengths if padded else None, parts)
+        return replace(batch, ahead=self._ahead(step))
 
     def _hide(
         self,
@@ -156,7 +164,7 @@ class TextObjective:
         random_limit = config.mask_token_share + config.random_token_share
         shown = np.where(fate < random_limit, (other * self.vocabulary.size).astype(np.int64), shown)
         corrupted.ravel()[at] = np.where(fate < config.mask_token_share, self.vocabulary.mask, shown)
-        return corrupted, _targets_of_hidden(inputs, chosen, shifted=shifted)
+        return corrupted, targets_of_hidden(inputs, chosen, shifted=shifted)
 
     def _firsts_of_words(self, inputs: NDArray[np.int64], starts: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The position in its row of the first token of each token's word, int64 (rows, T)."""
@@ -234,12 +242,16 @@ def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     found, first, none = {}, 0, hidden.new_zeros((), dtype=torch.float32)
     for name, rows in batch.parts.items():
         some = slice(first, first + rows)
-        found[name] = model.loss(hidden[some], batch.targets[some], batch.loss_weights[some]) if rows else none
+        if rows and batch.ahead and name == "next_token":
+            found[name] = loss_of_next_tokens(model, hidden[some], batch.rows(first, first + rows))
+        else:
+            found[name] = model.loss(hidden[some], batch.targets[some], batch.loss_weights[some]) if rows else none
         first += rows
     return found
 
 
-def _targets_of_hidden(tokens: NDArray[np.int64], chosen: NDArray[np.bool_], *, shifted: bool) -> NDArray[np.int64]:
+def targets_of_hidden(tokens: NDArray[np.int64], chosen: NDArray[np.bool_], *, shifted: bool) -> NDArray[np.int64]:
+    """The ``chosen`` tokens, each at its own position or, ``shifted``, at the one to the left."""
     targets = np.where(chosen, tokens, IGNORED)
     if shifted:
         targets = np.concatenate([targets[:, 1:], np.full_like(targets[:, :1], IGNORED)], axis=1)
@@ -270,7 +282,7 @@ def validation_batch(
         chosen = (fold_of == fold) & within & (windows != vocabulary.end_of_text)
         chosen[:, 0] = False
         inputs = np.where(chosen, vocabulary.mask, windows)
-        targets = _targets_of_hidden(windows, chosen, shifted=readout == "masked_next_token")
+        targets = targets_of_hidden(windows, chosen, shifted=readout == "masked_next_token")
     starts = windows[:, : inputs.shape[1]] == vocabulary.end_of_text
     inputs = vocabulary.with_beginnings(inputs)
     masked = np.full(len(windows), readout != "next_token")

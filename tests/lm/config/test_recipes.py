@@ -212,7 +212,7 @@ def test_values_are_read_in_the_type_of_their_setting(name, value, result):
         ("qk_norm", 1, "must be true|false, not 1"),
         ("data", 3, "must be a list of texts, not 3"),
         ("prompts", [1], "must be a list of texts"),
-        ("objective", "hybird", "hybrid_unshifted, simclr, moco, byol, dino, dinov2, mae, beit, not 'hybird'"),
+        ("objective", "hybird", "diffusion, simclr, moco, byol, dino, dinov2, mae, beit, not 'hybird'"),
         ("objective", "hybird", 'did you mean "hybrid"?'),
         ("trackers", ["wandb", "tensorbord"], "must be one of tensorboard, wandb, trackio, not 'tensorbord': did you"),
     ],

@@ -69,7 +69,8 @@ def test_head_sizes_and_counts_have_their_usual_values_unless_set():
 # What a run of version 0.1 could be resumed with.
 FREE = """steps log_every validate_every validation_rows checkpoint_every keep_checkpoints keep_every device precision
     compile threads parallel micro_batch_rows prompts fills data verify_data trackers train validation epochs
-    fsdp_reshard sharded_checkpoints validations_per_epoch patience micro_batch_tokens"""
+    fsdp_reshard sharded_checkpoints validations_per_epoch patience micro_batch_tokens
+    diffusion_passes"""
 NEVER = """num_layers hidden_size num_heads num_key_value_heads head_size feed_forward_size activation qk_norm
     tie_embeddings logit_softcap dropout rope_theta norm_epsilon vocab_size context_length batch_tokens packing seed
     optimizer init_from task base weights method lora_rank lora_alpha lora_matrices batch_examples pairs
@@ -86,7 +87,9 @@ ASK = """objective masked_fraction final_masked_fraction mask_rate final_mask_ra
     first_teacher_temperature teacher_warmup center_momentum prototypes_frozen centering ibot_weight koleo_weight
     local_views local_size local_area
     final_weight_decay stem_learning_rate span_share token_deletion first_blur
-    second_solarize head_learning_rate embedding_weight_decay cautious_weight_decay first_momentum momentum_warmup"""
+    second_solarize head_learning_rate embedding_weight_decay cautious_weight_decay first_momentum momentum_warmup
+    mask_whole_words longest_prefix infill_rate suffix_first_rate span_corruption_rate mean_span_length span_attention
+    predict_ahead ahead_weight ahead_until lowest_diffusion_rate"""
 
 
 @pytest.mark.parametrize(("answer", "names"), [("free", FREE), ("never", NEVER), ("ask", ASK)])

@@ -50,6 +50,7 @@ def test_each_setting_is_shown_by_some_run():
     runs = [
         TEXT,
         TEXT.replace(objective="moco"),
+        *(TEXT.replace(objective=name) for name in ("prefix_lm", "fill_in_the_middle", "span_corruption", "diffusion")),
         tuned,
         *(IMAGES.replace(objective=name) for name in ("simclr", "moco", "byol", "dino", "dinov2", "beit")),
     ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -136,3 +137,36 @@ def test_sampled_texts_follow_their_seed_and_keep_what_was_there(dataset):
     assert len(set(texts)) == 4
     assert all(text.startswith("The old miller") and text.endswith(" under a wide sky.") for text in texts)
     assert len({written(seed, temperature=0) for seed in range(4)}) == 1
+
+
+def test_a_random_order_draws_from_the_mean_over_all_orders(byte_tokenizer):
+    """Two masks, and for each the two tokens that are likeliest at the time: four texts, with known probabilities."""
+    language_model = restless_model(byte_tokenizer, 64, objective="diffusion")
+    model, sampling = language_model.model, Sampling(top_k=2, temperature=1)
+    a, b, c = (byte_tokenizer.encode(letter) for letter in "abc")
+    start = [byte_tokenizer.end_of_text_id, *a, byte_tokenizer.mask_id, *b, byte_tokenizer.mask_id, *c]
+    places = [i for i, token in enumerate(start) if token == byte_tokenizer.mask_id]
+
+    def chances(tokens: list[int], place: int) -> dict[int, float]:
+        lo, hi = masks.bidirectional(1, len(tokens))
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor([tokens]), torch.arange(len(tokens))[None], lo, hi))[0, place - 1]
+        logits[[byte_tokenizer.end_of_text_id, byte_tokenizer.padding_id, byte_tokenizer.mask_id]] = -math.inf
+        logits[byte_tokenizer.vocab_size :] = -math.inf
+        best = logits.double().topk(2)
+        return dict(zip(best.indices.tolist(), best.values.softmax(0).tolist(), strict=True))
+
+    expected: dict[str, float] = {}
+    for first, second in (places, places[::-1]):
+        for token, chance in chances(start, first).items():
+            after = [token if i == first else t for i, t in enumerate(start)]
+            for other, its in chances(after, second).items():
+                text = byte_tokenizer.decode([other if i == second else t for i, t in enumerate(after)][1:])
+                expected[text] = expected.get(text, 0.0) + chance * its / 2
+    count, found = 300, dict.fromkeys(expected, 0)
+    for seed in range(count):
+        filled = fill_masks(language_model, "a[MASK]b[MASK]c", order="random", sampling=replace(sampling, seed=seed))
+        found[filled.text] += 1
+    assert len(expected) >= 4
+    for text, chance in expected.items():
+        assert abs(found[text] - count * chance) <= 4 * math.sqrt(count * chance * (1 - chance)) + 1
