@@ -272,7 +272,7 @@ def load(run: str | Path | Run, *, checkpoint: str | int | None = None, device: 
     """Load the model of a run, or a folder of ``transformers`` (Llama, Mistral, Qwen3, EuroBERT).
 
     Args:
-        checkpoint: "newest", "best", or a step; None: the newest, or the best one of a run with a task's head.
+        checkpoint: "newest", "best", "average", or a step; None: newest, or best for a run with a task's head.
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns:

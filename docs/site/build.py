@@ -26,7 +26,7 @@ SECTIONS = {
     "Train and use": ("docs/training", "docs/sweeps", "docs/images", "docs/sampling", "docs/serving", "docs/export"),
     "Tasks and evaluation": ("docs/finetuning", "docs/tasks", "docs/evaluation", "docs/blimp", "docs/babylm"),
     "Reference": ("docs/python", "docs/api", "docs/commands/index"),
-    "Inside": ("docs/design", "docs/performance", "docs/lab-notes", "CONTRIBUTING", "CHANGELOG"),
+    "Inside": ("docs/design", "docs/results", "docs/performance", "docs/lab-notes", "CONTRIBUTING", "CHANGELOG"),
 }
 API = {
     "Pretrain, fine-tune, evaluate": ("autofunction", ("lm.load", "lm.train", "lm.finetune", "lm.evaluate")),

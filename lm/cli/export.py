@@ -63,8 +63,9 @@ from lm.cli.options import best_checkpoint_option, run_argument, usual_command
 @click.option(
     "--checkpoint",
     "which",
-    metavar="newest|best|STEP",
-    help="Checkpoint to export. [default: the newest; the best one of a run with a task's head]",
+    metavar="newest|best|average|STEP",
+    help="Checkpoint to export; average is the mean of the last weights (setting average_last). "
+    "[default: the newest; the best one of a run with a task's head]",
 )
 def export(
     run: Path,

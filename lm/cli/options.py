@@ -55,8 +55,9 @@ checkpoint_option, best_checkpoint_option = (
         "which",
         default=default,
         show_default=True,
-        metavar="newest|best|STEP",
-        help="Checkpoint to use. It is the newest, the one with the best validation, or the one of a step.",
+        metavar="newest|best|average|STEP",
+        help="Checkpoint to use. It is the newest, the one with the best validation, the mean of the last weights "
+        "(setting average_last), or the one of a step.",
     )
     for default in ("newest", "best")
 )

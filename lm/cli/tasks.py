@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from lm.cli.options import (
     seeds_of,
     settings_options,
 )
+from lm.config.finetune_settings import FinetuneConfig
 from lm.config.settings import finetuning_settings
 
 if TYPE_CHECKING:
@@ -34,7 +36,11 @@ if TYPE_CHECKING:
 # Settings that the rows determine, or another option here.
 LEFT_OUT = ("method", "weights", "seed", "device", "threads", "reads", "pooling")
 ONE_TASK = ("task", "train", "validation", "test", "labels")
-SETTINGS = [setting for setting in finetuning_settings() if setting.name not in LEFT_OUT]
+SETTINGS = [
+    dataclasses.replace(setting, default=FinetuneConfig.epochs) if setting.name == "epochs" else setting
+    for setting in finetuning_settings()
+    if setting.name not in LEFT_OUT
+]
 
 
 @click.command(
@@ -124,7 +130,8 @@ def tasks(
     for note in dict.fromkeys(note for each in examples for note in each.notes):
         click.echo(note, err=True)
     reading = reading_of(opened.config, reads, pooling, layer)
-    cells = _compute(opened, where, reading, examples, chosen, numbers, out, keep_runs=keep_runs)
+    which = given.get("checkpoint", "newest")
+    cells = _compute(opened, where, reading, examples, chosen, numbers, out, which=which, keep_runs=keep_runs)
     _print_tables(out, examples, cells, as_json)
 
 
@@ -147,16 +154,17 @@ def _compute(
     seeds: list[int],
     out: Path,
     *,
+    which: str,
     keep_runs: bool,
 ) -> list[Cell]:
-    """Compute the cells of all tasks, printing each, and write the report."""
+    """Compute the cells of all tasks from the checkpoint ``which``, printing each, and write the report."""
     from lm.config.recipes import require_no_task_head
     from lm.evaluation.frozen_features import ImageFeatures, TextFeatures
     from lm.evaluation.task_table import CellMaker
     from lm.evaluation.tuned_rows import Tuner
     from lm.reports.task_report import write_task_report
 
-    saved = run.newest()
+    saved = run.checkpoint(which)
     features: ImageFeatures | TextFeatures
     if run.config.reads_images:
         require_no_task_head(run.path, run.config)

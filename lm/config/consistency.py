@@ -160,6 +160,10 @@ def _inconsistencies_of_task(task: FinetuneConfig) -> Iterator[str]:
     headless = {"instruction": "instruction tuning", "contrastive": "contrastive training"}.get(task.task)
     if headless and task.method == "probe":
         yield f"method probe trains a task's head, and {headless} has none: choose full or lora"
+    if headless and task.head_hidden:
+        yield f"head_hidden is for a task's head, and {headless} has none: leave it out"
+    if task.method == "lora" and task.lora_rate == "scaled" and not task.lora_alpha:
+        yield "lora_rate scaled divides by lora_alpha, which is 0: choose another, or lora_rate fixed"
     if task.task == "instruction" and task.reads == "bidirectional":
         yield "instruction tuning trains generation, which needs causal attention: leave reads out"
     if task.judged_by in ("pearson", "spearman") and task.task in (

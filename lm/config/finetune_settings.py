@@ -13,6 +13,8 @@ TASKS = (*HEAD_TASKS, "instruction", "contrastive")
 # The methods of fine-tuning, each with AdamW's default learning rate.
 METHODS = {"full": 1e-3, "lora": 5e-3, "probe": 1e-2}
 IMAGE_METHODS = METHODS | {"full": 3e-4}  # on images (docs/lab-notes.md)
+# Passes over the examples where the user names none: more of fewer examples, if they are texts of a task with a head.
+EPOCHS, MORE_EPOCHS, FEW_EXAMPLES = 3.0, 10.0, 10_000
 # The matrices of a block that LoRA can adapt, by their names in it.
 ATTENTION_MATRICES, FEED_FORWARD_MATRICES = ("query", "key", "value", "output"), ("gate", "up", "down")
 LORA_MATRICES = ATTENTION_MATRICES + FEED_FORWARD_MATRICES
@@ -26,6 +28,12 @@ class FinetuneConfig:
         "none", "task to learn; none: pretraining", choices=("none", *TASKS), on_resume="never", of_task=True
     )
     base: str = setting("", "pretrained run that gives the weights, tokenizer and shape", on_resume="never")
+    checkpoint: str = setting(
+        "newest",
+        "which weights of the pretrained run to start from: newest, best (in its validation), average (over its last "
+        "steps, see average_last), or the number of a step",
+        on_resume="never",
+    )
     weights: str = setting(
         "pretrained", "initial weights; random: untrained", choices=("pretrained", "random"), on_resume="never"
     )
@@ -77,6 +85,13 @@ class FinetuneConfig:
         on_resume="never",
         finetuning="auto",
     )
+    head_hidden: int = setting(
+        0,
+        "width of a hidden layer (GELU) in the head of a task, between a text's vector and its answers; 0: none",
+        minimum=0,
+        maximum=2**16,
+        on_resume="never",
+    )
     long_texts: str = setting(
         "truncate",
         "texts longer than the context: truncate keeps the beginning, window averages consecutive windows; pairs that "
@@ -86,8 +101,9 @@ class FinetuneConfig:
     pairs: str = setting(
         "apart",
         "pairs in classification or regression: apart: read each text by itself, and give the head both vectors, "
-        "their difference and their product; together: read a pair as one document, in which each text sees the other",
-        choices=("apart", "together"),
+        "their difference and their product; together: read a pair as one document, in which each text sees the other; "
+        "auto: learn one way after the other, and keep the one with the better validation",
+        choices=("apart", "together", "auto"),
         on_resume="never",
     )
     method: str = setting(
@@ -101,7 +117,22 @@ class FinetuneConfig:
     lora_matrices: tuple[str, ...] = setting(
         LORA_MATRICES, "lora: matrices of each block to adapt", choices=LORA_MATRICES, on_resume="never"
     )
-    epochs: float = setting(3.0, "passes over the training examples", minimum=0.01, maximum=1e6, on_resume="free")
+    lora_rate: str = setting(
+        "fixed",
+        f"lora: learning_rate if none is given; fixed: {METHODS['lora']:g}; scaled: that of full x sqrt(hidden_size / "
+        "lora_rank) x lora_rank / lora_alpha, so that a step changes what a matrix computes about as much as in full",
+        choices=("fixed", "scaled"),
+        on_resume="never",
+    )
+    epochs: float = setting(
+        EPOCHS,
+        f"passes over the training examples; 0: {MORE_EPOCHS:g} over fewer than {FEW_EXAMPLES:,} texts of a task with "
+        f"a head, else {EPOCHS:g}",
+        minimum=0,
+        maximum=1e6,
+        on_resume="free",
+        finetuning=0.0,
+    )
     batch_examples: int = setting(32, "examples per optimizer step", minimum=1, maximum=2**30, on_resume="never")
     micro_batch_tokens: int = setting(
         4096,

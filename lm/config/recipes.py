@@ -201,8 +201,21 @@ def finetuning_config(
     start = dataclasses.replace(start, views=of_base.views)
     start = start.replace(**finetuning_defaults(images=of_base.reads_images), base=str(base))
     load = partial(load_config, recipe, settings, unknown_options=unknown_options)
-    rates = IMAGE_METHODS if of_base.reads_images else METHODS
-    return load(base=start.replace(learning_rate=rates[load(base=start).finetune.method]))
+    task, rates = load(base=start).finetune, IMAGE_METHODS if of_base.reads_images else METHODS
+    rate = rates[task.method]
+    if task.method == "lora" and task.lora_rate == "scaled":
+        rate = scaled_lora_rate(rates["full"], of_base.model.hidden_size, task.lora_rank, task.lora_alpha)
+    return load(base=start.replace(learning_rate=rate))
+
+
+def scaled_lora_rate(full: float, hidden_size: int, rank: int, alpha: float) -> float:
+    """The learning rate with which LoRA changes what a matrix computes about as much in a step as ``full`` does.
+
+    A step of Adam moves every weight by about its rate. On an input with entries around 1, that moves the output of a
+    matrix by rate x sqrt(inputs), if the signs are unrelated; and B's by (alpha / rank) x rate x sqrt(rank), since A
+    makes ``rank`` numbers around 1 of the input.
+    """
+    return full * (hidden_size / rank) ** 0.5 * rank / alpha
 
 
 def pretraining_config(

@@ -82,6 +82,21 @@ class TrainingConfig:
     seed: int = setting(
         0, "random seed; for weights, data order, masking and dropout", minimum=0, maximum=2**63 - 1, on_resume="never"
     )
+    output_init: float = setting(
+        0.0,
+        "initial standard deviation of the matrices that end the halves of a block (attention output, feed-forward "
+        "down), as a multiple of 1 / sqrt(hidden_size); 0: zero, so that each block starts as the identity",
+        minimum=0,
+        maximum=100,
+        on_resume="never",
+        pretraining_only=True,
+    )
+    average_last: float = setting(
+        0.0,
+        "keep the mean of the weights over this share of the steps, the last ones, for --checkpoint average; 0: off",
+        minimum=0,
+        maximum=1,
+    )
     log_every: int = setting(10, "steps between lines of metrics.jsonl", minimum=1, on_resume="free")
     validate_every: int = setting(250, "steps between validations", minimum=1, on_resume="free", pretraining_only=True)
     validation_rows: int = setting(

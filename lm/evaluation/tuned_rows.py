@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_prep.files import atomic_file, write_atomically
+from lm.config.finetune_settings import FinetuneConfig
 from lm.config.recipes import finetuning_config
 from lm.data.examples import Example
 from lm.data.image_files import LabeledImages
@@ -23,8 +24,12 @@ from lm.evaluation.probes import Predictions
 from lm.evaluation.task_table import TUNED, Examples
 from lm.finetuning.finetune import finetune
 from lm.finetuning.predict import Predictor, open_predictor, predict, predict_images
-from lm.runs.directory import Run
+from lm.runs.directory import Run, open_run
 from lm.training.reporter import NullReporter
+
+# What a row is fine-tuned with if a table names nothing else, whatever the defaults of fine-tuning: older tables and
+# files of tasks keep their meaning.
+ALWAYS = {"epochs": FinetuneConfig.epochs}
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Tuner:
             "device": self.device.type,
         }
         done = finetune(
-            finetuning_config(self.run.path, self.run.config, {**settings, **TUNED[row], **own}),
+            finetuning_config(self.run.path, self.run.config, {**ALWAYS, **settings, **TUNED[row], **own}),
             folder / "run",
             NullReporter(),
         )
@@ -64,8 +69,11 @@ class Tuner:
 
 
 def learning_seconds(run: Run) -> float:
-    """The seconds of a run's optimizer steps in all its sessions, according to ``metrics.jsonl``."""
-    seconds, before = 0.0, 0.0
+    """The seconds of a run's optimizer steps in all its sessions, according to ``metrics.jsonl``.
+
+    With them, those of the way to read pairs that was tried and not kept.
+    """
+    seconds, before = sum(learning_seconds(open_run(each.parent)) for each in run.path.glob("pairs_*/config.toml")), 0.0
     for line in run.metrics():
         if "tokens_per_second" in line:
             seconds += (line["tokens"] - before) / line["tokens_per_second"]

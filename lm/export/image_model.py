@@ -93,11 +93,16 @@ def export_image_model(
         head: of a fine-tuned model; it is written next to the weights.
 
     Raises:
-        UserError: Pixtral does not compute what the model does, or ``out`` is not empty.
+        UserError: Pixtral does not compute what the model does, its head has a hidden layer, or ``out`` is not empty.
     """
     if obstacles := pixtral_obstacles(run.config.model):
         raise UserError(
             f"{run.path} cannot be exported: no model class of transformers supports {'; nor '.join(obstacles)}"
+        )
+    if head and head.hidden:
+        raise UserError(
+            f"{run.path} cannot be exported: {CLASSIFIER} holds a head without a hidden layer (fine-tune with "
+            "--head-hidden 0)"
         )
     form = run.image_format
     model = model or run.load_image_model(torch.device("cpu"), checkpoint)

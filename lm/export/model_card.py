@@ -22,6 +22,7 @@ from lm.export.stock_architectures import StockClass, auto_class
 from lm.inference.chat_template import PLAIN_TURNS, read_template
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import Run, open_run, saved_evaluation
+from lm.runs.metrics_log import metrics_at
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
@@ -210,6 +211,7 @@ def training_of(run: Run, checkpoint: Checkpoint) -> list[str]:
             f"{checkpoint.step:,} steps of {tuned['batch_examples']} examples, {tuned['optimizer']}, "
             f"seed {tuned['seed']}{'' if config.reads_images else f'; texts are read {_reading(tuned)}'}."
         ]
+        sentences += _averaging(checkpoint)
         if measured := _validation(run, checkpoint):
             sentences.append(f"Validation at this step: {measured}.")
         return sentences
@@ -226,8 +228,17 @@ def training_of(run: Run, checkpoint: Checkpoint) -> list[str]:
     return [
         f"Pretrained {start + ' ' if start else ''}with the objective `{config.objective.objective}`: "
         f"{checkpoint.step:,} steps of {size}, {config.optimizer.optimizer}, seed {config.training.seed}.",
+        *_averaging(checkpoint),
         f"Data: {data or 'not recorded'}.",
     ]
+
+
+def _averaging(checkpoint: Checkpoint) -> list[str]:
+    """That the weights are a mean, if they are."""
+    if not checkpoint.is_average:
+        return []
+    steps = checkpoint.state["training"]["averaged"]
+    return [f"Its weights are the mean of those after each of the last {steps:,} steps."]
 
 
 def training_limits(run: Run, checkpoint: Checkpoint) -> list[str]:
@@ -293,8 +304,5 @@ def _public_name(state: dict[str, Any]) -> str:
 
 def _validation(run: Run, checkpoint: Checkpoint) -> str:
     """The measures of a fine-tuning's validation at a checkpoint's step: "accuracy 0.8500, loss 0.5287"."""
-    found: dict[str, Any] = {}
-    for line in run.metrics():
-        if line.get("step") == checkpoint.step:
-            found = line.get("metrics") or line.get("validation", {}).get("response") or found
+    found = metrics_at(run.metrics(), checkpoint.step, averaged=checkpoint.is_average)
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items() if type(value) is float)

@@ -59,7 +59,8 @@ class TaskHead:
     """A linear head: ``weight`` (outputs, hidden) times a text's, word's or image's vector, plus ``bias`` (outputs,).
 
     Both are float32. ``labels`` are the names of the outputs; ``texts`` is how many texts are read together, 1 or 2;
-    ``apart``: the texts of a pair are read separately.
+    ``apart``: the texts of a pair are read separately. ``hidden`` are weight (width, hidden) and bias (width,) of a
+    layer before it, whose GELU takes the place of the vector; None: there is none.
     """
 
     weight: Tensor
@@ -67,6 +68,7 @@ class TaskHead:
     labels: tuple[str, ...]
     texts: int
     apart: bool
+    hidden: tuple[Tensor, Tensor] | None = None
 
 
 def export_task_model(
@@ -139,8 +141,12 @@ def _obstacles(run: Run, head: TaskHead, stock: StockClass) -> list[str]:
     """What no stock class does, each with the setting that helps."""
     task = run.config.finetune
     if task.task == "tokens":
-        return []
+        return ["has a hidden layer in a head for words (fine-tune with --head-hidden 0)"] if head.hidden else []
     found = []
+    if head.hidden and stock.readout == "next_token":
+        found.append("has a hidden layer in a head on the last hidden state (fine-tune with --head-hidden 0)")
+    elif head.hidden and len(head.hidden[1]) > (widest := run.config.model.hidden_size):
+        found.append(f"has a hidden layer wider than the model (fine-tune with --head-hidden {widest}, or less)")
     if head.apart:
         found.append("reads the two texts of a pair apart (fine-tune with --pairs together)")
     causal = stock.readout == "next_token"
@@ -158,17 +164,22 @@ def head_weights(head: TaskHead, norm: Tensor, stock: StockClass, *, tags: bool)
 
     EuroBERT's sequence head is ``classifier(GELU(dense(v)))``. With z = W v, ``dense`` gives z and -z, and GELU(z) -
     GELU(-z) = z. If it has no room for both, it gives v + c with c so large that GELU is the identity there: after
-    RMSNorm, |v| is at most the root of its size times the norm's weight ``norm`` (hidden,).
+    RMSNorm, |v| is at most the root of its size times the norm's weight ``norm`` (hidden,). A hidden layer of ours is
+    ``dense``, with zeros where it is narrower.
     """
     weight, bias = head.weight.float(), head.bias.float()
     if stock.readout == "next_token":
         return {"score.weight": weight} | ({"score.bias": bias} if tags else {})
     if tags:
         return {"classifier.weight": weight, "classifier.bias": bias}
-    outputs, hidden_size = weight.shape
+    outputs, hidden_size = len(weight), len(norm)
     dense, classifier = torch.zeros(hidden_size, hidden_size), torch.zeros(outputs, hidden_size)
     shift = torch.zeros(hidden_size)
-    if 2 * outputs <= hidden_size:
+    if head.hidden:
+        width = len(head.hidden[1])
+        dense[:width], shift[:width] = head.hidden
+        classifier[:, :width] = weight
+    elif 2 * outputs <= hidden_size:
         dense[:outputs], dense[outputs : 2 * outputs] = weight, -weight
         classifier[:, :outputs], classifier[:, outputs : 2 * outputs] = torch.eye(outputs), -torch.eye(outputs)
     else:

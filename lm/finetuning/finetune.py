@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.files import sha256_of_file
 from lm import kernels
-from lm.config.finetune_settings import HEAD_TASKS, IMAGE_TASKS
+from lm.config.finetune_settings import EPOCHS, FEW_EXAMPLES, HEAD_TASKS, IMAGE_TASKS, MORE_EPOCHS
 from lm.config.recipes import require_examples
 from lm.config.settings import Config
 from lm.data.examples import Example, content_hash, read_task
@@ -39,8 +39,9 @@ from lm.inference.embedding import reading_of
 from lm.runs.base_weights import keep_base, kept_base, starting_trunk
 from lm.runs.checkpoint_writer import trained_tensors
 from lm.runs.companions import copy_companions
-from lm.runs.directory import PROCESSOR, TOKENIZER, Run, open_run
-from lm.runs.metrics_log import Best
+from lm.runs.directory import PROCESSOR, TOKENIZER, Run, adopt, open_run
+from lm.runs.metrics_log import Best, metrics_at
+from lm.runs.resume import refuse_other_directories
 from lm.training.distributed import Ranks
 from lm.training.learning_rates import lr_multipliers
 from lm.training.reporter import Reporter
@@ -54,6 +55,10 @@ TASKS: dict[str, type[Task]] = {
     "contrastive": ContrastiveTask,
     **dict.fromkeys(IMAGE_TASKS, ImageTask),
 }
+
+
+# Settings that a run decides at its start, and the value that leaves them open.
+LEFT_OPEN = {"head_bias": "auto", "template_tokens": "auto", "epochs": 0}
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,46 @@ def finetune(config: Config, path: Path, reporter: Reporter, *, accept_changes: 
 
     Arguments and errors as of ``lm.training.pretraining.train``; ``finetuning_config`` makes the settings.
     """
+    if config.finetune.pairs == "auto":
+        learn = partial(finetune, reporter=reporter, accept_changes=accept_changes)
+        config = settle_pairs(config, path, learn, reporter.note)
     done = fit(partial(Finetuning, config, path), config.training, path, reporter, accept_changes=accept_changes)
     run = Run(path, done)
     saved = run.checkpoint("best", lambda _: None)
-    metrics: dict[str, float] = {}
-    for line in run.metrics():
-        if line["step"] == saved.step:
-            metrics = line.get("metrics") or line.get("validation", {}).get("response") or metrics
+    metrics = metrics_at(run.metrics(), saved.step, averaged=saved.is_average)
     return Finetuned(path, done, saved.step, metrics, sum(tensor.numel() for tensor in saved.model().values()))
+
+
+WAYS = {"apart": "pairs_apart", "together": "pairs_together"}  # to read pairs, and the folder of a trial
+
+
+def settle_pairs(
+    config: Config, path: Path, learn: Callable[[Config, Path], Finetuned], note: Callable[[str], None]
+) -> Config:
+    """Choose between the two ways to read pairs by validation; return the settings with the better one.
+
+    ``learn`` fine-tunes both, each in a folder of its own in ``path``, which then becomes the better run; the other
+    folder stays. A run that is there keeps its way. What is no task on pairs is read apart, which makes no difference.
+
+    Raises:
+        UserError: as of ``finetune``, or there are no validation examples.
+    """
+    if (path / "config.toml").exists():
+        return config.replace(pairs=open_run(path).config.finetune.pairs)
+    task = config.finetune
+    if task.task not in ("classification", "regression") or len(read_task(task)[0][0].texts) == 1:
+        return config.replace(pairs="apart")
+    if not task.validation:
+        raise UserError("pairs auto chooses by validation: add --validation FILE, or choose apart or together")
+    refuse_other_directories(path, WAYS.values())
+    done = {way: learn(config.replace(pairs=way), path / folder) for way, folder in WAYS.items()}
+    metric = done["apart"].config.finetune.judged_by
+    value = {way: run.scores[metric] for way, run in done.items()}
+    better = (min if metric == "loss" else max)(value, key=lambda way: value[way])
+    scores = ", ".join(f"{metric} {each:.4f} if they are read {way}" for way, each in value.items())
+    note(f"pairs: {scores}; {path} reads them {better}")
+    adopt(path / WAYS[better], path)
+    return config.replace(pairs=better)
 
 
 class Finetuning(TrainModule[Any]):
@@ -94,12 +131,12 @@ class Finetuning(TrainModule[Any]):
         weights, own = kept_base(path), path / (PROCESSOR if config.reads_images else TOKENIZER)
         start = Run(path, config) if weights and own.is_file() else open_run(config.finetune.base)
         train, validation = examples_of(config, start, labels_of(path))
-        weights = weights or start.plain_weights()
+        weights = weights or start.plain_weights(config.finetune.checkpoint)
         processor = start.image_format if config.reads_images else start.tokenizer
         if (path / "config.toml").exists() and (run := open_run(path)).latest(lambda _: None):
             asked, kept = config.finetune, run.config.finetune  # a resumed run keeps what it has
             config = config.replace(
-                **{n: getattr(kept, n) for n in ("head_bias", "template_tokens") if getattr(asked, n) == "auto"}
+                **{name: getattr(kept, name) for name, open in LEFT_OPEN.items() if getattr(asked, name) == open}
             )
         self.config = settle_steps(settle_reading(config), len(train))
         if not config.reads_images:
@@ -200,7 +237,10 @@ def settle_reading(config: Config) -> Config:
 
 
 def settle_steps(config: Config, examples: int) -> Config:
-    """Set the number of steps from the epochs, and the steps between validations."""
+    """Set the epochs if they are 0, the number of steps from them, and the steps between validations."""
+    if not config.finetune.epochs:
+        more = examples < FEW_EXAMPLES and config.has_task_head and not config.reads_images
+        config = config.replace(epochs=MORE_EPOCHS if more else EPOCHS)
     task = config.finetune
     per_epoch = examples / task.batch_examples
     steps = max(1, math.ceil(task.epochs * per_epoch))

@@ -165,7 +165,8 @@ def task_model(config: Config, trunk: Model, answers: Answers) -> TaskModel:
     apart = config.finetune.pairs == "apart" and answers.texts == 2
     bias = config.finetune.head_bias == "true"
     kind = ImageTaskModel if config.reads_images else TaskModel
-    model = kind(trunk, answers.outputs, config.model.dropout, pairs=apart, bias=bias)
+    hidden = config.finetune.head_hidden
+    model = kind(trunk, answers.outputs, config.model.dropout, pairs=apart, bias=bias, hidden=hidden)
     model.initialize_head(key(config.training.seed, Stream.TASK_HEAD) >> 1)
     return model
 

@@ -1,4 +1,5 @@
 """Task heads: a trunk that reads packed sequences, and a linear layer from its hidden states to a task's answers.
+The head may have a hidden layer before it.
 
 Each item of ``task_inputs`` becomes a vector, the mean of the hidden states at its positions, and the head computes a
 score for every class (classification, words), one number (regression) or one score (a choice among several). The two
@@ -13,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_prep.shards.images import ImageFormat
@@ -84,31 +86,44 @@ def item_batch(encoded: Sequence[EncodedExample], reads: str, end_of_text: int, 
 
 
 class TaskModel(nn.Module):
-    """A trunk with a task head: ``outputs`` numbers per item, or with ``pairs`` per pair of items."""
+    """A trunk with a task head: ``outputs`` numbers per item, or with ``pairs`` per pair of items.
+
+    ``hidden`` is the width of the head's hidden layer; 0: it has none.
+    """
 
     trunk: Model
 
-    def __init__(self, trunk: Model, outputs: int, dropout: float, *, pairs: bool = False, bias: bool = True) -> None:
+    def __init__(
+        self, trunk: Model, outputs: int, dropout: float, *, pairs: bool = False, bias: bool = True, hidden: int = 0
+    ) -> None:
         super().__init__()
         self.trunk, self.pairs = trunk, pairs
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(trunk.config.hidden_size * (4 if pairs else 1), outputs, bias=bias)
+        width = trunk.config.hidden_size * (4 if pairs else 1)
+        self.hidden = nn.Linear(width, hidden) if hidden else None
+        self.head = nn.Linear(hidden or width, outputs, bias=bias)
         if trunk.head is not None:
             trunk.head.requires_grad_(False)  # the vocabulary's head is not used here
 
     def initialize_head(self, seed: int) -> None:
-        """Draw small weights from ``seed``; a bias is zero."""
+        """Draw small weights from ``seed``, those of a hidden layer with variance 1 / inputs; a bias is zero."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.head.weight.copy_(torch.randn(self.head.weight.shape, generator=generator) * 0.02)
             if self.head.bias is not None:
                 self.head.bias.zero_()
+            if self.hidden is not None:
+                weight = self.hidden.weight
+                weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
+                self.hidden.bias.zero_()
 
     def forward(self, batch: Any) -> Tensor:
         """The head's numbers, float32 (items, outputs)."""
         vectors = self.vectors(batch)
         if self.pairs:
             vectors = torch.cat(pair_features(vectors[0::2], vectors[1::2]), dim=1)
+        if self.hidden is not None:
+            vectors = F.gelu(self.hidden(self.dropout(vectors)))
         return self.head(self.dropout(vectors)).float()
 
     def vectors(self, batch: Any) -> Tensor:

@@ -58,7 +58,9 @@ class Predictor:
         bias = bias.double() * answers.deviation + answers.mean
         labels = answers.labels or ("value" if task.task == "regression" else "score",)
         texts = 2 if task.task == "choice" else answers.texts or 1
-        return TaskHead(weight.float(), bias.float(), labels, texts, self.model.pairs)
+        layer = self.model.hidden
+        hidden = None if layer is None else (layer.weight.detach().cpu().float(), layer.bias.detach().cpu().float())
+        return TaskHead(weight.float(), bias.float(), labels, texts, self.model.pairs, hidden)
 
     @property
     def tokenizer(self) -> Tokenizer:

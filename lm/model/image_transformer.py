@@ -105,9 +105,9 @@ class ImageTransformer(nn.Module):
         self.head = head
         self._compiled: Callable[..., Tensor] | None = None
 
-    def initialize(self, seed: int, *, identity: bool = True) -> ImageTransformer:
+    def initialize(self, seed: int, *, identity: bool = True, output_init: float = 0.0) -> ImageTransformer:
         """Draw all weights from ``seed``, as of ``lm.model.transformer.initialize``."""
-        initialize(self, seed, identity=identity)
+        initialize(self, seed, identity=identity, output_init=output_init)
         return self
 
     def forward(

@@ -181,22 +181,28 @@ class Trunk(nn.ModuleList):
         return 6.0 * matrices + 12 * config.num_layers * config.num_heads * config.head_width * context_length
 
 
-def initialize(model: nn.Module, seed: int, *, embedding_std: float | None = None, identity: bool = True) -> None:
+def initialize(
+    model: nn.Module, seed: int, *, embedding_std: float | None = None, identity: bool = True, output_init: float = 0.0
+) -> None:
     """Draw all weights from ``seed``: the same ones on every device and for every number of threads.
 
     Matrices and convolutions are normal with variance 1 / (3 · inputs), or those of the embedding and its head with
     ``embedding_std``, if it is given. Those that write into the residual stream are zero, so that every block starts as
-    the identity (Goyal et al. 2017; Zhang et al. 2019, Fixup), unless ``identity`` is False.
+    the identity (Goyal et al. 2017; Zhang et al. 2019, Fixup), unless ``identity`` is False, or ``output_init`` gives
+    their standard deviation as a multiple of 1 / sqrt(hidden size).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
+        ends_half = identity and name.endswith((".output.weight", ".down.weight"))
         if parameter.ndim == 1:
             nn.init.ones_(parameter)
-        elif identity and name.endswith((".output.weight", ".down.weight")):
+        elif ends_half and not output_init:
             nn.init.zeros_(parameter)
         else:
             scaled = (3 * parameter[0].numel()) ** -0.5
             std = scaled if embedding_std is None or name.startswith(("blocks.", "projector.")) else embedding_std
+            if ends_half:  # (hidden size, inputs)
+                std = output_init * len(parameter) ** -0.5
             with torch.no_grad():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
@@ -218,9 +224,9 @@ class Transformer(nn.Module):
         self.projector = projector
         self._compiled: Callable[..., Tensor] | None = None
 
-    def initialize(self, seed: int) -> Transformer:
+    def initialize(self, seed: int, *, output_init: float = 0.0) -> Transformer:
         """Draw all weights from ``seed``, as ``initialize`` does, the embedding with a standard deviation of 0.02."""
-        initialize(self, seed, embedding_std=0.02)
+        initialize(self, seed, embedding_std=0.02, output_init=output_init)
         return self
 
     def forward(self, inputs: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: Cache | None = None) -> Tensor:

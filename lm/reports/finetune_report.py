@@ -25,7 +25,7 @@ from lm.reports.page import Panel, chart, render
 from lm.reports.run_report import environment, lead, settings_of
 from lm.reports.task_report import of_examples
 from lm.runs.directory import Run
-from lm.runs.metrics_log import series, summary
+from lm.runs.metrics_log import metrics_at, series, summary
 from lm.training.plan import format_bytes
 
 MOST = 1000  # validation examples that are predicted for the page
@@ -40,13 +40,13 @@ def write_finetune_report(run: Run, which: str = "best") -> Path:
     predictor = open_predictor(run.path, choose_device("auto"), which)
     lines, task = list(run.metrics()), run.config.finetune
     validated = [{"step": line["step"], **line["metrics"]} for line in lines if line.get("metrics")]
-    shown = next((line for line in validated if line["step"] == predictor.saved.step), None)
+    shown = metrics_at(lines, predictor.saved.step, averaged=predictor.saved.is_average) or None
     validation = _validation_of(run)
     html = render(
         "finetune_report.html",
         name=run.path.name,
         lead=lead(run, predictor.saved, predictor.model.trunk, lines),
-        metrics={name: f"{value:.4f}" for name, value in (shown or {}).items() if name != "step"},
+        metrics={name: f"{value:.4f}" for name, value in (shown or {}).items()},
         judged_by=task.judged_by,
         step=f"{predictor.saved.step:,}",
         verdict=_verdict(validation, shown),

@@ -1,8 +1,9 @@
 """Checkpoints: folders that are either complete and verified, or absent.
 
 ``checkpoints/step_00002000/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``objective.safetensors`` if the
-objective has a state, and ``state.json``, which has the SHA-256 of the other files and of its own content. The folder
-is written under another name, flushed to the disk, and renamed. None of the formats can contain code.
+objective has a state, ``average.safetensors`` if there is a mean of the weights over some steps, and ``state.json``,
+which has the SHA-256 of the other files and of its own content. The folder is written under another name, flushed to
+the disk, and renamed. None of the formats can contain code.
 
 Where a model is too large for one process, each of n processes writes its slices: ``model-00001-of-00004.safetensors``
 in the place of ``model.safetensors``, and so on (``lm.runs.slice_writer``). The rows of a tensor in these files, in
@@ -22,7 +23,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,21 @@ from data_prep.files import WINDOWS, read_json, rename, sha256_of_file, sync_dir
 
 FORMAT, SLICED_FORMAT = 2, 3
 MODEL, OPTIMIZER, OBJECTIVE = "model.safetensors", "optimizer.safetensors", "objective.safetensors"
+AVERAGE = "average.safetensors"
 STATE = "state.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. ``state`` is what ``save`` received; the methods read tensors from the disk to the CPU."""
+    """A verified checkpoint. ``state`` is what ``save`` received; the methods read tensors from the disk to the CPU.
+
+    ``weights`` says which weights are meant, the last ones (``MODEL``) or their mean (``AVERAGE``).
+    """
 
     path: Path
     step: int
     state: dict[str, Any]
+    weights: str = MODEL
 
     @property
     def best_step(self) -> int:
@@ -54,31 +60,50 @@ class Checkpoint:
         return int(self.state["best_step"])
 
     @property
+    def best_is_average(self) -> bool:
+        """Whether that validation was of the mean of the weights (``lm.runs.metrics_log.Best``)."""
+        return bool(self.state.get("training", {}).get("best", {}).get("averaged"))
+
+    @property
     def weights_sha256(self) -> str:
         """What identifies the weights: the hash of their file, or that of the hashes of its slices."""
-        hashes = [self.state["sha256"][name] for name in file_names(MODEL, self.state.get("slices", 0))]
+        hashes = [self.state["sha256"][name] for name in file_names(self.weights, self.state.get("slices", 0))]
         return str(hashes[0]) if "slices" not in self.state else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
+    @property
+    def has_average(self) -> bool:
+        return self._has(AVERAGE)
+
+    @property
+    def is_average(self) -> bool:
+        return self.weights == AVERAGE
+
+    def average(self) -> Checkpoint:
+        """The same checkpoint with the mean of the weights over the last steps in the place of the weights."""
+        return replace(self, weights=AVERAGE)
+
     def model(self) -> Mapping[str, Tensor]:
-        return self._tensors(MODEL)
+        return self._tensors(self.weights)
 
     def optimizer(self) -> Mapping[str, Tensor]:
         return self._tensors(OPTIMIZER)
 
     def objective(self) -> Mapping[str, Tensor]:
         """The objective's state; empty if it has none."""
-        there = file_names(OBJECTIVE, self.state.get("slices", 0))[0] in self.state["sha256"]
-        return self._tensors(OBJECTIVE) if there else {}
+        return self._tensors(OBJECTIVE) if self._has(OBJECTIVE) else {}
 
     def weights_file(self) -> Path:
         """One file with all weights, which slices are first put together in, each time that it is asked for."""
-        whole = self.path / MODEL
+        whole = self.path / self.weights
         if "slices" in self.state:
             joined = whole.with_suffix(".tmp")
             save_tensors(self.model(), joined)
             sync_file(joined)
             rename(joined, whole)
         return whole
+
+    def _has(self, name: str) -> bool:
+        return file_names(name, self.state.get("slices", 0))[0] in self.state["sha256"]
 
     def _tensors(self, name: str) -> Mapping[str, Tensor]:
         if "slices" not in self.state:
@@ -131,7 +156,7 @@ def save(
     *,
     scheduled: bool = True,
     best_step: int = 0,
-    objective: Mapping[str, Tensor] | None = None,
+    others: Mapping[str, Mapping[str, Tensor]] = {},
 ) -> Path:
     """Write the checkpoint of ``step`` into ``folder``, without touching any other.
 
@@ -140,12 +165,12 @@ def save(
         state: anything that JSON can hold.
         scheduled: False if only a stop signal asked for it.
         best_step: the step of the best validation so far; 0: there was none.
-        objective: tensors likewise, of an objective that has a state.
+        others: tensors likewise, by the name of their file, ``OBJECTIVE`` or ``AVERAGE``; without tensors no file.
 
     Raises:
         OSError: it could not be written (for example, the disk is full); the earlier checkpoints are unchanged.
     """
-    files = {MODEL: model, OPTIMIZER: optimizer} | ({OBJECTIVE: objective} if objective else {})
+    files = {MODEL: model, OPTIMIZER: optimizer, **{name: tensors for name, tensors in others.items() if tensors}}
     marks = {"format": FORMAT, "step": step, "scheduled": scheduled, "best_step": best_step}
     try:
         with explained(folder, step):
@@ -280,7 +305,7 @@ def read(path: Path) -> Checkpoint:
         if state.pop("state_sha256") != _seal(state) or path.name != _folder_name(state["step"]):
             raise UserError(f"damaged checkpoint {path}: {STATE} does not match its checksum")
         parts, slices = state["sha256"], state["slices"] if state["format"] == SLICED_FORMAT else 0
-        optional = [OBJECTIVE] if file_names(OBJECTIVE, slices)[0] in parts else []
+        optional = [name for name in (OBJECTIVE, AVERAGE) if file_names(name, slices)[0] in parts]
         for name in [file for kind in (MODEL, OPTIMIZER, *optional) for file in file_names(kind, slices)]:
             status = (path / name).stat()
             stamp = status.st_ino, status.st_size, status.st_mtime_ns

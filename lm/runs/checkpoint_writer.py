@@ -74,19 +74,20 @@ class CheckpointWriter:
         *,
         scheduled: bool,
         best_step: int,
-        objective: Mapping[str, Tensor] | None = None,
+        others: Mapping[str, Mapping[str, Tensor]] = {},
     ) -> None:
         """Copy the tensors and return; ``lm.runs.checkpoint.save`` writes them later. ``state`` must not change."""
         folder = self._folder
         if folder is None:
             return
         self.wait()
-        weights, moments, own = (snapshot(tensors) for tensors in (model, optimizer, objective or {}))
+        weights, moments = snapshot(model), snapshot(optimizer)
+        more = {name: snapshot(tensors) for name, tensors in others.items()}
 
         def write() -> None:
             self._first()
             checkpoint.save(
-                folder, step, weights, moments, state, scheduled=scheduled, best_step=best_step, objective=own
+                folder, step, weights, moments, state, scheduled=scheduled, best_step=best_step, others=more
             )
             checkpoint.tidy(folder, step, self._keep)
 

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
-from data_prep.files import read_json, sha256_of_file
+from data_prep.files import LOCK, read_json, sha256_of_file, write_atomically
 from data_prep.shards.images import ImageFormat
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.tokenizer import Tokenizer
@@ -111,26 +113,36 @@ class Run:
         return found
 
     def checkpoint(self, which: str, warn: Callable[[str], None] = warn) -> Checkpoint:
-        """Return a checkpoint by name: "newest", "best" (of the validation), or the number of its step.
+        """Return a checkpoint by name: "newest", "best" (of the validation), "average", or the number of its step.
 
-        A run that was not validated yet has no best one: the newest is returned, after a message to ``warn``.
+        "average" is the newest one with the mean of the weights over the last steps (``average_last``) in the place of
+        its weights; so is the best one if that mean was validated best. A run that was not validated yet has no best
+        one: the newest is returned, after a message to ``warn``.
 
         Raises:
             UserError: it is missing or damaged.
         """
-        named, there = which in ("newest", "best"), checkpoint.steps(self.path / CHECKPOINTS)
+        named, there = which in ("newest", "best", "average"), checkpoint.steps(self.path / CHECKPOINTS)
         if not named and not (which.isdecimal() and len(which) < 19):
-            raise UserError(f'there is no checkpoint "{which}": choose newest, best, or the number of a step')
+            raise UserError(f'there is no checkpoint "{which}": choose newest, best, average, or the number of a step')
         if there and not named:  # before all bytes of the newest one are read
             self._require_step(int(which), there)
         newest = self.newest()
+        if which == "average":
+            if not newest.has_average:
+                raise UserError(
+                    f"{self.path} has no average of its weights at step {newest.step:,}: average_last, for example "
+                    "0.2, keeps one over that share of the steps, the last ones"
+                )
+            return newest.average()
         if which == "best" and not newest.best_step:
             warn(f"{self.path} was not validated yet: using its newest checkpoint, step {newest.step:,}")
         if which == "newest" or (which == "best" and not newest.best_step):
             return newest
         step = newest.best_step if which == "best" else int(which)
         self._require_step(step, there, ", the best one" if which == "best" else "")
-        return checkpoint.of_step(self.path / CHECKPOINTS, step)
+        found = checkpoint.of_step(self.path / CHECKPOINTS, step)
+        return found.average() if which == "best" and newest.best_is_average else found
 
     def _require_step(self, step: int, there: list[int], which: str = "") -> None:
         if step not in there:
@@ -184,11 +196,11 @@ class Run:
             raise UserError(f"checkpoint {saved.path} does not fit config.toml: {error}".split("\n")[0]) from None
         return model.to(device).eval()
 
-    def plain_weights(self) -> Path:
-        """The file with all of the newest weights; UserError if the run has a task's head, LoRA or no checkpoint."""
+    def plain_weights(self, which: str = "newest") -> Path:
+        """The file with all weights of ``checkpoint(which)``; UserError also if the run has a task's head or LoRA."""
         if self.config.has_task_head or (self.config.is_finetuning and self.config.finetune.method != "full"):
             raise UserError(f"{self.path} is itself fine-tuned: make it a plain run with kindling merge")
-        return self.newest().weights_file()
+        return self.checkpoint(which).weights_file()
 
     def refuse_another(self, saved: Checkpoint) -> None:
         """Raise UserError if a checkpoint does not match the run directory's model or processor."""
@@ -219,6 +231,24 @@ def plain_settings(config: Config) -> dict[str, Any]:
 def open_run(path: str | Path) -> Run:
     """Open a run directory; errors as of ``lm.config.recipes.run_config``."""
     return Run(Path(path), run_config(path))
+
+
+def adopt(other: Path, path: Path) -> None:
+    """Make ``path`` the run that is in ``other``, which is removed; if that is interrupted, it can be repeated."""
+    settings = other / "config.toml"  # last: it is what makes a folder a run directory
+    shutil.copytree(
+        other, path, ignore=shutil.ignore_patterns(settings.name, LOCK), copy_function=_linked, dirs_exist_ok=True
+    )
+    write_atomically(path / settings.name, settings.read_text(encoding="utf-8"))
+    shutil.rmtree(other)
+
+
+def _linked(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
 
 
 RESULT = "evaluation.json"

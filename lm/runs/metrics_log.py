@@ -2,7 +2,8 @@
 
 A line has ``step`` and either ``loss`` with other means over the steps since the last such line, ``validation`` (the
 losses of each readout, and on how many ``rows`` of how many), ``metrics`` (of the task in fine-tuning) or ``event`` (a
-skipped step, a lower learning rate, a rollback).
+skipped step, a lower learning rate, a rollback). ``average`` has the ``validation`` or ``metrics`` of the mean of the
+weights, if there is one.
 """
 
 from __future__ import annotations
@@ -183,6 +184,16 @@ def overfitting(lines: Iterable[dict[str, Any]]) -> str:
     )
 
 
+def metrics_at(lines: Iterable[dict[str, Any]], step: int, *, averaged: bool = False) -> dict[str, Any]:
+    """The metrics of a fine-tuning at a step, of the mean of the weights if ``averaged``; empty if it has none."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        if line["step"] == step:
+            part = line.get("average", {}) if averaged else line
+            found = part.get("metrics") or part.get("validation", {}).get("response") or found
+    return found
+
+
 OVERFITTING = 3  # validations in a row worse than the best, after which it is reported
 
 
@@ -194,6 +205,7 @@ class Best:
         loss: its score; lower is better.
         tie_loss: its loss, which decides between equal scores, such as accuracies.
         breaks_ties: whether it does; runs that were begun by earlier versions keep the first of equal ones.
+        averaged: whether it is that of the mean of the weights over the last steps.
     """
 
     step: int = 0
@@ -201,14 +213,15 @@ class Best:
     worse: int = 0
     tie_loss: float | None = None
     breaks_ties: bool = False
+    averaged: bool = False
 
-    def add(self, step: int, loss: float, tie_loss: float | None = None) -> bool:
+    def add(self, step: int, loss: float, tie_loss: float | None = None, *, averaged: bool = False) -> bool:
         """Record a validation; return True if it is the best so far."""
         is_best = self.loss is None or loss < self.loss
         if self.breaks_ties and loss == self.loss and tie_loss is not None and self.tie_loss is not None:
             is_best = tie_loss < self.tie_loss
         if math.isfinite(loss) and is_best:
-            self.step, self.loss, self.worse, self.tie_loss = step, loss, 0, tie_loss
+            self.step, self.loss, self.worse, self.tie_loss, self.averaged = step, loss, 0, tie_loss, averaged
             return True
         self.worse += 1
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,12 +30,15 @@ class TrainingSource(Protocol):
     def processor(self) -> Processor: ...
 
 
-def refuse_other_directories(path: Path) -> None:
-    """Raise UserError unless ``path`` is new, empty or a run directory, even one whose creation was interrupted."""
+def refuse_other_directories(path: Path, known: Iterable[str] = ()) -> None:
+    """Raise UserError unless ``path`` is new, empty or a run directory, even one whose creation was interrupted.
+
+    ``known`` are names of other files that it may have.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: choose another --run")
     own = {f"{name}{ending}" for name in ("config.toml", TOKENIZER, PROCESSOR) for ending in ("", ".tmp")}
-    if path.exists() and not (path / "config.toml").exists() and names_in(path) - own:
+    if path.exists() and not (path / "config.toml").exists() and names_in(path) - own - {*known}:
         raise UserError(f"{path} is not empty and is not a run directory: choose another --run")
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lm.runs import checkpoint
-from lm.runs.checkpoint import MODEL, OBJECTIVE, OPTIMIZER, Retention
+from lm.runs.checkpoint import MODEL, OPTIMIZER, Retention
 from lm.runs.checkpoint_writer import CheckpointWriter, snapshot
 
 
@@ -53,12 +53,12 @@ class SliceWriter(CheckpointWriter):
         *,
         scheduled: bool,
         best_step: int,
-        objective: Mapping[str, Tensor] | None = None,
+        others: Mapping[str, Mapping[str, Tensor]] = {},
     ) -> None:
-        """As of ``CheckpointWriter``; ``objective`` is None on all ranks or on none."""
+        """As of ``CheckpointWriter``; ``others`` has the same names on all ranks."""
         self.wait()
         folder, peers = self._checkpoints, self._peers
-        kinds = {MODEL: model, OPTIMIZER: optimizer} | ({} if objective is None else {OBJECTIVE: objective})
+        kinds = {MODEL: model, OPTIMIZER: optimizer, **others}
         files = {checkpoint.file_names(n, peers.world)[peers.rank]: snapshot(part) for n, part in kinds.items()}
         marks = {"format": checkpoint.SLICED_FORMAT, "slices": peers.world, "step": step, "scheduled": scheduled}
         self._step, self._content = step, {**marks, "best_step": best_step, **state}

@@ -15,11 +15,12 @@ def lr_multipliers(config: Config, names: Iterable[str]) -> dict[str, float]:
     and of the head alone.
     """
     layers, rates, found = config.model.num_layers, config.optimizer, {}
+    heads = {"head", "hidden", "projector"}  # a task's head may have a hidden layer
     for name in names:
         parts = name.split(".")
-        if "blocks" in parts and not {"head", "projector"} & set(parts):
+        if "blocks" in parts and not heads & set(parts):
             found[name] = rates.layer_decay ** (layers - int(parts[parts.index("blocks") + 1]))
-        elif {"head", "projector"} & set(parts):
+        elif heads & set(parts):
             found[name] = rates.head_learning_rate
         elif "embedding" in parts:
             found[name] = rates.layer_decay ** (layers + 1) * rates.stem_learning_rate

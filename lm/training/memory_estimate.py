@@ -24,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lm.config.optimizer_settings import OptimizerConfig
-from lm.config.settings import Config, DataConfig
+from lm.config.settings import Config, DataConfig, TrainingConfig
 from lm.kernels.cross_entropy import CHUNK_LOGITS, CHUNK_TOKENS
 from lm.model.device import autocast, available_memory
 from lm.objectives.objective import open_objective
 from lm.training.optimizer import Optimizer
+from lm.training.weight_average import WeightAverage
 
 # Computing a small step takes less time than importing torch._dynamo, which tensors without memory need (1.5 s).
 SMALL_FLOPS, SMALL_TOKENS, AMPLE_BYTES = 5e10, 4096, 2e9
@@ -36,16 +37,17 @@ SMALL_FLOPS, SMALL_TOKENS, AMPLE_BYTES = 5e10, 4096, 2e9
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a step holds, by part; ``activations`` is everything else at its peak."""
+    """Bytes that a step holds, by part; ``activations`` is everything else at its peak, ``average`` that of weights."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    average: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.average
 
 
 def step_memory(config: Config, rows: int, device: torch.device) -> StepMemory:
@@ -62,7 +64,8 @@ def step_memory(config: Config, rows: int, device: torch.device) -> StepMemory:
     kind = OptimizerConfig(
         optimizer=chosen.optimizer, muon_beta2=chosen.muon_beta2, cautious_weight_decay=chosen.cautious_weight_decay
     )
-    counted = Config(config.model, shape, config.objective, config.views, kind)
+    averaging = TrainingConfig(average_last=config.training.average_last)
+    counted = Config(config.model, shape, config.objective, config.views, kind, averaging)
     return _counted(counted, rows, device.type, low_precision)
 
 
@@ -73,10 +76,11 @@ def _counted(config: Config, rows: int, device: str, low_precision: bool) -> Ste
     one, two = (
         _simulated(config.replace(num_layers=number), rows, device, low_precision, real=real) for number in (1, 2)
     )
-    weights, gradients, optimizer, passes, update = (
+    weights, gradients, average, optimizer, passes, update = (
         first + (second - first) * (layers - 1) for first, second in zip(one, two, strict=True)
     )
-    return StepMemory(weights, gradients, optimizer, max(passes, update) - weights - gradients - optimizer)
+    activations = max(passes, update) - weights - gradients - average - optimizer
+    return StepMemory(weights, gradients, optimizer, activations, average)
 
 
 def _is_small(config: Config, rows: int) -> bool:
@@ -90,8 +94,8 @@ def _is_small(config: Config, rows: int) -> bool:
 
 def _simulated(
     config: Config, rows: int, device: str, low_precision: bool, *, real: bool = False
-) -> tuple[int, int, int, int, int]:
-    """Bytes of weights, gradients and optimizer, and the peaks of the passes and of the update.
+) -> tuple[int, int, int, int, int, int]:
+    """Bytes of weights, gradients, averaged weights and optimizer, and the peaks of the passes and of the update.
 
     ``real``: compute the step, instead of only following the shapes of its tensors.
     """
@@ -100,6 +104,8 @@ def _simulated(
         model = objective.new_model()
         objective.begin(model)
         weights = live.now
+        mean = WeightAverage(model) if config.training.average_last else None
+        average = live.now - weights
         optimizer = Optimizer(model, config.optimizer)
         early = live.now
         batch = objective.example(rows)
@@ -118,7 +124,8 @@ def _simulated(
         optimizer.step(1.0)
         after = live.now - gradients
         # The optimizer state of the first update exists during the passes of all later steps.
-        return weights, gradients, after - weights, passes + after - early, live.peak
+        del mean
+        return weights, gradients, average, after - weights - average, passes + after - early, live.peak
 
 
 class LiveBytes(TorchDispatchMode):

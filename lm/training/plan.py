@@ -244,7 +244,8 @@ class Plan:
 
     def _parts(self) -> dict[str, int]:
         on_cpu = {"process": max(0, self.peak_bytes - self.memory.total)} if self.device.type == "cpu" else {}
-        return dataclasses.asdict(self.memory) | on_cpu
+        parts = {name: size for name, size in dataclasses.asdict(self.memory).items() if size or name != "average"}
+        return parts | on_cpu
 
 
 def process_memory(memory: StepMemory, device: torch.device, resident: int) -> int:
@@ -420,7 +421,7 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
     with torch.device("cpu" if fits else "meta"):
         model = objective.new_model()
     if fits:
-        model.initialize(config.training.seed).to(device)
+        model.initialize(config.training.seed, output_init=config.training.output_init).to(device)
         objective.begin(model)
     return make_plan(
         config, model, objective, batch, device, data=data, epochs=epochs, measure=fits, may_shrink=may_shrink

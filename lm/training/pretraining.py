@@ -103,7 +103,7 @@ class Pretraining(TrainModule[Any]):
             self.ranks.on_main(partial(keep_base, self.start, self.path))
             self.ranks.on_main(partial(copy_companions, Path(training.init_from), self.path))
         one_model = self.ranks.world == 1 or training.parallel == "ddp"
-        model = self.objective.new_model().initialize(training.seed)
+        model = self.objective.new_model().initialize(training.seed, output_init=training.output_init)
         if one_model:  # otherwise it may be too large for the device
             model.to(self.ranks.device)
         self.objective.begin(model)
@@ -128,12 +128,12 @@ class Pretraining(TrainModule[Any]):
         return lines + ([f"this may not fit: {self.plan.obstacle}"] if self.plan.obstacle else [])
 
     def model(self) -> Model:
-        model = self.objective.new_model()
-        if not self.config.training.init_from or self.objective.compares or self.config.reads_images:
-            model.initialize(self.config.training.seed)
-        if self.config.training.init_from:
+        model, training = self.objective.new_model(), self.config.training
+        if not training.init_from or self.objective.compares or self.config.reads_images:
+            model.initialize(training.seed, output_init=training.output_init)
+        if training.init_from:
             load_base(model, self.path)
-        if self.config.training.compile:
+        if training.compile:
             warnings.filterwarnings("ignore", "TensorFloat32")  # float32 is what the user asked for, or is hardly used
             model.compile_training()
         return model

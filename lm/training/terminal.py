@@ -51,6 +51,8 @@ class TerminalProgress:
     def metrics(self, line: dict[str, Any]) -> None:
         if "validation" in line or "metrics" in line:
             self.note(_validation(line))
+            if "average" in line:
+                self.note(_validation({**line, **line["average"]}, "validation of the average"))
         elif self.has_bar:
             self.bar.update(self.task, completed=line["step"], state=" · ".join(_state(line)))
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or line["step"] == self.total:
@@ -76,14 +78,14 @@ def _state(line: dict[str, Any]) -> list[str]:
     return words + ([f"{line['share_of_peak']:.0%} of peak"] if line.get("share_of_peak") else [])
 
 
-def _validation(line: dict[str, Any]) -> str:
-    """The line of a validation, with the part of the split it covers, or with the metrics of a task."""
+def _validation(line: dict[str, Any], what: str = "validation") -> str:
+    """The line of a validation, called ``what``, with the part of the split it covers, or the metrics of a task."""
     if "metrics" in line:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in line["metrics"].items())
-        return f"step {line['step']:>6}  validation: {metrics or 'there are no validation examples'}"
+        return f"step {line['step']:>6}  {what}: {metrics or 'there are no validation examples'}"
     results = ", ".join(_measured(name, found) for name, found in line["validation"].items())
     part = f", {rows_validated(line)}" if rows_validated(line) else ""
-    return f"step {line['step']:>6}  validation{part}: {results or 'the data has no validation split'}"
+    return f"step {line['step']:>6}  {what}{part}: {results or 'the data has no validation split'}"
 
 
 def _measured(name: str, found: dict[str, float]) -> str:

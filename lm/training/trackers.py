@@ -150,9 +150,12 @@ def require(names: Sequence[str]) -> None:
 def values_of(line: dict[str, Any]) -> dict[str, float | str]:
     """The values of a line of metrics.jsonl, by the names a tracker shows.
 
-    The means of an interval are under ``train/``, those of a validation under ``validation/``, and an event is a
-    text and a learning-rate multiplier under ``event/``.
+    The means of an interval are under ``train/``, those of a validation under ``validation/``, or if they are of the
+    mean of the weights under ``average/validation/``; an event is a text and a rate multiplier under ``event/``.
     """
+    if "average" in line:
+        own = {name: part for name, part in line.items() if name != "average"}
+        return values_of(own) | {f"average/{name}": value for name, value in values_of(line["average"]).items()}
     if "validation" in line:
         return {
             f"validation/{name}/{unit}": value

@@ -38,6 +38,7 @@ from lm.training.optimizer import Optimizer, learning_rate_factor, momentum_at, 
 from lm.training.reporter import NullReporter, Reporter
 from lm.training.stability import ROLL_BACKS, Ladder, Verdict
 from lm.training.train_module import Batch, TrainModule
+from lm.training.weight_average import WeightAverage, is_averaged
 
 
 class StopSignal:
@@ -125,6 +126,7 @@ class State:
     interval: Interval = field(default_factory=Interval)
     ladder: Ladder = field(default_factory=Ladder)
     best: Best = field(default_factory=Best)
+    averaged: int = 0  # steps in the mean of the weights
 
     @classmethod
     def of(cls, saved: checkpoint.Checkpoint | None) -> State:
@@ -132,14 +134,17 @@ class State:
         if saved is None:
             return cls(best=Best(breaks_ties=True))
         parts = saved.state["training"]
-        return cls(saved.step, Interval(**parts["interval"]), Ladder(**parts["ladder"]), Best(**parts["best"]))
+        state = cls(saved.step, Interval(**parts["interval"]), Ladder(**parts["ladder"]), Best(**parts["best"]))
+        state.averaged = parts.get("averaged", 0)  # earlier versions kept no mean
+        return state
 
 
 class Trainer(Generic[Batch]):
     """One run while it trains.
 
     Attributes:
-        model, optimizer, state: what a checkpoint saves, along with the objective's state; set by ``_restore``.
+        model, optimizer, average, state: what a checkpoint saves, along with the objective's state; set by
+            ``_restore``. ``average`` is None without ``average_last``.
         log, stop, writer: open while the run trains; set by ``run``.
         gathered: what the writer takes of tensors, whole or in slices (``Ranks.gathered``, ``Ranks.slices``).
         seconds: how long each step took since the last line of the log, without the time between the steps.
@@ -147,6 +152,7 @@ class Trainer(Generic[Batch]):
 
     model: nn.Module
     optimizer: Optimizer
+    average: WeightAverage | None
     state: State
     log: MetricsLog
     stop: StopSignal
@@ -219,6 +225,11 @@ class Trainer(Generic[Batch]):
         if saved is not None:
             self.optimizer.load_state(saved.optimizer())
         self.state = State.of(saved)
+        self.average = WeightAverage(self.model, self.ranks) if self.config.training.average_last else None
+        if self.average is None:
+            self.state.averaged = 0
+        elif saved is not None and self.state.averaged:
+            self.average.load_state(saved.average().model())
 
     def _train_on(self) -> None:
         """Steps, until the last one or until a rollback restarts the batches."""
@@ -256,6 +267,12 @@ class Trainer(Generic[Batch]):
             state.interval.skipped += 1
             self._report(verdict, f"loss {loss:.3f}, gradient norm {float(gradient_norm):.3g}")
         state.step += 1
+        if self.average is not None:
+            training = config.training
+            due = is_averaged(state.step, training.steps, training.average_last)
+            state.averaged = state.averaged + 1 if due else 0
+            if due:
+                self.average.add(state.averaged)
         return True
 
     def _after_step(self) -> bool:
@@ -315,17 +332,31 @@ class Trainer(Generic[Batch]):
 
     def _validate(self) -> bool:
         """Log a validation; return True if it is the best so far."""
-        line, score = self.module.validate(self.model)
-        self.ranks.reshard()
+        line, score, tie = self._validated()
+        averaged = False
+        if self.average is not None and self.state.averaged > 1:
+            with self.average.swapped():
+                found, *others = self._validated()
+            line["average"] = {name: found[name] for name in ("validation", "metrics") if name in found}
+            if averaged := score is not None and (others[0], others[1] or 0.0) < (score, tie or 0.0):
+                score, tie = others
         self._write({"step": self.state.step, **line})
-        tie = line.get("metrics", {}).get("loss")
-        improved = score is not None and self.state.best.add(self.state.step, score, tie)
+        improved = score is not None and self.state.best.add(self.state.step, score, tie, averaged=averaged)
         if remark := self.module.remark(self.state.step, line, self.state.best):
             self.reporter.note(remark)
         return improved
 
+    def _validated(self) -> tuple[dict[str, Any], float | None, float | None]:
+        """What ``TrainModule.validate`` gives, and the loss that decides between equal scores."""
+        line, score = self.module.validate(self.model)
+        self.ranks.reshard()
+        return line, score, line.get("metrics", {}).get("loss")
+
     def _save(self, *, scheduled: bool) -> None:
         memory = self.module.objective.memory if self.module.objective else None
+        others = {checkpoint.OBJECTIVE: self.gathered(memory.state_dict())} if memory else {}
+        if self.average is not None and self.state.averaged:
+            others[checkpoint.AVERAGE] = self.gathered(self.average.means)
         state = {name: part for name, part in asdict(self.state).items() if name != "step"}
         self.writer.save(
             self.state.step,
@@ -334,7 +365,7 @@ class Trainer(Generic[Batch]):
             {"training": state, **fingerprints(self.config, self.module, self.ranks.device)},
             scheduled=scheduled,
             best_step=self.state.best.step,
-            objective=self.gathered(memory.state_dict()) if memory else None,
+            others=others,
         )
 
     def _roll_back(self, verdict: Verdict) -> None:

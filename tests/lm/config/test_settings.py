@@ -76,7 +76,7 @@ NEVER = """num_layers hidden_size num_heads num_key_value_heads head_size feed_f
     optimizer init_from task base weights method lora_rank lora_alpha lora_matrices batch_examples pairs
     template_tokens head_bias patch_size stem image_size image_channels batch_images projection_size
     projection_hidden_size decoder_layers decoder_size queue_size prototypes
-    visual_tokenizer visual_codes view_tokens muon_beta2"""
+    visual_tokenizer visual_codes view_tokens muon_beta2 output_init checkpoint head_hidden lora_rate"""
 ASK = """objective masked_fraction final_masked_fraction mask_rate final_mask_rate
     mask_token_share random_token_share validation_mask_rate learning_rate
     muon_learning_rate weight_decay beta1 beta2 momentum gradient_clip spike_threshold warmup_fraction decay_fraction
@@ -89,7 +89,7 @@ ASK = """objective masked_fraction final_masked_fraction mask_rate final_mask_ra
     final_weight_decay stem_learning_rate span_share token_deletion first_blur
     second_solarize head_learning_rate embedding_weight_decay cautious_weight_decay first_momentum momentum_warmup
     mask_whole_words longest_prefix infill_rate suffix_first_rate span_corruption_rate mean_span_length span_attention
-    predict_ahead ahead_weight ahead_until lowest_diffusion_rate"""
+    predict_ahead ahead_weight ahead_until lowest_diffusion_rate average_last"""
 
 
 @pytest.mark.parametrize(("answer", "names"), [("free", FREE), ("never", NEVER), ("ask", ASK)])
@@ -111,6 +111,7 @@ def test_the_defaults_of_finetuning():
         "checkpoint_every": 200,
         "keep_checkpoints": 1,
         "template_tokens": "auto",
+        "epochs": 0.0,
         "head_bias": "auto",
     }
     assert METHODS == {"full": 1e-3, "lora": 5e-3, "probe": 1e-2}
@@ -118,7 +119,7 @@ def test_the_defaults_of_finetuning():
     assert shown.items() >= finetuning_defaults().items()
     left_out = {
         "steps", "validate_every", "validation_rows", "parallel", "fsdp_reshard", "sharded_checkpoints", "init_from",
-        "compile", "base", "embedding_weight_decay",
+        "compile", "base", "embedding_weight_decay", "output_init",
     }  # fmt: skip
     assert not shown.keys() & left_out
     assert {s.name for s in all_settings() if s.section in ("training", "finetune")} <= shown.keys() | left_out

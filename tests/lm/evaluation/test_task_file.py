@@ -115,13 +115,13 @@ def test_fine_tuned_rows_answer_the_test_examples_in_the_order_of_the_classes(tr
     assert set(kept[0]) == {"text", "label"}
 
 
-def test_the_seconds_of_learning_are_those_of_all_sessions():
+def test_the_seconds_of_learning_are_those_of_all_sessions(tmp_path):
     lines = [
         {"step": 10, "tokens": 100, "tokens_per_second": 50.0},
         {"step": 10, "metrics": {}},
         {"step": 20, "tokens": 300, "tokens_per_second": 100.0},
     ]
-    assert learning_seconds(SimpleNamespace(metrics=lambda: iter(lines))) == 4.0
+    assert learning_seconds(SimpleNamespace(metrics=lambda: iter(lines), path=tmp_path)) == 4.0
 
 
 def test_a_class_that_the_fine_tuning_was_not_shown_has_probability_zero(trained, folder, monkeypatch):

@@ -91,6 +91,24 @@ def test_a_pipeline_gives_the_probabilities_of_predict(make_task, tmp_path, read
             assert max(answer["probabilities"].values()) < 0.999  # else any logits would do
 
 
+@pytest.mark.parametrize("width", [8, 64])
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_a_hidden_layer_becomes_the_dense_layer_of_the_class(make_task, tmp_path, kind, width):
+    numbers = {"mean": 3.0, "deviation": 2.0} if kind == "regression" else {}
+    answers = HEADS[kind](labels(0 if numbers else 3), 2, **numbers)
+    ours = make_task(answers, task=kind, pairs="together", reads="bidirectional", head_hidden=width)
+    ours.save_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for first, second in PAIRS:
+        logits = model(**tokenizer(first, second, return_tensors="pt", truncation=True)).logits[0]
+        (answer,) = ours.predict([(first, second)])
+        if kind == "regression":
+            assert logits.item() == pytest.approx(answer["value"], rel=1e-5, abs=1e-4)
+        else:
+            assert logits.softmax(0).tolist() == pytest.approx([*answer["probabilities"].values()], abs=1e-5)
+
+
 @pytest.mark.parametrize(("reading", "family"), READINGS)
 def test_pairs_that_are_read_together_are_cut_and_classified_alike(make_task, tmp_path, reading, family):
     answers = HEADS["classification"](labels(3), 2)
@@ -156,6 +174,9 @@ def test_choices_get_their_probabilities(make_task, tmp_path, reading, family):
         ("classification", 1, {"reads": "bidirectional", "pooling": "last"}, "--pooling mean"),
         ("classification", 1, {"reads": "causal", "head_bias": "true"}, "--head-bias false"),
         ("regression", 1, {"reads": "causal"}, "--head-bias false"),
+        ("classification", 1, {"reads": "causal", "head_hidden": 8}, "--head-hidden 0"),
+        ("classification", 1, {"reads": "bidirectional", "head_hidden": 80}, "--head-hidden 64, or less"),
+        ("tokens", 0, {"head_hidden": 8}, "--head-hidden 0"),
         ("tokens", 0, {"qk_norm": True}, "--reads causal"),
         ("tokens", 0, {"activation": "relu2"}, "only swiglu can be exported"),
     ],

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from data_prep.errors import UserError
+from lm import api
 from lm.data.views import COLUMNS, Draw
 from lm.finetuning.finetune import Finetuning, finetune
 from lm.finetuning.merge import merge
@@ -220,3 +221,10 @@ def test_settings_of_texts_are_refused(changes, said, image_settings):
 def test_a_run_on_text_does_not_classify_images(task_settings):
     with pytest.raises(UserError, match=r"task image_classification does not fit .* which reads text: choose class"):
         task_settings("classification", task="image_classification")
+
+
+def test_a_head_with_a_hidden_layer_is_learned_and_not_exported(image_settings, tmp_path):
+    done = finetune(image_settings(head_hidden=8, epochs=1), tmp_path / "run", NullReporter())
+    assert done.newest().model()["hidden.weight"].shape == (8, 32)
+    with pytest.raises(UserError, match=r"holds a head without a hidden layer \(fine-tune with --head-hidden 0\)"):
+        api.load(done.path).save_pretrained(tmp_path / "out")

@@ -171,6 +171,18 @@ def test_initial_weights_depend_on_the_seed_alone():
             assert float(a.detach().std()) == pytest.approx(wanted, rel=0.15)
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_the_ends_of_a_block_may_start_above_zero(size):
+    shape = ModelConfig(**(BASE | {"hidden_size": size}))
+    model, off = Transformer(shape).initialize(5, output_init=0.5), Transformer(shape).initialize(5, output_init=0.0)
+    for name, weight in model.named_parameters():
+        if name.endswith((".output.weight", ".down.weight")):
+            assert float(weight.detach().std()) == pytest.approx(0.5 * size**-0.5, rel=0.1)
+    usual = Transformer(shape).initialize(5).named_parameters()
+    for (name, same), weight in zip(usual, off.parameters(), strict=True):
+        assert torch.equal(same, weight), name
+
+
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_parameter_counts_add_up(changes):
     model = Transformer(ModelConfig(**(BASE | changes)))

@@ -55,7 +55,9 @@ def test_a_checkpoint_holds_safetensors_and_json_only(tmp_path):
 def test_an_objective_with_a_state_has_a_file_of_its_own_which_is_verified_too(tmp_path):
     assert checkpoint.read(save(tmp_path, 1)).objective() == {}
     teacher = {"teacher.weight": torch.randn(2, 3)}
-    path = checkpoint.save(tmp_path, 2, snapshot(MODEL), snapshot(OPTIMIZER), {}, objective=teacher)
+    path = checkpoint.save(
+        tmp_path, 2, snapshot(MODEL), snapshot(OPTIMIZER), {}, others={checkpoint.OBJECTIVE: teacher}
+    )
     read = checkpoint.read(path)
     assert sorted(read.state["sha256"]) == ["model.safetensors", "objective.safetensors", "optimizer.safetensors"]
     assert read.objective().keys() == teacher.keys()

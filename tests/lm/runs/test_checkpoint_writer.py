@@ -56,7 +56,8 @@ def test_a_save_returns_before_it_is_written_and_holds_the_weights_of_its_moment
 def test_the_state_of_an_objective_is_copied_and_written_with_the_rest(tmp_path):
     teacher = weights(5.0)
     with make(tmp_path) as writer:
-        writer.save(1, weights(1), weights(-1), {}, scheduled=True, best_step=0, objective=teacher)
+        others = {checkpoint.OBJECTIVE: teacher}
+        writer.save(1, weights(1), weights(-1), {}, scheduled=True, best_step=0, others=others)
         teacher["a"].fill_(99)
         writer.save(2, weights(2), weights(-2), {}, scheduled=True, best_step=0)
     first, second = (checkpoint.of_step(tmp_path, step) for step in (1, 2))

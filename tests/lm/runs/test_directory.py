@@ -79,7 +79,7 @@ def test_a_checkpoint_is_asked_for_by_name_or_step(path, trained):
     assert run.checkpoint("best").step == best
     for which, words in (
         ("75", r"has no checkpoint of step 75: available are 100, 50"),
-        ("latest", r'there is no checkpoint "latest": choose newest, best, or the number of a step'),
+        ("latest", r'there is no checkpoint "latest": choose newest, best, average, or the number of a step'),
         ("-1", r'there is no checkpoint "-1"'),
     ):
         with pytest.raises(UserError, match=words):

@@ -95,7 +95,7 @@ def folder(tmp_path: Path) -> Path:
 
     def work(writer: SliceWriter, rank: int) -> None:
         for step in range(1, 5):
-            save(writer, rank, step, objective={"center": slices(step, rank)["five"] + 1} if rank < WORLD else None)
+            save(writer, rank, step, others={checkpoint.OBJECTIVE: {"center": slices(step, rank)["five"] + 1}})
             writer.check()
 
     assert on_all(work, tmp_path / "checkpoints") == [None] * WORLD

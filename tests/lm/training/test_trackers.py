@@ -117,6 +117,8 @@ def test_values_have_the_names_that_a_tracker_shows():
     }
     assert values_of(EVENT) == {"event/what": "skip: loss 9.000, gradient norm 3", "event/rate": 1.0}
     assert values_of({"step": 3, "validation": {}}) == {}
+    both = {"step": 3, "metrics": {"loss": 2.0}, "average": {"metrics": {"loss": 1.0}}}
+    assert values_of(both) == {"validation/loss": 2.0, "average/validation/loss": 1.0}
 
 
 def test_tensorboard_shows_what_is_in_the_file(tracked, quietly, tmp_path):
