@@ -210,7 +210,8 @@ def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     found, first, none = {}, 0, hidden.new_zeros((), dtype=torch.float32)
     for name, rows in batch.parts.items():
         some = slice(first, first + rows)
-        found[name] = model.loss(hidden[some], batch.targets[some], batch.loss_weights[some]) if rows else none
+        targets, weights, predicted = batch.targets[some], batch.loss_weights[some], batch.predicted.get(name)
+        found[name] = model.loss(hidden[some], targets, weights, predicted) if rows else none
         first += rows
     return found
 
