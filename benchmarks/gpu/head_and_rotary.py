@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +42,21 @@ def in_chunks(logits: int) -> Callable[..., Tensor]:
     return loss
 
 
+def reading_once(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Kindling's loss with the candidate that reads each row of logits once."""
+    from benchmarks.gpu.candidates import loss_triton
+    from lm.kernels import cross_entropy_triton
+
+    with patch.object(cross_entropy_triton, "differentiate", loss_triton.differentiate):
+        return linear_cross_entropy(hidden, weight, targets, predicted=len(targets))
+
+
 def heads_of_losses(device: torch.device, tokens: int = 16384, vocabulary: int = 50304) -> list[dict[str, Any]]:
     """Milliseconds and peak bytes of the loss and both gradients, in bfloat16."""
     ways: dict[str, Callable[..., Tensor]] = {
         "kindling": linear_cross_entropy,
         **{f"kindling, 2^{power} logits at a time": in_chunks(1 << power) for power in (28, 29, 30)},
+        "kindling, logits read once": reading_once,
         "compiled": torch.compile(plain),
         "compiled in 8 chunks": torch.compile(chunked),
     }
