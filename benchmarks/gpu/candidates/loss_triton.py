@@ -1,7 +1,7 @@
 """The cross-entropy of a row of logits that is read once, not twice: it stays in registers as three parts.
 
-With 512 threads a row of 50,304 logits is 100 for each. As one block, whose size is a power of two, it spills; as three,
-of 32,768, 16,384 and 2,048, it does not. For logits of 16 bits, without a softcap.
+With 512 threads a row of 50,304 logits is 100 for each. As one block, whose size is a power of two, it spills;
+as three, of 32,768, 16,384 and 2,048, it does not. For logits of 16 bits, without a softcap.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo  # before a test changes functions of torch, which it keeps a list of
 
 from lm.runs import checkpoint
 from lm.runs.directory import Run
