@@ -76,6 +76,8 @@ def kindling_step(config: Config, device: torch.device) -> Callable[[], object]:
     vocabulary = Vocabulary(size, end_of_text=0, mask=size - 1)
     objective = open_objective(config, vocabulary)
     batch = objective.prepare(rows_of_windows(windows, vocabulary))
+    if device.type == "cuda":
+        batch = batch.each(torch.Tensor.pin_memory)  # as in training
 
     def step() -> None:
         step_gradients(objective, model, batch, config, 0)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu import agenda, candidate_speeds, decoding
+from benchmarks.gpu import agenda, candidate_speeds, decoding, sanitizer
 from benchmarks.gpu.agenda import Part
 from data_prep.errors import UserError
 from lm.inference.decoding import decoder
@@ -146,3 +148,34 @@ def test_generation_is_timed_with_the_weights_of_a_gpu_and_its_products_are_comp
         plain = decoding.plain_product(a, weight, each, activation, None if residual is None else residual.clone())
         ours = few_rows_product(a, weight, norm=each, epsilon=1e-6, activation=activation, residual=residual)
         torch.testing.assert_close(plain.float(), ours.float(), rtol=0.05, atol=0.05)
+
+
+def test_a_machine_without_the_sanitizer_skips_it_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sanitizer.main("memcheck", tmp_path / "out.json") == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found == {"skipped": "compute-sanitizer is not installed: it comes with the CUDA toolkit"}
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_the_sanitizer_finds_fails_its_part(tmp_path, monkeypatch, status):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\nprintf "%s " "$@" > {tmp_path}/arguments\nexit {status}\n')
+    tool.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sanitizer.main("racecheck", tmp_path / "out.json") == status
+    assert json.loads((tmp_path / "out.json").read_text()) == {"check": "racecheck", "clean": not status}
+    arguments = (tmp_path / "arguments").read_text()
+    assert arguments.startswith(f"--tool racecheck --error-exitcode 1 {sys.executable} -m pytest")
+
+
+def test_the_sanitizer_runs_tests_of_every_kernel_of_the_library():
+    """Collected in the interpreter, by the same choice as on a GPU."""
+    options = ["-m", "pytest", "--collect-only", "-q", "tests/triton", "-k", sanitizer.SMALL]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, *options], cwd=agenda.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    files = {line.partition(":")[0] for line in done.stdout.splitlines()}
+    kinds = ("attention", "cross_entropy", "rotary")
+    assert {f"tests/triton/test_{kind}_triton.py" for kind in kinds} <= files

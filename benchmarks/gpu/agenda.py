@@ -75,22 +75,9 @@ PARTS: tuple[Part, ...] = (
     of_benchmark("decoding_products", 120, "whether the products of few rows are faster than PyTorch's"),
     of_benchmark("linear_cross_entropy", 120, "milliseconds and memory of the head and its loss"),
     of_benchmark("rotary", 60, "milliseconds of QK-norm and rotary positions"),
-    Part(
-        "compute-sanitizer",
-        600,
-        "whether a kernel reads or writes outside its tensors",
-        (
-            "-c",
-            "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))",
-            "compute-sanitizer",
-            "--error-exitcode",
-            "1",
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "tests/triton",
-        ),
+    *(
+        Part(check, 300, f"whether kernels {finds}", ("-m", "benchmarks.gpu.sanitizer", check, "{out}"))
+        for check, finds in (("memcheck", "use memory that is not theirs"), ("racecheck", "race for shared memory"))
     ),
 )
 

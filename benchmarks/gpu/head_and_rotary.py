@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from benchmarks.gpu.timing import milliseconds, peak_bytes
-from lm.kernels import linear_cross_entropy, reference, rotary
+from lm.kernels import cross_entropy, linear_cross_entropy, reference, rotary
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -26,10 +27,36 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, chunks: int = 8) ->
     return torch.stack(losses).sum()
 
 
+def in_chunks(logits: int) -> Callable[..., Tensor]:
+    """Kindling's loss with at most so many logits in a chunk, and twice as many tokens as usual."""
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        limits = cross_entropy.CHUNK_LOGITS, cross_entropy.CHUNK_TOKENS
+        before = [limit["gpu"] for limit in limits]
+        try:
+            limits[0]["gpu"], limits[1]["gpu"] = logits, 2 * before[1]
+            return linear_cross_entropy(hidden, weight, targets, predicted=len(targets))
+        finally:
+            limits[0]["gpu"], limits[1]["gpu"] = before
+
+    return loss
+
+
+def reading_once(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Kindling's loss with the candidate that reads each row of logits once."""
+    from benchmarks.gpu.candidates import loss_triton
+    from lm.kernels import cross_entropy_triton
+
+    with patch.object(cross_entropy_triton, "differentiate", loss_triton.differentiate):
+        return linear_cross_entropy(hidden, weight, targets, predicted=len(targets))
+
+
 def heads_of_losses(device: torch.device, tokens: int = 16384, vocabulary: int = 50304) -> list[dict[str, Any]]:
     """Milliseconds and peak bytes of the loss and both gradients, in bfloat16."""
     ways: dict[str, Callable[..., Tensor]] = {
         "kindling": linear_cross_entropy,
+        **{f"kindling, 2^{power} logits at a time": in_chunks(1 << power) for power in (28, 29, 30)},
+        "kindling, logits read once": reading_once,
         "compiled": torch.compile(plain),
         "compiled in 8 chunks": torch.compile(chunked),
     }

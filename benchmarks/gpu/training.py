@@ -61,6 +61,7 @@ def speeds(device: torch.device, nanogpt: Path | None, rounds: int = 3) -> list[
         "kindling": (kindling, (device, "next_token", "adamw", False)),
         "kindling, compiled": (kindling, (device, "next_token", "adamw", True)),
         "kindling, hybrid, muon": (kindling, (device, "hybrid", "muon", False)),
+        "kindling, hybrid, muon, compiled": (kindling, (device, "hybrid", "muon", True)),
     }
     if nanogpt is not None:
         ways |= {"nanoGPT": (nanogpt_step, (device, nanogpt, False))}

@@ -60,6 +60,7 @@ class Batch:
         lo, hi: int32, the key intervals (``lm.kernels.masks``).
         parts: the named parts of the loss, with the number of rows that each is about, in the order of the rows.
         ahead: the weights of the tokens after the next one in rows of next_token (``lm.objectives.ahead``); (): none.
+        predicted: the number of targets of each part, once the batch is on a GPU, which would have to be waited for.
     """
 
     inputs: Tensor
@@ -70,6 +71,7 @@ class Batch:
     hi: Tensor
     parts: dict[str, int] = field(default_factory=dict)
     ahead: tuple[float, ...] = ()
+    predicted: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -89,7 +91,8 @@ class Batch:
         for name, rows in self.parts.items():
             before, to_end = (len(range(start, min(stop, at), step)) for at in (begin, begin + rows))
             parts[name], begin = to_end - before, begin + rows
-        return replace(self, parts=parts, **{name: getattr(self, name)[chosen].contiguous() for name in TENSORS})
+        taken: dict[str, Any] = {name: getattr(self, name)[chosen].contiguous() for name in TENSORS}
+        return replace(self, parts=parts, predicted={}, **taken)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with each of its tensors changed."""
@@ -98,7 +101,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return self.each(lambda part: part.to(device, non_blocking=True))
+        moved = self.each(lambda part: part.to(device, non_blocking=True))
+        if device.type == "cpu" or self.targets.device.type != "cpu":
+            return moved
+        by_part = (self.targets >= 0).split(list(self.parts.values())) if self.parts else ()
+        predicted = {name: int(there.sum()) for name, there in zip(self.parts, by_part, strict=True)}
+        return replace(moved, predicted=predicted)
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

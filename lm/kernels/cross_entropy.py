@@ -28,7 +28,7 @@ BLOCK_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 25}
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *,
-    loss_weights: Tensor | None = None, softcap: float = 0.0, z_loss: float = 0.0,
+    loss_weights: Tensor | None = None, softcap: float = 0.0, z_loss: float = 0.0, predicted: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Weighted sum of the cross-entropies, in nats, of ``softcap(hidden @ weight.T)`` against the targets.
 
@@ -39,6 +39,7 @@ def linear_cross_entropy(
         loss_weights: (N,), one weight per target; None: all 1. They carry no gradient.
         softcap: limit logits to (-softcap, softcap) by tanh; 0: off.
         z_loss: weight of the squared log-sum-exp, added to each loss (Chowdhery et al. 2022, PaLM, section 5); 0: off.
+        predicted: how many targets are not negative; None: they are counted, for which the CPU waits for a GPU.
 
     Returns:
         A scalar in float32 (float64 for float64 inputs), differentiable once with respect to ``hidden`` and ``weight``.
@@ -58,7 +59,7 @@ def linear_cross_entropy(
     enabled = torch.is_grad_enabled()
     needs_grad = (enabled and hidden.requires_grad, enabled and weight.requires_grad)
     operator = _Direct.apply if dispatch.eager_on_cpu(hidden) and dispatch.has_data(hidden) else _operator
-    return operator(hidden, weight, targets, loss_weights, float(softcap), float(z_loss), *needs_grad)[0]
+    return operator(hidden, weight, targets, loss_weights, float(softcap), float(z_loss), *needs_grad, predicted)[0]
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor | None) -> None:
@@ -80,7 +81,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor
 
 def compute(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor | None, softcap: float, z_loss: float,
-    hidden_needs_grad: bool, weight_needs_grad: bool,
+    hidden_needs_grad: bool, weight_needs_grad: bool, predicted: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, its gradients with respect to hidden (N, D) and weight (V, D), and a scalar to multiply both by.
 
@@ -95,7 +96,8 @@ def compute(
     grad_hidden = hidden.new_zeros(hidden.shape if hidden_needs_grad else (0,))
     transposed: Tensor | None = None  # the weight's gradient, (D, V)
     # Tokens without a target cost nothing: a masked batch predicts only some of its tokens.
-    kept = (targets >= 0).nonzero()[:, 0]
+    there = targets >= 0
+    kept = (there.nonzero() if predicted is None else torch.nonzero_static(there, size=predicted))[:, 0]
     if not len(kept):
         nothing = torch.zeros(weight.shape if weight_needs_grad else (0,), dtype=precise, device=weight.device)
         return total, grad_hidden, nothing, total.clone()
@@ -136,7 +138,7 @@ _operator = torch.library.custom_op("kindling::linear_cross_entropy", compute, m
 @_operator.register_fake
 def _(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor | None, softcap: float, z_loss: float,
-    hidden_needs_grad: bool, weight_needs_grad: bool,
+    hidden_needs_grad: bool, weight_needs_grad: bool, predicted: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     precise = torch.promote_types(hidden.dtype, torch.float32)
     return (
@@ -148,7 +150,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    _, weight, *_, ctx.hidden_needs_grad, ctx.weight_needs_grad = inputs
+    _, weight, *_, ctx.hidden_needs_grad, ctx.weight_needs_grad, _ = inputs
     ctx.weight_dtype = weight.dtype
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -160,12 +162,12 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tup
         raise RuntimeError("linear_cross_entropy can be differentiated only once: do not set create_graph=True")
     grad_hidden, grad_weight, heaviest = ctx.saved_tensors
     if grad_loss is None:
-        return (None,) * 8
+        return (None,) * 9
     factor = grad_loss * heaviest
     return (
         (grad_hidden * factor).to(grad_hidden.dtype) if ctx.hidden_needs_grad else None,
         (grad_weight * factor).to(ctx.weight_dtype) if ctx.weight_needs_grad else None,
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 

@@ -267,12 +267,15 @@ class Transformer(nn.Module):
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def loss(self, hidden: Tensor, targets: Tensor, loss_weights: Tensor) -> Tensor:
-        """Weighted sum of cross-entropies, in nats; targets and weights (rows, T), -100 where nothing is predicted."""
+    def loss(self, hidden: Tensor, targets: Tensor, loss_weights: Tensor, predicted: int | None = None) -> Tensor:
+        """Weighted sum of cross-entropies, in nats; targets and weights (rows, T), -100 where nothing is predicted.
+
+        ``predicted`` is as of ``kernels.linear_cross_entropy``.
+        """
         hidden, targets, loss_weights = hidden.flatten(0, 1), targets.flatten(), loss_weights.flatten()
         softcap = self.config.logit_softcap
         return kernels.linear_cross_entropy(
-            hidden, self.head_weight, targets, loss_weights=loss_weights, softcap=softcap
+            hidden, self.head_weight, targets, loss_weights=loss_weights, softcap=softcap, predicted=predicted
         )
 
     def logits_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -30,11 +30,14 @@ def targets_ahead(batch: Batch, count: int) -> Tensor:
     return torch.stack(found, dim=-1)
 
 
-def loss_of_next_tokens(model: Transformer, hidden: Tensor, batch: Batch) -> Tensor:
-    """The weighted sum of the cross-entropies, in nats, of the targets of causal rows and of those ``ahead``."""
+def loss_of_next_tokens(model: Transformer, hidden: Tensor, batch: Batch, predicted: int | None = None) -> Tensor:
+    """The weighted sum of the cross-entropies, in nats, of the targets of causal rows and of those ``ahead``.
+
+    ``predicted`` is as of ``kernels.linear_cross_entropy``.
+    """
     ahead = targets_ahead(batch, len(batch.ahead))
     exists = (ahead >= 0) & (batch.targets >= 0)[..., None]
     relative = torch.tensor(batch.ahead, device=hidden.device) * exists
-    loss = model.loss(hidden, batch.targets, batch.loss_weights * (1 + relative.sum(-1)))
+    loss = model.loss(hidden, batch.targets, batch.loss_weights * (1 + relative.sum(-1)), predicted)
     scores = model.logits_of(hidden, torch.cat([batch.targets[..., None], ahead], dim=-1).clamp(min=0))
     return loss + (batch.loss_weights[..., None] * relative * (scores[..., :1] - scores[..., 1:])).sum()

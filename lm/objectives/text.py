@@ -242,10 +242,11 @@ def losses(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     found, first, none = {}, 0, hidden.new_zeros((), dtype=torch.float32)
     for name, rows in batch.parts.items():
         some = slice(first, first + rows)
+        targets, weights, predicted = batch.targets[some], batch.loss_weights[some], batch.predicted.get(name)
         if rows and batch.ahead and name == "next_token":
-            found[name] = loss_of_next_tokens(model, hidden[some], batch.rows(first, first + rows))
+            found[name] = loss_of_next_tokens(model, hidden[some], batch.rows(first, first + rows), predicted)
         else:
-            found[name] = model.loss(hidden[some], batch.targets[some], batch.loss_weights[some]) if rows else none
+            found[name] = model.loss(hidden[some], targets, weights, predicted) if rows else none
         first += rows
     return found
 

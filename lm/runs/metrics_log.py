@@ -12,12 +12,10 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self, TextIO
-
-from torch import Tensor
 
 from data_prep.files import parse_json, write_atomically
 
@@ -35,12 +33,12 @@ class Interval:
     gradient_norm: float = 0.0
     skipped: int = 0
 
-    def add(self, losses: dict[str, Tensor], weights: dict[str, float], gradient_norm: Tensor) -> None:
+    def add(self, losses: Mapping[str, float], weights: Mapping[str, float], gradient_norm: float) -> None:
         self.steps += 1
         for name, loss in losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + float(loss)
+            self.losses[name] = self.losses.get(name, 0.0) + loss
             self.weights[name] = self.weights.get(name, 0.0) + weights[name]
-        self.gradient_norm += float(gradient_norm)
+        self.gradient_norm += gradient_norm
 
     def means(self) -> dict[str, float]:
         """Mean loss, mean loss of each objective, mean gradient norm, and the number of skipped steps, if any."""

@@ -72,6 +72,11 @@ def shrinking(parameter: Tensor, update: Tensor) -> Tensor:
     return parameter * (parameter * update > 0)
 
 
+def unless(skip: Tensor | None, value: Tensor, instead: Tensor | float) -> Tensor:
+    """``value``, or ``instead`` if the device has decided to ``skip`` the step (bool, a scalar; None: it does not)."""
+    return value if skip is None else torch.where(skip, instead, value)
+
+
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring the singular values of each matrix (n, rows, columns) near 1, keeping its singular vectors.
 
@@ -168,16 +173,23 @@ class Muon:
         }
 
     @torch.no_grad()
-    def step(self, learning_rate: float, decay: float = 1.0, momentum: float | None = None) -> None:
-        """One update, with ``decay`` times the weight decay; None: the momentum of the settings."""
+    def step(
+        self, learning_rate: float, decay: float = 1.0, momentum: float | None = None, skip: Tensor | None = None
+    ) -> None:
+        """One update, with ``decay`` times the weight decay; None: the momentum of the settings.
+
+        ``skip`` is as of ``Optimizer.step``.
+        """
         momentum = self.momentum if momentum is None else momentum
         for shape, group in self.groups.items():
             gradients = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for _, p in group])
+            gradients = unless(skip, gradients, self.buffers[shape])  # the buffer does not move towards itself
             buffer = self.buffers[shape].lerp_(gradients, 1 - momentum)
             looking_ahead = gradients.lerp_(buffer, momentum)  # Nesterov
             updates = self.ranks.map_matrices(orthogonalize, looking_ahead)
             if self.beta2:
-                updates = self._with_even_rows(updates, self.row_moments[shape])
+                updates = self._with_even_rows(updates, self.row_moments[shape], skip)
+            updates = unless(skip, updates, 0.0)
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             for (name, parameter), update in zip(group, updates, strict=True):
                 rate = learning_rate * self.lr_multipliers.get(name, 1.0)
@@ -185,15 +197,18 @@ class Muon:
                     parameter.sub_(shrinking(parameter, update), alpha=rate * decay * self.weight_decay)
                     parameter.add_(update, alpha=-rate * scale)
                 else:
-                    parameter.mul_(1 - rate * decay * self.weight_decay).add_(update, alpha=-rate * scale)
+                    kept: Tensor | float = 1 - rate * decay * self.weight_decay
+                    if skip is not None:
+                        kept = torch.where(skip, 1.0, kept)
+                    parameter.mul_(kept).add_(update, alpha=-rate * scale)
 
-    def _with_even_rows(self, updates: Tensor, moments: Tensor) -> Tensor:
+    def _with_even_rows(self, updates: Tensor, moments: Tensor, skip: Tensor | None) -> Tensor:
         """Divide each row by the root of its moment, and keep the norm of each matrix.
 
         Matrices behind a projection that starts at zero have no gradient in the first step: their update stays zero.
         """
         squares = self.ranks.whole(updates.square().sum(2, keepdim=True))
-        moments.lerp_(squares / updates.shape[2], 1 - self.beta2)
+        moments.lerp_(unless(skip, squares / updates.shape[2], moments), 1 - self.beta2)
         scale = moments.clamp(min=1e-12).rsqrt()
         before, after = squares.sum(1, keepdim=True), (squares * scale.square()).sum(1, keepdim=True)
         scale = scale * (before / after.clamp(min=1e-12)).sqrt()
@@ -227,8 +242,9 @@ class AdamW:
         self.moments: dict[str, dict[str, Tensor]] = {}  # of each parameter that has had a gradient
 
     @torch.no_grad()
-    def step(self, learning_rate: float, decay: float = 1.0) -> None:
-        """One update, with ``decay`` times the weight decay."""
+    def step(self, learning_rate: float, decay: float = 1.0, skip: Tensor | None = None) -> None:
+        """One update, with ``decay`` times the weight decay; ``skip`` is as of ``Optimizer.step``."""
+        found_inf = None if skip is None else skip.float()  # if it is 1, the kernel writes nothing
         for (weight_decay, lr_multiplier), group in self.groups.items():
             named = [(name, parameter) for name, parameter in group if parameter.grad is not None]
             if not named:
@@ -237,11 +253,14 @@ class AdamW:
             moments = [self._moments_of(name, parameter) for name, parameter in named]
             steps = [each["step"] for each in moments]
             torch._foreach_add_(steps, 1)
+            if found_inf is not None:
+                torch._foreach_sub_(steps, [found_inf] * len(steps))  # a single tensor would be read by the CPU
             rate, cautious = learning_rate * lr_multiplier, self.cautious and weight_decay > 0
             if cautious:  # the update has the sign of the mean gradient
                 for (_, parameter), gradient, each in zip(named, gradients, moments, strict=True):
                     coming = each["exp_avg"].lerp(gradient, 1 - self.beta1)
-                    parameter.sub_(shrinking(parameter, coming), alpha=rate * decay * weight_decay)
+                    decayed = unless(skip, shrinking(parameter, coming), 0.0)
+                    parameter.sub_(decayed, alpha=rate * decay * weight_decay)
             torch._fused_adamw_(
                 [parameter for _, parameter in named],
                 gradients,
@@ -256,6 +275,7 @@ class AdamW:
                 eps=1e-8,
                 amsgrad=False,
                 maximize=False,
+                found_inf=found_inf,
             )
 
     def _moments_of(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -310,13 +330,16 @@ class Optimizer:
         limit = self.config.gradient_clip or float("inf")
         return self.ranks.whole(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
 
-    def step(self, factor: float, decay: float = 1.0, momentum: float | None = None) -> None:
+    def step(
+        self, factor: float, decay: float = 1.0, momentum: float | None = None, skip: Tensor | None = None
+    ) -> None:
         """Update the weights with ``factor`` times the peak learning rates and ``decay`` times the weight decay.
 
-        ``momentum`` is Muon's in this step; None: that of the settings.
+        ``momentum`` is Muon's in this step; None: that of the settings. If ``skip``, a bool on the device, is
+        true, weights and state stay as they are, bit for bit; the CPU need not know it.
         """
-        self.adamw.step(factor * self.config.learning_rate, decay)
-        self.muon.step(factor * self.config.muon_learning_rate, decay, momentum)
+        self.adamw.step(factor * self.config.learning_rate, decay, skip)
+        self.muon.step(factor * self.config.muon_learning_rate, decay, momentum, skip)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor to save, by name, as views of the live state."""

@@ -8,8 +8,12 @@ run that is killed and resumed escalates in the same way.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+
+import torch
+from torch import Tensor
 
 
 class Verdict(Enum):
@@ -57,8 +61,7 @@ class Ladder:
     def judge(self, loss: float, gradient_norm: float, threshold: float) -> Verdict:
         """Decide what to do with a step; ``threshold`` of a spike is in standard deviations (0: no step is a spike)."""
         finite = math.isfinite(loss) and math.isfinite(gradient_norm)
-        highest = self.mean + threshold * max(math.sqrt(self.variance), 1e-3 * abs(self.mean))
-        if finite and not (threshold > 0 and self.seen >= MEMORY and loss > highest):
+        if finite and loss <= self._highest(threshold):
             return self._good(loss)
         self.calm = 0
         self.bad += 1
@@ -74,6 +77,16 @@ class Ladder:
         self.recovering = RECOVERY
         self.rate /= 2
         return Verdict.LOWER
+
+    def limit(self, threshold: float) -> float:
+        """The highest finite loss of a next step that ``judge`` applies; infinity: any."""
+        return math.inf if self.recovering > 1 else self._highest(threshold)
+
+    def _highest(self, threshold: float) -> float:
+        """The highest loss that is no spike."""
+        if threshold <= 0 or self.seen < MEMORY:
+            return math.inf
+        return self.mean + threshold * max(math.sqrt(self.variance), 1e-3 * abs(self.mean))
 
     @property
     def in_trouble(self) -> bool:
@@ -100,3 +113,40 @@ class Ladder:
         self.rate /= 2
         self.roll_backs += 1
         return Verdict.ROLL_BACK if self.roll_backs <= ROLL_BACKS else Verdict.ABORT
+
+
+class Outcome:
+    """The losses and the gradient norm of a step, which a GPU may still be computing; reading them waits for it.
+
+    ``step`` is its number from 0, and ``shares`` are those of ``TrainModule.gradients``.
+    """
+
+    def __init__(
+        self, step: int, losses: Mapping[str, Tensor], shares: Mapping[str, float], gradient_norm: Tensor
+    ) -> None:
+        self.step, self.shares, self._names = step, shares, list(losses)
+        self._numbers = [*losses.values(), gradient_norm]
+        self._copied: torch.cuda.Event | None = None
+
+    def skip(self, limit: float) -> Tensor:
+        """Decide on the device, without waiting: true (bool, a scalar) if the step is to be skipped.
+
+        ``limit`` is ``Ladder.limit`` after all earlier steps. The numbers are those that ``Ladder.judge`` gets, in
+        float64 and added in the same order, so both decide alike. Their copies to the CPU are queued here: ``read``
+        then waits for them, and not for what is queued later.
+        """
+        numbers = torch.stack([number.detach().double() for number in self._numbers])
+        *losses, norm = numbers.unbind()
+        loss = sum(losses, start=torch.zeros_like(norm))
+        self._numbers = list(numbers.to("cpu", non_blocking=True).unbind())  # into pinned memory
+        if numbers.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return ~(loss.isfinite() & norm.isfinite() & (loss <= limit))
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """The losses by name, and the gradient norm."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        *losses, norm = map(float, self._numbers)
+        return dict(zip(self._names, losses, strict=True)), norm

@@ -25,7 +25,7 @@ from lm import kernels
 from lm.config.settings import Config, TrainingConfig
 from lm.data.prefetch import prefetch
 from lm.model.device import available_memory, is_out_of_memory, keep_freed_memory, peak_memory
-from lm.objectives.objective import restore
+from lm.objectives.objective import Objective, restore
 from lm.runs import checkpoint
 from lm.runs.checkpoint_writer import CheckpointWriter, load_trained, trained_tensors
 from lm.runs.directory import CHECKPOINTS, METRICS
@@ -36,7 +36,7 @@ from lm.training import trackers
 from lm.training.distributed import CPU, Ranks, joined
 from lm.training.optimizer import Optimizer, learning_rate_factor, momentum_at, weight_decay_factor
 from lm.training.reporter import NullReporter, Reporter
-from lm.training.stability import ROLL_BACKS, Ladder, Verdict
+from lm.training.stability import ROLL_BACKS, Ladder, Outcome, Verdict
 from lm.training.train_module import Batch, TrainModule
 from lm.training.weight_average import WeightAverage, is_averaged
 
@@ -118,6 +118,14 @@ def explain_out_of_memory() -> Iterator[None]:
         ) from None
 
 
+def decides_on_device(ranks: Ranks, objective: Objective | None) -> bool:
+    """Whether a GPU itself decides to skip a step, so that it need not wait for the CPU to read its loss.
+
+    Several processes have to agree first, and what an objective's memory does after a step is not undone by a skip.
+    """
+    return ranks.device.type == "cuda" and ranks.world == 1 and (objective is None or objective.memory is None)
+
+
 @dataclass
 class State:
     """What changes while a run trains, besides tensors; saved with every checkpoint."""
@@ -147,6 +155,7 @@ class Trainer(Generic[Batch]):
             ``_restore``. ``average`` is None without ``average_last``.
         log, stop, writer: open while the run trains; set by ``run``.
         gathered: what the writer takes of tensors, whole or in slices (``Ranks.gathered``, ``Ranks.slices``).
+        unread: the last step's outcome if the device has decided on it and the verdict is not known here yet.
         seconds: how long each step took since the last line of the log, without the time between the steps.
     """
 
@@ -162,6 +171,7 @@ class Trainer(Generic[Batch]):
     def __init__(self, module: TrainModule[Batch], path: Path, ranks: Ranks, reporter: Reporter) -> None:
         self.module, self.path, self.ranks, self.reporter = module, path, ranks, reporter
         self.folder, self.ended = path / CHECKPOINTS, False
+        self.unread: Outcome | None = None
         self.seconds: list[float] = []
 
     @property
@@ -247,33 +257,65 @@ class Trainer(Generic[Batch]):
                 began = time.perf_counter()
 
     def _step(self, batch: Batch) -> bool:
-        """One optimizer step; False: the run was rolled back instead."""
-        config, state = self.config, self.state
-        losses, shares = self.module.gradients(self.model, batch, state.step)
-        gradient_norm = self.optimizer.clip()
-        loss = sum(float(loss) for loss in losses.values())
-        verdict = state.ladder.judge(loss, float(gradient_norm), config.optimizer.spike_threshold)
-        if verdict in (Verdict.ROLL_BACK, Verdict.ABORT):
-            self._roll_back(verdict)
+        """One optimizer step; False: the run was rolled back instead.
+
+        Where the device decides, the verdict on a step is read when the passes of the next one are queued, or when
+        something is due after it: of the same numbers, and before the next update, so the run is the same.
+        """
+        state, objective = self.state, self.module.objective
+        outcome = Outcome(state.step, *self.module.gradients(self.model, batch, state.step), self.optimizer.clip())
+        if not self._settled():
             return False
-        if verdict is Verdict.APPLY:
-            position = (state.step, config.training.steps, config.optimizer)
-            decay, momentum = weight_decay_factor(*position), momentum_at(*position)
-            self.optimizer.step(self._rate(state.step), decay, momentum)
-            if self.module.objective is not None:
-                self.module.objective.after_step(self.model, state.step)
-            state.interval.add(losses, shares, gradient_norm)
+        if decides_on_device(self.ranks, objective):
+            self._update(outcome.skip(state.ladder.limit(self.config.optimizer.spike_threshold)))
+            self.unread = outcome
         else:
-            state.interval.skipped += 1
-            self._report(verdict, f"loss {loss:.3f}, gradient norm {float(gradient_norm):.3g}")
+            verdict = self._judge(outcome)
+            if verdict in (Verdict.ROLL_BACK, Verdict.ABORT):
+                return False
+            if verdict is Verdict.APPLY:
+                self._update()
         state.step += 1
         if self.average is not None:
-            training = config.training
-            due = is_averaged(state.step, training.steps, training.average_last)
+            due = is_averaged(state.step, self.config.training.steps, self.config.training.average_last)
             state.averaged = state.averaged + 1 if due else 0
             if due:
                 self.average.add(state.averaged)
-        return True
+        return not self._is_due() or self._settled()
+
+    def _update(self, skip: Tensor | None = None) -> None:
+        """Change the weights; ``skip`` as of ``Optimizer.step``."""
+        config, step = self.config, self.state.step
+        position = (step, config.training.steps, config.optimizer)
+        self.optimizer.step(self._rate(step), weight_decay_factor(*position), momentum_at(*position), skip)
+        if self.module.objective is not None:
+            self.module.objective.after_step(self.model, step)
+
+    def _settled(self) -> bool:
+        """Read the verdict on the last step, if it is unread; False: the run was rolled back."""
+        outcome, self.unread = self.unread, None
+        return outcome is None or self._judge(outcome) not in (Verdict.ROLL_BACK, Verdict.ABORT)
+
+    def _judge(self, outcome: Outcome) -> Verdict:
+        """Judge a step, count or report it, and roll back if that is the verdict."""
+        state = self.state
+        losses, gradient_norm = outcome.read()
+        loss = sum(losses.values())
+        verdict = state.ladder.judge(loss, gradient_norm, self.config.optimizer.spike_threshold)
+        if verdict in (Verdict.ROLL_BACK, Verdict.ABORT):
+            self._roll_back(verdict, outcome.step + 1)
+        elif verdict is Verdict.APPLY:
+            state.interval.add(losses, outcome.shares, gradient_norm)
+        else:
+            state.interval.skipped += 1
+            self._report(verdict, outcome.step + 1, f"loss {loss:.3f}, gradient norm {gradient_norm:.3g}")
+        return verdict
+
+    def _is_due(self) -> bool:
+        """Whether a line of the log, a validation, a checkpoint or the end comes after the last step."""
+        training, step = self.config.training, self.state.step
+        every = (training.log_every, training.validate_every, training.checkpoint_every)
+        return step == training.steps or any(step % number == 0 for number in every)
 
     def _after_step(self) -> bool:
         """What is due after a step: a line of the log, a validation, a checkpoint, an end; False as of ``_step``."""
@@ -288,11 +330,13 @@ class Trainer(Generic[Batch]):
             last = last or self.module.should_stop(self.state.best)
         # Read once, so that the report below matches what was saved; a signal to one rank stops all.
         stopping = self.ranks.highest(self.stop.received or 0)
+        if stopping and not self._settled():
+            return False
         due = (step % training.checkpoint_every == 0 or last) and not self.state.ladder.in_trouble
         wanted = due or best or last
         sound = bool(wanted or stopping) and self._is_finite()
         if wanted and not sound:
-            self._roll_back(self.state.ladder.roll_back())
+            self._roll_back(self.state.ladder.roll_back(), step + 1)
             return False
         if sound:
             self._save(scheduled=due)
@@ -368,9 +412,9 @@ class Trainer(Generic[Batch]):
             others=others,
         )
 
-    def _roll_back(self, verdict: Verdict) -> None:
+    def _roll_back(self, verdict: Verdict, reached: int) -> None:
         """Return to a checkpoint from before the trouble, to an earlier one each time; UserError if too often."""
-        ladder, reached = self.state.ladder, self.state.step + 1
+        ladder = self.state.ladder
         self.writer.wait()
         before = ladder.went_back_to if ladder.went_back_to >= 0 else None
         target = self.ranks.on_main(lambda: checkpoint.to_go_back_to(self.folder, self.reporter.note, before))
@@ -386,11 +430,11 @@ class Trainer(Generic[Batch]):
         if self.ranks.is_main:
             checkpoint.remove_after(self.folder, self.state.step)
         self.log.go_back(self.state.step)
-        self._report(verdict, f"the steps up to {reached:,} went wrong")
+        self._report(verdict, self.state.step + 1, f"the steps up to {reached:,} went wrong")
 
-    def _report(self, verdict: Verdict, why: str) -> None:
-        """Log trouble as an event of the current step."""
-        step, rate = self.state.step + 1, self.state.ladder.rate
+    def _report(self, verdict: Verdict, step: int, why: str) -> None:
+        """Log trouble as an event of a step, from 1."""
+        rate = self.state.ladder.rate
         words = {
             Verdict.SKIP: f"step {step:,} is skipped ({why})",
             Verdict.LOWER: f"step {step:,} is skipped too ({why}); training continues at {rate:g} of the planned "

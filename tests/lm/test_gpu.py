@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -27,9 +30,11 @@ from lm.kernels import linear_cross_entropy, masks
 from lm.model.transformer import Transformer
 from lm.runs import checkpoint
 from lm.runs.directory import Run
+from lm.training import pretraining, trainer
 from lm.training.distributed import Ranks
 from lm.training.optimizer import orthogonalize
 from lm.training.pretraining import Pretraining, train
+from lm.training.reporter import NullReporter
 from lm.training.validation import validate_readouts
 from tests.conftest import StopAt, loaded
 
@@ -272,3 +277,42 @@ def test_a_step_of_a_graph_in_bfloat16_has_the_logits_of_float32_but_for_roundin
     assert logits[1].dtype == torch.float32
     error = (logits[1] - logits[0]).norm() / logits[0].norm()
     assert error < 0.02
+
+
+def a_run_with_bad_steps(config: Config, path: Path, recorder, monkeypatch) -> Run:
+    honest = pretraining.step_gradients
+
+    def spoiled(objective, model, batch, config, step, ranks):
+        losses, shares = honest(objective, model, batch, config, step, ranks)
+        return {name: loss * (math.nan if step in (3, 8, 12) else 1.0) for name, loss in losses.items()}, shares
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pretraining, "step_gradients", spoiled)
+        return train(config, path, recorder)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_steps_that_the_gpu_skips_are_those_that_the_cpu_would_skip(optimizer, config, recorder, monkeypatch, tmp_path):
+    config = config.replace(steps=20, checkpoint_every=10, optimizer=optimizer)
+    late = a_run_with_bad_steps(config, tmp_path / "late", recorder, monkeypatch)
+    monkeypatch.setattr(trainer, "decides_on_device", lambda ranks, objective: False)
+    at_once = a_run_with_bad_steps(config, tmp_path / "at once", recorder, monkeypatch)
+    events = [[(line["step"], line["event"]) for line in run.metrics() if "event" in line] for run in (late, at_once)]
+    assert events == [[(4, "skip"), (9, "skip"), (13, "skip")]] * 2
+    for name, tensor in at_once.newest().model().items():
+        assert torch.equal(tensor, late.newest().model()[name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_cpu_does_not_wait_between_a_batch_and_the_update(optimizer, config, tmp_path):
+    module = Pretraining.open(config.replace(optimizer=optimizer), tmp_path, Ranks(GPU))
+    training = trainer.Trainer(module, tmp_path, module.ranks, NullReporter())
+    training._restore(None)
+    for step in range(3):  # the first ones compile the kernels
+        batch = module.batch(step)
+        training.unread = None
+        torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
+        try:
+            assert training._step(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

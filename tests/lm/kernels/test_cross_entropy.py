@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+import torch._dynamo  # before a test changes functions of torch, which it keeps a list of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -227,6 +230,24 @@ def test_the_operator_passes_opcheck(softcap):
     operator = torch.ops.kindling.linear_cross_entropy.default
     for needs in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(operator, (hidden, weight, targets, None, softcap, 0.1, *needs))
+
+
+@pytest.mark.parametrize("hidden_part", [0.0, 0.4, 1.0])
+def test_a_known_number_of_targets_changes_no_bit_and_asks_the_device_for_nothing(hidden_part, monkeypatch):
+    hidden, weight, targets = head_inputs(tokens=40, dtype=torch.float32)
+    targets[torch.rand(40) < hidden_part] = -100
+    predicted = int((targets >= 0).sum())
+    results = []
+    for number in (None, predicted):
+        loss = linear_cross_entropy(hidden, weight, targets, predicted=number)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know the meta device
+    with torch.no_grad():
+        inputs = [x.to("meta") for x in (hidden, weight, targets)]
+        cross_entropy.compute(*inputs, None, 2.0, 0.1, True, True, predicted)
+        with pytest.raises(NotImplementedError, match="nonzero"):
+            cross_entropy.compute(*inputs, None, 2.0, 0.1, True, True)
 
 
 def test_a_compiled_loss_has_no_graph_break_and_the_same_gradients():

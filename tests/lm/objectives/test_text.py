@@ -262,3 +262,14 @@ def test_the_vocabulary_is_all_an_objective_knows_of_the_tokenizer():
     batch = TextObjective(config, other).prepare(rows_of_windows(windows, other))
     assert (batch.inputs == 48).any()
     assert not (batch.targets == 49).any()
+
+
+def test_a_batch_that_leaves_the_cpu_takes_the_numbers_of_its_targets_along():
+    batch = batch_of(windows_of(6, 20), "hybrid")
+    first = batch.parts["next_token"]
+    counts = [int((part >= 0).sum()) for part in (batch.targets[:first], batch.targets[first:])]
+    moved = batch.to(torch.device("meta"))
+    assert list(moved.predicted.items()) == list(zip(batch.parts, counts, strict=True))
+    assert moved.rows(0, 2).predicted == batch.to(torch.device("cpu")).predicted == {}  # counted by the loss
+    micro_batch = batch.rows(0, first).to(torch.device("meta"))
+    assert list(micro_batch.predicted.values()) == [counts[0], 0]

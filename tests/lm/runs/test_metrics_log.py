@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-import torch
 
 from lm.runs.metrics_log import (
     Interval,
@@ -63,8 +62,8 @@ def test_followers_are_closed_when_the_run_fails(tmp_path):
 def test_each_objective_is_averaged_over_its_own_share_of_the_rows():
     interval = Interval()
     for masked in (0.25, 0.75):
-        losses = {"next_token": torch.tensor(4.0 * (1 - masked)), "masked_next_token": torch.tensor(2.0 * masked)}
-        interval.add(losses, {"next_token": 1 - masked, "masked_next_token": masked}, torch.tensor(1.0))
+        losses = {"next_token": 4.0 * (1 - masked), "masked_next_token": 2.0 * masked}
+        interval.add(losses, {"next_token": 1 - masked, "masked_next_token": masked}, 1.0)
     assert interval.means() == pytest.approx(
         {"loss": 3.0, "loss_next_token": 4.0, "loss_masked_next_token": 2.0, "gradient_norm": 1.0}
     )
@@ -121,8 +120,8 @@ def test_a_summary_has_the_last_place_median_speeds_and_the_most_memory():
 
 def test_an_interval_holds_means_over_its_steps():
     interval = Interval()
-    interval.add({"a": torch.tensor(1.0), "b": torch.tensor(4.0)}, {"a": 0.25, "b": 0.75}, torch.tensor(2.0))
-    interval.add({"a": torch.tensor(3.0)}, {"a": 1.0}, torch.tensor(4.0))
+    interval.add({"a": 1.0, "b": 4.0}, {"a": 0.25, "b": 0.75}, 2.0)
+    interval.add({"a": 3.0}, {"a": 1.0}, 4.0)
     assert interval.means() == pytest.approx({"loss": 4.0, "loss_a": 3.2, "loss_b": 4 / 0.75, "gradient_norm": 3.0})
     interval.skipped = 2
     assert interval.means()["skipped"] == 2

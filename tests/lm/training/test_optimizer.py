@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -349,6 +351,33 @@ def test_an_optimizer_restored_from_its_state_makes_the_same_next_steps(changes)
         assert torch.equal(a, b)
     assert optimizer.state().keys() == again.state().keys()
     assert all(torch.equal(optimizer.state()[name], again.state()[name]) for name in state)
+
+
+@pytest.mark.parametrize("changes", [{}, {"muon_beta2": 0.95, "cautious_weight_decay": True}, {"optimizer": "adamw"}])
+def test_a_skip_on_the_device_leaves_every_bit_and_its_absence_changes_none(changes):
+    models = tiny_model(), tiny_model()
+    usual, deciding = (Optimizer(model, OptimizerConfig(**changes)) for model in models)
+
+    def everything():
+        found = [
+            dict(model.named_parameters()) | each.state() for model, each in zip(models, (usual, deciding), strict=True)
+        ]
+        return [{name: tensor.clone() for name, tensor in each.items()} for each in found]
+
+    for step in range(4):
+        for model in models:
+            give_gradients(model, step)
+        usual.step(0.7, 1.0, 0.9)
+        deciding.step(0.7, 1.0, 0.9, torch.tensor(False))
+        ours, theirs = everything()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+        for number in (1.0, math.nan, math.inf):
+            give_gradients(models[1], 10 + step)
+            for parameter in models[1].parameters():
+                parameter.grad.mul_(number)
+            deciding.step(0.7, 1.0, 0.9, torch.tensor(True))
+        after = everything()[1]
+        assert all(torch.equal(theirs[name], after[name]) for name in theirs | after)
 
 
 @given(st.floats(0.01, 100))

@@ -13,7 +13,7 @@ from data_prep.errors import UserError
 from lm.runs import checkpoint
 from lm.runs.metrics_log import Best
 from lm.training import pretraining, trainer
-from lm.training.stability import CALM, FORGIVEN, MEMORY, RECOVERY, ROLL_BACKS, SKIPS, Ladder, Verdict
+from lm.training.stability import CALM, FORGIVEN, MEMORY, RECOVERY, ROLL_BACKS, SKIPS, Ladder, Outcome, Verdict
 from tests.conftest import StopAt
 
 
@@ -102,6 +102,24 @@ def test_a_ladder_restored_from_json_continues_unchanged(losses, cut):
             saved = Ladder(**json.loads(json.dumps(asdict(saved))))
         assert through.judge(loss, 1.0, 8.0) is saved.judge(loss, 1.0, 8.0)
     assert through == saved
+
+
+@given(st.lists(st.sampled_from([2.0, 2.05, 2.7, 50.0, math.nan, math.inf]), max_size=200), st.sampled_from([0.0, 8.0]))
+def test_the_device_skips_the_steps_that_are_not_applied_and_no_other(losses, threshold):
+    ladder = calm_ladder()
+    for step, loss in enumerate(losses):
+        parts = {"a": torch.tensor(loss - 1), "b": torch.tensor(1.0)}
+        outcome = Outcome(step, parts, {"a": 0.5, "b": 0.5}, torch.tensor(1.0))
+        skip = bool(outcome.skip(ladder.limit(threshold)))
+        found, norm = outcome.read()
+        assert found == pytest.approx({"a": loss - 1, "b": 1.0}, nan_ok=True)
+        verdict = ladder.judge(sum(found.values()), norm, threshold)
+        assert skip == (verdict is not Verdict.APPLY)
+
+
+def test_the_device_skips_a_step_with_a_gradient_that_is_not_finite():
+    for norm in (math.nan, math.inf):
+        assert bool(Outcome(0, {"a": torch.tensor(1.0)}, {"a": 1.0}, torch.tensor(norm)).skip(math.inf))
 
 
 def test_the_best_validation_is_kept_and_worse_ones_counted():
