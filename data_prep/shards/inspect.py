@@ -22,7 +22,7 @@ def inspect_dataset(dataset: Dataset, *, documents: int, seed: int) -> dict[str,
     token counts over the whole split, and bytes per token by source.
     """
     return {
-        "directory": str(dataset.directory),
+        "directory": dataset.location,
         "tokenizer": dataset.manifest["tokenizer"],
         "fingerprint": dataset.fingerprint,
         "splits": {name: _inspect_split(dataset, dataset.split(name), documents, seed) for name in SPLITS},
