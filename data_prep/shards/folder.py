@@ -47,7 +47,7 @@ class Folder(Protocol):
         """A file of this checksum on this machine. Raises UserError if there is none."""
 
     def parts(self, file: StoredFile) -> Iterator[bytes]:
-        """All bytes of a file, read anew. At the end, raises UserError if their checksum is another one."""
+        """All bytes of a file, read again. At the end, raises UserError if their checksum is another one."""
 
     def open(self, file: StoredFile, dtype: np.dtype[Any]) -> Numbers:
         """The numbers in a file."""

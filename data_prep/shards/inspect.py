@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.shards.tokens import SPLITS, Dataset, Split, token_counts
+from data_prep.shards.counts import token_counts
+from data_prep.shards.tokens import SPLITS, Dataset, Split
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 COMMON_TOKENS = 20

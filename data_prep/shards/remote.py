@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -121,7 +122,7 @@ class RemoteFolder:
         whole, digests = hashlib.sha256(), bytearray()
         for start in range(0, file.size, PART_BYTES):
             stop = min(start + PART_BYTES, file.size)
-            part = self._read(file, start, stop, lambda found, size=stop - start: _problem_of_length(found, size))
+            part = self._read(file, start, stop, partial(_problem_of_length, expected=stop - start))
             whole.update(part)
             for first in range(0, len(part), BLOCK_BYTES):
                 block = part[first : first + BLOCK_BYTES]
@@ -211,7 +212,7 @@ class RemoteFolder:
             raise UserError(f'"{self}/{file.name}" is missing: copy or build the whole dataset again') from None
 
     def _keep(self, digest: bytes, block: bytes, *, evict: bool) -> None:
-        """Put a block into the cache. If that fails, training goes on without."""
+        """Put a block into the cache. If that fails, training continues without."""
         try:
             self._cache.put(digest, block, evict=evict)
         except OSError as error:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -56,7 +56,6 @@ WORK = "work"
 ENDS_INSIDE = "ends_inside_documents"
 
 VERIFYING_THREADS = 4
-COUNTED_TOKENS = 1 << 22  # counted at a time
 MOST_OPEN_SHARDS = 4096  # Linux allows 65,530 maps per process
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
@@ -327,22 +326,6 @@ class Split:
 
     def _open(self, shard: int) -> Numbers:
         return self._folder.open(self.bin_file(self.records[shard]), self._dtype)
-
-
-class TokenStream(Protocol):
-    """Tokens that can be read like a ``Split``."""
-
-    tokens: int
-
-    def read(self, start: int, stop: int) -> np.ndarray: ...
-
-
-def token_counts(split: TokenStream, vocab_size: int) -> np.ndarray:
-    """Count how often each token occurs: int64, shape ``(vocab_size,)``. Reads the split block by block."""
-    counts = np.zeros(vocab_size, np.int64)
-    for start in range(0, split.tokens, COUNTED_TOKENS):
-        counts += np.bincount(split.read(start, min(start + COUNTED_TOKENS, split.tokens)), minlength=vocab_size)
-    return counts
 
 
 class Dataset:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import StoreError, UserError
-from data_prep.shards.tokens import Dataset, token_counts
+from data_prep.shards.counts import token_counts
+from data_prep.shards.tokens import Dataset
 from lm.config.settings import Config
 from lm.data.corpora import Corpora, open_corpora
 from lm.data.examples import Example
