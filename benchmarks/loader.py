@@ -23,6 +23,7 @@ import torch
 
 import data_prep
 from benchmarks.side_by_side import in_turn
+from data_prep.shards.folder import LocalFolder
 from data_prep.shards.manifest import split_totals
 from data_prep.shards.tokens import (
     MANIFEST,
@@ -146,7 +147,9 @@ class Lengths(Split):
 
     def __init__(self, lengths: np.ndarray) -> None:
         record = ShardRecord("train-00000", 0, int(lengths.sum()), len(lengths), 0, 0, "", "", "", "")
-        super().__init__(Path(), "train", np.dtype("<u2"), split_totals([record]), [{"name": "", "weight": 1.0}])
+        super().__init__(
+            LocalFolder(Path()), "train", np.dtype("<u2"), split_totals([record]), [{"name": "", "weight": 1.0}]
+        )
         self._lengths = lengths
 
     def shard_lengths(self, record: ShardRecord) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Files that are either complete or absent: written under a temporary name, flushed to disk, renamed.
 
-What differs between operating systems on disk is here: locks, flushing, and renaming what another program has open.
+What differs between operating systems on disk is here: locks, flushing, renaming what another program has open, and the
+folder for caches. A location with "://" in it is no path but a URL.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,11 +20,40 @@ from typing import IO, Any
 
 from data_prep.errors import UserError
 
+URL = "://"
 LOCK = ".lock"  # in a directory that has one writer at a time
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system says that has none
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 WINDOWS = os.name == "nt"
 SHARING_SECONDS = 2.0
+
+
+def is_remote(location: str | Path) -> bool:
+    """Return whether a location is a URL."""
+    return isinstance(location, str) and URL in location
+
+
+def problem_of_url(url: str) -> str:
+    """What is wrong with a URL as the name of a folder, in one sentence that repeats no secret; "" if nothing is."""
+    scheme, _, rest = url.partition(URL)
+    server = rest.partition("/")[0]
+    if "@" in server:
+        return (
+            f'"{scheme}://…@{server.rpartition("@")[2]}" has a user name or password in it, which the run directory '
+            "would show: leave it out, and set the credentials in the environment"
+        )
+    if "?" in rest or "#" in rest:
+        return f'"{scheme}://{server}/…" must name a folder: leave out what follows "?" or "#"'
+    return ""
+
+
+def user_cache() -> Path:
+    """The folder of this user for what can be downloaded again."""
+    if WINDOWS:
+        usual = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    else:
+        usual = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(usual)) / "kindling"  # noqa: PTH111 (Path.expanduser fails without a home)
 
 
 def sync_file(path: Path) -> None:
@@ -109,6 +140,20 @@ def only_writer_of(lock: Path, refusal: str) -> Iterator[None]:
             with suppress(OSError):  # before the release, or it might be another's; Windows removes it by itself
                 lock.unlink()
             held.release()
+
+
+@contextmanager
+def in_turn(lock: Path) -> Iterator[None]:
+    """Hold the lock file ``lock``, after waiting for other threads and processes; no lock where there can be none."""
+    from filelock import FileLock  # here, because --help should be quick
+
+    held = FileLock(lock, thread_local=False, fallback_to_soft=False)
+    with suppress(OSError):
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def names_in(directory: Path) -> set[str]:

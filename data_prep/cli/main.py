@@ -16,6 +16,7 @@ from data_prep.cli.tables import print_table
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command, example_recipe
 from data_prep.errors.wording import counted
+from data_prep.files import is_remote
 from data_prep.settings import (
     DEFAULT_SHARD_TOKENS,
     BuildSettings,
@@ -32,6 +33,11 @@ SKIPPED_STATUS = 3
 EMPTY = "empty document"  # the only skipped input that does not matter
 EXPORTED = ("nanogpt", "llmc", "datatrove", "olmo")
 IMPORTED = (*EXPORTED, "megatron")
+
+
+def folder_or_url(text: str) -> Path | str:
+    """The type of an argument that names a dataset."""
+    return text if is_remote(text) else Path(text)
 
 
 @click.group(
@@ -241,7 +247,7 @@ def visual_tokens(images: Path, out: Path, patch_size: int, as_json: bool, **set
 
 
 @main.command()
-@click.argument("directory", type=DIRECTORY)
+@click.argument("directory", type=folder_or_url)
 @click.option("--documents", type=click.IntRange(min=0), help="Documents to show per split.  [default: 3]")
 @click.option("--pictures", type=click.IntRange(min=0), help="Images to show of each class.  [default: 12]")
 @click.option(
@@ -251,7 +257,7 @@ def visual_tokens(images: Path, out: Path, patch_size: int, as_json: bool, **set
 @click.option("--page", "--html", type=DIRECTORY, help="Write a page to this .html file instead; - for stdout.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
-    directory: Path,
+    directory: Path | str,
     documents: int | None,
     pictures: int | None,
     seed: int,
@@ -330,9 +336,9 @@ def tokenizer(name: str, sources: tuple[str, ...], most_bytes: int, as_json: boo
 
 
 @main.command()
-@click.argument("directory", type=DIRECTORY)
+@click.argument("directory", type=folder_or_url)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(directory: Path, as_json: bool) -> None:
+def verify(directory: Path | str, as_json: bool) -> None:
     """Read a whole dataset and check it against its checksums."""
     from data_prep.progress import ConsoleReporter
     from data_prep.shards.images import holds_images, open_images

@@ -10,3 +10,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class StoreError(UserError):
+    """A store on the network could not be read; what it holds may still be there, so no data is gone."""

@@ -342,6 +342,16 @@ class ImageDataset:
         self.classes: tuple[str, ...] = tuple(manifest["classes"])
         self._splits = {name: ImageSplit(directory, name, manifest, form) for name in SPLITS}
 
+    @property
+    def location(self) -> str:
+        """The path of its folder."""
+        return str(self.directory)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether it need not be verified again: any program may have changed it since."""
+        return False
+
     def split(self, name: str) -> ImageSplit:
         """Return the split ``train`` or ``validation``; an empty split has no images."""
         if name not in self._splits:

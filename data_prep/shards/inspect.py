@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.shards.tokens import SPLITS, Dataset, Split, token_counts
+from data_prep.shards.counts import token_counts
+from data_prep.shards.tokens import SPLITS, Dataset, Split
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 COMMON_TOKENS = 20
@@ -22,7 +23,7 @@ def inspect_dataset(dataset: Dataset, *, documents: int, seed: int) -> dict[str,
     token counts over the whole split, and bytes per token by source.
     """
     return {
-        "directory": str(dataset.directory),
+        "directory": dataset.location,
         "tokenizer": dataset.manifest["tokenizer"],
         "fingerprint": dataset.fingerprint,
         "splits": {name: _inspect_split(dataset, dataset.split(name), documents, seed) for name in SPLITS},

@@ -15,7 +15,6 @@ and so on. A document is always within one shard. A file gets its name only when
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from array import array
 from bisect import bisect_right
@@ -26,18 +25,22 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command, text_and_out
-from data_prep.files import atomic_file, parse_json, sha256_of_file
+from data_prep.files import atomic_file, is_remote, parse_json
 from data_prep.settings import DEFAULT_SHARD_TOKENS
+from data_prep.shards.folder import Folder, LocalFolder, Numbers, StoredFile
 from data_prep.shards.writing import PartWriter
 from data_prep.tokenizers.load import load_tokenizer
 from data_prep.tokenizers.loss import NO_LOSS, Loss, counted_bytes
 from data_prep.tokenizers.tokenizer import Tokenizer, token_dtype
+
+if TYPE_CHECKING:
+    from data_prep.shards.remote import Access
 
 FORMAT_NAME = "kindling-shards"
 FORMAT_VERSION = 2
@@ -53,9 +56,7 @@ WORK = "work"
 ENDS_INSIDE = "ends_inside_documents"
 
 VERIFYING_THREADS = 4
-COUNTED_TOKENS = 1 << 22  # counted at a time
 MOST_OPEN_SHARDS = 4096  # Linux allows 65,530 maps per process
-READING = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows changes line ends without it
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
@@ -221,12 +222,13 @@ class SourceSpan:
 class Split:
     """One split of a dataset, read as one stream of tokens across its shards.
 
-    Shards are memory-mapped on first use, and at most ``MOST_OPEN_SHARDS`` stay mapped. Reading is thread-safe.
+    Shards are opened on first use, those on this machine as memory maps, and at most ``MOST_OPEN_SHARDS`` stay open.
+    Reading is thread-safe.
     """
 
     def __init__(
         self,
-        directory: Path,
+        folder: Folder,
         name: str,
         dtype: np.dtype[Any],
         totals: dict[str, Any],
@@ -240,11 +242,12 @@ class Split:
         #: Bytes of text that are not in the tokens; 0 if an earlier version did not count them.
         self.lost_bytes: int = totals.get("lost_bytes") or 0
         self.records = [ShardRecord(**record) for record in totals["shards"]]
-        self._directory = directory
+        self.is_remote = folder.is_remote
+        self._folder = folder
         self._dtype = dtype
         self._sources = sources
         self._ends = list(accumulate(record.tokens for record in self.records))
-        self._tokens_of = lru_cache(maxsize=MOST_OPEN_SHARDS)(self._map)
+        self._tokens_of = lru_cache(maxsize=MOST_OPEN_SHARDS)(self._open)
 
     @property
     def counted_bytes(self) -> int:
@@ -282,13 +285,24 @@ class Split:
             out[filled : filled + len(part)] = part
             filled += len(part)
 
+    def announce(self, start: int, stop: int) -> None:
+        """Say that tokens ``[start, stop)`` are going to be read: from a store, they are fetched meanwhile."""
+        size = self._dtype.itemsize
+        for shard, first, last in self._spans(start, stop):
+            self._folder.announce(self.bin_file(self.records[shard]), first * size, last * size)
+
     def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """Yield the same tokens as read-only views of their shards."""
+        for shard, first, last in self._spans(start, stop):
+            yield self._tokens_of(shard)[first:last]
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield which tokens, ``[first, last)``, of which shards these are."""
         shard = bisect_right(self._ends, start)
         while start < stop:
             shard_start = self._ends[shard] - self.records[shard].tokens
             shard_stop = min(stop, self._ends[shard])
-            yield self._tokens_of(shard)[start - shard_start : shard_stop - shard_start]
+            yield shard, start - shard_start, shard_stop - shard_start
             start = shard_stop
             shard += 1
 
@@ -299,36 +313,26 @@ class Split:
 
     def shard_lengths(self, record: ShardRecord) -> np.ndarray:
         """Return ``document_lengths`` for one shard."""
-        path = self._directory / f"{record.name}.idx"
-        return np.fromfile(path, dtype="<i4", count=record.documents, offset=IDX_HEADER.size)
+        content = self._folder.open(self.idx_file(record), np.dtype(np.uint8))
+        return np.array(content[IDX_HEADER.size : IDX_HEADER.size + 4 * record.documents]).view("<i4")
 
-    def _map(self, shard: int) -> np.ndarray:
-        path = self._directory / f"{self.records[shard].name}.bin"
-        # A plain array around the map: slicing np.memmap itself takes microseconds each time.
-        return np.asarray(np.memmap(path, dtype=self._dtype, mode="r"))
+    def bin_file(self, record: ShardRecord) -> StoredFile:
+        """The file of a shard's tokens."""
+        return StoredFile(f"{record.name}.bin", record.tokens * self._dtype.itemsize, record.bin_sha256)
 
+    def idx_file(self, record: ShardRecord) -> StoredFile:
+        """The file that says where a shard's documents begin."""
+        return StoredFile(f"{record.name}.idx", index_size(record.documents), record.idx_sha256)
 
-class TokenStream(Protocol):
-    """Tokens that can be read like a ``Split``."""
-
-    tokens: int
-
-    def read(self, start: int, stop: int) -> np.ndarray: ...
-
-
-def token_counts(split: TokenStream, vocab_size: int) -> np.ndarray:
-    """Count how often each token occurs: int64, shape ``(vocab_size,)``. Reads the split block by block."""
-    counts = np.zeros(vocab_size, np.int64)
-    for start in range(0, split.tokens, COUNTED_TOKENS):
-        counts += np.bincount(split.read(start, min(start + COUNTED_TOKENS, split.tokens)), minlength=vocab_size)
-    return counts
+    def _open(self, shard: int) -> Numbers:
+        return self._folder.open(self.bin_file(self.records[shard]), self._dtype)
 
 
 class Dataset:
     """A finished dataset, checked when it was opened. Use ``open_dataset`` to get one."""
 
-    def __init__(self, directory: Path, manifest: dict[str, Any], fingerprint: str) -> None:
-        self.directory = directory
+    def __init__(self, folder: Folder, manifest: dict[str, Any], fingerprint: str) -> None:
+        self.folder = folder
         self.manifest = manifest
         #: SHA-256 of manifest.json. The manifest has the checksum of every file, so this identifies all content.
         self.fingerprint = fingerprint
@@ -336,13 +340,26 @@ class Dataset:
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._code = MEGATRON_CODES[self._dtype.name]
         self._splits = {
-            name: Split(directory, name, self._dtype, manifest["splits"][name], manifest["sources"]) for name in SPLITS
+            name: Split(folder, name, self._dtype, manifest["splits"][name], manifest["sources"]) for name in SPLITS
         }
+
+    @property
+    def location(self) -> str:
+        """The path or URL of its folder."""
+        return str(self.folder)
+
+    @property
+    def directory(self) -> Path:
+        """Its folder on this machine. Raises UserError if it is elsewhere."""
+        if not isinstance(self.folder, LocalFolder):
+            raise UserError(f'this needs a dataset on this machine: copy "{self.location}" to a folder')
+        return self.folder.path
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that produced the tokens."""
-        return load_tokenizer(self.directory / TOKENIZER_FILE)
+        entry = self.manifest["tokenizer"]
+        return load_tokenizer(self.folder.copy_of(entry["file"], entry["sha256"]))
 
     def split(self, name: str) -> Split:
         """Return the split ``train`` or ``validation``; an empty split has no tokens."""
@@ -353,35 +370,19 @@ class Dataset:
     def check_files(self) -> None:
         """Raise ``UserError`` unless every file exists with the right size and header. Reads no tokens."""
         for made_by in ("tokenizer", "visual_tokenizer"):
-            entry = self.manifest.get(made_by)
-            if entry and not (
-                (path := self.directory / entry["file"]).is_file() and sha256_of_file(path) == entry["sha256"]
-            ):
-                raise UserError(
-                    f'"{path}" is missing or not the tokenizer that produced these tokens: build the dataset again'
-                )
-        with os.scandir(self.directory) as entries:
-            sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        for split in self._splits.values():
-            for record in split.records:
-                self._check_size(sizes, f"{record.name}.bin", record.tokens * self._dtype.itemsize)
-                self._check_size(sizes, f"{record.name}.idx", index_size(record.documents))
-                self._check_header(record)
+            if entry := self.manifest.get(made_by):
+                self.folder.copy_of(entry["file"], entry["sha256"])
+        shards = [(split, record) for split in self._splits.values() for record in split.records]
+        self.folder.check_sizes([of(record) for split, record in shards for of in (split.bin_file, split.idx_file)])
+        for split, record in shards:
+            counts = (record.documents, record.documents + 1)
+            header = IDX_HEADER.pack(IDX_MAGIC, IDX_VERSION, self._code, *counts)
+            self.folder.check_header(split.idx_file(record).name, header)
 
-    def _check_size(self, sizes: dict[str, int], name: str, expected: int) -> None:
-        path = f"{self.directory}/{name}"
-        if name not in sizes:
-            raise UserError(f'"{path}" is missing: copy or build the whole dataset again')
-        if sizes[name] != expected:
-            raise UserError(f'"{path}" has {sizes[name]:,} bytes instead of {expected:,}: copy or build it again')
-
-    def _check_header(self, record: ShardRecord) -> None:
-        path = f"{self.directory}/{record.name}.idx"
-        descriptor = os.open(path, READING)  # a Path and a file object take three times as long
-        header = os.read(descriptor, IDX_HEADER.size)
-        os.close(descriptor)
-        if header != IDX_HEADER.pack(IDX_MAGIC, IDX_VERSION, self._code, record.documents, record.documents + 1):
-            raise UserError(f'"{path}" does not match the manifest: build the dataset again')
+    @property
+    def is_verified(self) -> bool:
+        """Whether everything that can still be read is known to be right, because it was verified before."""
+        return self.folder.is_verified(self.fingerprint)
 
     def verify(self, on_file: Callable[[str, int], None] = lambda name, size: None) -> None:
         """Read everything, and raise ``UserError`` at the first file that has changed since the build.
@@ -394,44 +395,60 @@ class Dataset:
         with ThreadPoolExecutor(VERIFYING_THREADS) as threads:  # hashing releases the interpreter lock
             checks = [threads.submit(self._verify_shard, split, record) for split, record in shards]
             try:
-                for (_, record), check in zip(shards, checks, strict=True):
+                for (split, record), check in zip(shards, checks, strict=True):
                     inside += check.result()
-                    on_file(f"{record.name}.bin", record.tokens * self._dtype.itemsize)
-                    on_file(f"{record.name}.idx", index_size(record.documents))
+                    for file in (split.bin_file(record), split.idx_file(record)):
+                        on_file(file.name, file.size)
             finally:
                 threads.shutdown(cancel_futures=True)
         # Earlier imports did not count them.
         settings = self.manifest["settings"]
         if inside != settings.get(ENDS_INSIDE, inside if "converted_from" in settings else 0):
             raise UserError(
-                f'"{self.directory}" has {inside:,} end-of-text tokens inside documents, where the text spells the '
+                f'"{self.location}" has {inside:,} end-of-text tokens inside documents, where the text spells the '
                 "token: build the dataset again, or train on it as it is with --verify-data false"
             )
+        self.folder.set_verified(self.fingerprint)
 
     def _verify_shard(self, split: Split, record: ShardRecord) -> int:
         """Check one shard, and return how many end-of-text tokens are inside its documents."""
-        for suffix, expected in ((".bin", record.bin_sha256), (".idx", record.idx_sha256)):
-            path = self.directory / (record.name + suffix)
-            if sha256_of_file(path) != expected:
-                raise UserError(f'"{path}" is damaged: its checksum differs from the one in {MANIFEST}')
-        lengths = split.shard_lengths(record)
-        index = (self.directory / f"{record.name}.idx").read_bytes()
-        if int(lengths.sum()) != record.tokens or index != index_bytes(lengths, self._dtype):
-            raise UserError(f'"{self.directory / record.name}.idx" is inconsistent: build the dataset again')
-        tokens = np.memmap(self.directory / f"{record.name}.bin", dtype=self._dtype, mode="r")
-        ends, end_of_text = np.cumsum(lengths, dtype=np.int64) - 1, self.manifest["tokenizer"]["end_of_text_id"]
-        if int(tokens.max()) >= self.vocab_size or np.any(tokens[ends] != end_of_text):
-            raise UserError(f'"{self.directory / record.name}.bin" contains tokens that its tokenizer cannot produce')
-        blocks = (tokens[start : start + COUNTED_TOKENS] for start in range(0, record.tokens, COUNTED_TOKENS))
-        return sum(int(np.count_nonzero(block == end_of_text)) for block in blocks) - record.documents
+        bin_file, idx_file = split.bin_file(record), split.idx_file(record)
+        index = b"".join(self.folder.parts(idx_file))
+        lengths = np.frombuffer(index, "<i4", record.documents, IDX_HEADER.size)
+        sizes_fit = int(lengths.sum()) == record.tokens and bool((lengths > 0).all())
+        if not sizes_fit or index != index_bytes(lengths, self._dtype):
+            raise UserError(f'"{self.location}/{idx_file.name}" is inconsistent: build the dataset again')
+        end_of_text, largest, found, at_ends, start = self.manifest["tokenizer"]["end_of_text_id"], 0, 0, 0, 0
+        ends = np.cumsum(lengths, dtype=np.int64) - 1
+        for part in self.folder.parts(bin_file):  # at its end, the checksum has been compared
+            is_end = (tokens := np.frombuffer(part, self._dtype)) == end_of_text
+            first, last = np.searchsorted(ends, (start, start + len(tokens)))
+            largest = max(largest, int(tokens.max()))
+            found += int(np.count_nonzero(is_end))
+            at_ends += int(np.count_nonzero(is_end[ends[first:last] - start]))
+            start += len(tokens)
+        if largest >= self.vocab_size or at_ends != record.documents:
+            raise UserError(f'"{self.location}/{bin_file.name}" contains tokens that its tokenizer cannot produce')
+        return found - record.documents
 
 
-def open_dataset(directory: str | Path) -> Dataset:
+def open_dataset(location: str | Path, access: Access | None = None) -> Dataset:
     """Open a finished dataset. Only sizes and headers are checked, so this is fast for datasets of any size.
 
-    Raises ``UserError`` if the directory is not a finished dataset, or if a file is missing or has the wrong size.
+    Args:
+        location: its folder, or a URL.
+        access: how a URL is read; None: with the defaults.
+
+    Raises:
+        UserError: it is not a finished dataset, or a file is missing or has the wrong size. Of a URL also as of
+            ``RemoteFolder``.
     """
-    directory = Path(directory)
+    if is_remote(location):
+        from data_prep.shards.remote import Access, RemoteFolder  # rarely needed
+
+        store = RemoteFolder(str(location), access or Access())
+        return _checked(store, store.manifest(MANIFEST))
+    directory = Path(location)
     if directory.is_file():
         made = f"{command('prep build')} {text_and_out(directory)}"
         raise UserError(f'"{directory}" is a file, not a Kindling dataset; make one with: {made}')
@@ -445,18 +462,25 @@ def open_dataset(directory: str | Path) -> Dataset:
             f'"{directory}" is not a Kindling dataset (it has no {MANIFEST}); '
             f"make one with: {command('prep build')} {text_and_out(directory)}"
         )
-    content = path.read_bytes()
-    dataset = _parse_manifest(directory, content)
+    return _checked(LocalFolder(directory), path.read_bytes())
+
+
+def _checked(folder: Folder, content: bytes) -> Dataset:
+    """The dataset with this manifest, after a look at its files."""
+    dataset = _parse_manifest(folder, content)
     dataset.check_files()
     return dataset
 
 
-def _parse_manifest(directory: Path, content: bytes) -> Dataset:
-    path = directory / MANIFEST
+def _parse_manifest(folder: Folder, content: bytes) -> Dataset:
+    path = f"{folder}/{MANIFEST}"
     try:
         manifest = parse_json(content)
         if manifest["format"] == IMAGES_FORMAT:
-            raise UserError(f'"{directory}" is a dataset of images, not of text')
+            here = (
+                ", which are read from this machine only: copy it to a folder" if folder.is_remote else ", not of text"
+            )
+            raise UserError(f'"{folder}" is a dataset of images{here}')
         if manifest["format"] != FORMAT_NAME:
             raise ValueError
         version = manifest["version"]
@@ -464,6 +488,6 @@ def _parse_manifest(directory: Path, content: bytes) -> Dataset:
             raise UserError(
                 f'"{path}" has version {version}, but this program reads version {FORMAT_VERSION}: build it again'
             )
-        return Dataset(directory, manifest, hashlib.sha256(content).hexdigest())
+        return Dataset(folder, manifest, hashlib.sha256(content).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'"{path}" is damaged or not a manifest of {FORMAT_NAME}: build the dataset again') from None

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from data_prep.errors import UserError
+from data_prep.files import is_remote
 from data_prep.sources.archives import ARCHIVES, list_archive, read_member
 from data_prep.sources.decoding import MOST_BYTES, TOO_LARGE, UNREADABLE, BadImage, decode, decode_noting
 from data_prep.sources.documents import one_line
@@ -33,7 +34,6 @@ from data_prep.sources.storage import (
     broken_links,
     is_folder,
     is_glob,
-    is_remote,
     last_name,
     linked_folders,
     list_folder,

@@ -18,6 +18,7 @@ from typing import IO, Any, TypeVar
 
 from data_prep.errors import UserError
 from data_prep.errors.wording import counted
+from data_prep.files import is_remote
 from data_prep.settings import ReadSettings
 from data_prep.sources.documents import CorpusPart, FileRange, ReadReport, Source, one_line
 from data_prep.sources.formats import (
@@ -40,7 +41,6 @@ from data_prep.sources.storage import (
     UnreadableError,
     is_folder,
     is_glob,
-    is_remote,
     last_name,
     linked_folders,
     list_folder,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.errors import UserError
+from data_prep.files import is_remote
 from data_prep.settings import ReadSettings
 from data_prep.sources.builtin_corpus import builtin_documents
 from data_prep.sources.documents import (
@@ -48,7 +49,6 @@ from data_prep.sources.storage import (
     Stream,
     UnreadableError,
     is_glob,
-    is_remote,
     last_name,
     open_raw,
     open_stream,

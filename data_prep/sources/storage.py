@@ -16,22 +16,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.errors import UserError
+from data_prep.files import URL, is_remote
 from data_prep.sources.documents import one_line
 from data_prep.sources.formats import FIRST_BLOCK_BYTES, packing_of
 
 BLOCK_BYTES = 1 << 20
 ZSTD_INPUT_BYTES = 1 << 12  # expands to at most 128 MiB
-URL = "://"
 MAGIC = ("*", "?", "[")
 
 
 class UnreadableError(Exception):
     """A file that cannot be opened; the message follows the file's name."""
-
-
-def is_remote(location: str) -> bool:
-    """Return whether a location is a URL."""
-    return URL in location
 
 
 def is_glob(location: str) -> bool:
@@ -83,7 +78,7 @@ def size_of(path: str) -> int | None:
     if not is_remote(path):
         return Path(path).stat().st_size
     with read_errors(path):
-        filesystem, inner = _filesystem(path)
+        filesystem, inner = filesystem_of(path)
         size = filesystem.size(inner)
         return None if size is None else int(size)
 
@@ -93,7 +88,7 @@ def is_folder(location: str) -> bool:
     if not is_remote(location):
         return Path(location).is_dir()
     with read_errors(location):
-        filesystem, path = _filesystem(location)
+        filesystem, path = filesystem_of(location)
         return bool(filesystem.isdir(path))
 
 
@@ -145,7 +140,7 @@ def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 def _list_remote(location: str, find: Callable[[Any, str], dict[str, dict[str, Any]]]) -> list[tuple[str, int]]:
     root = root_of_glob(location) if is_glob(location) else location.rstrip("/")
     with read_errors(location):
-        filesystem, path = _filesystem(location)
+        filesystem, path = filesystem_of(location)
         above = len(filesystem._strip_protocol(root).rstrip("/")) + 1
         sizes = {
             name[above:]: entry["size"] for name, entry in find(filesystem, path).items() if entry["type"] == "file"
@@ -155,7 +150,7 @@ def _list_remote(location: str, find: Callable[[Any, str], dict[str, dict[str, A
     return [(root + ("" if root.endswith("/") else "/") + name, sizes[name] or 0) for name in shown]
 
 
-def _filesystem(location: str) -> tuple[Any, str]:
+def filesystem_of(location: str) -> tuple[Any, str]:
     import fsspec  # rarely needed
 
     return fsspec.core.url_to_fs(location)
@@ -244,7 +239,7 @@ def open_raw(path: str) -> Iterator[IO[bytes]]:
     """Open a file without decompression, seekable if possible. Raises ``UnreadableError`` if it cannot be opened."""
     if is_remote(path):
         with read_errors(path):
-            filesystem, inner = _filesystem(path)
+            filesystem, inner = filesystem_of(path)
             try:
                 remote = filesystem.open(inner, "rb")
             except PermissionError as error:

@@ -202,7 +202,7 @@ def _check_inputs(
 
     config = run_config(run)
     if data:
-        open_training_data((data,))
+        open_training_data((data,), config.data.access)
     if config.reads_images:
         return
     (require_text_model if similarity else require_language_model)(run, config)

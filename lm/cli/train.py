@@ -91,7 +91,7 @@ def train(
         if before is None and (config.data.data or not plan_only):  # a run finds its own data, also after a move
             from lm.data.datasets import open_training_data, settled
 
-            settled(config, open_training_data(config.data.data))
+            settled(config, open_training_data(config.data.data, config.data.access))
     except UserError:
         if is_one_of_several():  # every process finds the same mistake, and one reports it
             from lm.training.distributed import leave_unless_first

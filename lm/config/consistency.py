@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lm.config.corpus_entry import corpus_of
+from lm.config.corpus_entry import problem_of_entry
 from lm.config.finetune_settings import IMAGE_TASKS, TASKS, FinetuneConfig
 from lm.config.model_settings import ModelConfig
 from lm.config.objective_settings import IMAGE_OBJECTIVES, OBJECTIVES, TEXT_VIEW_OBJECTIVES
@@ -63,8 +63,8 @@ def inconsistencies(config: Config) -> Iterator[str]:
             f"{config.training.checkpoint_every}: there are no checkpoints at those steps"
         )
     for text in data.data:
-        if corpus_of(text)[1] <= 0:
-            yield f'data: the weight of "{text}" must be above 0'
+        if problem := problem_of_entry(text):
+            yield f"data: {problem}"
     for text in config.report.fills:
         if problem := problem_of_fill(text):
             yield f"fills: {problem}"

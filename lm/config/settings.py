@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.files import write_atomically
 from lm.config.finetune_settings import HEAD_TASKS, IMAGE_METHODS, METHODS, FinetuneConfig
@@ -19,6 +19,9 @@ from lm.config.objective_settings import IMAGE_OBJECTIVES, OBJECTIVES, Objective
 from lm.config.optimizer_settings import OptimizerConfig
 from lm.config.setting import Setting, setting
 from lm.config.view_settings import ViewsConfig
+
+if TYPE_CHECKING:
+    from data_prep.shards.remote import Access
 
 # The kinds of files that ``kindling predict`` and ``kindling embed`` write.
 ANSWER_FILES, VECTOR_FILES = (".jsonl", ".csv", ".tsv"), (".jsonl", ".npy")
@@ -30,8 +33,8 @@ class DataConfig:
 
     data: tuple[str, ...] = setting(
         (),
-        "folders of token shards, made by kindling prep build; with several, FOLDER@WEIGHT sets a folder's "
-        "share of the rows (weight 1 if omitted)",
+        "folders of token shards, made by kindling prep build, or URLs of such folders (s3://, https://); with "
+        "several, FOLDER@WEIGHT sets a folder's share of the rows (weight 1 if omitted)",
         on_resume="free",
     )
     packing: str = setting(
@@ -59,6 +62,32 @@ class DataConfig:
         on_resume="free",
     )
     verify_data: bool = setting(True, "check all data against its checksums before the first step", on_resume="free")
+    data_cache: str = setting(
+        "",
+        "folder that keeps blocks of data read from URLs; runs and processes may share it; empty: kindling/data in the "
+        "user's folder for caches",
+        on_resume="free",
+    )
+    data_cache_gb: float = setting(
+        10.0, "size in GB (10^9 bytes) up to which that folder grows", minimum=0.02, maximum=10**6, on_resume="free"
+    )
+    data_timeout: float = setting(
+        60.0, "seconds after which a request for data at a URL has failed", minimum=1, maximum=3600, on_resume="free"
+    )
+    data_retries: int = setting(
+        10,
+        "attempts after such a failure, 1, 2, 4, ... and at most 60 seconds apart, before the run ends",
+        minimum=0,
+        maximum=10**6,
+        on_resume="free",
+    )
+
+    @property
+    def access(self) -> Access:
+        """How data at URLs is read."""
+        from data_prep.shards.remote import Access  # here, because --help should be quick
+
+        return Access(self.data_cache, round(self.data_cache_gb * 10**9), self.data_retries, self.data_timeout)
 
     @property
     def batch_rows(self) -> int:

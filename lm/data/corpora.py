@@ -11,19 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
-from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.errors.command_names import command
+from data_prep.files import is_remote
 from data_prep.shards.images import ImageDataset
 from data_prep.shards.tokens import Dataset, Split, open_dataset
 from data_prep.tokenizers.loss import counted_bytes
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.config.corpus_entry import corpus_of
+from lm.config.corpus_entry import corpus_of, is_folder
 from lm.config.settings import Config
+
+if TYPE_CHECKING:
+    from data_prep.shards.remote import Access
 
 Kind = TypeVar("Kind", Dataset, ImageDataset)
 
@@ -50,6 +53,12 @@ class JoinedSplit:
         self.text_bytes = sum(part.text_bytes for part in parts)
         self.lost_bytes = sum(part.lost_bytes for part in parts)
         self.counted_bytes = counted_bytes(self.text_bytes, self.lost_bytes)
+        self.is_remote = any(part.is_remote for part in parts)
+
+    def announce(self, start: int, stop: int) -> None:
+        """As of a ``Split``."""
+        for part, first, last in self._pieces(start, stop):
+            part.announce(first, last)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens ``start`` to ``stop`` (exclusive) of the stream, shape ``(stop - start,)``."""
@@ -81,7 +90,7 @@ class Datasets(Generic[Kind]):
 
     @property
     def name(self) -> str:
-        return " + ".join(str(dataset.directory) for dataset in self.datasets)
+        return " + ".join(dataset.location for dataset in self.datasets)
 
     @property
     def fingerprint(self) -> str:
@@ -93,9 +102,13 @@ class Datasets(Generic[Kind]):
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Read everything; raise a UserError at the first file that has changed since the build."""
+        """Read everything; raise a UserError at the first file that has changed since the build.
+
+        Blocks of data at a URL are checked whenever they are read, so that one time is enough.
+        """
         for dataset in self.datasets:
-            dataset.verify()
+            if not dataset.is_verified:
+                dataset.verify()
 
 
 class Corpora(Datasets[Dataset]):
@@ -107,8 +120,8 @@ class Corpora(Datasets[Dataset]):
         for other in datasets[1:]:
             if other.manifest["tokenizer"]["sha256"] != first.manifest["tokenizer"]["sha256"]:
                 raise UserError(
-                    f"{other.directory} was made with another tokenizer than {first.directory}: "
-                    f"prepare it with --tokenizer {first.directory}/tokenizer.json"
+                    f"{other.location} was made with another tokenizer than {first.location}: "
+                    f"prepare it with --tokenizer {first.location}/tokenizer.json"
                 )
         self.tokenizer: Tokenizer = first.tokenizer
         self.vocab_size = first.vocab_size
@@ -129,31 +142,32 @@ class Corpora(Datasets[Dataset]):
         for dataset, weight in zip(self.datasets, self.weights, strict=True):
             split, spans = dataset.split("train"), dataset.split("train").source_spans
             if len({span.weight for span in spans}) <= 1:
-                texts.append(Text(str(dataset.directory), weight, split, 0, split.tokens))
+                texts.append(Text(dataset.location, weight, split, 0, split.tokens))
                 continue
             shares = [Fraction(str(span.weight)) for span in spans]
             for span, share in zip(spans, shares, strict=True):
-                name = f"{span.name} in {dataset.directory}"
+                name = f"{span.name} in {dataset.location}"
                 texts.append(Text(name, weight * share / sum(shares), split, span.start, span.stop))
         return texts
 
 
-def open_corpora(data: Sequence[str]) -> Corpora:
+def open_corpora(data: Sequence[str], access: Access | None = None) -> Corpora:
     """Open the datasets of the setting ``data``, reading sizes and headers only.
 
-    Raise UserError if no dataset is named, or one is missing, incomplete or made with another tokenizer.
+    ``access`` says how data at URLs is read (None: with the defaults). Raise UserError if no dataset is named, or one
+    is missing, incomplete or made with another tokenizer.
     """
     if not any(data):
         raise UserError(f"no data: name a folder of token shards with --data ({command('prep build')} makes one)")
     paths, weights = check_entries(data)
-    return Corpora([open_dataset(Path(path)) for path in paths], weights)
+    return Corpora([open_dataset(path, access) for path in paths], weights)
 
 
 def check_entries(data: Sequence[str]) -> tuple[list[str], list[Fraction]]:
     """The folders and the weights of ``PATH`` or ``PATH@WEIGHT``. UserError if an entry can be read in two ways."""
     paths, weights = zip(*(corpus_of(text) for text in data), strict=True)
     for path, text in zip(paths, data, strict=True):
-        if path != text and not Path(path).is_dir():
+        if path != text and not is_remote(path) and not is_folder(path):
             weight = text.removeprefix(path)
             raise UserError(f'there is no folder "{text}", nor "{path}", with {weight} taken as its weight')
     return list(paths), list(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from data_prep.errors import UserError
 from data_prep.shards.images import holds_images
@@ -11,15 +12,18 @@ from lm.data.corpora import Corpora, check_entries, open_corpora, with_vocabular
 from lm.data.image_corpora import ImageCorpora, open_image_corpora, with_images
 from lm.data.visual_codes import with_codes
 
+if TYPE_CHECKING:
+    from data_prep.shards.remote import Access
 
-def open_training_data(data: Sequence[str]) -> Corpora | ImageCorpora:
-    """Open the datasets of the setting ``data``, reading sizes and headers only.
+
+def open_training_data(data: Sequence[str], access: Access | None = None) -> Corpora | ImageCorpora:
+    """Open the datasets of the setting ``data``, reading sizes and headers only; ``access`` as of ``open_corpora``.
 
     Raises:
         UserError: no dataset is named, one is missing or incomplete, or they do not belong together.
     """
     if not any(data):
-        return open_corpora(data)  # which explains it
+        return open_corpora(data, access)  # which explains it
     paths, weights = check_entries(data)
     of_images = [holds_images(path) for path in paths]
     if all(of_images):
@@ -27,7 +31,7 @@ def open_training_data(data: Sequence[str]) -> Corpora | ImageCorpora:
     if any(of_images):
         text, images = paths[of_images.index(False)], paths[of_images.index(True)]
         raise UserError(f"{images} has images, and {text} has text: a run learns from one kind")
-    return open_corpora(data)
+    return open_corpora(data, access)
 
 
 def settled(config: Config, corpora: Corpora | ImageCorpora, before: Config | None = None) -> Config:

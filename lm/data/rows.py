@@ -7,6 +7,7 @@ or whole documents, packed once (``lm.data.packing``); ``lm.data.order`` says wh
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,6 +38,16 @@ class Ring:
 
     def __init__(self, split: Split | JoinedSplit, start: int, stop: int) -> None:
         self._split, self._start, self.tokens = split, start, stop - start
+        self.is_remote = split.is_remote
+
+    def announce(self, position: int, count: int) -> None:
+        """Say that ``count`` tokens from ``position`` on are going to be read (``Split.announce``)."""
+        if not self.is_remote:
+            return
+        position %= self.tokens
+        first = min(count, self.tokens - position)
+        self._split.announce(self._start + position, self._start + position + first)
+        self._split.announce(self._start, self._start + min(count - first, self.tokens))
 
     def read_into(self, position: int, out: NDArray[np.int64]) -> None:
         """Fill ``out`` with the tokens from ``position`` on, which may be negative or beyond the end."""
@@ -72,6 +83,8 @@ class Windows:
     def read(found: list[tuple[Windows, int]], vocabulary: Vocabulary) -> Rows:
         """The rows that begin at these positions of these corpora."""
         windows = np.empty((len(found), found[0][0].context_length + 1), dtype=np.int64)
+        for text, place in found:
+            text.ring.announce(place - 1, windows.shape[1])
         for window, (text, place) in zip(windows, found, strict=True):
             text.ring.read_into(place - 1, window)
         return rows_of_windows(windows, vocabulary)
@@ -107,6 +120,12 @@ class Documents:
         """Number in the plan of these rows of an epoch: their own."""
         return rows
 
+    def fragments(self, place: int) -> Iterator[tuple[int, int]]:
+        """First token in the ring, and number of tokens, of each fragment of a row of the plan."""
+        first, last = self.plan.first[place : place + 2].tolist()
+        starts = (self.plan.starts[first:last] - self._start).tolist()
+        return zip(starts, self.plan.lengths[first:last].tolist(), strict=True)
+
     @staticmethod
     def read(found: list[tuple[Documents, int]], vocabulary: Vocabulary) -> Rows:
         """These rows of these plans; positions that no document fills hold end-of-text tokens."""
@@ -115,14 +134,14 @@ class Documents:
         inputs, targets = np.empty((2, *shape), dtype=np.int64)
         starts, lengths = np.zeros(shape, dtype=bool), np.empty(len(found), dtype=np.int64)
         fragment = np.empty(context_length + 1, dtype=np.int64)
+        for text, place in found:
+            for position, length in text.fragments(place) if text.ring.is_remote else ():
+                text.ring.announce(position - 1, length + 1)
         for row, (text, place) in enumerate(found):
-            first, last = text.plan.first[place : place + 2].tolist()
-            begin, plan = 0, text.plan
-            for position, length in zip(
-                plan.starts[first:last].tolist(), plan.lengths[first:last].tolist(), strict=True
-            ):
+            begin = 0
+            for position, length in text.fragments(place):
                 end = begin + length
-                text.ring.read_into(position - text._start - 1, fragment[: length + 1])
+                text.ring.read_into(position - 1, fragment[: length + 1])
                 inputs[row, begin:end] = fragment[:length]
                 targets[row, begin:end] = fragment[1 : length + 1]
                 starts[row, begin] = True
@@ -195,6 +214,8 @@ class ValidationRows:
         """The windows ``numbers``: int64 (rows, context_length + 1), and how many of each one's targets are text."""
         starts = numbers * self.context_length
         windows = np.empty((len(numbers), self.context_length + 1), dtype=np.int64)
+        for start in starts.tolist():
+            self._ring.announce(start - 1, windows.shape[1])
         for window, start in zip(windows, starts.tolist(), strict=True):
             self._ring.read_into(start - 1, window)
         return windows, np.minimum(self.split.tokens - starts, self.context_length)

@@ -10,8 +10,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import UserError
-from data_prep.shards.tokens import Dataset, token_counts
+from data_prep.errors import StoreError, UserError
+from data_prep.shards.counts import token_counts
+from data_prep.shards.tokens import Dataset
 from lm.config.settings import Config
 from lm.data.corpora import Corpora, open_corpora
 from lm.data.examples import Example
@@ -60,9 +61,14 @@ def baseline_losses(
 
 
 def unigram_costs(config: Config, progress: Progress) -> NDArray[np.float64] | None:
-    """Return ``token_costs`` of a run's training text; None, reported to ``progress``, if its data is gone."""
+    """Return ``token_costs`` of a run's training text; None, reported to ``progress``, if its data is gone.
+
+    Raises StoreError if it is in a store that cannot be read.
+    """
     try:
-        corpora = open_corpora(config.data.data)
+        corpora = open_corpora(config.data.data, config.data.access)
+    except StoreError:
+        raise
     except UserError as missing:
         progress(f"no unigram baseline: {missing}")
         return None

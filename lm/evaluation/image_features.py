@@ -138,7 +138,7 @@ class _NoClassesError(UserError):
 
 
 def _corpora(run: Run, data: str) -> ImageCorpora:
-    corpora = open_training_data((data,)) if data else open_data(run)
+    corpora = open_training_data((data,), run.config.data.access) if data else open_data(run)
     if not isinstance(corpora, ImageCorpora):
         raise UserError(f"{corpora.name} holds text, and {run.path} reads images")
     for dataset in corpora.datasets:

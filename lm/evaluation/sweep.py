@@ -85,7 +85,7 @@ def check(plan: Plan) -> str:
 
     def check_one(config: Config) -> None:
         if config.data.data not in opened:
-            opened[config.data.data] = open_training_data(config.data.data)
+            opened[config.data.data] = open_training_data(config.data.data, config.data.access)
         checked.append(_checked(config, opened[config.data.data], checked))
 
     plan.of_all(check_one, plan.configs())
@@ -273,7 +273,7 @@ class Sweep:
         """The hash of the content of each dataset."""
         swept = next((axis.values for axis in self.plan.axes if axis.name == "data"), None)
         named = swept or [list(self.common.data.data)]
-        return {" ".join(data): open_training_data(data).fingerprint for data in named}
+        return {" ".join(data): open_training_data(data, self.common.data.access).fingerprint for data in named}
 
     def _save(self) -> None:
         content = {

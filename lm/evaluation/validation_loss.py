@@ -33,7 +33,7 @@ def evaluate(run: Run, data: str = "", checkpoint: Checkpoint | None = None) -> 
     measurement in words; the other keys say what was evaluated, and on what. Raise UserError if the data is missing,
     was made with another tokenizer, or has no validation text.
     """
-    dataset = open_corpora((data,)) if data else open_text(run)
+    dataset = open_corpora((data,), run.config.data.access) if data else open_text(run)
     validation = dataset.split("validation")
     if dataset.tokenizer.sha256 != run.tokenizer.sha256:
         raise UserError(

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import UserError
+from data_prep.errors import StoreError, UserError
+from data_prep.files import is_remote
 from data_prep.shards.images import holds_images
-from lm.config.corpus_entry import corpus_of
+from lm.config.corpus_entry import corpus_of, is_folder
 from lm.config.finetune_settings import FinetuneConfig
 from lm.data.corpora import Corpora
 from lm.data.datasets import open_training_data
@@ -34,9 +35,10 @@ def open_data(run: Run) -> Corpora | ImageCorpora:
     """
     found = located(run)
     try:
-        return open_training_data(found.config.data.data)
+        return open_training_data(found.config.data.data, found.config.data.access)
     except UserError:
-        missing = [path for entry in found.config.data.data if not Path(path := corpus_of(entry)[0]).is_dir()]
+        paths = [corpus_of(entry)[0] for entry in found.config.data.data]
+        missing = [path for path in paths if not is_remote(path) and not is_folder(path)]
         if not missing:
             raise
         trained, here = _state(run).get(WORKING_DIRECTORY), str(Path.cwd())
@@ -57,9 +59,15 @@ def open_text(run: Run) -> Corpora:
 
 
 def openings_of(run: Run) -> list[Opening]:
-    """The openings of some validation documents; none if the data is gone or has no validation text."""
+    """The openings of some validation documents; none if the data is gone or has no validation text.
+
+    Raises:
+        StoreError: the data is in a store that cannot be read.
+    """
     try:
         corpora = open_data(run)
+    except StoreError:
+        raise
     except UserError:
         return []
     if isinstance(corpora, ImageCorpora):
@@ -125,11 +133,11 @@ def located(run: Run) -> Run:
     which moved along with its data. Elsewhere than in the working directory it must hold exactly what was trained on.
     """
     entries = run.config.data.data
-    if all(Path(entry).is_absolute() for entry in entries):
+    if all(is_remote(entry) or Path(entry).is_absolute() for entry in entries):
         return run
     state = _state(run)
     for place in _places(run, state) if state else ():
-        there = tuple(str(Path(place, entry)) for entry in entries)
+        there = tuple(entry if is_remote(entry) else str(Path(place, entry)) for entry in entries)
         if _holds_the_data(run, state, there):
             return replace(run, config=run.config.replace(data=there))
     return run
@@ -151,7 +159,9 @@ def _state(run: Run) -> dict[str, Any]:
 def _holds_the_data(run: Run, state: dict[str, Any], entries: Sequence[str]) -> bool:
     """Whether these are the datasets of the run: by their content, or after fine-tuning by their tokenizer."""
     try:
-        corpora = open_training_data(entries)
+        corpora = open_training_data(entries, run.config.data.access)
+    except StoreError:
+        raise
     except UserError:
         return False
     if state.get("data_fingerprint") and not run.config.is_finetuning:

@@ -407,7 +407,7 @@ def plan_run(config: Config, before: Config | None = None) -> Plan:
         batch = objective.prepare(rows)
         data, epochs = "unspecified data", None
     else:
-        corpora = open_training_data(config.data.data)
+        corpora = open_training_data(config.data.data, config.data.access)
         config = settled(config, corpora)
         batches = TrainingBatches(corpora, config)
         objective, batch = batches.objective, batches.batch(0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_prep.errors import UserError
+from data_prep.errors import StoreError, UserError
 from lm.config.recipes import load_config
 from lm.config.settings import Config
 from lm.data.corpora import Corpora
@@ -63,7 +63,9 @@ class Pretraining(TrainModule[Any]):
         if config.training.compile and ranks.world > 1:
             raise UserError("several processes train without compiling: leave out --compile")
         try:
-            corpora = open_training_data(config.data.data)
+            corpora = open_training_data(config.data.data, config.data.access)
+        except StoreError:
+            raise
         except UserError:
             if not any(config.data.data) or not (path / "config.toml").is_file():
                 raise

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from click.testing import Result
 
-from data_prep.shards import tokens
+from data_prep.shards import counts as counting
+from data_prep.shards.counts import token_counts
 from data_prep.shards.inspect import SHOWN_TOKENS, UNUSED_SHOWN
-from data_prep.shards.tokens import Dataset, open_dataset, token_counts
+from data_prep.shards.tokens import Dataset, open_dataset
 
 Prep = Callable[..., Result]
 DOCUMENTS = [f"document {n} " + "word " * n for n in range(60)]
@@ -77,7 +78,7 @@ def test_the_histogram_counts_each_document_in_its_power_of_two(prep: Prep, data
 def test_tokens_are_counted_over_the_whole_split_whatever_the_block(
     dataset: Dataset, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "COUNTED_TOKENS", block)
+    monkeypatch.setattr(counting, "COUNTED_TOKENS", block)
     split = dataset.split("validation")
     counts = token_counts(split, dataset.vocab_size)
     expected = Counter(split.read(0, split.tokens).tolist())

@@ -68,7 +68,8 @@ def test_head_sizes_and_counts_have_their_usual_values_unless_set():
 
 # What a run of version 0.1 could be resumed with.
 FREE = """steps log_every validate_every validation_rows checkpoint_every keep_checkpoints keep_every device precision
-    compile threads parallel micro_batch_rows prompts fills data verify_data trackers train validation epochs
+    compile threads parallel micro_batch_rows prompts fills data verify_data data_cache
+    data_cache_gb data_timeout data_retries trackers train validation epochs
     fsdp_reshard sharded_checkpoints validations_per_epoch patience micro_batch_tokens
     diffusion_passes"""
 NEVER = """num_layers hidden_size num_heads num_key_value_heads head_size feed_forward_size activation qk_norm

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
-from data_prep.shards.tokens import token_counts
+from data_prep.shards.counts import token_counts
 from lm.config.consistency import inconsistencies
 from lm.config.corpus_entry import corpus_of
 from lm.config.settings import Config

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from data_prep.shards import tokens
-from data_prep.shards.tokens import open_dataset, token_counts
+from data_prep.shards import counts as counting
+from data_prep.shards.counts import token_counts
+from data_prep.shards.tokens import open_dataset
 from lm.evaluation import baselines
 from lm.evaluation.baselines import compressed_bytes, compressor_bits, dataset_baselines
 from lm.evaluation.validation_loss import evaluate, verdict
@@ -76,7 +77,7 @@ def test_the_bz2_baseline_is_the_compressed_text(dataset, at_once, monkeypatch):
 
 @pytest.mark.parametrize("at_once", [1 << 22, 37])
 def test_token_counts_count_every_token(dataset, at_once, monkeypatch):
-    monkeypatch.setattr(tokens, "COUNTED_TOKENS", at_once)
+    monkeypatch.setattr(counting, "COUNTED_TOKENS", at_once)
     split = dataset.split("train")
     counts = token_counts(split, 400)
     assert dict(enumerate(counts.tolist())) == dict.fromkeys(range(400), 0) | Counter(
