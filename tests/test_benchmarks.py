@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import passes, vs_nanogpt, vs_peers
+from benchmarks import passes, vs_nanogpt
 from benchmarks.vs_nanogpt import Curve, Point
-from lm.config.settings import Config
-from lm.data.corpora import open_corpora
 from tests.conftest import sentences
 
 # What the benchmark uses of nanoGPT's model.py.
@@ -67,63 +65,6 @@ def test_both_sides_learn_the_same_text_and_their_clocks_run_from_step_to_step(t
         assert 0 < points[0].cpu_seconds < points[1].cpu_seconds
         assert points[1].loss < points[0].loss < 6
     assert "kindling" in vs_nanogpt.summary([Curve("nanoGPT", 0, peer), Curve("kindling", 0, ours)], 1.9)
-
-
-def test_a_peers_weights_in_a_run_have_the_loss_that_its_own_class_has(make_dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    documents = [{"text": sentences(30, number)} for number in range(12)]
-    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, documents)), encoding="utf-8")
-    make_dataset(tmp_path / "text.jsonl", tmp_path / "data", vocab_size=400)
-    corpora = open_corpora((str(tmp_path / "data"),))
-    assert len(corpora.split("validation").document_lengths()) == 1  # the peers' own classes see across documents
-    shape = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "context_length": 32, "batch_tokens": 128}
-    config = Config().replace(**shape)
-    for peer, difference in (("llama", 1e-4), ("eurobert", 0.01)):  # other tokens are hidden together
-        folder = tmp_path / peer
-        folder.mkdir()
-        model = vs_peers.template(peer, corpora, config, folder)
-        clock = vs_peers.train_peer(model, peer, corpora, config, 0.01, seed=0, steps=3)
-        assert clock.times == sorted(clock.times) and len(clock.times) == 4
-        run = vs_peers.with_weights(folder / "run", peer, corpora, config, model.state_dict())
-        bits, _ = vs_peers.measured(run, None, str(tmp_path / "data"))
-        split = corpora.split("validation")
-        tokens = split.read(0, split.tokens).astype(np.int64)
-        if peer == "eurobert":
-            theirs = vs_peers.masked_bits(model, corpora, config)
-        else:
-            model.eval()
-            nats = vs_nanogpt.whole_split_loss(lambda x, model=model: model(x).logits, tokens, 32) * len(tokens)
-            theirs = nats / math.log(2) / split.counted_bytes
-        assert list(bits.values()) == pytest.approx([theirs], rel=difference)
-
-
-def test_masked_inputs_are_those_of_the_usual_collator():
-    tokens, draw = torch.randint(10, 1000, (200, 100)), torch.Generator().manual_seed(0)
-    inputs, labels = vs_peers.masked(tokens, 5, 1000, draw)
-    predicted = labels != -100
-    assert torch.equal(labels[predicted], tokens[predicted]) and torch.equal(inputs[~predicted], tokens[~predicted])
-    hidden, same = inputs[predicted] == 5, inputs[predicted] == tokens[predicted]
-    shares = [float(each.float().mean()) for each in (predicted, hidden, same)]
-    assert shares == pytest.approx([0.3, 0.8, 0.1], abs=0.02)
-
-
-def test_the_peers_rate_rises_and_falls_in_straight_lines():
-    rates = [vs_peers.learning_rate(step, 100, 1.0) for step in range(100)]
-    assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
-    assert np.diff(rates[5:]) == pytest.approx([-1 / 95] * 94)
-
-
-def test_blocks_are_all_seen_once_in_each_epoch():
-    config = Config().replace(context_length=8, batch_tokens=24)
-    batches = vs_peers.blocks(np.arange(8 * 9 + 5), config, seed=0)
-    first, second = (torch.cat([next(batches) for _ in range(3)])[:, 0] for _ in range(2))
-    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(0, 72, 8))
-    assert first.tolist() != second.tolist()
-
-
-def test_the_steps_follow_from_the_median_of_the_timed_ones():
-    times = [0.0, 9.0, 18.0, 27.0, *(27.0 + 2.0 * i for i in range(1, 9))]
-    assert vs_peers.steps_within(100.0, lambda steps: times) == 50
 
 
 def test_passes_are_measured_once_drawn_and_resumed(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,59 @@
+"""Kindling's own training, by the recipe."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.peer import Peer
+from lm.runs.directory import open_run
+from lm.training.pretraining import train
+from lm.training.reporter import NullReporter
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class StepTimes(NullReporter):
+    """CPU seconds of this process at the end of each step, from ``begin`` on."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def begin(self, done: int, total: int) -> None:
+        self.times = [time.process_time()]
+
+    def step(self, step: int) -> None:
+        self.times.append(time.process_time())
+
+
+class Kindling(Peer):
+    """The recipe with its objective; ``rate`` is a factor on its learning rates."""
+
+    objective = ""  # that of the recipe
+    rates = (1.0,)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        found = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+        return {"commit": found.stdout.strip() or "unknown"}
+
+    def train(self, rate: float, seed: int, steps: int) -> tuple[Any, list[float]]:
+        optimizer, times = self.config.optimizer, StepTimes()
+        rates = {name: getattr(optimizer, name) * rate for name in ("learning_rate", "muon_learning_rate")}
+        rare = {"validate_every": steps, "checkpoint_every": steps, "log_every": 1}
+        config = self.config.replace(steps=steps, seed=seed, **rare, **(rates if rate != 1 else {}))
+        with tempfile.TemporaryDirectory() as folder:
+            train(config, Path(folder) / "run", times)
+            return open_run(Path(folder) / "run").load_model(torch.device("cpu")), times.times
+
+    def states(self, model: Any, tokens: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+        raise NotImplementedError("evaluation reads this model directly")
+
+    def logits(self, model: Any, states: Tensor) -> Tensor:
+        raise NotImplementedError("evaluation reads this model directly")
