@@ -105,7 +105,7 @@ def load_file(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"peer_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    _run(file, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+    _run(file, lambda: spec.loader.exec_module(module))
     return module
 
 

@@ -53,7 +53,7 @@ class PeerModel(Transformer):
     def logits(self, hidden: Tensor) -> Tensor:
         return self.peer.logits(self.model, hidden)[..., : self.config.vocab_size].float()
 
-    def loss(self, hidden: Tensor, targets: Tensor, loss_weights: Tensor) -> Tensor:
-        predicted = targets >= 0
-        nats = F.cross_entropy(self.logits(hidden[predicted]), targets[predicted], reduction="none")
-        return (nats * loss_weights[predicted]).sum()
+    def loss(self, hidden: Tensor, targets: Tensor, loss_weights: Tensor, predicted: int | None = None) -> Tensor:
+        there = targets >= 0
+        nats = F.cross_entropy(self.logits(hidden[there]), targets[there], reduction="none")
+        return (nats * loss_weights[there]).sum()
