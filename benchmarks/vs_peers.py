@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,14 @@ PEERS: dict[str, type[Peer]] = {
     "nanochat": nanochat.Nanochat,
 }
 UNTIMED, TIMED = 3, 8  # steps
-QUICK = {"cpu_seconds": 3.0, "tune_seconds": 1.0, "seeds": 1, "most_pairs": 2}
+QUICK: dict[str, Any] = {
+    "cpu_seconds": 3.0,
+    "tune_seconds": 1.0,
+    "seeds": 1,
+    "most_pairs": 2,
+    "validation_rows": 2,
+    "shape": {"batch_tokens": 512},
+}
 
 
 def steps_within(
@@ -93,7 +101,7 @@ class Contest:
         import transformers
 
         kind = PEERS[options.peer]
-        given = {"data": [str(options.data)], "device": "cpu", "threads": options.threads}
+        given = {"data": [str(options.data)], "device": "cpu", "threads": options.threads, **options.shape}
         objective = options.objective or kind.objective
         config = load_config(find_recipe(options.recipe), given | ({"objective": objective} if objective else {}))
         corpora = open_corpora((str(options.data),))
@@ -134,7 +142,7 @@ class Contest:
         model, times = peer.train(rate, seed, steps)
         model.eval()
         readable = model if isinstance(model, Transformer) else PeerModel(peer, model, self.config)
-        bits = validate_readouts(readable, peer.corpora, self.config, rows=0, every_token=True)
+        bits = validate_readouts(readable, peer.corpora, self.config, rows=options.validation_rows, every_token=True)
         result = Result(
             asked, peer.parameters(model), steps, sum(peer.tokens_of_step(step, steps) for step in range(steps)),
             times[-1] - times[0], {name: loss["bits_per_byte"] for name, loss in bits.items()}, tuning=tuning,
@@ -166,6 +174,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--quick", action="store_true", help="seconds for everything: shows that it runs")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="print the results in a folder, and train nothing")
+    parser.set_defaults(validation_rows=0, shape={})
     options = parser.parse_args()
     if options.table:
         print(table(options.table))

@@ -77,7 +77,7 @@ class GptBert(Peer):
             optimizer, int(steps * WARMUP), int(steps * COOLDOWN), steps, LEAST_RATE
         )
         with tempfile.TemporaryDirectory() as folder:
-            batches = self._batches(Path(folder), seed, steps)
+            batches = self._batches(self._datasets(Path(folder), steps), seed, steps)
             clock = Clock()
             for tokens, unseen, targets, masked in batches:
                 found = model(tokens, unseen, targets, num_masked=masked, ratio=self.masked_share)
@@ -97,24 +97,31 @@ class GptBert(Peer):
         ]
         return self.module("lamb").Lamb(groups, rate, betas=BETAS, eps=EPSILON)
 
-    def _batches(self, folder: Path, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-        """Inputs (T, rows), what is not seen (rows, T, T), targets (T, rows) and how many rows are masked."""
+    def _datasets(self, folder: Path, steps: int) -> dict[int, list[Any]]:
+        """The masked and the causal rows of each length."""
         dataset, tokenizer = self.module("dataset"), self.corpora.processor
         names = {"<mask>": tokenizer.mask_id, "<s>": tokenizer.end_of_text_id, "<pad>": tokenizer.padding_id}
         stand_in = SimpleNamespace(token_to_id=names.__getitem__)
         special = max(names.values()) + 1
         settings = SimpleNamespace(n_special_tokens=special, vocab_size=self.vocab_size, max_steps=steps, **MASKING)
         torch.save([torch.from_numpy(document) for document in self.documents()], folder / "tokens.bin")
-        length, kinds, draw = 0, (dataset.MaskedDataset, dataset.CausalDataset), torch.Generator().manual_seed(seed)
+        lengths = {self.rows_of_step(step, steps)[1] for step in range(steps)}
+        kinds = (dataset.MaskedDataset, dataset.CausalDataset)
+        return {n: [kind(folder / "tokens.bin", stand_in, settings, n, None, None) for kind in kinds] for n in lengths}
+
+    def _batches(
+        self, sets: dict[int, list[Any]], seed: int, steps: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+        """Inputs (T, rows), what is not seen (rows, T, T), targets (T, rows) and how many rows are masked."""
+        length, draw = 0, torch.Generator().manual_seed(seed)
         for step in range(steps):
             rows, wanted = self.rows_of_step(step, steps)
             if wanted != length:
                 length = wanted
-                sets = [kind(folder / "tokens.bin", stand_in, settings, length, None, None) for kind in kinds]
                 orders: list[list[int]] = [[], []]
             masked = min(rows - 1, max(1, round(rows * self.masked_share)))
             found = []
-            for own, order, count in zip(sets, orders, (masked, rows - masked), strict=True):
+            for own, order, count in zip(sets[length], orders, (masked, rows - masked), strict=True):
                 own.set_global_step(step)
                 while len(order) < count:
                     order += torch.randperm(len(own), generator=draw).tolist()
