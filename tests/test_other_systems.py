@@ -41,7 +41,7 @@ GUARDED = {
     ("data_prep/pipeline/workers.py", "signal.SIG_SETMASK"),
 }
 # Triton has wheels for Linux only.
-NEED_TRITON = {"attention_triton", "cross_entropy_triton", "decoding_triton", "rotary_triton"}
+NEED_TRITON = {"attention_triton", "cross_entropy_triton", "decoding_step_triton", "decoding_triton", "rotary_triton"}
 
 # A process in which our code, but no package, misses all this, and in which files.py and device.py see no Linux.
 WINDOWS = """

@@ -19,7 +19,6 @@ from data_prep.errors import UserError
 from data_prep.errors.wording import counted
 from data_prep.files import rename, require_new_file
 from lm.cli.options import checkpoint_option, compile_option, device_option, json_option, run_argument, sampling_options
-from lm.config.recipes import run_config
 from lm.config.sampling import ORDERS, Sampling, problem_of_fill, problem_of_infill, recommended
 
 if TYPE_CHECKING:
@@ -139,6 +138,8 @@ def sample(
     ]
     if problems:
         raise UserError("\n".join(problems))
+    from lm.config.recipes import run_config
+
     config = run_config(run)
     if unmasking := prompts if config.writes_by_unmasking and not unmask else ():
         _refuse_unused(run, [*chosen, *(["compile"] if compiled else [])])

@@ -105,7 +105,9 @@ def train(
 
     run = api.train(config, run=run_path, resume=resume)
     if is_one_of_several() and os.environ["RANK"] != "0":
-        return
+        from lm.training.distributed import end_rank
+
+        end_rank(0)
     last = [line for line in run.metrics() if "validation" in line][-1:]
     if as_json:
         click.echo(json.dumps({"run": str(run_path), **(last[0] if last else {})}))

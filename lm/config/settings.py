@@ -33,8 +33,8 @@ class DataConfig:
 
     data: tuple[str, ...] = setting(
         (),
-        "folders of token shards, made by kindling prep build, or URLs of such folders (s3://, https://); with "
-        "several, FOLDER@WEIGHT sets a folder's share of the rows (weight 1 if omitted)",
+        "folders of shards made by kindling prep build, or URLs; a URL begins with s3:// or https://; with several, "
+        "FOLDER@WEIGHT sets a folder's share of the rows (weight 1 if omitted)",
         on_resume="free",
     )
     packing: str = setting(

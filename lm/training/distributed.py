@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -386,8 +386,7 @@ def _device_of_rank(name: str, here: int) -> torch.device:
 def _leave_unless_first(store: dist.Store, rank: int, status: int) -> None:
     """Return on the first rank that calls it; end the others with that rank's status.
 
-    In a process group they end without Python's shutdown, during which gloo's threads may still wait for its lock: that
-    aborts the process.
+    In a process group they end as of ``end_rank``.
     """
     own = f"{rank} {status}"
     try:
@@ -397,7 +396,12 @@ def _leave_unless_first(store: dist.Store, rank: int, status: int) -> None:
     if first != own:
         time.sleep(1.0)  # torchrun ends all ranks as soon as one has ended: let the first one report
         if dist.is_initialized():
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(int(first.split()[1]))
+            end_rank(int(first.split()[1]))
         raise SystemExit(int(first.split()[1])) from None
+
+
+def end_rank(status: int) -> NoReturn:
+    """End this process without Python's shutdown: a thread of gloo that then waits for Python's lock would abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -133,6 +133,7 @@ def test_nothing_between_a_batch_and_the_update_asks_the_device_for_a_number(
     training = Trainer(module, tmp_path, module.ranks, SimpleNamespace())
     training.model = module.model().to(meta)
     training.optimizer, training.state = Optimizer(training.model, module.config.optimizer), State()
+    training.average = None
     training.state.ladder.seen, training.state.ladder.mean = MEMORY, 3.0
     assert training._step(batch)
     assert training.state.step == 1
