@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks.gpu import agenda, candidate_speeds, decoding, sanitizer
+from benchmarks.gpu import agenda, candidate_speeds, decoding, learning, sanitizer
 from benchmarks.gpu.agenda import Part
 from data_prep.errors import UserError
 from lm.inference.decoding import decoder
 from lm.inference.kv_cache import KVCache
 from lm.kernels import few_rows_product
+from tests.conftest import sentences
 
 MACHINE = {"device": "a card", "triton": "3.6.0"}
 
@@ -179,3 +181,42 @@ def test_the_sanitizer_runs_tests_of_every_kernel_of_the_library():
     files = {line.partition(":")[0] for line in done.stdout.splitlines()}
     kinds = ("attention", "cross_entropy", "rotary")
     assert {f"tests/triton/test_{kind}_triton.py" for kind in kinds} <= files
+
+
+SMALL = ["--device", "cpu", "--num-layers", "1", "--hidden-size", "16", "--num-heads", "2"]
+
+
+def test_runs_on_texts_and_images_are_trained_and_judged(tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("\n\n".join(sentences(20, n) for n in range(40)), encoding="utf-8")
+    (tmp_path / "pairs").mkdir()
+    pair = {"sentence_good": "The cat sat.", "sentence_bad": "The cat sit."}
+    (tmp_path / "pairs" / "verbs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
+    draw = torch.Generator().manual_seed(0)
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for n in range(8):
+            pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=draw)
+            Image.fromarray(pixels.numpy()).save(tmp_path / "images" / name / f"{n}.png")
+    given = ("--out", str(tmp_path / "out.json"), "--work", str(tmp_path / "work"), *SMALL)
+    shape = ["--passes", "2", "--vocab-size", "400", "--batch-tokens", "512", "--context-length", "64"]
+    learning.main(["text", str(tmp_path / "texts"), "--pairs", str(tmp_path / "pairs"), *shape, *given])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["result"]["step"] == found["steps"] > 2
+    assert found["result"]["validation"].keys() == {"next_token", "masked_next_token"}
+    assert "pairs" in found and found["speed"] > 0
+    monkeypatch.setattr(learning, "TIMED_STEPS", 4)
+    monkeypatch.setattr(learning, "speed", lambda run, measured=learning.speed: 6.0 if measured(run) > 0 else 0.0)
+    of_images = ["images", str(tmp_path / "images"), "--method", "simclr", "--seconds", "8", *given]
+    learning.main([*of_images, "--batch-images", "8", "--log-every", "1"])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["steps"] == found["result"]["step"] == 6
+    assert found["result"]["features"].keys() == {"knn", "linear"}
+
+
+def test_the_agenda_learns_from_what_it_is_given():
+    texts, images = Path("novels"), Path("cifar10")
+    assert agenda.learning_parts(None, None, None) == ()
+    parts = agenda.learning_parts(texts, images, Path("blimp"))
+    assert len({part.name for part in parts}) == 7
+    assert all(("--pairs" in part.command) == ("text" in part.command) for part in parts)

@@ -1,7 +1,7 @@
 """Run all parts, or some, and write the results to a JSON file.
 
 python -m benchmarks.gpu [--out FILE] [--quick] [--only PART] [--nanogpt CHECKOUT]
-python -m benchmarks.gpu --agenda [--out FILE] [--only PART] [--minutes N]
+python -m benchmarks.gpu --agenda [--out FILE] [--only PART] [--minutes N] [--texts FOLDER] [--images FOLDER]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import datetime
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -35,9 +35,8 @@ PARTS = {
 RESULTS = Path(__file__).parent / "results"
 
 
-def follow_agenda(only: list[str] | None, out: Path | None, minutes: float) -> None:
-    """Run the parts of the agenda, or some, and print what became of each; exit status 1 if one is not done."""
-    parts = [part for part in agenda.PARTS if only is None or part.name in only]
+def follow_agenda(parts: Sequence[agenda.Part], out: Path | None, minutes: float) -> None:
+    """Run parts of the agenda, and print what became of each; exit status 1 if one is not done."""
     machine = agenda.describe_machine()
     name = "-".join(["agenda", str(machine["device"]).replace(" ", "-"), f"triton-{machine['triton']}"])
     out = out or RESULTS / f"{name}.json"
@@ -57,14 +56,19 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="PART", help="run only this part; may be repeated")
     parser.add_argument("--candidate", action="append", default=[], help="only candidates named so, V1 to V5, B1, B2")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT to compare with")
+    parser.add_argument("--texts", type=Path, help="for the agenda: .txt files to train on")
+    parser.add_argument("--pairs", type=Path, help="for the agenda: minimal pairs to judge these runs by")
+    parser.add_argument("--images", type=Path, help="for the agenda: train/ and test/, with a folder for each class")
     options = parser.parse_args()
-    known = [part.name for part in agenda.PARTS] if options.agenda else list(PARTS)
+    of_agenda = (*agenda.PARTS, *agenda.learning_parts(options.texts, options.images, options.pairs))
+    known = [part.name for part in of_agenda] if options.agenda else list(PARTS)
     for name in options.only or ():
         if name not in known:
             parser.error(f'there is no part "{name}": choose from {", ".join(known)}')
     if options.agenda:
         try:
-            follow_agenda(options.only, options.out, options.minutes)
+            chosen = [part for part in of_agenda if not options.only or part.name in options.only]
+            follow_agenda(chosen, options.out, options.minutes)
         except UserError as error:
             parser.error(str(error))
     if not torch.cuda.is_available():

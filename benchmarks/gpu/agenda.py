@@ -82,6 +82,25 @@ PARTS: tuple[Part, ...] = (
 )
 
 
+def learning_parts(texts: Path | None, images: Path | None, pairs: Path | None) -> tuple[Part, ...]:
+    """Training runs on a folder of texts, with minimal pairs or without, and on a folder of images; after all else."""
+    parts = []
+    command = ("-m", "benchmarks.gpu.learning")
+    if texts:
+        judged = ("--pairs", str(pairs.resolve())) if pairs else ()
+        for tokens, decay in ((16384, 0.1), (65536, 0.1), (16384, 0.3), (16384, 0.8), (16384, 1.6)):
+            decides = f"what ten passes in steps of {tokens:,} tokens with a weight decay of {decay} give"
+            options = ("--batch-tokens", str(tokens), "--weight-decay", str(decay), *judged)
+            words = (*command, "text", str(texts.resolve()), "--out", "{out}", *options)
+            parts.append(Part(f"text {tokens} {decay}", 240, decides, words))
+    if images:
+        for method in ("simclr", "dino"):
+            decides = f"what {method} learns in four minutes, and images per second"
+            words = (*command, "images", str(images.resolve()), "--out", "{out}", "--method", method)
+            parts.append(Part(f"images {method}", 420, decides, words))
+    return tuple(parts)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a part: "done", "failed" (with its exit status) or "timed out"."""
