@@ -1,4 +1,4 @@
-"""Masked diffusion beside next-token prediction as passes over the same little text grow (Prabhudesai et al. 2025).
+"""Masked diffusion compared with next-token prediction as passes over a small text grow (Prabhudesai et al. 2025).
 
     python -m benchmarks.passes BOOK --out FOLDER [--passes 1,4,16,64] [--seeds 1] [--set hidden_size=128 ...]
 

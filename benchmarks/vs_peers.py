@@ -37,7 +37,7 @@ import torch
 
 from benchmarks.peers import gpt_bert, nanochat, stock
 from benchmarks.peers.kindling import Kindling
-from benchmarks.peers.peer import Peer
+from benchmarks.peers.peer import OtherPeer, Peer
 from benchmarks.peers.reading import PeerModel
 from benchmarks.peers.results import Asked, Result, done, table
 from data_prep.errors import UserError
@@ -46,7 +46,6 @@ from lm.data.corpora import open_corpora
 from lm.evaluation.minimal_pairs import Pairs, evaluate_pairs, read_pairs
 from lm.inference.language_model import LanguageModel
 from lm.inference.scoring import log_likelihoods
-from lm.model.transformer import Transformer
 from lm.training.validation import validate_readouts
 
 PEERS: dict[str, type[Peer]] = {
@@ -141,7 +140,7 @@ class Contest:
         print(f"{asked.name}: {steps:,} steps in about {seconds:,.0f} CPU seconds", file=sys.stderr, flush=True)
         model, times = peer.train(rate, seed, steps)
         model.eval()
-        readable = model if isinstance(model, Transformer) else PeerModel(peer, model, self.config)
+        readable = PeerModel(peer, model, self.config) if isinstance(peer, OtherPeer) else model
         bits = validate_readouts(readable, peer.corpora, self.config, rows=options.validation_rows, every_token=True)
         result = Result(
             asked, peer.parameters(model), steps, sum(peer.tokens_of_step(step, steps) for step in range(steps)),

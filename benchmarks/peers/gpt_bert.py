@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.peer import Clock, Peer, file_of, load_file
+from benchmarks.peers.peer import Clock, OtherPeer, file_of, load_file
 
 URL = "https://github.com/ltgoslo/gpt-bert"
 WARMUP = COOLDOWN = 0.016
@@ -30,7 +30,7 @@ DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 BUCKETS, NORM_EPSILON = 32, 1e-5
 
 
-class GptBert(Peer):
+class GptBert(OtherPeer):
     """15 of 16 rows masked, as published."""
 
     objective = "hybrid"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.peers.peer import Peer
 from lm.runs.directory import open_run
@@ -51,9 +50,3 @@ class Kindling(Peer):
         with tempfile.TemporaryDirectory() as folder:
             train(config, Path(folder) / "run", times)
             return open_run(Path(folder) / "run").load_model(torch.device("cpu")), times.times
-
-    def states(self, model: Any, tokens: Tensor, lengths: Tensor, causal: bool) -> Tensor:
-        raise NotImplementedError("evaluation reads this model directly")
-
-    def logits(self, model: Any, states: Tensor) -> Tensor:
-        raise NotImplementedError("evaluation reads this model directly")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers.peer import Clock, Peer, file_of, load_package
+from benchmarks.peers.peer import Clock, OtherPeer, file_of, load_package
 
 URL = "https://github.com/karpathy/nanochat"
 RATES = {"embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.02, "scalar_lr": 0.5}
@@ -27,7 +27,7 @@ DECAY, WARMUP_STEPS, WARMDOWN, LEAST_RATE, TOKENS_PER_PARAMETER, REFERENCE_BATCH
 DOCUMENTS_AT_ONCE = 128
 
 
-class Nanochat(Peer):
+class Nanochat(OtherPeer):
     objective = "next_token"
     rates = (0.5, 1.0, 2.0)
     changes = (

@@ -25,7 +25,7 @@ from lm.data.corpora import Corpora
 
 @dataclass
 class Peer(ABC):
-    """A system: how it trains on ``corpora`` in the shape of ``config``, and how its model is read.
+    """A system: how it trains on ``corpora`` in the shape of ``config``.
 
     ``checkout`` is the folder of its code, None for an installed package.
 
@@ -46,14 +46,6 @@ class Peer(ABC):
     @abstractmethod
     def train(self, rate: float, seed: int, steps: int) -> tuple[Any, list[float]]:
         """A new model after ``steps`` steps, and the CPU seconds of this process before the first and after each."""
-
-    @abstractmethod
-    def states(self, model: Any, tokens: Tensor, lengths: Tensor, causal: bool) -> Tensor:
-        """What ``logits`` needs, (texts, T, any width), of texts (texts, T) that are padded behind ``lengths``."""
-
-    @abstractmethod
-    def logits(self, model: Any, states: Tensor) -> Tensor:
-        """Scores (n, at least the vocabulary) of some states, (n, width)."""
 
     def tokens_of_step(self, step: int, steps: int) -> int:
         """How many tokens step number ``step`` reads."""
@@ -80,6 +72,18 @@ class Peer(ABC):
         for length in split.document_lengths().tolist():
             yield split.read(start, start + length - 1).astype(np.int64)
             start += length
+
+
+class OtherPeer(Peer):
+    """A system with a model of its own, which ``benchmarks.peers.reading`` reads by these two methods."""
+
+    @abstractmethod
+    def states(self, model: Any, tokens: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+        """What ``logits`` needs, (texts, T, any width), of texts (texts, T) that are padded behind ``lengths``."""
+
+    @abstractmethod
+    def logits(self, model: Any, states: Tensor) -> Tensor:
+        """Scores (n, at least the vocabulary) of some states, (n, width)."""
 
 
 class Clock:

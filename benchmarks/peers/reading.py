@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers.peer import Peer
+from benchmarks.peers.peer import OtherPeer
 from lm.config.settings import Config
 from lm.model.transformer import Readable, Transformer
 
@@ -21,7 +21,7 @@ class PeerModel(Transformer):
     Only what evaluation uses of a ``Transformer`` is there.
     """
 
-    def __init__(self, peer: Peer, model: Any, config: Config) -> None:
+    def __init__(self, peer: OtherPeer, model: Any, config: Config) -> None:
         nn.Module.__init__(self)
         self.peer, self.model, self.config = peer, model, config.model
         self.blocks = ()  # type: ignore[assignment]

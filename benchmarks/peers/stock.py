@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.peers.peer import Clock, Peer
+from benchmarks.peers.peer import Clock, OtherPeer
 from benchmarks.written_run import written_run
 from lm.config.settings import Config
 from lm.export.huggingface import export_huggingface
@@ -26,7 +26,7 @@ WARMUP, DECAY, BETAS, CLIP = 0.05, 0.1, (0.9, 0.95), 1.0
 MASK_RATE, MASKED, RANDOM = 0.3, 0.8, 0.1  # of the tokens; of those that are predicted
 
 
-class Stock(Peer):
+class Stock(OtherPeer):
     """A class of transformers in the shape of the recipe."""
 
     rates = (0.001, 0.003, 0.006)

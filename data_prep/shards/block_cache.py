@@ -56,7 +56,7 @@ class BlockCache:
                 temporary.write_bytes(content)
                 with suppress(FileNotFoundError):  # another process needed the room
                     rename(temporary, path)
-            except BaseException:
+            except BaseException:  # Ctrl-C too: clean up, and raise it again
                 temporary.unlink(missing_ok=True)
                 raise
 

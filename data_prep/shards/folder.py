@@ -56,7 +56,7 @@ class Folder(Protocol):
         """Say that these bytes are going to be read, in case it helps to begin now."""
 
     def is_verified(self, fingerprint: str) -> bool:
-        """Whether a dataset of this fingerprint was verified, so that whatever is read is sure to be right."""
+        """Whether a dataset of this fingerprint was verified, so that all reads are checked against it."""
 
     def set_verified(self, fingerprint: str) -> None:
         """Remember that a dataset of this fingerprint was verified."""

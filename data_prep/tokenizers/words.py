@@ -45,7 +45,7 @@ def _bytes_of(tokenizer: Tokenizer, token_id: int) -> bytes:
 
 
 def _joints_of(token: bytes) -> tuple[bool, bool]:
-    """Whether a token begins, and ends, as a word may go on; a character that is cut is taken for a letter."""
+    """Whether a token's first, and last, character can be inside a word; a cut character counts as a letter."""
     text = token.decode("utf-8", "replace")
     return bool(text) and _goes_on(text[0]), bool(text) and _goes_on(text[-1])
 

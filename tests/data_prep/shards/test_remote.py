@@ -359,7 +359,7 @@ def start(url: str, cache: str, seed: int) -> subprocess.Popen[str]:
 
 
 def test_processes_share_a_cache_and_one_may_be_killed(web: HttpStore, whole: Path, access: Access) -> None:
-    """Two read at once, in another order each; a third is killed meanwhile, in the middle of whatever it does."""
+    """Two read at once, in another order each; a third is killed meanwhile, in the middle of its work."""
     killed, *others = [start(web.url, access.cache, seed) for seed in range(3)]
     assert killed.stdout.readline() == "begun\n"
     killed.send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Several tokens ahead: the loss and its gradient beside plain softmaxes in float64, and the weights over a run."""
+"""Several tokens ahead: the loss and its gradient against plain softmaxes in float64, and the weights over a run."""
 
 from __future__ import annotations
 

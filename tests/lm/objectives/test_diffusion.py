@@ -1,4 +1,4 @@
-"""Masked diffusion: what is hidden, its loss, and the bound of the likelihood, beside plain references in float64."""
+"""Masked diffusion: what is hidden, its loss, and the bound of the likelihood, against plain references in float64."""
 
 from __future__ import annotations
 

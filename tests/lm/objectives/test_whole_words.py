@@ -17,7 +17,7 @@ from lm.objectives.batches import TrainingBatches
 from lm.objectives.text import TextObjective
 from tests.lm.objectives.test_prefix_lm import END, rows_of
 
-INSIDE = 20  # tokens from here on go on with the word before them
+INSIDE = 20  # tokens from here on continue the word before them
 JOINTS = np.array([np.arange(50) >= INSIDE, np.arange(50) != END])
 VOCABULARY = Vocabulary(50, END, 2, joints=lambda: JOINTS)
 
