@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from data_prep.settings import ReadSettings
 from lm.config import recipes
 from lm.config.sampling import Sampling, recommended
 from lm.config.settings import Config
-from lm.data.examples import Columns, Example, read_examples, read_similar
+from lm.data.examples import Columns, Example, read_examples, read_similar, unlabeled_texts
 from lm.evaluation import baselines, image_features, minimal_pairs, multiple_choice, perplexity, validation_loss
-from lm.evaluation.bootstrap import Accuracy
+from lm.evaluation.bootstrap import as_dicts
 from lm.export.gguf import export_gguf
 from lm.export.huggingface import choose_readout, export_huggingface
 from lm.export.image_model import export_image_model
@@ -33,7 +33,7 @@ from lm.finetuning import finetune as finetuning
 from lm.finetuning.contrastive_task import similarity as correlations
 from lm.finetuning.predict import Predictor, open_predictor, predict, predict_images
 from lm.inference.batch_generation import Prompt, continuations
-from lm.inference.embedding import all_vectors, reading_of
+from lm.inference.embedding import all_vectors, reading_of, whitened
 from lm.inference.fill_mask import GREEDY, Filled, fill_masks
 from lm.inference.generator import Generator
 from lm.inference.generator import stream as stream_events
@@ -126,6 +126,7 @@ class Model(LanguageModel):
         pooling: str | None = None,
         layer: int = -1,
         normalize: bool = False,
+        whiten: Sequence[str] | None = None,
     ) -> NDArray[np.float32]:
         """Vectors of texts, float32 (texts, hidden), or (hidden,) for one text.
 
@@ -134,8 +135,11 @@ class Model(LanguageModel):
             pooling: "mean" over the tokens, or "last"; None: mean with bidirectional attention, else last.
             layer: 0 is the embeddings, 1 the first block, -1 the last.
             normalize: scale vectors to length 1.
+            whiten: texts whose vectors say how to make the numbers uncorrelated (``lm.inference.whitening``).
         """
         reading = reading_of(self.config, reads, pooling, layer, normalize=normalize)
+        if whiten is not None:
+            reading = whitened(reading, self, ((text,) for text in whiten))
         given = [texts] if isinstance(texts, str) else texts
         vectors, _ = all_vectors(self, ((text,) for text in given), reading)
         return vectors[0] if isinstance(texts, str) else vectors
@@ -411,6 +415,7 @@ def evaluate(
     reads: str | None = None,
     pooling: str | None = None,
     layer: int = -1,
+    whiten: str | Path = "",
     checkpoint: str | int = "newest",
     device: str = "auto",
     progress: Callable[[str], None] = lambda text: None,
@@ -425,7 +430,7 @@ def evaluate(
         pairs: minimal pairs (``sentences``: the columns of the acceptable and the other one; ``ties``: half or first).
         choices: multiple-choice questions, with ``columns``.
         similarity: pairs of texts with how similar they are, with ``columns``; ``reads``, ``pooling`` and ``layer`` are
-            as of ``Model.embed``.
+            as of ``Model.embed``, and ``whiten`` is a file of its texts.
         train, test: labeled images to judge the features of an image run on, instead of its data's splits.
         progress: called with a line before each part.
 
@@ -443,15 +448,9 @@ def evaluate(
         if named and named != ["data"]:
             raise UserError(f"{opened.path} reads images, and {named[0]} is for a run that reads text: leave it out")
         return image_features.evaluate_images(
-            opened,
-            data=str(data),
-            train=str(train),
-            test=str(test),
-            layer=layer,
-            checkpoint=opened.checkpoint(str(checkpoint)),
-            device=device,
-            progress=progress,
-        )
+            opened, data=str(data), train=str(train), test=str(test), layer=layer,
+            checkpoint=opened.checkpoint(str(checkpoint)), device=device, progress=progress,
+        )  # fmt: skip
     if train or test:
         raise UserError(f"{opened.path} reads text, and train and test are for a run that reads images: leave them out")
     (recipes.require_text_model if similarity else recipes.require_language_model)(opened.path, opened.config)
@@ -470,18 +469,18 @@ def evaluate(
         return {"step": saved.step, **found}
     if pairs:
         found = minimal_pairs.evaluate_model(model(), paradigms, ties=ties, progress=progress)
-        return {"ties": ties, "accuracy": _as_dicts(found)}
+        return {"ties": ties, "accuracy": as_dicts(found)}
     if choices:
         examples = read_examples(str(choices), "choice", columns or Columns())
         accuracy, cut = multiple_choice.evaluate_choices(model(), examples, progress=progress)
-        return {"questions": len(examples), "cut": cut, "accuracy": _as_dicts(accuracy)}
+        return {"questions": len(examples), "cut": cut, "accuracy": as_dicts(accuracy)}
     rated = read_similar(str(similarity), columns or Columns())
-    found = correlations(model(), rated, reading)
+    read = model()
+    if whiten:
+        rows = unlabeled_texts(str(whiten), columns or Columns())
+        reading = whitened(reading, read, ((text,) for texts in rows for text in texts))
+    found = correlations(read, rated, reading)
     return {"pairs": len(rated), **found, "baselines": {"tfidf": baselines.tfidf_similarity(rated)}}
-
-
-def _as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[str, Any]]:
-    return {name: {key: value.as_dict() for key, value in each.items()} for name, each in results.items()}
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:

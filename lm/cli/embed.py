@@ -21,6 +21,7 @@ from lm.cli.options import (
     pictures_shown,
     reading_options,
     run_argument,
+    whiten_option,
 )
 from lm.config.settings import VECTOR_FILES
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     extra_hint="name a file as --input FILE",
     sections=(
         Section("Files", "source output text_column", "text_pair_column"),
-        Section("Vectors", "reads pooling layer normalize"),
+        Section("Vectors", "reads pooling layer whiten normalize"),
         Section("Model", "which device"),
     ),
 )
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 )
 @columns_options("text", "text_pair")
 @reading_options
+@whiten_option
 @click.option("--normalize", is_flag=True, help="Scale each vector to length 1, for cosine similarity.")
 @device_option
 @checkpoint_option
@@ -63,6 +65,7 @@ def embed(
     reads: str | None,
     pooling: str | None,
     layer: int,
+    whiten: str | None,
     normalize: bool,
     device: str,
     which: str,
@@ -81,7 +84,7 @@ def embed(
     Images that cannot be read are left out and named at the end.
     """
     from lm.config.recipes import require_image_model, require_no_text_options, require_text_model, run_config
-    from lm.data.examples import check_first_example, stream_examples
+    from lm.data.examples import check_first_example, unlabeled_texts
 
     config = run_config(run)
     output_ending(output, VECTOR_FILES)
@@ -89,23 +92,25 @@ def embed(
         require_new_file(Path(output))
     if config.reads_images:
         require_image_model(run, config)
-        require_no_text_options({"reads": reads, "pooling": pooling, **columns})
+        require_no_text_options({"reads": reads, "pooling": pooling, "whiten": whiten, **columns})
         embed_images(run, source, output, layer, normalize, device, which)
         return
     require_text_model(run, config)
-    check_first_example(source, "classification", columns_of(columns), labeled=False)
+    for file in filter(None, (whiten, source)):
+        check_first_example(file, "classification", columns_of(columns), labeled=False)
     from lm import api
-    from lm.inference.embedding import reading_of, vectors_of, write_lines, write_vectors
+    from lm.inference.embedding import reading_of, vectors_of, whitened, write_lines, write_vectors
     from lm.runs.directory import open_run
 
     opened = open_run(run)
     reading = reading_of(opened.config, reads, pooling, layer, normalize=normalize)
     model = api.load_model(opened, checkpoint=which, device=device)
-    texts = (each.texts for each in stream_examples(source, "classification", columns_of(columns)))
+    if whiten:
+        reading = whitened(reading, model, unlabeled_texts(whiten, columns_of(columns)))
     counts = {"texts": 0, "cut": 0}
 
     def embedded() -> Iterator[Vectors]:
-        for vectors, cut in vectors_of(model, texts, reading):
+        for vectors, cut in vectors_of(model, unlabeled_texts(source, columns_of(columns)), reading):
             counts["texts"] += len(vectors)
             counts["cut"] += cut
             yield vectors
@@ -117,10 +122,11 @@ def embed(
             sys.stdout.buffer.flush()
     else:
         write_vectors(Path(output), embedded(), width)
+    white = f", whitened by {whiten}" if whiten else ""
     cut = f"; {counts['cut']:,} were cut to {model.context_length} tokens" if counts["cut"] else ""
     click.echo(
         f"{counted(counts['texts'], 'text')}, {width} numbers each: read {reading.reads}, {reading.pooling} of layer "
-        f"{reading.layer if reading.layer >= 0 else len(model.model.blocks)}{cut}",
+        f"{reading.layer if reading.layer >= 0 else len(model.model.blocks)}{white}{cut}",
         err=True,
     )
 

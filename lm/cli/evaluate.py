@@ -15,7 +15,15 @@ from data_prep.cli.help import Section
 from data_prep.cli.tables import print_table
 from data_prep.errors import UserError
 from data_prep.errors.wording import counted
-from lm.cli.options import checkpoint_option, columns_of, columns_options, json_option, reading_options, run_argument
+from lm.cli.options import (
+    checkpoint_option,
+    columns_of,
+    columns_options,
+    json_option,
+    reading_options,
+    run_argument,
+    whiten_option,
+)
 
 if TYPE_CHECKING:
     from lm.data.examples import Columns
@@ -33,7 +41,7 @@ OF_IMAGES, OF_BOTH = ("train", "test"), ("run", "data", "layer", "which", "as_js
         Section("On what", "data source pairs choices similarity", "text_field stride columns ties"),
         Section("Columns", "text_column label_column", "text_pair_column choices_column"),
         Section("Images", "train test"),
-        Section("Model", "which", "reads pooling layer"),
+        Section("Model", "which", "reads pooling layer whiten"),
     ),
 )
 @run_argument
@@ -69,6 +77,7 @@ OF_IMAGES, OF_BOTH = ("train", "test"), ("run", "data", "layer", "which", "as_js
 @click.option("--train", default="", help=f"Images to fit k-NN and linear probe on; {IMAGES}. {OF_RUN} train split.")
 @click.option("--test", default="", help=f"Images to test them on; {IMAGES}. {OF_RUN} validation split.")
 @reading_options
+@whiten_option
 @click.option(
     "--columns",
     nargs=2,
@@ -99,6 +108,7 @@ def evaluate(
     reads: str | None,
     pooling: str | None,
     layer: int,
+    whiten: str | None,
     columns: tuple[str, str],
     ties: str,
     which: str,
@@ -122,7 +132,7 @@ def evaluate(
     if len(given := [name for name, value in options.items() if value]) > 1:
         raise UserError(f"{' and '.join(given)} cannot be combined: choose one of them")
     _check_kind(run, click.get_current_context(), (train, test))
-    _check_inputs(run, data, pairs, source, text_field, stride, choices, similarity, columns_of(task_columns))
+    _check_inputs(run, data, pairs, source, text_field, stride, choices, similarity, whiten, columns_of(task_columns))
     from lm import api
 
     result = api.evaluate(
@@ -142,6 +152,7 @@ def evaluate(
         reads=reads,
         pooling=pooling,
         layer=layer,
+        whiten=whiten or "",
         checkpoint=which,
         progress=lambda text: click.echo(text, err=True),
     )
@@ -191,6 +202,7 @@ def _check_inputs(
     stride: int,
     choices: str | None,
     similarity: str | None,
+    whiten: str | None,
     columns: Columns,
 ) -> None:
     """Raise UserError for what is wrong with the run or with the beginning of a file, before PyTorch loads."""
@@ -216,6 +228,10 @@ def _check_inputs(
         check_first_example(choices, "choice", columns)
     if similarity:
         check_first_example(similarity, "regression", columns)
+    if whiten:
+        if not similarity:
+            raise UserError("--whiten is for the vectors of --similarity: leave it out")
+        check_first_example(whiten, "classification", columns, labeled=False)
 
 
 def _print_losses(result: dict[str, Any]) -> None:

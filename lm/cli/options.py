@@ -208,6 +208,21 @@ def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _no_standard_input(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    if value == "-":
+        raise UserError(f"{option.opts[0]} takes a file, not standard input")
+    return value
+
+
+whiten_option = click.option(
+    "--whiten",
+    metavar="FILE",
+    callback=_no_standard_input,
+    help="Unlabeled texts of the kind to compare, several thousand: make the numbers of their vectors uncorrelated and "
+    "equally varied, which mostly improves the cosine.",
+)
+
+
 def columns_options(*names: str, default: str = "", also: bool = True) -> Decorator:
     """``--text-column`` and the like for these columns of task files; ``columns_of`` reads them.
 

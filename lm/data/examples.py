@@ -117,6 +117,11 @@ def stream_examples(source: str | Path, task: str, columns: Columns = Columns())
         yield found
 
 
+def unlabeled_texts(source: str | Path, columns: Columns = Columns()) -> Iterator[tuple[str, ...]]:
+    """The text, or pair of texts, of each row; as of ``stream_examples``."""
+    return (example.texts for example in stream_examples(source, "classification", columns))
+
+
 def check_first_example(source: str | Path, task: str, columns: Columns = Columns(), *, labeled: bool = True) -> None:
     """Raise as ``read_examples`` if a file cannot be read, is empty, or its first row is not an example.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,10 @@ class Accuracy:
 
     def as_dict(self) -> dict[str, float]:
         return dict(vars(self))
+
+
+def as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[str, Any]]:
+    return {name: {key: value.as_dict() for key, value in each.items()} for name, each in results.items()}
 
 
 def resampled_means(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +19,7 @@ from lm.config.model_settings import ModelConfig
 from lm.config.settings import VECTOR_FILES, Config, usual_pooling, usual_reading
 from lm.data.packed_sequences import packed, pooled, sequence_of
 from lm.inference.language_model import LanguageModel
+from lm.inference.whitening import Whitening, fit_whitening
 
 ROWS = 16  # per forward pass
 TEXTS_AT_ONCE = 2048  # held in memory and packed together
@@ -31,13 +32,15 @@ class Reading:
     """How a text becomes a vector.
 
     ``reads`` is "causal" or "bidirectional", ``pooling`` "mean" or "last" (``packed_sequences``), ``layer`` as in
-    ``LanguageModel.hidden_states``. ``normalize`` scales vectors to length 1.
+    ``LanguageModel.hidden_states``. Vectors are whitened if there is a ``whitening``, and then scaled to length 1 if
+    ``normalize`` is set.
     """
 
     reads: str
     pooling: str
     layer: int = -1
     normalize: bool = False
+    whitening: Whitening | None = None
 
 
 def reading_of(
@@ -77,6 +80,12 @@ def vectors_of(
         yield _vectors(model, some, reading)
 
 
+def whitened(reading: Reading, model: LanguageModel, texts: Iterable[tuple[str, ...]]) -> Reading:
+    """``reading`` with the whitening of the vectors of ``texts``; raises as ``fit_whitening``."""
+    plain = replace(reading, normalize=False)
+    return replace(reading, whitening=fit_whitening(vectors for vectors, _ in vectors_of(model, texts, plain)))
+
+
 def all_vectors(model: LanguageModel, texts: Iterable[tuple[str, ...]], reading: Reading) -> tuple[Vectors, int]:
     """Return all of ``vectors_of`` at once: float32 (texts, hidden), and how many texts were cut."""
     parts = list(vectors_of(model, texts, reading))
@@ -93,6 +102,8 @@ def _vectors(model: LanguageModel, texts: list[tuple[str, ...]], reading: Readin
     for some in packed([tokens for tokens, _ in found], reading.reads, end_of_text, context_length, ROWS):
         hidden = model.hidden_states(some.batch, reading.layer)
         vectors[some.numbers] = pooled(hidden, some, reading.pooling).float().cpu().numpy()
+    if reading.whitening:
+        vectors = reading.whitening(vectors)
     return scaled(vectors) if reading.normalize else vectors, sum(cut for _, cut in found)
 
 

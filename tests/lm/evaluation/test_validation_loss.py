@@ -22,8 +22,9 @@ from lm.training.validation import validate_readouts
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy, because an evaluation is kept in the run directory."""
-    return open_run(shutil.copytree(trained.path, tmp_path / "run"))
+    """A copy, because an evaluation is kept in the run directory, perhaps by an earlier test."""
+    kept = shutil.ignore_patterns("evaluation.json")
+    return open_run(shutil.copytree(trained.path, tmp_path / "run", ignore=kept))
 
 
 def test_an_evaluation_is_over_the_whole_split_and_every_token(run, dataset):
