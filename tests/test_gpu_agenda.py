@@ -218,5 +218,5 @@ def test_the_agenda_learns_from_what_it_is_given():
     texts, images = Path("novels"), Path("cifar10")
     assert agenda.learning_parts(None, None, None) == ()
     parts = agenda.learning_parts(texts, images, Path("blimp"))
-    assert len({part.name for part in parts}) == 7
+    assert len({part.name for part in parts}) == 8
     assert all(("--pairs" in part.command) == ("text" in part.command) for part in parts)

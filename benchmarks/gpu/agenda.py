@@ -88,11 +88,15 @@ def learning_parts(texts: Path | None, images: Path | None, pairs: Path | None) 
     command = ("-m", "benchmarks.gpu.learning")
     if texts:
         judged = ("--pairs", str(pairs.resolve())) if pairs else ()
-        for tokens, decay in ((16384, 0.1), (65536, 0.1), (16384, 0.3), (16384, 0.8), (16384, 1.6)):
-            decides = f"what ten passes in steps of {tokens:,} tokens with a weight decay of {decay} give"
-            options = ("--batch-tokens", str(tokens), "--weight-decay", str(decay), *judged)
-            words = (*command, "text", str(texts.resolve()), "--out", "{out}", *options)
-            parts.append(Part(f"text {tokens} {decay}", 240, decides, words))
+        first, *others = (
+            ("--batch-tokens", str(tokens), "--weight-decay", str(decay))
+            for tokens, decay in ((16384, 0.1), (65536, 0.1), (16384, 0.3), (16384, 0.8), (16384, 1.6))
+        )
+        for options in (first, (*first, "--residual-precision", "bfloat16"), *others):
+            words = (*command, "text", str(texts.resolve()), "--out", "{out}", *options, *judged)
+            parts.append(
+                Part(f"text {' '.join(options)}", 240, f"what ten passes with {' '.join(options)} give", words)
+            )
     if images:
         for method in ("simclr", "dino"):
             decides = f"what {method} learns in four minutes, and images per second"

@@ -56,7 +56,9 @@ def text(options: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     build = ("-m", "data_prep", "build", options.folder, "--out", data, "--vocab-size", options.vocab_size)
     program(*build, *cut)  # a finished dataset is left as it is
     steps = round(options.passes * open_dataset(data).split("train").tokens / options.batch_tokens)
-    run = options.work / f"text-{options.batch_tokens}-{options.weight_decay}"
+    run = options.work / "-".join(
+        ["text", str(options.batch_tokens), str(options.weight_decay), *(word.lstrip("-") for word in settings)]
+    )
     given = ("--batch-tokens", options.batch_tokens, "--weight-decay", options.weight_decay, "--steps", steps)
     program("train.py", "configs/30m.toml", "--data", data, "--run", run, *given, *settings)
     found = {"steps": steps, **evaluated(run)}

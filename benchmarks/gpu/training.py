@@ -22,11 +22,13 @@ ROWS, AT_ONCE = 64, 32  # rows per step, and per micro-batch
 STEPS = 3  # per turn
 
 
-def kindling(device: torch.device, objective: str, optimizer: str, compiled: bool) -> Callable[[], object]:
+def kindling(
+    device: torch.device, objective: str, optimizer: str, compiled: bool, residual: str = "float32"
+) -> Callable[[], object]:
     config = Config().replace(
         num_layers=LAYERS, num_heads=HEADS, hidden_size=WIDTH, vocab_size=VOCABULARY, context_length=CONTEXT,
         batch_tokens=ROWS * CONTEXT, micro_batch_rows=AT_ONCE, objective=objective, optimizer=optimizer,
-        compile=compiled, learning_rate=1e-5, muon_learning_rate=1e-5,
+        compile=compiled, learning_rate=1e-5, muon_learning_rate=1e-5, residual_precision=residual,
     )  # fmt: skip
     return kindling_step(config, device)
 
@@ -60,6 +62,7 @@ def speeds(device: torch.device, nanogpt: Path | None, rounds: int = 3) -> list[
     ways: dict[str, tuple[Callable[..., Callable[[], object]], tuple[Any, ...]]] = {
         "kindling": (kindling, (device, "next_token", "adamw", False)),
         "kindling, compiled": (kindling, (device, "next_token", "adamw", True)),
+        "kindling, compiled, bfloat16 residual": (kindling, (device, "next_token", "adamw", True, "bfloat16")),
         "kindling, hybrid, muon": (kindling, (device, "hybrid", "muon", False)),
         "kindling, hybrid, muon, compiled": (kindling, (device, "hybrid", "muon", True)),
     }

@@ -29,6 +29,13 @@ class ModelConfig:
     dropout: float = setting(
         0.0, "dropout in embedding, attention, feed-forward", minimum=0, maximum=0.9, on_resume="never", finetuning=0.1
     )
+    residual_precision: str = setting(
+        "float32",
+        "precision of the residual stream in training, where that of the products is bfloat16; bfloat16 moves half the "
+        "bytes between the products of a GPU, and rounds what each block adds",
+        choices=("float32", "bfloat16"),
+        on_resume="free",
+    )
     rope_theta: float = setting(10_000.0, "base of the rotary position frequencies", minimum=1, on_resume="never")
     norm_epsilon: float = setting(1e-6, "added to the mean square in RMSNorm", minimum=0, on_resume="never")
     vocab_size: int = setting(0, "vocabulary size; 0: that of the data's tokenizer", minimum=0, on_resume="never")

@@ -18,8 +18,9 @@ from lm.kernels.matmul import matmul
 # The most tokens and logits in a chunk. Each chunk reads all of the head's weight and writes all of its gradient, so
 # the products need many rows: at 2^21 logits (64 tokens, with a vocabulary of 32,768) the head takes up to twice as
 # long on a CPU as at 8 million (244 tokens, 32 MB, the largest block that glibc keeps for the next chunk). A GPU needs
-# thousands of rows (2^27 bfloat16 are 256 MiB: 2,700 tokens with a vocabulary of 50,000).
-CHUNK_TOKENS = {"cpu": 1024, "gpu": 8192}
+# thousands of rows (2^27 bfloat16 are 256 MiB: 2,700 tokens with a vocabulary of 50,000). Where 1/128 of its memory
+# holds more, it takes more, up to four times as many, to read and write the weight's gradient less often.
+CHUNK_TOKENS = {"cpu": 1024, "gpu": 16384}
 CHUNK_LOGITS = {"cpu": 8_000_000, "gpu": 1 << 27}
 # Between the products, PyTorch's operations process a chunk block by block: 2^20 float32 stay in a CPU's caches from
 # one operation to the next.
@@ -110,8 +111,7 @@ def compute(
         from lm.kernels.cross_entropy_triton import differentiate
     else:
         differentiate = _differentiate_by_torch
-    kind = _kind(hidden)
-    rows = min(len(kept), CHUNK_TOKENS[kind], max(1, CHUNK_LOGITS[kind] // weight.shape[0]))
+    rows = tokens_at_once(hidden.device, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes have been chosen above
         weight = weight.to(factors)
         for part in kept.split(rows):
@@ -186,8 +186,18 @@ class _Direct(torch.autograd.Function):
     backward = staticmethod(_differentiate)
 
 
-def _kind(tensor: Tensor) -> str:
-    return "cpu" if tensor.device.type == "cpu" else "gpu"
+def tokens_at_once(device: torch.device, vocabulary: int) -> int:
+    """The most tokens in a chunk, always the same on one device, since the order of the sums depends on it."""
+    kind = _kind(device)
+    logits = CHUNK_LOGITS[kind]
+    if device.type == "cuda" and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(device).total_memory
+        logits = min(max(logits, memory // 256), 4 * logits)
+    return min(CHUNK_TOKENS[kind], max(1, logits // vocabulary))
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "gpu"
 
 
 def _differentiate_by_torch(
@@ -199,7 +209,7 @@ def _differentiate_by_torch(
     """
     if logits.device.type == "cpu" and int(targets.max()) >= logits.shape[1]:
         raise ValueError(f"target {int(targets.max())} is not in the vocabulary of {logits.shape[1]}")
-    rows = max(1, BLOCK_LOGITS[_kind(logits)] // logits.shape[1])
+    rows = max(1, BLOCK_LOGITS[_kind(logits.device)] // logits.shape[1])
     losses, sums = torch.empty((2, len(logits), 1), dtype=shares.dtype, device=logits.device)
     narrow = logits.dtype != shares.dtype
     for start in range(0, len(logits), rows):

@@ -170,6 +170,9 @@ class Trunk(nn.ModuleList):
         """
         rotary = rotary_table(positions, self.config.head_width, self.config.rope_theta)
         x = F.dropout(x, self.config.dropout, self.training)
+        if torch.is_autocast_enabled(x.device.type):  # which leaves it to the stem: float32 for text, not for images
+            rounded = self.training and self.config.residual_precision == "bfloat16"
+            x = x.to(torch.get_autocast_dtype(x.device.type) if rounded else torch.float32)
         for layer, block in enumerate(self):
             x = block(x, rotary, (lo, hi), cache, layer)
         return x

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from lm.config.optimizer_settings import OptimizerConfig
 from lm.config.settings import Config, DataConfig, TrainingConfig
-from lm.kernels.cross_entropy import CHUNK_LOGITS, CHUNK_TOKENS
+from lm.kernels.cross_entropy import tokens_at_once
 from lm.model.device import autocast, available_memory
 from lm.objectives.objective import open_objective
 from lm.training.optimizer import Optimizer
@@ -134,7 +134,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, device: str) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._kind = "cpu" if device == "cpu" else "gpu"
+        self._device = torch.device(device)
         self._seen: dict[int, weakref.ref[Any]] = {}
 
     @classmethod
@@ -151,8 +151,8 @@ class LiveBytes(TorchDispatchMode):
                 self._add(leaf.untyped_storage())
         if func is torch.ops.kindling.linear_cross_entropy.default:
             hidden, weight = args[:2]
-            chunk = min(len(hidden), CHUNK_TOKENS[self._kind], max(1, CHUNK_LOGITS[self._kind] // len(weight)))
-            number = 4 if self._kind == "cpu" else hidden.element_size()
+            chunk = min(len(hidden), tokens_at_once(self._device, len(weight)))
+            number = 4 if self._device.type == "cpu" else hidden.element_size()
             self.peak = max(self.peak, self.now + chunk * len(weight) * number)
         return result
 

@@ -17,6 +17,7 @@ from lm.config.settings import Config
 from lm.data.corpora import Corpora
 from lm.data.datasets import open_training_data, settled
 from lm.data.image_corpora import ImageCorpora
+from lm.model.device import uses_bfloat16
 from lm.model.image_transformer import Model
 from lm.objectives.batches import TrainingBatches
 from lm.objectives.objective import Objective
@@ -86,7 +87,10 @@ class Pretraining(TrainModule[Any]):
         if kept := kept_base(self.path):
             return kept
         start = open_run(self.config.training.init_from)
-        if dataclasses.replace(start.config.model, dropout=0.0) != dataclasses.replace(self.config.model, dropout=0.0):
+        ours, theirs = (
+            dataclasses.replace(c.model, dropout=0.0, residual_precision="float32") for c in (self.config, start.config)
+        )
+        if ours != theirs:
             raise UserError(f"{start.path} has a model of another shape: without a recipe, its shape is used")
         if start.processor.sha256 != self.processor.sha256:
             if self.config.reads_images:
@@ -123,6 +127,10 @@ class Pretraining(TrainModule[Any]):
         self.config = self.plan.config
         if self.config != asked:
             lines.append(f"memory ran out with {asked.data.micro_batch_rows} rows at a time")
+        if self.config.model.residual_precision == "bfloat16" and not uses_bfloat16(
+            self.ranks.device, training.precision
+        ):
+            lines.append("note: residual_precision has no effect, since products are in float32 here")
         if training.compile:
             lines.append("the first step compiles the model, which takes half a minute or so")
         lines += [*self.plan.introduction(self.ranks.describe()), *self.batches.rows.introduction(training.steps)]

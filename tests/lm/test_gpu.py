@@ -110,7 +110,7 @@ def test_a_checkpoint_has_the_same_loss_on_both_devices(run):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_head_adds_the_gradient_of_its_weight_in_float32(dtype):
-    """Several chunks: 20,000 tokens, of which 8,192 at most are taken at a time."""
+    """Several chunks: 20,000 tokens, of which 16,384 at most are taken at a time."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(20_000, 64, generator=draw).to(GPU, dtype).requires_grad_()
     weight = (torch.randn(3000, 64, generator=draw) / 8).to(GPU).requires_grad_()

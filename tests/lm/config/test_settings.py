@@ -71,7 +71,7 @@ FREE = """steps log_every validate_every validation_rows checkpoint_every keep_c
     compile threads parallel micro_batch_rows prompts fills data verify_data data_cache
     data_cache_gb data_timeout data_retries trackers train validation epochs
     fsdp_reshard sharded_checkpoints validations_per_epoch patience micro_batch_tokens
-    diffusion_passes"""
+    diffusion_passes residual_precision"""
 NEVER = """num_layers hidden_size num_heads num_key_value_heads head_size feed_forward_size activation qk_norm
     tie_embeddings logit_softcap dropout rope_theta norm_epsilon vocab_size context_length batch_tokens packing seed
     optimizer init_from task base weights method lora_rank lora_alpha lora_matrices batch_examples pairs

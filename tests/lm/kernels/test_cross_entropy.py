@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,27 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(monkeypatch):
     with LargestTensor() as largest:
         reference.linear_cross_entropy(hidden, weight, targets)
     assert largest.elements == 200 * 100  # the probe does see what the reference makes
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "vocabulary", "tokens"),
+    [
+        (8, 50_304, 2**27 // 50_304),
+        (24, 50_304, 2**27 // 50_304),
+        (80, 50_304, 80 * 10**9 // 256 // 50_304),
+        (150, 50_304, 2**29 // 50_304),
+        (150, 8192, 16_384),
+        (8, 10**9, 1),
+    ],
+)
+def test_a_gpu_with_more_memory_takes_more_tokens_at_a_time(monkeypatch, gigabytes, vocabulary, tokens):
+    gpu = torch.device("cuda", 0)
+    assert cross_entropy.tokens_at_once(gpu, vocabulary) == min(max(1, 2**27 // vocabulary), 16_384)  # no card is known
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert cross_entropy.tokens_at_once(gpu, vocabulary) == tokens
+    assert cross_entropy.tokens_at_once(torch.device("cpu"), vocabulary) == min(max(1, 8_000_000 // vocabulary), 1024)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])

@@ -248,6 +248,36 @@ def test_blocks_are_computed_in_parts_where_two_operations_would_not_do(monkeypa
     hidden_and_gradients(model_of(dtype=torch.float32, **changes).train())
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_residual_stream_is_in_its_own_precision_under_autocast(training, precision):
+    model = model_of(dtype=torch.float32, residual_precision=precision).train(training)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, given, out: seen.extend([given[0].dtype, out.dtype]))
+    model(*packed_inputs(2, 8))
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*packed_inputs(2, 8))
+    rounded = training and precision == "bfloat16"
+    assert set(seen) == {torch.bfloat16 if rounded else torch.float32}
+
+
+def test_a_residual_stream_in_bfloat16_gives_nearly_the_same_gradient():
+    inputs, *rest = packed_inputs(4, 64)
+    targets, ones, gradients = inputs.roll(-1, 1), torch.ones(inputs.shape), []
+    for precision in ("float32", "bfloat16"):
+        model = model_of(dtype=torch.float32, residual_precision=precision).train()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.loss(model(inputs, *rest), targets, ones)
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        assert all(part.dtype == torch.float32 for part in gradient)
+        gradients.append(torch.cat([part.flatten() for part in gradient]))
+    precise, rounded = gradients
+    assert 0 < (precise - rounded).norm() < 0.05 * precise.norm()
+
+
 def test_dropout_acts_in_training_only():
     model = model_of(dropout=0.5)
     batch = packed_inputs(2, 8)

@@ -69,6 +69,23 @@ def test_every_objective_of_the_table_opens_and_has_its_readouts():
         assert objective.flops_per_token(model, config.data.context_length) > 0
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_learns_from_a_residual_stream_in_bfloat16(name):
+    config = Config().replace(objective=name, vocab_size=50, context_length=64, batch_tokens=256, view_tokens=16)
+    if name in IMAGE_OBJECTIVES:
+        config = config.replace(patch_size=4, image_size=8, image_channels=3, batch_images=4, visual_codes=8)
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        objective = open_objective(config.replace(residual_precision=precision, output_init=1.0))
+        model, batch = objective.new_model().initialize(0, output_init=1.0), objective.example(4)
+        objective.begin(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(sum(objective.loss(model, batch).values()))
+        losses[-1].backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.02)
+
+
 def test_a_memory_is_saved_and_a_stopped_run_ends_with_the_same_bits(small, opened, quietly, tmp_path):
     config = small.replace(objective="next_token", steps=8, checkpoint_every=4, micro_batch_rows=4)
     run = quietly(config.replace(log_every=1), tmp_path / "whole")

@@ -191,6 +191,7 @@ def test_a_failed_allocation_is_explained_in_one_sentence_and_other_failures_pas
         {"tie_embeddings": False, "activation": "relu2", "logit_softcap": 10.0},
         {"objective": "masked_token", "qk_norm": True},
         {"precision": "bfloat16", "objective": "masked_next_token"},
+        {"precision": "bfloat16", "residual_precision": "bfloat16"},
         {"vocab_size": 512, "objective": "next_token"},
     ],
 )
