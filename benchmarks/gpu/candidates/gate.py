@@ -16,7 +16,7 @@ from lm.kernels import aot, dispatch, masks
 from lm.kernels.aot import Compiled
 
 SNAPSHOT = Path(__file__).with_name("aot.json")
-ARCHITECTURES = (90, 100, 120)  # those that load tiles by TMA; for Ampere the library's kernels are better
+ARCHITECTURES = (80, 90, 100, 120)  # without TMA, on sm_80, descriptors become pointers: a candidate need only compile
 MOST_SPILLED_BYTES = 256  # as the library's key gradient may on Hopper
 HELPERS = ("candidate_prepare",)  # they have no products
 
@@ -70,7 +70,7 @@ def problems(result: dict[str, Compiled]) -> list[str]:
 @click.option("--arch", "architectures", multiple=True, type=click.Choice([str(a) for a in ARCHITECTURES]))
 @click.option("--only", default="", help='Only candidates with this in their name, such as "V3" or "64"; not compared.')
 def main(update: bool, architectures: tuple[str, ...], only: str) -> None:
-    """Compile the candidates for sm_90, sm_100 and sm_120, without a GPU."""
+    """Compile the candidates for sm_80, sm_90, sm_100 and sm_120, without a GPU."""
     if dispatch.interpreted():
         raise click.UsageError("unset TRITON_INTERPRET: the interpreter compiles no kernels")
     tasks = [
