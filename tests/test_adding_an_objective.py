@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.pipeline.images import build_images
 from tests.lm.conftest import draw_pictures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,10 +26,10 @@ def python(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
-    """The code with the page's files and its line added."""
+    """The code with the page's files and its line added, and what Python has compiled of it."""
     folder = tmp_path_factory.mktemp("copy")
     for name in ("lm", "data_prep", "configs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name)
     for name in ("train.py", "evaluate.py"):
         shutil.copy(ROOT / name, folder)
     files = dict(re.findall(r"`((?:lm|tests)/\S+\.py)`:\n```python\n(.*?)```", PAGE, flags=re.DOTALL))
@@ -88,8 +89,7 @@ def test_the_new_objective_trains_resumes_and_is_evaluated(copy, dataset):
 
 
 def test_the_new_objective_on_images_trains_resumes_is_evaluated_and_reported(copy):
-    images = 'import sys; from lm.cli.main import main; sys.argv[0] = "kindling"; main()'
-    python(copy, "-c", images, "prep", "images", str(draw_pictures(copy / "pictures")), "--out", "data", "--size", "16")
+    build_images([draw_pictures(copy / "pictures")], copy / "data", 16, workers=1)
     train = ["train.py", "configs/images-simclr.toml", "--data", "data", "--run", "turned", "--objective", "rotation"]
     train += ["--num-layers", "1", "--hidden-size", "16", "--num-heads", "2", "--batch-images", "16", "--threads", "1"]
     train += ["--validate-every", "2", "--log-every", "1"]

@@ -1,9 +1,10 @@
-"""The scripts as a user calls them, each in its own process."""
+"""The scripts as a user calls them, each in its own process; those that end with a mistake, in this one."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -115,17 +116,21 @@ def test_evaluation_and_report_follow(run):
         ),
     ],
 )  # fmt: skip
-def test_mistakes_get_one_clear_message_and_leave_nothing_behind(data, tmp_path, command, words):
+def test_mistakes_get_one_clear_message_and_leave_nothing_behind(data, tmp_path, capfd, monkeypatch, command, words):
     places = {"empty": tmp_path / "empty", "new": tmp_path / "new", "recipe": tmp_path / "bad.toml", "data": data}
     places["empty"].mkdir()
     places["recipe"].write_text("[model]\nhidden_sise = 64\n")
-    done = call(*(part.format(**places) for part in command))
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [part.format(**places) for part in command])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(command[0], run_name="__main__")
+    stdout, stderr = capfd.readouterr()
+    assert ended.value.code == 2, stderr
+    assert stdout == ""
+    assert "Traceback" not in stderr
     for word in words:
-        assert word.format(**places) in done.stderr
-    assert len(done.stderr.splitlines()) <= len(words)  # one line per mistake
+        assert word.format(**places) in stderr
+    assert len(stderr.splitlines()) <= len(words)  # one line per mistake
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "empty"]
     assert list(places["empty"].iterdir()) == []
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +18,6 @@ from lm.training.pretraining import train
 from lm.training.reporter import NullReporter
 from tests.conftest import Recorder, StopAt
 
-ROOT = Path(__file__).parents[3]
 OBJECTIVES = ("simclr", "moco", "byol", "dino", "dinov2", "mae", "beit")
 
 
@@ -69,18 +64,13 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(config, undisturbed, obj
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_killed_run_ends_with_the_same_bits(config, undisturbed, objective, tmp_path):
+def test_a_killed_run_ends_with_the_same_bits(config, undisturbed, process, objective, tmp_path):
     """By ``kill -9``, some time after its first checkpoint."""
-    path = tmp_path / "run"
-    path.mkdir()
-    config.replace(objective=objective).save(tmp_path / "recipe.toml")
-    command = [sys.executable, str(ROOT / "train.py"), str(tmp_path / "recipe.toml"), "--run", str(path)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(path.glob("checkpoints/step_*[0-9]")) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert same(train(config.replace(objective=objective), path, NullReporter()), undisturbed[objective])
+    path, config = tmp_path / "run", config.replace(objective=objective)
+    process.start(config, path)
+    process.wait_for(lambda: any(path.glob("checkpoints/step_*[0-9]")))
+    assert process.end(signal.SIGKILL) in (-signal.SIGKILL, 0), process.stderr_text()
+    assert same(train(config, path, NullReporter()), undisturbed[objective])
 
 
 def test_validation_does_not_depend_on_the_micro_batch(config, undisturbed, tmp_path):
