@@ -29,7 +29,7 @@ def copy(tmp_path_factory) -> Path:
     """The code with the page's files and its line added, and what Python has compiled of it."""
     folder = tmp_path_factory.mktemp("copy")
     for name in ("lm", "data_prep", "configs"):
-        shutil.copytree(ROOT / name, folder / name)
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.pyc.*"))
     for name in ("train.py", "evaluate.py"):
         shutil.copy(ROOT / name, folder)
     files = dict(re.findall(r"`((?:lm|tests)/\S+\.py)`:\n```python\n(.*?)```", PAGE, flags=re.DOTALL))
