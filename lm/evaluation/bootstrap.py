@@ -31,6 +31,7 @@ class Accuracy:
 
 
 def as_dicts(results: Mapping[str, Mapping[str, Accuracy]]) -> dict[str, dict[str, Any]]:
+    """Results by name, ready for JSON."""
     return {name: {key: value.as_dict() for key, value in each.items()} for name, each in results.items()}
 
 

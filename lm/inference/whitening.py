@@ -41,6 +41,8 @@ def fit_whitening(parts: Iterable[NDArray[np.float32]]) -> Whitening:
     for part in parts:
         exact = part.astype(np.float64)
         count, total, products = count + len(part), total + exact.sum(0), products + exact.T @ exact
+    if not count:
+        raise UserError("there are no texts to whiten by")
     if count <= total.size:
         raise UserError(
             f"whitening takes more texts than a vector has numbers: there are {count:,} for {total.size:,} numbers"

@@ -55,6 +55,8 @@ def test_a_direction_without_variance_is_not_blown_up():
 def test_too_few_texts_and_equal_ones_are_refused():
     with pytest.raises(UserError, match="more texts than a vector has numbers: there are 6 for 6 numbers"):
         fit_whitening([drawn(6)])
+    with pytest.raises(UserError, match="there are no texts to whiten by"):
+        fit_whitening([])
     with pytest.raises(UserError, match="all have the same vector"):
         fit_whitening([np.ones((20, 3), np.float32)])
 
