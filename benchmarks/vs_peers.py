@@ -18,7 +18,8 @@ file, those of the rates in OUT/tuning; the same command does what is missing. `
 
 Kindling's evaluation measures all models: bits per byte of the whole validation split in windows of the context, with
 documents apart, causal or with one token in seven masked at a time; minimal pairs with ties as one half and as right.
-Compare numbers within a readout: the masked ones see both sides.
+Compare numbers within a readout: the masked ones see both sides. With ``--tasks``, Kindling's fine-tuning teaches all
+models the tasks of a file, by the same settings (benchmarks/peers/tasks.py).
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ from benchmarks.peers.kindling import Kindling
 from benchmarks.peers.peer import OtherPeer, Peer
 from benchmarks.peers.reading import PeerModel
 from benchmarks.peers.results import Asked, Result, done, table
+from benchmarks.peers.tasks import task_scores
 from data_prep.errors import UserError
-from lm.config.recipes import find_recipe, load_config
+from lm.config.recipes import find_recipe, load_config, read_toml
 from lm.data.corpora import open_corpora
 from lm.evaluation.minimal_pairs import Pairs, evaluate_pairs, read_pairs
 from lm.inference.language_model import LanguageModel
 from lm.inference.scoring import log_likelihoods
+from lm.model.transformer import Transformer
 from lm.training.validation import validate_readouts
 
 PEERS: dict[str, type[Peer]] = {
@@ -113,6 +116,7 @@ class Contest:
                 name: [replace(each, good=each.good[:most], bad=each.bad[:most]) for each in pairs]
                 for name, pairs in self.pairs.items()
             }
+        self.tasks = read_toml(options.tasks, "the tasks").get("tasks", {}) if options.tasks else {}
         torch.set_num_threads(options.threads)
 
     def run(self) -> list[Result]:
@@ -134,13 +138,14 @@ class Contest:
             options.peer, self.config.objective.objective, rate, seed, options.recipe, seconds, options.threads,
             peer.corpora.fingerprint,
         )  # fmt: skip
-        if found := done(folder, asked):
+        measured = () if of_rate else (*self.pairs, *self.tasks)
+        if found := done(folder, asked, measured):
             return found
         steps = steps_within(seconds, lambda steps: peer.train(rate, seed, steps)[1], peer.tokens_of_step)
         print(f"{asked.name}: {steps:,} steps in about {seconds:,.0f} CPU seconds", file=sys.stderr, flush=True)
         model, times = peer.train(rate, seed, steps)
         model.eval()
-        readable = PeerModel(peer, model, self.config) if isinstance(peer, OtherPeer) else model
+        readable = self._readable(model)
         bits = validate_readouts(readable, peer.corpora, self.config, rows=options.validation_rows, every_token=True)
         result = Result(
             asked, peer.parameters(model), steps, sum(peer.tokens_of_step(step, steps) for step in range(steps)),
@@ -148,11 +153,20 @@ class Contest:
             changes=list(peer.changes), versions=self.versions,
         )  # fmt: skip
         if not of_rate:
-            language_model = LanguageModel(readable, peer.corpora.processor, self.config)
+            tokenizer, config = peer.corpora.processor, self.config
+            language_model = LanguageModel(readable, tokenizer, config)
             pairs = {name: shares(language_model, each) for name, each in self.pairs.items()}
-            result = replace(result, pairs=pairs)
+            scores = task_scores(model, self._readable, tokenizer, config, options.tasks, seed) if options.tasks else {}
+            result = replace(result, pairs=pairs, tasks=scores)
         result.save(folder)
         return result
+
+    def _readable(self, model: Any) -> Transformer:
+        """The peer's model for Kindling's evaluation."""
+        if isinstance(self.peer, OtherPeer):
+            return PeerModel(self.peer, model, self.config)
+        assert isinstance(model, Transformer)
+        return model
 
 
 def main() -> None:
@@ -169,6 +183,9 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=Path, nargs="+", default=[], help="folders of minimal pairs, such as BLiMP's")
+    parser.add_argument(
+        "--tasks", type=Path, help="a file for `kindling tasks`: fine-tune each seed in full on its tasks"
+    )
     parser.add_argument("--most-pairs", type=int, default=0, help="of each paradigm; 0: all")
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--quick", action="store_true", help="seconds for everything: shows that it runs")

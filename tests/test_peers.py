@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks.peers import results, stock
 from benchmarks.peers.gpt_bert import GptBert
 from benchmarks.peers.nanochat import Nanochat, momentum, rate_factor
 from benchmarks.peers.reading import PeerModel
+from benchmarks.peers.tasks import task_scores
 from benchmarks.written_run import written_run
 from data_prep.errors import UserError
 from lm.config.settings import Config
@@ -103,20 +105,22 @@ def GPTConfig(**settings):
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.scores = nn.Embedding(config.vocab_size, config.vocab_size)
+        self.words = nn.Embedding(config.vocab_size, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def init_weights(self):
-        nn.init.zeros_(self.scores.weight)
+        nn.init.normal_(self.words.weight)
+        nn.init.zeros_(self.lm_head.weight)
 
     def num_scaling_params(self):
-        return {"transformer_matrices": 1, "lm_head": self.scores.weight.numel()}
+        return {"transformer_matrices": 1, "lm_head": self.lm_head.weight.numel()}
 
     def setup_optimizer(self, embedding_lr, unembedding_lr, matrix_lr, scalar_lr, weight_decay=0.0):
-        group = {"params": [self.scores.weight], "kind": "muon", "initial_lr": embedding_lr}
+        group = {"params": list(self.parameters()), "kind": "muon", "initial_lr": embedding_lr}
         return torch.optim.AdamW([group], lr=embedding_lr)
 
     def forward(self, tokens, targets=None):
-        scores = self.scores(tokens)
+        scores = 15 * torch.tanh(self.lm_head(self.words(tokens)) / 15)
         if targets is None:
             return scores
         return nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten())
@@ -152,6 +156,14 @@ def checkout(folder: Path, files: dict[str, str]) -> None:
     folder.mkdir(parents=True)
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
+
+
+@pytest.fixture(autouse=True)
+def forgets_nanochat() -> Iterator[None]:
+    """Each test has a checkout of its own."""
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nanochat"]:
+        del sys.modules[name]
 
 
 def bits_of(peer: Any, model: Any, config: Config, corpora: Corpora) -> dict[str, float]:
@@ -195,19 +207,37 @@ def test_gpt_berts_code_trains_and_both_of_its_readouts_are_measured(corpora, tm
 def test_nanochats_code_trains_on_documents_of_the_shards(corpora, tmp_path, monkeypatch):
     checkout(tmp_path / "nanochat" / "nanochat", NANOCHAT)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-    before = set(sys.modules)
     config = Config().replace(**SHAPE, objective="next_token", vocab_size=corpora.processor.vocab_size)
     peer = Nanochat(corpora, config, tmp_path / "nanochat")
     model, _ = peer.train(100.0, 0, 60)
-    for name in set(sys.modules) - before:
-        if name.startswith("nanochat"):
-            monkeypatch.delitem(sys.modules, name)
     split = corpora.split("validation")
     nats = vs_nanogpt.whole_split_loss(model, split.read(0, split.tokens).astype(np.int64), 32) * split.tokens
     found = bits_of(peer, model, config, corpora)["next_token"]
     assert found == pytest.approx(nats / math.log(2) / split.counted_bytes, rel=1e-4)
     uniform = split.tokens * math.log2(400) / split.counted_bytes
     assert found < 0.95 * uniform
+
+
+@pytest.mark.parametrize("kind", ["llama", "modernbert", "gpt-bert", "nanochat", "kindling"])
+def test_every_peer_learns_a_task_and_stays_as_it_is(kind, corpora, tmp_path, monkeypatch):
+    checkout(tmp_path / "gpt-bert" / "pretraining", GPT_BERT)
+    checkout(tmp_path / "nanochat" / "nanochat", NANOCHAT)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    chosen = vs_peers.PEERS[kind]
+    objective = chosen.objective or "next_token"
+    config = Config().replace(**SHAPE, objective=objective, vocab_size=400, device="cpu", data=[str(tmp_path / "data")])
+    peer = chosen(corpora, config, tmp_path / kind)
+    model, _ = peer.train(0.01, 0, 2)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, count in (("train", 60), ("test", 30)):
+        rows = [{"text": f"{'silver river' if n % 2 else 'winter coat'} {n}", "label": n % 2} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tasks = '[settings]\nepochs = 8\nlearning_rate = 0.01\n[tasks.river]\ntask = "classification"\n'
+    (tmp_path / "tasks.toml").write_text(f'{tasks}train = "train.jsonl"\ntest = "test.jsonl"\n')
+    readable = (lambda model: model) if kind == "kindling" else lambda model: PeerModel(peer, model, config)
+    found = task_scores(model, readable, corpora.processor, config, tmp_path / "tasks.toml", seed=0)
+    assert found["river"]["accuracy"] > 0.9
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_nanochats_schedules_are_those_of_its_script():

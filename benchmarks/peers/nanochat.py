@@ -25,6 +25,7 @@ URL = "https://github.com/karpathy/nanochat"
 RATES = {"embedding_lr": 0.3, "unembedding_lr": 0.008, "matrix_lr": 0.02, "scalar_lr": 0.5}
 DECAY, WARMUP_STEPS, WARMDOWN, LEAST_RATE, TOKENS_PER_PARAMETER, REFERENCE_BATCH = 0.28, 40, 0.65, 0.05, 12, 2**19
 DOCUMENTS_AT_ONCE = 128
+SOFTCAP = 15  # of the logits
 
 
 class Nanochat(OtherPeer):
@@ -107,11 +108,14 @@ class Nanochat(OtherPeer):
 
     def states(self, model: Any, tokens: Tensor, lengths: Tensor, causal: bool) -> Tensor:
         assert causal  # what follows a text changes nothing
-        logits: Tensor = model(tokens)
-        return logits
+        found: list[Tensor] = []
+        with model.lm_head.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0])):
+            model(tokens)
+        return found[0]
 
     def logits(self, model: Any, states: Tensor) -> Tensor:
-        return states
+        scores: Tensor = model.lm_head(states).float()
+        return SOFTCAP * torch.tanh(scores / SOFTCAP)
 
 
 def _scaling_parameters(model: Any) -> int:

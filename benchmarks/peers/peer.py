@@ -79,7 +79,7 @@ class OtherPeer(Peer):
 
     @abstractmethod
     def states(self, model: Any, tokens: Tensor, lengths: Tensor, causal: bool) -> Tensor:
-        """What ``logits`` needs, (texts, T, any width), of texts (texts, T) that are padded behind ``lengths``."""
+        """Hidden states (texts, T, hidden_size) of texts (texts, T) that are padded behind ``lengths``."""
 
     @abstractmethod
     def logits(self, model: Any, states: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ TEXTS = 64  # in one pass of the peer's model
 class PeerModel(Transformer):
     """Reads the documents of a row one by one, as texts of their own, and puts their states back in their places.
 
-    Only what evaluation uses of a ``Transformer`` is there.
+    Only what evaluation and a task's head use of a ``Transformer`` is there.
     """
 
     def __init__(self, peer: OtherPeer, model: Any, config: Config) -> None:
         nn.Module.__init__(self)
         self.peer, self.model, self.config = peer, model, config.model
-        self.blocks = ()  # type: ignore[assignment]
+        self.blocks, self.head = (), None  # type: ignore[assignment]
 
     def read(self, batch: Readable) -> Tensor:
         """States (rows, T, width) of a batch whose rows are all causal or all bidirectional."""

@@ -39,6 +39,7 @@ class Result:
         bits_per_byte: of the whole validation split, by readout.
         pairs: by folder of pairs and readout: the mean over paradigms with equal scores as one half (``half``) and as
             right (``first``), and the number of pairs.
+        tasks: metrics on the test examples, by task and name.
         tuning: bits per byte of the rates that were tried, by rate and readout.
     """
 
@@ -49,6 +50,7 @@ class Result:
     cpu_seconds: float
     bits_per_byte: dict[str, float]
     pairs: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     tuning: dict[str, dict[str, float]] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -63,11 +65,11 @@ def read(file: Path) -> Result:
     return Result(**found | {"asked": Asked(**found["asked"])})
 
 
-def done(folder: Path, asked: Asked) -> Result | None:
-    """The result of exactly this run, if it is there; a file of another with the same name is written over."""
+def done(folder: Path, asked: Asked, measured: Iterable[str] = ()) -> Result | None:
+    """The result of exactly this run, if it is there with these pairs and tasks; other files are written over."""
     file = folder / f"{asked.name}.json"
     found = read(file) if file.is_file() else None
-    return found if found and found.asked == asked else None
+    return found if found and found.asked == asked and {*measured} <= found.pairs.keys() | found.tasks.keys() else None
 
 
 def table(folder: Path) -> str:
@@ -95,6 +97,9 @@ def _columns(results: Iterable[Result]) -> dict[str, list[float]]:
             for readout, scores in readouts.items():
                 for ties in ("half", "first"):
                     found.setdefault(f"{folder} {readout} ties {ties}", []).append(scores[ties])
+        for task, metrics in result.tasks.items():
+            for name, value in metrics.items():
+                found.setdefault(f"{task} {name}", []).append(value)
     return found
 
 
