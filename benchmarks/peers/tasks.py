@@ -71,7 +71,7 @@ def _scores(
     files = {name: path.with_name(f"{task.name}-{name}.jsonl") for name in parts}
     for name, part in parts.items():
         write_examples(files[name], part)
-    own = {"task": task.kind, "train": str(files["train"]), "validation": str(files["validation"])}
+    own: dict[str, Any] = {"task": task.kind, "train": str(files["train"]), "validation": str(files["validation"])}
     own |= {"judged_by": task.judged_by, "seed": seed, "device": "cpu"}
     config = finetuning_config(base.path, base.config, {**task.settings["full"], **own})
     if config.finetune.pairs == "auto":

@@ -1,7 +1,8 @@
 """Minimal pairs: does a model prefer the acceptable sentence to the unacceptable one?
 
-For BLiMP (Warstadt et al. 2020) and data in its format. A pair scores 1, 0, or 1/2 if both sentences are equally
-likely; the common rule, the first of two equals wins, gives a model credit for every pair that it cannot tell apart.
+For BLiMP (Warstadt et al. 2020), Zorro (Huebner et al. 2021) and data in their formats. A pair scores 1, 0, or 1/2 if
+both sentences are equally likely; the common rule, the first of two equals wins, gives a model credit for every pair
+that it cannot tell apart.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from data_prep.tokenizers.tokenizer import Tokenizer
-from lm.data.example_files import holds_rows, rows_of
+from lm.data.example_files import TEXT, holds_rows, kind_of, rows_of
 from lm.evaluation.baselines import Progress, unigram_costs, unigram_likelihoods
 from lm.evaluation.bootstrap import TIE_NATS, Accuracy, resampled_means, standard_error
 from lm.inference.language_model import LanguageModel
@@ -45,18 +46,23 @@ class PairsAccuracy(Accuracy):
 
 
 def read_pairs(path: Path, columns: tuple[str, str] = COLUMNS) -> list[Pairs]:
-    """Read the pairs of a file with columns, or of all such files in a folder, one paradigm per file.
+    """Read the pairs of a file, or of all such files in a folder, one paradigm per file.
 
     ``columns`` name the acceptable and the unacceptable sentence. As in BLiMP, ``UID`` names the paradigm (default:
-    the name of the file) and ``linguistics_term`` its group. Raise UserError if there are no files, or a line is not a
-    pair; the message gives file and line.
+    the name of the file) and ``linguistics_term`` its group. A .txt file has a sentence per line, as in Zorro: each
+    unacceptable one is followed by its acceptable one, and the name is ``GROUP-PARADIGM.txt``. Next to files with
+    columns in a folder, .txt files are left out.
+
+    Raise UserError if there are no files, or a line is not a pair; the message gives file and line.
     """
-    files = sorted(file for file in path.iterdir() if holds_rows(file)) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.iterdir())
+        files = [file for file in files if holds_rows(file)] or [file for file in files if _holds_lines(file)]
     if not files or not all(file.is_file() for file in files):
-        raise UserError(
-            f"there are no pairs at {path}: name a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them"
-        )
-    return [_read_file(file, columns) for file in files]
+        kinds = ".jsonl, .json, .csv, .tsv, .parquet or .txt"
+        raise UserError(f"there are no pairs at {path}: name a {kinds} file, or a folder of them")
+    return [_read_lines(file) if _holds_lines(file) else _read_file(file, columns) for file in files]
 
 
 def _read_file(file: Path, columns: tuple[str, str]) -> Pairs:
@@ -73,6 +79,21 @@ def _read_file(file: Path, columns: tuple[str, str]) -> Pairs:
     if not good:
         raise UserError(f"{file} contains no pairs")
     return Pairs(paradigm, group, good, bad)
+
+
+def _holds_lines(file: Path) -> bool:
+    return kind_of(str(file)) == TEXT and ".txt" in file.suffixes
+
+
+def _read_lines(file: Path) -> Pairs:
+    lines = [row["sentence"] for _, row in rows_of(file, lines_as="sentence") if row["sentence"].strip()]
+    if not lines or len(lines) % 2:
+        raise UserError(
+            f"{file} has {len(lines):,} sentences: a .txt file of pairs has an even number, each unacceptable sentence "
+            "followed by its acceptable one"
+        )
+    group = file.stem.partition("-")[0] if "-" in file.stem else ""
+    return Pairs(file.stem, group, lines[1::2], lines[0::2])
 
 
 def scores(good: NDArray[np.float64], bad: NDArray[np.float64], ties: str) -> NDArray[np.float64]:

@@ -37,6 +37,20 @@ def test_any_file_with_two_columns_will_do(tmp_path, name, between):
     assert read_pairs(tmp_path / name, ("yes", "no")) == [Pairs("x", "", ["He runs.", "a, b"], ["He run.", "c"])]
 
 
+def test_zorros_files_have_a_sentence_per_line(tmp_path):
+    (tmp_path / "agreement-in_question.txt").write_text("does he runs ?\ndoes he run ?\nare he here ?\nis he here ?\n")
+    (tmp_path / "local.txt").write_text("a\nb\n")
+    zorro = [
+        Pairs(
+            "agreement-in_question", "agreement", ["does he run ?", "is he here ?"], ["does he runs ?", "are he here ?"]
+        ),
+        Pairs("local", "", ["b"], ["a"]),
+    ]
+    assert read_pairs(tmp_path) == zorro
+    write_blimp(tmp_path, "island", [("Who ran?", "Ran who?")])
+    assert [pairs.paradigm for pairs in read_pairs(tmp_path)] == ["island"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -47,7 +61,9 @@ def test_any_file_with_two_columns_will_do(tmp_path, name, between):
         ("a.jsonl", "{", "a.jsonl, line 1: not JSON"),
         ("a.jsonl", "\n\n", "contains no pairs"),
         ("a.csv", "sentence_good\nx\n", 'line 2: "sentence_bad" is missing'),
-        ("a.txt", "", "the file must end in one of"),
+        ("a.txt", "", "a.txt has 0 sentences: a .txt file of pairs has an even number"),
+        ("a.txt", "he run .\nhe runs .\n\nthey runs .\n", "a.txt has 3 sentences"),
+        ("a.md", "", "the file must end in one of"),
     ],
 )
 def test_a_line_that_is_no_pair_is_named(tmp_path, name, content, words):
