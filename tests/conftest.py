@@ -28,6 +28,7 @@ from lm.config.settings import Config
 from lm.data.batch import Batch
 from lm.inference.language_model import LanguageModel
 from lm.model.device import available_memory
+from lm.reports import page
 from lm.runs.directory import Run
 from lm.training.pretraining import train
 
@@ -140,6 +141,16 @@ def leaves_the_process_as_it_was() -> Iterator[None]:
     assert process_state() == before
     changed = {name for name, value in environment.items() if os.environ.get(name) != value}
     assert changed <= {"PYTEST_CURRENT_TEST"}
+
+
+LOOK_AT_CHARTS = ("reports", "test_pages_in_a_browser.py")
+
+
+@pytest.fixture(autouse=True)
+def without_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts are empty in all other tests: those of a report take a second to draw."""
+    if not set(LOOK_AT_CHARTS) & set(request.path.parts):
+        monkeypatch.setattr(page, "draw", lambda panels, height, *, stacked=False: "<svg></svg>")
 
 
 VOID = {"meta", "br", "img", "hr", "input", "link"}

@@ -49,7 +49,7 @@ OF_IMAGES, OF_BOTH = ("train", "test"), ("run", "data", "layer", "which", "as_js
 @click.option(
     "--pairs",
     type=click.Path(path_type=Path),
-    help="Evaluate on minimal pairs, such as BLiMP; a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a folder of them.",
+    help="Evaluate on minimal pairs, such as BLiMP: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a folder.",
 )
 @click.option(
     "--text",

@@ -117,6 +117,7 @@ def draw(panels: Sequence[Chart], height: float, *, stacked: bool = False) -> st
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.rcsetup import cycler
 
     style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
@@ -128,7 +129,8 @@ def draw(panels: Sequence[Chart], height: float, *, stacked: bool = False) -> st
     with mpl.rc_context(style | {"axes.edgecolor": SOFT, "axes.prop_cycle": cycler(color=COLORS)}):
         across = (len(panels), 1) if stacked else (1, len(panels))
         size = (4.2, min(height, 3.6) * len(panels)) if stacked else (9, height)
-        figure = Figure(figsize=size, layout="constrained")
+        layout = ConstrainedLayoutEngine()
+        figure = Figure(figsize=size, layout=layout)
         figure.patch.set_alpha(0)
         for axes, panel in zip(figure.subplots(*across, squeeze=False).flat, panels, strict=True):
             match panel:
@@ -143,7 +145,7 @@ def draw(panels: Sequence[Chart], height: float, *, stacked: bool = False) -> st
             axes.patch.set_alpha(0)
             axes.title.set_wrap(True)
             axes.xaxis.label.set_wrap(True)
-        figure.draw_without_rendering()  # ticks follow the size, so the first layout measured others than it drew
+        layout.execute(figure)  # ticks follow the size, so the first layout measured others than it drew
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), flags=re.DOTALL)
