@@ -71,7 +71,7 @@ IMAGES = CONFIG.replace(
 )  # fmt: skip
 OBJECTIVES = ("simclr", "moco", "byol", "dino", "dinov2", "mae", "beit")
 WORLDS = (2, 4)
-# Four ranks are dear: of what two compute, they do what their smaller slices and shares could change.
+# Four ranks are expensive: they compute only what smaller slices and shares could change.
 OF_FOUR = ("untied", "normuon", "mixed", "simclr", "dinov2", "beit", 1, 8)
 Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
