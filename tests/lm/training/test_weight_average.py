@@ -20,7 +20,7 @@ from lm.training.pretraining import train
 from lm.training.validation import validate_readouts
 from lm.training.weight_average import WeightAverage, is_averaged
 from tests.conftest import StopAt
-from tests.lm.training.test_distributed import torchrun
+from tests.lm.training.test_torchrun import torchrun
 
 EVERY_STEP = {"checkpoint_every": 1, "keep_every": 1, "validate_every": 3, "log_every": 1}
 
