@@ -143,14 +143,30 @@ def leaves_the_process_as_it_was() -> Iterator[None]:
     assert changed <= {"PYTEST_CURRENT_TEST"}
 
 
-LOOK_AT_CHARTS = ("reports", "test_pages_in_a_browser.py")
+draw_chart = page.draw
 
 
-@pytest.fixture(autouse=True)
-def without_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Charts are empty in all other tests: those of a report take a second to draw."""
-    if not set(LOOK_AT_CHARTS) & set(request.path.parts):
-        monkeypatch.setattr(page, "draw", lambda panels, height, *, stacked=False: "<svg></svg>")
+@pytest.fixture(scope="session", autouse=True)
+def without_charts() -> Iterator[None]:
+    """Charts are empty, for those of a report take a second to draw; ``charts`` draws them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(page, "draw", lambda panels, height, *, stacked=False: "<svg></svg>")
+        yield
+
+
+@contextmanager
+def charts_drawn() -> Iterator[None]:
+    """Draw the charts of what is written here."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(page, "draw", draw_chart)
+        yield
+
+
+@pytest.fixture
+def charts() -> Iterator[None]:
+    """Draw the charts of what a test writes."""
+    with charts_drawn():
+        yield
 
 
 VOID = {"meta", "br", "img", "hr", "input", "link"}

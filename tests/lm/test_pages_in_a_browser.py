@@ -28,6 +28,8 @@ from tests.lm.reports.test_sweep_report import TABLE
 from tests.lm.reports.test_task_report import cell, examples_of
 from tests.lm.serve.conftest import FEW, serve_run, serve_service
 
+pytestmark = pytest.mark.usefixtures("charts")
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:

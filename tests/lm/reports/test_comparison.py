@@ -137,6 +137,7 @@ def test_overfitting_is_told_with_the_name_of_the_run(copy):
     assert remark.startswith("a: The validation loss was lowest at step 10")
 
 
+@pytest.mark.usefixtures("charts")
 def test_the_page_holds_numbers_curves_and_settings_and_needs_no_network(copy, tmp_path, read_page):
     paths = [copy("a"), copy("<i>b $x$ --></i>", learning_rate=0.5)]
     entries = open_entries(paths)
@@ -195,6 +196,7 @@ def test_a_fine_tuning_is_called_by_its_task(classifier, trained):
     assert list(found["runs"][1]["training_loss"]) == ["classification"]
 
 
+@pytest.mark.usefixtures("charts")
 def test_runs_on_images_are_compared_by_their_losses(seeing_run, image_classifier, trained, tmp_path):
     entries = open_entries([seeing_run.path, image_classifier.path])
     comparison = compare(entries)

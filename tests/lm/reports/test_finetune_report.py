@@ -27,6 +27,7 @@ def written(tmp_path, read_page):
     return words
 
 
+@pytest.mark.usefixtures("charts")
 def test_a_classifier_shows_its_metrics_and_its_answers_to_the_validation_examples(classifier, written):
     words, html = written(classifier)
     base = classifier.config.finetune.base.rpartition("/")[2]

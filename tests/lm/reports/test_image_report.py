@@ -28,6 +28,7 @@ from lm.reports.page import picture
 from lm.runs.directory import Run, open_run
 from lm.runs.run_data import open_data
 from lm.training.reporter import NullReporter
+from tests.conftest import charts_drawn
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def simclr(runs) -> Run:
 
 @pytest.fixture(scope="module")
 def html(run) -> str:
-    return write_image_report(run, evaluate_images(run)).read_text(encoding="utf-8")
+    with charts_drawn():
+        return write_image_report(run, evaluate_images(run)).read_text(encoding="utf-8")
 
 
 def images_of(html: str) -> dict[str, np.ndarray]:
@@ -270,6 +272,7 @@ def test_without_the_data_only_the_pictures_are_missing(simclr, tmp_path, read_p
     assert "effective rank" in words
 
 
+@pytest.mark.usefixtures("charts")
 def test_the_same_run_gives_the_same_page(simclr):
     assert write_image_report(simclr, None).read_bytes() == write_image_report(simclr, None).read_bytes()
 

@@ -9,6 +9,8 @@ from matplotlib.textpath import TextPath
 
 from lm.reports.page import COLORS, MARKERS, Bars, Panel, Scatter, chart, draw, render
 
+pytestmark = pytest.mark.usefixtures("charts")
+
 
 def test_a_drawing_has_its_titles_labels_and_no_date(read_page):
     panels = [Panel("a loss", {"one": [(1, 2.0), (2, 1.0)]}, {"two": [(2, 1.5)]}, {"best": 2})]

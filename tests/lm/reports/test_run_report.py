@@ -16,7 +16,7 @@ from lm.inference.fill_mask import Filled, fill_masks
 from lm.reports.run_report import write_report
 from lm.runs.directory import open_run
 from lm.runs.run_data import openings_of
-from tests.conftest import loaded
+from tests.conftest import charts_drawn, loaded
 
 HOSTILE = '<script>alert("x")</script> & <img src=http://example.com/x>'
 
@@ -31,7 +31,8 @@ def html(run):
     """With everything, and with hostile text wherever a user's text goes."""
     fills = ["The old [MASK] found a silver [MASK].", "[MASK] <script>"]
     evaluation = evaluate(run)
-    return write_report(run, evaluation, ["The captain", HOSTILE], fills).read_text(encoding="utf-8")
+    with charts_drawn():
+        return write_report(run, evaluation, ["The captain", HOSTILE], fills).read_text(encoding="utf-8")
 
 
 def test_the_page_is_well_formed_and_needs_no_network(html, read_page):

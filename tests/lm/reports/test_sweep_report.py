@@ -10,6 +10,8 @@ import pytest
 from lm.reports import sweep_report
 from lm.reports.sweep_report import rows, verdict, write_sweep
 
+pytestmark = pytest.mark.usefixtures("charts")
+
 
 def point(number: int, value: float | None, status: str = "finished", note: str = "", **settings: Any) -> dict:
     return {

@@ -44,6 +44,7 @@ def test_a_table_has_the_metric_that_judges_first_with_its_deviation(classes):
     assert alone[0][1] == "0.500"
 
 
+@pytest.mark.usefixtures("charts")
 def test_the_page_shows_charts_confusions_and_the_worst_errors_with_everything_escaped(classes, tmp_path, read_page):
     numbers = examples_of("regression")
     cells = [*classes[1], cell(numbers, "tfidf", 0, [1.0, 2.5, 3.0, 1.0])]

@@ -9,7 +9,7 @@ from lm.data.batch import TENSORS, Batch
 from lm.data.corpora import Corpora
 from lm.model.transformer import Transformer
 from lm.objectives.batches import TrainingBatches
-from lm.training.gradients import step_gradients
+from lm.training.gradients import _seed_dropout, step_gradients
 from tests.conftest import masked_rows_of
 
 
@@ -61,6 +61,15 @@ def test_the_gradient_is_that_of_the_mean_loss(dataset, small):
     total.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_draws_what_it_drew_when_torch_seeded_it():
+    """A run that an earlier version began ends with the same bits."""
+    model, ones = torch.nn.Linear(1, 1), torch.ones(1000)
+    torch.manual_seed(2**62 + 5)
+    expected = torch.dropout(ones, 0.5, train=True)
+    _seed_dropout(model, 2**62 + 5)
+    assert torch.equal(torch.dropout(ones, 0.5, train=True), expected)
 
 
 def test_dropout_differs_between_steps_and_micro_batches_and_is_reproducible(dataset, small):
