@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
+from data_prep.sources.formats import PACKED_SUFFIXES
 from data_prep.tokenizers.tokenizer import Tokenizer
 from lm.data.example_files import TEXT, holds_rows, kind_of, rows_of
 from lm.evaluation.baselines import Progress, unigram_costs, unigram_likelihoods
@@ -68,7 +69,7 @@ def read_pairs(path: Path, columns: tuple[str, str] = COLUMNS) -> list[Pairs]:
 def _read_file(file: Path, columns: tuple[str, str]) -> Pairs:
     good: list[str] = []
     bad: list[str] = []
-    paradigm, group = file.stem, ""
+    paradigm, group = _name(file), ""
     for where, row in rows_of(file):
         for name, sentences in zip(columns, (good, bad), strict=True):
             value = row.get(name)
@@ -92,8 +93,13 @@ def _read_lines(file: Path) -> Pairs:
             f"{file} has {len(lines):,} sentences: a .txt file of pairs has an even number, each unacceptable sentence "
             "followed by its acceptable one"
         )
-    group = file.stem.partition("-")[0] if "-" in file.stem else ""
-    return Pairs(file.stem, group, lines[1::2], lines[0::2])
+    name = _name(file)
+    return Pairs(name, name.partition("-")[0] if "-" in name else "", lines[1::2], lines[0::2])
+
+
+def _name(file: Path) -> str:
+    """The name of a file without its kind, compressed or not."""
+    return Path(file.stem).stem if file.suffix in PACKED_SUFFIXES else file.stem
 
 
 def scores(good: NDArray[np.float64], bad: NDArray[np.float64], ties: str) -> NDArray[np.float64]:

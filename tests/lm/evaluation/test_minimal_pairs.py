@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import math
 
@@ -39,7 +40,7 @@ def test_any_file_with_two_columns_will_do(tmp_path, name, between):
 
 def test_zorros_files_have_a_sentence_per_line(tmp_path):
     (tmp_path / "agreement-in_question.txt").write_text("does he runs ?\ndoes he run ?\nare he here ?\nis he here ?\n")
-    (tmp_path / "local.txt").write_text("a\nb\n")
+    (tmp_path / "local.txt.gz").write_bytes(gzip.compress(b"a\nb\n"))
     zorro = [
         Pairs(
             "agreement-in_question", "agreement", ["does he run ?", "is he here ?"], ["does he runs ?", "are he here ?"]
