@@ -66,14 +66,9 @@ class Pass:
 
 
 def _seed_dropout(model: nn.Module, seed: int) -> None:
-    """Seed what dropout draws from, on the CPU and on the model's device.
-
-    ``torch.manual_seed`` does the same for every kind of device. Where there is no GPU, this takes 0.3 ms.
-    """
-    torch.default_generator.manual_seed(seed)
-    device = next(model.parameters()).device
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+    """Seed what dropout draws from. ``torch.manual_seed`` looks for other devices too, which takes 0.3 ms on a CPU."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(seed)
 
 
 def _gradients_of_predicted(step: Pass) -> tuple[dict[str, Tensor], dict[str, float]]:
