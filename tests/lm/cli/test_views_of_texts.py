@@ -14,6 +14,7 @@ from lm import api
 from lm.cli.main import main
 from lm.runs.directory import open_run
 from lm.training.reporter import NullReporter
+from tests.conftest import charts_drawn
 
 VIEWS = {"view_tokens": 16, "projection_size": 8, "projection_hidden_size": 16, "steps": 4, "validate_every": 2}
 
@@ -22,7 +23,8 @@ VIEWS = {"view_tokens": 16, "projection_size": 8, "projection_hidden_size": 16, 
 def runs(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("views")
     for name, objective in {"mixed": "hybrid:0.75,simclr:0.25", "alone": "byol"}.items():
-        api.train(small.replace(objective=objective, **VIEWS), run=folder / name, reporter=NullReporter())
+        with charts_drawn():
+            api.train(small.replace(objective=objective, **VIEWS), run=folder / name, reporter=NullReporter())
     (folder / "rated.jsonl").write_text(
         "".join(json.dumps({"text": f"a fox {n}", "text_pair": "an owl", "label": n}) + "\n" for n in range(5)),
         encoding="utf-8",
