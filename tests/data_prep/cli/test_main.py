@@ -231,9 +231,9 @@ def slow_build(
 
 
 def stop_when(path: Path, number: signal.Signals, command: list[str], delay: float = 0.0) -> tuple[int, str]:
-    """Send a signal to the command, ``delay`` seconds after ``path`` exists; its status and what it said.
+    """Send a signal to a build, ``delay`` seconds after ``path`` exists; its status and what it said.
 
-    On a busy machine the command may end before this process sees the moment; then it is tried again from nothing.
+    On a busy machine the build may be complete before the signal reaches it; then it is tried again from nothing.
     """
     for _ in range(10):
         process = subprocess.Popen(
@@ -243,20 +243,24 @@ def stop_when(path: Path, number: signal.Signals, command: list[str], delay: flo
             time.sleep(0.0005)
         time.sleep(delay)
         if process.poll() is None:
-            break
+            if number == signal.SIGKILL:
+                process.kill()  # the workers must notice by themselves
+            else:
+                os.killpg(process.pid, number)  # what a terminal does
+        _, said = process.communicate(timeout=120)
+        wait_for_the_end_of_group(process.pid)
+        if not (path.parent / "manifest.json").exists():
+            return process.returncode, said
         shutil.rmtree(path.parent)
-    else:
-        raise AssertionError("it always ended before it could be stopped")
-    if number == signal.SIGKILL:
-        process.kill()  # the workers must notice by themselves
-    else:
-        os.killpg(process.pid, number)  # what a terminal does
-    _, said = process.communicate(timeout=120)
+    raise AssertionError("it was always complete before it could be stopped")
+
+
+def wait_for_the_end_of_group(group: int) -> None:
     for _ in range(10_000):
         try:
-            os.killpg(process.pid, 0)
+            os.killpg(group, 0)
         except ProcessLookupError:
-            return process.returncode, said
+            return
         time.sleep(0.01)
     raise AssertionError("worker processes outlive the command")
 
