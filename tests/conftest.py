@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -37,6 +38,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 settings.register_profile("kindling", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("kindling")
+gc.disable()  # collecting garbage among all that importing and collecting tests creates takes half of their time
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 SUBJECTS = "the old miller|a young fox|my grandmother|the captain|every sparrow|nobody|the clever weaver|a tired horse"
 VERBS = "found|carried|watched|remembered|painted|lost|sold|followed|wanted|forgot"

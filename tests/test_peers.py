@@ -17,6 +17,7 @@ import torch
 from benchmarks import vs_nanogpt, vs_peers
 from benchmarks.peers import results, stock
 from benchmarks.peers.gpt_bert import GptBert
+from benchmarks.peers.kindling import Kindling
 from benchmarks.peers.nanochat import Nanochat, momentum, rate_factor
 from benchmarks.peers.reading import PeerModel
 from benchmarks.peers.tasks import task_scores
@@ -26,6 +27,7 @@ from lm.config.settings import Config
 from lm.data.corpora import Corpora, open_corpora
 from lm.evaluation.validation_loss import evaluate
 from lm.export.stock_architectures import weight_names
+from lm.training.pretraining import Pretraining
 from lm.training.validation import validate_readouts
 from tests.conftest import sentences
 
@@ -290,6 +292,20 @@ def test_the_steps_follow_from_the_time_of_a_token():
     times = [0.0, 9.0, 18.0, 27.0, *(27.0 + 2.0 * i for i in range(1, 9))]
     assert vs_peers.steps_within(100.0, lambda steps: times, lambda step, steps: 64) == 50
     assert vs_peers.steps_within(100.0, lambda steps: times, lambda step, steps: 128 if steps == 1000 else 64) == 25
+
+
+def test_kindlings_time_ends_before_its_validation(corpora, dataset, small, monkeypatch):
+    seconds = [0.0]
+
+    def validate(self: Pretraining, model: torch.nn.Module) -> tuple[dict[str, Any], float]:
+        seconds[0] += 100
+        return {"validation": {}}, 0.0
+
+    monkeypatch.setattr("benchmarks.peers.kindling.time.process_time", lambda: seconds[0])
+    monkeypatch.setattr(Pretraining, "validate", validate)
+    _, times = Kindling(corpora, small.replace(data=[str(dataset.directory)])).train(1.0, 0, 3)
+    assert times == [0.0] * 4
+    assert seconds == [100.0]
 
 
 def test_the_commit_of_a_checkout_is_recorded(corpora, tmp_path):

@@ -60,3 +60,11 @@ def test_fine_tuning_and_predicting_import_nothing_heavy(trained, tmp_path, modu
 def test_building_a_dataset_imports_no_pytorch(text_folder, tmp_path, modules_of):
     loaded = modules_of("prep", "build", text_folder, "--out", tmp_path / "data", "--vocab-size", 400)
     assert not loaded.intersection(("torch", *HEAVY))
+
+
+def test_nothing_is_collected_when_a_command_ends():
+    """The callback that is registered first runs last."""
+    program = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 10_000)); "
+    program += "from lm.cli.main import main; main(args=['prep', '--help'])"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines()[-1] == "True"
