@@ -301,7 +301,7 @@ def test_kindlings_time_ends_before_its_validation(corpora, dataset, small, monk
         seconds[0] += 100
         return {"validation": {}}, 0.0
 
-    monkeypatch.setattr("benchmarks.peers.kindling.time.process_time", lambda: seconds[0])
+    monkeypatch.setattr("benchmarks.peers.kindling.process_time", lambda: seconds[0])
     monkeypatch.setattr(Pretraining, "validate", validate)
     _, times = Kindling(corpora, small.replace(data=[str(dataset.directory)])).train(1.0, 0, 3)
     assert times == [0.0] * 4

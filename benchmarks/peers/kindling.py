@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-import time
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import torch
@@ -28,11 +28,11 @@ class StepTimes(NullReporter):
         self.times: list[float] = []
 
     def begin(self, done: int, total: int) -> None:
-        self.times = [time.process_time()]
+        self.times = [process_time()]
 
     def metrics(self, line: dict[str, Any]) -> None:
         if "validation" not in line:
-            self.times.append(time.process_time())
+            self.times.append(process_time())
 
 
 class Kindling(Peer):
