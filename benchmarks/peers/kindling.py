@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class StepTimes(NullReporter):
-    """CPU seconds of this process at the line of the log of each step, from ``begin`` on.
+    """CPU seconds of this process at ``begin`` and when each step is logged.
 
-    The validation and the checkpoint after the last step come later; other systems' steps have none either.
+    The last step is logged before its validation and checkpoint, which the other systems' times do not include either.
     """
 
     def __init__(self) -> None:
