@@ -16,6 +16,7 @@ from typing import Any
 
 # One thread for each process, in these and in the programs that tests start: several processes test at once.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_VNNI"  # products in float32 on every CPU, unless a test asks for others
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from data_prep.shards.tokens import Dataset
 from lm.config.settings import Config
 from lm.data.batch import Batch
 from lm.inference.language_model import LanguageModel
+from lm.kernels import dispatch
 from lm.model.device import available_memory
 from lm.reports import page
 from lm.runs.directory import Run
@@ -63,6 +65,14 @@ def sentences(count: int, seed: int) -> str:
 def masked_rows_of(batch: Batch) -> torch.Tensor:
     """Which rows of a batch are read in both directions, bool (rows,)."""
     return torch.tensor([name != "next_token" for name, rows in batch.parts.items() for _ in range(rows)])
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch) -> None:
+    """``precision = "native"`` means bfloat16, which oneDNN imitates on a CPU without instructions for it."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no products of bfloat16 here")
+    monkeypatch.setattr(dispatch, "multiplies_bfloat16", lambda: True)
 
 
 class Recorder:

@@ -69,7 +69,7 @@ def speeds(device: torch.device, nanogpt: Path | None, rounds: int = 3) -> list[
     if nanogpt is not None:
         ways |= {"nanoGPT": (nanogpt_step, (device, nanogpt, False))}
         ways |= {"nanoGPT, compiled": (nanogpt_step, (device, nanogpt, True))}
-    rate = machine_rate(device)
+    rate = machine_rate(device, "auto")
     flops = Transformer(
         Config().replace(num_layers=LAYERS, num_heads=HEADS, hidden_size=WIDTH, vocab_size=VOCABULARY).model
     ).flops_per_token(CONTEXT)

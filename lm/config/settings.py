@@ -142,9 +142,10 @@ class TrainingConfig:
         "auto", "device; auto: a GPU if there is one", choices=("auto", "cpu", "cuda", "mps"), on_resume="free"
     )
     precision: str = setting(
-        "auto",
-        "precision of matrix products; auto: bfloat16 on a GPU that supports it, else float32",
-        choices=("auto", "float32", "bfloat16"),
+        "native",
+        "precision of matrix products; native: bfloat16 on a device that has instructions for it (a CPU: "
+        "AVX512-BF16), else float32; auto: the same on a GPU, float32 on a CPU",
+        choices=("native", "auto", "float32", "bfloat16"),
         on_resume="free",
     )
     compile: bool = setting(

@@ -35,7 +35,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: (N, D), any floating dtype; float32 is cast to the dtype of ``torch.autocast`` where that is on.
-        weight: (V, D), of the same dtype or float32; its gradient is never rounded to less than its own dtype.
+        weight: (V, D), of the same dtype or float32, in which its gradient is summed; a CPU rounds what each chunk of
+            bfloat16 adds.
         targets: int64 (N,), -100 (or any negative number) where nothing is predicted.
         loss_weights: (N,), one weight per target; None: all 1. They carry no gradient.
         softcap: limit logits to (-softcap, softcap) by tanh; 0: off.
@@ -49,9 +50,9 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes or devices do not match, or (on a CPU) a target is not in the vocabulary. On a GPU
             a target outside the vocabulary makes the loss NaN.
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    direct = dispatch.eager_on_cpu(hidden) and dispatch.has_data(hidden)
+    if hidden.dtype == torch.float32:
+        hidden = hidden.to(dispatch.product_dtype(hidden))
     _check(hidden, weight, targets, loss_weights)
     if dispatch.reference_requested():
         return reference.linear_cross_entropy(
@@ -59,7 +60,7 @@ def linear_cross_entropy(
         )
     enabled = torch.is_grad_enabled()
     needs_grad = (enabled and hidden.requires_grad, enabled and weight.requires_grad)
-    operator = _Direct.apply if dispatch.eager_on_cpu(hidden) and dispatch.has_data(hidden) else _operator
+    operator = _Direct.apply if direct else _operator
     return operator(hidden, weight, targets, loss_weights, float(softcap), float(z_loss), *needs_grad, predicted)[0]
 
 
@@ -92,7 +93,8 @@ def compute(
     backend = dispatch.choose(hidden)
     precise = torch.promote_types(hidden.dtype, torch.float32)
     # All but recent CPUs multiply 16-bit numbers 5 to 80 times as slowly as float32.
-    factors = precise if backend == "torch" and hidden.device.type == "cpu" else hidden.dtype
+    slow = hidden.device.type == "cpu" and not (hidden.dtype == torch.bfloat16 and dispatch.multiplies_bfloat16())
+    factors = precise if backend == "torch" and slow else hidden.dtype
     total = torch.zeros((), dtype=precise, device=hidden.device)
     grad_hidden = hidden.new_zeros(hidden.shape if hidden_needs_grad else (0,))
     transposed: Tensor | None = None  # the weight's gradient, (D, V)
@@ -258,8 +260,11 @@ def _block_by_torch(
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``total + a.T @ b``, (D, V) of (n, D) and (n, V), summed in ``dtype``; a total of None counts as 0."""
-    if not a.is_cuda or a.dtype == dtype:
-        return matmul(a.T.to(dtype).contiguous(), b.to(dtype), addend=total)
+    if a.dtype == dtype:
+        return matmul(a.T.contiguous(), b, addend=total)
+    if not a.is_cuda:
+        product = matmul(a.T.contiguous(), b)
+        return product.to(dtype) if total is None else total.add_(product)
     if total is None:
         total = torch.zeros(a.shape[1], b.shape[1], dtype=dtype, device=a.device)
     # The tensor cores multiply in 16 bits and add in 32, directly into the total.

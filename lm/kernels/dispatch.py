@@ -10,6 +10,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -20,6 +23,7 @@ from data_prep.errors import UserError
 Backend = Literal["triton", "torch", "reference"]
 SETTING = "KINDLING_KERNELS"
 OLDEST_CAPABILITY = (8, 0)
+_simulated_gpu = ContextVar("simulated_gpu", default=False)
 
 
 def reference_requested() -> bool:
@@ -28,16 +32,42 @@ def reference_requested() -> bool:
 
 
 def eager_on_cpu(tensor: Tensor) -> bool:
-    """Whether ``tensor`` uses the autograd functions written for CPUs: float32 or float64 on a CPU, without autocast,
-    outside ``torch.compile`` (the compiler fuses the formulas itself), and without a request for the reference."""
+    """Whether ``tensor`` uses the autograd functions written for CPUs: float32 or float64 on a CPU, without autocast
+    (or with it, where ``multiplies_bfloat16``), outside ``torch.compile`` (the compiler fuses the formulas itself), and
+    without a request for the reference."""
     return (
         tensor.device.type == "cpu"
         and tensor.dtype in (torch.float32, torch.float64)
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
+        and (not torch.is_autocast_enabled("cpu") or multiplies_bfloat16())
+        and not _simulated_gpu.get()
         and not reference_requested()
         and not interpreted()
     )
+
+
+@contextmanager
+def simulated_gpu() -> Iterator[None]:
+    """While entered, tensors on a CPU stand for those of a GPU: no ``eager_on_cpu``."""
+    token = _simulated_gpu.set(True)
+    try:
+        yield
+    finally:
+        _simulated_gpu.reset(token)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, and oneDNN may use them."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    allowed = limit in ("ALL", "DEFAULT") or any(name in limit for name in ("BF16", "FP16", "AMX"))
+    return allowed and torch.cpu._is_avx512_bf16_supported()
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of the factors of products with ``tensor``: autocast's where it is on, else its own."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def has_data(tensor: Tensor) -> bool:

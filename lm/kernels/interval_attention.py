@@ -21,7 +21,8 @@ def attention(
 
     Args:
         q: (B, Tq, H, D), D at most 256, float32, bfloat16 or float16 (or float64, which Triton does not compute on a
-            GPU). Under autocast q, k and v are cast to its dtype.
+            GPU). Under autocast q, k and v are cast to its dtype, but on a CPU that multiplies bfloat16 k and v to q's,
+            since attention gains nothing by it there.
         k, v: (B, Tk, Hkv, D), H a multiple of Hkv (grouped-query attention, Ainslie et al. 2023).
         lo, hi: int32 (B, Tq), clamped to [0, Tk].
         scale: factor of the scores, above 0; None: 1 / sqrt(D).
@@ -35,7 +36,8 @@ def attention(
         ValueError: shapes, dtypes or devices do not match.
     """
     if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+        dtype = q.dtype if dispatch.eager_on_cpu(q) else dispatch.product_dtype(q)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     _check(q, k, v, lo, hi, scale, softcap)
     if dispatch.reference_requested():

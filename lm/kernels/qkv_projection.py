@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lm.kernels import dispatch
 from lm.kernels.matmul import matmul, weight_gradient
 from lm.kernels.rotary import interleave_halves, separate_halves
 
@@ -23,7 +24,8 @@ def qkv_projection(
     """Queries and keys, rotated as by ``lm.kernels.rotary`` but with interleaved dimensions, and values.
 
     Args:
-        x: (B, T, hidden), float32 or float64 on a CPU; the other tensors have the same dtype.
+        x: (B, T, hidden), float32 or float64 on a CPU; the other tensors have the same dtype. Under autocast the
+            products' factors are cast to its dtype.
         query: weight (H · D, hidden). key, value: weights (Hkv · D, hidden).
         cos, sin: (B, T, 1, D / 2), of the angles; they carry no gradient.
 
@@ -31,17 +33,22 @@ def qkv_projection(
         Queries (B, T, H, D), keys and values (B, T, Hkv, D). Dimension i of ``rotary`` is 2i here, and D / 2 + i is
         2i + 1.
     """
-    return _QKVProjection.apply(x, query, key, value, torch.complex(cos, sin))
+    dtype = dispatch.product_dtype(x)
+    return _QKVProjection.apply(*(factor.to(dtype) for factor in (x, query, key, value)), torch.complex(cos, sin))
 
 
 def qkv_forward(
     x: Tensor, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """The result, by one product, and its weight, whose rows are those of the queries, the keys and the values."""
+    """The result, by one product, and its weight, whose rows are those of the queries, the keys and the values.
+
+    The dtype of x and the weights is that of the product; the result is in float32 at least.
+    """
     width = 2 * rotation.shape[-1]
     weight = torch.cat((interleave_halves(query, width), interleave_halves(key, width), value))
     heads = [part.shape[0] // width for part in (query, key, value)]
-    projected = matmul(x, weight.T).unflatten(-1, (-1, width))
+    precise = torch.promote_types(x.dtype, torch.float32)
+    projected = matmul(x, weight.T).to(precise).unflatten(-1, (-1, width))
     _pairs(projected[:, :, : -heads[2]]).mul_(rotation)
     q, k, v = projected.split(heads, dim=2)
     return (q, k, v), weight
@@ -54,7 +61,7 @@ def qkv_backward(
     width, heads = 2 * rotation.shape[-1], [grad.shape[2] for grad in grads]
     grad = torch.cat(grads, dim=2)
     _pairs(grad[:, :, : -heads[2]]).mul_(rotation.conj_physical())
-    grad = grad.flatten(2)
+    grad = grad.flatten(2).to(weight.dtype)
     grad_query, grad_key, grad_value = weight_gradient(grad, x).split([number * width for number in heads])
     return matmul(grad, weight), separate_halves(grad_query, width), separate_halves(grad_key, width), grad_value
 

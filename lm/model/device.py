@@ -16,22 +16,23 @@ from torch import Tensor
 
 from data_prep.errors import UserError
 from data_prep.settings import control_groups
+from lm.kernels import dispatch
 from lm.kernels.matmul import matmul
 from lm.model.threads import settle_threads
 
 
-def machine_rate(device: torch.device) -> float:
+def machine_rate(device: torch.device, precision: str = "float32") -> float:
     """Floating-point operations per second of matrix products: the best of several sizes and runs.
 
-    In float32 on a CPU, with PyTorch's current number of threads; in bfloat16 on a GPU that supports it. Measured once
-    per process, device and number of threads, which takes about 0.3 s.
+    In bfloat16 if ``uses_bfloat16``, else in float32; on a CPU with PyTorch's current number of threads. Measured once
+    per process, device, dtype and number of threads, which takes about 0.3 s.
     """
-    return _measured_rate(device, torch.get_num_threads())
+    dtype = torch.bfloat16 if uses_bfloat16(device, precision) else torch.float32
+    return _measured_rate(device, dtype, torch.get_num_threads())
 
 
 @lru_cache
-def _measured_rate(device: torch.device, threads: int) -> float:
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+def _measured_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     # CPUs are fastest within their caches, GPUs with large matrices.
     edges = (384, 768, 1024) if device.type == "cpu" else (2048, 4096, 8192)
     factors = [torch.ones(edge, edge, dtype=dtype, device=device) * 0.1 for edge in edges]
@@ -165,8 +166,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def uses_bfloat16(device: torch.device, precision: str) -> bool:
-    """Whether products are in bfloat16: if that is requested, or for "auto" on a GPU that supports it."""
-    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    """Whether products are in bfloat16, by the setting ``precision``."""
+    if precision in ("float32", "bfloat16"):
+        return precision == "bfloat16"
+    if device.type == "cpu":
+        return precision == "native" and dispatch.multiplies_bfloat16()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

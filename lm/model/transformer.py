@@ -100,6 +100,8 @@ class Attention(nn.Module):
         if torch.is_grad_enabled() and self.query_norm is None and kernels.eager_on_cpu(x):
             return kernels.qkv_projection(x, self.query.weight, self.key.weight, self.value.weight, *rotary)
         q, k, v = (f(x).unflatten(-1, (-1, self.head_width)) for f in (self.query, self.key, self.value))
+        if kernels.eager_on_cpu(x):  # under autocast too: attention on a CPU gains nothing by fewer bits
+            q, k, v = (part.to(x.dtype) for part in (q, k, v))
         q, k = (
             kernels.rotary(x, *rotary) if norm is None else kernels.rotary(x, *rotary, norm.weight, norm.epsilon)
             for x, norm in ((q, self.query_norm), (k, self.key_norm))

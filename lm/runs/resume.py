@@ -13,6 +13,7 @@ from data_prep.errors import UserError
 from data_prep.errors.command_names import command
 from data_prep.files import names_in
 from lm.config.settings import Config, all_settings
+from lm.model.device import uses_bfloat16
 from lm.runs.checkpoint import Checkpoint
 from lm.runs.directory import PROCESSOR, TOKENIZER, Processor, Run, changes, open_run, plain_settings, sha256_key
 from lm.runs.run_data import WORKING_DIRECTORY
@@ -63,10 +64,12 @@ def open_or_create(
         if newest is not None:
             _check(run, newest, config, source, accept_changes=accept_changes)
             before = newest.state["place"]
+            if device.type == "cpu":
+                before = {"products": "float32"} | before  # of runs before precision = "native"
             threads = before.get("threads", 0)
             if device.type == "cpu" and not config.training.threads and 0 < threads <= (os.cpu_count() or 1):
                 torch.set_num_threads(threads)  # as before, even if a container allows fewer cores now: the same bits
-            now = _environment(device)
+            now = _environment(device, config.training.precision)
             changed = {name: (before[name], now[name]) for name in now if before.get(name, now[name]) != now[name]}
             if changed:
                 note(f"trained so far with {_describe(changed)}: results will match to rounding, not bit for bit")
@@ -82,13 +85,14 @@ def fingerprints(config: Config, source: TrainingSource, device: torch.device) -
         sha256_key(source.processor.file_name): source.processor.sha256,
         "config": plain_settings(config),
         WORKING_DIRECTORY: str(Path.cwd()),
-        "place": _environment(device),
+        "place": _environment(device, config.training.precision),
     }
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def _environment(device: torch.device, precision: str) -> dict[str, Any]:
     """What the last bits of a sum depend on, in addition to the settings."""
-    environment: dict[str, Any] = {"PyTorch": torch.__version__, "device": device.type}
+    products = "bfloat16" if uses_bfloat16(device, precision) else "float32"
+    environment: dict[str, Any] = {"PyTorch": torch.__version__, "device": device.type, "products": products}
     if device.type == "cpu":
         environment |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
     return environment

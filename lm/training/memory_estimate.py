@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 from lm.config.optimizer_settings import OptimizerConfig
 from lm.config.settings import Config, DataConfig, TrainingConfig
 from lm.kernels.cross_entropy import tokens_at_once
-from lm.model.device import autocast, available_memory
+from lm.kernels.dispatch import simulated_gpu
+from lm.model.device import available_memory, uses_bfloat16
 from lm.objectives.objective import open_objective
 from lm.training.optimizer import Optimizer
 from lm.training.weight_average import WeightAverage
@@ -55,7 +56,7 @@ def step_memory(config: Config, rows: int, device: torch.device) -> StepMemory:
 
     Counted for PyTorch's own operations; Triton's kernels on a GPU save a little less.
     """
-    low_precision = isinstance(autocast(device, config.training.precision), torch.autocast)
+    low_precision = uses_bfloat16(device, config.training.precision)
     data = config.data
     shape = DataConfig(
         context_length=data.context_length, batch_tokens=data.batch_tokens, batch_images=data.batch_images
@@ -72,7 +73,7 @@ def step_memory(config: Config, rows: int, device: torch.device) -> StepMemory:
 @lru_cache(maxsize=64)
 def _counted(config: Config, rows: int, device: str, low_precision: bool) -> StepMemory:
     layers = config.model.num_layers
-    real = device == "cpu" and not low_precision and _is_small(config.replace(num_layers=3), rows)
+    real = device == "cpu" and _is_small(config.replace(num_layers=3), rows)
     one, two = (
         _simulated(config.replace(num_layers=number), rows, device, low_precision, real=real) for number in (1, 2)
     )
@@ -100,7 +101,8 @@ def _simulated(
     ``real``: compute the step, instead of only following the shapes of its tensors.
     """
     objective = open_objective(config)
-    with nullcontext() if real else FakeTensorMode(), LiveBytes(device) as live:
+    gpu = nullcontext() if device == "cpu" else simulated_gpu()
+    with gpu, nullcontext() if real else FakeTensorMode(), LiveBytes(device) as live:
         model = objective.new_model()
         objective.begin(model)
         weights = live.now

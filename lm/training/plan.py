@@ -358,7 +358,7 @@ def make_plan(
     ``model`` is on ``device``, or on the meta device if there is no dry step. ``may_shrink``: if the dry step runs out
     of memory, plan with a smaller micro-batch, which is then in the plan's config.
     """
-    rows, rate = config.data.micro_batch_rows or config.data.batch_rows, machine_rate(device)
+    rows, rate = config.data.micro_batch_rows or config.data.batch_rows, machine_rate(device, config.training.precision)
     flops = objective.flops_per_token(model, config.data.context_length)
     memory = step_memory(config, rows, device)
     held = 0 if next(model.parameters()).is_meta else memory.weights

@@ -190,7 +190,8 @@ def test_a_gradient_of_the_gradient_is_refused():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_under_autocast_the_products_are_in_its_dtype_and_the_gradients_float32(compiled):
+def test_under_autocast_the_products_are_in_its_dtype_and_the_gradients_float32(monkeypatch, compiled):
+    monkeypatch.setitem(cross_entropy.CHUNK_TOKENS, "cpu", 20)
     hidden, weight, targets = head_inputs(tokens=40, hidden=16, vocabulary=60, dtype=torch.float32)
     head = (
         torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager") if compiled else linear_cross_entropy
@@ -203,7 +204,7 @@ def test_under_autocast_the_products_are_in_its_dtype_and_the_gradients_float32(
     for mine, theirs in zip(ours, (exact, *torch.autograd.grad(exact, (rounded, weight))), strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
-    # The sum reaches the weight without a bfloat16 tensor.
+    # The sum of the chunks reaches the weight without a bfloat16 tensor.
     assert not torch.equal(ours[2], ours[2].bfloat16().float())
 
 

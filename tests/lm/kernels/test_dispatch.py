@@ -46,6 +46,32 @@ def test_a_cuda_gpu_uses_triton_except_for_float64(hopper):
     assert dispatch.describe(GPU) == "kernels: Triton (NVIDIA H100)"
 
 
+@pytest.mark.parametrize(
+    ("limit", "able", "expected"),
+    [
+        (None, True, True), ("ALL", True, True), ("AVX512_CORE_BF16", True, True), ("avx512_core_amx", True, True),
+        (None, False, False), ("AVX2", True, False), ("AVX512_CORE_VNNI", True, False),
+    ],
+)  # fmt: skip
+def test_bfloat16_needs_a_cpu_with_instructions_for_it_that_onednn_may_use(monkeypatch, limit, able, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert dispatch.multiplies_bfloat16.__wrapped__() is expected
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_autocast_uses_the_functions_for_cpus_where_bfloat16_is_fast(monkeypatch, able):
+    monkeypatch.setattr(dispatch, "multiplies_bfloat16", lambda: able)
+    x = torch.zeros(1)
+    assert dispatch.eager_on_cpu(x)
+    assert dispatch.product_dtype(x) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dispatch.eager_on_cpu(x) is able
+        assert dispatch.product_dtype(x) == torch.bfloat16
+
+
 def test_an_old_gpu_uses_pytorch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert dispatch.choose(OnGpu(torch.float16)) == "torch"

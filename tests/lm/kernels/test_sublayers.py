@@ -52,17 +52,25 @@ def results(function, arguments):
     return [out, *torch.autograd.grad(out, arguments, direction)]
 
 
-@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2)])
-def test_attention_is_the_formula(heads, key_heads):
-    arguments, rotary, intervals = attention_inputs(heads, key_heads)
-
+def attention_formula(rotary, intervals):
     def formula(x, norm, query, key, value, output):
-        normed = F.rms_norm(x, norm.shape, norm, EPSILON)
-        q, k, v = (F.linear(normed, weight).unflatten(-1, (-1, 6)) for weight in (query, key, value))
+        normed, width = F.rms_norm(x, norm.shape, norm, EPSILON), 2 * rotary[0].shape[-1]
+        q, k, v = (F.linear(normed, weight).unflatten(-1, (-1, width)) for weight in (query, key, value))
         q, k = (reference.rotary(part, *rotary) for part in (q, k))
         return x + F.linear(reference.attention(q, k, v, *intervals)[0].flatten(2), output)
 
-    for a, b in zip(results(attention(rotary, intervals), arguments), results(formula, arguments), strict=True):
+    return formula
+
+
+def feed_forward_formula(x, norm, *weights):
+    return x + reference.swiglu(F.rms_norm(x, norm.shape, norm, EPSILON), *weights)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2)])
+def test_attention_is_the_formula(heads, key_heads):
+    arguments, *where = attention_inputs(heads, key_heads)
+    ours, expected = (results(function(*where), arguments) for function in (attention, attention_formula))
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -73,11 +81,7 @@ def test_the_gradient_of_attention_passes_gradcheck():
 
 def test_the_feed_forward_is_the_formula_and_its_gradient_is_right():
     arguments = feed_forward_inputs()
-
-    def formula(x, norm, *weights):
-        return x + reference.swiglu(F.rms_norm(x, norm.shape, norm, EPSILON), *weights)
-
-    for a, b in zip(results(feed_forward, arguments), results(formula, arguments), strict=True):
+    for a, b in zip(results(feed_forward, arguments), results(feed_forward_formula, arguments), strict=True):
         torch.testing.assert_close(a, b)
     assert torch.autograd.gradcheck(feed_forward, arguments)
 
@@ -88,3 +92,21 @@ def test_both_have_the_bits_of_the_separate_kernels():
     cases += [(feed_forward, separate_feed_forward, feed_forward_inputs(torch.float32, 64, 176, 40))]
     for together, separate, inputs in cases:
         assert all(map(torch.equal, results(together, inputs), results(separate, inputs)))
+
+
+@pytest.mark.parametrize("half", ["attention", "feed-forward"])
+def test_under_autocast_only_the_factors_of_products_are_rounded(bfloat16_products, half):
+    """The errors are those of the formula in bfloat16, or smaller, since attention and sums stay in float32."""
+    if half == "attention":
+        arguments, *where = attention_inputs(4, 2, torch.float32, width=32, hidden=64, tokens=40)
+        ours, formula = attention(*where), attention_formula(*where)
+    else:
+        arguments = feed_forward_inputs(torch.float32, 64, 176, 40)
+        ours, formula = feed_forward, feed_forward_formula
+    arguments[2:] = [(weight.detach() / weight.shape[1] ** 0.5).requires_grad_() for weight in arguments[2:]]
+    exact = results(formula, arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = [results(function, arguments) for function in (ours, formula)]
+    for x, mine, theirs in zip(exact, *rounded, strict=True):
+        assert mine.dtype == torch.float32
+        assert 0 < (mine - x).norm() < 1.2 * (theirs - x).norm() < 0.02 * x.norm()

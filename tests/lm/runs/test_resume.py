@@ -34,6 +34,7 @@ def test_a_checkpoint_carries_what_its_weights_come_from(trained, dataset):
     assert state["place"] == {
         "PyTorch": torch.__version__,
         "device": "cpu",
+        "products": "float32",
         "threads": 1,
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lm.data.rows import ValidationRows, vocabulary_of
-from lm.model.device import autocast
 from lm.objectives.text import validation_batch
 from lm.training.validation import rows_of_validation, validate_readouts
 
@@ -144,10 +143,3 @@ def test_without_validation_text_there_is_no_loss(model, random_run, text_folder
     tokenizer = random_run.path / "tokenizer.json"
     bare = make_dataset(text_folder, tmp_path / "bare", tokenizer=tokenizer, validation_fraction=0.0)
     assert validate_readouts(model, bare, random_run.config) == {}
-
-
-def test_products_are_in_bfloat16_only_where_that_was_asked_for():
-    a = torch.randn(4, 4)
-    for precision, dtype in (("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        with autocast(torch.device("cpu"), precision):
-            assert (a @ a).dtype == dtype
