@@ -5,9 +5,10 @@
 
 Both run forward, backward, clipping to norm 1 and a step of AdamW on random tokens: nanoGPT with its ``model.py`` and
 the step of its ``train.py``, Kindling with the functions that ``train.py`` calls. The line "kindling, Muon" is the step
-of the recipes, whose blocks' matrices are Muon's. ``--compiled`` adds nanoGPT under torch.compile. Tokens are per CPU
-second of all threads together. Each candidate has its own process, which Kindling configures as ``train.py`` does
-(``lm.model.device.keep_freed_memory``).
+of the recipes, whose blocks' matrices are Muon's. Products are in float32; where the CPU has instructions for bfloat16,
+the lines with that name are the step with ``precision = "native"``, the default. ``--compiled`` adds nanoGPT under
+torch.compile. Tokens are per CPU second of all threads together. Each candidate has its own process, which Kindling
+configures as ``train.py`` does (``lm.model.device.keep_freed_memory``).
 
 To hold a CPU with AVX-512 to AVX2, set ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2.
 The heading names the instructions that PyTorch uses.
@@ -34,6 +35,7 @@ from benchmarks.side_by_side import apart_in_turn
 from lm.config.model_settings import ModelConfig
 from lm.config.settings import Config
 from lm.data.batch import Vocabulary, rows_of_windows
+from lm.kernels.dispatch import multiplies_bfloat16
 from lm.model.device import keep_freed_memory, machine_rate
 from lm.model.transformer import Transformer
 from lm.objectives.objective import open_objective
@@ -50,7 +52,7 @@ def several(step: Callable[[], object], steps: int) -> Callable[[], object]:
     return lambda: [step() for _ in range(steps)]
 
 
-def kindling_steps(name: str, threads: int, optimizer: str) -> Callable[[], object]:
+def kindling_steps(name: str, threads: int, optimizer: str, precision: str) -> Callable[[], object]:
     """Run the steps of one turn."""
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -59,7 +61,7 @@ def kindling_steps(name: str, threads: int, optimizer: str) -> Callable[[], obje
     config = Config().replace(
         num_layers=layers, num_heads=heads, hidden_size=width, vocab_size=VOCABULARY, context_length=context,
         batch_tokens=rows * context, objective="next_token", optimizer=optimizer, learning_rate=1e-3,
-        precision="float32",
+        precision=precision,
     )  # fmt: skip
     return several(kindling_step(config, torch.device("cpu")), steps)
 
@@ -126,9 +128,12 @@ def compare(name: str, nanogpt: Path, rounds: int, *, compiled: bool) -> None:
     threads = torch.get_num_threads()
     makers = {
         "nanoGPT": partial(nanogpt_steps, nanogpt, name, threads, compiled=False),
-        "kindling": partial(kindling_steps, name, threads, "adamw"),
-        "kindling, Muon": partial(kindling_steps, name, threads, "muon"),
+        "kindling": partial(kindling_steps, name, threads, "adamw", "float32"),
+        "kindling, Muon": partial(kindling_steps, name, threads, "muon", "float32"),
     }
+    if multiplies_bfloat16():
+        makers["kindling, bfloat16"] = partial(kindling_steps, name, threads, "adamw", "bfloat16")
+        makers["kindling, Muon, bfloat16"] = partial(kindling_steps, name, threads, "muon", "bfloat16")
     if compiled:
         makers["nanoGPT, compiled"] = partial(nanogpt_steps, nanogpt, name, threads, compiled=True)
     machine = machine_rate(torch.device("cpu"))  # and again afterwards, since a busy machine may be slower
@@ -145,7 +150,7 @@ def compare(name: str, nanogpt: Path, rounds: int, *, compiled: bool) -> None:
         flops = model.flops_per_token(context) if candidate.startswith("kindling") else nanogpt_flops
         rate = tokens * flops * threads / timing.cpu
         print(
-            f"  {candidate:17}  {tokens / timing.cpu:8,.0f} tokens/CPU s  {rate / 1e9:5.1f} GFLOP/s, "
+            f"  {candidate:24}  {tokens / timing.cpu:8,.0f} tokens/CPU s  {rate / 1e9:5.1f} GFLOP/s, "
             f"{rate / machine:.2f} of the machine's  "
             f"{timings['nanoGPT'].cpu / timing.cpu:.2f} times nanoGPT",
             flush=True,

@@ -143,8 +143,8 @@ class TrainingConfig:
     )
     precision: str = setting(
         "native",
-        "precision of matrix products; native: bfloat16 on a device that has instructions for it (a CPU: "
-        "AVX512-BF16), else float32; auto: the same on a GPU, float32 on a CPU",
+        "precision of matrix products; native: bfloat16 on a GPU that supports it, and in the steps of a CPU that does "
+        "(AVX512-BF16), else float32; auto: as native on a GPU, float32 on a CPU",
         choices=("native", "auto", "float32", "bfloat16"),
         on_resume="free",
     )

@@ -94,7 +94,7 @@ class ContrastiveTask(Task):
         """The vectors of a part, float32 (sequences, hidden)."""
         assert isinstance(model, Transformer)
         batch = view[1].batch.to(next(model.parameters()).device)
-        with autocast(batch.inputs.device, self.config.training.precision):
+        with autocast(batch.inputs.device, self.config.training.precision, training=True):
             hidden = model.read(batch)
         return pooled(hidden.float(), view[1], self.config.finetune.pooling)
 

@@ -126,7 +126,7 @@ class HeadTask(Task):
     def _loss(self, model: nn.Module, part: MicroBatch) -> Tensor:
         device = next(model.parameters()).device
         batch, targets, weights = part.batch.to(device), part.targets.to(device), part.weights.to(device)
-        with autocast(device, self.config.training.precision):
+        with autocast(device, self.config.training.precision, training=True):
             outputs = model(batch)
         smoothing = self.config.finetune.label_smoothing
         return (self.answers.losses(outputs, targets, batch.items, smoothing) * weights).sum()
@@ -190,7 +190,7 @@ def outputs_of(model: TaskModel, batches: Iterable[Items], config: Config) -> It
     model.eval()
     for each in batches:
         batch = each.to(device)
-        with autocast(device, config.training.precision):
+        with autocast(device, config.training.precision, training=False):
             outputs = model(batch)
         yield from outputs.cpu().split(batch.items.tolist())
     model.train(was_training)

@@ -151,7 +151,7 @@ class InstructionTask(Task):
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(model, Transformer)
         batch = batch.to(model.norm.weight.device)
-        with autocast(batch.inputs.device, self.config.training.precision):
+        with autocast(batch.inputs.device, self.config.training.precision, training=torch.is_grad_enabled()):
             return model.loss(model.read(batch), batch.targets, batch.loss_weights)
 
     def validate(self, model: nn.Module) -> tuple[dict[str, Any], float | None]:

@@ -174,9 +174,15 @@ def uses_bfloat16(device: torch.device, precision: str) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """A context in which products are in bfloat16 if ``uses_bfloat16``."""
-    return torch.autocast(device.type, torch.bfloat16) if uses_bfloat16(device, precision) else nullcontext()
+def autocast(device: torch.device, precision: str, *, training: bool) -> AbstractContextManager[object]:
+    """A context in which products are in bfloat16 if ``uses_bfloat16``.
+
+    ``training``: whether a step is computed. With "native", validations and predictions on a CPU are in float32, so
+    that they do not depend on the CPU.
+    """
+    precise = device.type == "cpu" and precision == "native" and not training
+    rounded = not precise and uses_bfloat16(device, precision)
+    return torch.autocast(device.type, torch.bfloat16) if rounded else nullcontext()
 
 
 def staged(x: Tensor, device: torch.device) -> Tensor:

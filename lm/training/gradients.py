@@ -61,7 +61,7 @@ class Pass:
         if config.model.dropout:
             in_batch = ranks.rank + (self.later + rows.start) * ranks.world  # its number among those of all ranks
             _seed_dropout(self.model, key(config.training.seed, Stream.DROPOUT, self.step, in_batch) >> 1)
-        with autocast(ranks.device, config.training.precision):
+        with autocast(ranks.device, config.training.precision, training=True):
             return ranks.call(what, self.objective, self.model, self.batch.rows(rows.start, rows.stop).to(ranks.device))
 
 

@@ -41,7 +41,7 @@ class LossMeasure:
             for first in range(0, len(padded), chunk):
                 batch = batch_of(padded[first : first + chunk])
                 batch.loss_weights[max(0, len(own) - first) :] = 0
-                with autocast(ranks.device, config.training.precision):
+                with autocast(ranks.device, config.training.precision, training=False):
                     losses = ranks.call("loss", self.objective, self.model, batch.to(ranks.device))
                 sums += torch.tensor([float(sum(losses.values())), float(batch.loss_weights.sum())])
         self.model.train()
@@ -56,7 +56,7 @@ class LossMeasure:
         found = []
         for first in range(0, len(padded), chunk):
             batch = batch_of(padded[first : first + chunk]).to(ranks.device)
-            with autocast(ranks.device, config.training.precision):
+            with autocast(ranks.device, config.training.precision, training=False):
                 found.append(ranks.call(what, self.objective, self.model, batch).float())
         self.model.train()
         return ranks.rows_of_all(torch.cat(found)).cpu()[: len(numbers)]

@@ -31,8 +31,10 @@ def validations(run: Run) -> list[float]:
 def test_products_are_in_bfloat16_where_the_setting_and_the_cpu_want_it(monkeypatch, precision, able, expected):
     monkeypatch.setattr(dispatch, "multiplies_bfloat16", lambda: able)
     a = torch.randn(4, 4)
-    with autocast(CPU, precision):
+    with autocast(CPU, precision, training=True):
         assert (a @ a).dtype == expected
+    with autocast(CPU, precision, training=False):
+        assert (a @ a).dtype == (torch.float32 if precision == "native" else expected)
     assert uses_bfloat16(CPU, precision) == (expected == torch.bfloat16)
 
 
