@@ -126,7 +126,7 @@ def inside(group: Path | None, make: Maker) -> Callable[[], object]:
 
 def kindling_train(shape: str) -> Callable[[], object]:
     choose_device("cpu")
-    steps = cpu_training.kindling_steps(shape, torch.get_num_threads(), "adamw")
+    steps = cpu_training.kindling_steps(shape, torch.get_num_threads(), "adamw", "native")
     return cpu_training.several(steps, TURNS[shape])
 
 

@@ -38,6 +38,7 @@ from lm.model.device import (
     peak_memory,
     resident_memory,
     synchronize,
+    uses_bfloat16,
 )
 from lm.model.image_transformer import Model
 from lm.objectives.batches import TrainingBatches
@@ -180,7 +181,8 @@ class Plan:
         processor = f"{self.device.type.upper()}, {counted(torch.get_num_threads(), 'thread')}"
         if self.device.type == "cuda":
             processor = torch.cuda.get_device_name(self.device)
-        products = f"peak: {self.machine_rate / 1e9:,.0f} GFLOP/s in matrix products"
+        dtype = "bfloat16" if uses_bfloat16(self.device, self.config.training.precision) else "float32"
+        products = f"peak: {self.machine_rate / 1e9:,.0f} GFLOP/s in matrix products of {dtype}"
         rows = [
             ("model", self.model),
             ("objective", f"{self.config.objective.objective} on {self.data}"),
