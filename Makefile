@@ -8,6 +8,8 @@ READY_DEV := .venv/.ready-dev
 READY_DOCS := .venv/.ready-docs
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
+# So that the hundreds of programs that tests start do not compile the package again and again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup setup-dev demo demo-images test coverage bench kernels-aot docs check format clean
 
