@@ -60,7 +60,7 @@ def simulated_gpu() -> Iterator[None]:
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16, and oneDNN may use them."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    allowed = limit in ("ALL", "DEFAULT") or any(name in limit for name in ("BF16", "FP16", "AMX"))
+    allowed = limit in ("ALL", "DEFAULT") or any(name in limit for name in ("BF16", "FP16", "AMX", "AVX10"))
     return allowed and torch.cpu._is_avx512_bf16_supported()
 
 

@@ -50,7 +50,7 @@ def test_a_cuda_gpu_uses_triton_except_for_float64(hopper):
     ("limit", "able", "expected"),
     [
         (None, True, True), ("ALL", True, True), ("AVX512_CORE_BF16", True, True), ("avx512_core_amx", True, True),
-        (None, False, False), ("AVX2", True, False), ("AVX512_CORE_VNNI", True, False),
+        ("AVX10_1_512", True, True), (None, False, False), ("AVX2", True, False), ("AVX512_CORE_VNNI", True, False),
     ],
 )  # fmt: skip
 def test_bfloat16_needs_a_cpu_with_instructions_for_it_that_onednn_may_use(monkeypatch, limit, able, expected):
