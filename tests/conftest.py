@@ -69,7 +69,7 @@ def masked_rows_of(batch: Batch) -> torch.Tensor:
 
 @pytest.fixture
 def bfloat16_products(monkeypatch) -> None:
-    """``precision = "native"`` means bfloat16, which oneDNN imitates on a CPU without instructions for it."""
+    """``precision = "native"`` means bfloat16, which oneDNN emulates on a CPU without instructions for it."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no products of bfloat16 here")
     monkeypatch.setattr(dispatch, "multiplies_bfloat16", lambda: True)

@@ -93,7 +93,7 @@ def compute(
     backend = dispatch.choose(hidden)
     precise = torch.promote_types(hidden.dtype, torch.float32)
     # All but recent CPUs multiply 16-bit numbers 5 to 80 times as slowly as float32.
-    slow = hidden.device.type == "cpu" and not _is_multiplied_by_a_cpu(hidden)
+    slow = hidden.device.type == "cpu" and not _has_native_products(hidden)
     factors = precise if backend == "torch" and slow else hidden.dtype
     total = torch.zeros((), dtype=precise, device=hidden.device)
     grad_hidden = hidden.new_zeros(hidden.shape if hidden_needs_grad else (0,))
@@ -258,14 +258,14 @@ def _block_by_torch(
     return losses, sums / 4
 
 
-def _is_multiplied_by_a_cpu(x: Tensor) -> bool:
+def _has_native_products(x: Tensor) -> bool:
     """Whether x holds bfloat16 on a CPU that has instructions for it."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and dispatch.multiplies_bfloat16()
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``total + a.T @ b``, (D, V) of (n, D) and (n, V), summed in ``dtype``; a total of None counts as 0."""
-    if _is_multiplied_by_a_cpu(a):  # into bfloat16
+    if _has_native_products(a):  # into bfloat16
         product = matmul(a.T.contiguous(), b)
         return product.to(dtype) if total is None else total.add_(product)
     if not a.is_cuda or a.dtype == dtype:

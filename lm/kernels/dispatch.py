@@ -70,6 +70,12 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
+def factors(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one dtype, as the factors of products: in ``product_dtype``."""
+    dtype = product_dtype(tensors[0])
+    return [tensor.to(dtype) for tensor in tensors]
+
+
 def has_data(tensor: Tensor) -> bool:
     """Whether ``tensor`` holds numbers; in a simulated step (``memory_estimate``) it has a shape only."""
     return type(tensor) in (Tensor, torch.nn.Parameter)

@@ -50,8 +50,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: x (…, K), weight (M, K), result (…, M) of x's dtype (autocast's where it is on)."""
     if not dispatch.eager_on_cpu(x):
         return torch.nn.functional.linear(x, weight)
-    dtype = dispatch.product_dtype(x)
-    return _Linear.apply(x.to(dtype), weight.to(dtype))
+    return _Linear.apply(*dispatch.factors(x, weight))
 
 
 class _Linear(torch.autograd.Function):

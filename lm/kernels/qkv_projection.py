@@ -33,8 +33,7 @@ def qkv_projection(
         Queries (B, T, H, D), keys and values (B, T, Hkv, D). Dimension i of ``rotary`` is 2i here, and D / 2 + i is
         2i + 1.
     """
-    dtype = dispatch.product_dtype(x)
-    return _QKVProjection.apply(*(factor.to(dtype) for factor in (x, query, key, value)), torch.complex(cos, sin))
+    return _QKVProjection.apply(*dispatch.factors(x, query, key, value), torch.complex(cos, sin))
 
 
 def qkv_forward(

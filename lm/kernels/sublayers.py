@@ -33,14 +33,12 @@ def attention_sublayer(
         rotary: cosines and sines (B, T, 1, D / 2); they carry no gradient.
         intervals: int32 lo and hi (B, T), as for ``lm.kernels.attention``.
     """
-    factors = (weight.to(dispatch.product_dtype(x)) for weight in weights)
-    return _Attention.apply(x, norm, *factors, torch.complex(*rotary), *intervals, epsilon)
+    return _Attention.apply(x, norm, *dispatch.factors(*weights), torch.complex(*rotary), *intervals, epsilon)
 
 
 def feed_forward_sublayer(x: Tensor, norm: Tensor, epsilon: float, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """``x + swiglu(rms_norm(x), gate, up, down)``: x (…, hidden), norm (hidden,), the weights as for ``swiglu``."""
-    factors = (weight.to(dispatch.product_dtype(x)) for weight in (gate, up, down))
-    return _FeedForward.apply(x, norm, *factors, epsilon)
+    return _FeedForward.apply(x, norm, *dispatch.factors(gate, up, down), epsilon)
 
 
 class _Attention(torch.autograd.Function):

@@ -20,8 +20,7 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """``(silu(x @ gate.T) * (x @ up.T)) @ down.T`` (Shazeer 2020): x (…, D), gate, up (F, D), down (D, F)."""
     if not dispatch.eager_on_cpu(x):
         return reference.swiglu(x, gate, up, down)
-    dtype = dispatch.product_dtype(x)
-    return _SwiGLU.apply(*(factor.to(dtype) for factor in (x, gate, up, down)))
+    return _SwiGLU.apply(*dispatch.factors(x, gate, up, down))
 
 
 def swiglu_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

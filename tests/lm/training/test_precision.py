@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lm.kernels import dispatch
+from lm.model import device
 from lm.model.device import autocast, machine_rate, uses_bfloat16
 from lm.runs.directory import Run
 from lm.training.pretraining import train
@@ -38,8 +39,14 @@ def test_products_are_in_bfloat16_where_the_setting_and_the_cpu_want_it(monkeypa
     assert uses_bfloat16(CPU, precision) == (expected == torch.bfloat16)
 
 
-def test_the_rate_of_a_machine_is_that_of_the_products_of_a_run(bfloat16_products):
-    assert machine_rate(CPU, "native") != machine_rate(CPU)
+@pytest.mark.parametrize(("precision", "dtype"), [("native", torch.bfloat16), ("float32", torch.float32)])
+def test_the_rate_of_a_machine_is_that_of_the_products_of_a_run(bfloat16_products, monkeypatch, precision, dtype):
+    seen = set()
+    monkeypatch.setattr(device, "matmul", lambda a, b: seen.update((a.dtype, b.dtype)))
+    device._measured_rate.cache_clear()
+    machine_rate(CPU, precision)
+    device._measured_rate.cache_clear()
+    assert seen == {dtype}
 
 
 def test_a_run_in_bfloat16_learns_what_one_in_float32_does(bfloat16_products, small, tmp_path, recorder):
@@ -66,9 +73,7 @@ def test_a_run_in_bfloat16_that_was_stopped_ends_with_the_same_bits(bfloat16_pro
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_run_from_a_time_without_such_products_says_that_it_changes_them(
-    bfloat16_products, trained, tmp_path, recorder
-):
+def test_a_run_of_an_earlier_version_reports_that_its_products_change(bfloat16_products, trained, tmp_path, recorder):
     path = shutil.copytree(trained.path, tmp_path / "run")
     state = path / "checkpoints" / "step_00000100" / "state.json"
     kept = json.loads(state.read_text())
