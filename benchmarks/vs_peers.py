@@ -6,10 +6,11 @@
     python -m benchmarks.vs_peers --table results
 
 DATA is a folder of shards. All have the layers, heads, widths, context and tokens a step of ``--recipe``, the same
-tokenizer and as many threads. A few steps are timed first, and the number of steps, of which the schedules are
-functions, follows from ``--cpu-seconds``. A command tries the peer's learning rates with the first seed for
-``--tune-seconds`` each, chooses by the mean bits per byte of its readouts, and trains each seed. Each result is a JSON
-file, those of the rates in OUT/tuning; the same command does what is missing. ``--quick`` shows that all of it runs.
+tokenizer and as many threads, and multiply bfloat16 where the CPU does. A few steps are timed first, and the number of
+steps, of which the schedules are functions, follows from ``--cpu-seconds``. A command tries the peer's learning rates
+with the first seed for ``--tune-seconds`` each, chooses by the mean bits per byte of its readouts, and trains each
+seed. Each result is a JSON file, those of the rates in OUT/tuning; the same command does what is missing. ``--quick``
+shows that all of it runs.
 
 - kindling: the recipe, with ``--objective`` if given.
 - llama, eurobert, modernbert: classes of transformers as run_clm and run_mlm train them (benchmarks/peers/stock.py).
@@ -109,7 +110,11 @@ class Contest:
         corpora = open_corpora((str(options.data),))
         self.config = config.replace(vocab_size=corpora.processor.vocab_size)
         self.options, self.peer = options, kind(corpora, self.config, options.checkout)
-        self.versions = {"torch": torch.__version__, "transformers": transformers.__version__, **self.peer.versions}
+        self.versions = {
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "products": "bfloat16" if self.peer.bfloat16 else "float32",
+            "instructions": torch.backends.cpu.get_cpu_capability(), **self.peer.versions,
+        }  # fmt: skip
         self.pairs = {folder.name: read_pairs(folder) for folder in options.pairs}
         if most := options.most_pairs:
             self.pairs = {

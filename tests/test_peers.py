@@ -27,6 +27,7 @@ from lm.config.settings import Config
 from lm.data.corpora import Corpora, open_corpora
 from lm.evaluation.validation_loss import evaluate
 from lm.export.stock_architectures import weight_names
+from lm.kernels import dispatch
 from lm.training.pretraining import Pretraining
 from lm.training.validation import validate_readouts
 from tests.conftest import sentences
@@ -161,8 +162,9 @@ def checkout(folder: Path, files: dict[str, str]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def forgets_nanochat() -> Iterator[None]:
-    """Each test has a checkout of its own."""
+def forgets_nanochat(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test has a checkout of its own, and the dtype that it computes in."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "nanochat"]:
         del sys.modules[name]
@@ -240,6 +242,32 @@ def test_every_peer_learns_a_task_and_stays_as_it_is(kind, corpora, tmp_path, mo
     found = task_scores(model, readable, corpora.processor, config, tmp_path / "tasks.toml", seed=0)
     assert found["river"]["accuracy"] > 0.9
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["llama", "modernbert", "gpt-bert", "nanochat"])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_steps_multiply_bfloat16_where_kindlings_do_and_the_model_is_measured_in_float32(
+    kind, bfloat16, corpora, tmp_path, monkeypatch
+):
+    checkout(tmp_path / "gpt-bert" / "pretraining", GPT_BERT)
+    checkout(tmp_path / "nanochat" / "nanochat", NANOCHAT)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    monkeypatch.setattr(dispatch, "multiplies_bfloat16", lambda: bfloat16)
+    chosen = vs_peers.PEERS[kind]
+    config = Config().replace(**SHAPE, objective=chosen.objective, vocab_size=400)
+    peer, seen = chosen(corpora, config, tmp_path / kind), set[bool]()
+
+    def look(module: torch.nn.Module, inputs: Any) -> None:
+        own = module.forward.__globals__.get("COMPUTE_DTYPE")  # of nanochat, which does not use autocast
+        seen.add(torch.is_autocast_enabled("cpu") or own == torch.bfloat16)
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(look):
+        model, _ = peer.train(0.01, 0, 2)
+        assert seen >= {bfloat16} and peer.bfloat16 == bfloat16
+        seen.clear()
+        bits_of(peer, model, config, corpora)
+    assert seen == {False}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_nanochats_schedules_are_those_of_its_script():

@@ -36,8 +36,13 @@ class Nanochat(OtherPeer):
         "documents are tokens of the shards, in place of parquet files of text; the loader's packing is its own",
     )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which training steps compute."""
+        return torch.bfloat16 if self.bfloat16 else torch.float32
+
     def modules(self) -> list[ModuleType]:
-        os.environ["NANOCHAT_DTYPE"] = "float32"
+        os.environ["NANOCHAT_DTYPE"] = str(self.dtype).removeprefix("torch.")
         file_of(self.checkout, URL, "nanochat/gpt.py")
         assert self.checkout is not None
         return load_package(self.checkout, ("nanochat.gpt", "nanochat.dataloader"))
@@ -53,6 +58,7 @@ class Nanochat(OtherPeer):
 
     def train(self, rate: float, seed: int, steps: int) -> tuple[Any, list[float]]:
         gpt, dataloader = self.modules()
+        gpt.COMPUTE_DTYPE = self.dtype  # type: ignore[attr-defined]
         torch.manual_seed(seed)
         shape, batch = self.config.model, self.config.data.batch_tokens
         model = self.new_model(gpt, shape.num_layers, shape.num_heads, shape.hidden_size)
@@ -78,7 +84,8 @@ class Nanochat(OtherPeer):
             optimizer.step()
             model.zero_grad(set_to_none=True)
             clock.step()
-        return model, clock.times
+        gpt.COMPUTE_DTYPE = torch.float32  # type: ignore[attr-defined]  # what measures reads in float32
+        return model.float(), clock.times
 
     def _batches(self, dataloader: ModuleType) -> Iterator[tuple[Tensor, Tensor]]:
         def document_batches(

@@ -9,18 +9,21 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from lm.config.settings import Config
 from lm.data.corpora import Corpora
+from lm.model.device import autocast, uses_bfloat16
 
 
 @dataclass
@@ -46,6 +49,15 @@ class Peer(ABC):
     @abstractmethod
     def train(self, rate: float, seed: int, steps: int) -> tuple[Any, list[float]]:
         """A new model after ``steps`` steps, and the CPU seconds of this process before the first and after each."""
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether the products of training steps are in bfloat16: by the recipe's ``precision``, for all systems."""
+        return uses_bfloat16(torch.device("cpu"), self.config.training.precision)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """A context for the forward pass of a training step."""
+        return autocast(torch.device("cpu"), self.config.training.precision, training=True)
 
     def tokens_of_step(self, step: int, steps: int) -> int:
         """How many tokens step number ``step`` reads."""
