@@ -131,7 +131,7 @@ def kindling_train(shape: str) -> Callable[[], object]:
 
 
 def nanogpt_train(checkout: Path, shape: str) -> Callable[[], object]:
-    steps = cpu_training.nanogpt_steps(checkout, shape, torch.get_num_threads(), compiled=False)
+    steps = cpu_training.nanogpt_steps(checkout, shape, torch.get_num_threads())
     return cpu_training.several(steps, TURNS[shape])
 
 

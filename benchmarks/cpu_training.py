@@ -6,8 +6,9 @@
 Both run forward, backward, clipping to norm 1 and a step of AdamW on random tokens: nanoGPT with its ``model.py`` and
 the step of its ``train.py``, Kindling with the functions that ``train.py`` calls. The line "kindling, Muon" is the step
 of the recipes, whose blocks' matrices are Muon's. Products are in float32; where the CPU has instructions for bfloat16,
-the lines with that name are the step with ``precision = "native"``, the default. ``--compiled`` adds nanoGPT under
-torch.compile. Tokens are per CPU second of all threads together. Each candidate has its own process, which Kindling
+the lines with that name are the step with ``precision = "native"``, the default, and "nanoGPT, autocast" is nanoGPT
+with the autocast that its ``train.py`` uses on a GPU only. ``--compiled`` adds nanoGPT under torch.compile. Tokens are
+per CPU second of all threads together. Each candidate has its own process, which Kindling
 configures as ``train.py`` does (``lm.model.device.keep_freed_memory``).
 
 To hold a CPU with AVX-512 to AVX2, set ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2.
@@ -98,8 +99,13 @@ def nanogpt_module(checkout: Path) -> ModuleType:
     return module
 
 
-def nanogpt_steps(checkout: Path, name: str, threads: int, compiled: bool) -> Callable[[], object]:
-    """The steps of one turn of nanoGPT's ``train.py`` with its settings for a CPU, without dropout and biases."""
+def nanogpt_steps(
+    checkout: Path, name: str, threads: int, *, compiled: bool = False, bfloat16: bool = False
+) -> Callable[[], object]:
+    """The steps of one turn of nanoGPT's ``train.py`` with its settings for a CPU, without dropout and biases.
+
+    ``bfloat16``: with the autocast of its GPU runs, which ``train.py`` leaves out on a CPU.
+    """
     torch.set_num_threads(threads)
     module = nanogpt_module(checkout)
     layers, heads, width, context, rows, steps = SHAPES[name]
@@ -113,7 +119,8 @@ def nanogpt_steps(checkout: Path, name: str, threads: int, compiled: bool) -> Ca
     inputs, targets = torch.randint(0, VOCABULARY, (2, rows, context))
 
     def step() -> None:
-        _, loss = forward(inputs, targets)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            _, loss = forward(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -127,11 +134,12 @@ def compare(name: str, nanogpt: Path, rounds: int, *, compiled: bool) -> None:
     layers, heads, width, context, rows, steps = SHAPES[name]
     threads = torch.get_num_threads()
     makers = {
-        "nanoGPT": partial(nanogpt_steps, nanogpt, name, threads, compiled=False),
+        "nanoGPT": partial(nanogpt_steps, nanogpt, name, threads),
         "kindling": partial(kindling_steps, name, threads, "adamw", "float32"),
         "kindling, Muon": partial(kindling_steps, name, threads, "muon", "float32"),
     }
     if multiplies_bfloat16():
+        makers["nanoGPT, autocast"] = partial(nanogpt_steps, nanogpt, name, threads, bfloat16=True)
         makers["kindling, bfloat16"] = partial(kindling_steps, name, threads, "adamw", "bfloat16")
         makers["kindling, Muon, bfloat16"] = partial(kindling_steps, name, threads, "muon", "bfloat16")
     if compiled:
