@@ -199,6 +199,13 @@ class ObjectiveConfig:
         """The objectives that ``objective`` names, with their shares of the rows."""
         return shares_of(self.objective)
 
+    @property
+    def description(self) -> str:
+        """``objective``, with the share of masked rows where it moves."""
+        first, last = self.masked_fraction, self.final_masked_fraction
+        moves = self.objective.startswith("hybrid") and last not in (-1, first)
+        return f"{self.objective} ({first:.0%} to {last:.0%} of the rows masked)" if moves else self.objective
+
     def masking_at(self, step: int, steps: int) -> tuple[float, float]:
         """``masked_fraction`` and ``mask_rate`` in step ``step`` (from 0) of ``steps``."""
         passed = min(step, steps - 1) / max(1, steps - 1)

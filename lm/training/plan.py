@@ -185,7 +185,7 @@ class Plan:
         products = f"peak: {self.machine_rate / 1e9:,.0f} GFLOP/s in matrix products of {dtype}"
         rows = [
             ("model", self.model),
-            ("objective", f"{self.config.objective.objective} on {self.data}"),
+            ("objective", f"{self.config.objective.description} on {self.data}"),
             *self._amounts(),
             ("device", f"{processor} ({products}); {kernels.describe(self.device)}"),
             ("micro-batch", f"{self.rows} of the batch's {data.batch_rows} rows"),

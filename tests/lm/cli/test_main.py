@@ -109,7 +109,7 @@ def test_train_trains_reports_and_tells_what_is_next(begin, tmp_path):
     assert answer["step"] == 3
     assert answer["validation"].keys() == {"next_token", "masked_next_token"}
     assert f"next: kindling evaluate {run}" in result.stderr
-    assert "hybrid on" in result.stderr
+    assert "hybrid (10% to 70% of the rows masked) on" in result.stderr
     compressed = re.search(
         r"next_token and masked_next_token are still worse than bz2 -9 \((.*) bits/byte\)", result.stderr
     )

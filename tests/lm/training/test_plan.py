@@ -250,3 +250,12 @@ def test_a_plan_warns_of_many_passes_and_long_times_and_names_fewer_steps(small)
     assert ("note", note) in many.table()
     slow = replace(many, dry_step=DryStep(8, 3600.0, 1))
     assert "--steps 1 takes about 60 min" in slow.notes[1]
+
+
+def test_the_plan_says_which_shares_of_the_rows_are_masked_where_that_moves():
+    objective = ("--objective", "hybrid", "--masked-fraction", 0.25, "--final-masked-fraction")
+    for last, expected in ((0.75, "hybrid (25% to 75% of the rows masked) on"), (-1, "hybrid on"), (0.25, "hybrid on")):
+        result = kindling("char-tiny", "--plan", "--vocab-size", 65, "--device", "cpu", *objective, last)
+        assert f"objective        {expected}" in result.stdout, result.output
+    result = kindling("tiny", "--plan", "--vocab-size", 65, "--device", "cpu", "--objective", "next_token")
+    assert "objective        next_token on" in result.stdout, result.output
