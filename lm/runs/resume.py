@@ -122,9 +122,9 @@ def _check(run: Run, newest: Checkpoint, config: Config, source: TrainingSource,
         refused = {name: values for name, values in refused.items() if ON_RESUME[name] == "never"}
     if refused:
         hint = _resume_hint(refused)
-        if not hint and not config.is_finetuning:
+        if not config.is_finetuning:
             again = f"{command('train')} --resume --run {path} --steps {config.training.steps}"
-            hint = f", or continue it with its own settings: {again}"
+            hint += f", or continue it with its own settings: {again}"
         raise UserError(f"{path} was started with {_describe(refused)}: choose another --run{hint}")
 
 

@@ -78,7 +78,7 @@ def test_more_steps_can_be_added_to_a_finished_run(small, quietly, recorder, tmp
     ("changes", "words"),
     [
         ({"learning_rate": 0.5}, ["learning_rate 0.01 (now 0.5)", "add --resume to change it"]),
-        ({"mask_rate": 0.4}, ["mask_rate 0.3 (now 0.4)", "--resume"]),
+        ({"mask_rate": 0.4}, ["mask_rate 0.3 (now 0.4)", "own settings: ", "--resume --run"]),
         ({"hidden_size": 64}, ["hidden_size 32 (now 64)", "choose another --run"]),
         ({"seed": 9, "context_length": 16}, ["seed 0 (now 9)", "context_length 32 (now 16)", "choose another --run"]),
         ({"learning_rate": 0.5, "num_layers": 3}, ["learning_rate 0.01 (now 0.5)", "num_layers 2 (now 3)"]),
