@@ -112,7 +112,6 @@ class Contest:
         self.options, self.peer = options, kind(corpora, self.config, options.checkout)
         self.versions = {
             "torch": torch.__version__, "transformers": transformers.__version__,
-            "products": "bfloat16" if self.peer.bfloat16 else "float32",
             "instructions": torch.backends.cpu.get_cpu_capability(), **self.peer.versions,
         }  # fmt: skip
         self.pairs = {folder.name: read_pairs(folder) for folder in options.pairs}
@@ -141,7 +140,7 @@ class Contest:
         folder = options.out / "tuning" if of_rate else options.out
         asked = Asked(
             options.peer, self.config.objective.objective, rate, seed, options.recipe, seconds, options.threads,
-            peer.corpora.fingerprint,
+            peer.corpora.fingerprint, "bfloat16" if peer.bfloat16 else "float32",
         )  # fmt: skip
         measured = () if of_rate else (*self.pairs, *self.tasks)
         if found := done(folder, asked, measured):

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,12 @@ def test_a_command_does_what_is_missing_and_the_table_has_its_results(corpora, t
     assert set(result.tuning) == {"0.01", "0.1"} and result.tokens == 256
     best = min(result.tuning, key=lambda rate: result.tuning[rate]["next_token"])
     assert result.asked.rate == float(best)
+    # A result of other products is another; those of earlier versions do not name them and are in float32.
+    assert results.done(files[0].parent, replace(result.asked, products="bfloat16")) is None
+    written = json.loads(files[0].read_text())
+    assert written["asked"].pop("products") == "float32"
+    files[0].write_text(json.dumps(written))
+    assert results.done(files[0].parent, result.asked) == result
     scores = result.pairs["pairs"]["next_token"]
     assert scores["pairs"] == 3 and scores["half"] <= scores["first"]
     files[0].unlink()

@@ -37,6 +37,7 @@ class GptBert(OtherPeer):
     rates = (0.007, 0.0141, 0.0282)
     changes = (
         "one process on the CPU in place of DDP and NCCL; no wandb",
+        "bfloat16 only where the CPU multiplies it",
         "both objectives in one batch, weighted by their share, in place of one objective for each GPU",
         "batch size follows the ramp at every step, not at every epoch",
         "the weights themselves are measured, not their moving average (0.999 is longer than these runs)",

@@ -84,7 +84,7 @@ class Nanochat(OtherPeer):
             optimizer.step()
             model.zero_grad(set_to_none=True)
             clock.step()
-        gpt.COMPUTE_DTYPE = torch.float32  # type: ignore[attr-defined]  # what measures reads in float32
+        gpt.COMPUTE_DTYPE = torch.float32  # type: ignore[attr-defined]  # evaluation is in float32
         return model.float(), clock.times
 
     def _batches(self, dataloader: ModuleType) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from data_prep.files import write_atomically
 
 @dataclass(frozen=True)
 class Asked:
-    """What a result depends on; ``data`` is the fingerprint of the shards."""
+    """What a result depends on; ``data`` is the fingerprint of the shards, ``products`` the dtype of training steps."""
 
     peer: str
     objective: str
@@ -23,6 +23,7 @@ class Asked:
     cpu_seconds: float
     threads: int
     data: str
+    products: str = "float32"  # of results from before it was recorded
 
     @property
     def name(self) -> str:
@@ -73,15 +74,15 @@ def done(folder: Path, asked: Asked, measured: Iterable[str] = ()) -> Result | N
 
 
 def table(folder: Path) -> str:
-    """A line for each peer, objective and rate: the mean and the sample standard deviation of the seeds."""
-    groups: dict[tuple[str, str, float], list[Result]] = {}
+    """A line for each peer, objective, rate and dtype: the mean and the sample standard deviation of the seeds."""
+    groups: dict[tuple[str, str, float, str], list[Result]] = {}
     for result in map(read, sorted(folder.glob("*.json"))):
         asked = result.asked
-        groups.setdefault((asked.peer, asked.objective, asked.rate), []).append(result)
+        groups.setdefault((asked.peer, asked.objective, asked.rate, asked.products), []).append(result)
     lines = []
-    for (peer, objective, rate), own in groups.items():
+    for (peer, objective, rate, products), own in groups.items():
         spent, tokens = (statistics.mean(getattr(r, name) for r in own) for name in ("cpu_seconds", "tokens"))
-        cells = [f"{peer} {objective} {rate:g}", f"{len(own)} seeds", f"{own[0].parameters / 1e6:.2f}M"]
+        cells = [f"{peer} {objective} {rate:g} {products}", f"{len(own)} seeds", f"{own[0].parameters / 1e6:.2f}M"]
         cells += [f"{spent:,.0f} CPU s", f"{tokens / spent:,.0f} tokens/CPU s"]
         cells += [f"{name} {_spread(values)}" for name, values in _columns(own).items()]
         lines.append(", ".join(cells))
