@@ -41,7 +41,7 @@ from benchmarks.peers import gpt_bert, nanochat, stock
 from benchmarks.peers.kindling import Kindling
 from benchmarks.peers.peer import OtherPeer, Peer
 from benchmarks.peers.reading import PeerModel
-from benchmarks.peers.results import Asked, Result, done, table
+from benchmarks.peers.result import Asked, Result, done, table
 from benchmarks.peers.tasks import task_scores
 from data_prep.errors import UserError
 from lm.config.recipes import find_recipe, load_config, read_toml

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from benchmarks import vs_nanogpt, vs_peers
-from benchmarks.peers import results, stock
+from benchmarks.peers import stock
 from benchmarks.peers.gpt_bert import GptBert
 from benchmarks.peers.kindling import Kindling
 from benchmarks.peers.nanochat import Nanochat, momentum, rate_factor
 from benchmarks.peers.reading import PeerModel
+from benchmarks.peers.result import Asked, Result, done, read, table
 from benchmarks.peers.tasks import task_scores
 from benchmarks.written_run import written_run
 from data_prep.errors import UserError
@@ -300,16 +301,16 @@ def test_a_command_does_what_is_missing_and_the_table_has_its_results(corpora, t
     vs_peers.main()
     files = sorted((tmp_path / "out").rglob("*.json"))
     assert [file.parent.name for file in files] == ["out", "out", "tuning", "tuning"]
-    result = results.read(files[0])
+    result = read(files[0])
     assert set(result.tuning) == {"0.01", "0.1"} and result.tokens == 256
     best = min(result.tuning, key=lambda rate: result.tuning[rate]["next_token"])
     assert result.asked.rate == float(best)
     # A result of other products is another; those of earlier versions do not name them and are in float32.
-    assert results.done(files[0].parent, replace(result.asked, products="bfloat16")) is None
+    assert done(files[0].parent, replace(result.asked, products="bfloat16")) is None
     written = json.loads(files[0].read_text())
     assert written["asked"].pop("products") == "float32"
     files[0].write_text(json.dumps(written))
-    assert results.done(files[0].parent, result.asked) == result
+    assert done(files[0].parent, result.asked) == result
     scores = result.pairs["pairs"]["next_token"]
     assert scores["pairs"] == 3 and scores["half"] <= scores["first"]
     files[0].unlink()
@@ -319,8 +320,30 @@ def test_a_command_does_what_is_missing_and_the_table_has_its_results(corpora, t
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["vs_peers", "--table", str(tmp_path / "out")])
     vs_peers.main()
-    line = capsys.readouterr().out
-    assert line.count("\n") == 1 and f"llama next_token {best}" in line and "2 seeds" in line and "ties first" in line
+    columns, _, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    cells = dict(zip(columns, row, strict=True))
+    assert cells["system"] == "llama `next_token`" and float(cells["rate"]) == float(best) and cells["seeds"] == "2"
+    assert cells["pairs, ties one half"] <= cells["pairs, ties right"]
+
+
+def test_the_table_compares_means_within_a_readout(tmp_path):
+    def save(peer: str, seed: int, bits: dict[str, float], **measured: Any) -> None:
+        asked = Asked(peer, "hybrid", 1.0, seed, "tiny", 1200.0, 1, "data", "bfloat16")
+        Result(asked, 3_300_000, 10, 2_000_000, 1200.0 + seed, bits, **measured).save(tmp_path)
+
+    grammar = {"blimp": {"next_token": {"half": 0.5, "first": 0.6, "pairs": 9}}}
+    save("other", 0, {"next_token": 2.0}, pairs=grammar)
+    save("own", 0, {"next_token": 1.0, "masked_token": 3.0}, tasks={"trec": {"accuracy": 0.8}})
+    save("own", 1, {"next_token": 1.5, "masked_token": 3.0}, tasks={"trec": {"accuracy": 0.9}})
+    columns, _, *rows = (line[2:-2].split(" | ") for line in table(tmp_path).splitlines())
+    cells = [dict(zip(columns, map(str.strip, row), strict=True)) for row in rows]
+    assert [(row["readout"], row["system"], row["bits per byte"]) for row in cells] == [
+        ("next_token", "own `hybrid`", "1.250 ± 0.354"),
+        ("next_token", "other `hybrid`", "2.000"),
+        ("masked_token", "own `hybrid`", "3.000 ± 0.000"),
+    ]
+    assert [row["trec, accuracy"] for row in cells] == ["0.850 ± 0.071", "", ""]
+    assert [row["blimp, ties right"] for row in cells] == ["", "60.0", ""]
 
 
 def test_the_steps_follow_from_the_time_of_a_token():

@@ -74,35 +74,50 @@ def done(folder: Path, asked: Asked, measured: Iterable[str] = ()) -> Result | N
 
 
 def table(folder: Path) -> str:
-    """A line for each peer, objective, rate and dtype: the mean and the sample standard deviation of the seeds."""
+    """Markdown: a row for each readout of the runs that differ in the seed alone, their mean and standard deviation."""
     groups: dict[tuple[str, str, float, str], list[Result]] = {}
     for result in map(read, sorted(folder.glob("*.json"))):
         asked = result.asked
         groups.setdefault((asked.peer, asked.objective, asked.rate, asked.products), []).append(result)
-    lines = []
-    for (peer, objective, rate, products), own in groups.items():
-        spent, tokens = (statistics.mean(getattr(r, name) for r in own) for name in ("cpu_seconds", "tokens"))
-        cells = [f"{peer} {objective} {rate:g} {products}", f"{len(own)} seeds", f"{own[0].parameters / 1e6:.2f}M"]
-        cells += [f"{spent:,.0f} CPU s", f"{tokens / spent:,.0f} tokens/CPU s"]
-        cells += [f"{name} {_spread(values)}" for name, values in _columns(own).items()]
-        lines.append(", ".join(cells))
-    return "\n".join(lines)
+    rows = []
+    for readout in dict.fromkeys(readout for own in groups.values() for readout in own[0].bits_per_byte):
+        measured = [own for own in groups.values() if readout in own[0].bits_per_byte]
+        rows += [_row(own, readout) for own in sorted(measured, key=lambda own: _bits(own, readout))]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    lines = ([row.get(column, "") for column in columns] for row in rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in ([*columns], ["---"] * len(columns), *lines))
 
 
-def _columns(results: Iterable[Result]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for result in results:
-        for readout, bits in result.bits_per_byte.items():
-            found.setdefault(f"{readout} bits per byte", []).append(bits)
-        for folder, readouts in result.pairs.items():
-            for readout, scores in readouts.items():
-                for ties in ("half", "first"):
-                    found.setdefault(f"{folder} {readout} ties {ties}", []).append(scores[ties])
-        for task, metrics in result.tasks.items():
-            for name, value in metrics.items():
-                found.setdefault(f"{task} {name}", []).append(value)
-    return found
+def _row(own: list[Result], readout: str) -> dict[str, str]:
+    """The cells of results that differ in the seed alone; metrics of tasks are in the row of the first readout."""
+    asked, first = own[0].asked, own[0]
+    row = {
+        "readout": readout,
+        "system": f"{asked.peer} `{asked.objective}`",
+        "rate": f"{asked.rate:g}",
+        "products": asked.products,
+        "seeds": f"{len(own)}",
+        "parameters": f"{first.parameters / 1e6:.2f}M",
+        "CPU seconds": f"{statistics.mean(result.cpu_seconds for result in own):,.0f}",
+        "tokens": f"{statistics.mean(result.tokens for result in own) / 1e6:.2f}M",
+        "bits per byte": _spread([result.bits_per_byte[readout] for result in own], 3),
+    }
+    for folder in first.pairs:
+        for ties, meaning in (("half", "one half"), ("first", "right")):
+            scores = [100 * result.pairs[folder][readout][ties] for result in own if folder in result.pairs]
+            row[f"{folder}, ties {meaning}"] = _spread(scores, 1)
+    if readout == next(iter(first.bits_per_byte)):
+        for task, metrics in first.tasks.items():
+            for name in metrics:
+                scores = [result.tasks[task][name] for result in own if task in result.tasks]
+                row[f"{task}, {name}"] = _spread(scores, 3)
+    return row
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+def _bits(own: list[Result], readout: str) -> float:
+    return statistics.mean(result.bits_per_byte[readout] for result in own)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
