@@ -6,11 +6,11 @@
     python -m benchmarks.vs_peers --table results
 
 DATA is a folder of shards. All have the layers, heads, widths, context and tokens a step of ``--recipe``, the same
-tokenizer and as many threads, and multiply bfloat16 where the CPU does. A few steps are timed first, and the number of
-steps, of which the schedules are functions, follows from ``--cpu-seconds``. A command tries the peer's learning rates
-with the first seed for ``--tune-seconds`` each, chooses by the mean bits per byte of its readouts, and trains each
-seed. Each result is a JSON file, those of the rates in OUT/tuning; the same command does what is missing. ``--quick``
-shows that all of it runs.
+tokenizer and as many threads, and multiply bfloat16 where the CPU does. The number of steps, of which the schedules are
+functions, follows from ``--cpu-seconds`` by the time of a few steps, or of the runs with other seeds if there are any.
+A command tries the peer's learning rates with the first seed for ``--tune-seconds`` each, chooses by the mean bits per
+byte of its readouts, and trains each seed. Each result is a JSON file, those of the rates in OUT/tuning; the same
+command does what is missing. ``--quick`` shows that all of it runs.
 
 - kindling: the recipe, with ``--objective`` if given.
 - llama, eurobert, modernbert: classes of transformers as run_clm and run_mlm train them (benchmarks/peers/stock.py).
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -41,7 +42,7 @@ from benchmarks.peers import gpt_bert, nanochat, stock
 from benchmarks.peers.kindling import Kindling
 from benchmarks.peers.peer import OtherPeer, Peer
 from benchmarks.peers.reading import PeerModel
-from benchmarks.peers.result import Asked, Result, done, table
+from benchmarks.peers.result import Asked, Result, done, of_other_seeds, table
 from benchmarks.peers.tasks import task_scores
 from data_prep.errors import UserError
 from lm.config.recipes import find_recipe, load_config, read_toml
@@ -145,7 +146,12 @@ class Contest:
         measured = () if of_rate else (*self.pairs, *self.tasks)
         if found := done(folder, asked, measured):
             return found
-        steps = steps_within(seconds, lambda steps: peer.train(rate, seed, steps)[1], peer.tokens_of_step)
+        paces = [each.steps / each.cpu_seconds for each in of_other_seeds(folder, asked)]
+        steps = (
+            max(1, round(seconds * statistics.mean(paces)))
+            if paces
+            else steps_within(seconds, lambda steps: peer.train(rate, seed, steps)[1], peer.tokens_of_step)
+        )
         print(f"{asked.name}: {steps:,} steps in about {seconds:,.0f} CPU seconds", file=sys.stderr, flush=True)
         model, times = peer.train(rate, seed, steps)
         model.eval()

@@ -21,7 +21,7 @@ from benchmarks.peers.gpt_bert import GptBert
 from benchmarks.peers.kindling import Kindling
 from benchmarks.peers.nanochat import Nanochat, momentum, rate_factor
 from benchmarks.peers.reading import PeerModel
-from benchmarks.peers.result import Asked, Result, done, read, table
+from benchmarks.peers.result import Asked, Result, done, of_other_seeds, read, table
 from benchmarks.peers.tasks import task_scores
 from benchmarks.written_run import written_run
 from data_prep.errors import UserError
@@ -296,6 +296,7 @@ def test_a_command_does_what_is_missing_and_the_table_has_its_results(corpora, t
     monkeypatch.setattr(vs_peers, "load_config", lambda file, given: shape)
     monkeypatch.setattr(vs_peers, "steps_within", lambda *arguments: 2)
     words = ["vs_peers", str(tmp_path / "data"), "--peer", "llama", "--rates", "0.01", "0.1", "--seeds", "2"]
+    words += ["--cpu-seconds", "0.05"]
     words += ["--pairs", str(tmp_path / "pairs"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", words)
     vs_peers.main()
@@ -335,6 +336,9 @@ def test_the_table_compares_means_within_a_readout(tmp_path):
     save("other", 0, {"next_token": 2.0}, pairs=grammar)
     save("own", 0, {"next_token": 1.0, "masked_token": 3.0}, tasks={"trec": {"accuracy": 0.8}})
     save("own", 1, {"next_token": 1.5, "masked_token": 3.0}, tasks={"trec": {"accuracy": 0.9}})
+    own = read(tmp_path / "own-hybrid-1-0.json").asked
+    assert [other.asked.seed for other in of_other_seeds(tmp_path, own)] == [1]
+    assert of_other_seeds(tmp_path, replace(own, cpu_seconds=600.0)) == []
     columns, _, *rows = (line[2:-2].split(" | ") for line in table(tmp_path).splitlines())
     cells = [dict(zip(columns, map(str.strip, row), strict=True)) for row in rows]
     assert [(row["readout"], row["system"], row["bits per byte"]) for row in cells] == [

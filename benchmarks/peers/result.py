@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from data_prep.files import write_atomically
@@ -71,6 +71,13 @@ def done(folder: Path, asked: Asked, measured: Iterable[str] = ()) -> Result | N
     file = folder / f"{asked.name}.json"
     found = read(file) if file.is_file() else None
     return found if found and found.asked == asked and {*measured} <= found.pairs.keys() | found.tasks.keys() else None
+
+
+def of_other_seeds(folder: Path, asked: Asked) -> list[Result]:
+    """The results that differ from ``asked`` in the seed alone."""
+    found = map(read, sorted(folder.glob("*.json")))
+    others = (result for result in found if result.asked.seed != asked.seed)
+    return [result for result in others if replace(result.asked, seed=asked.seed) == asked]
 
 
 def table(folder: Path) -> str:
