@@ -141,7 +141,7 @@ class Contest:
         folder = options.out / "tuning" if of_rate else options.out
         asked = Asked(
             options.peer, self.config.objective.objective, rate, seed, options.recipe, seconds, options.threads,
-            peer.corpora.fingerprint, "bfloat16" if peer.bfloat16 else "float32",
+            peer.corpora.fingerprint, "bfloat16" if peer.bfloat16 else "float32", peer.settings,
         )  # fmt: skip
         measured = () if of_rate else (*self.pairs, *self.tasks)
         if found := done(folder, asked, measured):

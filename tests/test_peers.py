@@ -306,8 +306,14 @@ def test_a_command_does_what_is_missing_and_the_table_has_its_results(corpora, t
     assert set(result.tuning) == {"0.01", "0.1"} and result.tokens == 256
     best = min(result.tuning, key=lambda rate: result.tuning[rate]["next_token"])
     assert result.asked.rate == float(best)
-    # A result of other products is another; those of earlier versions do not name them and are in float32.
+    # A result of other products or another recipe is another; those of earlier versions name neither.
     assert done(files[0].parent, replace(result.asked, products="bfloat16")) is None
+    assert done(files[0].parent, replace(result.asked, settings={"hidden_size": 64})) is None
+    assert (
+        {**SHAPE, "vocab_size": corpora.processor.vocab_size}.items()
+        >= result.asked.settings.items()
+        >= {("num_heads", 2)}
+    )
     written = json.loads(files[0].read_text())
     assert written["asked"].pop("products") == "float32"
     files[0].write_text(json.dumps(written))

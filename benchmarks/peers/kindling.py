@@ -40,6 +40,7 @@ class Kindling(Peer):
 
     objective = ""  # that of the recipe
     rates = (1.0,)
+    sections = ("model", "data", "objective", "optimizer")
 
     @property
     def versions(self) -> dict[str, str]:

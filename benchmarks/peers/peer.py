@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
-from lm.config.settings import Config
+from lm.config.settings import Config, all_settings
 from lm.data.corpora import Corpora
 from lm.model.device import autocast, uses_bfloat16
 
@@ -35,6 +35,7 @@ class Peer(ABC):
     Attributes:
         objective: Kindling's objective with the same readouts.
         rates: the learning rates that are tried, in the system's own units.
+        sections: of the recipe, those that it takes its settings from.
         changes: what the driver does differently from the system's own scripts.
     """
 
@@ -44,11 +45,19 @@ class Peer(ABC):
 
     objective: ClassVar[str]
     rates: ClassVar[tuple[float, ...]]
+    sections: ClassVar[tuple[str, ...]] = ("model", "data")
     changes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def train(self, rate: float, seed: int, steps: int) -> tuple[Any, list[float]]:
         """A new model after ``steps`` steps, and the CPU seconds of this process before the first and after each."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it takes from the recipe, where that is not the default."""
+        values, defaults = self.config.flat(), Config().flat()
+        own = (each.name for each in all_settings() if each.section in self.sections and each.name != "data")
+        return {name: values[name] for name in own if values[name] != defaults[name]}
 
     @property
     def bfloat16(self) -> bool:

@@ -7,13 +7,18 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from data_prep.files import write_atomically
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a result depends on; ``data`` is the fingerprint of the shards, ``products`` the dtype of training steps."""
+    """What a result depends on.
+
+    ``data`` is the fingerprint of the shards, ``products`` the dtype of training steps, and ``settings`` are those of
+    the recipe. Results of earlier versions name neither of the last two; their products are in float32.
+    """
 
     peer: str
     objective: str
@@ -23,7 +28,8 @@ class Asked:
     cpu_seconds: float
     threads: int
     data: str
-    products: str = "float32"  # of results from before it was recorded
+    products: str = "float32"
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -82,10 +88,9 @@ def of_other_seeds(folder: Path, asked: Asked) -> list[Result]:
 
 def table(folder: Path) -> str:
     """Markdown: a row for each readout of the runs that differ in the seed alone, their mean and standard deviation."""
-    groups: dict[tuple[str, str, float, str], list[Result]] = {}
+    groups: dict[str, list[Result]] = {}
     for result in map(read, sorted(folder.glob("*.json"))):
-        asked = result.asked
-        groups.setdefault((asked.peer, asked.objective, asked.rate, asked.products), []).append(result)
+        groups.setdefault(repr(replace(result.asked, seed=0)), []).append(result)
     rows = []
     for readout in dict.fromkeys(readout for own in groups.values() for readout in own[0].bits_per_byte):
         measured = [own for own in groups.values() if readout in own[0].bits_per_byte]
