@@ -146,12 +146,10 @@ class Contest:
         measured = () if of_rate else (*self.pairs, *self.tasks)
         if found := done(folder, asked, measured):
             return found
-        paces = [each.steps / each.cpu_seconds for each in of_other_seeds(folder, asked)]
-        steps = (
-            max(1, round(seconds * statistics.mean(paces)))
-            if paces
-            else steps_within(seconds, lambda steps: peer.train(rate, seed, steps)[1], peer.tokens_of_step)
-        )
+        if paces := [each.steps / each.cpu_seconds for each in of_other_seeds(folder, asked)]:
+            steps = max(1, round(seconds * statistics.mean(paces)))
+        else:
+            steps = steps_within(seconds, lambda steps: peer.train(rate, seed, steps)[1], peer.tokens_of_step)
         print(f"{asked.name}: {steps:,} steps in about {seconds:,.0f} CPU seconds", file=sys.stderr, flush=True)
         model, times = peer.train(rate, seed, steps)
         model.eval()

@@ -112,17 +112,16 @@ def _row(own: list[Result], readout: str) -> dict[str, str]:
         "parameters": f"{first.parameters / 1e6:.2f}M",
         "CPU seconds": f"{statistics.mean(result.cpu_seconds for result in own):,.0f}",
         "tokens": f"{statistics.mean(result.tokens for result in own) / 1e6:.2f}M",
-        "bits per byte": _spread([result.bits_per_byte[readout] for result in own], 3),
+        "bits per byte": _spread([result.bits_per_byte[readout] for result in own], 3, len(own)),
     }
-    for folder in first.pairs:
+    for folder in dict.fromkeys(folder for result in own for folder in result.pairs):
+        scores = [result.pairs[folder][readout] for result in own if folder in result.pairs]
         for ties, meaning in (("half", "one half"), ("first", "right")):
-            scores = [100 * result.pairs[folder][readout][ties] for result in own if folder in result.pairs]
-            row[f"{folder}, ties {meaning}"] = _spread(scores, 1)
+            row[f"{folder}, ties {meaning}"] = _spread([100 * each[ties] for each in scores], 1, len(own))
     if readout == next(iter(first.bits_per_byte)):
-        for task, metrics in first.tasks.items():
-            for name in metrics:
-                scores = [result.tasks[task][name] for result in own if task in result.tasks]
-                row[f"{task}, {name}"] = _spread(scores, 3)
+        for task in dict.fromkeys(task for result in own for task in result.tasks):
+            metrics = [result.tasks[task] for result in own if task in result.tasks]
+            row |= {f"{task}, {name}": _spread([each[name] for each in metrics], 3, len(own)) for name in metrics[0]}
     return row
 
 
@@ -130,6 +129,8 @@ def _bits(own: list[Result], readout: str) -> float:
     return statistics.mean(result.bits_per_byte[readout] for result in own)
 
 
-def _spread(values: list[float], digits: int) -> str:
+def _spread(values: list[float], digits: int, seeds: int) -> str:
+    """The mean and the sample standard deviation, and how many of the ``seeds`` there are if not all."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    some = f" ({len(values)} of {seeds} seeds)" if len(values) < seeds else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}{some}"

@@ -154,7 +154,7 @@ class ImageTransformer(nn.Module):
 
     def compile_training(self) -> None:
         """Run training passes through ``torch.compile``, at the first one of each shape; others stay eager."""
-        self._compiled = torch.compile(self._through_trunk, fullgraph=True, dynamic=False)
+        self._compiled = torch.compile(self._through_trunk, fullgraph=True)
 
     def flops_per_patch(self, patches: int) -> float:
         """As of ``Transformer.flops_per_token``, of one of ``patches`` that go through stem and trunk together."""

@@ -253,7 +253,7 @@ class Transformer(nn.Module):
 
         The embedding stays out: on a GPU the compiler adds up its gradient in an order that changes from run to run.
         """
-        self._compiled = torch.compile(self._through_trunk, fullgraph=True, dynamic=False)
+        self._compiled = torch.compile(self._through_trunk, fullgraph=True)
 
     def _through_trunk(self, x: Tensor, positions: Tensor, lo: Tensor, hi: Tensor, cache: Cache | None) -> Tensor:
         return self.norm(self.blocks(x, positions, lo, hi, cache))
